@@ -1,0 +1,155 @@
+"""Reading, writing and differentiating a weight at the units of a support.
+
+A weight is `[rows, cols]` (out_features, in_features). A unit is an entry, a square block, a row or a column of it, and
+is named by one number (row-major over the grid of units). Values are laid out per unit:
+
+    granularity   unit number u                     values
+    entry         u = row * cols + col              [k]
+    block         u = block_row * (cols/b) + block_col   [k, b, b]
+    row           u = row                           [k, cols]
+    column        u = col                           [k, rows]
+
+Every function takes strided weights (`weight.t()` of a layer that stores its weight transposed) and plain tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Bytes of dense gradient that may exist at once while an entry gradient is gathered from it.
+DENSE_TILE_BYTES = 1 << 25
+
+
+def flat_index(weight: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A 1-D view of `weight`'s memory and the positions of the entry `units` in it (int64).
+
+    Raises:
+        ValueError: `weight` is neither contiguous nor the transpose of a contiguous matrix, so no flat view exists.
+    """
+    units = units.long()
+    if weight.is_contiguous():
+        return weight.view(-1), units
+    if weight.t().is_contiguous():
+        rows, cols = weight.shape
+        row = torch.div(units, cols, rounding_mode="floor")
+        return weight.t().view(-1), (units - row * cols) * rows + row
+    raise ValueError(
+        f"weight of shape {tuple(weight.shape)} and strides {weight.stride()} has no flat view; pass a contiguous weight."
+    )
+
+
+def block_view(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """`weight` as `[rows/b, cols/b, b, b]`, sharing memory."""
+    rows, cols = weight.shape
+    if rows % block_size or cols % block_size:
+        raise ValueError(f"block_size={block_size} does not divide a weight of shape {rows}x{cols}.")
+    return weight.unflatten(1, (cols // block_size, block_size)).unflatten(0, (rows // block_size, block_size)).transpose(1, 2)
+
+
+def _block_index(weight: torch.Tensor, units: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    per_row = weight.shape[1] // block_size
+    units = units.long()
+    block_row = torch.div(units, per_row, rounding_mode="floor")
+    return block_row, units - block_row * per_row
+
+
+def read_units(weight: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0) -> torch.Tensor:
+    """Values of `weight` at `units`, in the weight's dtype (see the module's table for shapes)."""
+    if granularity == "entry":
+        flat, index = flat_index(weight, units)
+        return flat.index_select(0, index)
+    if granularity == "row":
+        return weight.index_select(0, units)
+    if granularity == "column":
+        return weight.index_select(1, units).t()
+    return block_view(weight, block_size)[_block_index(weight, units, block_size)]
+
+
+def write_units_(
+    weight: torch.Tensor, units: torch.Tensor, values: torch.Tensor, granularity: str, block_size: int = 0
+) -> torch.Tensor:
+    """Overwrite `weight` at the distinct `units` with `values` of the weight's dtype, in place; returns `weight`."""
+    if granularity == "entry":
+        flat, index = flat_index(weight, units)
+        flat.index_copy_(0, index, values)
+    elif granularity == "row":
+        weight.index_copy_(0, units.long(), values)
+    elif granularity == "column":
+        weight.index_copy_(1, units.long(), values.t())
+    else:
+        block_view(weight, block_size)[_block_index(weight, units, block_size)] = values
+    return weight
+
+
+def add_units_(
+    weight: torch.Tensor, units: torch.Tensor, values: torch.Tensor, granularity: str, block_size: int = 0
+) -> torch.Tensor:
+    """`weight[units] += values` in place: added in fp32 (fp64 for fp64 weights), rounded once to the weight's dtype.
+
+    Returns the overwritten values, in the weight's dtype, so that writing them back restores every bit.
+    """
+    before = read_units(weight, units, granularity, block_size)
+    # Mixed-dtype addition promotes to the wider dtype, so bf16 + fp32 is one fp32 addition and one rounding.
+    write_units_(weight, units, (before + values).to(weight.dtype), granularity, block_size)
+    return before
+
+
+def unit_gradient(
+    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0
+) -> torch.Tensor:
+    r"""Gradient of the loss at the units: :math:`(dY^\top X)` read at `units`, never whole.
+
+    Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]` of one dtype; returns fp32 values (fp64 for fp64).
+    At most `DENSE_TILE_BYTES` of a dense gradient exist at once.
+    """
+    out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if granularity == "row":
+        return (grad_output.index_select(1, units).t() @ x).to(out_dtype)
+    if granularity == "column":
+        return column_gradient(grad_output, x.index_select(1, units))
+    if granularity == "block":
+        return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
+    return _entry_gradient(grad_output, x, units).to(out_dtype)
+
+
+def column_gradient(grad_output: torch.Tensor, x_columns: torch.Tensor) -> torch.Tensor:
+    """Gradient of whole columns, `[k, rows]`, from the `[tokens, k]` slice of the input that belongs to them."""
+    out_dtype = torch.float64 if x_columns.dtype == torch.float64 else torch.float32
+    return (x_columns.t() @ grad_output).to(out_dtype)
+
+
+def _entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    rows, cols = grad_output.shape[1], x.shape[1]
+    tile = max(1, DENSE_TILE_BYTES // (cols * x.element_size()))
+    if tile >= rows:
+        return (grad_output.t() @ x).view(-1).index_select(0, units)
+    # Sorted units let each tile of rows own one slice of them.
+    starts = torch.arange(0, rows, tile, device=units.device)
+    bounds = torch.searchsorted(units.long(), starts * cols).tolist() + [units.numel()]
+    parts = []
+    for number, start in enumerate(range(0, rows, tile)):
+        inside = units[bounds[number] : bounds[number + 1]]
+        if inside.numel():
+            dense = grad_output[:, start : start + tile].t() @ x
+            parts.append(dense.view(-1).index_select(0, inside.long() - start * cols))
+    return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def _block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, block_size: int) -> torch.Tensor:
+    tokens, rows, cols = x.shape[0], grad_output.shape[1], x.shape[1]
+    units = units.long()
+    block_row = torch.div(units, cols // block_size, rounding_mode="floor")
+    block_col = units - block_row * (cols // block_size)
+    dy_blocks = grad_output.view(tokens, rows // block_size, block_size)
+    x_blocks = x.view(tokens, cols // block_size, block_size)
+    # Gathered slices cost 2 * tokens * b elements a block: keep them under the same bound as a dense tile.
+    chunk = max(1, DENSE_TILE_BYTES // (2 * tokens * block_size * x.element_size()))
+    parts = [
+        torch.einsum(
+            "tkb,tkc->kbc",
+            dy_blocks.index_select(1, block_row[at : at + chunk]),
+            x_blocks.index_select(1, block_col[at : at + chunk]),
+        )
+        for at in range(0, units.numel(), chunk)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, block_size, block_size)
