@@ -1,0 +1,16 @@
+"""Optimizers for supports that move, and the one function that edits optimizer state."""
+
+from .aged_adamw import AgedAdamW, aged_adamw_groups
+from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, use_32bit_states
+from .sm3 import SparseSM3
+
+__all__ = [
+    "AgedAdamW",
+    "SparseSM3",
+    "adam_seeds",
+    "aged_adamw_groups",
+    "bias_correction",
+    "move_optimizer_state",
+    "move_rows",
+    "use_32bit_states",
+]

@@ -1,0 +1,391 @@
+"""Moving optimizer state together with the units of a parameter.
+
+    before   unit 0  1  2  3        kept_old = [0, 2, 3]
+             m    a  b  c  d        kept_new = [1, 0, 2]
+    after    m    c  a  d  0        unit 3 is new: it starts from nothing, or from `seeded`
+
+This is the only place in the package that writes into an optimizer. Everything is rewritten in place with constant
+shapes, so checkpoints, `load_state_dict` and references held by fused or captured steps stay valid.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Factored second moments (transformers and torch Adafactor, CAME, the dense half of SparseSM3). The row factor runs
+# over dim 0; the column factor of a matrix averages over the units and belongs to none of them.
+_ROW_FACTORS = frozenset({"exp_avg_sq_row", "exp_avg_res_row", "row_var", "sm3_dim0"})
+_COLUMN_FACTORS = frozenset({"exp_avg_sq_col", "exp_avg_res_col", "col_var"})
+_BNB_SEED_NAMES = {"adam": {"exp_avg": "state1", "exp_avg_sq": "state2"}, "lion": {"exp_avg": "state1"}}
+
+
+def move_rows(tensor: Tensor, kept_old: Tensor, kept_new: Tensor, fill: float = 0) -> None:
+    r"""Permute rows in place: `tensor[kept_new] = old tensor[kept_old]`, every other row becomes `fill`.
+
+    Correct for any overlap of the two ranges, since the kept rows are gathered before the first one is written; the
+    gathered copy (`len(kept_old)` rows) is the only memory it takes.
+
+    Args:
+        tensor: `[k, ...]`, any dtype; a parameter that requires grad is fine (no graph is recorded).
+        kept_old, kept_new: `[n]`, integer, `n <= k`, each without repetition.
+        fill: what the rows that are not in `kept_new` receive.
+
+    Raises:
+        ValueError: a tensor without rows, or indices of unequal length, out of range or repeated.
+    """
+    if tensor.dim() == 0:
+        raise ValueError("tensor is a scalar and has no rows to move. Pass a tensor with its units along dim 0.")
+    old, new = _check_kept(kept_old, kept_new, tensor.shape[0])
+    _move(tensor, old, new, fill)
+
+
+def move_optimizer_state(
+    optimizer: Any,
+    parameter: Tensor,
+    kept_old: Tensor,
+    kept_new: Tensor,
+    *,
+    seeded: dict[str, Tensor] | None = None,
+    seeded_new: Tensor | None = None,
+) -> None:
+    r"""Let the state of `parameter` follow its units: :math:`s'_{new_i} = s_{old_i}`, and 0 wherever nothing arrives.
+
+    Moved bit for bit: every state tensor of the parameter's shape (`exp_avg`, `exp_avg_sq`, `max_exp_avg_sq`,
+    `momentum_buffer`, schedule-free's `z`, bitsandbytes' 32-bit `state1`/`state2`, ...), a per-unit `step` (`[k]` or
+    `[k, 1, ...]`), and the row half of a factored second moment. Untouched: scalars, the column half of a factored
+    matrix, and names the optimizer lists in `state_not_per_unit` (`SparseSM3`). The values of `parameter` itself are
+    the caller's: `move_rows(parameter, kept_old, kept_new)`. A no-op as long as the parameter has no state.
+
+    What a new unit meets depends on the optimizer. `AgedAdamW` restarts its bias correction. With a scalar `step`
+    (torch's AdamW, Trainer's default) the zeroed moments are no longer corrected, and the first update of a new unit
+    is :math:`(1-\beta_1)/\sqrt{1-\beta_2}` of the learning rate (3.2 with the usual betas) instead of 1.
+
+    Args:
+        optimizer: any torch-like optimizer, also inside Accelerate's wrapper.
+        parameter: `[k]` or `[k, ...]`, units along dim 0, one of the optimizer's parameters.
+        kept_old, kept_new: `[n]`, integer: the unit that was at `kept_old[i]` is now at `kept_new[i]`.
+        seeded: start values of new units, `{"exp_avg": [s, ...], "exp_avg_sq": [s, ...], "step": [s]}`, cast to the
+            dtype of the state (see `adam_seeds`). `step` is left out, with one warning, if the optimizer has only a
+            scalar one.
+        seeded_new: `[s]`, integer, positions of the seeds; none of them in `kept_new`.
+
+    Raises:
+        ValueError: bad indices or seeds; a parameter the optimizer does not hold; state that cannot be edited unit by
+            unit (8-bit blocks, DeepSpeed, ZeRO, FSDP1 flat parameters, DTensor and other tensor subclasses); a state
+            tensor whose shape says nothing about units. Raised before anything is written.
+
+    Source: SpIEL's handling of moments (Ansell et al., 2024).
+    """
+    optimizer = _unwrap(optimizer)
+    where = _locate(optimizer, parameter)
+    _refuse_partitioned(parameter, where)
+    if parameter.dim() == 0:
+        raise ValueError(f"{where} is a scalar and has no units. Only parameters with units along dim 0 can move.")
+    units = parameter.shape[0]
+    old, new = _check_kept(kept_old, kept_new, units)
+    if (seeded is None) != (seeded_new is None):
+        raise ValueError(f"seeded and seeded_new go together: got only one of them for {where}. Pass both or neither.")
+
+    state = optimizer.state.get(parameter)  # indexing the defaultdict would create an empty entry
+    if not state:
+        if seeded:
+            _warn_once("Seeds were dropped: the optimizer has no state before its first step. Move after a step.")
+        return
+    views = _views(optimizer, parameter, state, where)
+    seeds, at = _check_seeds(optimizer, views, seeded, seeded_new, new, units, where)
+
+    for name, view in views.items():
+        _move(view, old, new, 0)
+        if name in seeds:
+            value = seeds[name].to(device=view.device, dtype=view.dtype)
+            with torch.no_grad():
+                view.index_copy_(0, at.to(view.device), value)
+
+
+def adam_seeds(
+    grad_mean: Tensor, grad_sq_mean: Tensor, age: float | Tensor, betas: tuple[float, float] = (0.9, 0.999)
+) -> dict[str, Tensor]:
+    r"""SpIEL's start values: :math:`m = \bar g (1-\beta_1^a),\; v = \overline{g^2} (1-\beta_2^a),\; age = a`.
+
+    Adam's bias correction divides the brackets out again, so a grown unit continues as if its `a` candidate gradients
+    had been ordinary steps. Under gradient accumulation the means are those of whole optimizer steps: the sum of the
+    micro-gradients over the number of steps, not over the number of micro-batches.
+
+    Args:
+        grad_mean, grad_sq_mean: `[s]` or `[s, ...]`, any float dtype, computed in fp32.
+        age: optimizer steps behind the means, a number or `[s]`.
+
+    Returns: `{"exp_avg": [s, ...], "exp_avg_sq": [s, ...], "step": [s]}` in fp32, for
+        `move_optimizer_state(seeded=...)`.
+
+    Raises:
+        ValueError: means of different shapes, or an age below 0.
+
+    Source: Ansell et al., 2024.
+    """
+    if grad_mean.shape != grad_sq_mean.shape or grad_mean.dim() == 0:
+        raise ValueError(
+            f"grad_mean {tuple(grad_mean.shape)} and grad_sq_mean {tuple(grad_sq_mean.shape)} must be [s, ...] both."
+        )
+    s = grad_mean.shape[0]
+    ages = torch.as_tensor(age, dtype=torch.float32, device=grad_mean.device).expand(s).clone()
+    if bool((ages < 0).any()):
+        raise ValueError(f"age={ages.min().item()} is negative. Pass the number of optimizer steps behind the means.")
+    wide = ages.view(s, *[1] * (grad_mean.dim() - 1))
+    return {
+        "exp_avg": grad_mean.float() * bias_correction(betas[0], wide),
+        "exp_avg_sq": grad_sq_mean.float() * bias_correction(betas[1], wide),
+        "step": ages,
+    }
+
+
+def bias_correction(beta: float, age: Tensor) -> Tensor:
+    r""":math:`1-\beta^{age}` as :math:`-\mathrm{expm1}(age \ln\beta)`. `age` fp32, any shape; returns the same shape.
+
+    The direct difference loses 10 bits in fp32 at `beta=0.999, age=1`.
+    """
+    if beta == 0:
+        return (age > 0).to(age.dtype)
+    return torch.expm1(age * math.log(beta)).neg_()
+
+
+def use_32bit_states(parameters: Tensor | Iterable[Tensor]) -> None:
+    """Ask bitsandbytes for 32-bit optimizer state for these parameters, so that their units can move.
+
+    Goes through bitsandbytes' own `GlobalOptimManager.override_config(p, "optim_bits", 32)`. Call it **before the
+    first step**: state that exists already keeps its form. The override is keyed by the identity of the parameter, so
+    call it after anything that replaces parameters. Parameters with fewer than 4096 elements have 32-bit state in any
+    case, and optimizers outside bitsandbytes never read the override. Costs 4 bytes instead of about 1 per element and
+    state.
+
+    Raises:
+        ValueError: something that is not a tensor.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise ValueError(
+                f"parameters holds a {type(p).__name__}, not a tensor. Pass parameters, not names or modules."
+            )
+    manager = GlobalOptimManager.get_instance()
+    for p in parameters:  # one by one: override_config stores one shared dict for all the parameters of a call
+        manager.override_config(p, "optim_bits", 32)
+
+
+def _move(tensor: Tensor, old: Tensor, new: Tensor, fill: float) -> None:
+    with torch.no_grad():
+        kept = tensor.index_select(0, old.to(tensor.device))
+        tensor.fill_(fill)
+        tensor.index_copy_(0, new.to(tensor.device), kept)
+
+
+def _check_positions(name: str, positions: Tensor, units: int) -> Tensor:
+    if not isinstance(positions, Tensor) or positions.dim() != 1 or positions.dtype not in (torch.int32, torch.int64):
+        got = (
+            f"{positions.dtype} {tuple(positions.shape)}"
+            if isinstance(positions, Tensor)
+            else type(positions).__name__
+        )
+        raise ValueError(f"{name} must be a 1-D int64 tensor of unit positions, got {got}.")
+    positions = positions.long()
+    if positions.numel():
+        low, high = (int(x) for x in positions.aminmax())
+        if low < 0 or high >= units:
+            raise ValueError(
+                f"{name} holds {low if low < 0 else high}, outside 0..{units - 1}: there are {units} units."
+            )
+        hit = torch.zeros(units, dtype=torch.bool, device=positions.device).index_fill_(0, positions, True)
+        if int(hit.sum()) != positions.numel():
+            raise ValueError(f"{name} names a unit twice. Every unit may leave or arrive at one position only.")
+    return positions
+
+
+def _check_kept(kept_old: Tensor, kept_new: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    old, new = _check_positions("kept_old", kept_old, units), _check_positions("kept_new", kept_new, units)
+    if old.numel() != new.numel():
+        raise ValueError(
+            f"kept_old has {old.numel()} positions and kept_new has {new.numel()}. They are pairs: pass equal lengths."
+        )
+    return old, new
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The innermost optimizer; Accelerate and others keep it under `.optimizer`."""
+    while True:
+        kind = type(optimizer)
+        if kind.__module__.split(".")[0] == "deepspeed" or kind.__name__ == "DeepSpeedOptimizerWrapper":
+            raise ValueError(
+                f"{kind.__name__} keeps its state in fused partitions that belong to several parameters at once, so "
+                "single units cannot move. Train moving supports with DDP or on one device, or freeze the support "
+                "under DeepSpeed."
+            )
+        if kind.__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "ZeroRedundancyOptimizer partitions state over ranks, so most ranks cannot move it. Use the plain "
+                "optimizer: sparse parameters have little state to save."
+            )
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or not hasattr(inner, "param_groups"):
+            return optimizer
+        optimizer = inner
+
+
+def _locate(optimizer: Any, parameter: Tensor) -> str:
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            if p is parameter:
+                name = f" '{group['param_names'][i]}'" if group.get("param_names") else ""
+                return f"parameter{name} (group {g}, position {i}, shape {tuple(p.shape)})"
+    raise ValueError(
+        f"{type(optimizer).__name__} does not hold this parameter of shape {tuple(parameter.shape)}. Either the "
+        "parameter was frozen or replaced after the optimizer was built (change values in place instead), or the "
+        "optimizer holds flattened parameters (FSDP1: wrap with FSDP2 and leave adapters out, or use DDP) or updates "
+        "during backward (LOMO, layer-wise optimizers: use another `optim`)."
+    )
+
+
+def _refuse_partitioned(parameter: Tensor, where: str) -> None:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        raise ValueError(
+            f"{where} is partitioned by DeepSpeed ZeRO, and so is its state. Train moving supports with DDP or on one "
+            "device, or freeze the support under DeepSpeed."
+        )
+    if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter":
+        raise ValueError(
+            f"{where} is a part of an FSDP1 flat parameter: unit positions do not line up with its shards. Use DDP, "
+            "or FSDP2 with the adapter's parameters passed as `ignored_params`."
+        )
+    if type(parameter) not in (Tensor, torch.nn.Parameter) and _is_dtensor(parameter):
+        raise ValueError(
+            f"{where} is a DTensor, sharded over ranks. Keep the adapter's parameters replicated: pass them as "
+            "`ignored_params` of `fully_shard`, or add the adapter after the base was sharded."
+        )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def _views(optimizer: Any, parameter: Tensor, state: dict[str, Any], where: str) -> dict[str, Tensor]:
+    """State name -> a view with the parameter's units along dim 0, for all state that follows units."""
+    kind, shape, k = type(optimizer).__name__, tuple(parameter.shape), parameter.shape[0]
+    free = frozenset(getattr(optimizer, "state_not_per_unit", ()))
+    _refuse_quantised(parameter, state, where, kind)
+    views: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in free:
+            continue
+        if isinstance(value, (dict, list, tuple)) and any(isinstance(t, Tensor) for t in _leaves(value)):
+            raise ValueError(
+                f"State '{name}' of {where} in {kind} is a {type(value).__name__} of tensors, and nothing says how "
+                "its units lie. Use an optimizer with one state tensor per parameter, such as AdamW."
+            )
+        if not isinstance(value, Tensor):
+            continue
+        got = tuple(value.shape)
+        if len(shape) > 1 and name in _ROW_FACTORS | _COLUMN_FACTORS:
+            # The leading dims of a stack of matrices are batch dims of both halves.
+            if got[:1] == (k,) and (name in _ROW_FACTORS or len(shape) > 2):
+                views[name] = value
+        elif got == shape or (name == "step" and got in ((k,), (k, *[1] * (len(shape) - 1)))):
+            views[name] = value
+        elif name == "state1" and got == (2, *shape):  # bitsandbytes' AdEMAMix stacks its two first moments
+            views[name] = value.movedim(1, 0)
+        elif value.numel() > 1:
+            raise ValueError(
+                f"State '{name}' of {where} in {kind} has shape {got}, which is neither the parameter's nor a known "
+                "factor of it, so it is unknown which part belongs to which unit. Use an optimizer with per-element "
+                "state (AdamW, SGD, Adafactor, Lion), or list the name in the optimizer's `state_not_per_unit` if it "
+                "follows no unit."
+            )
+    return views
+
+
+def _refuse_quantised(parameter: Tensor, state: dict[str, Any], where: str, kind: str) -> None:
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name.startswith("state") and value.dtype == torch.uint8:
+            raise ValueError(
+                f"State '{name}' of {where} in {kind} is 8-bit: blocks of 256 elements share one `absmax`, so a unit "
+                "cannot move without rounding its neighbours. Call "
+                "`hf_sparse_peft.optim.use_32bit_states([parameter])` before the first step (bitsandbytes' "
+                "GlobalOptimManager override; it keeps tensors below 4096 elements in 32 bits anyway), or use a "
+                "32-bit optimizer."
+            )
+        if _is_dtensor(value):
+            raise ValueError(
+                f"State '{name}' of {where} in {kind} is a DTensor, sharded over ranks. Keep the adapter's parameters "
+                "replicated: pass them as `ignored_params` of `fully_shard`."
+            )
+        low_bit = value.dtype in (torch.uint8, torch.int8) and value.numel() > 1 and parameter.is_floating_point()
+        if type(value) not in (Tensor, torch.nn.Parameter) or low_bit:
+            form = value.dtype if low_bit else type(value).__name__
+            raise ValueError(
+                f"State '{name}' of {where} in {kind} is stored as {form}, a quantised form whose elements cannot be "
+                "edited one by one. Use a 32-bit optimizer for this parameter."
+            )
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
+
+
+def _check_seeds(
+    optimizer: Any,
+    views: dict[str, Tensor],
+    seeded: dict[str, Tensor] | None,
+    seeded_new: Tensor | None,
+    new: Tensor,
+    units: int,
+    where: str,
+) -> tuple[dict[str, Tensor], Tensor]:
+    if seeded is None or seeded_new is None:
+        return {}, new
+    at = _check_positions("seeded_new", seeded_new, units)
+    taken = torch.zeros(units, dtype=torch.bool, device=new.device).index_fill_(0, new, True)
+    if bool(taken[at.to(new.device)].any()):
+        raise ValueError(f"seeded_new and kept_new of {where} share a position. A unit is either kept or new.")
+    alias = _BNB_SEED_NAMES.get(getattr(optimizer, "optimizer_name", ""), {}) if "state1" in views else {}
+    seeds: dict[str, Tensor] = {}
+    for given, seed in seeded.items():
+        name = alias.get(given, given)
+        if name not in views:
+            if given == "step":
+                _warn_once(
+                    f"{type(optimizer).__name__} has one scalar step: the ages of seeded units are dropped and their "
+                    "moments are not bias-corrected from here on. Use AgedAdamW with per_unit_age=True for ages per "
+                    "unit."
+                )
+                continue
+            raise ValueError(
+                f"seeded names '{given}', but {type(optimizer).__name__} keeps {sorted(views)} for {where}. Seed "
+                "those only."
+            )
+        want = (at.numel(), *views[name].shape[1:])
+        if given == "step" and seed.dim() == 1:
+            seed = seed.view(-1, *[1] * (len(want) - 1))
+        if tuple(seed.shape) != want:
+            raise ValueError(f"seeded['{given}'] has shape {tuple(seed.shape)}; {where} takes {want}.")
+        seeds[name] = seed
+    return seeds, at
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
