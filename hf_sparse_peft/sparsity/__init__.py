@@ -1,0 +1,66 @@
+"""Floor 2: supports, scores, selection, schedules and budgets. Knows torch only.
+
+UnitGrid                         what a unit is: an entry, a block, a row or a column
+CRITERIA, select_units           what a unit is worth, and the best k of them by name
+top_units, random_units          exact selection in chunks
+encode_support, decode_support   a support as bytes of fixed length
+*_counts                         how a budget is split over layers
+SCHEDULES, make_schedule         how a number moves during training
+"""
+
+from .allocation import (
+    counts_from_total,
+    erdos_renyi_counts,
+    erdos_renyi_densities,
+    global_counts,
+    uniform_counts,
+)
+from .codec import HEADER_BYTES, codes_length, decode_support, encode_support
+from .schedules import (
+    SCHEDULES,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    Schedule,
+    Window,
+    make_schedule,
+)
+from .scores import CRITERIA, LowRankMagnitude, Magnitude, Random, SmallestMagnitude, make_score, select_units
+from .selection import random_units, stream_seed, top_units
+from .support import GRANULARITIES, Granularity, UnitGrid
+
+__all__ = [
+    "CRITERIA",
+    "GRANULARITIES",
+    "HEADER_BYTES",
+    "SCHEDULES",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Granularity",
+    "Linear",
+    "LowRankMagnitude",
+    "Magnitude",
+    "Random",
+    "Schedule",
+    "SmallestMagnitude",
+    "UnitGrid",
+    "Window",
+    "codes_length",
+    "counts_from_total",
+    "decode_support",
+    "encode_support",
+    "erdos_renyi_counts",
+    "erdos_renyi_densities",
+    "global_counts",
+    "make_schedule",
+    "make_score",
+    "random_units",
+    "select_units",
+    "stream_seed",
+    "top_units",
+    "uniform_counts",
+]

@@ -1,0 +1,152 @@
+"""How a budget is split over the layers: pure functions from `{module name: UnitGrid}` to `{module name: units}`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from .selection import count_selected, find_cut, rereadable
+from .support import UnitGrid
+
+
+def uniform_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, int]:
+    """`floor(density * num_units)` of every layer.
+
+    Raises:
+        ValueError: no layers, `density` outside (0, 1], or a layer left without a unit; names it.
+    """
+    _total_entries(grids)
+    return {name: grid.count_for_density(density, name) for name, grid in grids.items()}
+
+
+def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str, int]:
+    r""":math:`N_l = \lfloor N\,n_l / \sum n \rfloor` entries for a layer of :math:`n_l`, in whole units (SpIEL; Ansell
+    et al., 2024).
+
+    In integers, so no layer loses an entry to float error. The sum is at most `num_entries`.
+
+    Raises:
+        ValueError: no layers, a budget below 1 or above all entries, or a layer left without a unit; names it.
+    """
+    total = _total_entries(grids)
+    if not 1 <= num_entries <= total:
+        raise ValueError(
+            f"num_entries={num_entries} must be between 1 and the {total} entries of the targeted weights."
+        )
+    counts = {name: num_entries * g.rows * g.cols // total // g.unit_numel for name, g in grids.items()}
+    for name, count in counts.items():
+        if count == 0:
+            grid = grids[name]
+            need = -(-grid.unit_numel * total // (grid.rows * grid.cols))
+            raise ValueError(
+                f"num_entries={num_entries} leaves no {grid.granularity} in '{name}' ({grid.rows}x{grid.cols}). Raise "
+                f"num_entries to at least {need}, or leave the module out of target_modules."
+            )
+    return counts
+
+
+def erdos_renyi_densities(grids: dict[str, UnitGrid], density: float) -> dict[str, float]:
+    r"""Density :math:`d_l = \min(1, \varepsilon\,(m+n)/(mn))` of each layer (Mocanu et al., 2018; Evci et al., 2020).
+
+    :math:`\varepsilon = (\sum_{sparse} d\,n_l - \sum_{dense} (1-d)\,n_l) / \sum_{sparse} n_l (m+n)/(mn)` makes the
+    whole keep `density`. While the largest raw value among the sparse layers would pass 1, its layers become dense and
+    :math:`\varepsilon` is solved again.
+
+    Raises:
+        ValueError: no layers, or `density` outside (0, 1].
+    """
+    _total_entries(grids)
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density={density} must be in (0, 1]: it is the share of entries that live.")
+    raw = {name: (g.rows + g.cols) / (g.rows * g.cols) for name, g in grids.items()}
+    size = {name: g.rows * g.cols for name, g in grids.items()}
+    dense: set[str] = set()
+    while len(dense) < len(grids):
+        sparse = [name for name in grids if name not in dense]
+        budget = sum(density * size[n] for n in sparse) - sum((1.0 - density) * size[n] for n in dense)
+        epsilon = budget / sum(raw[n] * size[n] for n in sparse)
+        peak = max(raw[n] for n in sparse)
+        if epsilon * peak <= 1.0:
+            return {n: 1.0 if n in dense else epsilon * raw[n] for n in grids}
+        dense.update(n for n in sparse if raw[n] == peak)
+    return dict.fromkeys(grids, 1.0)
+
+
+def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, int]:
+    """Units of each layer at its `erdos_renyi_densities`, rounded so that the whole stays on budget.
+
+    Counts are rounded down, then the entries left of `floor(density * all entries)` go, one unit a layer, to the
+    layers with the largest remainders (the earlier layer on a tie). With units of one size the total is exact.
+
+    Raises:
+        ValueError: no layers, `density` outside (0, 1], or a layer left without a unit; names it.
+    """
+    densities = erdos_renyi_densities(grids, density)
+    total = _total_entries(grids)
+    # floor with the guard against float error that the grids have
+    spare = UnitGrid(1, total).count_for_density(density)
+    exact = {name: densities[name] * grid.num_units for name, grid in grids.items()}
+    counts = {name: min(grids[name].num_units, math.floor(value + 1e-9)) for name, value in exact.items()}
+    spare -= sum(counts[name] * grid.unit_numel for name, grid in grids.items())
+    for name in sorted(grids, key=lambda n: counts[n] - exact[n]):
+        if grids[name].unit_numel <= spare and counts[name] < grids[name].num_units:
+            counts[name] += 1
+            spare -= grids[name].unit_numel
+    for name, count in counts.items():
+        if count == 0:
+            grid = grids[name]
+            raise ValueError(
+                f"density={density} with Erdos-Renyi allocation gives '{name}' ({grid.rows}x{grid.cols}) a density of "
+                f"{densities[name]:.1e}, which leaves no {grid.granularity}. Raise density, use uniform allocation, "
+                f"or leave the module out of target_modules."
+            )
+    return counts
+
+
+def global_counts(
+    score_fns: dict[str, Callable[[], Iterable[Tensor]]], grids: dict[str, UnitGrid], total_units: int
+) -> dict[str, int]:
+    """How many of the `total_units` best units of all layers together fall into each layer.
+
+    One threshold for all scores, ties to the earlier layer and the lower unit, so the counts sum to `total_units`
+    exactly and `top_units(score_fns[name], counts[name])` are the chosen units. `score_fns`: per layer a callable (or
+    list of chunks, or tensor) as `top_units` takes it, all of one dtype. Memory: one chunk. Scores of units of
+    different sizes are compared as they are.
+
+    Raises:
+        ValueError: names that differ between the two, a layer whose scores are not `num_units`, a budget below 1 or
+            above all units, NaN scores, or a layer left without a unit; names it.
+    """
+    _total_entries(grids)
+    if set(score_fns) != set(grids):
+        odd = ", ".join(sorted(set(score_fns) ^ set(grids)))
+        raise ValueError(f"score_fns and grids must name the same modules; only one of them has: {odd}.")
+    available = sum(grid.num_units for grid in grids.values())
+    if not 1 <= total_units <= available:
+        raise ValueError(f"total_units={total_units} must be between 1 and the {available} units of all modules.")
+    sources = [(name, rereadable(score_fns[name])) for name in grids]
+    cut = find_cut(sources, total_units)
+    counts, ties = {}, cut.ties
+    for name, chunks in sources:
+        above, tied, seen = count_selected(chunks, cut)
+        if seen != grids[name].num_units:
+            raise ValueError(f"'{name}' has {grids[name].num_units} units, but its scores number {seen}.")
+        taken = min(ties, tied)
+        ties -= taken
+        counts[name] = above + taken
+    for name, count in counts.items():
+        if count == 0:
+            raise ValueError(
+                f"total_units={total_units} spread over all modules by score leaves none in '{name}' "
+                f"({grids[name].rows}x{grids[name].cols}). Raise density, use uniform allocation, or leave the module "
+                f"out of target_modules."
+            )
+    return counts
+
+
+def _total_entries(grids: dict[str, UnitGrid]) -> int:
+    if not grids:
+        raise ValueError("There are no modules to share a budget: target_modules matched none.")
+    return sum(grid.rows * grid.cols for grid in grids.values())

@@ -1,0 +1,156 @@
+r"""What share, rate or count holds at a given progress of training. Every schedule is a frozen dataclass, `p ->
+value`.
+
+`p` is progress in `[0, 1]`, a step over the number of steps. At `p = 0` and `p = 1` the end points come out exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """`value` at every progress. Raises `ValueError` for progress outside [0, 1]."""
+
+    value: float
+    """What it returns."""
+
+    def __call__(self, progress: float) -> float:
+        _progress(progress)
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    r""":math:`(1-p)\,start + p\,end`. Raises `ValueError` for progress outside [0, 1]."""
+
+    start: float
+    """Value at progress 0."""
+    end: float
+    """Value at progress 1."""
+
+    def __call__(self, progress: float) -> float:
+        return _between(self.start, self.end, 1.0 - _progress(progress))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    r""":math:`end + (start-end)(1+\cos \pi p)/2` (RigL's, with `end = 0`; Evci et al., 2020).
+
+    Raises `ValueError` for progress outside [0, 1].
+    """
+
+    start: float
+    """Value at progress 0."""
+    end: float
+    """Value at progress 1."""
+
+    def __call__(self, progress: float) -> float:
+        return _between(self.start, self.end, (1.0 + math.cos(math.pi * _progress(progress))) / 2.0)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    r""":math:`end + (start-end)(1-p)^3` (Zhu & Gupta, 2017). Raises `ValueError` for progress outside [0, 1]."""
+
+    start: float
+    """Value at progress 0."""
+    end: float
+    """Value at progress 1."""
+
+    def __call__(self, progress: float) -> float:
+        return _between(self.start, self.end, (1.0 - _progress(progress)) ** 3)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    r""":math:`start\,(end/start)^p`, a constant factor per step.
+
+    Raises:
+        ValueError: end points that are zero or of different sign; progress outside [0, 1].
+    """
+
+    start: float
+    """Value at progress 0."""
+    end: float
+    """Value at progress 1, of the sign of `start`."""
+
+    def __post_init__(self) -> None:
+        if not self.start * self.end > 0:
+            raise ValueError(
+                f"An exponential schedule from {self.start} to {self.end} does not exist: both must be non-zero and "
+                f"of one sign. Use linear, cosine or cubic to reach 0."
+            )
+
+    def __call__(self, progress: float) -> float:
+        progress = _progress(progress)
+        if progress == 1.0:
+            return self.end
+        return self.start * (self.end / self.start) ** progress
+
+
+@dataclass(frozen=True)
+class Window:
+    r"""`inner` squeezed into `[begin, end]`: `inner(0)` before, `inner(1)` after, `inner((p-begin)/(end-begin))`
+    between.
+
+    Raises:
+        ValueError: unless `0 <= begin < end <= 1`; progress outside [0, 1].
+    """
+
+    inner: Schedule
+    """The schedule that runs inside the window."""
+    begin: float
+    """Progress at which `inner` starts to move."""
+    end: float
+    """Progress at which it has arrived."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.begin < self.end <= 1.0:
+            raise ValueError(f"A window from {self.begin} to {self.end} must satisfy 0 <= begin < end <= 1.")
+
+    def __call__(self, progress: float) -> float:
+        inside = (_progress(progress) - self.begin) / (self.end - self.begin)
+        return self.inner(min(1.0, max(0.0, inside)))
+
+
+SCHEDULES: dict[str, type] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "cubic": Cubic,
+    "exponential": Exponential,
+}
+"""Schedule name -> class; all but `constant` take a start and an end."""
+
+
+def make_schedule(name: str, start: float, end: float, begin: float = 0.0, end_at: float = 1.0) -> Schedule:
+    """The schedule `name` from `start` to `end`, moving between progress `begin` and `end_at` and still outside.
+
+    `constant` holds `start`; `end`, `begin` and `end_at` say nothing about it.
+
+    Raises:
+        ValueError: unknown name, unless `0 <= begin < end_at <= 1`, or end points that the schedule cannot join.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule='{name}' is unknown. Accepted: {', '.join(sorted(SCHEDULES))}.")
+    if name == "constant":
+        return Constant(start)
+    inner = SCHEDULES[name](start, end)
+    return inner if (begin, end_at) == (0.0, 1.0) else Window(inner, begin, end_at)
+
+
+def _progress(progress: float) -> float:
+    # A step over a step count is exact at both ends, but a caller may sum up fractions.
+    if not -1e-9 <= progress <= 1.0 + 1e-9:
+        raise ValueError(f"progress={progress} must be in [0, 1]: the current step over the number of steps.")
+    return min(1.0, max(0.0, float(progress)))
+
+
+def _between(start: float, end: float, weight: float) -> float:
+    return start * weight + end * (1.0 - weight)

@@ -1,0 +1,249 @@
+"""Data-free importance scores of a weight, one chunk of units at a time, and selection by the name of a criterion.
+
+A score is a frozen dataclass; called with a weight and a grid it returns a callable that starts a pass over fp32 score
+chunks, in unit order, as `top_units` reads them. Larger is better for every score here. A unit of several entries
+scores the sum of its entries' scores. The weight is read in slabs of rows: no fp32 copy of it ever exists as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .selection import CHUNK, random_units, top_units
+from .support import UnitGrid
+
+Chunks = Callable[[], Iterator[Tensor]]
+
+
+class Score(Protocol):
+    """What `CRITERIA` holds instances of: weight `[rows, cols]` -> re-readable fp32 chunks of `num_units` scores."""
+
+    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks: ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    r"""`|w|`: the largest entries of the pretrained weight.
+
+    Weight: `[rows, cols]`, any float dtype and strides. Scores: fp32.
+    Raises `ValueError` for a weight of another shape or of packed integers.
+    """
+
+    def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        check_weight(weight, grid, "magnitude")
+        return chunks_of(lambda begin, end: weight[begin:end].abs().float(), grid)
+
+
+@dataclass(frozen=True)
+class SmallestMagnitude:
+    r"""`-|w|`: the entries nearest zero come first (SaRA trains those; Hu et al., 2024).
+
+    Weight: `[rows, cols]`, any float dtype and strides. Scores: fp32.
+    Raises `ValueError` for a weight of another shape or of packed integers.
+    """
+
+    def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        check_weight(weight, grid, "smallest_magnitude")
+        return chunks_of(lambda begin, end: weight[begin:end].abs().float().neg_(), grid)
+
+
+@dataclass(frozen=True)
+class LowRankMagnitude:
+    r"""`|W_q|`, with `W_q = U_q diag(s_q) V_q^T` the best approximation of rank `q` (LIFT; Liu et al., 2025).
+
+    By default a randomised SVD (Halko et al., 2011, alg. 4.4 and 5.1, as `torch.svd_lowrank`), whose products with the
+    weight run slab by slab in fp32 and whose noise comes from `generator` alone. `W_q` itself exists one slab at a
+    time.
+
+    Raises:
+        ValueError: a weight of another shape or of packed integers, `rank` below 1, no generator unless `exact`.
+    """
+
+    rank: int = 64
+    """Rank `q` of the approximation (LIFT's `filter_rank`); above `min(rows, cols)` the score is the magnitude."""
+    oversampling: int | None = None
+    """Extra random directions of the randomised SVD; None takes as many as `rank` (LIFT: `2q` in total)."""
+    power_iterations: int = 2
+    """Passes over the weight and its transpose that sharpen the randomised subspace (`torch.svd_lowrank`: 2)."""
+    exact: bool = False
+    """Full SVD in fp32 instead: one fp32 copy of the weight and seconds to minutes a matrix."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} of 'low_rank_magnitude' must be at least 1.")
+        if self.oversampling is not None and self.oversampling < 0:
+            raise ValueError(f"oversampling={self.oversampling} of 'low_rank_magnitude' must be 0 or more, or None.")
+        if self.power_iterations < 0:
+            raise ValueError(f"power_iterations={self.power_iterations} of 'low_rank_magnitude' must be 0 or more.")
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        check_weight(weight, grid, "low_rank_magnitude")
+        rank = min(self.rank, grid.rows, grid.cols)
+        if rank == min(grid.rows, grid.cols):
+            return Magnitude()(weight, grid)
+        if self.exact:
+            u, s, vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+            left, right = u[:, :rank] * s[:rank], vt[:rank].clone()
+        else:
+            left, right = self._randomised(weight.detach(), rank, generator)
+        return chunks_of(lambda begin, end: (left[begin:end] @ right).abs_(), grid)
+
+    def _randomised(self, weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        if generator is None:
+            raise ValueError("'low_rank_magnitude' needs a generator for its randomised SVD; pass one, or exact=True.")
+        rows, cols = weight.shape
+        extra = rank if self.oversampling is None else self.oversampling
+        directions = min(rank + extra, rows, cols)
+        noise = torch.randn(cols, directions, generator=generator, device=generator.device).to(weight.device)
+        basis = torch.linalg.qr(_times(weight, noise)).Q
+        for _ in range(self.power_iterations):
+            basis = torch.linalg.qr(_transpose_times(weight, basis)).Q
+            basis = torch.linalg.qr(_times(weight, basis)).Q
+        u, s, vt = torch.linalg.svd(_transpose_times(weight, basis).t(), full_matrices=False)
+        return basis @ (u[:, :rank] * s[:rank]), vt[:rank].clone()
+
+
+@dataclass(frozen=True)
+class Random:
+    """One uniform number a unit, whatever its size; the same numbers at every pass.
+
+    Takes one draw of `generator` at the call. The weight may be None. `select_units("random")` draws units directly.
+    Raises `ValueError` without a generator.
+    """
+
+    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        if generator is None:
+            raise ValueError("'random' needs a generator; seed one with stream_seed(seed, step, module_name).")
+        device = generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+
+        def chunks() -> Iterator[Tensor]:
+            stream = torch.Generator(device=device).manual_seed(seed)
+            for begin in range(0, grid.num_units, CHUNK):
+                yield torch.rand(min(CHUNK, grid.num_units - begin), generator=stream, device=device)
+
+        return chunks
+
+
+CRITERIA: dict[str, type] = {
+    "random": Random,
+    "magnitude": Magnitude,
+    "smallest_magnitude": SmallestMagnitude,
+    "low_rank_magnitude": LowRankMagnitude,
+}
+"""Criterion name -> score dataclass; its fields are the criterion's options."""
+
+
+def select_units(
+    criterion: str,
+    weight: Tensor | None,
+    grid: UnitGrid,
+    k: int,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor:
+    """The `k` best units of `weight` (`[rows, cols]`, floating point) by the criterion of that name.
+
+    Returns sorted distinct units `[k]` of `grid.index_dtype`, on the weight's device (`random`: the generator's device
+    if the weight is None).
+
+    Raises:
+        ValueError: unknown criterion or option, a criterion that needs a weight without one, a weight of another
+            shape, a missing generator, NaN in the weight, or `k` outside `0 .. num_units`.
+    """
+    score = make_score(criterion, **options)
+    if isinstance(score, Random):
+        units = random_units(grid.num_units, k, generator)
+        return units if weight is None else units.to(weight.device)
+    if weight is None:
+        raise ValueError(
+            f"criterion='{criterion}' scores the base weight and got None. Only 'random' does without one."
+        )
+    return top_units(score(weight, grid, generator), k)
+
+
+def make_score(criterion: str, **options: Any) -> Score:
+    """The score of that name with its options set.
+
+    Raises:
+        ValueError: unknown criterion or option; lists what is accepted.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion='{criterion}' is unknown. Accepted: {', '.join(sorted(CRITERIA))}.")
+    accepted = [field.name for field in fields(CRITERIA[criterion])]
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(
+            f"criterion='{criterion}' does not take {', '.join(unknown)}. "
+            f"Accepted options: {', '.join(accepted) or 'none'}."
+        )
+    return CRITERIA[criterion](**options)
+
+
+def check_weight(weight: Tensor | None, grid: UnitGrid, criterion: str) -> None:
+    """Raises `ValueError` unless `weight` is a floating-point `[rows, cols]` tensor with data."""
+    if weight is None:
+        raise ValueError(
+            f"criterion='{criterion}' scores the base weight and got None. Only 'random' does without one."
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"criterion='{criterion}' got a {weight.dtype} weight. Pass it dequantised.")
+    if tuple(weight.shape) != (grid.rows, grid.cols):
+        raise ValueError(
+            f"criterion='{criterion}' got a weight of shape {tuple(weight.shape)} for a grid of "
+            f"{grid.rows}x{grid.cols}. Pass the weight as [rows, cols] (transpose Conv1D, dequantise 4-bit)."
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"criterion='{criterion}' got a weight on the meta device, which has no values. Load it first."
+        )
+
+
+def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid) -> Chunks:
+    """Per-unit score chunks from `entry_scores(begin, end)`: fp32 scores `[end - begin, cols]` of some rows."""
+    size = grid.block_size
+
+    def chunks() -> Iterator[Tensor]:
+        total = None
+        for begin, end in _slabs(grid.rows, grid.cols, size if grid.granularity == "block" else 1):
+            with torch.no_grad():
+                scores = entry_scores(begin, end)
+                if grid.granularity == "column":
+                    part = scores.sum(0)
+                    total = part if total is None else total.add_(part)
+                    continue
+                if grid.granularity == "row":
+                    scores = scores.sum(1)
+                elif grid.granularity == "block":
+                    scores = scores.reshape(-1, size, grid.cols // size, size).sum((1, 3))
+            yield scores.reshape(-1)
+        if total is not None:
+            yield total
+
+    return chunks
+
+
+def _slabs(rows: int, cols: int, multiple: int) -> Iterator[tuple[int, int]]:
+    height = max(1, CHUNK // (cols * multiple)) * multiple
+    for begin in range(0, rows, height):
+        yield begin, min(begin + height, rows)
+
+
+def _times(weight: Tensor, right: Tensor) -> Tensor:
+    """`weight @ right` in fp32, slab by slab."""
+    return torch.cat([weight[b:e].float() @ right for b, e in _slabs(*weight.shape, 1)])
+
+
+def _transpose_times(weight: Tensor, right: Tensor) -> Tensor:
+    """`weight.t() @ right` in fp32, slab by slab."""
+    out = torch.zeros(weight.shape[1], right.shape[1], device=weight.device)
+    for b, e in _slabs(*weight.shape, 1):
+        out.addmm_(weight[b:e].float().t(), right[b:e])
+    return out

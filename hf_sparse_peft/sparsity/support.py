@@ -1,0 +1,193 @@
+"""How a weight is cut into units, and how the values of some units are read from and added to it.
+
+    entry            block (bs=2)       row              column
+    [. x . .]        [. . x x]          [. . . .]        [. x . .]
+    [. . . .]        [. . x x]          [x x x x]        [. x . .]
+    unit 1           unit 1             unit 1           unit 1
+
+A *support* is a sorted tensor of distinct unit numbers of one grid; its *values* are one small dense piece per unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["entry", "block", "row", "column"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+@dataclass(frozen=True)
+class UnitGrid:
+    r"""How a `[rows, cols]` weight is cut into units.
+
+    | granularity | units | unit `u` holds | values of k units |
+    |---|---|---|---|
+    | `entry`  | `rows * cols` | `w[u // cols, u % cols]` | `[k]` |
+    | `block`  | `(rows / bs) * (cols / bs)` | block `divmod(u, cols / bs)`, row-major inside | `[k, bs, bs]` |
+    | `row`    | `rows` | `w[u, :]` | `[k, cols]` |
+    | `column` | `cols` | `w[:, u]` | `[k, rows]` |
+
+    Raises:
+        ValueError: unknown granularity, a side below 1, or a `block_size` that does not divide both sides.
+    """
+
+    rows: int
+    """Rows of the weight (`out_features` of a linear layer)."""
+    cols: int
+    """Columns of the weight (`in_features` of a linear layer)."""
+    granularity: Granularity = "entry"
+    """What one unit is: an entry, a square block, a row or a column."""
+    block_size: int = 32
+    """Side of a block; read only when `granularity="block"`."""
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={self.granularity!r} is unknown. Accepted: {', '.join(GRANULARITIES)}.")
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"A weight of {self.rows}x{self.cols} has no entries; rows and cols must be at least 1.")
+        if self.granularity == "block":
+            size = self.block_size
+            if size < 1 or self.rows % size or self.cols % size:
+                common = math.gcd(self.rows, self.cols)
+                fits = [d for d in range(1, min(common, 1024) + 1) if common % d == 0]
+                raise ValueError(
+                    f"block_size={size} does not divide a weight of {self.rows}x{self.cols}. Block sizes that do: "
+                    f"{', '.join(map(str, fits))}. Or leave the module out of target_modules."
+                )
+
+    @property
+    def num_units(self) -> int:
+        """How many units the weight has."""
+        if self.granularity == "entry":
+            return self.rows * self.cols
+        if self.granularity == "block":
+            return (self.rows // self.block_size) * (self.cols // self.block_size)
+        return self.rows if self.granularity == "row" else self.cols
+
+    @property
+    def unit_numel(self) -> int:
+        """How many entries one unit has; `num_units * unit_numel == rows * cols`."""
+        return self.rows * self.cols // self.num_units
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """`torch.int32`, or `torch.int64` from 2**31 units on."""
+        return torch.int32 if self.num_units < 2**31 else torch.int64
+
+    def values_shape(self, k: int) -> tuple[int, ...]:
+        """Shape of the values of `k` units: `(k,)`, `(k, bs, bs)`, `(k, cols)` or `(k, rows)`."""
+        if self.granularity == "entry":
+            return (k,)
+        if self.granularity == "block":
+            return (k, self.block_size, self.block_size)
+        return (k, self.cols) if self.granularity == "row" else (k, self.rows)
+
+    def entry_positions(self, units: Tensor) -> Tensor:
+        """Flat row-major positions in `[rows, cols]` of every entry of `units` (`[k]`, any integer dtype).
+
+        Returns int64 `[k, unit_numel]`, laid out as `values.reshape(k, -1)`.
+        """
+        u = units.long().unsqueeze(1)
+        if self.granularity == "entry":
+            return u
+        if self.granularity == "row":
+            return u * self.cols + torch.arange(self.cols, device=u.device)
+        if self.granularity == "column":
+            return u + torch.arange(self.rows, device=u.device) * self.cols
+        size, across = self.block_size, self.cols // self.block_size
+        corner = (u // across) * (size * self.cols) + (u % across) * size
+        side = torch.arange(size, device=u.device)
+        return corner + (side[:, None] * self.cols + side).reshape(-1)
+
+    def gather(self, dense: Tensor, units: Tensor) -> Tensor:
+        """The values of `units` (`[k]`, any integer dtype, in range) in `dense` (`[rows, cols]`, any strides).
+
+        Returns a copy of shape `values_shape(k)` in `dense`'s dtype. Units are not checked against the grid: that
+        would wait for the device at every step. `decode_support` checks what comes from a file.
+
+        Raises:
+            ValueError: `dense` is not `[rows, cols]`.
+        """
+        self._check_dense(dense)
+        return self._read(dense, units.long())
+
+    @torch.no_grad()
+    def scatter_add_(self, dense: Tensor, units: Tensor, values: Tensor) -> Tensor:
+        """`dense[units] += values` in place, added in fp32 and cast to `dense`'s dtype once; autograd does not see it.
+
+        `dense`: `[rows, cols]`, any float dtype and strides (a transposed view is written through). `units`: `[k]`
+        distinct integers in range. `values`: `values_shape(k)`, any float dtype. float64 operands add in float64.
+        Returns `dense`.
+
+        Raises:
+            ValueError: `dense` is not `[rows, cols]`, or `values` is not `values_shape(k)`.
+        """
+        self._check_dense(dense)
+        expected = self.values_shape(units.numel())
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"values have shape {tuple(values.shape)}, but {units.numel()} units of granularity "
+                f"'{self.granularity}' of a {self.rows}x{self.cols} weight take {expected}."
+            )
+        u = units.long()
+        # A delta cast to bf16 before the addition loses up to half its bits: one rounding, after the addition.
+        wide = torch.promote_types(torch.promote_types(dense.dtype, values.dtype), torch.float32)
+        total = self._read(dense, u).to(wide).add_(values.to(wide)).to(dense.dtype)
+        if self.granularity == "row":
+            dense.index_copy_(0, u, total)
+        elif self.granularity == "column":
+            dense.index_copy_(1, u, total.t())
+        elif self.granularity == "block":
+            across = self.cols // self.block_size
+            self._blocks(dense)[u // across, :, u % across, :] = total
+        else:
+            dense[u // self.cols, u % self.cols] = total
+        return dense
+
+    def count_for_density(self, density: float, name: str = "") -> int:
+        r"""`floor(density * num_units)`, where a product within float error of an integer counts as that integer.
+
+        Raises:
+            ValueError: `density` outside (0, 1], or too small to leave one unit; names the module `name`.
+        """
+        where = f" in '{name}'" if name else ""
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density={density}{where} must be in (0, 1]: it is the share of units that live.")
+        exact = density * self.num_units
+        nearest = round(exact)
+        # 0.29 * 100 is 28.999999999999996: a few units in the last place below an integer are that integer.
+        count = nearest if abs(exact - nearest) <= 1e-12 * max(1.0, exact) else math.floor(exact)
+        if count == 0:
+            noun = {"entry": "entry"}.get(self.granularity, self.granularity)
+            raise ValueError(
+                f"density={density} leaves no {noun}{where} ({self.rows}x{self.cols}, {self.num_units} units). Raise "
+                f"density to at least {1 / self.num_units:.1e}, or leave the module out of target_modules."
+            )
+        return min(count, self.num_units)
+
+    def _check_dense(self, dense: Tensor) -> None:
+        if tuple(dense.shape) != (self.rows, self.cols):
+            raise ValueError(
+                f"The weight has shape {tuple(dense.shape)}, but this support belongs to one of "
+                f"({self.rows}, {self.cols}). Pass the weight as [rows, cols] (transpose Conv1D, dequantise 4-bit)."
+            )
+
+    def _blocks(self, dense: Tensor) -> Tensor:
+        size = self.block_size
+        # Splitting a dimension is a view whatever the strides, so writes reach the weight.
+        return dense.unflatten(1, (self.cols // size, size)).unflatten(0, (self.rows // size, size))
+
+    def _read(self, dense: Tensor, units: Tensor) -> Tensor:
+        if self.granularity == "row":
+            return dense.index_select(0, units)
+        if self.granularity == "column":
+            return dense.index_select(1, units).t().contiguous()
+        if self.granularity == "block":
+            across = self.cols // self.block_size
+            return self._blocks(dense)[units // across, :, units % across, :]
+        return dense[units // self.cols, units % self.cols]
