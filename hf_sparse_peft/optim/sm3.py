@@ -20,13 +20,13 @@ class SparseSM3(Fp32StateOptimizer):
     :math:`C \in \mathbb{R}^n` that start at 0, and :math:`g` the gradient of the value:
 
     .. math::
-        \nu_{ij} &= \min(R_i, C_j) + g_{ij}^2, \qquad w_{ij} \leftarrow w_{ij} - \eta\,g_{ij}/\sqrt{\nu_{ij}+\epsilon}
-        \\ R_i &\leftarrow \max(R_i, \max_j \nu_{ij}), \qquad C_j \leftarrow \max(C_j, \max_i \nu_{ij})
+        \nu_{ij} &= \min(R_i, C_j) + g_{ij}^2, \quad w_{ij} \leftarrow w_{ij} - \eta\,g_{ij}/\sqrt{\nu_{ij}+\epsilon} \\
+        R_i &\leftarrow \max(R_i, \max_j \nu_{ij}), \qquad C_j \leftarrow \max(C_j, \max_i \nu_{ij})
 
     Accumulators belong to rows and columns, not to entries: a move leaves them alone, and a grown entry inherits the
-        damped
-    step of its row and column. They never decrease, so learning rates are larger than Adam's (SpIEL: 4e-4 to 2e-3).
-    Other parameters get plain SM3 with one accumulator per dimension, and 1-D ones get Adagrad, which SM3 is there.
+    damped step of its row and column. They never decrease, so learning rates are larger than Adam's (SpIEL: 4e-4 to
+    2e-3). Other parameters get plain SM3 with one accumulator per dimension, and 1-D ones get Adagrad, which SM3 is
+    there.
 
     State (fp32 also for bf16 parameters): `sm3_row [m]`, `sm3_col [n]` for sparse values; `sm3_dim0`, `sm3_dim1`, ...,
     each of its own length, for dense ones; `momentum_buffer` of the parameter's shape only with `momentum > 0`
@@ -73,8 +73,7 @@ class SparseSM3(Fp32StateOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
 
     def accumulators(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`(R [rows], C [columns])` of a sparse parameter, the live tensors; None before its first step or if it is
-        dense.
+        """`(R [rows], C [columns])` of a sparse parameter, the live tensors; None before its first step or if dense.
 
         SpIEL-MA grows the inactive positions with the largest product `R[i] * C[j]`.
         """
