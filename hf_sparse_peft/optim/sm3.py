@@ -20,7 +20,7 @@ class SparseSM3(Fp32StateOptimizer):
     :math:`C \in \mathbb{R}^n` that start at 0, and :math:`g` the gradient of the value:
 
     .. math::
-        \nu_{ij} &= \min(R_i, C_j) + g_{ij}^2, \quad w_{ij} \leftarrow w_{ij} - \eta\,g_{ij}/\sqrt{\nu_{ij}+\epsilon} \\
+        \nu_{ij} &= \min(R_i, C_j) + g_{ij}^2, \quad w_{ij} \leftarrow w_{ij} - \eta g_{ij}/\sqrt{\nu_{ij}+\epsilon} \\
         R_i &\leftarrow \max(R_i, \max_j \nu_{ij}), \qquad C_j \leftarrow \max(C_j, \max_i \nu_{ij})
 
     Accumulators belong to rows and columns, not to entries: a move leaves them alone, and a grown entry inherits the
@@ -141,18 +141,18 @@ class SparseSM3(Fp32StateOptimizer):
         return nu
 
     def _dense_nu(self, p: Tensor, grad: Tensor) -> Tensor:
-        state, square = self.state[p], grad * grad
+        state = self.state[p]
         if p.dim() < 2:
             if "sum" not in state:
-                state["sum"] = torch.zeros_like(square)
-            return state["sum"].add_(square).clone()
+                state["sum"] = torch.zeros_like(grad)
+            return state["sum"].addcmul_(grad, grad).clone()
         for d, size in enumerate(p.shape):
             state.setdefault(f"sm3_dim{d}", torch.zeros(size, dtype=grad.dtype, device=p.device))
         bounds = [_along(state[f"sm3_dim{d}"], d, p.dim()) for d in range(p.dim())]
         least = bounds[0]
         for bound in bounds[1:]:
             least = torch.minimum(least, bound)
-        nu = square.add_(least)
+        nu = torch.addcmul(least, grad, grad)
         for d in range(p.dim()):
             others = [o for o in range(p.dim()) if o != d]
             torch.maximum(state[f"sm3_dim{d}"], nu.amax(dim=others), out=state[f"sm3_dim{d}"])

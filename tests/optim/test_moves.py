@@ -308,8 +308,8 @@ def test_bad_positions_are_refused_before_anything_moves(old, new, message):
 def test_bad_seeds_are_refused_before_anything_moves(seeded, at, message):
     p, optimizer = stepped(FAMILIES["adam"])
     before = snapshot(optimizer.state[p])
+    at = None if at is None else torch.tensor(at)
     with pytest.raises(ValueError, match=message):
-        at = None if at is None else torch.tensor(at)
         move_optimizer_state(optimizer, p, OLD, NEW, seeded=seeded, seeded_new=at)
     assert all(torch.equal(v, before[k]) for k, v in optimizer.state[p].items())
 
@@ -347,10 +347,10 @@ def test_state_of_an_unknown_shape_is_named_and_nothing_moves():
     p, optimizer = stepped(FAMILIES["adam"])
     before = optimizer.state[p]["exp_avg"].clone()
     optimizer.state[p]["projection"] = torch.zeros(6, 2)
-    with pytest.raises(ValueError, match="'projection'.*\\(6, 2\\)"):
+    with pytest.raises(ValueError, match=r"'projection'.*\(6, 2\)"):
         move_optimizer_state(optimizer, p, OLD, NEW)
     optimizer.state[p]["projection"] = [torch.zeros(6)]
-    with pytest.raises(ValueError, match="'projection'.*list of tensors"):
+    with pytest.raises(ValueError, match=r"'projection'.*list of tensors"):
         move_optimizer_state(optimizer, p, OLD, NEW)
     assert torch.equal(optimizer.state[p]["exp_avg"], before)
     del optimizer.state[p]["projection"]
@@ -395,7 +395,7 @@ def test_a_dtensor_is_refused_with_the_mend(tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         p = torch.nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Replicate()]))
-        with pytest.raises(ValueError, match="DTensor.*ignored_params"):
+        with pytest.raises(ValueError, match=r"DTensor.*ignored_params"):
             move_optimizer_state(torch.optim.AdamW([p]), p, OLD, NEW)
     finally:
         torch.distributed.destroy_process_group()
