@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers.optimization import Adafactor
 
 from hf_sparse_peft.optim import AgedAdamW, SparseSM3, adam_seeds, move_optimizer_state, move_rows, use_32bit_states
@@ -34,7 +36,7 @@ FAMILIES = {
     "adam": lambda p: torch.optim.Adam(p, foreach=False),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "adamw-capturable-amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "adamax": torch.optim.Adamax,
@@ -367,7 +369,7 @@ def test_a_replaced_parameter_is_refused_not_skipped():
 
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
-    [("ds_id", 3, "ZeRO"), ("_hp_mapping", object(), "ZeRO"), ("_fsdp_flattened", True, "FSDP1")],
+    [("ds_id", 3, "ZeRO"), ("_hp_mapping", object(), "ZeRO")],
 )
 def test_partitioned_parameters_are_refused_with_the_mend(attribute, value, message):
     p, optimizer = stepped(FAMILIES["adam"])
@@ -388,17 +390,44 @@ def test_a_deepspeed_optimizer_is_refused_also_inside_a_wrapper():
             move_optimizer_state(level, p, OLD, NEW)
 
 
-def test_a_dtensor_is_refused_with_the_mend(tmp_path):
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+class Adapted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(4, 4)
+        self.values = torch.nn.Parameter(torch.ones(6))
 
+    def forward(self, x):
+        return self.base(x).sum() + (self.values * x.sum()).sum()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Replicate()]))
-        with pytest.raises(ValueError, match=r"DTensor.*ignored_params"):
-            move_optimizer_state(torch.optim.AdamW([p]), p, OLD, NEW)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_shards_are_refused_and_ignored_params_the_mend_works(one_rank):
+    model = Adapted()
+    fully_shard(model, mesh=one_rank, ignored_params={model.values})
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    model(torch.ones(2, 4)).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"DTensor.*ignored_params"):
+        move_optimizer_state(optimizer, model.base.weight, OLD[:1], NEW[:1])
+    before = optimizer.state[model.values]["exp_avg"].clone()
+    move_optimizer_state(optimizer, model.values, OLD, NEW)
+    assert torch.equal(optimizer.state[model.values]["exp_avg"], expected(before))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_flat_parameters_are_refused_with_the_mend(one_rank, use_orig_params):
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(Adapted(), use_orig_params=use_orig_params, device_id=cpu, device_mesh=one_rank)
+    p = next(iter(model.parameters()))
+    with pytest.raises(ValueError, match=r"FSDP1.*DDP"):
+        move_optimizer_state(torch.optim.AdamW(model.parameters()), p, OLD, NEW)
 
 
 def test_a_scalar_parameter_has_no_units():
