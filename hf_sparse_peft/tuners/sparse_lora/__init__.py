@@ -1,0 +1,26 @@
+"""The flagship tuner: a support of entries, blocks, rows or columns, beside a low-rank half whose ranks can move."""
+
+from ..registration import add_peft_type, check_peft, count_living_parameters, register_tuner
+
+check_peft()
+add_peft_type("SPARSE_LORA")  # the config class names the member
+
+from .config import SparseLoraConfig  # noqa: E402
+from .layer import SparseLoraLayer  # noqa: E402
+from .linear import SparseLoraLinear  # noqa: E402
+from .model import SparseLoraModel, sparse_layers  # noqa: E402
+from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
+
+register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
+count_living_parameters()
+
+__all__ = [
+    "PruningConfig",
+    "RankAllocationConfig",
+    "RegrowthConfig",
+    "SparseLoraConfig",
+    "SparseLoraLayer",
+    "SparseLoraLinear",
+    "SparseLoraModel",
+    "sparse_layers",
+]

@@ -1,0 +1,80 @@
+"""What of an adapter goes into its file, and what is checked before a file's tensors reach any layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...sparsity import decode_support
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+
+
+def for_file(state_dict: dict[str, torch.Tensor], config: SparseLoraConfig) -> dict[str, torch.Tensor]:
+    """The tensors to write: trained values in `config.values_dtype`, everything else as it is."""
+    if config.values_dtype == "float32":
+        return state_dict
+    dtype = getattr(torch, config.values_dtype)
+    trained = tuple(f".{name}." for name in SparseLoraLayer.adapter_layer_names)
+    return {key: t.to(dtype) if any(mark in key for mark in trained) else t for key, t in state_dict.items()}
+
+
+def from_file(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, config: SparseLoraConfig, adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """The tensors to load, checked whole before any of them reaches a layer.
+
+    State of running schedules is dropped where the model does not train them, and starts anew where a file has none.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, is not finite, or its support is truncated, out of range,
+            unsorted, duplicated, damaged or made for another base; the message names the tensor.
+    """
+    state_dict = dict(state_dict)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLoraLayer):
+            _check_layer(state_dict, f"{name}." if name else "", layer, adapter_name)
+            _settle_training_state(state_dict, f"{name}." if name else "", layer, adapter_name)
+    return state_dict
+
+
+def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: SparseLoraLayer, adapter_name: str) -> None:
+    if adapter_name in layer.sparse_lora_support:
+        key = f"{prefix}sparse_lora_support.{adapter_name}"
+        capacity = layer.sparse_lora_values[adapter_name].shape[0]
+        decode_support(_present(state_dict, key), layer.sparse_lora_grid[adapter_name], capacity, key)
+    for kind in (*layer.adapter_layer_names, "sparse_lora_rank_mask"):
+        held = getattr(layer, kind)
+        if adapter_name not in held:
+            continue
+        key = f"{prefix}{kind}.{adapter_name}"
+        tensor, expected = _present(state_dict, key), tuple(held[adapter_name].shape)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"'{key}' in the adapter file has shape {tuple(tensor.shape)}, and its config on this base makes it "
+                f"{expected}. The file is truncated or belongs to another base model or config."
+            )
+        if kind != "sparse_lora_rank_mask":
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"'{key}' in the adapter file has values that are not finite; the adapter is damaged.")
+            state_dict[key] = tensor.float()  # the file may hold bf16; masters are fp32
+
+
+def _present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    if key not in state_dict:
+        raise ValueError(
+            f"'{key}' is missing from the adapter file; it is incomplete, or its config targets other modules now."
+        )
+    return state_dict[key]
+
+
+def _settle_training_state(
+    state_dict: dict[str, torch.Tensor], prefix: str, layer: SparseLoraLayer, adapter_name: str
+) -> None:
+    for kind in layer.training_state_names:
+        key, held = f"{prefix}{kind}.{adapter_name}", getattr(layer, kind)
+        if adapter_name not in held:
+            state_dict.pop(key, None)
+            state_dict.pop(f"{prefix}{kind}", None)  # the file's own name for it, which nothing here maps
+        elif key not in state_dict:
+            state_dict[key] = torch.zeros_like(held[adapter_name])

@@ -1,0 +1,101 @@
+"""The end of an adapter's training: dead units and components go for good, and the config says what is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...sparsity import codes_length
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+
+
+@torch.no_grad()
+def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, values_dtype: str | None = None) -> None:
+    """Shrink the adapter to what lives, in place, and write the result into its config.
+
+    Values and outputs stay what they were (with `values_dtype="bfloat16"`: rounded to bf16, as the file will hold
+    them). Parameters are replaced, so an optimizer built before knows nothing of them: call this when training is over.
+
+    Raises:
+        ValueError: `values_dtype` is not one that a file can hold, or the adapter is merged.
+    """
+    if values_dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"values_dtype={values_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
+    layers = [m for m in model.modules() if isinstance(m, SparseLoraLayer) and adapter_name in m.sparse_lora_config]
+    merged = [layer.module_name for layer in layers if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
+    support_pattern, rank_pattern, alpha_pattern = {}, {}, {}
+    for layer in layers:
+        layer.drop_training_state(adapter_name)
+        support_pattern[layer.module_name] = _compact_support(layer, adapter_name)
+        if adapter_name in layer.sparse_lora_A:
+            rank = _compact_rank(layer, adapter_name)
+            scaling = layer.sparse_lora_scaling[adapter_name]
+            if rank != config.r:
+                rank_pattern[layer.module_name] = rank
+                alpha_pattern[layer.module_name] = scaling * (rank**0.5 if config.use_rslora else rank)
+            elif layer.module_name in config.alpha_pattern:
+                alpha_pattern[layer.module_name] = config.alpha_pattern[layer.module_name]
+    if config.has_support:
+        config.support_pattern = support_pattern
+    if rank_pattern:
+        # Full names first: pattern lookup takes the first key that matches.
+        config.rank_pattern = {**rank_pattern, **config.rank_pattern}
+        config.alpha_pattern = {**alpha_pattern, **config.alpha_pattern}
+    config.training_finished = True
+    if values_dtype is not None:
+        config.values_dtype = values_dtype
+        for layer in layers:
+            _round_values(layer, adapter_name, getattr(torch, values_dtype))
+
+
+def _compact_support(layer: SparseLoraLayer, adapter_name: str) -> int:
+    if adapter_name not in layer.sparse_lora_values:
+        return 0
+    units = layer.units(adapter_name)
+    alive = units.numel()
+    if alive == 0:
+        del layer.sparse_lora_values[adapter_name], layer.sparse_lora_support[adapter_name]
+        return 0
+    old = layer.sparse_lora_values[adapter_name]
+    if alive < old.shape[0]:
+        kept = old.data[:alive].clone()
+        layer.sparse_lora_values[adapter_name] = nn.Parameter(kept, requires_grad=old.requires_grad)
+        length = codes_length(layer.sparse_lora_grid[adapter_name], alive)
+        layer.sparse_lora_support[adapter_name] = torch.zeros(length, dtype=torch.uint8, device=units.device)
+        layer.write_support(adapter_name, units)
+    return alive
+
+
+def _compact_rank(layer: SparseLoraLayer, adapter_name: str) -> int:
+    if adapter_name not in layer.sparse_lora_rank_mask:
+        return layer.sparse_lora_r[adapter_name]
+    alive = layer.sparse_lora_rank_mask[adapter_name].bool()
+    rank = int(alive.sum())
+    if rank == alive.numel():
+        return rank
+    grows = layer.sparse_lora_A[adapter_name].requires_grad
+    for name, kept in (
+        ("sparse_lora_A", layer.sparse_lora_A[adapter_name].data[alive]),
+        ("sparse_lora_B", layer.sparse_lora_B[adapter_name].data[:, alive]),
+        ("sparse_lora_gate", layer.sparse_lora_gate[adapter_name].data[alive]),
+    ):
+        if rank:
+            getattr(layer, name)[adapter_name] = nn.Parameter(kept.contiguous(), requires_grad=grows)
+        else:
+            del getattr(layer, name)[adapter_name]
+    if rank:
+        layer.sparse_lora_rank_mask[adapter_name] = torch.ones(rank, dtype=torch.uint8, device=alive.device)
+    else:
+        del layer.sparse_lora_rank_mask[adapter_name]
+    layer.sparse_lora_r[adapter_name] = rank
+    return rank
+
+
+def _round_values(layer: SparseLoraLayer, adapter_name: str, dtype: torch.dtype) -> None:
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name)
+        if adapter_name in held:
+            held[adapter_name].data = held[adapter_name].data.to(dtype).to(held[adapter_name].dtype)

@@ -1,0 +1,176 @@
+"""`SparseLoraConfig`: everything an adapter is and everything that happens to it during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from ...sparsity import CRITERIA
+from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
+
+GRANULARITIES = ("entry", "block", "row", "column")
+ALLOCATIONS = ("uniform", "erdos_renyi", "global")
+INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
+
+
+@dataclass
+class SparseLoraConfig(PeftConfig):
+    r"""Configuration of a sparse + low-rank adapter, :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`.
+
+    `S` has values on a support of `density` of each weight's units; `A`, `B` have rank `r`; either half may be absent
+    (`density=0` or `r=0`). `s` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+
+    Raises:
+        ValueError: an option is out of range or both halves are absent; the message names the option and the mend.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
+    lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout on the low-rank half's input. Above 0 it keeps a second copy of the input."},
+    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."})
+    alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> alpha, instead of `lora_alpha`."}
+    )
+    density: float = field(
+        default=0.005, metadata={"help": "Share of each targeted weight's units in the support; 0 leaves it out."}
+    )
+    num_entries: int | None = field(
+        default=None,
+        metadata={"help": "Weight entries in all supports together, instead of `density`; split as the weights' sizes."},
+    )
+    granularity: Literal["entry", "block", "row", "column"] = field(
+        default="entry", metadata={"help": "What a unit of the support is."}
+    )
+    block_size: int = field(default=32, metadata={"help": "Side of a block; must divide both sides of each weight."})
+    criterion: str = field(
+        default="random", metadata={"help": f"How the first support is chosen: one of {sorted(CRITERIA)}."}
+    )
+    criterion_options: dict = field(
+        default_factory=dict, metadata={"help": "Options of the criterion, e.g. {'rank': 64} for low_rank_magnitude."}
+    )
+    allocation: Literal["uniform", "erdos_renyi", "global"] = field(
+        default="uniform",
+        metadata={
+            "help": "How the units are shared out: the same density everywhere, Erdos-Renyi (Evci et al., 2020), or one "
+            "ranking of all units by the criterion."
+        },
+    )
+    support_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
+    )
+    regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
+    pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
+    rank_allocation: RankAllocationConfig | None = field(
+        default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
+    values_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Dtype of adapter values in files; compact() sets it."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True starts as the identity; False starts with random values (tests)."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regex, or 'all-linear'; None: the architecture's default."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regex to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer numbers to adapt; needs target_modules as a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if it is not in the common places."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
+    )
+    bias: Literal["none", "all", "sparse_lora_only"] = field(
+        default="none", metadata={"help": "Which biases train: none, all of the model's, or the adapted layers'."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether weights are stored [in, out]; set by itself for Conv1D."}
+    )
+    training_finished: bool = field(
+        default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
+    )
+    install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SPARSE_LORA
+        self.regrowth = nested(RegrowthConfig, self.regrowth, "regrowth")
+        self.pruning = nested(PruningConfig, self.pruning, "pruning")
+        self.rank_allocation = nested(RankAllocationConfig, self.rank_allocation, "rank_allocation")
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
+        self.install_hint = INSTALL_HINT
+        self._check_choices()
+        self._check_numbers()
+        self._check_targets()
+
+    @property
+    def has_support(self) -> bool:
+        """Whether the sparse half is there."""
+        return self.density > 0 or bool(self.num_entries) or bool(self.support_pattern)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether something happens during training that a callback has to do."""
+        return not self.training_finished and any((self.regrowth, self.pruning, self.rank_allocation))
+
+    def _check_choices(self) -> None:
+        choices = {
+            "granularity": GRANULARITIES,
+            "allocation": ALLOCATIONS,
+            "criterion": tuple(sorted(CRITERIA)),
+            "values_dtype": ("float32", "bfloat16"),
+            "bias": ("none", "all", "sparse_lora_only"),
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(accepted)}.")
+        if self.allocation == "global" and self.criterion == "random":
+            raise ValueError(
+                "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "
+                "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
+            )
+
+    def _check_numbers(self) -> None:
+        if self.r < 0:
+            raise ValueError(f"r={self.r} is negative; give a rank >= 1, or 0 to leave the low-rank half out.")
+        if not 0 <= self.density <= 1:
+            raise ValueError(f"density={self.density} is not a share; give a number from 0 to 1 (0.005 is 0.5 %).")
+        if self.num_entries is not None and self.num_entries < 1:
+            raise ValueError(f"num_entries={self.num_entries} leaves no entry; give at least 1, or None to use density.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not a share; give a number from 0 to below 1.")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
+        if not self.has_support and self.r == 0 and not self.rank_pattern:
+            raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
+        if (self.regrowth or self.pruning) and not self.has_support:
+            raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
+        if self.rank_allocation and self.rank_allocation.target_r > self.r:
+            raise ValueError(
+                f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "
+                f"starts with. Set r to at least {self.rank_allocation.target_r} (AdaLoRA: 1.5 x target_r)."
+            )
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} cannot be used when target_modules is a str; pass a list of names.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: give the layer numbers to adapt.")

@@ -1,0 +1,264 @@
+r"""State of one adapted layer: :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`, allocated once, never reshaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+
+from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
+from .base_weight import keep_4bit_weight_stable
+from .config import SparseLoraConfig
+
+
+class SparseLoraLayer(BaseTunerLayer):
+    """What every adapted layer holds per adapter, keyed by adapter name.
+
+    Parameters (trained): `values` (see `UnitGrid.values_shape`), `A` `[r, in]`, `B` `[out, r]`, `gate` `[r]` (only with
+    `rank_allocation`), fp32 masters. Buffers (saved): `support` uint8, the gap-coded units; `rank_mask` uint8 `[r]`,
+    the living components; and, while a schedule runs, what its callback must find again after a resume.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("sparse_lora_values", "sparse_lora_A", "sparse_lora_B", "sparse_lora_gate")
+    training_state_names: tuple[str, ...] = (
+        "sparse_lora_sensitivity",
+        "sparse_lora_uncertainty",
+        "sparse_lora_candidates",
+        "sparse_lora_candidate_sums",
+    )
+    other_param_names: tuple[str, ...] = (
+        "sparse_lora_support",
+        "sparse_lora_rank_mask",
+        *training_state_names,
+        "sparse_lora_grid",
+        "sparse_lora_config",
+        "sparse_lora_r",
+        "sparse_lora_scaling",
+        "sparse_lora_sink",
+    )
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        for name in ("sparse_lora_support", "sparse_lora_rank_mask", *self.training_state_names):
+            setattr(self, name, BufferDict({}, persistent=True))
+        self.sparse_lora_grid: dict[str, UnitGrid] = {}
+        self.sparse_lora_config: dict[str, SparseLoraConfig] = {}
+        self.sparse_lora_r: dict[str, int] = {}
+        self.sparse_lora_scaling: dict[str, float] = {}
+        # Dense-gradient readers that a callback sets while it collects candidates.
+        self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
+        self._units: dict[Any, tuple[Any, torch.Tensor]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.merge_errors: dict[str, float] = {}
+        base = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+        keep_4bit_weight_stable(base)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: SparseLoraConfig,
+        *,
+        r: int,
+        lora_alpha: float,
+        num_units: int,
+        inference_mode: bool = False,
+    ) -> None:
+        """Allocate an adapter: `num_units` units of the support and `r` components; either may be 0.
+
+        Raises:
+            ValueError: `num_units` or `r` does not fit the weight.
+        """
+        self.sparse_lora_config[adapter_name] = config
+        if num_units:
+            self._allocate_support(adapter_name, config, num_units)
+        self.sparse_lora_r[adapter_name] = r
+        if r:
+            self._allocate_low_rank(adapter_name, config, r)
+            self.sparse_lora_scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        if config.has_schedule and not config.inference_mode:
+            self.allocate_training_state(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _allocate_support(self, adapter_name: str, config: SparseLoraConfig, num_units: int) -> None:
+        grid = UnitGrid(self.out_features, self.in_features, config.granularity, config.block_size)
+        if num_units > grid.num_units:
+            raise ValueError(
+                f"The support of '{self.module_name}' wants {num_units} {config.granularity} units, and its "
+                f"{grid.rows}x{grid.cols} weight has {grid.num_units}. Lower density or num_entries."
+            )
+        self.sparse_lora_grid[adapter_name] = grid
+        draw = torch.zeros if config.init_weights else torch.randn
+        self.sparse_lora_values[adapter_name] = nn.Parameter(draw(grid.values_shape(num_units), dtype=torch.float32))
+        self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, num_units), dtype=torch.uint8)
+        # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
+        on_meta = self.sparse_lora_values[adapter_name].is_meta
+        if not (on_meta or config.inference_mode or self.get_base_layer_device() == torch.device("meta")):
+            self.select_support(adapter_name)
+
+    def get_base_layer_device(self) -> torch.device | None:
+        """Device of the base layer's weight."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def select_support(self, adapter_name: str) -> None:
+        """Choose the adapter's first support by its config's criterion and write it."""
+        config, grid = self.sparse_lora_config[adapter_name], self.sparse_lora_grid[adapter_name]
+        seed = stream_seed(config.seed, self.module_name)
+        weight = None if config.criterion == "random" else self.dense_base_weight()
+        units = select_units(
+            config.criterion,
+            weight,
+            grid,
+            self.sparse_lora_values[adapter_name].shape[0],
+            generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
+            **config.criterion_options,
+        )
+        self.write_support(adapter_name, units)
+
+    def _allocate_low_rank(self, adapter_name: str, config: SparseLoraConfig, r: int) -> None:
+        A = torch.empty(r, self.in_features, dtype=torch.float32)
+        B = torch.zeros(self.out_features, r, dtype=torch.float32)
+        gated = config.rank_allocation is not None
+        if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
+            nn.init.normal_(A, std=0.02)
+            nn.init.normal_(B, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if not config.init_weights and not gated:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        self.sparse_lora_A[adapter_name] = nn.Parameter(A)
+        self.sparse_lora_B[adapter_name] = nn.Parameter(B)
+        if gated:
+            gate = torch.zeros(r) if config.init_weights else torch.randn(r) / 0.02**2
+            self.sparse_lora_gate[adapter_name] = nn.Parameter(gate)
+            self.sparse_lora_rank_mask[adapter_name] = torch.ones(r, dtype=torch.uint8)
+
+    def allocate_training_state(self, adapter_name: str) -> None:
+        """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
+        config = self.sparse_lora_config[adapter_name]
+        if config.rank_allocation and adapter_name in self.sparse_lora_gate:
+            size = self.sparse_lora_r[adapter_name] * (self.in_features + self.out_features + 1)
+            self._add_state("sparse_lora_sensitivity", adapter_name, torch.zeros(size))
+            self._add_state("sparse_lora_uncertainty", adapter_name, torch.zeros(size))
+        if config.regrowth and adapter_name in self.sparse_lora_values:
+            shape, grid = self.sparse_lora_values[adapter_name].shape, self.sparse_lora_grid[adapter_name]
+            self._add_state("sparse_lora_candidates", adapter_name, torch.zeros(shape[0], dtype=grid.index_dtype))
+            self._add_state("sparse_lora_candidate_sums", adapter_name, torch.zeros(2, *shape))
+
+    def _add_state(self, name: str, adapter_name: str, tensor: torch.Tensor) -> None:
+        state = getattr(self, name)
+        if adapter_name not in state:
+            state[adapter_name] = tensor.to(self.get_base_layer_device())
+
+    def drop_training_state(self, adapter_name: str) -> None:
+        """Free what only a running schedule needs, so that it is not shipped with the adapter."""
+        for name in self.training_state_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+
+    # Supports
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has a part of that adapter."""
+        return adapter_name in self.sparse_lora_values or adapter_name in self.sparse_lora_A
+
+    def units(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's living units, sorted and distinct, int32 or int64 `[a]`; `values[:a]` belong to them.
+
+        Decoded from the saved buffer once, and again whenever that buffer was replaced or rewritten.
+
+        Raises:
+            ValueError: the buffer is damaged or belongs to another weight; the message names it.
+        """
+        codes = self.sparse_lora_support[adapter_name]
+        token = (codes.data_ptr(), codes.device, 0 if codes.is_inference() else codes._version)
+        cached = self._units.get(adapter_name)
+        if cached is not None and cached[0] == token:
+            return cached[1]
+        if not codes.is_meta and not codes[:4].any():
+            self.select_support(adapter_name)
+            return self.units(adapter_name)
+        name = f"{self.module_name}.sparse_lora_support"
+        capacity = self.sparse_lora_values[adapter_name].shape[0]
+        units = decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name)
+        self._units[adapter_name] = (token, units)
+        return units
+
+    @torch.no_grad()
+    def write_support(self, adapter_name: str, units: torch.Tensor) -> None:
+        """Make `units` (sorted, distinct, at most the capacity) the adapter's support, in place."""
+        grid = self.sparse_lora_grid[adapter_name]
+        codes = self.sparse_lora_support[adapter_name]
+        capacity = self.sparse_lora_values[adapter_name].shape[0]
+        codes.copy_(encode_support(units, grid, capacity))
+
+    def alive_components(self, adapter_name: str) -> int:
+        """Living components of the low-rank half."""
+        if adapter_name in self.sparse_lora_rank_mask:
+            return int(self.sparse_lora_rank_mask[adapter_name].sum())
+        return self.sparse_lora_r.get(adapter_name, 0)
+
+    def dead_parameters(self, adapter_name: str) -> int:
+        """Numbers that are allocated in the adapter's parameters but belong to no living unit or component."""
+        dead = 0
+        if adapter_name in self.sparse_lora_values:
+            missing = self.sparse_lora_values[adapter_name].shape[0] - self.units(adapter_name).numel()
+            dead += missing * self.sparse_lora_grid[adapter_name].unit_numel
+        missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)
+        return dead + missing * (self.in_features + self.out_features + 1)
+
+    # Base weights
+
+    def dense_base_weight(self) -> torch.Tensor:
+        """The base weight as `[out, in]`, dequantised if need be; for dense layers it shares the layer's memory."""
+        weight = self.get_base_weight()
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as `[in, out]`."""
+        return type(self.get_base_layer()).__name__ == "Conv1D" and self.quantization_backend is None
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so."""
+        delta = torch.zeros(self.out_features, self.in_features, device=self.get_base_layer_device())
+        self._add_delta_(delta, adapter_name)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
+        if adapter_name in self.sparse_lora_A:
+            B = self.sparse_lora_B[adapter_name] * self.sparse_lora_scaling[adapter_name]
+            if adapter_name in self.sparse_lora_gate:
+                B = B * self.sparse_lora_gate[adapter_name]
+            weight.copy_((weight + B @ self.sparse_lora_A[adapter_name]).to(weight.dtype))
+        if adapter_name in self.sparse_lora_values:
+            units = self.units(adapter_name)
+            values = self.sparse_lora_values[adapter_name][: units.numel()]
+            self.sparse_lora_grid[adapter_name].scatter_add_(weight, units, values)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the update is additive, so peft may fit a LoRA to it."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike upstream's, this keeps the dtype: values are fp32 masters, also over bf16 and 4-bit bases.
+        target = device if device is not None else self.get_base_layer_device()
+        if target is None:
+            return
+        for name in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, name)
+            if isinstance(held, (nn.ParameterDict, BufferDict)) and adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name] = held[adapter_name].to(target)

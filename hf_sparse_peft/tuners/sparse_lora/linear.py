@@ -1,0 +1,161 @@
+"""The adapted linear layer: one fused product with the frozen base."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import quantization_extra_repr
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...ops import Plan, sparse_linear
+from .base_weight import compute_dtype, weight_source
+from .layer import SparseLoraLayer
+from .merge import MergeMixin
+from .operands import Operands, combine
+
+
+def is_supported(base: nn.Module, backend: Any) -> bool:
+    """Whether the tuner can adapt `base`: `nn.Linear`, `Conv1D`, or a quantised linear layer that peft knows."""
+    if backend is not None:
+        return backend.layer_type == "linear"
+    return isinstance(base, (nn.Linear, Conv1D))
+
+
+class SparseLoraLinear(nn.Module, MergeMixin):
+    r""":math:`Y = X W^\top + X S^\top + s\,((X A^\top) \odot g) B^\top + b` for the active adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], **kwargs: Any
+    ) -> None:
+        super().__init__()
+        SparseLoraLayer.__init__(self, base_layer, module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **update)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Output of the base layer plus the active adapters' updates.
+
+        `adapter_names` (one name a sample, `"__base__"` for none) runs a mixed batch.
+
+        Raises:
+            ValueError: `adapter_names` has another length than the batch, or comes with merged adapters.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = [name for name in self.active_adapters if self.holds(name)]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._notice_missing_callbacks(active)
+        return self._adapted(x, active, *args, **kwargs)
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        source = None if args or kwargs else weight_source(self)
+        dtype = compute_dtype(self, x, source)
+        operands = combine(self, names)
+        plan = Plan(
+            self.out_features,
+            self.in_features,
+            dtype,
+            source,
+            operands.granularity,
+            operands.block_size,
+            operands.scale,
+            self._gradient_sink(names),
+        )
+        dropout = self._dropout(names) if self.training and operands.A is not None else 0.0
+        low_rank = {} if dropout else operands.low_rank
+        if source is None:
+            base = self.base_layer(x, *args, **kwargs)
+            update = sparse_linear(x, plan, values=operands.values, units=operands.units, **low_rank)
+            # Out of place: some 4-bit kernels return views that must not be written to.
+            result = base + update.to(base.dtype)
+        else:
+            result = sparse_linear(
+                x, plan, values=operands.values, units=operands.units, bias=self.base_layer.bias, **low_rank
+            )
+            if self.quantization_backend is not None:  # 4-bit layers answer in the input's dtype
+                result = result.to(x.dtype)
+        return result + self._dropped_low_rank(x, operands, dtype, dropout).to(result.dtype) if dropout else result
+
+    def _dropped_low_rank(self, x: torch.Tensor, operands: Operands, dtype: torch.dtype, p: float) -> torch.Tensor:
+        """The low-rank half on an input of its own, as LoRA's dropout wants it."""
+        plan = Plan(self.out_features, self.in_features, dtype, scale=operands.scale)
+        return sparse_linear(nn.functional.dropout(x.to(dtype), p), plan, **operands.low_rank)
+
+    def _dropout(self, names: list[str]) -> float:
+        rates = {self.sparse_lora_config[name].lora_dropout for name in names if name in self.sparse_lora_A}
+        if len(rates) > 1:
+            raise ValueError(f"Active adapters {names} have different lora_dropout {sorted(rates)}; train them one by one.")
+        return rates.pop() if rates else 0.0
+
+    def _gradient_sink(self, names: list[str]):
+        sinks = [self.sparse_lora_sink[name] for name in names if name in self.sparse_lora_sink]
+        if not sinks:
+            return None
+        return sinks[0] if len(sinks) == 1 else lambda dense: [sink(dense) for sink in sinks]
+
+    def _mixed_batch(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
+        result = None
+        for name in sorted(set(adapter_names)):
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+            part = x.index_select(0, rows)
+            y = self._adapted(part, [name], *args, **kwargs) if self.holds(name) else self.base_layer(part, *args, **kwargs)
+            result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
+            result = result.index_copy(0, rows, y)
+        return result
+
+    def _notice_missing_callbacks(self, active: list[str]) -> None:
+        for name in active:
+            config = self.sparse_lora_config[name]
+            # The flag sits on the config because every layer of the adapter shares that object.
+            if not config.has_schedule or getattr(config, "_schedule_attended", False):
+                continue
+            config._schedule_attended = True
+            asked = [f for f in ("regrowth", "pruning", "rank_allocation") if getattr(config, f) is not None]
+            warnings.warn(
+                f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: support "
+                "and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "
+                f"{' and '.join(asked)} to None in its SparseLoraConfig.",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        """Name of the quantisation backend, as upstream's layers show it."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "sparse_lora." + super().__repr__()
+
+
+def create_layer(
+    target: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], backend: Any, **kwargs: Any
+) -> SparseLoraLinear:
+    """Wrap `target` in an adapted layer.
+
+    Raises:
+        TypeError: `target` is not a linear layer.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not is_supported(base, backend):
+        raise TypeError(
+            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora adapts nn.Linear, "
+            "transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+        )
+    return SparseLoraLinear(target, adapter_name, module_name, update, **kwargs)

@@ -1,0 +1,182 @@
+"""`SparseLoraModel`: injects, saves, checks and combines sparse + low-rank adapters."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from tqdm.auto import tqdm
+
+from .adapter_file import for_file, from_file
+from .budget import unit_counts
+from .combination import add_weighted_adapter
+from .compaction import compact
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+from .linear import create_layer
+
+
+class SparseLoraModel(BaseTuner):
+    r"""Sparse + low-rank adapters, :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`, on dense and quantised linears.
+
+    Args: as every peft tuner (`model`, `peft_config`, `adapter_name`, `low_cpu_mem_usage`).
+    """
+
+    prefix: str = "sparse_lora_"
+    tuner_layer_cls = SparseLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _selection_bar: tqdm | None = None
+    _unit_counts: dict[str, int]
+
+    def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
+        self._unit_counts = unit_counts(peft_config, model, self._check_target_module_exists)
+        slow = self._unit_counts and peft_config.criterion == "low_rank_magnitude" and not peft_config.inference_mode
+        total = len(self._unit_counts)
+        self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        update = {
+            "config": peft_config,
+            "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
+            "lora_alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
+            "num_units": self._unit_counts.get(current_key, 0),
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, SparseLoraLayer):
+            target.update_layer(adapter_name, **update)
+        else:
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            kwargs = get_quantization_kwargs(self.model)
+            backend = resolve_quantization_backend(base, **kwargs)
+            layer = create_layer(target, adapter_name, current_key, update, backend, **kwargs)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if getattr(self, "_selection_bar", None) is not None:
+            self._selection_bar.update()
+            if self._selection_bar.n == self._selection_bar.total:
+                self._selection_bar.close()
+                self._selection_bar = None
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in sparse_layers(self.model):
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            for name in layer.adapter_layer_names:
+                held = getattr(layer, name)
+                if adapter_name in held and dtype is not None and dtype.is_floating_point:
+                    held[adapter_name] = held[adapter_name].to(dtype)
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in sparse_layers(self.model) for name in layer.sparse_lora_config}
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = adapter_names
+        if isinstance(beams, int) and beams > 1:
+            repeated = [name for name in adapter_names for _ in range(beams)]
+        # Beam search repeats the decoder's inputs only: an encoder keeps one name a sample.
+        encoder = self.model.get_encoder() if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) else None
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (SparseLoraLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Files
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        for layer in sparse_layers(model):
+            if adapter_name in layer.sparse_lora_support:
+                layer.units(adapter_name)  # a support that is still to be chosen is chosen now, not saved blank
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return for_file(selected, config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return from_file(remapped, model, config, adapter_name)
+
+    # Adapters together, and at the end
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", **options) -> None:
+        """Add an adapter that combines others; see `combination.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    def compact(self, adapter_name: str | None = None, values_dtype: str | None = None) -> None:
+        """Drop dead units and components for good; see `compaction.compact`."""
+        for name in [adapter_name] if adapter_name else self.active_adapters:
+            compact(self.model, self.peft_config[name], name, values_dtype)
+
+    def merge_errors(self) -> dict[str, float]:
+        """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
+        return {
+            layer.module_name: max(layer.merge_errors.values()) for layer in sparse_layers(self.model) if layer.merge_errors
+        }
+
+    def dead_parameters(self) -> int:
+        """Trainable numbers that belong to no living unit or component."""
+        return sum(
+            layer.dead_parameters(name)
+            for layer in sparse_layers(self.model)
+            for name in layer.sparse_lora_config
+            if _is_trainable(layer, name)
+        )
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLoraLayer]:
+    """All adapted layers of `model`, in model order."""
+    return [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+
+
+def _is_trainable(layer: SparseLoraLayer, adapter_name: str) -> bool:
+    held = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return any(adapter_name in tensors and tensors[adapter_name].requires_grad for tensors in held)
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+

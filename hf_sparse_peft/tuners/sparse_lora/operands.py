@@ -1,0 +1,91 @@
+"""What the active adapters of a layer add up to, as the operands of one product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+from ...sparsity import UnitGrid
+from .layer import SparseLoraLayer
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Operands of `ops.sparse_linear`: the sparse half, and the low-rank half with its scaling."""
+
+    values: torch.Tensor | None = None
+    units: torch.Tensor | None = None
+    granularity: str = "entry"
+    block_size: int = 0
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def low_rank(self) -> dict:
+        """Keyword arguments of the low-rank half."""
+        return {"A": self.A, "B": self.B, "gate": self.gate}
+
+
+def combine(layer: SparseLoraLayer, names: list[str]) -> Operands:
+    """Operands of the sum of the adapters `names`: supports are united, components stand side by side."""
+    return Operands(**_sparse_half(layer, names), **_low_rank_half(layer, names))
+
+
+def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
+    names = [name for name in names if name in layer.sparse_lora_values]
+    if not names:
+        return {}
+    parts = [_living(layer, name) for name in names]
+    grids = [layer.sparse_lora_grid[name] for name in names]
+    if len(parts) == 1:
+        values, units = parts[0]
+        return {"values": values, "units": units, "granularity": grids[0].granularity, "block_size": grids[0].block_size}
+    if any(grid != grids[0] for grid in grids):
+        # Units of different kinds only add up as entries.
+        parts = [as_entries(values, units, grid) for (values, units), grid in zip(parts, grids, strict=True)]
+        granularity, block_size = "entry", 0
+    else:
+        granularity, block_size = grids[0].granularity, grids[0].block_size
+    # Units that several adapters hold become one unit with the sum of their values; autograd splits it again.
+    united, owner = torch.unique(torch.cat([units for _, units in parts]), return_inverse=True)
+    stacked = torch.cat([values for values, _ in parts])
+    values = stacked.new_zeros(united.numel(), *stacked.shape[1:]).index_add(0, owner, stacked)
+    return {"values": values, "units": united, "granularity": granularity, "block_size": block_size}
+
+
+def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same update with entries as its units: `[k * unit_numel]` values and their sorted positions."""
+    positions, order = grid.entry_positions(units).reshape(-1).sort()
+    return values.reshape(-1)[order], positions
+
+
+def _living(layer: SparseLoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    units, values = layer.units(name), layer.sparse_lora_values[name]
+    return (values if units.numel() == values.shape[0] else values[: units.numel()]), units
+
+
+def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:
+    names = [name for name in names if name in layer.sparse_lora_A]
+    if not names:
+        return {}
+    if len(names) == 1:
+        name = names[0]
+        gate = layer.sparse_lora_gate[name] if name in layer.sparse_lora_gate else None
+        A, B = layer.sparse_lora_A[name], layer.sparse_lora_B[name]
+        return {"A": A, "B": B, "gate": gate, "scale": layer.sparse_lora_scaling[name]}
+    gates = [
+        (layer.sparse_lora_gate[n] if n in layer.sparse_lora_gate else layer.sparse_lora_A[n].new_ones(layer.sparse_lora_r[n]))
+        * layer.sparse_lora_scaling[n]
+        for n in names
+    ]
+    return {
+        "A": torch.cat([layer.sparse_lora_A[n] for n in names]),
+        "B": torch.cat([layer.sparse_lora_B[n] for n in names], dim=1),
+        "gate": torch.cat(gates),
+    }
+
+
