@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .selection import CHUNK, random_units, top_units
+from .selection import chunk_size, random_units, top_units
 from .support import UnitGrid
 
 Chunks = Callable[[], Iterator[Tensor]]
+
+_PRODUCT = 1 << 19
+"""Entries per slab where the slab is an operand or the result of a matrix product, which wants more rows than a score."""
 
 
 class Score(Protocol):
@@ -36,7 +39,7 @@ class Magnitude:
 
     def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         check_weight(weight, grid, "magnitude")
-        return chunks_of(lambda begin, end: weight[begin:end].abs().float(), grid)
+        return chunks_of(lambda begin, end: weight[begin:end].abs().float(), grid, chunk_size(weight.device))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class SmallestMagnitude:
 
     def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         check_weight(weight, grid, "smallest_magnitude")
-        return chunks_of(lambda begin, end: weight[begin:end].abs().float().neg_(), grid)
+        return chunks_of(lambda begin, end: weight[begin:end].abs().float().neg_(), grid, chunk_size(weight.device))
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class LowRankMagnitude:
             left, right = u[:, :rank] * s[:rank], vt[:rank].clone()
         else:
             left, right = self._randomised(weight.detach(), rank, generator)
-        return chunks_of(lambda begin, end: (left[begin:end] @ right).abs_(), grid)
+        return chunks_of(lambda begin, end: (left[begin:end] @ right).abs_(), grid, _PRODUCT)
 
     def _randomised(self, weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         if generator is None:
@@ -125,8 +128,9 @@ class Random:
 
         def chunks() -> Iterator[Tensor]:
             stream = torch.Generator(device=device).manual_seed(seed)
-            for begin in range(0, grid.num_units, CHUNK):
-                yield torch.rand(min(CHUNK, grid.num_units - begin), generator=stream, device=device)
+            numel = chunk_size(device)
+            for begin in range(0, grid.num_units, numel):
+                yield torch.rand(min(numel, grid.num_units - begin), generator=stream, device=device)
 
         return chunks
 
@@ -206,13 +210,16 @@ def check_weight(weight: Tensor | None, grid: UnitGrid, criterion: str) -> None:
         )
 
 
-def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid) -> Chunks:
-    """Per-unit score chunks from `entry_scores(begin, end)`: fp32 scores `[end - begin, cols]` of some rows."""
+def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid, numel: int) -> Chunks:
+    """Per-unit score chunks from `entry_scores(begin, end)`: fp32 scores `[end - begin, cols]` of some rows.
+
+    `numel`: entries to score at once; at least one row (of blocks) is.
+    """
     size = grid.block_size
 
     def chunks() -> Iterator[Tensor]:
         total = None
-        for begin, end in _slabs(grid.rows, grid.cols, size if grid.granularity == "block" else 1):
+        for begin, end in _slabs(grid.rows, grid.cols, numel, size if grid.granularity == "block" else 1):
             with torch.no_grad():
                 scores = entry_scores(begin, end)
                 if grid.granularity == "column":
@@ -230,20 +237,20 @@ def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid) -> Chu
     return chunks
 
 
-def _slabs(rows: int, cols: int, multiple: int) -> Iterator[tuple[int, int]]:
-    height = max(1, CHUNK // (cols * multiple)) * multiple
+def _slabs(rows: int, cols: int, numel: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    height = max(1, numel // (cols * multiple)) * multiple
     for begin in range(0, rows, height):
         yield begin, min(begin + height, rows)
 
 
 def _times(weight: Tensor, right: Tensor) -> Tensor:
     """`weight @ right` in fp32, slab by slab."""
-    return torch.cat([weight[b:e].float() @ right for b, e in _slabs(*weight.shape, 1)])
+    return torch.cat([weight[b:e].float() @ right for b, e in _slabs(*weight.shape, _PRODUCT)])
 
 
 def _transpose_times(weight: Tensor, right: Tensor) -> Tensor:
     """`weight.t() @ right` in fp32, slab by slab."""
     out = torch.zeros(weight.shape[1], right.shape[1], device=weight.device)
-    for b, e in _slabs(*weight.shape, 1):
+    for b, e in _slabs(*weight.shape, _PRODUCT):
         out.addmm_(weight[b:e].float().t(), right[b:e])
     return out
