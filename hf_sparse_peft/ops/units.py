@@ -43,7 +43,11 @@ def block_view(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     rows, cols = weight.shape
     if rows % block_size or cols % block_size:
         raise ValueError(f"block_size={block_size} does not divide a weight of shape {rows}x{cols}.")
-    return weight.unflatten(1, (cols // block_size, block_size)).unflatten(0, (rows // block_size, block_size)).transpose(1, 2)
+    return (
+        weight.unflatten(1, (cols // block_size, block_size))
+        .unflatten(0, (rows // block_size, block_size))
+        .transpose(1, 2)
+    )
 
 
 def _block_index(weight: torch.Tensor, units: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

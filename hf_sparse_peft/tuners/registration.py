@@ -19,7 +19,9 @@ def check_peft() -> None:
     """
     found = importlib.metadata.version("peft")
     if Version(found) < Version(MINIMUM_PEFT):
-        raise ImportError(f"hf_sparse_peft needs peft>={MINIMUM_PEFT}, found {found}: pip install -U 'peft>={MINIMUM_PEFT}'")
+        raise ImportError(
+            f"hf_sparse_peft needs peft>={MINIMUM_PEFT}, found {found}: pip install -U 'peft>={MINIMUM_PEFT}'"
+        )
     try:
         from peft.tuners._buffer_dict import BufferDict  # noqa: F401
         from peft.utils import register_peft_method  # noqa: F401

@@ -56,7 +56,9 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
             )
         if kind != "sparse_lora_rank_mask":
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"'{key}' in the adapter file has values that are not finite; the adapter is damaged.")
+                raise ValueError(
+                    f"'{key}' in the adapter file has values that are not finite; the adapter is damaged."
+                )
             state_dict[key] = tensor.float()  # the file may hold bf16; masters are fp32
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import warnings
+from functools import lru_cache, partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +17,10 @@ _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 def is_bnb_4bit(module: nn.Module) -> bool:
     """Whether `module` is a bitsandbytes 4-bit linear layer."""
-    return type(module).__module__.startswith("bitsandbytes") and type(getattr(module, "weight", None)).__name__ == "Params4bit"
+    return (
+        type(module).__module__.startswith("bitsandbytes")
+        and type(getattr(module, "weight", None)).__name__ == "Params4bit"
+    )
 
 
 def weight_source(layer: BaseTunerLayer) -> Source | None:
@@ -68,6 +72,17 @@ def dequantize_4bit(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
+@lru_cache(None)
+def _warn_rounded_scales() -> None:
+    warnings.warn(
+        "The 4-bit base ran without gradients on CPU before the adapter was added, and bitsandbytes rounded its block "
+        "scales to bf16 then. Training goes on with the rounded scales; outputs will differ slightly from the same "
+        "adapter on a freshly loaded base. Load the base again and add the adapter before the first evaluation (its "
+        "`disable_adapter()` context evaluates the base).",
+        stacklevel=2,
+    )
+
+
 def keep_4bit_weight_stable(base: nn.Module) -> None:
     """Stop bitsandbytes from repacking a CPU 4-bit weight in place at the first forward without gradients.
 
@@ -83,6 +98,7 @@ def keep_4bit_weight_stable(base: nn.Module) -> None:
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+    _warn_rounded_scales()
     absmax = state.absmax.float().t().contiguous().view(-1)
     state.original_nested = False  # re-nesting would quantise the scales again
     base.weight.data, state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)

@@ -88,7 +88,9 @@ def _counts(
         chunks = {name: _score_chunks(config, name, layers[name], grids[name], model) for name in grids}
         total = int(density * sum(grid.num_units for grid in grids.values()))
         return global_counts(chunks, grids, total)
-    return uniform_counts(grids, density) if config.num_entries is None else counts_from_total(grids, config.num_entries)
+    return (
+        uniform_counts(grids, density) if config.num_entries is None else counts_from_total(grids, config.num_entries)
+    )
 
 
 def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module):

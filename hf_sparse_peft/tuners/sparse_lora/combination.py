@@ -82,13 +82,17 @@ def _check(model, adapters, weights, adapter_name, combination_type, density) ->
         raise ValueError(f"combination_type={combination_type!r} is unknown; choose one of {list(COMBINATION_TYPES)}.")
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown or not adapters:
-        raise ValueError(f"adapters={adapters}: {unknown or 'none given'}; this model has {sorted(model.peft_config)}.")
+        raise ValueError(
+            f"adapters={adapters}: {unknown or 'none given'}; this model has {sorted(model.peft_config)}."
+        )
     if len(weights) != len(adapters):
         raise ValueError(f"weights has {len(weights)} numbers for {len(adapters)} adapters; give one each.")
     if adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is taken; choose another or delete that adapter first.")
     if density is None and not combination_type.startswith(("svd", "cat", "linear")):
-        raise ValueError(f"combination_type={combination_type!r} needs density, the share of values it keeps, e.g. 0.5.")
+        raise ValueError(
+            f"combination_type={combination_type!r} needs density, the share of values it keeps, e.g. 0.5."
+        )
 
 
 def _combined_support(layer, adapters, weights, merge, as_entry):
@@ -149,7 +153,9 @@ def _new_config(first: SparseLoraConfig, results: dict, as_entry: bool) -> Spars
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion, config.criterion_options = "random", {}
     config.granularity = "entry" if as_entry else config.granularity
-    config.support_pattern = {name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()}
+    config.support_pattern = {
+        name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()
+    }
     if not any(config.support_pattern.values()):
         config.support_pattern, config.density, config.num_entries = {}, 0.0, None
     ranks = {name: 0 if low_rank is None else low_rank[0].shape[0] for name, (_, low_rank) in results.items()}

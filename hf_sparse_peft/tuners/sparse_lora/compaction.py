@@ -25,7 +25,9 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     layers = [m for m in model.modules() if isinstance(m, SparseLoraLayer) and adapter_name in m.sparse_lora_config]
     merged = [layer.module_name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
-        raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
+        raise ValueError(
+            f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first."
+        )
     support_pattern, rank_pattern, alpha_pattern = {}, {}, {}
     for layer in layers:
         layer.drop_training_state(adapter_name)

@@ -34,7 +34,9 @@ class SparseLoraConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Dropout on the low-rank half's input. Above 0 it keeps a second copy of the input."},
     )
-    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."})
+    rank_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."}
+    )
     alpha_pattern: dict = field(
         default_factory=dict, metadata={"help": "Module name or regex -> alpha, instead of `lora_alpha`."}
     )
@@ -43,7 +45,9 @@ class SparseLoraConfig(PeftConfig):
     )
     num_entries: int | None = field(
         default=None,
-        metadata={"help": "Weight entries in all supports together, instead of `density`; split as the weights' sizes."},
+        metadata={
+            "help": "Weight entries in all supports together, instead of `density`; split as the weights' sizes."
+        },
     )
     granularity: Literal["entry", "block", "row", "column"] = field(
         default="entry", metadata={"help": "What a unit of the support is."}
@@ -64,7 +68,9 @@ class SparseLoraConfig(PeftConfig):
     )
     support_pattern: dict = field(
         default_factory=dict,
-        metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
+        metadata={
+            "help": "Module name -> units in its support. Written at injection where sizes depend on the model."
+        },
     )
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
@@ -110,7 +116,9 @@ class SparseLoraConfig(PeftConfig):
         self.regrowth = nested(RegrowthConfig, self.regrowth, "regrowth")
         self.pruning = nested(PruningConfig, self.pruning, "pruning")
         self.rank_allocation = nested(RankAllocationConfig, self.rank_allocation, "rank_allocation")
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.target_modules = (
+            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        )
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
@@ -152,15 +160,21 @@ class SparseLoraConfig(PeftConfig):
         if not 0 <= self.density <= 1:
             raise ValueError(f"density={self.density} is not a share; give a number from 0 to 1 (0.005 is 0.5 %).")
         if self.num_entries is not None and self.num_entries < 1:
-            raise ValueError(f"num_entries={self.num_entries} leaves no entry; give at least 1, or None to use density.")
+            raise ValueError(
+                f"num_entries={self.num_entries} leaves no entry; give at least 1, or None to use density."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a share; give a number from 0 to below 1.")
         if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
+            raise ValueError(
+                f"block_size={self.block_size} is not a size; give an integer >= 1 (32 suits tensor cores)."
+            )
         if not self.has_support and self.r == 0 and not self.rank_pattern:
             raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
         if (self.regrowth or self.pruning) and not self.has_support:
-            raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
+            raise ValueError(
+                "regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0."
+            )
         if self.rank_allocation and self.rank_allocation.target_r > self.r:
             raise ValueError(
                 f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "

@@ -260,5 +260,9 @@ class SparseLoraLayer(BaseTunerLayer):
             return
         for name in self.adapter_layer_names + self.other_param_names:
             held = getattr(self, name)
-            if isinstance(held, (nn.ParameterDict, BufferDict)) and adapter_name in held and not held[adapter_name].is_meta:
+            if (
+                isinstance(held, (nn.ParameterDict, BufferDict))
+                and adapter_name in held
+                and not held[adapter_name].is_meta
+            ):
                 held[adapter_name] = held[adapter_name].to(target)

@@ -95,7 +95,9 @@ class SparseLoraLinear(nn.Module, MergeMixin):
     def _dropout(self, names: list[str]) -> float:
         rates = {self.sparse_lora_config[name].lora_dropout for name in names if name in self.sparse_lora_A}
         if len(rates) > 1:
-            raise ValueError(f"Active adapters {names} have different lora_dropout {sorted(rates)}; train them one by one.")
+            raise ValueError(
+                f"Active adapters {names} have different lora_dropout {sorted(rates)}; train them one by one."
+            )
         return rates.pop() if rates else 0.0
 
     def _gradient_sink(self, names: list[str]):
@@ -111,12 +113,18 @@ class SparseLoraLinear(nn.Module, MergeMixin):
                 f"and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`."
+            )
         result = None
         for name in sorted(set(adapter_names)):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
             part = x.index_select(0, rows)
-            y = self._adapted(part, [name], *args, **kwargs) if self.holds(name) else self.base_layer(part, *args, **kwargs)
+            y = (
+                self._adapted(part, [name], *args, **kwargs)
+                if self.holds(name)
+                else self.base_layer(part, *args, **kwargs)
+            )
             result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
             result = result.index_copy(0, rows, y)
         return result

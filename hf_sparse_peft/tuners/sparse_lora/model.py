@@ -107,7 +107,11 @@ class SparseLoraModel(BaseTuner):
         if isinstance(beams, int) and beams > 1:
             repeated = [name for name in adapter_names for _ in range(beams)]
         # Beam search repeats the decoder's inputs only: an encoder keeps one name a sample.
-        encoder = self.model.get_encoder() if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) else None
+        encoder = (
+            self.model.get_encoder()
+            if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            else None
+        )
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = [
             module.register_forward_pre_hook(
@@ -152,7 +156,9 @@ class SparseLoraModel(BaseTuner):
     def merge_errors(self) -> dict[str, float]:
         """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
         return {
-            layer.module_name: max(layer.merge_errors.values()) for layer in sparse_layers(self.model) if layer.merge_errors
+            layer.module_name: max(layer.merge_errors.values())
+            for layer in sparse_layers(self.model)
+            if layer.merge_errors
         }
 
     def dead_parameters(self) -> int:
@@ -178,5 +184,3 @@ def _is_trainable(layer: SparseLoraLayer, adapter_name: str) -> bool:
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
-
-

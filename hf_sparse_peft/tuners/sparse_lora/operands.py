@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 from ...sparsity import UnitGrid
 from .layer import SparseLoraLayer
 
@@ -43,7 +42,12 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     grids = [layer.sparse_lora_grid[name] for name in names]
     if len(parts) == 1:
         values, units = parts[0]
-        return {"values": values, "units": units, "granularity": grids[0].granularity, "block_size": grids[0].block_size}
+        return {
+            "values": values,
+            "units": units,
+            "granularity": grids[0].granularity,
+            "block_size": grids[0].block_size,
+        }
     if any(grid != grids[0] for grid in grids):
         # Units of different kinds only add up as entries.
         parts = [as_entries(values, units, grid) for (values, units), grid in zip(parts, grids, strict=True)]
@@ -78,7 +82,11 @@ def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:
         A, B = layer.sparse_lora_A[name], layer.sparse_lora_B[name]
         return {"A": A, "B": B, "gate": gate, "scale": layer.sparse_lora_scaling[name]}
     gates = [
-        (layer.sparse_lora_gate[n] if n in layer.sparse_lora_gate else layer.sparse_lora_A[n].new_ones(layer.sparse_lora_r[n]))
+        (
+            layer.sparse_lora_gate[n]
+            if n in layer.sparse_lora_gate
+            else layer.sparse_lora_A[n].new_ones(layer.sparse_lora_r[n])
+        )
         * layer.sparse_lora_scaling[n]
         for n in names
     ]
@@ -87,5 +95,3 @@ def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:
         "B": torch.cat([layer.sparse_lora_B[n] for n in names], dim=1),
         "gate": torch.cat(gates),
     }
-
-
