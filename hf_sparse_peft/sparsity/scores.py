@@ -20,7 +20,7 @@ from .support import UnitGrid
 Chunks = Callable[[], Iterator[Tensor]]
 
 _PRODUCT = 1 << 19
-"""Entries per slab where the slab is an operand or the result of a matrix product, which wants more rows than a score."""
+"""Entries per slab where the slab is part of a matrix product, which wants more rows than a score does."""
 
 
 class Score(Protocol):

@@ -163,9 +163,8 @@ class UnitGrid:
         # 0.29 * 100 is 28.999999999999996: a few units in the last place below an integer are that integer.
         count = nearest if abs(exact - nearest) <= 1e-12 * max(1.0, exact) else math.floor(exact)
         if count == 0:
-            noun = {"entry": "entry"}.get(self.granularity, self.granularity)
             raise ValueError(
-                f"density={density} leaves no {noun}{where} ({self.rows}x{self.cols}, {self.num_units} units). Raise "
+                f"density={density} leaves no {self.granularity}{where} ({self.rows}x{self.cols}, {self.num_units} units). Raise "
                 f"density to at least {1 / self.num_units:.1e}, or leave the module out of target_modules."
             )
         return min(count, self.num_units)
