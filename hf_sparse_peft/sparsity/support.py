@@ -164,8 +164,8 @@ class UnitGrid:
         count = nearest if abs(exact - nearest) <= 1e-12 * max(1.0, exact) else math.floor(exact)
         if count == 0:
             raise ValueError(
-                f"density={density} leaves no {self.granularity}{where} ({self.rows}x{self.cols}, {self.num_units} units). "
-                f"Raise density to at least {1 / self.num_units:.1e}, or leave the module out of target_modules."
+                f"density={density} leaves no {self.granularity}{where} ({self.rows}x{self.cols}, {self.num_units} "
+                f"units). Raise density to at least {1 / self.num_units:.1e}, or leave the module out of target_modules."
             )
         return min(count, self.num_units)
 
