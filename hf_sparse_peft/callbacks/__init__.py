@@ -1,0 +1,52 @@
+"""Floor 4: what happens to an adapter during training."""
+
+from __future__ import annotations
+
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from ..tuners.sparse_lora import SparseLoraConfig, sparse_layers
+from .base import ScheduleCallback
+from .pruning import PruningCallback
+from .rank_reallocation import RankReallocationCallback
+from .regrowth import MaskRegrowthCallback
+from .telemetry import SupportTelemetryCallback
+
+# In the order they must act at one step: prune, then regrow what is left.
+SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
+    PruningCallback,
+    MaskRegrowthCallback,
+    RankReallocationCallback,
+)
+
+
+def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallback]:
+    """The callbacks that carry out the schedules of a model's active adapters, or of a config; often an empty list.
+
+    Pass them to `Trainer(callbacks=...)` or `trl.SFTTrainer(peft_config=config, callbacks=callbacks_for(config))`.
+
+    Raises:
+        TypeError: neither a config of this package nor a model with one of its adapters.
+    """
+    if isinstance(model_or_config, SparseLoraConfig):
+        configs = [model_or_config]
+    elif isinstance(model_or_config, nn.Module) and (layers := sparse_layers(model_or_config)):
+        configs = [layer.sparse_lora_config[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
+    else:
+        raise TypeError(
+            f"callbacks_for takes a SparseLoraConfig or a model that has such an adapter, not {type(model_or_config).__name__}. "
+            "Call it after get_peft_model, or pass the config."
+        )
+    return [cls() for cls in SCHEDULE_CALLBACKS if any(getattr(config, cls.option) is not None for config in configs)]
+
+
+__all__ = [
+    "SCHEDULE_CALLBACKS",
+    "MaskRegrowthCallback",
+    "PruningCallback",
+    "RankReallocationCallback",
+    "ScheduleCallback",
+    "SupportTelemetryCallback",
+    "callbacks_for",
+]

@@ -1,0 +1,120 @@
+"""What all schedule callbacks share: finding their layers, attending to the config, keeping time, ending well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, sparse_layers
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer's share of one adapter."""
+
+    layer: SparseLoraLayer
+    adapter: str
+
+    @property
+    def name(self) -> str:
+        """Module name of the layer."""
+        return self.layer.module_name
+
+    @property
+    def config(self) -> SparseLoraConfig:
+        """The adapter's config, one object for all of its layers."""
+        return self.layer.sparse_lora_config[self.adapter]
+
+    @property
+    def values(self) -> nn.Parameter:
+        """Values of the support, living units first."""
+        return self.layer.sparse_lora_values[self.adapter]
+
+    @property
+    def units(self) -> torch.Tensor:
+        """Living units, sorted."""
+        return self.layer.units(self.adapter)
+
+
+class ScheduleCallback(TrainerCallback):
+    """Base of the callbacks that carry out one schedule of `SparseLoraConfig`, on every trained adapter that asks for it.
+
+    A callback keeps no state of its own between steps: what a resumed run must find again lives in buffers of the
+    layers, which Trainer saves and loads with the adapter, and everything else follows from the step number.
+    """
+
+    option: str = ""
+    """Field of `SparseLoraConfig` that this callback carries out."""
+
+    def __init__(self) -> None:
+        self.parts: list[AdaptedLayer] = []
+        self.total_steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Find the layers, prepare their state and check the schedule against the run's length.
+
+        Raises:
+            ValueError: no trained adapter asks for this schedule, or the schedule does not fit into the run.
+        """
+        self.total_steps = state.max_steps
+        self.parts = [
+            AdaptedLayer(layer, name)
+            for layer in sparse_layers(model)
+            for name in layer.active_adapters
+            if name in layer.sparse_lora_config
+            and getattr(layer.sparse_lora_config[name], self.option) is not None
+            and self.wants(layer, name)
+        ]
+        if not self.parts:
+            raise ValueError(
+                f"{type(self).__name__} found no trained adapter whose SparseLoraConfig sets {self.option}. Set "
+                f"{self.option}, or leave the callback out (callbacks_for(model) picks the right ones)."
+            )
+        for config in self.configs():
+            config._schedule_attended = True
+            config.training_finished = False
+            self.check_length(config)
+        for part in self.parts:
+            part.layer.allocate_training_state(part.adapter)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Free the schedule's state once the last step is done, so that the shipped adapter is small."""
+        if state.global_step < state.max_steps:
+            return  # stopped early: a resumed run needs it
+        for part in self.parts:
+            part.layer.drop_training_state(part.adapter)
+        for config in self.configs():
+            config.training_finished = True
+
+    def configs(self) -> list[SparseLoraConfig]:
+        """The configs concerned, each once."""
+        return list({id(part.config): part.config for part in self.parts}.values())
+
+    def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
+        """Whether the layer has a trained part that this schedule moves."""
+        held = layer.sparse_lora_values
+        return adapter in held and held[adapter].requires_grad
+
+    def check_length(self, config: SparseLoraConfig) -> None:
+        """Refuse a schedule that cannot run in `self.total_steps` steps."""
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` averaged over all ranks, in place; itself where nothing is distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor /= torch.distributed.get_world_size()
+    return tensor
+
+
+def unit_sums(values: torch.Tensor) -> torch.Tensor:
+    """`[k]` fp32 sums of |value| over the entries of each unit."""
+    return values.detach().float().abs().reshape(values.shape[0], -1).sum(1)

@@ -1,0 +1,78 @@
+"""`PruningCallback`: supports that thin out along a cubic curve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..sparsity import make_schedule, top_units
+from ..tuners.sparse_lora import SparseLoraConfig
+from .base import AdaptedLayer, ScheduleCallback, unit_sums
+from .regrowth import moves_after
+from .support_moves import replace_units
+
+
+def living_share(config: SparseLoraConfig, update: int, total_steps: int) -> float:
+    r"""Share of the injected units that live after `update` steps: 1 before `begin`, then
+    :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3`, and `f = final_fraction` after `end` (Zhu and Gupta, 2017)."""
+    pruning = config.pruning
+    curve = make_schedule("cubic", 1.0, pruning.final_fraction, pruning.begin, pruning.end)
+    return curve(min(update / total_steps, 1.0))
+
+
+class PruningCallback(ScheduleCallback):
+    """Prunes the supports of adapters that set `pruning` (gradual magnitude pruning; Zhu and Gupta, 2017).
+
+    Every `interval` steps of the window, and once at its end, units with the smallest sum of |value| leave until the
+    curve's share is left; capacity stays allocated until `compact()`. Where supports regrow as well, units leave at the
+    regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0. Every layer
+    keeps at least one unit.
+    """
+
+    option = "pruning"
+
+    def check_length(self, config: SparseLoraConfig) -> None:
+        """The window must hold at least one step."""
+        if int(config.pruning.end * self.total_steps) <= int(config.pruning.begin * self.total_steps):
+            raise ValueError(
+                f"pruning.begin={config.pruning.begin} and pruning.end={config.pruning.end} leave no step in a run of "
+                f"{self.total_steps}. Train longer, widen the window, or set pruning=None."
+            )
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Prune what is due."""
+        for config in self.configs():
+            if self._due(config, state.global_step):
+                parts = [part for part in self.parts if part.config is config]
+                self._prune(parts, living_share(config, state.global_step, self.total_steps), optimizer)
+
+    def _due(self, config: SparseLoraConfig, update: int) -> bool:
+        begin, end = (round(share * self.total_steps) for share in (config.pruning.begin, config.pruning.end))
+        if update == end:
+            return True
+        if config.regrowth is not None:
+            # Moves go on after the window; the share is constant there, so that pruning again does nothing.
+            return begin < update and moves_after(config.regrowth, update)
+        return begin < update < end and (update - begin) % config.pruning.interval == 0
+
+    def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any) -> None:
+        targets = [max(1, round(share * part.values.shape[0])) for part in parts]
+        importance = [unit_sums(part.values[: part.units.numel()]) for part in parts]
+        if parts[0].config.pruning.scope == "global":
+            targets = _global_targets(parts, importance, sum(targets))
+        for part, target, worth in zip(parts, targets, importance, strict=True):
+            if target < part.units.numel():
+                replace_units(part, part.units[top_units(worth, target).long()], optimizer)
+
+
+def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], total: int) -> list[int]:
+    """Units each layer keeps when the `total` best of all layers, by mean |value|, stay."""
+    means = [
+        worth / part.layer.sparse_lora_grid[part.adapter].unit_numel
+        for part, worth in zip(parts, importance, strict=True)
+    ]
+    sizes = torch.tensor([worth.numel() for worth in importance])
+    kept = top_units(torch.cat([worth.cpu() for worth in means]), min(total, int(sizes.sum())))
+    owner = torch.bucketize(kept.long(), sizes.cumsum(0), right=True)
+    return torch.bincount(owner, minlength=len(parts)).clamp_min(1).tolist()

@@ -1,0 +1,145 @@
+"""`RankReallocationCallback`: ranks that move between layers, AdaLoRA's rule on the gate."""
+
+from __future__ import annotations
+
+
+import torch
+
+from ..sparsity import top_units
+from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
+from .base import AdaptedLayer, ScheduleCallback
+
+
+def rank_budget(config: RankAllocationConfig, start: int, target: int, update: int, total_steps: int) -> int:
+    r"""Components that live after `update` steps: `start` up to `t_i`, `target` after :math:`T - t_f`, between them
+    :math:`b_T + (b_0 - b_T)(1 - \frac{t - t_i}{T - t_i - t_f})^3` truncated (Zhang et al., 2023)."""
+    first, last = _window(config, total_steps)
+    if update <= first:
+        return start
+    if update > last:
+        return target
+    return int(target + (start - target) * (1 - (update - first) / (last - first)) ** 3)
+
+
+def _window(config: RankAllocationConfig, total_steps: int) -> tuple[int, int]:
+    return int(config.initial_warmup * total_steps), total_steps - int(config.final_warmup * total_steps)
+
+
+class RankReallocationCallback(ScheduleCallback):
+    r"""Moves rank between the layers of adapters that set `rank_allocation` (AdaLoRA; Zhang et al., 2023).
+
+    After every optimizer step each entry w of A, B and gate updates its sensitivity :math:`I = |w\,\partial L/\partial w|`,
+    :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I` and uncertainty
+    :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A component is worth
+    :math:`s(g_i) + \mathrm{mean}_j\,s(A_{ij}) + \mathrm{mean}_j\,s(B_{ji})` with :math:`s = \bar I \bar U`; the budget's
+    best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While the
+    budget falls a zeroed gate may come back; after `final_warmup` the mask is fixed and applied every step.
+    """
+
+    option = "rank_allocation"
+
+    def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
+        """Layers with a trained gate."""
+        return adapter in layer.sparse_lora_gate and layer.sparse_lora_gate[adapter].requires_grad
+
+    def check_length(self, config: SparseLoraConfig) -> None:
+        """The budget must have a step to fall in."""
+        first, last = _window(config.rank_allocation, self.total_steps)
+        if last <= first:
+            raise ValueError(
+                f"rank_allocation.initial_warmup={config.rank_allocation.initial_warmup} and final_warmup="
+                f"{config.rank_allocation.final_warmup} leave no step of {self.total_steps} for the budget to fall in. "
+                "Train longer or shorten them."
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Add the orthogonality regulariser's gradient, once per optimizer step."""
+        for config in self.configs():
+            weight = config.rank_allocation.orthogonality
+            parts = [part for part in self.parts if part.config is config]
+            if weight:
+                add_orthogonality_gradient(parts, weight)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Update importances from the weights after the step and the gradients before it, then mask what is due."""
+        update = state.global_step + 1
+        for config in self.configs():
+            parts = [part for part in self.parts if part.config is config]
+            first, last = _window(config.rank_allocation, self.total_steps)
+            if update <= last:
+                for part in parts:
+                    update_importance(part)
+            if (first < update <= last and update % config.rank_allocation.interval == 0) or update == last:
+                start = sum(part.layer.sparse_lora_r[part.adapter] for part in parts)
+                target = min(config.rank_allocation.target_r * len(parts), start)
+                budget = (
+                    target
+                    if update == last
+                    else rank_budget(config.rank_allocation, start, target, update, self.total_steps)
+                )
+                allocate(parts, budget)
+            if update >= last or (first < update and update % config.rank_allocation.interval == 0):
+                for part in parts:
+                    apply_mask(part)
+
+
+def _tensors(part: AdaptedLayer) -> list[torch.nn.Parameter]:
+    layer, name = part.layer, part.adapter
+    return [layer.sparse_lora_gate[name], layer.sparse_lora_A[name], layer.sparse_lora_B[name]]
+
+
+@torch.no_grad()
+def update_importance(part: AdaptedLayer) -> None:
+    """One step of both moving averages; nothing changes where a gradient is missing (a skipped step)."""
+    config, tensors = part.config.rank_allocation, _tensors(part)
+    if any(tensor.grad is None for tensor in tensors):
+        return
+    current = torch.cat([(tensor * tensor.grad).abs().float().reshape(-1) for tensor in tensors])
+    if not torch.isfinite(current).all():
+        return
+    sensitivity = part.layer.sparse_lora_sensitivity[part.adapter]
+    uncertainty = part.layer.sparse_lora_uncertainty[part.adapter]
+    sensitivity.mul_(config.beta1).add_(current, alpha=1 - config.beta1)
+    uncertainty.mul_(config.beta2).add_((current - sensitivity).abs_(), alpha=1 - config.beta2)
+
+
+@torch.no_grad()
+def component_scores(part: AdaptedLayer) -> torch.Tensor:
+    """`[r]` fp32 worth of each component of one layer."""
+    entry = part.layer.sparse_lora_sensitivity[part.adapter] * part.layer.sparse_lora_uncertainty[part.adapter]
+    gate, A, B = _tensors(part)
+    of_gate, of_A, of_B = entry.split([gate.numel(), A.numel(), B.numel()])
+    return of_gate + of_A.view_as(A).mean(1) + of_B.view_as(B).mean(0)
+
+
+@torch.no_grad()
+def allocate(parts: list[AdaptedLayer], budget: int) -> None:
+    """Let the `budget` best components of all layers live; ties go to the first layer and component."""
+    scores = [component_scores(part) for part in parts]
+    alive = torch.zeros(sum(score.numel() for score in scores), dtype=torch.uint8)
+    alive[top_units(torch.cat([score.cpu() for score in scores]), budget).long()] = 1
+    for part, mask in zip(parts, alive.split([score.numel() for score in scores]), strict=True):
+        part.layer.sparse_lora_rank_mask[part.adapter].copy_(mask)
+
+
+@torch.no_grad()
+def apply_mask(part: AdaptedLayer) -> None:
+    """Zero the gates of components that do not live."""
+    part.layer.sparse_lora_gate[part.adapter].data.mul_(part.layer.sparse_lora_rank_mask[part.adapter])
+
+
+@torch.no_grad()
+def add_orthogonality_gradient(parts: list[AdaptedLayer], weight: float) -> None:
+    r"""Add the gradient of :math:`\frac{\gamma}{2M}\sum \|AA^\top - I\|_F + \|B^\top B - I\|_F` to the factors' gradients.
+
+    :math:`\partial\|AA^\top - I\|_F / \partial A = 2(AA^\top - I)A / \|AA^\top - I\|_F`; B likewise, transposed.
+    """
+    share = weight / (2 * len(parts))
+    for part in parts:
+        _, A, B = _tensors(part)
+        for factor, rows in ((A, A), (B, B.t())):
+            if factor.grad is None:
+                continue
+            gap = rows @ rows.t() - torch.eye(rows.shape[0], device=rows.device, dtype=rows.dtype)
+            direction = (2 * share / gap.norm().clamp_min(1e-12)) * (gap @ rows)
+            factor.grad.add_(direction if factor is A else direction.t())

@@ -1,0 +1,47 @@
+"""The one way a support changes: new units in, values and optimizer state along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..optim import adam_seeds, move_optimizer_state, move_rows
+from .base import AdaptedLayer
+
+
+@torch.no_grad()
+def replace_units(
+    part: AdaptedLayer, new_units: torch.Tensor, optimizer: Any, seeds: dict[str, torch.Tensor] | None = None
+) -> int:
+    """Make `new_units` (sorted, distinct, at most the capacity) the support of `part`; returns how many entered.
+
+    Units that stay keep value and optimizer state bit for bit, wherever they now stand; units that enter start with
+    value 0 and zero state, or with `seeds`: `units` (sorted), `grad_mean`, `grad_sq_mean` and `age`, from which the
+    moments of those that entered are set (`optim.adam_seeds`).
+    """
+    old_units = part.units
+    place = torch.searchsorted(new_units, old_units).clamp_max(max(new_units.numel() - 1, 0))
+    kept = new_units[place] == old_units if new_units.numel() else torch.zeros_like(old_units, dtype=torch.bool)
+    kept_old, kept_new = kept.nonzero().squeeze(1), place[kept]
+    entered = torch.ones(new_units.numel(), dtype=torch.bool, device=new_units.device)
+    entered[kept_new] = False
+    at = entered.nonzero().squeeze(1)
+    seeded = _seeds_for(part, new_units[at], optimizer, seeds) if seeds is not None and at.numel() else None
+    move_optimizer_state(
+        optimizer, part.values, kept_old, kept_new, seeded=seeded, seeded_new=at if seeded is not None else None
+    )
+    move_rows(part.values.data, kept_old, kept_new)
+    part.layer.write_support(part.adapter, new_units)
+    return int(at.numel())
+
+
+def _seeds_for(
+    part: AdaptedLayer, entered: torch.Tensor, optimizer: Any, seeds: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    group = next((group for group in optimizer.param_groups if any(p is part.values for p in group["params"])), None)
+    state = optimizer.state.get(part.values, {})
+    if group is None or "betas" not in group or not {"exp_avg", "exp_avg_sq"} <= set(state):
+        return None  # not an Adam: its state has no means to seed
+    where = torch.searchsorted(seeds["units"], entered)
+    return adam_seeds(seeds["grad_mean"][where], seeds["grad_sq_mean"][where], seeds["age"], group["betas"])
