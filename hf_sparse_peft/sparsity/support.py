@@ -165,7 +165,7 @@ class UnitGrid:
         if count == 0:
             raise ValueError(
                 f"density={density} leaves no {self.granularity}{where} ({self.rows}x{self.cols}, {self.num_units} "
-                f"units). Raise density to at least {1 / self.num_units:.1e}, or leave the module out of target_modules."
+                f"units). Raise density to at least {1 / self.num_units:.1e}, or drop the module from target_modules."
             )
         return min(count, self.num_units)
 
