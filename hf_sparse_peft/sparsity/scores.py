@@ -59,9 +59,8 @@ class SmallestMagnitude:
 class LowRankMagnitude:
     r"""`|W_q|`, with `W_q = U_q diag(s_q) V_q^T` the best approximation of rank `q` (LIFT; Liu et al., 2025).
 
-    By default a randomised SVD (Halko et al., 2011, alg. 4.4 and 5.1, as `torch.svd_lowrank`), whose products with the
-    weight run slab by slab in fp32 and whose noise comes from `generator` alone. `W_q` itself exists one slab at a
-    time.
+    By default by `torch.svd_lowrank` (Halko et al., 2011) on one fp32 copy of the weight, seeded from `generator`
+    without touching the global random state. `W_q` itself exists one slab at a time.
 
     Raises:
         ValueError: a weight of another shape or of packed integers, `rank` below 1, no generator unless `exact`.
@@ -100,16 +99,14 @@ class LowRankMagnitude:
     def _randomised(self, weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         if generator is None:
             raise ValueError("'low_rank_magnitude' needs a generator for its randomised SVD; pass one, or exact=True.")
-        rows, cols = weight.shape
         extra = rank if self.oversampling is None else self.oversampling
-        directions = min(rank + extra, rows, cols)
-        noise = torch.randn(cols, directions, generator=generator, device=generator.device).to(weight.device)
-        basis = torch.linalg.qr(_times(weight, noise)).Q
-        for _ in range(self.power_iterations):
-            basis = torch.linalg.qr(_transpose_times(weight, basis)).Q
-            basis = torch.linalg.qr(_times(weight, basis)).Q
-        u, s, vt = torch.linalg.svd(_transpose_times(weight, basis).t(), full_matrices=False)
-        return basis @ (u[:, :rank] * s[:rank]), vt[:rank].clone()
+        directions = min(rank + extra, *weight.shape)
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        # svd_lowrank draws from the global stream only: the fork leaves that as it was.
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(weight.float(), q=directions, niter=self.power_iterations)
+        return u[:, :rank] * s[:rank], v[:, :rank].t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -241,16 +238,3 @@ def _slabs(rows: int, cols: int, numel: int, multiple: int = 1) -> Iterator[tupl
     height = max(1, numel // (cols * multiple)) * multiple
     for begin in range(0, rows, height):
         yield begin, min(begin + height, rows)
-
-
-def _times(weight: Tensor, right: Tensor) -> Tensor:
-    """`weight @ right` in fp32, slab by slab."""
-    return torch.cat([weight[b:e].float() @ right for b, e in _slabs(*weight.shape, _PRODUCT)])
-
-
-def _transpose_times(weight: Tensor, right: Tensor) -> Tensor:
-    """`weight.t() @ right` in fp32, slab by slab."""
-    out = torch.zeros(weight.shape[1], right.shape[1], device=weight.device)
-    for b, e in _slabs(*weight.shape, _PRODUCT):
-        out.addmm_(weight[b:e].float().t(), right[b:e])
-    return out
