@@ -35,8 +35,8 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
         configs = [layer.sparse_lora_config[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
     else:
         raise TypeError(
-            f"callbacks_for takes a SparseLoraConfig or a model that has such an adapter, not {type(model_or_config).__name__}. "
-            "Call it after get_peft_model, or pass the config."
+            "callbacks_for takes a SparseLoraConfig or a model that has such an adapter, not "
+            f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
     return [cls() for cls in SCHEDULE_CALLBACKS if any(getattr(config, cls.option) is not None for config in configs)]
 

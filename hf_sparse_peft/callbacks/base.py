@@ -41,7 +41,7 @@ class AdaptedLayer:
 
 
 class ScheduleCallback(TrainerCallback):
-    """Base of the callbacks that carry out one schedule of `SparseLoraConfig`, on every trained adapter that asks for it.
+    """Base of the callbacks that carry out one schedule of `SparseLoraConfig`, on every trained adapter that asks.
 
     A callback keeps no state of its own between steps: what a resumed run must find again lives in buffers of the
     layers, which Trainer saves and loads with the adapter, and everything else follows from the step number.

@@ -17,9 +17,9 @@ class CandidateCollector:
     r"""SpIEL-AG's candidates (Ansell et al., 2024): the units with the largest |gradient| in the first micro-batch of a
     phase, and the sums of their gradients, and of the squares, over the optimizer steps of the phase.
 
-    The chosen units and both sums live in the layer's buffers, `O(k)` numbers that a checkpoint carries; the gradient of
-    the current step is kept apart until `finish_step`, so that squares are those of whole optimizer steps, whatever the
-    accumulation.
+    The chosen units and both sums live in the layer's buffers, `O(k)` numbers that a checkpoint carries; the gradient
+    of the current step is kept apart until `finish_step`, so that squares are those of whole optimizer steps, whatever
+    the accumulation.
     """
 
     def __init__(self, part: AdaptedLayer, choose: bool) -> None:

@@ -26,8 +26,8 @@ class PruningCallback(ScheduleCallback):
 
     Every `interval` steps of the window, and once at its end, units with the smallest sum of |value| leave until the
     curve's share is left; capacity stays allocated until `compact()`. Where supports regrow as well, units leave at the
-    regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0. Every layer
-    keeps at least one unit.
+    regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0.
+    Every layer keeps at least one unit.
     """
 
     option = "pruning"

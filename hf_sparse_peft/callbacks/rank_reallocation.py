@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 
 from ..sparsity import top_units
@@ -28,11 +27,11 @@ def _window(config: RankAllocationConfig, total_steps: int) -> tuple[int, int]:
 class RankReallocationCallback(ScheduleCallback):
     r"""Moves rank between the layers of adapters that set `rank_allocation` (AdaLoRA; Zhang et al., 2023).
 
-    After every optimizer step each entry w of A, B and gate updates its sensitivity :math:`I = |w\,\partial L/\partial w|`,
-    :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I` and uncertainty
+    After every optimizer step each entry w of A, B and gate updates its sensitivity
+    :math:`I = |w\,\partial L/\partial w|`, :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I` and uncertainty
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A component is worth
-    :math:`s(g_i) + \mathrm{mean}_j\,s(A_{ij}) + \mathrm{mean}_j\,s(B_{ji})` with :math:`s = \bar I \bar U`; the budget's
-    best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While the
+    :math:`s(g_i) + \mathrm{mean}_j\,s(A_{ij}) + \mathrm{mean}_j\,s(B_{ji})` with :math:`s = \bar I \bar U`; the
+    budget's best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While the
     budget falls a zeroed gate may come back; after `final_warmup` the mask is fixed and applied every step.
     """
 
@@ -130,7 +129,7 @@ def apply_mask(part: AdaptedLayer) -> None:
 
 @torch.no_grad()
 def add_orthogonality_gradient(parts: list[AdaptedLayer], weight: float) -> None:
-    r"""Add the gradient of :math:`\frac{\gamma}{2M}\sum \|AA^\top - I\|_F + \|B^\top B - I\|_F` to the factors' gradients.
+    r"""Add the gradient of :math:`\frac{\gamma}{2M}\sum \|AA^\top - I\|_F + \|B^\top B - I\|_F` to the factors'.
 
     :math:`\partial\|AA^\top - I\|_F / \partial A = 2(AA^\top - I)A / \|AA^\top - I\|_F`; B likewise, transposed.
     """

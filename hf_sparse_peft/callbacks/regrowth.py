@@ -14,7 +14,7 @@ from .support_moves import replace_units
 
 
 def is_collecting(config: RegrowthConfig, update: int) -> bool:
-    """Whether the `update`-th optimizer step (from 1) collects candidate gradients: the `collect_steps` up to a move."""
+    """Whether the `update`-th optimizer step (from 1) collects gradients: the `collect_steps` up to a move."""
     return (config.collect_steps - update) % config.interval < config.collect_steps
 
 
@@ -35,10 +35,10 @@ def replaced_fraction(config: RegrowthConfig, update: int, total_steps: int) -> 
 class MaskRegrowthCallback(ScheduleCallback):
     """Moves the supports of adapters that set `regrowth` (SpIEL-AG; Ansell et al., 2024).
 
-    In the `collect_steps` before a move every layer's dense gradient is read once, inside its backward pass, and reduced
-    to `k` candidates. At the move each layer drops its units with the smallest sum of |value| and grows the candidates
-    with the largest |summed gradient|. A unit that is dropped and grown at once keeps value and moments; grown ones start
-    at value 0, with moments and age seeded from their candidate gradients.
+    In the `collect_steps` before a move every layer's dense gradient is read inside its backward pass and reduced to
+    `k` candidates. At the move each layer drops its units with the smallest sum of |value| and grows the candidates
+    with the largest |summed gradient|. A unit that is dropped and grown at once keeps value and moments; grown ones
+    start at value 0, with moments and age seeded from their candidate gradients.
 
     Two departures from the official code, both its faults: squares are those of whole optimizer steps, not of
     micro-batches, and every phase collects `collect_steps` updates (the code: one more in all but the first).
