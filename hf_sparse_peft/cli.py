@@ -1,0 +1,126 @@
+"""`sparse-peft`: look into an adapter folder, and take adapters to other formats."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from . import __version__
+from .hub import check_adapter, export_lora, export_shira, merge_to_dense
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 after an error that the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"sparse-peft {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparse-peft", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    inspect = commands.add_parser("inspect", help="check every tensor of an adapter folder and show what it holds")
+    inspect.add_argument("path", type=Path, help="adapter folder")
+    inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="write an adapter in a format that loads without this package")
+    _add_sources(export)
+    export.add_argument("--to", required=True, choices=("lora", "shira", "dense"), help="what to write")
+    export.add_argument("--rank", type=int, help="lora: cut updates without exact low-rank form to this rank by SVD")
+    export.add_argument("--pad-rank", type=int, help="lora: fill every module up to this rank with zeros")
+    export.set_defaults(run=_export)
+
+    merge = commands.add_parser("merge", help="merge an adapter into a dense model: export --to dense")
+    _add_sources(merge)
+    merge.set_defaults(run=_export, to="dense", rank=None, pad_rank=None)
+    return parser
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", type=Path, help="adapter folder")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--base", help="base model, a Hub id or a folder; default: what the adapter's config names")
+    command.add_argument("--dtype", default="auto", help="dtype to load the base in, e.g. bfloat16 (default: its own)")
+    command.add_argument("--nf4", action="store_true", help="quantise the base to NF4 first, as QLoRA training did")
+    command.add_argument("--double-quant", action="store_true", help="with --nf4: quantise the block scales as well")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    report = check_adapter(options.path)
+    print(report.table())
+    print(f"\n{report.parameters:,} living parameters; {report.other_bytes:,} bytes beside the adapted modules.")
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.to != "lora" and (options.rank or options.pad_rank):
+        raise ValueError(f"--rank and --pad-rank belong to --to lora, got --to {options.to}.")
+    check_adapter(options.path)
+    model = _load(options)
+    if options.to == "lora":
+        done = export_lora(model, options.out, pad_rank=options.pad_rank, rank=options.rank)
+        for name, rank in done.ranks.items():
+            print(f"{name}  rank {rank}  relative error {done.errors[name]:.3g}")
+        print(f"{len(done.ranks)} modules, {done.file_bytes:,} bytes in {options.out}")
+    elif options.to == "shira":
+        print(f"SHiRA with r={export_shira(model, options.out)} in {options.out}")
+    else:
+        dense = merge_to_dense(model, options.out)
+        print(f"{sum(p.numel() for p in dense.parameters()):,} parameters in {options.out}")
+
+
+def _load(options: argparse.Namespace) -> nn.Module:
+    import transformers
+
+    config = json.loads((options.path / "adapter_config.json").read_text(encoding="utf-8"))
+    base = options.base or config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"'{options.path}' does not name its base model; pass --base.")
+    if options.double_quant and not options.nf4:
+        raise ValueError("--double-quant says how --nf4 quantises; pass --nf4 too.")
+    arguments = {"dtype": options.dtype if options.dtype == "auto" else _dtype(options.dtype)}
+    if options.nf4:
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=options.double_quant,
+        )
+    found = transformers.AutoConfig.from_pretrained(base)
+    architectures = getattr(found, "architectures", None) or [None]
+    auto_class = _AUTO_CLASSES.get(config.get("task_type")) or (config.get("auto_mapping") or {}).get(
+        "base_model_class"
+    )
+    model_class = getattr(transformers, auto_class or architectures[0] or "AutoModel")
+    return PeftModel.from_pretrained(model_class.from_pretrained(base, **arguments), str(options.path)).eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype {name} is no torch dtype; give auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""The model card of an adapter, and saving an adapter with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftConfig, PeftModel, TaskType
+from torch import nn
+
+from ..tuners import SparseLoraConfig
+from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from .folders import ADAPTER_FILES, staged_folder
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+GENERATED = "<!-- Written by hf-sparse-peft at every save while this line is here; delete it to keep your edits. -->"
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: ("AutoPeftModelForCausalLM", "text-generation"),
+    TaskType.SEQ_CLS: ("AutoPeftModelForSequenceClassification", "text-classification"),
+    TaskType.SEQ_2_SEQ_LM: ("AutoPeftModelForSeq2SeqLM", None),
+    TaskType.TOKEN_CLS: ("AutoPeftModelForTokenClassification", "token-classification"),
+    TaskType.QUESTION_ANS: ("AutoPeftModelForQuestionAnswering", "question-answering"),
+    TaskType.FEATURE_EXTRACTION: ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+}
+_PACKAGES = ("hf-sparse-peft", "peft", "transformers", "torch", "bitsandbytes")
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> list[SparseLoraLayer]:
+    """The layers of `model` that the adapter `adapter_name` reaches, in model order.
+
+    Raises:
+        ValueError: `model` has no SPARSE_LORA adapter of that name.
+    """
+    layers = [layer for layer in sparse_layers(model) if adapter_name in layer.sparse_lora_config]
+    if not layers:
+        known = sorted({name for layer in sparse_layers(model) for name in layer.sparse_lora_config})
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is no SPARSE_LORA adapter of this model; it has {known or 'none'}."
+        )
+    return layers
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> SparseLoraConfig:
+    """The config of the adapter `adapter_name`.
+
+    Raises:
+        ValueError: `model` has no SPARSE_LORA adapter of that name.
+    """
+    return adapter_layers(model, adapter_name)[0].sparse_lora_config[adapter_name]
+
+
+def support_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
+    """What an adapter changes, a row for each group of equally named modules of one shape, in model order.
+
+    Keys: `group` (last part of the module names), `modules`, `rows`, `cols`, `granularity` (None without a sparse
+    half), `units` (living) of `capacity`, `density` (share of the weights' entries that live), `components` (living) of
+    `rank` (allocated), summed over the group, and `parameters` (living trained numbers). Only living units and
+    components are counted.
+
+    Raises:
+        ValueError: `model` has no SPARSE_LORA adapter of that name, or a support is damaged.
+    """
+    groups: dict[tuple, dict[str, Any]] = {}
+    for layer in adapter_layers(model, adapter_name):
+        rows, cols = layer.out_features, layer.in_features
+        name = layer.module_name.rpartition(".")[2]
+        row = groups.setdefault(
+            (name, rows, cols),
+            {"group": name, "modules": 0, "rows": rows, "cols": cols, "granularity": None, "units": 0, "capacity": 0}
+            | {"density": 0.0, "components": 0, "rank": 0, "parameters": 0},
+        )
+        row["modules"] += 1
+        entries = 0
+        if adapter_name in layer.sparse_lora_values:
+            grid, units = layer.sparse_lora_grid[adapter_name], layer.units(adapter_name).numel()
+            row["granularity"] = grid.granularity
+            row["units"] += units
+            row["capacity"] += layer.sparse_lora_values[adapter_name].shape[0]
+            entries = units * grid.unit_numel
+        components = layer.alive_components(adapter_name)
+        row["components"] += components
+        row["rank"] += layer.sparse_lora_r.get(adapter_name, 0)
+        gate = int(adapter_name in layer.sparse_lora_gate)
+        row["parameters"] += entries + components * (rows + cols + gate)
+        row["density"] += entries / (rows * cols)  # a mean in the end: all weights of a group have one size
+    for row in groups.values():
+        row["density"] /= row["modules"]
+    return list(groups.values())
+
+
+def adapter_card(
+    model: nn.Module,
+    *,
+    adapter_name: str = "default",
+    base_model: str | None = None,
+    method: str | None = None,
+    paper: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    notes: str | None = None,
+    repo_id: str | None = None,
+    training_data: str | Sequence[str] | None = None,
+    license: str | None = None,
+    tags: Sequence[str] | None = None,
+    generated: bool = False,
+) -> ModelCard:
+    """The model card of an adapter, filled in from its layers and config.
+
+    `base_model` defaults to the name that the adapter's config holds; it becomes Hub metadata only where it can be a
+    Hub id, since the Hub refuses cards that name a local path. `metrics` maps names to numbers, shown as a table.
+    `training_data` is prose, or a list of Hub dataset ids, which become metadata too. `license` is a Hub licence id;
+    without one the card states none. `tags` are added to the card's own. `generated` marks the card as one that later
+    saves may rewrite.
+
+    Raises:
+        ValueError: `model` has no SPARSE_LORA adapter of that name, or `metrics` is not a mapping.
+    """
+    config = adapter_config(model, adapter_name)
+    base_model = base_model or config.base_model_name_or_path or None
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ValueError(f"metrics={metrics!r} is not a mapping; pass names and numbers, e.g. {{'accuracy': 0.91}}.")
+    datasets = [training_data] if isinstance(training_data, str) else list(training_data or ())
+    auto_class, pipeline_tag = _AUTO_CLASSES.get(config.task_type, (None, None))
+    tags = ["hf-sparse-peft", "peft", "sparse_lora", *([method] if method else []), *(tags or ())]
+    if _is_hub_id(base_model):
+        tags.append(f"base_model:adapter:{base_model}")
+    data = ModelCardData(
+        library_name="peft",
+        base_model=base_model if _is_hub_id(base_model) else None,
+        license=license,
+        pipeline_tag=pipeline_tag,
+        datasets=[name for name in datasets if _is_hub_id(name)] if not isinstance(training_data, str) else None,
+        tags=sorted(set(tags)),
+    )
+    rows = support_summary(model, adapter_name)
+    shown = repo_id or "path/or/repo-of-this-adapter"
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=repo_id.rpartition("/")[2] if repo_id else f"Sparse adapter for {base_model or 'a model without a name'}",
+        summary=_summary(rows, config, base_model, method, paper),
+        # The fence comes with the code: formatters rewrite Python blocks of Markdown files, placeholders too.
+        load_code=f"```python\n{_load_code(auto_class, shown, base_model)}\n```",
+        leaving=_leaving(config),
+        support_table=_support_table(rows),
+        support_legend=_LEGEND,
+        config_table=_table(("option", "value"), _config_rows(config)),
+        metrics=_table(("metric", "value"), [(k, _number(v)) for k, v in metrics.items()])
+        if metrics
+        else "None were given with this card.",
+        training=_training(model, config, datasets, notes),
+        versions=_versions(),
+        marker=GENERATED if generated else "",
+    )
+
+
+def save_adapter(
+    model: PeftModel,
+    path: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    **card_arguments: Any,
+) -> Path:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and the card `README.md` into the folder `path`.
+
+    The folder appears whole or not at all. An adapter of this type that is there is replaced; other files beside it
+    stay. Files lie in `path` itself whatever the adapter's name. `card_arguments` are those of `adapter_card`. Returns
+    the folder.
+
+    Raises:
+        ValueError: `model` is no PeftModel with a SPARSE_LORA adapter of that name, or `path` is a file or a folder
+            that holds something else than such an adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a PeftModel. Wrap the base with get_peft_model; adapters of a "
+            "plain transformers model are saved by its own save_pretrained."
+        )
+    card = adapter_card(model, adapter_name=adapter_name, **card_arguments)
+    with staged_folder(path, "SPARSE_LORA") as stage:
+        model.save_pretrained(str(stage), selected_adapters=[adapter_name])
+        if adapter_name != "default":  # peft puts other names into a folder of their own
+            inner = stage / adapter_name
+            for file in list(inner.iterdir()):
+                os.replace(file, stage / file.name)
+            shutil.rmtree(inner)
+        missing = [name for name in ADAPTER_FILES[:1] + ADAPTER_FILES[2:3] if not (stage / name).is_file()]
+        if missing:
+            raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
+        card.save(stage / "README.md")
+    return Path(path)
+
+
+def exported_card(config: PeftConfig) -> ModelCard:
+    """The short card of an adapter that was exported to a format of upstream's."""
+    base, kind = config.base_model_name_or_path, config.peft_type.value
+    data = ModelCardData(
+        library_name="peft",
+        base_model=base if _is_hub_id(base) else None,
+        tags=sorted({"hf-sparse-peft", "peft", kind.lower()}),
+    )
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {kind} export\n\nA {kind} adapter for {_base_link(base)}, exported from a "
+        "SPARSE_LORA adapter by hf-sparse-peft. It loads with plain peft:\n\n```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base, "path/or/repo-of-this-adapter")\n```\n'
+    )
+
+
+# Parts of the card
+
+_LEGEND = (
+    "Units are what the sparse half is made of (entries, blocks, rows or columns of a weight), components the ranks of "
+    "the low-rank half; only living ones are counted. Density is the share of a weight's entries that the sparse half "
+    "changes."
+)
+
+
+def _is_hub_id(name: str | None) -> bool:
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _summary(
+    rows: list[dict[str, Any]],
+    config: SparseLoraConfig,
+    base_model: str | None,
+    method: str | None,
+    paper: str | None,
+) -> str:
+    parameters, modules = sum(row["parameters"] for row in rows), sum(row["modules"] for row in rows)
+    shape = []
+    if any(row["units"] for row in rows):
+        shape.append(f"a support of {config.granularity} units")
+    if any(row["components"] for row in rows):
+        shape.append("a low-rank half")
+    text = (
+        f"An adapter of {parameters:,} parameters for {_base_link(base_model)}: {' and '.join(shape) or 'nothing yet'}"
+        f", in {modules} linear layers. Made with hf-sparse-peft, a package of tuners for peft."
+    )
+    if method:
+        text += f" Method: `{method}`" + (f" ({paper})." if paper else ".")
+    elif paper:
+        text += f" Method: {paper}."
+    return text
+
+
+def _base_link(base_model: str | None) -> str:
+    if not base_model:
+        return "a base model that its config does not name"
+    return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{base_model}`"
+
+
+def _load_code(auto_class: str | None, shown: str, base_model: str | None) -> str:
+    remark = "import hf_sparse_peft  # registers the adapter type with peft"
+    if auto_class:
+        return f'{remark}\nfrom peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{shown}")'
+    base = base_model or "name-of-the-base-model"
+    return (
+        f"{remark}\nfrom peft import PeftModel\nfrom transformers import AutoModel  # or the class the base needs\n\n"
+        f'base = AutoModel.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{shown}")'
+    )
+
+
+def _leaving(config: SparseLoraConfig) -> str:
+    lossless = not config.has_support or config.granularity in ("row", "column")
+    if lossless:
+        return "`sparse-peft export` turns it into a plain LoRA without loss, for engines that know only LoRA."
+    return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
+
+
+def _support_table(rows: list[dict[str, Any]]) -> str:
+    header = ("layers", "shape", "living units", "density", "living components", "parameters")
+    body = [
+        (
+            f"{row['modules']} x `{row['group']}`",
+            f"{row['rows']} x {row['cols']}",
+            f"{row['units']:,} {row['granularity']}" if row["granularity"] else "none",
+            f"{row['density']:.4%}",
+            f"{row['components']:,}" + (f" of {row['rank']:,}" if row["rank"] != row["components"] else ""),
+            f"{row['parameters']:,}",
+        )
+        for row in rows
+    ]
+    weights = sum(row["modules"] * row["rows"] * row["cols"] for row in rows)
+    living = sum(row["density"] * row["modules"] * row["rows"] * row["cols"] for row in rows)
+    totals = {key: sum(row[key] for row in rows) for key in ("modules", "units", "components", "parameters")}
+    body.append(
+        (
+            f"{totals['modules']} in all",
+            "",
+            f"{totals['units']:,}",
+            f"{living / weights:.4%}",
+            f"{totals['components']:,}",
+            f"{totals['parameters']:,}",
+        )
+    )
+    return _table(header, body)
+
+
+def _config_rows(config: SparseLoraConfig) -> list[tuple[str, str]]:
+    shown: dict[str, Any] = {}
+    if config.has_support:
+        shown |= {"granularity": config.granularity, "density": config.density}
+        shown |= {"num_entries": config.num_entries} if config.num_entries is not None else {}
+        shown |= {"block_size": config.block_size} if config.granularity == "block" else {}
+        shown |= {"criterion": config.criterion, "allocation": config.allocation}
+    if config.r or config.rank_pattern:
+        shown |= {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+    for name in ("regrowth", "pruning", "rank_allocation"):
+        schedule = getattr(config, name)
+        if schedule is not None:
+            shown[name] = ", ".join(f"{key}={value}" for key, value in vars(schedule).items())
+    targets = config.target_modules
+    shown["target_modules"] = targets if isinstance(targets, str) or targets is None else ", ".join(sorted(targets))
+    if config.modules_to_save:
+        shown["modules_to_save"] = ", ".join(sorted(config.modules_to_save))
+    shown |= {"bias": config.bias} if config.bias != "none" else {}
+    shown |= {"seed": config.seed, "values_dtype": config.values_dtype}
+    return [(f"`{key}`", f"`{value}`") for key, value in shown.items()]
+
+
+def _training(model: nn.Module, config: SparseLoraConfig, datasets: list[str], notes: str | None) -> str:
+    parts = [f"Data: {', '.join(datasets)}." if datasets else "The training data was not given with this card."]
+    base_config = getattr(model, "config", None)
+    quantization = getattr(base_config, "quantization_config", None)
+    if quantization is not None:
+        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        kept = {key: value for key, value in given.items() if "bit" in key or key == "quant_method"}
+        parts.append("Base weights while training: " + ", ".join(f"{k}={v}" for k, v in sorted(kept.items())) + ".")
+    if config.training_finished:
+        parts.append("Training is over: schedules are done, dead units and components are dropped.")
+    elif config.has_schedule:
+        parts.append("Saved while its schedules were running; supports or ranks may still move when training goes on.")
+    if notes:
+        parts.append(notes)
+    return "\n\n".join(parts)
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"- {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "\n".join(found)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    cells = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)

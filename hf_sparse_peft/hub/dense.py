@@ -1,0 +1,155 @@
+"""Merging adapters into a dense copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from .export import exportable
+from .folders import staged_folder
+
+
+@torch.no_grad()
+def merge_to_dense(
+    model: nn.Module,
+    path: str | os.PathLike | None = None,
+    adapter_names: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A plain, dense model with the adapters (default: the active ones) merged in; `model` itself is left as it is.
+
+    Quantised layers become `nn.Linear` with their dequantised weight; base + deltas are added in fp32 and rounded once,
+    to `dtype` (default: what the layer holds or dequantises to). Nothing is quantised again, so nothing is lost to a
+    grid. A head that shared its weight with the embedding no longer does, and the config says so. With `path` the model
+    is saved there by `save_pretrained`. Peak memory: one dense model beside `model`.
+
+    Raises:
+        ValueError: an adapter is unknown or merged, another tuner's layer lies underneath, a quantised layer cannot be
+            read, or `path` is not empty.
+    """
+    names = _active(model) if adapter_names is None else list(adapter_names)
+    if not names:
+        raise ValueError("No SPARSE_LORA adapter is active; pass adapter_names=, or call set_adapter first.")
+    for name in names:
+        exportable(model, name)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if path is not None and not hasattr(base, "save_pretrained"):
+        raise ValueError(f"{type(base).__name__} has no save_pretrained; pass path=None and save the result yourself.")
+    if path is None:
+        return _merged_copy(base, names, dtype)
+    with staged_folder(path) as stage:
+        dense = _merged_copy(base, names, dtype)
+        dense.save_pretrained(stage)
+    return dense
+
+
+def _active(model: nn.Module) -> list[str]:
+    held = (n for layer in sparse_layers(model) for n in layer.active_adapters if n in layer.sparse_lora_config)
+    return list(dict.fromkeys(held))
+
+
+def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None) -> nn.Module:
+    owners: dict[int, int] = {}
+    for _, parameter in base.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    kwargs = get_quantization_kwargs(base)
+    replaced: dict[int, nn.Module] = {}
+    untied, done = False, ()
+    for name, module in base.named_modules():
+        if done and name.startswith(done):
+            continue
+        new = _replacement(name, module, names, kwargs)
+        if new is not None:
+            replaced[id(module)] = new
+            done = (*done, f"{name}.")
+            untied |= any(owners.get(id(p), 0) > 1 for p in _original(module).parameters())
+    # What deepcopy finds in its memo it takes: adapted and quantised layers are swapped without being copied first.
+    dense = copy.deepcopy(base, dict(replaced))
+    _forget_adapters_and_quantisation(dense)
+    if untied and getattr(dense, "config", None) is not None:
+        for config in {id(c): c for c in (dense.config, dense.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        dense.all_tied_weights_keys = {}
+    dense.requires_grad_(False)
+    return dense if dtype is None else dense.to(dtype)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _replacement(name: str, module: nn.Module, names: list[str], kwargs: dict) -> nn.Module | None:
+    """What stands in for `module` in the dense copy; None: a copy of itself."""
+    if isinstance(module, SparseLoraLayer):
+        return _merged_layer(name, module, names)
+    if isinstance(module, ModulesToSaveWrapper):
+        chosen = [n for n in names if n in module.modules_to_save]
+        return copy.deepcopy(module.modules_to_save[chosen[0]] if chosen else module.original_module)
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(f"'{name}' is a layer of another tuner ({type(module).__name__}); merge or unload that first.")
+    backend = resolve_quantization_backend(module, **kwargs)
+    if backend is None:
+        return None
+    return _linear(module, _dequantised(name, backend, module))
+
+
+def _merged_layer(name: str, layer: SparseLoraLayer, names: list[str]) -> nn.Module:
+    base, backend = layer.base_layer, layer.quantization_backend
+    if isinstance(base, BaseTunerLayer):
+        raise ValueError(
+            f"'{name}' wraps a layer of another tuner ({type(base).__name__}); merge or unload that first."
+        )
+    stored = base.weight.data if backend is None else _dequantised(name, backend, base)
+    merged = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+    for adapter_name in names:
+        if layer.holds(adapter_name):
+            merged += layer.get_delta_weight(adapter_name)
+    merged = merged.to(stored.dtype)
+    if backend is not None:
+        return _linear(base, merged)
+    return copy.deepcopy(base, {id(base.weight): nn.Parameter(merged, requires_grad=False)})
+
+
+def _dequantised(name: str, backend, module: nn.Module) -> torch.Tensor:
+    if backend.layer_type != "linear":
+        raise ValueError(
+            f"'{name}' is a quantised {backend.layer_type} layer; only linear ones can be dequantised here."
+        )
+    try:
+        return backend.get_base_weight(module)
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"'{name}' is quantised with {backend.backend_name}, whose weights cannot be read back ({error}). Load the "
+            "base without quantisation and merge there."
+        ) from error
+
+
+def _linear(module: nn.Module, weight: torch.Tensor) -> nn.Linear:
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    if getattr(module, "bias", None) is not None:
+        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+    return new.train(module.training)
+
+
+def _forget_adapters_and_quantisation(dense: nn.Module) -> None:
+    for name in ("peft_config", "hf_quantizer", "quantization_method"):
+        if name in dense.__dict__:
+            delattr(dense, name)
+    for name in ("_hf_peft_config_loaded", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(dense, name, False):
+            setattr(dense, name, False)
+    config = getattr(dense, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config

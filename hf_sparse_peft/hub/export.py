@@ -1,0 +1,332 @@
+"""Leaving the house: adapters as files that engines without this package load.
+
+rows, columns, gates, low-rank   -> plain LoRA, lossless
+entries, blocks                  -> upstream SHiRA, lossless; or LoRA by SVD, with the error measured
+anything                         -> dense model (dense.py)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import nn
+
+from ..tuners import SparseLoraConfig
+from ..tuners.sparse_lora import SparseLoraLayer
+from ..tuners.sparse_lora.operands import as_entries
+from .card import adapter_config, adapter_layers, exported_card
+from .folders import staged_folder
+
+_SVD_EXACT_BELOW = 2048  # sides up to here take a full SVD (seconds); larger ones a randomised one
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote."""
+
+    path: Path
+    """The folder."""
+    ranks: dict[str, int]
+    """Rank of each module that the LoRA adapts."""
+    errors: dict[str, float]
+    """Relative Frobenius error of each module's update; 0 where it is exact."""
+    file_bytes: int
+    """Size of adapter_model.safetensors."""
+
+
+@torch.no_grad()
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    pad_rank: int | None = None,
+    rank: int | None = None,
+) -> LoraExport:
+    r"""Write the adapter as a plain peft LoRA that loads without this package.
+
+    `k` rows are a LoRA of rank k whose `B` has one-hot columns, `k` columns one whose `A` has one-hot rows; gate and
+    scaling are multiplied into `B`, components whose gate is 0 are left out. All of this is exact:
+    :math:`BA = \Delta W` in fp32. Modules whose update is zero by construction are left out of `target_modules`.
+    `rank_pattern` and `alpha_pattern` hold equal numbers, so LoRA's scaling is 1.
+
+    `pad_rank` fills every module with zeros up to one rank, for engines that want that. `rank` allows updates whose
+    exact rank is higher (entries, blocks) to be cut to `rank` by SVD of the whole update: the measured errors are
+    returned, and the largest is warned about.
+
+    Raises:
+        ValueError: entries or blocks without `rank`, `pad_rank` below a module's rank, an adapter that changes nothing
+            or is merged, or a `path` that holds something else than a LoRA.
+    """
+    config, layers = exportable(model, adapter_name)
+    for option, value in (("rank", rank), ("pad_rank", pad_rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option}={value} is no rank; give an integer >= 1, or None.")
+    factors, errors = {}, {}
+    for layer in layers:
+        found = _lora_factors(layer, adapter_name, rank)
+        if found is not None:
+            factors[layer.module_name], errors[layer.module_name] = found[:2], found[2]
+    if not factors:
+        raise ValueError(f"Adapter '{adapter_name}' has no living unit or component; there is nothing to export.")
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    if pad_rank is not None:
+        largest = max(ranks, key=ranks.get)
+        if ranks[largest] > pad_rank:
+            raise ValueError(
+                f"pad_rank={pad_rank} is below the rank {ranks[largest]} of '{largest}'. Raise it to {ranks[largest]}, "
+                f"or pass rank={pad_rank} to cut updates by SVD."
+            )
+        factors = {name: _padded(*halves, pad_rank) for name, halves in factors.items()}
+        ranks = dict.fromkeys(ranks, pad_rank)
+    default = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = _rank_pattern(ranks, default)
+    lora = LoraConfig(
+        r=default,
+        lora_alpha=default,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_target_modules(model, set(ranks)),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers if layer.module_name in ranks),
+        bias={"sparse_lora_only": "lora_only"}.get(config.bias, config.bias),
+        **_shared_options(config),
+    )
+    tensors = _other_tensors(model, adapter_name, set(ranks))
+    for name, (A, B) in factors.items():
+        tensors[f"{_prefix(name)}lora_A.weight"] = A.contiguous().cpu()
+        tensors[f"{_prefix(name)}lora_B.weight"] = B.contiguous().cpu()
+    size = _write(path, lora, tensors)
+    worst = max(errors, key=errors.get)
+    if errors[worst] > 0:
+        warnings.warn(
+            f"export_lora cut updates to rank {rank} by SVD: relative error {errors[worst]:.3g} in '{worst}', "
+            f"{sum(errors.values()) / len(errors):.3g} on average. LoraExport.errors has every module's; export_shira "
+            "and merge_to_dense lose nothing.",
+            stacklevel=2,
+        )
+    return LoraExport(Path(path), ranks, errors, size)
+
+
+@torch.no_grad()
+def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> int:
+    """Write a purely sparse adapter in upstream peft's SHiRA format, without loss. Returns SHiRA's `r`.
+
+    SHiRA's loader wants `r * (rows + cols)` entries in every module, of one `r` for the whole model: the smallest `r`
+    that fits is taken and the rest filled with zeros at free places. Blocks, rows and columns are written as their
+    entries. Read it with `PeftModel.from_pretrained`: transformers' own `load_adapter` ignores SHiRA's indices, so the
+    config names a mask type that makes it fail there instead of running with random ones.
+
+    Raises:
+        ValueError: the adapter has a low-rank half or trains biases, adapts Conv1D layers, is too dense for any `r`,
+            changes nothing or is merged, or `path` holds something else than a SHiRA adapter.
+    """
+    config, layers = exportable(model, adapter_name)
+    ranked = [layer for layer in layers if adapter_name in layer.sparse_lora_A]
+    if ranked:
+        raise ValueError(
+            f"SHiRA has no low-rank half, and '{ranked[0].module_name}' has rank "
+            f"{ranked[0].sparse_lora_r[adapter_name]}. Use merge_to_dense, or export_lora with rank=."
+        )
+    if config.bias != "none":
+        raise ValueError(f"SHiRA saves no biases, and this adapter has bias='{config.bias}'. Use merge_to_dense.")
+    layers = [m for m in layers if adapter_name in m.sparse_lora_values and m.units(adapter_name).numel()]
+    if not layers:
+        raise ValueError(f"Adapter '{adapter_name}' has no living unit; there is nothing to export.")
+    transposed = [layer.module_name for layer in layers if layer.fan_in_fan_out]
+    if transposed:
+        raise ValueError(f"SHiRA adapts no Conv1D layers, and '{transposed[0]}' is one. Use merge_to_dense.")
+    entries = {layer.module_name: _entries(layer, adapter_name) for layer in layers}
+    needed = {
+        layer.module_name: -(-entries[layer.module_name][0].numel() // (layer.out_features + layer.in_features))
+        for layer in layers
+    }
+    r = max(needed.values())
+    for layer in layers:
+        places, total = r * (layer.out_features + layer.in_features), layer.out_features * layer.in_features
+        if places > total:
+            worst = max(needed, key=needed.get)
+            raise ValueError(
+                f"SHiRA holds r * (rows + cols) entries in every module, of one r. '{worst}' needs r={r}, which is "
+                f"{places} entries in '{layer.module_name}', whose weight has {total}. Use merge_to_dense."
+            )
+    shira = ShiraConfig(
+        r=r,
+        mask_type="from_file",
+        target_modules=_target_modules(model, set(entries)),
+        **_shared_options(config),
+    )
+    tensors = _other_tensors(model, adapter_name, set(entries))
+    for layer in layers:
+        positions, values = entries[layer.module_name]
+        count = r * (layer.out_features + layer.in_features)
+        positions, values = _filled(positions, values, count)
+        indices = torch.stack((positions // layer.in_features, positions % layer.in_features)).to(torch.int32)
+        tensors[f"{_prefix(layer.module_name)}shira_weight"] = values.cpu()
+        tensors[f"{_prefix(layer.module_name)}shira_indices"] = indices.cpu()
+    _write(path, shira, tensors)
+    return r
+
+
+# What both formats share
+
+
+def exportable(model: nn.Module, adapter_name: str) -> tuple[SparseLoraConfig, list[SparseLoraLayer]]:
+    """Config and layers of an adapter that may be read out.
+
+    Raises:
+        ValueError: `model` has no such adapter, or something is merged into its base weights.
+    """
+    layers = adapter_layers(model, adapter_name)
+    merged = [layer for layer in layers if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{merged[0].merged_adapters} is merged into '{merged[0].module_name}'; call unmerge_adapter() first."
+        )
+    return adapter_config(model, adapter_name), layers
+
+
+def _shared_options(config: SparseLoraConfig) -> dict:
+    return {
+        "task_type": config.task_type,
+        "auto_mapping": config.auto_mapping,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "modules_to_save": config.modules_to_save,
+        "inference_mode": True,
+    }
+
+
+def _prefix(name: str) -> str:
+    return f"base_model.model.{name}."
+
+
+def _other_tensors(model: nn.Module, adapter_name: str, adapted: set[str]) -> dict[str, torch.Tensor]:
+    """Biases and modules_to_save under the names that the exported adapter gives them."""
+    found = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+        if ".sparse_lora_" in key:
+            continue
+        key = key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+        owner, inside, rest = key.partition(".base_layer.")
+        if inside and owner.removeprefix("base_model.model.") not in adapted:
+            key = f"{owner}.{rest}"  # nothing wraps that module any more
+        found[key] = tensor.detach().clone().contiguous().cpu()
+    return found
+
+
+def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
+    """The shortest way to name exactly `adapted`: last parts of names, whole names, or else a regex."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, SparseLoraLayer))
+    everything = [name for name, _ in base.named_modules() if name and not name.startswith(inside)]
+    for names in ({name.rpartition(".")[2] for name in adapted}, adapted):
+        endings = tuple(f".{name}" for name in names)
+        if {name for name in everything if name in names or name.endswith(endings)} == adapted:
+            return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(adapted))
+
+
+def _write(path: str | os.PathLike, config: LoraConfig | ShiraConfig, tensors: dict[str, torch.Tensor]) -> int:
+    with staged_folder(path, config.peft_type.value) as stage:
+        config.save_pretrained(str(stage))
+        save_file(tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
+        exported_card(config).save(stage / "README.md")
+        return (stage / "adapter_model.safetensors").stat().st_size
+
+
+# LoRA
+
+
+def _lora_factors(
+    layer: SparseLoraLayer, adapter_name: str, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """`A` `[r, in]`, `B` `[out, r]`, both fp32, and the relative error of `BA`; None for an update that is zero."""
+    parts = []
+    if adapter_name in layer.sparse_lora_A:
+        A, B = layer.sparse_lora_A[adapter_name].float(), layer.sparse_lora_B[adapter_name].float()
+        B = B * layer.sparse_lora_scaling[adapter_name]
+        if adapter_name in layer.sparse_lora_gate:
+            gate = layer.sparse_lora_gate[adapter_name].float()
+            A, B = A[gate != 0], (B * gate)[:, gate != 0]
+        parts.append((A, B))
+    grid = layer.sparse_lora_grid.get(adapter_name)
+    units = layer.units(adapter_name) if adapter_name in layer.sparse_lora_values else None
+    structured = units is None or not units.numel() or grid.granularity in ("row", "column")
+    if not structured and rank is None:
+        raise ValueError(
+            f"'{layer.module_name}' has a support of {grid.granularity} units, which has no exact low-rank form. Pass "
+            "rank= to fit a LoRA by SVD (its error is measured), or use export_shira or merge_to_dense, which lose "
+            "nothing."
+        )
+    if structured:
+        if units is not None and units.numel():
+            values = layer.sparse_lora_values[adapter_name][: units.numel()].float()
+            ones = torch.zeros(units.numel(), grid.num_units, device=values.device)
+            ones.scatter_(1, units.long().unsqueeze(1), 1.0)
+            parts.append((values, ones.t()) if grid.granularity == "row" else (ones, values.t()))
+        exact = sum(A.shape[0] for A, _ in parts)
+        if exact == 0:
+            return None
+        if rank is None or exact <= rank:
+            return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1), 0.0
+    delta = layer.get_delta_weight(adapter_name)
+    return _svd_factors(delta.t() if layer.fan_in_fan_out else delta, rank)
+
+
+def _svd_factors(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    norm = delta.norm()
+    if norm == 0:
+        return None
+    side = min(delta.shape)
+    rank = min(rank, side)
+    if side <= _SVD_EXACT_BELOW:
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+            torch.manual_seed(0)  # the same file every time
+            U, S, V = torch.svd_lowrank(delta, q=min(rank + 16, side), niter=6)
+        Vh = V.t()
+    root = S[:rank].sqrt()
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    return A, B, float((delta - B @ A).norm() / norm)
+
+
+def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    missing = rank - A.shape[0]
+    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+
+
+def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
+    """peft takes the first key that matches the end of a module's name, as a regex: longer names go first."""
+    longest_first = sorted(ranks, key=lambda name: (-len(name), name))
+    pattern = {name: ranks[name] for name in longest_first if ranks[name] != default}
+    if all(pattern.get(get_pattern_key(pattern.keys(), name), default) == r for name, r in ranks.items()):
+        return pattern
+    return {f"^{re.escape(name)}": ranks[name] for name in longest_first}  # these whole names only
+
+
+# SHiRA
+
+
+def _entries(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted flat positions and values of the support's entries."""
+    units, grid = layer.units(adapter_name), layer.sparse_lora_grid[adapter_name]
+    values = layer.sparse_lora_values[adapter_name][: units.numel()].float()
+    values, positions = as_entries(values, units, grid)
+    return positions, values
+
+
+def _filled(positions: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` entries: the given ones, and zeros at the first places that are free."""
+    first = torch.arange(count, device=positions.device)
+    free = first[~torch.isin(first, positions)][: count - positions.numel()]
+    positions, order = torch.cat((positions, free)).sort()
+    return positions, torch.cat((values, values.new_zeros(free.numel())))[order].contiguous()

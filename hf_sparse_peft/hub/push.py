@@ -1,0 +1,97 @@
+"""An adapter's way to the Hub."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
+from peft.utils.peft_types import PeftType
+
+from .card import GENERATED, adapter_card, save_adapter
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    adapter_name: str = "default",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    commit_message: str = "Upload adapter",
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **card_arguments: Any,
+) -> CommitInfo:
+    """Upload an adapter and its card (`card_arguments` as `adapter_card` takes them) to the Hub repo `repo_id`.
+
+    The repo is made if it is not there; `private=None` leaves that to the account's default. Nothing is uploaded before
+    all files are written. Returns what `HfApi.upload_folder` returns.
+
+    Raises:
+        ValueError: `model` is no PeftModel with a SPARSE_LORA adapter of that name.
+    """
+    api = HfApi(token=token, library_name="hf-sparse-peft")
+    with tempfile.TemporaryDirectory() as folder:
+        # The card is rendered before the repo exists: a mistake in its arguments leaves no empty repo behind.
+        saved = save_adapter(
+            model, Path(folder) / "adapter", adapter_name=adapter_name, **{"repo_id": repo_id, **card_arguments}
+        )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(saved),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def register_cards() -> None:
+    """Let `PeftModel.save_pretrained` and `PeftModel.push_to_hub` write our card for SPARSE_LORA adapters.
+
+    Without it both leave upstream's empty card, which says neither what the adapter is nor that this package is needed
+    to load it. A README.md that somebody wrote stays. Models with other adapters, or several, keep upstream's ways; the
+    second call does nothing.
+    """
+    original_card, original_push = PeftModel.create_or_update_model_card, PeftModel.push_to_hub
+    if getattr(original_card, "_sparse_cards", False):
+        return
+
+    @functools.wraps(original_card)
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        readme = Path(output_dir) / "README.md"
+        name = _only_sparse_adapter(self)
+        ours = name is not None and (not readme.exists() or GENERATED in readme.read_text(encoding="utf-8"))
+        if not ours:
+            original_card(self, output_dir)
+            return
+        adapter_card(self, adapter_name=name, generated=True).save(readme)
+
+    @functools.wraps(original_push)
+    def push(self, repo_id: str, *, max_shard_size: Any = None, tags: list[str] | None = None, **kwargs: Any):
+        name = _only_sparse_adapter(self)
+        if name is None:
+            sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            return original_push(self, repo_id, tags=tags, **sizes, **kwargs)
+        if kwargs.get("commit_message", "") is None:
+            del kwargs["commit_message"]
+        return push_to_hub(self, repo_id, adapter_name=name, tags=tags, **kwargs)
+
+    create_or_update_model_card._sparse_cards = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel.push_to_hub = push
+
+
+def _only_sparse_adapter(model: PeftModel) -> str | None:
+    types = {name: config.peft_type for name, config in model.peft_config.items()}
+    if len(types) != 1 or next(iter(types.values())) != PeftType.SPARSE_LORA:
+        return None
+    return next(iter(types))
