@@ -22,38 +22,49 @@ class CandidateCollector:
     the accumulation.
     """
 
-    def __init__(self, part: AdaptedLayer, choose: bool) -> None:
+    def __init__(self, part: AdaptedLayer, starts: bool = False) -> None:
         self.part = part
-        self.choose = choose
-        """Whether the next gradient starts a phase and decides which units are candidates."""
         self.step_gradient: torch.Tensor | None = None
+        self.overflowed = False
+        layer, name = part.layer, part.adapter
+        # The buffer holds unit + 1, and 0 where there is no candidate: pruning may shrink the support between the
+        # choice and the move, and a phase may still be without candidates (an overflow, a file without them).
+        self._stored, self._sums = layer.sparse_lora_candidates[name], layer.sparse_lora_candidate_sums[name]
+        if starts:
+            self._stored.zero_()
+            self._sums.zero_()
+        self._count = int((self._stored > 0).sum())
 
     @property
     def units(self) -> torch.Tensor:
-        """The candidates, sorted; as many as the support has living units."""
-        return self.part.layer.sparse_lora_candidates[self.part.adapter][: self.part.units.numel()]
+        """The candidates, sorted; as many as the support had living units when they were chosen, or none yet."""
+        return self._stored[: self._count] - 1
 
     @property
     def sums(self) -> torch.Tensor:
         """`[2, k, ...]`: sum of gradients, sum of squares."""
-        return self.part.layer.sparse_lora_candidate_sums[self.part.adapter][:, : self.part.units.numel()]
+        return self._sums[:, : self._count]
 
     @torch.no_grad()
     def __call__(self, dense: torch.Tensor) -> None:
         """Take one micro-batch's dense gradient `[rows, cols]`."""
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
-        if self.choose:
-            self.choose = False
+        if not self._count:
+            # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.
             dense = all_reduce_mean(dense.clone()) if _distributed() else dense
-            scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), grid, _CHUNK)
-            chosen = top_units(scores, self.units.numel())
-            self.part.layer.sparse_lora_candidate_sums[self.part.adapter].zero_()
-            self.units.copy_(chosen)
-            gradient = read_units(dense, chosen, grid.granularity, grid.block_size).float()
-            # Already the mean over ranks: finish_step averages once more, which changes nothing.
-        else:
-            gradient = read_units(dense, self.units, grid.granularity, grid.block_size).float()
+            self.overflowed = self.overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32)))
+            if self.overflowed:
+                return  # nothing to rank by: the next step chooses
+            self._choose(dense)
+        gradient = read_units(dense, self.units, grid.granularity, grid.block_size).float()
         self.step_gradient = gradient if self.step_gradient is None else self.step_gradient.add_(gradient)
+
+    def _choose(self, dense: torch.Tensor) -> None:
+        grid = self.part.layer.sparse_lora_grid[self.part.adapter]
+        scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), grid, _CHUNK)
+        chosen = top_units(scores, self.part.units.numel())
+        self._count = chosen.numel()
+        self._stored[: self._count] = chosen + 1
 
     @torch.no_grad()
     def finish_step(self, loss_scale: float = 1.0) -> None:

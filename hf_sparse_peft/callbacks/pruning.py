@@ -15,10 +15,15 @@ from .support_moves import replace_units
 
 def living_share(config: SparseLoraConfig, update: int, total_steps: int) -> float:
     r"""Share of the injected units that live after `update` steps: 1 before `begin`, then
-    :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3`, and `f = final_fraction` after `end` (Zhu and Gupta, 2017)."""
-    pruning = config.pruning
-    curve = make_schedule("cubic", 1.0, pruning.final_fraction, pruning.begin, pruning.end)
-    return curve(min(update / total_steps, 1.0))
+    :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3`, and `f = final_fraction` from `end` on (Zhu and Gupta, 2017)."""
+    begin, end = _window(config, total_steps)
+    progress = (update - begin) / (end - begin)
+    return make_schedule("cubic", 1.0, config.pruning.final_fraction)(min(max(progress, 0.0), 1.0))
+
+
+def _window(config: SparseLoraConfig, total_steps: int) -> tuple[int, int]:
+    # Whole steps, or the share at the step nearest to `end` would not be the final one.
+    return round(config.pruning.begin * total_steps), round(config.pruning.end * total_steps)
 
 
 class PruningCallback(ScheduleCallback):
@@ -26,15 +31,16 @@ class PruningCallback(ScheduleCallback):
 
     Every `interval` steps of the window, and once at its end, units with the smallest sum of |value| leave until the
     curve's share is left; capacity stays allocated until `compact()`. Where supports regrow as well, units leave at the
-    regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0.
-    Every layer keeps at least one unit.
+    regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0. Where no
+    move comes after the window's end, the last pruning is at its end all the same. Every layer keeps at least one unit.
     """
 
     option = "pruning"
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """The window must hold at least one step."""
-        if int(config.pruning.end * self.total_steps) <= int(config.pruning.begin * self.total_steps):
+        begin, end = _window(config, self.total_steps)
+        if end <= begin:
             raise ValueError(
                 f"pruning.begin={config.pruning.begin} and pruning.end={config.pruning.end} leave no step in a run of "
                 f"{self.total_steps}. Train longer, widen the window, or set pruning=None."
@@ -48,13 +54,13 @@ class PruningCallback(ScheduleCallback):
                 self._prune(parts, living_share(config, state.global_step, self.total_steps), optimizer)
 
     def _due(self, config: SparseLoraConfig, update: int) -> bool:
-        begin, end = (round(share * self.total_steps) for share in (config.pruning.begin, config.pruning.end))
-        if update == end:
+        begin, end = _window(config, self.total_steps)
+        if config.regrowth is None:
+            return update == end or (begin < update < end and (update - begin) % config.pruning.interval == 0)
+        # Moves go on after the window; the share is constant there, so that pruning again does nothing.
+        if begin < update < self.total_steps and moves_after(config.regrowth, update):
             return True
-        if config.regrowth is not None:
-            # Moves go on after the window; the share is constant there, so that pruning again does nothing.
-            return begin < update and moves_after(config.regrowth, update)
-        return begin < update < end and (update - begin) % config.pruning.interval == 0
+        return update == end and not any(moves_after(config.regrowth, later) for later in range(end, self.total_steps))
 
     def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any) -> None:
         targets = [max(1, round(share * part.values.shape[0])) for part in parts]

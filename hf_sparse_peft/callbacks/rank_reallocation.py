@@ -31,8 +31,8 @@ class RankReallocationCallback(ScheduleCallback):
     :math:`I = |w\,\partial L/\partial w|`, :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I` and uncertainty
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A component is worth
     :math:`s(g_i) + \mathrm{mean}_j\,s(A_{ij}) + \mathrm{mean}_j\,s(B_{ji})` with :math:`s = \bar I \bar U`; the
-    budget's best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While the
-    budget falls a zeroed gate may come back; after `final_warmup` the mask is fixed and applied every step.
+    budget's best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While
+    the budget falls a zeroed gate may come back; after `final_warmup` the mask is fixed and applied every step.
     """
 
     option = "rank_allocation"

@@ -52,11 +52,18 @@ class MaskRegrowthCallback(ScheduleCallback):
         self.replaced: list[dict[str, Any]] = []
         """One record a move: step, units replaced, units alive."""
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Find the layers; forget what a run that was broken off left behind."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.collectors = []
+        for part in self.parts:
+            part.layer.sparse_lora_sink.pop(part.adapter, None)
+
     def check_length(self, config: SparseLoraConfig) -> None:
-        """At least one move must fit into the run."""
-        if config.regrowth.collect_steps > self.total_steps:
+        """At least one move, and an update after it, must fit into the run."""
+        if config.regrowth.collect_steps >= self.total_steps:
             raise ValueError(
-                f"regrowth.collect_steps={config.regrowth.collect_steps} is more than the run's {self.total_steps} "
+                f"regrowth.collect_steps={config.regrowth.collect_steps} is not less than the run's {self.total_steps} "
                 "steps: the support would never move. Train longer, lower it, or set regrowth=None."
             )
 
@@ -67,7 +74,7 @@ class MaskRegrowthCallback(ScheduleCallback):
             if is_collecting(part.config.regrowth, update):
                 # Phases start right after a multiple of the interval, so a resumed run knows where it stands.
                 starts = (update - 1) % part.config.regrowth.interval == 0
-                collector = CandidateCollector(part, choose=starts)
+                collector = CandidateCollector(part, starts)
                 part.layer.sparse_lora_sink[part.adapter] = collector
                 self.collectors.append(collector)
 
@@ -81,7 +88,9 @@ class MaskRegrowthCallback(ScheduleCallback):
         self.collectors = []
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Move the supports that are due."""
+        """Move the supports that are due; not after the last update, where units would enter untrained."""
+        if state.global_step >= self.total_steps:
+            return
         due = [part for part in self.parts if moves_after(part.config.regrowth, state.global_step)]
         moved = sum(self._move(part, state.global_step, optimizer) for part in due)
         if due:
@@ -90,7 +99,7 @@ class MaskRegrowthCallback(ScheduleCallback):
 
     def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> int:
         config = part.config.regrowth
-        collector = CandidateCollector(part, choose=False)
+        collector = CandidateCollector(part)
         candidates, (gradients, squares) = collector.units, collector.sums
         if not candidates.numel():
             return 0

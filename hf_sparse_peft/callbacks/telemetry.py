@@ -28,11 +28,9 @@ class SupportTelemetryCallback(TrainerCallback):
         path = self._path(args)
         kept = []
         if state.global_step and path.exists():
-            kept = [
-                record
-                for line in path.read_text().splitlines()
-                if (record := json.loads(line))["step"] < state.global_step
-            ]
+            # A run that was killed may have left half a line at the end, which has no newline yet.
+            lines = path.read_text().split("\n")[:-1]
+            kept = [record for record in map(json.loads, lines) if record["step"] < state.global_step]
         self.history = kept
         if self.write and state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ def from_file(
 ) -> dict[str, torch.Tensor]:
     """The tensors to load, checked whole before any of them reaches a layer.
 
-    State of running schedules is dropped where the model does not train them, and starts anew where a file has none.
+    State of running schedules is dropped where the adapter does not train, allocated again where a finished run freed
+    it, and starts anew where a file has none.
 
     Raises:
         ValueError: a tensor is missing, has another shape, is not finite, or its support is truncated, out of range,
@@ -56,10 +57,8 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
             )
         if kind != "sparse_lora_rank_mask":
             if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"'{key}' in the adapter file has values that are not finite; the adapter is damaged."
-                )
-            state_dict[key] = tensor.float()  # the file may hold bf16; masters are fp32
+                raise ValueError(f"'{key}' in the adapter file has values that are not finite; the adapter is damaged.")
+            state_dict[key] = tensor.to(held[adapter_name].dtype)  # the file may hold bf16; masters are fp32
 
 
 def _present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
@@ -73,10 +72,19 @@ def _present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 def _settle_training_state(
     state_dict: dict[str, torch.Tensor], prefix: str, layer: SparseLoraLayer, adapter_name: str
 ) -> None:
+    trained = any(
+        adapter_name in held and held[adapter_name].requires_grad
+        for held in (getattr(layer, kind) for kind in layer.adapter_layer_names)
+    )
     for kind in layer.training_state_names:
         key, held = f"{prefix}{kind}.{adapter_name}", getattr(layer, kind)
+        # The file's own names for a buffer that the layer does not have (any more), which upstream cannot map.
+        for unmapped in (f"{prefix}{kind}", f"base_model.model.{prefix}{kind}"):
+            if unmapped in state_dict:
+                state_dict[key] = state_dict.pop(unmapped)
+        if adapter_name not in held and trained and key in state_dict:
+            layer.allocate_training_state(adapter_name)  # a finished run freed it, and goes on from a checkpoint
         if adapter_name not in held:
             state_dict.pop(key, None)
-            state_dict.pop(f"{prefix}{kind}", None)  # the file's own name for it, which nothing here maps
         elif key not in state_dict:
             state_dict[key] = torch.zeros_like(held[adapter_name])
