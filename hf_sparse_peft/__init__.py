@@ -1,5 +1,6 @@
 """Sparse and sparse + low-rank fine-tuning for peft and the Hugging Face Trainer. Importing registers every tuner."""
 
+from . import methods
 from .callbacks import (
     MaskRegrowthCallback,
     PruningCallback,
@@ -7,7 +8,10 @@ from .callbacks import (
     SupportTelemetryCallback,
     callbacks_for,
 )
+from .hub import register_cards
 from .tuners import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
+
+register_cards()
 
 __version__ = "0.1.0"
 
@@ -23,4 +27,5 @@ __all__ = [
     "SupportTelemetryCallback",
     "__version__",
     "callbacks_for",
+    "methods",
 ]

@@ -1,0 +1,21 @@
+"""Methods whose rank moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tuners import RankAllocationConfig, SparseLoraConfig
+from .registry import Method, register
+
+
+@register(
+    "adalora",
+    paper="Zhang et al., 2023",
+    moves="rank: components compete over the whole model",
+    use_when="layers need different ranks and nobody knows which",
+    cost="two moving averages per low-rank number while it trains",
+)
+def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overrides: Any) -> Method:
+    """AdaLoRA's budget, importance and regulariser on the gate; the callback does what upstream leaves to you."""
+    allocation = RankAllocationConfig(target_r=target_r, orthogonality=orthogonality)
+    return Method(SparseLoraConfig(**{"r": r, "density": 0.0, "rank_allocation": allocation, **overrides}))

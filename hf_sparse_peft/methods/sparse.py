@@ -1,0 +1,61 @@
+"""Sparse fine-tuning methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tuners import PruningConfig, RegrowthConfig, SparseLoraConfig
+from .registry import Method, aged_adamw, register
+
+
+@register(
+    "spiel-ag",
+    paper="Ansell et al., 2024",
+    moves="support: drop by magnitude, grow by accumulated gradient",
+    use_when="which entries matter is unknown and the run is long enough to find out",
+    cost="a dense gradient of one layer at a time in 5 of 20 steps; ages, 4 bytes an entry",
+)
+def spiel_ag(
+    density: float = 0.01, interval: int = 20, collect_steps: int = 5, fraction: float = 0.2, **overrides: Any
+) -> Method:
+    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share."""
+    regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
+    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+
+
+@register(
+    "gradual-pruning",
+    paper="Zhu and Gupta, 2017",
+    moves="support: thins out along a cubic curve",
+    use_when="the final adapter must be small and a larger one helps to find it",
+    cost="starts at twice the final numbers",
+)
+def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
+    """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
+    options = {"r": 0, "density": density, "pruning": PruningConfig(final_fraction=final_fraction), **overrides}
+    return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "shira",
+    paper="Bhardwaj et al., 2024",
+    moves="nothing",
+    use_when="a fixed random support is enough, or as the baseline for everything that chooses",
+    cost="none",
+)
+def shira(density: float = 0.01, **overrides: Any) -> Method:
+    """SHiRA's random mask, with a draw of its own for every layer (upstream draws one per shape)."""
+    return Method(SparseLoraConfig(**{"r": 0, "density": density, "criterion": "random", **overrides}))
+
+
+@register(
+    "super-tuning",
+    paper="Super-Tuning (arXiv:2607.09287)",
+    moves="nothing",
+    use_when="a fixed support without data, on the largest weights",
+    cost="one pass over each weight at injection",
+)
+def super_tuning(density: float = 0.01, r: int = 0, **overrides: Any) -> Method:
+    """The largest weights as the support; `r > 0` adds the low-rank half of the paper's hybrid."""
+    return Method(SparseLoraConfig(**{"r": r, "density": density, "criterion": "magnitude", **overrides}))

@@ -1,0 +1,183 @@
+"""QLoRA-style fine-tuning with SparseLora: a 4-bit base, a support that moves and ranks that move.
+
+Without arguments it runs offline on the demo base beside it, in a few minutes on two CPU cores:
+
+    python recipes/qlora_sparse_lora.py
+
+With a YAML file, and options that override it, it is an ordinary fine-tuning script:
+
+    python recipes/qlora_sparse_lora.py recipes/qlora_sparse_lora_llama1b.yaml --learning_rate 1e-4
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import demo_data
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from evaluation import exact_match, text_loss
+from peft import get_peft_model, prepare_model_for_kbit_training
+from reporting import draw_report, print_table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback, callbacks_for
+from hf_sparse_peft.hub import push_to_hub, save_adapter
+from hf_sparse_peft.methods import aged_adamw
+
+HERE = Path(__file__).parent
+# Relative, so that the adapter names its base without naming the machine it was trained on.
+DEMO_BASE = os.path.relpath(HERE / "demo_base")
+DEMO_YAML = HERE / "qlora_sparse_lora.yaml"
+
+
+@dataclass
+class RecipeArguments:
+    """What to fine-tune on what."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Base model; empty: the demo base beside this file."})
+    dataset_name: str = field(default="", metadata={"help": "Dataset of prompts and answers; empty: the demo's."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the text before the answer."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the text to learn."})
+    train_examples: int = field(default=0, metadata={"help": "Examples to train on; 0: all."})
+    test_examples: int = field(default=200, metadata={"help": "Examples held out for exact match."})
+    max_new_tokens: int = field(default=8, metadata={"help": "Longest answer to generate in the evaluation."})
+    load_in_4bit: bool = field(default=True, metadata={"help": "NF4 with double quantisation; False: a bf16 base."})
+    adapter: str = field(default="{}", metadata={"help": "SparseLoraConfig as a mapping in YAML, or JSON."})
+
+
+def parse(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments]:
+    """Options of a YAML file (the demo's, if none is named), overridden by the command line."""
+    path = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else DEMO_YAML
+    options = yaml.safe_load(path.read_text())
+    options["adapter"] = json.dumps(options.get("adapter", {}))
+    parser = HfArgumentParser((RecipeArguments, TrainingArguments))
+    # transformers asks to be told when bf16 has no GPU to run on.
+    parser.set_defaults(use_cpu=not torch.cuda.is_available(), **options)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def load_base(recipe: RecipeArguments, args: TrainingArguments):
+    """Tokenizer and base model, quantised and prepared for training."""
+    name = recipe.model_name_or_path or DEMO_BASE
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.bfloat16, quantization_config=quantization if recipe.load_in_4bit else None
+    )
+    if recipe.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    return tokenizer, model
+
+
+def load_pairs(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and test pairs with columns `prompt` and `answer`."""
+    if not recipe.dataset_name:
+        train = demo_data.word_problems(recipe.train_examples or 3000, seed=seed, split="train")
+        return train, demo_data.word_problems(recipe.test_examples, seed=seed, split="test")
+    data = load_dataset(recipe.dataset_name, split="train").shuffle(seed=seed)
+    data = data.select_columns([recipe.prompt_column, recipe.answer_column])
+    data = data.rename_columns({recipe.prompt_column: "prompt", recipe.answer_column: "answer"})
+    split = data.train_test_split(test_size=recipe.test_examples, seed=seed)
+    count = recipe.train_examples or len(split["train"])
+    return split["train"].select(range(count)), split["test"]
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Fine-tune, evaluate before and after, write the adapter, its card and the picture; returns the figures."""
+    recipe, args = parse(argv)
+    push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not by every checkpoint
+    set_seed(args.seed)
+    tokenizer, base = load_base(recipe, args)
+    model = get_peft_model(base, SparseLoraConfig(task_type="CAUSAL_LM", seed=args.seed, **json.loads(recipe.adapter)))
+    model.print_trainable_parameters()
+    trainable_before = model.get_nb_trainable_parameters()[0]
+    train, test = load_pairs(recipe, args.seed)
+    held_out = demo_data.chunk_text(demo_data.pretraining_text(200, seed=0, split="heldout"), tokenizer)
+
+    def measure() -> tuple[float, float]:
+        score = exact_match(model, tokenizer, test, max_new_tokens=recipe.max_new_tokens)
+        return score, text_loss(model, held_out)
+
+    match_before, loss_before = measure()
+    telemetry = SupportTelemetryCallback(every=max(1, args.logging_steps))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=demo_data.tokenize_pairs(train, tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[*callbacks_for(model), telemetry],
+        optimizers=(aged_adamw(model, args), None),
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    model.compact()
+    match_after, loss_after = measure()
+    figures = {
+        "exact_match_before": match_before,
+        "exact_match": match_after,
+        "held_out_loss_before": loss_before,
+        "held_out_loss": loss_after,
+        "train_loss": result.training_loss,
+        "seconds_per_step": result.metrics["train_runtime"] / result.global_step,
+        "trainable_before": trainable_before,
+        "trainable": model.get_nb_trainable_parameters()[0],
+    }
+    return finish(model, trainer, telemetry, figures, args, push)
+
+
+def finish(model, trainer, telemetry, figures: dict[str, float], args: TrainingArguments, push: bool) -> dict[str, float]:
+    """Write the adapter, its card and the picture; print the table."""
+    output = Path(args.output_dir)
+    folder = output / "adapter"
+    card = {
+        "metrics": {key: round(value, 4) for key, value in figures.items()},
+        "method": "SparseLora: SpIEL-AG regrowth, cubic pruning, AdaLoRA rank allocation",
+        "notes": f"Trained for {trainer.state.global_step} steps by recipes/qlora_sparse_lora.py, seed {args.seed}.",
+    }
+    save_adapter(model, folder, **card)
+    figures["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
+    lora_bytes = 4 * figures["trainable"]  # a LoRA file is its fp32 numbers
+    draw_report(output / "report.png", trainer.state.log_history, telemetry.history, f"SparseLora, seed {args.seed}")
+    print_table(
+        [
+            ("trainable numbers", f"{figures['trainable_before']:,}", f"{figures['trainable']:,}"),
+            ("exact match, %", f"{figures['exact_match_before']:.1f}", f"{figures['exact_match']:.1f}"),
+            (
+                "loss on held-out pretraining text",
+                f"{figures['held_out_loss_before']:.3f}",
+                f"{figures['held_out_loss']:.3f}",
+            ),
+            ("time of a step, ms", "", f"{1000 * figures['seconds_per_step']:.0f}"),
+            ("adapter file, bytes", "", f"{figures['adapter_bytes']:,}"),
+            ("LoRA of as many numbers in fp32, bytes", "", f"{lora_bytes:,}"),
+        ],
+        title="SparseLora on a 4-bit base",
+    )
+    print(f"adapter and card: {folder}\npicture: {output / 'report.png'}")
+    if push:
+        push_to_hub(model, args.hub_model_id or output.name, private=args.hub_private_repo, token=args.hub_token, **card)
+    return figures
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,69 @@
+"""Methods by name: what the registry promises about each."""
+
+import pytest
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from hf_sparse_peft import methods
+from hf_sparse_peft.methods import registry
+from hf_sparse_peft.optim import AgedAdamW
+
+
+@pytest.fixture
+def base():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=32,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path):
+    method = methods.get(name, target_modules="all-linear")
+    model = get_peft_model(base, method.config)
+    asked = sum(getattr(method.config, f) is not None for f in ("regrowth", "pruning", "rank_allocation"))
+    assert len(method.callbacks(model)) == asked
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    optimizer = method.optimizer(model, args)
+    assert optimizer is None or isinstance(optimizer, AgedAdamW)
+    assert method.paper
+    assert method.info.name == name
+
+
+def test_spiel_has_the_papers_defaults():
+    config = methods.get("spiel-ag").config
+    assert (config.r, config.criterion) == (0, "random")
+    assert (config.regrowth.interval, config.regrowth.collect_steps, config.regrowth.fraction) == (20, 5, 0.2)
+    assert config.regrowth.replace_all_first
+    assert config.regrowth.schedule == "linear"
+
+
+def test_unknown_method_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'lora' is unknown.*spiel-ag"):
+        methods.get("lora")
+
+
+def test_unknown_option_names_the_accepted_ones():
+    with pytest.raises(ValueError, match="'spiel-ag' does not take one of \\['densty'\\].*'density'"):
+        methods.get("spiel-ag", densty=0.1)
+
+
+@pytest.mark.parametrize("name", ["Spiel", "spiel_ag", "spiel ag"])
+def test_names_that_nobody_could_guess_are_refused(name):
+    with pytest.raises(ValueError, match="lower case with dashes"):
+        methods.register(name, paper="", moves="", use_when="", cost="")
+
+
+def test_a_taken_name_is_refused():
+    with pytest.raises(ValueError, match="taken"):
+        methods.register("spiel-ag", paper="", moves="", use_when="", cost="")
+
+
+def test_table_has_one_row_a_method():
+    assert registry.markdown_table().count("\n") == 1 + len(methods.names())

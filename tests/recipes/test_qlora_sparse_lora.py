@@ -1,0 +1,92 @@
+"""The main job: it runs offline as it stands, learns, forgets little, and leaves an adapter that loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+EXPECTED_TRAIN_LOSS = 1.0
+
+RELOAD = """
+import sys, torch
+from transformers import BitsAndBytesConfig
+from peft import AutoPeftModelForCausalLM
+import hf_sparse_peft
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+# prepare_model_for_kbit_training widened everything that is not quantised to fp32; so does this dtype.
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=nf4, dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model.eval()(input_ids=torch.arange(2, 34).view(2, 16)).logits, sys.argv[2])
+"""
+
+DEMO = """
+import json, sys, torch
+sys.path.insert(0, "recipes")
+import qlora_sparse_lora as recipe
+trained = []
+save = recipe.save_adapter
+recipe.save_adapter = lambda model, *args, **kwargs: (trained.append(model), save(model, *args, **kwargs))[1]
+figures = recipe.main(["--output_dir", sys.argv[1], "--disable_tqdm", "true"])
+json.dump(figures, open(sys.argv[1] + "/figures.json", "w"))
+with torch.no_grad():
+    torch.save(trained[0].eval()(input_ids=torch.arange(2, 34).view(2, 16)).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo with its own YAML, in a process of its own from the project's folder, as README's command runs it."""
+    output = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-c", DEMO, str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output, json.loads((output / "figures.json").read_text()), done.stdout
+
+
+def test_demo_learns_the_task_by_forty_points_of_exact_match(demo):
+    _, figures, _ = demo
+    assert figures["exact_match"] - figures["exact_match_before"] >= 40
+
+
+def test_demo_training_loss_has_not_drifted(demo):
+    _, figures, _ = demo
+    assert figures["train_loss"] == pytest.approx(EXPECTED_TRAIN_LOSS, rel=0.1)
+
+
+def test_demo_forgets_little_of_what_the_base_knew(demo):
+    _, figures, _ = demo
+    assert figures["held_out_loss"] - figures["held_out_loss_before"] < 0.5
+
+
+def test_demo_leaves_adapter_card_and_picture_and_prints_its_table(demo):
+    output, figures, printed = demo
+    assert (output / "adapter" / "adapter_model.safetensors").stat().st_size == figures["adapter_bytes"]
+    assert "import hf_sparse_peft" in (output / "adapter" / "README.md").read_text()
+    assert (output / "report.png").stat().st_size > 10_000
+    assert "exact match" in printed
+    assert "LoRA of as many numbers" in printed
+
+
+def test_demo_supports_and_ranks_moved(demo):
+    output, figures, _ = demo
+    records = [json.loads(line) for line in (output / "support_log.jsonl").read_text().splitlines()]
+    assert len({tuple(record["rank"].values()) for record in records}) > 2
+    assert len({tuple(record["density"].values()) for record in records}) > 2
+    assert figures["trainable"] < 0.7 * figures["trainable_before"]
+
+
+def test_adapter_file_is_no_bigger_than_the_promise_over_lora(demo):
+    _, figures, _ = demo
+    assert figures["adapter_bytes"] <= 1.45 * 4 * figures["trainable"]
+
+
+def test_another_process_reproduces_the_trained_logits_bit_for_bit(demo, tmp_path):
+    output, _, _ = demo
+    target = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", RELOAD, str(output / "adapter"), str(target)], cwd=ROOT, check=True)
+    assert torch.equal(torch.load(target, weights_only=True), torch.load(output / "logits.pt", weights_only=True))
