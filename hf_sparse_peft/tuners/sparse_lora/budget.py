@@ -50,10 +50,10 @@ def unit_counts(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str
         missing = sorted(set(layers) - set(config.support_pattern))
         if missing:
             raise ValueError(
-                f"support_pattern was made for another model: it has no entry for {missing[:3]} ({len(missing)} modules). "
-                "Set support_pattern={} to share the budget out anew, or use a fresh config for each model."
+                f"support_pattern was made for another model: it has no entry for {missing[:3]} ({len(missing)} "
+                "modules). Set support_pattern={} to share the budget out anew, or use a fresh config for each model."
             )
-        return dict(config.support_pattern)
+        layers = {name: base for name, base in layers.items() if config.support_pattern[name]}
     grids = {}
     for name, base in layers.items():
         cols, rows = _get_in_out_features(base)
@@ -61,10 +61,23 @@ def unit_counts(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str
             grids[name] = UnitGrid(rows, cols, config.granularity, config.block_size)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
+    if config.support_pattern:
+        for name, grid in grids.items():
+            _check_given_count(config.support_pattern[name], name, grid)
+        return dict(config.support_pattern)
     counts = _counts(config, layers, grids, model) if grids else {}
     if config.allocation != "uniform" or config.num_entries is not None:
         config.support_pattern = dict(counts)
     return counts
+
+
+def _check_given_count(count: int, name: str, grid: UnitGrid) -> None:
+    if not 0 < count <= grid.num_units:
+        raise ValueError(
+            f"support_pattern gives '{name}' {count} units, and its {grid.rows}x{grid.cols} weight has "
+            f"{grid.num_units} of granularity '{grid.granularity}'. Was it made for another model? Set "
+            "support_pattern={} to share the budget out anew."
+        )
 
 
 def _is_linear(base: nn.Module, model: nn.Module) -> bool:
@@ -78,8 +91,8 @@ def _counts(
     entries = sum(grid.rows * grid.cols for grid in grids.values())
     if config.num_entries is not None and config.num_entries > entries:
         raise ValueError(
-            f"num_entries={config.num_entries} is more than the {entries} entries of the targeted weights. Lower it, or "
-            "target more modules."
+            f"num_entries={config.num_entries} is more than the {entries} entries of the targeted weights. Lower it, "
+            "or target more modules."
         )
     density = config.density if config.num_entries is None else config.num_entries / entries
     if config.allocation == "erdos_renyi":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
-from .config import SparseLoraConfig
+from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 from .operands import as_entries
 
@@ -82,9 +82,7 @@ def _check(model, adapters, weights, adapter_name, combination_type, density) ->
         raise ValueError(f"combination_type={combination_type!r} is unknown; choose one of {list(COMBINATION_TYPES)}.")
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown or not adapters:
-        raise ValueError(
-            f"adapters={adapters}: {unknown or 'none given'}; this model has {sorted(model.peft_config)}."
-        )
+        raise ValueError(f"adapters={adapters}: {unknown or 'none given'}; this model has {sorted(model.peft_config)}.")
     if len(weights) != len(adapters):
         raise ValueError(f"weights has {len(weights)} numbers for {len(adapters)} adapters; give one each.")
     if adapter_name in model.peft_config:
@@ -153,14 +151,12 @@ def _new_config(first: SparseLoraConfig, results: dict, as_entry: bool) -> Spars
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion, config.criterion_options = "random", {}
     config.granularity = "entry" if as_entry else config.granularity
-    config.support_pattern = {
-        name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()
-    }
+    config.support_pattern = {name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()}
     if not any(config.support_pattern.values()):
         config.support_pattern, config.density, config.num_entries = {}, 0.0, None
     ranks = {name: 0 if low_rank is None else low_rank[0].shape[0] for name, (_, low_rank) in results.items()}
-    config.rank_pattern = ranks
-    config.alpha_pattern = {name: float(max(rank, 1)) for name, rank in ranks.items()}
+    config.rank_pattern = exact_pattern(ranks)
+    config.alpha_pattern = exact_pattern({name: float(max(rank, 1)) for name, rank in ranks.items()})
     config.r = max(ranks.values())
     config.target_modules = set(results)
     config.inference_mode = False

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...sparsity import codes_length
-from .config import SparseLoraConfig
+from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 
 
@@ -25,27 +25,25 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     layers = [m for m in model.modules() if isinstance(m, SparseLoraLayer) and adapter_name in m.sparse_lora_config]
     merged = [layer.module_name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
-        raise ValueError(
-            f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first."
-        )
-    support_pattern, rank_pattern, alpha_pattern = {}, {}, {}
+        raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
+    support_pattern, rank_pattern, alpha_pattern, shrunk = {}, {}, {}, False
     for layer in layers:
         layer.drop_training_state(adapter_name)
         support_pattern[layer.module_name] = _compact_support(layer, adapter_name)
         if adapter_name in layer.sparse_lora_A:
+            before = layer.sparse_lora_r[adapter_name]
             rank = _compact_rank(layer, adapter_name)
+            shrunk = shrunk or rank != before
             scaling = layer.sparse_lora_scaling[adapter_name]
-            if rank != config.r:
-                rank_pattern[layer.module_name] = rank
-                alpha_pattern[layer.module_name] = scaling * (rank**0.5 if config.use_rslora else rank)
-            elif layer.module_name in config.alpha_pattern:
-                alpha_pattern[layer.module_name] = config.alpha_pattern[layer.module_name]
+            rank_pattern[layer.module_name] = rank
+            alpha_pattern[layer.module_name] = scaling * (rank**0.5 if config.use_rslora else rank)
+        else:
+            rank_pattern[layer.module_name] = 0
     if config.has_support:
         config.support_pattern = support_pattern
-    if rank_pattern:
-        # Full names first: pattern lookup takes the first key that matches.
-        config.rank_pattern = {**rank_pattern, **config.rank_pattern}
-        config.alpha_pattern = {**alpha_pattern, **config.alpha_pattern}
+    if shrunk:
+        config.rank_pattern = exact_pattern(rank_pattern)
+        config.alpha_pattern = exact_pattern(alpha_pattern)
     config.training_finished = True
     if values_dtype is not None:
         config.values_dtype = values_dtype

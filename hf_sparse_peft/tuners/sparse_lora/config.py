@@ -16,6 +16,12 @@ ALLOCATIONS = ("uniform", "erdos_renyi", "global")
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
+def exact_pattern(by_module: dict[str, float]) -> dict[str, float]:
+    """`by_module` as keys of `rank_pattern` or `alpha_pattern` that match these whole names only: "lin" would match
+    "block.lin" too."""
+    return {f"^{name}": value for name, value in by_module.items()}
+
+
 @dataclass
 class SparseLoraConfig(PeftConfig):
     r"""Configuration of a sparse + low-rank adapter, :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`.
@@ -34,9 +40,7 @@ class SparseLoraConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Dropout on the low-rank half's input. Above 0 it keeps a second copy of the input."},
     )
-    rank_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."}
-    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."})
     alpha_pattern: dict = field(
         default_factory=dict, metadata={"help": "Module name or regex -> alpha, instead of `lora_alpha`."}
     )
@@ -62,15 +66,13 @@ class SparseLoraConfig(PeftConfig):
     allocation: Literal["uniform", "erdos_renyi", "global"] = field(
         default="uniform",
         metadata={
-            "help": "How the units are shared out: the same density everywhere, Erdos-Renyi (Evci et al., 2020), or one "
-            "ranking of all units by the criterion."
+            "help": "How the units are shared out: the same density everywhere, Erdos-Renyi (Evci et al., 2020), or "
+            "one ranking of all units by the criterion."
         },
     )
     support_pattern: dict = field(
         default_factory=dict,
-        metadata={
-            "help": "Module name -> units in its support. Written at injection where sizes depend on the model."
-        },
+        metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
     )
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
@@ -116,9 +118,7 @@ class SparseLoraConfig(PeftConfig):
         self.regrowth = nested(RegrowthConfig, self.regrowth, "regrowth")
         self.pruning = nested(PruningConfig, self.pruning, "pruning")
         self.rank_allocation = nested(RankAllocationConfig, self.rank_allocation, "rank_allocation")
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
@@ -172,9 +172,7 @@ class SparseLoraConfig(PeftConfig):
         if not self.has_support and self.r == 0 and not self.rank_pattern:
             raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
         if (self.regrowth or self.pruning) and not self.has_support:
-            raise ValueError(
-                "regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0."
-            )
+            raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
         if self.rank_allocation and self.rank_allocation.target_r > self.r:
             raise ValueError(
                 f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "

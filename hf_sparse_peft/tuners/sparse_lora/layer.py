@@ -13,7 +13,6 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
-from .base_weight import keep_4bit_weight_stable
 from .config import SparseLoraConfig
 
 
@@ -56,14 +55,12 @@ class SparseLoraLayer(BaseTunerLayer):
         self.sparse_lora_scaling: dict[str, float] = {}
         # Dense-gradient readers that a callback sets while it collects candidates.
         self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
-        self._units: dict[Any, tuple[Any, torch.Tensor]] = {}
+        self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.merge_errors: dict[str, float] = {}
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
-        keep_4bit_weight_stable(base)
 
     def update_layer(
         self,
@@ -105,7 +102,9 @@ class SparseLoraLayer(BaseTunerLayer):
         self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, num_units), dtype=torch.uint8)
         # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
         on_meta = self.sparse_lora_values[adapter_name].is_meta
-        if not (on_meta or config.inference_mode or self.get_base_layer_device() == torch.device("meta")):
+        if on_meta or self.get_base_layer_device() == torch.device("meta"):
+            return
+        if not (config.inference_mode and config.init_weights):
             self.select_support(adapter_name)
 
     def get_base_layer_device(self) -> torch.device | None:
@@ -168,6 +167,11 @@ class SparseLoraLayer(BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the adapter from this layer, decoded units included."""
+        self._units.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
     # Supports
 
     def holds(self, adapter_name: str) -> bool:
@@ -183,17 +187,19 @@ class SparseLoraLayer(BaseTunerLayer):
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
         """
         codes = self.sparse_lora_support[adapter_name]
-        token = (codes.data_ptr(), codes.device, 0 if codes.is_inference() else codes._version)
+        version = 0 if codes.is_inference() else codes._version
         cached = self._units.get(adapter_name)
-        if cached is not None and cached[0] == token:
-            return cached[1]
-        if not codes.is_meta and not codes[:4].any():
+        # The buffer itself is kept for comparison: a freed one's address may come back with the same version.
+        if cached is not None and cached[0] is codes and cached[1:3] == (codes.data_ptr(), version):
+            return cached[3]
+        # Values that are not zero belong to units that only the file knows: decoding refuses them.
+        if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
             self.select_support(adapter_name)
             return self.units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
         capacity = self.sparse_lora_values[adapter_name].shape[0]
         units = decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name)
-        self._units[adapter_name] = (token, units)
+        self._units[adapter_name] = (codes, codes.data_ptr(), version, units)
         return units
 
     @torch.no_grad()
@@ -203,6 +209,7 @@ class SparseLoraLayer(BaseTunerLayer):
         codes = self.sparse_lora_support[adapter_name]
         capacity = self.sparse_lora_values[adapter_name].shape[0]
         codes.copy_(encode_support(units, grid, capacity))
+        self._units.pop(adapter_name, None)  # inference tensors have no version that would tell
 
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""

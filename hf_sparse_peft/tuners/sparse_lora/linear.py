@@ -138,9 +138,9 @@ class SparseLoraLinear(nn.Module, MergeMixin):
             config._schedule_attended = True
             asked = [f for f in ("regrowth", "pruning", "rank_allocation") if getattr(config, f) is not None]
             warnings.warn(
-                f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: support "
-                "and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "
-                f"{' and '.join(asked)} to None in its SparseLoraConfig.",
+                f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
+                "support and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or "
+                f"set {' and '.join(asked)} to None in its SparseLoraConfig.",
                 stacklevel=2,
             )
 
@@ -163,7 +163,7 @@ def create_layer(
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not is_supported(base, backend):
         raise TypeError(
-            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora adapts nn.Linear, "
-            "transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora adapts "
+            "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
         )
     return SparseLoraLinear(target, adapter_name, module_name, update, **kwargs)

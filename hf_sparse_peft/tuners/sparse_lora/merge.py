@@ -30,6 +30,8 @@ class MergeMixin(SparseLoraLayer):
     """
 
     _merge_backup: tuple | None = None
+    merge_error: float | None = None
+    """Relative Frobenius error of the merged quantised weight; None while nothing is merged and on dense bases."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weight: `W <- round(W + sum of deltas)`, added in fp32 from the original `W`.
@@ -60,12 +62,13 @@ class MergeMixin(SparseLoraLayer):
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._merge_backup is not None:
             self._restore(self._merge_backup)
             self._merge_backup = None
         self.merged_adapters = []
+        self.merge_error = None
 
     @torch.no_grad()
     def _merged(self, names: list[str]) -> tuple[torch.Tensor, tuple]:
@@ -92,7 +95,7 @@ class MergeMixin(SparseLoraLayer):
             self.set_base_weight(merged.to(before))
             stored = self.get_base_weight().float()
             error = (stored - merged).norm() / merged.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            self.merge_errors = {name: float(error) for name in [*self.merged_adapters, *self.active_adapters]}
+            self.merge_error = float(error)
             _warn_requantised(self.quantization_backend.backend_name)
         self._merge_backup = backup
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
@@ -14,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter_file import for_file, from_file
+from .base_weight import keep_4bit_weight_stable
 from .budget import unit_counts
 from .combination import add_weighted_adapter
 from .compaction import compact
@@ -33,12 +35,48 @@ class SparseLoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _selection_bar: tqdm | None = None
     _unit_counts: dict[str, int]
+    _targets_of_state_dict: set[str] | None = None
+    _unloaded_layers: list[SparseLoraLayer] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        except Exception:
+            getattr(model, "peft_config", {}).pop(adapter_name, None)
+            raise
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Inject the adapter into every target or, where one of them refuses it, into none."""
+        self._targets_of_state_dict = None
+        if state_dict is not None:
+            self._targets_of_state_dict = {
+                key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict
+            }
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            _take_out(model, adapter_name)
+            raise
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
-        self._unit_counts = unit_counts(peft_config, model, self._check_target_module_exists)
+        for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
+            keep_4bit_weight_stable(module)
+        self._unit_counts = unit_counts(peft_config, model, self._is_target)
         slow = self._unit_counts and peft_config.criterion == "low_rank_magnitude" and not peft_config.inference_mode
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
+
+    def _is_target(self, peft_config: SparseLoraConfig, key: str) -> bool:
+        if self._targets_of_state_dict is not None:
+            return key in self._targets_of_state_dict
+        return bool(self._check_target_module_exists(peft_config, key))
 
     def _create_and_replace(
         self,
@@ -86,7 +124,14 @@ class SparseLoraModel(BaseTuner):
             for name in layer.adapter_layer_names:
                 held = getattr(layer, name)
                 if adapter_name in held and dtype is not None and dtype.is_floating_point:
-                    held[adapter_name] = held[adapter_name].to(dtype)
+                    cast = held[adapter_name].data.to(dtype)
+                    held[adapter_name] = nn.Parameter(cast, requires_grad=held[adapter_name].requires_grad)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = sparse_layers(self.model)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._unloaded_layers = layers  # merge_errors() is asked afterwards
+        return unloaded
 
     # Mixed batches
 
@@ -155,11 +200,8 @@ class SparseLoraModel(BaseTuner):
 
     def merge_errors(self) -> dict[str, float]:
         """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
-        return {
-            layer.module_name: max(layer.merge_errors.values())
-            for layer in sparse_layers(self.model)
-            if layer.merge_errors
-        }
+        layers = self._unloaded_layers or sparse_layers(self.model)
+        return {layer.module_name: layer.merge_error for layer in layers if layer.merge_error is not None}
 
     def dead_parameters(self) -> int:
         """Trainable numbers that belong to no living unit or component."""
@@ -174,6 +216,18 @@ class SparseLoraModel(BaseTuner):
 def sparse_layers(model: nn.Module) -> list[SparseLoraLayer]:
     """All adapted layers of `model`, in model order."""
     return [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+
+
+def _take_out(model: nn.Module, adapter_name: str) -> None:
+    """Undo an injection that failed half-way."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, SparseLoraLayer) or adapter_name not in module.sparse_lora_config:
+            continue
+        if set(module.sparse_lora_config) == {adapter_name}:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+        else:
+            module.delete_adapter(adapter_name)
 
 
 def _is_trainable(layer: SparseLoraLayer, adapter_name: str) -> bool:

@@ -78,7 +78,7 @@ def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:
         return {}
     if len(names) == 1:
         name = names[0]
-        gate = layer.sparse_lora_gate[name] if name in layer.sparse_lora_gate else None
+        gate = layer.sparse_lora_gate.get(name, None)
         A, B = layer.sparse_lora_A[name], layer.sparse_lora_B[name]
         return {"A": A, "B": B, "gate": gate, "scale": layer.sparse_lora_scaling[name]}
     gates = [

@@ -1,4 +1,4 @@
-"""What happens to an adapter during training, as plain data that survives the JSON round trip of `adapter_config.json`."""
+"""What happens to an adapter during training, as plain data that survives the round trip of `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ class RankAllocationConfig:
     beta2: float = 0.85
     """Smoothing of the uncertainty |I - I_mean|."""
     orthogonality: float = 0.5
-    """Weight of the regulariser mean ||A A^T - I||_F, ||B^T B - I||_F (paper: 0.1 to 0.5 by task). Its gradient is added
-    once per optimizer step, after clipping; it never shows in the loss."""
+    """Weight of the regulariser mean ||A A^T - I||_F, ||B^T B - I||_F (paper: 0.1 to 0.5 by task). Its gradient is
+    added once per optimizer step, after clipping; it never shows in the loss."""
 
     def __post_init__(self) -> None:
         name = "RankAllocationConfig"

@@ -1,0 +1,367 @@
+"""Saving and loading by every road that leads to an adapter file, and what a damaged file does."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import set_peft_model_state_dict as set_state
+from safetensors.torch import load_file, save_file
+from tuner_toolbox import BASES, CASES, base_bits, fill, logits, make_base, make_config, same_bits, tiny_llama, trained
+
+from hf_sparse_peft import RankAllocationConfig, RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+
+FILE = "adapter_model.safetensors"
+
+
+def saved(folder, base_of, base="fp32", case="hybrid-entry", **options):
+    model = get_peft_model(base_of(base), make_config(case, base, **options))
+    fill(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["allocated", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("base", BASES)
+def test_loaded_adapter_gives_the_same_bits(base_of, tmp_path, base, case, meta):
+    model = saved(tmp_path, base_of, base, case)
+    before = logits(model)
+    loaded = PeftModel.from_pretrained(base_of(base), tmp_path, low_cpu_mem_usage=meta)
+    assert torch.equal(logits(loaded), before)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = PeftModel.from_pretrained(base_of(base), tmp_path, low_cpu_mem_usage=meta, is_trainable=True)
+    assert all(p.requires_grad for p in trained(trainable).values())
+    assert {p.dtype for p in trained(trainable).values()} == {torch.float32}
+    for name, parameter in trained(model).items():
+        assert torch.equal(trained(trainable)[name], parameter)
+
+
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "smallest_magnitude", "low_rank_magnitude"])
+@pytest.mark.parametrize("allocation", ["uniform", "erdos_renyi", "global", "num_entries"])
+def test_support_comes_from_the_file_and_not_from_the_base(base_of, tmp_path, criterion, allocation):
+    if (criterion, allocation) == ("random", "global"):
+        pytest.skip("refused by the config")
+    options = {"num_entries": 2000} if allocation == "num_entries" else {"allocation": allocation}
+    model = saved(tmp_path, base_of, criterion=criterion, **options)
+    loaded = PeftModel.from_pretrained(tiny_llama(seed=99), tmp_path)  # another base, another ranking
+    for layer, other in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
+        assert torch.equal(layer.units("default"), other.units("default"))
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_process_that_only_imports_the_package_loads_the_same_bits(base_of, tmp_path, llama_folder, base):
+    model = get_peft_model(base_of(base), make_config("hybrid-entry", base))
+    model.base_model.model.name_or_path = str(llama_folder)
+    model.peft_config["default"].base_model_name_or_path = str(llama_folder)
+    fill(model)
+    model.save_pretrained(tmp_path)
+    torch.save(logits(model), tmp_path / "logits.pt")
+    options = ""
+    if base == "nf4":
+        options = (
+            ", device_map='cpu', dtype=torch.float32, quantization_config=transformers.BitsAndBytesConfig("
+            "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
+            "bnb_4bit_compute_dtype=torch.float32)"
+        )
+    script = f"""
+import sys, torch, transformers, hf_sparse_peft
+from peft import AutoPeftModelForCausalLM
+torch.set_num_threads(1)
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}{options})
+from tuner_toolbox import logits
+assert torch.equal(logits(model), torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
+print("SAME")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert "SAME" in result.stdout, result.stderr[-2000:]
+
+
+def describe(config):
+    return config.peft_type.value, config.density, type(config.regrowth).__name__
+
+
+def test_config_reaches_a_spawned_worker():
+    config = make_config(regrowth=RegrowthConfig(interval=7))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(describe, (config,)) == ("SPARSE_LORA", 0.05, "RegrowthConfig")
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_config_survives_its_json(tmp_path):
+    config = make_config(
+        regrowth=RegrowthConfig(interval=7, fraction=0.1),
+        rank_allocation=RankAllocationConfig(target_r=3),
+        rank_pattern={"q_proj": 8},
+        criterion="low_rank_magnitude",
+        criterion_options={"rank": 4},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is SparseLoraConfig
+    loaded.inference_mode = config.inference_mode
+    assert loaded == config
+    assert "import hf_sparse_peft" in json.loads((tmp_path / "adapter_config.json").read_text())["install_hint"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("base", BASES)
+def test_transformers_adapter_api_gives_the_same_bits(base_of, tmp_path, base, case):
+    model = saved(tmp_path / "peft", base_of, base, case)
+    before = logits(model)
+    plain = base_of(base)
+    report = plain.load_adapter(str(tmp_path / "peft"), adapter_name="first")
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    assert torch.equal(logits(plain), before)
+    plain.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "hf")), before)
+    plain.disable_adapters()
+    with model.disable_adapter():
+        assert torch.equal(logits(plain), logits(model))
+    plain.enable_adapters()
+    plain.add_adapter(make_config("sparse-row", base, seed=3, init_weights=False), adapter_name="second")
+    plain.set_adapter("second")
+    assert plain.active_adapters() == ["second"]
+    assert not torch.equal(logits(plain), before)
+    plain.set_adapter("first")
+    assert torch.equal(logits(plain), before)
+    plain.delete_adapter("second")
+    assert not [name for name, _ in plain.named_parameters() if "second" in name]
+    assert torch.equal(logits(plain), before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_load_adapter_of_a_bf16_file_keeps_its_values(base_of, tmp_path, case):
+    model = saved(tmp_path, base_of, case=case, values_dtype="bfloat16")
+    loaded = PeftModel.from_pretrained(base_of(), tmp_path)
+    plain = base_of()
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), logits(loaded))
+    for name, parameter in trained(model).items():
+        assert torch.equal(trained(loaded)[name], parameter.bfloat16().float())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inject_adapter_and_state_dict_functions_round_trip(case):
+    config = make_config(case)
+    model = inject_adapter_in_model(config, tiny_llama())
+    fill(model)
+    state = get_peft_model_state_dict(model)
+    assert state
+    assert all("sparse_lora_" in key and "default" not in key for key in state)
+    other = inject_adapter_in_model(make_config(case, seed=4), tiny_llama())
+    result = set_state(other, state)
+    assert not result.unexpected_keys
+    assert torch.equal(logits(other), logits(model))
+    # Targets taken from the file's keys instead of the config
+    guided = inject_adapter_in_model(make_config(case, seed=4), tiny_llama(), state_dict=state)
+    set_state(guided, state)
+    assert torch.equal(logits(guided), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
+def test_targets_taken_from_a_state_dict_get_supports_that_the_config_alone_would_not_give():
+    state = get_peft_model_state_dict(inject_adapter_in_model(make_config(target_modules=["q_proj"]), tiny_llama()))
+    model = inject_adapter_in_model(make_config(target_modules=["o_proj"]), tiny_llama(), state_dict=state)
+    layers = sparse_layers(model)
+    assert len(layers) == 2
+    assert all("q_proj" in layer.module_name and "default" in layer.sparse_lora_values for layer in layers)
+
+
+def test_second_adapter_is_loaded_beside_the_first(base_of, tmp_path):
+    first, second = saved(tmp_path / "a", base_of), saved(tmp_path / "b", base_of, case="sparse-column", seed=4)
+    model = PeftModel.from_pretrained(base_of(), tmp_path / "a")
+    model.load_adapter(tmp_path / "b", adapter_name="b")
+    assert torch.equal(logits(model), logits(first))
+    model.set_adapter("b")
+    assert torch.equal(logits(model), logits(second))
+
+
+def test_training_state_is_saved_for_a_resume_and_left_out_of_inference(base_of, tmp_path):
+    schedules = {"regrowth": RegrowthConfig(), "rank_allocation": RankAllocationConfig(target_r=2)}
+    model = get_peft_model(base_of(), make_config(**schedules))
+    fill(model)
+    for layer in sparse_layers(model):
+        layer.sparse_lora_candidate_sums["default"].normal_()
+        layer.sparse_lora_sensitivity["default"].uniform_()
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(base_of(), tmp_path, is_trainable=True)
+    for layer, other in zip(sparse_layers(model), sparse_layers(resumed), strict=True):
+        for name in layer.training_state_names:
+            assert torch.equal(getattr(layer, name)["default"], getattr(other, name)["default"])
+    served = PeftModel.from_pretrained(base_of(), tmp_path)
+    assert all(not getattr(layer, n) for layer in sparse_layers(served) for n in layer.training_state_names)
+    assert torch.equal(logits(served), logits(model))
+
+
+# Damaged files
+
+
+def key_of(tensors, part):
+    return next(key for key in sorted(tensors) if part in key)
+
+
+def damage(kind, tensors):
+    """Break one tensor of a file; returns its name."""
+    if kind in ("wrong values shape", "NaN values", "missing values"):
+        key = key_of(tensors, "sparse_lora_values")
+        if kind == "wrong values shape":
+            tensors[key] = tensors[key][:-1].clone()
+        elif kind == "NaN values":
+            tensors[key][2] = float("nan")
+        else:
+            del tensors[key]
+        return key
+    if kind in ("wrong A shape", "infinite B", "missing B"):
+        key = key_of(tensors, "sparse_lora_A" if "A" in kind else "sparse_lora_B")
+        if kind == "wrong A shape":
+            tensors[key] = torch.zeros(5, tensors[key].shape[1])
+        elif kind == "infinite B":
+            tensors[key][0, 0] = float("inf")
+        else:
+            del tensors[key]
+        return key
+    key = key_of(tensors, "sparse_lora_support")
+    codes = tensors[key].clone()
+    if kind == "missing support":
+        del tensors[key]
+        return key
+    if kind == "truncated support":
+        codes = codes[:-9]
+    elif kind == "header only":
+        codes = codes[:10]
+    elif kind == "blank support":
+        codes.zero_()
+    elif kind == "flipped bit":
+        codes[30] ^= 1
+    elif kind == "duplicated unit":  # a second stop where padding was: one unit more than the header says
+        import zlib
+
+        at = int((codes[24:] == 255).nonzero()[-1]) + 24
+        codes[at] = 0
+        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
+    elif kind == "unit out of range":
+        import zlib
+
+        payload = codes[24:]
+        stops = (payload != 255).nonzero().squeeze(1)
+        order = torch.cat([payload[payload == 255], payload[stops]])  # every skip first: the last unit is pushed out
+        order[-stops.numel() :] = 254
+        codes[24:] = order
+        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
+    elif kind == "wrong count":
+        codes[8] += 1
+    elif kind == "other version":
+        codes[2] = 9
+    elif kind == "not codes":
+        codes[0] = 0
+    elif kind == "other base shape":
+        codes[12] += 1
+    elif kind == "other granularity":
+        codes[3] = 2
+    elif kind == "wrong dtype":
+        codes = codes.to(torch.int32)
+    tensors[key] = codes
+    return key
+
+
+DAMAGES = [
+    "truncated support", "header only", "blank support", "flipped bit", "duplicated unit", "unit out of range",
+    "wrong count", "other version", "not codes", "other base shape", "other granularity", "wrong dtype",
+    "missing support", "wrong values shape", "NaN values", "missing values", "wrong A shape", "infinite B", "missing B",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_file_is_refused_by_name_before_a_layer_changes(base_of, tmp_path, kind):
+    saved(tmp_path, base_of)
+    tensors = load_file(tmp_path / FILE)
+    key = damage(kind, tensors).removeprefix("base_model.model.")
+    save_file(tensors, tmp_path / FILE)
+    model = get_peft_model(base_of(), make_config(seed=4))
+    fill(model, seed=11)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        set_state(model, tensors)
+    assert key in str(error.value)
+    assert same_bits(dict(model.state_dict()), before)
+    base = base_of()
+    bits = base_bits(base)
+    for meta in (False, True):
+        with pytest.raises(ValueError) as error:
+            PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=meta)
+        assert key in str(error.value)
+        assert same_bits(base_bits(base), bits)
+        base = base_of()
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "blank support", "missing support", "other base shape"])
+def test_transformers_load_adapter_of_a_damaged_support_fails_at_the_first_forward(base_of, tmp_path, kind):
+    saved(tmp_path, base_of)
+    tensors = load_file(tmp_path / FILE)
+    damage(kind, tensors)
+    save_file(tensors, tmp_path / FILE)
+    model = base_of()
+    model.load_adapter(str(tmp_path))  # reads tensors past peft's hooks
+    with pytest.raises(ValueError, match=r"The support of '.*sparse_lora_support'"):
+        logits(model)
+
+
+def test_file_for_another_base_is_refused(base_of, tmp_path):
+    saved(tmp_path, base_of)
+    wider = tiny_llama(hidden_size=128)
+    with pytest.raises(ValueError, match="sparse_lora_"):
+        PeftModel.from_pretrained(wider, tmp_path)
+
+
+@pytest.mark.parametrize("part", [0, 5, 0.5, -1], ids=["empty", "no header", "half", "one byte short"])
+def test_byte_truncated_safetensors_file_is_refused(base_of, tmp_path, part):
+    saved(tmp_path, base_of)
+    content = (tmp_path / FILE).read_bytes()
+    length = int(len(content) * part) if isinstance(part, float) else part % len(content)
+    (tmp_path / FILE).write_bytes(content[:length])
+    base = base_of()
+    with pytest.raises(Exception, match=r"(?i)safetensors|header|deserializ|incomplete|too small|metadata") as error:
+        PeftModel.from_pretrained(base, tmp_path)
+    assert type(error.value).__name__ in ("SafetensorError", "ValueError", "OSError")
+
+
+def test_nothing_is_unpickled_from_an_adapter_folder(base_of, tmp_path):
+    saved(tmp_path, base_of)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", FILE]
+    assert peft.utils.SAFETENSORS_WEIGHTS_NAME == FILE
+
+
+def test_bf16_values_halve_the_file_and_leave_modules_to_save_alone(base_of, tmp_path):
+    saved(tmp_path / "wide", base_of, case="sparse-row", modules_to_save=["lm_head"])
+    saved(tmp_path / "narrow", base_of, case="sparse-row", modules_to_save=["lm_head"], values_dtype="bfloat16")
+    wide, narrow = load_file(tmp_path / "wide" / FILE), load_file(tmp_path / "narrow" / FILE)
+    assert wide.keys() == narrow.keys()
+    for key, tensor in narrow.items():
+        if "sparse_lora_values" in key:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, wide[key].bfloat16())
+        else:
+            assert tensor.dtype == wide[key].dtype
+    assert any("lm_head" in key for key in narrow)
+
+
+def test_saving_leaves_the_model_as_it_was(base_of, tmp_path):
+    for base in BASES:
+        model = get_peft_model(
+            make_base(base, None) if base in ("fp32", "bf16", "conv1d") else base_of(base), make_config(base=base)
+        )
+        fill(model)
+        before = logits(model)
+        model.save_pretrained(tmp_path / base)
+        assert torch.equal(logits(model), before)

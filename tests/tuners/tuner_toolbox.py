@@ -1,0 +1,181 @@
+"""Tiny bases, configs and an independent dense reference for the tests of `sparse_lora`."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_sparse_peft import SparseLoraConfig
+from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer, sparse_layers
+
+HIDDEN, INNER, VOCAB = 64, 128, 96
+GRANULARITIES = ("entry", "block", "row", "column")
+HALVES = ("sparse", "low_rank", "hybrid")
+BASES = ("fp32", "bf16", "nf4", "int8", "conv1d")
+TARGETS = {"conv1d": ["c_attn", "c_fc"]}
+CASES = [f"{half}-{unit}" for half in ("sparse", "hybrid") for unit in GRANULARITIES] + ["low_rank-entry"]
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 64,
+            **overrides,
+        }
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:  # transformers' 0.02 makes a two-layer model too flat to tell adapters apart
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model.to(dtype)
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def make_base(kind: str, folder: Path | None = None):
+    """A tiny model of a kind in `BASES`; `folder` holds the saved fp32 Llama that quantised ones are loaded from."""
+    if kind == "conv1d":
+        return tiny_gpt2()
+    if kind in ("fp32", "bf16"):
+        return tiny_llama(dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32
+        )
+
+
+def make_config(case: str = "hybrid-entry", base: str = "fp32", **overrides) -> SparseLoraConfig:
+    half, granularity = case.split("-")
+    options = {
+        "r": 0 if half == "sparse" else 4,
+        "density": 0.0
+        if half == "low_rank"
+        else {"entry": 0.05, "block": 0.25, "row": 0.1, "column": 0.1}[granularity],
+        "granularity": granularity,
+        "block_size": 16,
+        "target_modules": TARGETS.get(base, ["q_proj", "v_proj", "down_proj"]),
+        "task_type": "CAUSAL_LM",
+    }
+    return SparseLoraConfig(**{**options, **overrides})
+
+
+def fill(model, adapter: str = "default", scale: float = 0.3, seed: int = 7) -> None:
+    """Give an adapter values that change the output, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in sparse_layers(model):
+        for name in layer.adapter_layer_names:
+            held = getattr(layer, name)
+            if adapter in held:
+                std = scale if name in ("sparse_lora_values", "sparse_lora_gate") else scale**0.5 / 4
+                held[adapter].data.normal_(std=std, generator=generator)
+
+
+def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    model.eval()
+    return model(input_ids=token_ids() if ids is None else ids, **kwargs).logits
+
+
+def base_bits(model) -> dict[str, torch.Tensor]:
+    """Copies of every tensor of the model that is no adapter's, by name without wrapping."""
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if "sparse_lora_" not in name
+    }
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def read_codes(codes: torch.Tensor) -> list[int]:
+    """Units in a support buffer, by the format's definition: byte 255 skips 255 units, any other skips that many and
+    stands for one."""
+    units, position = [], -1
+    for byte in codes.tolist()[24:]:
+        if byte == 255:
+            position += 255
+        else:
+            position += byte + 1
+            units.append(position)
+    return units[: struct.unpack_from("<I", bytes(codes.tolist()), 8)[0]]
+
+
+def dense_sparse_half(layer: SparseLoraLayer, adapter: str, values: torch.Tensor | None = None) -> torch.Tensor:
+    """`S` as a dense float64 `[out, in]` matrix, differentiable in `values`; one unit after the other."""
+    values = layer.sparse_lora_values[adapter].detach().double() if values is None else values
+    config = layer.sparse_lora_config[adapter]
+    rows, cols, size = layer.out_features, layer.in_features, config.block_size
+    dense = torch.zeros(rows, cols, dtype=torch.float64)
+    for at, unit in enumerate(read_codes(layer.sparse_lora_support[adapter])):
+        mask = torch.zeros(rows, cols, dtype=torch.bool)
+        if config.granularity == "entry":
+            mask[unit // cols, unit % cols] = True
+        elif config.granularity == "row":
+            mask[unit] = True
+        elif config.granularity == "column":
+            mask[:, unit] = True
+        else:
+            top, left = size * (unit // (cols // size)), size * (unit % (cols // size))
+            mask[top : top + size, left : left + size] = True
+        dense = dense.masked_scatter(mask, values[at].reshape(-1))
+    return dense
+
+
+def dense_delta(layer: SparseLoraLayer, adapter: str) -> torch.Tensor:
+    """`dW` of one adapter as a dense float64 `[out, in]` matrix, from the equation."""
+    delta = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
+    if adapter in layer.sparse_lora_values:
+        delta = delta + dense_sparse_half(layer, adapter)
+    if adapter in layer.sparse_lora_A:
+        A, B = layer.sparse_lora_A[adapter].detach().double(), layer.sparse_lora_B[adapter].detach().double()
+        g = torch.ones(A.shape[0], dtype=torch.float64)
+        if adapter in layer.sparse_lora_gate:
+            g = layer.sparse_lora_gate[adapter].detach().double()
+        delta = delta + layer.sparse_lora_scaling[adapter] * (B * g) @ A
+    return delta
+
+
+def trained(model, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's trained parameters, by name."""
+    return {
+        f"{layer.module_name}.{name}": getattr(layer, name)[adapter]
+        for layer in sparse_layers(model)
+        for name in layer.adapter_layer_names
+        if adapter in getattr(layer, name)
+    }
