@@ -117,4 +117,4 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 def unit_sums(values: torch.Tensor) -> torch.Tensor:
     """`[k]` fp32 sums of |value| over the entries of each unit."""
-    return values.detach().float().abs().reshape(values.shape[0], -1).sum(1)
+    return values.detach().float().abs().unsqueeze(1).flatten(1).sum(1)

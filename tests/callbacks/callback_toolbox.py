@@ -96,7 +96,7 @@ def run(
     }  # fmt: skip
     args = TrainingArguments(str(out), **{**options, **arguments})
     optimizers = (None, None)
-    if optimizer == "aged":
+    if optimizer == "aged" and any("sparse_lora_values" in name for name, _ in model.named_parameters()):
         groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, decay)
         optimizers = (AgedAdamW(groups, lr=lr), None)
     schedule = callbacks_for(model) if callbacks is None else list(callbacks)

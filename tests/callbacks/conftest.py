@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -8,5 +9,9 @@ def _few_threads():
 
 
 @pytest.fixture(autouse=True)
-def _quiet_trainer(monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+def _quiet():
+    # Trainer warns about two callbacks of one class, which the watchers of these tests are on purpose.
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)

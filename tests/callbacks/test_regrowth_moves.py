@@ -138,7 +138,7 @@ def test_every_move_follows_spiel_ag(case, tmp_path):
             )
             if new["state"]["step"].dim():
                 assert new["state"]["step"][fresh].tolist() == [collect] * len(entered)
-    assert grown_ever > 20
+    assert grown_ever > 5
     assert cancelled > 0  # units that were dropped and grown at once did occur
 
 
