@@ -126,6 +126,7 @@ def adapter_card(
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ValueError(f"metrics={metrics!r} is not a mapping; pass names and numbers, e.g. {{'accuracy': 0.91}}.")
     datasets = [training_data] if isinstance(training_data, str) else list(training_data or ())
+    hub_datasets = [] if isinstance(training_data, str) else [name for name in datasets if _is_hub_id(name)]
     auto_class, pipeline_tag = _AUTO_CLASSES.get(config.task_type, (None, None))
     tags = ["hf-sparse-peft", "peft", "sparse_lora", *([method] if method else []), *(tags or ())]
     if _is_hub_id(base_model):
@@ -135,7 +136,7 @@ def adapter_card(
         base_model=base_model if _is_hub_id(base_model) else None,
         license=license,
         pipeline_tag=pipeline_tag,
-        datasets=[name for name in datasets if _is_hub_id(name)] if not isinstance(training_data, str) else None,
+        datasets=hub_datasets or None,
         tags=sorted(set(tags)),
     )
     rows = support_summary(model, adapter_name)
@@ -322,7 +323,9 @@ def _config_rows(config: SparseLoraConfig) -> list[tuple[str, str]]:
         if schedule is not None:
             shown[name] = ", ".join(f"{key}={value}" for key, value in vars(schedule).items())
     targets = config.target_modules
-    shown["target_modules"] = targets if isinstance(targets, str) or targets is None else ", ".join(sorted(targets))
+    if targets is not None:  # peft expands "all-linear" to one whole name a module: the last parts tell as much
+        names = targets if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
+        shown["target_modules"] = names if isinstance(names, str) else ", ".join(sorted(names))
     if config.modules_to_save:
         shown["modules_to_save"] = ", ".join(sorted(config.modules_to_save))
     shown |= {"bias": config.bias} if config.bias != "none" else {}

@@ -26,6 +26,7 @@ from ..tuners.sparse_lora.operands import as_entries
 from .card import adapter_config, adapter_layers, exported_card
 from .folders import staged_folder
 
+_ROUNDING = 1e-5  # relative error up to here is fp32's own
 _SVD_EXACT_BELOW = 2048  # sides up to here take a full SVD (seconds); larger ones a randomised one
 
 
@@ -105,12 +106,12 @@ def export_lora(
         tensors[f"{_prefix(name)}lora_B.weight"] = B.contiguous().cpu()
     size = _write(path, lora, tensors)
     worst = max(errors, key=errors.get)
-    if errors[worst] > 0:
+    if errors[worst] > _ROUNDING:
         warnings.warn(
             f"export_lora cut updates to rank {rank} by SVD: relative error {errors[worst]:.3g} in '{worst}', "
             f"{sum(errors.values()) / len(errors):.3g} on average. LoraExport.errors has every module's; export_shira "
             "and merge_to_dense lose nothing.",
-            stacklevel=2,
+            stacklevel=3,  # no_grad is a caller too
         )
     return LoraExport(Path(path), ranks, errors, size)
 

@@ -85,9 +85,9 @@ def test_local_base_path_stays_out_of_hub_metadata(tmp_path):
 
 
 def test_card_refuses_an_adapter_that_is_not_there():
-    with pytest.raises(ValueError, match="adapter_name='other' is no SPARSE_LORA adapter.*default"):
+    with pytest.raises(ValueError, match=r"adapter_name='other' is no SPARSE_LORA adapter.*default"):
         hub.adapter_card(adapted(), adapter_name="other")
-    with pytest.raises(ValueError, match="metrics=0.9 is not a mapping"):
+    with pytest.raises(ValueError, match=r"metrics=0\.9 is not a mapping"):
         hub.adapter_card(adapted(), metrics=0.9)
 
 

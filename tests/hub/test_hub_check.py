@@ -215,7 +215,7 @@ def test_low_rank_half_of_another_weight_is_found(damaged):
     ("config", "says"),
     [
         ({"granularity": "row", "support_pattern": {}}, "granularity 'entry'"),
-        ({"density": 0.03, "support_pattern": {}}, "room for 81 units.*makes it 122"),
+        ({"density": 0.03, "support_pattern": {}}, r"room for \d+ units.*makes it \d+"),
         ({"r": 5, "rank_pattern": {}}, "rank 5"),
         ({"density": 7}, "density=7 is not a share"),
         ({"peft_type": "LORA"}, "peft_type='LORA'"),
@@ -234,11 +234,11 @@ def test_tensors_of_a_later_release_are_named(damaged):
 def test_folders_that_are_no_adapter_are_refused(tmp_path, hybrid_folder):
     with pytest.raises(ValueError, match="is no folder"):
         hub.check_adapter(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="has no adapter_config.json"):
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
         hub.check_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes((hybrid_folder / "adapter_config.json").read_bytes())
     (tmp_path / "adapter_model.bin").write_text("pickle")
-    with pytest.raises(ValueError, match="has no adapter_model.safetensors.*never read"):
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors.*never read"):
         hub.check_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

@@ -81,8 +81,8 @@ def test_lora_export_is_lossless(tmp_path, options):
     assert not torch.allclose(logits(tiny_base()), logits(model), atol=1e-2)
     torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
     assert loaded.peft_config["default"].peft_type == "LORA"
-    for module in loaded.modules():
-        assert set(getattr(module, "scaling", {}).values()) <= {1.0}
+    scalings = [module.scaling["default"] for module in loaded.modules() if hasattr(module, "lora_A")]
+    assert set(scalings) == {1.0}
 
 
 def test_lora_export_leaves_out_dead_components_and_modules_of_rank_zero(tmp_path):
@@ -249,8 +249,8 @@ def test_transformers_load_adapter_cannot_run_our_shira_with_random_indices(tmp_
     # It ignores SHiRA's indices; with upstream's own "random" mask type it would compute with other ones, silently.
     hub.export_shira(adapted(), tmp_path / "shira")
     base = tiny_base()
-    with pytest.raises(Exception):  # noqa: B017
-        base.load_adapter(str(tmp_path / "shira"))
+    base.load_adapter(str(tmp_path / "shira"))
+    with pytest.raises(KeyError, match="default"):
         logits(base)
 
 
@@ -319,11 +319,51 @@ def test_dense_model_rounds_once_to_the_dtype_asked_for():
     assert {p.dtype for p in hub.merge_to_dense(model, dtype=torch.float32).parameters()} == {torch.float32}
 
 
+def nf4_base(folder):
+    from transformers import BitsAndBytesConfig
+
+    if not folder.exists():
+        tiny_base().save_pretrained(folder)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization).eval()
+    for module in model.modules():
+        # bitsandbytes' CPU repacking rounds block scales to bf16 and fails on widths like 96: not what is tested here.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def test_nf4_base_becomes_a_dense_model_that_answers_the_same(tmp_path):
+    model = adapted(nf4_base(tmp_path / "base"), r=2)
+    dense = hub.merge_to_dense(model, tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), logits(model), atol=1e-5, rtol=1e-5)
+    assert {type(m).__module__.partition(".")[0] for m in dense.modules()} == {"torch", "transformers"}
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(again), logits(dense))
+    assert again.training is False
+    # k_proj has no adapter; its weight is dequantised all the same
+    assert type(again.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert model.get_base_model().config.quantization_config is not None
+    with torch.no_grad():
+        dense.model.layers[0].self_attn.k_proj.weight.zero_()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_lora_and_shira_of_an_nf4_base_answer_the_same_on_it(tmp_path):
+    for options, export in (({"granularity": "row", "r": 2}, hub.export_lora), ({}, hub.export_shira)):
+        model = adapted(nf4_base(tmp_path / "base"), **options)
+        export(model, tmp_path / export.__name__)
+        loaded = PeftModel.from_pretrained(nf4_base(tmp_path / "base"), tmp_path / export.__name__)
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+
+
 def test_exports_refuse_merged_adapters_and_folders_of_others(tmp_path):
     model = adapted(granularity="row")
     model.merge_adapter()
     for export in (hub.export_lora, hub.export_shira, hub.merge_to_dense):
-        with pytest.raises(ValueError, match="is merged into.*unmerge_adapter"):
+        with pytest.raises(ValueError, match=r"is merged into.*unmerge_adapter"):
             export(model, tmp_path / "x")
     model.unmerge_adapter()
     hub.save_adapter(model, tmp_path / "own")
