@@ -73,12 +73,14 @@ class PruningCallback(ScheduleCallback):
 
 
 def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], total: int) -> list[int]:
-    """Units each layer keeps when the `total` best of all layers, by mean |value|, stay."""
+    """Units each layer keeps when its best one and the best of all others, by mean |value|, stay: `total` together."""
     means = [
-        worth / part.layer.sparse_lora_grid[part.adapter].unit_numel
+        worth.cpu() / part.layer.sparse_lora_grid[part.adapter].unit_numel
         for part, worth in zip(parts, importance, strict=True)
     ]
+    for mean in means:
+        mean[mean.argmax()] = torch.inf
     sizes = torch.tensor([worth.numel() for worth in importance])
-    kept = top_units(torch.cat([worth.cpu() for worth in means]), min(total, int(sizes.sum())))
+    kept = top_units(torch.cat(means), min(total, int(sizes.sum())))
     owner = torch.bucketize(kept.long(), sizes.cumsum(0), right=True)
-    return torch.bincount(owner, minlength=len(parts)).clamp_min(1).tolist()
+    return torch.bincount(owner, minlength=len(parts)).tolist()

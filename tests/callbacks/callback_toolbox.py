@@ -86,7 +86,8 @@ class Hook(TrainerCallback):
 
 def run(
     model, out, steps: int, *, callbacks=None, optimizer: str = "aged", lr: float = 1e-2, decay: float = 0.1,
-    accumulation: int = 1, batch: int = 4, before=(), after=(), resume=None, data=None, train: bool = True, **arguments,
+    accumulation: int = 1, batch: int = 4, before=(), after=(), resume=None, data=None, train: bool = True,
+    evaluated: bool = False, **arguments,
 ):  # fmt: skip
     """Train with the real Trainer. `before` and `after` surround the schedule callbacks in the order of calls."""
     options = {
@@ -100,8 +101,9 @@ def run(
         groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, decay)
         optimizers = (AgedAdamW(groups, lr=lr), None)
     schedule = callbacks_for(model) if callbacks is None else list(callbacks)
+    data = TokenData() if data is None else data
     trainer = Trainer(
-        model=model, args=args, train_dataset=TokenData() if data is None else data,
+        model=model, args=args, train_dataset=data, eval_dataset=data if evaluated else None,
         callbacks=[*before, *schedule, *after], optimizers=optimizers,
     )  # fmt: skip
     trainer.schedule_callbacks = schedule
@@ -158,7 +160,9 @@ def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     """Names that are missing on one side or differ in a bit."""
     missing = sorted(set(left) ^ set(right))
     return missing + [
-        name for name in left if name in right and not (left[name].equal(right[name]) and left[name].dtype == right[name].dtype)
+        name
+        for name in left
+        if name in right and not (left[name].equal(right[name]) and left[name].dtype == right[name].dtype)
     ]
 
 

@@ -110,16 +110,17 @@ def test_living_gates_follow_the_budget_and_end_at_target_times_layers(target, t
 
 
 def test_zeroed_gates_train_on_in_the_middle_and_may_come_back_but_not_at_the_end(tmp_path):
-    model = gated(r=6, target_r=2, interval=3, initial_warmup=0.0, final_warmup=0.4, orthogonality=0.0)
+    # Little smoothing and one sample a step: the ranking of components is restless.
+    model = gated(
+        r=6, target_r=2, interval=3, initial_warmup=0.0, final_warmup=0.4, orthogonality=0.0, beta1=0.1, beta2=0.1
+    )
     history, zero = {}, {}
 
     def look(update, model, optimizer):
         history[update] = masks(model)
-        zero[update] = [
-            [not alive for alive in row] for row in gates(model)
-        ]
+        zero[update] = [[not alive for alive in row] for row in gates(model)]
 
-    run(model, tmp_path, 40, after=[Hook(on_step_end=look)], lr=3e-2)
+    run(model, tmp_path, 40, after=[Hook(on_step_end=look)], lr=3e-2, batch=1)
     back, moved_again = 0, 0
     for update in range(3, 24, 3):
         for earlier, later in zip(history[update], history[min(update + 3, 24)], strict=True):
