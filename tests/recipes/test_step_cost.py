@@ -1,0 +1,95 @@
+"""`recipes/benchmarks/step_cost.py` in tiny form: it runs whole, and it counts bytes right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+SIZES = ["--hidden", "64", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+OURS = ("entry", "block32", "row", "column", "hybrid")
+PEERS = ("frozen", "lora", "lora_lean", "shira", "supertuning", "full", "spiel")
+# Shapes of the one layer: hidden 64, two heads of 32 over one key-value head, feed-forward 192.
+WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192))
+LORA_NUMBERS = sum(16 * (rows + cols) for rows, cols in WEIGHTS)
+
+
+@pytest.fixture(scope="module", params=["bf16", "nf4"])
+def run(request, tmp_path_factory):
+    output = tmp_path_factory.mktemp("step_cost")
+    command = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--base", request.param, "--output", output]
+    if request.param == "nf4":
+        command.append("--check")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (output / "step_cost.json").exists(), done.stderr
+    report = json.loads((output / "step_cost.json").read_text())
+    missed = any(not bar["met"] for bar in report["bars"])
+    assert done.returncode == int("--check" in command and missed), done.stderr
+    return request.param, report, output, done.stdout
+
+
+def rows_of(run):
+    base, report, _, _ = run
+    return report["bases"][base]["rows"]
+
+
+def test_every_method_has_a_row_or_a_reason(run):
+    base, report, _, _ = run
+    skipped = report["bases"][base]["skipped"]
+    assert set(rows_of(run)) | set(skipped) == {*PEERS, *OURS}
+    assert set(skipped) == ({"supertuning", "full"} if base == "nf4" else set())
+
+
+def test_every_row_has_its_figures(run):
+    rows = rows_of(run)
+    for method, row in rows.items():
+        assert row["seconds"] > 0
+        assert len(row["seconds_by_round"]) == 2
+        assert set(row["time_over"]) == set(rows) - {method}
+        assert row["peak_bytes"] > row["saved_bytes"] > 0
+        assert ("move_seconds" in row) == (method in OURS)
+        assert ("file_bytes_bf16" in row) == (method in OURS)
+
+
+def test_methods_train_equally_many_numbers(run):
+    rows = rows_of(run)
+    for method in ("lora", "lora_lean", "shira", "spiel", "entry", "hybrid"):
+        if method in rows:
+            assert rows[method]["trained_numbers"] == LORA_NUMBERS
+    assert rows["frozen"]["trained_numbers"] == 0
+    for method in {"supertuning", "block32", "row", "column"} & set(rows):
+        assert rows[method]["trained_numbers"] == pytest.approx(LORA_NUMBERS, rel=0.1)
+
+
+def test_gradients_and_adam_take_twelve_bytes_a_number(run):
+    rows = rows_of(run)
+    for method in ("lora", *OURS):
+        scalars = rows[method]["gradient_optimizer_bytes"] - 12 * rows[method]["trained_numbers"]
+        assert 0 <= scalars <= 4 * 3 * len(WEIGHTS)  # Adam's step counts
+    assert rows["entry"]["age_bytes"] == 4 * LORA_NUMBERS
+    # int32 units and at least a byte a gap
+    assert rows["entry"]["index_bytes"] >= 5 * LORA_NUMBERS
+    assert rows["column"]["index_bytes"] < 2000
+
+
+def test_columns_keep_less_than_entries_and_nothing_of_ours_has_the_shape_of_a_weight(run):
+    rows = rows_of(run)
+    assert rows["column"]["saved_bytes"] < rows["entry"]["saved_bytes"]
+    assert rows["frozen"]["saved_bytes"] < rows["entry"]["saved_bytes"] <= rows["lora"]["saved_bytes"]
+    for method in OURS:
+        assert rows[method]["saved_tensors_of_weight_shape"] == 0, method
+    if "supertuning" in rows:  # the count sees what it is meant to see
+        assert rows["supertuning"]["saved_tensors_of_weight_shape"] > 0
+
+
+def test_bars_table_and_picture_are_there(run):
+    base, report, output, printed = run
+    assert {"name", "got", "wanted", "met"} == set(report["bars"][0])
+    assert any(bar["name"].startswith(f"[{base}] step time: entry") for bar in report["bars"])
+    assert all(f"MISSED {bar['name']}:" in printed for bar in report["bars"] if not bar["met"])
+    assert "columns" in printed
+    assert (output / "step_cost.png").stat().st_size > 10_000
