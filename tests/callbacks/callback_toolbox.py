@@ -158,12 +158,12 @@ def all_state(model, optimizer) -> dict[str, torch.Tensor]:
 
 def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
     """Names that are missing on one side or differ in a bit."""
-    missing = sorted(set(left) ^ set(right))
-    return missing + [
+    changed = [
         name
-        for name in left
-        if name in right and not (left[name].equal(right[name]) and left[name].dtype == right[name].dtype)
+        for name in sorted(set(left) & set(right))
+        if left[name].dtype != right[name].dtype or not torch.equal(left[name], right[name])
     ]
+    return sorted(set(left) ^ set(right)) + changed
 
 
 def positions(units: list[int], granularity: str, rows: int, cols: int, size: int) -> torch.Tensor:

@@ -177,11 +177,10 @@ def test_the_best_checkpoint_comes_back_whole_at_the_end(tmp_path):
             best.update({k: v.clone() for k, v in model.state_dict().items() if "candidate" not in k})
 
     trainer = run(
-        model, tmp_path, 10, evaluated=True, after=[Hook(on_step_end=look)], train=False, lr=1.0, lr_scheduler_type="constant",
-        save_strategy="steps", eval_strategy="steps", save_steps=5, eval_steps=5, load_best_model_at_end=True,
+        model, tmp_path, 10, evaluated=True, after=[Hook(on_step_end=look)], train=False, lr=1.0,
+        lr_scheduler_type="constant", save_strategy="steps", eval_strategy="steps", save_steps=5, eval_steps=5, load_best_model_at_end=True,
     )  # fmt: skip
-    scores = iter([1.0, 2.0])
-    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": next(scores)}
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 1.0 if trainer.state.global_step == 5 else 2.0}
     trainer.train()
     shutil.rmtree(tmp_path)
     after = model.state_dict()
