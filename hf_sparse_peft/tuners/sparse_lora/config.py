@@ -8,7 +8,7 @@ from typing import Literal
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ...sparsity import CRITERIA
+from ...sparsity import CRITERIA, make_score
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 
 GRANULARITIES = ("entry", "block", "row", "column")
@@ -148,6 +148,7 @@ class SparseLoraConfig(PeftConfig):
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(accepted)}.")
+        make_score(self.criterion, **self.criterion_options)  # refuses unknown options and bad values by name
         if self.allocation == "global" and self.criterion == "random":
             raise ValueError(
                 "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "

@@ -186,6 +186,8 @@ class SparseLoraLayer(BaseTunerLayer):
         Raises:
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
         """
+        if torch.compiler.is_compiling() and adapter_name in self._units:
+            return self._units[adapter_name][3]  # write_support and loading keep it fresh; a graph cannot look
         codes = self.sparse_lora_support[adapter_name]
         version = 0 if codes.is_inference() else codes._version
         cached = self._units.get(adapter_name)
@@ -198,9 +200,23 @@ class SparseLoraLayer(BaseTunerLayer):
             return self.units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
         capacity = self.sparse_lora_values[adapter_name].shape[0]
-        units = decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name)
+        return self._remember(adapter_name, decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name))
+
+    def _remember(self, adapter_name: str, units: torch.Tensor) -> torch.Tensor:
+        codes = self.sparse_lora_support[adapter_name]
+        version = 0 if codes.is_inference() else codes._version
         self._units[adapter_name] = (codes, codes.data_ptr(), version, units)
         return units
+
+    def refresh_units(self) -> None:
+        """Decode again what was loaded: a compiled graph reads the decoded units without looking at the buffer.
+
+        Raises:
+            ValueError: a buffer is damaged.
+        """
+        for adapter_name, codes in self.sparse_lora_support.items():
+            if not codes.is_meta and codes[:4].any():
+                self.units(adapter_name)
 
     @torch.no_grad()
     def write_support(self, adapter_name: str, units: torch.Tensor) -> None:
@@ -209,7 +225,7 @@ class SparseLoraLayer(BaseTunerLayer):
         codes = self.sparse_lora_support[adapter_name]
         capacity = self.sparse_lora_values[adapter_name].shape[0]
         codes.copy_(encode_support(units, grid, capacity))
-        self._units.pop(adapter_name, None)  # inference tensors have no version that would tell
+        self._remember(adapter_name, units.to(codes.device, grid.index_dtype))
 
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""

@@ -11,7 +11,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...ops import Plan, sparse_linear
+from ...ops import DenseSource, Plan, Source, register_owner, sparse_linear, sparse_linear_node
 from .base_weight import compute_dtype, weight_source
 from .layer import SparseLoraLayer
 from .merge import MergeMixin
@@ -34,6 +34,8 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         super().__init__()
         SparseLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
+        self._owner = register_owner(self)
+        self.register_load_state_dict_post_hook(_refresh_units)
         self.update_layer(adapter_name, **update)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -54,7 +56,7 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         active = [name for name in self.active_adapters if self.holds(name)]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._notice_missing_callbacks(active)
         return self._adapted(x, active, *args, **kwargs)
 
@@ -62,35 +64,67 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         source = None if args or kwargs else weight_source(self)
         dtype = compute_dtype(self, x, source)
         operands = combine(self, names)
-        plan = Plan(
-            self.out_features,
-            self.in_features,
-            dtype,
-            source,
-            operands.granularity,
-            operands.block_size,
-            operands.scale,
-            self._gradient_sink(names),
-        )
         dropout = self._dropout(names) if self.training and operands.A is not None else 0.0
         low_rank = {} if dropout else operands.low_rank
         if source is None:
             base = self.base_layer(x, *args, **kwargs)
-            update = sparse_linear(x, plan, values=operands.values, units=operands.units, **low_rank)
+            update = self._product(x, None, dtype, operands, low_rank)
             # Out of place: some 4-bit kernels return views that must not be written to.
             result = base + update.to(base.dtype)
         else:
-            result = sparse_linear(
-                x, plan, values=operands.values, units=operands.units, bias=self.base_layer.bias, **low_rank
-            )
+            result = self._product(x, source, dtype, operands, low_rank, self.base_layer.bias)
             if self.quantization_backend is not None:  # 4-bit layers answer in the input's dtype
                 result = result.to(x.dtype)
         return result + self._dropped_low_rank(x, operands, dtype, dropout).to(result.dtype) if dropout else result
 
     def _dropped_low_rank(self, x: torch.Tensor, operands: Operands, dtype: torch.dtype, p: float) -> torch.Tensor:
         """The low-rank half on an input of its own, as LoRA's dropout wants it."""
-        plan = Plan(self.out_features, self.in_features, dtype, scale=operands.scale)
-        return sparse_linear(nn.functional.dropout(x.to(dtype), p), plan, **operands.low_rank)
+        return self._product(
+            nn.functional.dropout(x.to(dtype), p), None, dtype, operands.without_support(), operands.low_rank
+        )
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        source: Source | None,
+        dtype: torch.dtype,
+        operands: Operands,
+        low_rank: dict[str, torch.Tensor],
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tensors = {"values": operands.values, "units": operands.units, "bias": bias, **low_rank}
+        cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
+        if not torch.compiler.is_compiling():
+            sink = None if operands.values is None else self.runtime_sink()
+            plan = Plan(self.out_features, self.in_features, dtype, source, gradient_sink=sink, **cut)
+            return sparse_linear(x, plan, **tensors)
+        dense = isinstance(source, DenseSource)
+        return sparse_linear_node(
+            x.to(dtype),
+            self._owner,
+            self.out_features,
+            weight=source.weight if dense else None,
+            transposed=dense and source.transposed,
+            dequantized=source is not None and not dense,
+            collects=self._may_collect(),
+            **tensors,
+            **cut,
+        )
+
+    def runtime_source(self) -> Source | None:
+        """The weight's source, for compiled graphs (`ops.compiled`)."""
+        return weight_source(self)
+
+    def runtime_sink(self):
+        """Who reads this layer's dense gradient at this step, for compiled graphs too; None as a rule."""
+        return self._gradient_sink([name for name in self.active_adapters if self.holds(name)])
+
+    def _may_collect(self) -> bool:
+        return any(self.sparse_lora_config[n].regrowth is not None for n in self.active_adapters if self.holds(n))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._owner = register_owner(self)  # a copy must not answer for the original
 
     def _dropout(self, names: list[str]) -> float:
         rates = {self.sparse_lora_config[name].lora_dropout for name in names if name in self.sparse_lora_A}
@@ -152,6 +186,10 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         return "sparse_lora." + super().__repr__()
 
 
+def _refresh_units(layer: SparseLoraLinear, incompatible_keys: Any) -> None:
+    layer.refresh_units()
+
+
 def create_layer(
     target: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], backend: Any, **kwargs: Any
 ) -> SparseLoraLinear:
@@ -163,7 +201,7 @@ def create_layer(
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not is_supported(base, backend):
         raise TypeError(
-            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora adapts "
-            "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora "
+            "adapts nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
         )
     return SparseLoraLinear(target, adapter_name, module_name, update, **kwargs)

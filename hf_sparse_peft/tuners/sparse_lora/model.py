@@ -114,6 +114,13 @@ class SparseLoraModel(BaseTuner):
                 self._selection_bar.close()
                 self._selection_bar = None
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if any(p.is_meta for p in new_module.parameters()):
+            # Upstream moves the whole layer around an 8-bit base, which tensors on meta refuse; loading moves them.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work.
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

@@ -23,6 +23,10 @@ class Operands:
     gate: torch.Tensor | None = None
     scale: float = 1.0
 
+    def without_support(self) -> Operands:
+        """The low-rank half alone."""
+        return Operands(A=self.A, B=self.B, gate=self.gate, scale=self.scale)
+
     @property
     def low_rank(self) -> dict:
         """Keyword arguments of the low-rank half."""

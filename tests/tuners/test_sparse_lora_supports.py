@@ -1,0 +1,216 @@
+"""Which units an adapter trains: counts, criteria, allocations, seeds."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, read_codes, tiny_llama
+
+from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+
+CRITERIA = ("random", "magnitude", "smallest_magnitude", "low_rank_magnitude")
+SIZE = 16
+
+
+def unit_sums(matrix, granularity, size=SIZE):
+    """Sum of a float64 matrix over every unit, by its definition."""
+    if granularity == "entry":
+        return matrix.reshape(-1)
+    if granularity == "row":
+        return matrix.sum(1)
+    if granularity == "column":
+        return matrix.sum(0)
+    rows, cols = matrix.shape
+    return torch.stack(
+        [
+            matrix[top : top + size, left : left + size].sum()
+            for top in range(0, rows, size)
+            for left in range(0, cols, size)
+        ]
+    )
+
+
+def total_units(layer, granularity):
+    rows, cols = layer.out_features, layer.in_features
+    return {"entry": rows * cols, "row": rows, "column": cols, "block": rows * cols // SIZE**2}[granularity]
+
+
+def supports(model, adapter="default"):
+    return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in sparse_layers(model)}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("base", BASES)
+def test_every_layer_has_exactly_its_share_of_distinct_sorted_units(base_of, base, granularity, criterion):
+    config = make_config(f"sparse-{granularity}", base, criterion=criterion)
+    model = get_peft_model(base_of(base), config)
+    for layer in sparse_layers(model):
+        units, total = read_codes(layer.sparse_lora_support["default"]), total_units(layer, granularity)
+        assert len(units) == int(config.density * total + 1e-9) == layer.sparse_lora_values["default"].shape[0]
+        assert units == sorted(set(units))
+        assert 0 <= units[0] <= units[-1] < total
+        assert layer.units("default").tolist() == units
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "smallest_magnitude"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("base", BASES)
+def test_magnitude_supports_equal_brute_force_on_the_weight_the_layer_sees(base_of, base, granularity, criterion):
+    model = get_peft_model(base_of(base), make_config(f"sparse-{granularity}", base, criterion=criterion))
+    for layer in sparse_layers(model):
+        weight = layer.get_base_weight().detach().double()
+        weight = weight.t() if base == "conv1d" else weight
+        scores = unit_sums(weight.abs(), granularity) * (1 if criterion == "magnitude" else -1)
+        chosen = torch.tensor(read_codes(layer.sparse_lora_support["default"]))
+        left = torch.ones(scores.numel(), dtype=torch.bool)
+        left[chosen] = False
+        assert scores[chosen].min() >= scores[left].max() - 1e-4 * scores.abs().max()
+        if granularity == "entry":  # nothing is summed, so nothing is rounded: ties go to the lower unit
+            order = sorted(range(scores.numel()), key=lambda unit: (-scores[unit].item(), unit))
+            assert sorted(order[: chosen.numel()]) == chosen.tolist()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_counts_are_exact_where_all_scores_tie(granularity, criterion):
+    base = tiny_llama()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.fill_(0.5)
+    model = get_peft_model(base, make_config(f"sparse-{granularity}", criterion=criterion))
+    for layer in sparse_layers(model):
+        units = read_codes(layer.sparse_lora_support["default"])
+        assert len(units) == layer.sparse_lora_values["default"].shape[0]
+        if criterion in ("magnitude", "smallest_magnitude"):
+            assert units == list(range(len(units)))
+
+
+def test_low_rank_magnitude_follows_the_exact_svd_where_the_spectrum_is_clear():
+    base = tiny_llama()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "q_proj" in name:
+                parameter.copy_(torch.randn(64, 3) @ torch.randn(3, 64) + 1e-4 * torch.randn(64, 64))
+    config = make_config(
+        "sparse-entry", target_modules=["q_proj"], criterion="low_rank_magnitude", criterion_options={"rank": 3}
+    )
+    model = get_peft_model(base, config)
+    for layer in sparse_layers(model):
+        U, S, Vh = torch.linalg.svd(layer.get_base_weight().detach().double())
+        scores = ((U[:, :3] * S[:3]) @ Vh[:3]).abs().reshape(-1)
+        chosen = set(read_codes(layer.sparse_lora_support["default"]))
+        expected = set(scores.topk(len(chosen)).indices.tolist())
+        assert len(chosen & expected) >= 0.99 * len(chosen)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_layers_of_one_shape_draw_different_supports(granularity):
+    model = get_peft_model(tiny_llama(), make_config(f"sparse-{granularity}", target_modules=["q_proj", "o_proj"]))
+    drawn = [tuple(units) for units in supports(model).values()]
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+def test_seed_decides_and_the_global_generator_does_not():
+    torch.manual_seed(1)
+    one = supports(get_peft_model(tiny_llama(), make_config(seed=3)))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    config = make_config("sparse-entry", seed=3)
+    model = tiny_llama()
+    torch.set_rng_state(state)
+    two = supports(get_peft_model(model, config))
+    assert one == two
+    assert torch.equal(torch.get_rng_state(), state)  # choosing a support draws nothing from it
+    assert one != supports(get_peft_model(tiny_llama(), make_config(seed=4)))
+
+
+@pytest.mark.slow
+def test_another_process_draws_the_same_supports():
+    script = (
+        "import sys; sys.path.insert(0, 'tests/tuners'); import tuner_toolbox as t; from peft import get_peft_model;"
+        "from test_sparse_lora_supports import supports;"
+        "print(hash(str(sorted(supports(get_peft_model(t.tiny_llama(), t.make_config(seed=3))).items()))))"
+    )
+    results = {
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONHASHSEED": "0", "PATH": ""}
+        ).stdout.strip()
+        for _ in range(2)
+    }
+    assert len(results) == 1
+    assert results != {""}
+
+
+# Allocation
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    "options",
+    [{"allocation": "erdos_renyi"}, {"allocation": "global", "criterion": "magnitude"}, {"num_entries": 6000}],
+    ids=["erdos_renyi", "global", "num_entries"],
+)
+def test_allocations_over_the_model_keep_the_budget_and_are_written_to_the_config(
+    base_of, options, granularity, tmp_path
+):
+    if options.get("allocation") == "global":  # random weights of other shapes have other scales and would get nothing
+        options = {**options, "target_modules": ["q_proj", "o_proj"]}
+    config = make_config(f"sparse-{granularity}", **{"density": 0.25, **options})
+    model = get_peft_model(base_of(), config)
+    layers = sparse_layers(model)
+    counts = {layer.module_name: len(read_codes(layer.sparse_lora_support["default"])) for layer in layers}
+    assert config.support_pattern == counts
+    numel = {layer.module_name: layer.in_features * layer.out_features for layer in layers}
+    spent = sum(layer.sparse_lora_values["default"].numel() for layer in layers)
+    budget = 6000 if "num_entries" in options else int(0.25 * sum(numel.values()))
+    assert spent <= budget * 1.0001 or options.get("allocation") == "global"
+    if granularity == "entry":
+        if "num_entries" in options:
+            assert counts == {name: 6000 * size // sum(numel.values()) for name, size in numel.items()}
+        else:
+            assert spent == budget
+    fill(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(), tmp_path)), logits(model))
+
+
+def test_erdos_renyi_gives_thin_matrices_a_higher_density():
+    model = get_peft_model(tiny_llama(), make_config("sparse-entry", density=0.1, allocation="erdos_renyi"))
+    density = {
+        layer.module_name.rsplit(".")[-1]: layer.sparse_lora_values["default"].numel() / layer.get_base_weight().numel()
+        for layer in sparse_layers(model)
+    }
+    shapes = {"q_proj": (64, 64), "v_proj": (32, 64), "down_proj": (64, 128)}
+    ratio = {name: (rows + cols) / (rows * cols) for name, (rows, cols) in shapes.items()}
+    for name in shapes:
+        assert density[name] / density["q_proj"] == pytest.approx(ratio[name] / ratio["q_proj"], rel=0.01)
+
+
+def test_global_allocation_is_one_ranking_of_all_entries():
+    model = get_peft_model(tiny_llama(), make_config("sparse-entry", allocation="global", criterion="magnitude"))
+    weights = {layer.module_name: layer.get_base_weight().detach().abs().reshape(-1) for layer in sparse_layers(model)}
+    everything = torch.cat(list(weights.values()))
+    threshold = everything.topk(int(0.05 * everything.numel())).values[-1]
+    for name, units in supports(model).items():
+        assert units == (weights[name] >= threshold).nonzero().squeeze(1).tolist()
+
+
+def test_a_config_that_was_shared_out_for_one_model_is_refused_by_another():
+    config = make_config(allocation="erdos_renyi")
+    get_peft_model(tiny_llama(), config)
+    with pytest.raises(ValueError, match=r"support_pattern was made for another model.*layers\.2"):
+        get_peft_model(tiny_llama(num_hidden_layers=3), config)
+    with pytest.raises(ValueError, match=r"support_pattern gives 'model\.layers\.0"):
+        get_peft_model(tiny_llama(hidden_size=8, intermediate_size=16), config)
+
+
+def test_a_wrong_support_is_never_drawn_for_values_that_came_from_a_file():
+    model = get_peft_model(tiny_llama(), make_config("sparse-entry", inference_mode=True))
+    layer = sparse_layers(model)[0]
+    layer.sparse_lora_values["default"].data.fill_(1.0)  # values are here, their units are not
+    with pytest.raises(ValueError, match="was not yet written"):
+        logits(model)
