@@ -178,7 +178,8 @@ def test_the_best_checkpoint_comes_back_whole_at_the_end(tmp_path):
 
     trainer = run(
         model, tmp_path, 10, evaluated=True, after=[Hook(on_step_end=look)], train=False, lr=1.0,
-        lr_scheduler_type="constant", save_strategy="steps", eval_strategy="steps", save_steps=5, eval_steps=5, load_best_model_at_end=True,
+        lr_scheduler_type="constant", save_strategy="steps", eval_strategy="steps", save_steps=5, eval_steps=5,
+        load_best_model_at_end=True,
     )  # fmt: skip
     trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 1.0 if trainer.state.global_step == 5 else 2.0}
     trainer.train()
