@@ -1,6 +1,8 @@
 """Floor 1: differentiable kernels. Plain tensors in and out, torch only."""
 
-from .linear import Plan, sparse_linear
+from .compiled import register_owner, sparse_linear_node
+from .core import Plan
+from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support, may_borrow
 from .units import add_units_, read_units, unit_gradient, write_units_
 
@@ -13,7 +15,9 @@ __all__ = [
     "add_units_",
     "may_borrow",
     "read_units",
+    "register_owner",
     "sparse_linear",
+    "sparse_linear_node",
     "unit_gradient",
     "write_units_",
 ]

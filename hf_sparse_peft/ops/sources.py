@@ -28,27 +28,26 @@ class Support:
 
 
 class _BorrowState:
-    """Which thread may write into frozen weights for the length of a product.
+    """Who may write into frozen weights for the length of a product.
 
-    The first thread that computes owns that right while it lives. Once a second one computes at the same time nobody
-    borrows any more: clones cost time, a weight that changes under another thread's product costs correctness.
+    The first thread (and, on a GPU, stream) that computes has that right while it lives. Once a second one computes as
+    well nobody borrows any more: a clone costs time, a weight that changes under another's product costs correctness.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.owner: int | None = None
+        self.owner: tuple[int, int] | None = None
         self.shared = False
 
-    def allows(self, thread: int) -> bool:
+    def allows(self, worker: tuple[int, int]) -> bool:
         if self.shared:
             return False
-        if self.owner != thread:
-            alive = {t.ident for t in threading.enumerate()}
-            if self.owner is not None and self.owner in alive:
-                with self.lock:  # wait until a product in flight has put its weight back
+        if self.owner != worker:
+            if self.owner is not None and self.owner[0] in {thread.ident for thread in threading.enumerate()}:
+                with self.lock:  # a product in flight puts its weight back first
                     self.shared = True
                 return False
-            self.owner = thread
+            self.owner = worker
         return True
 
 
@@ -56,16 +55,23 @@ _state = _BorrowState()
 
 
 def may_borrow(weight: torch.Tensor, thread: int) -> bool:
-    """Whether `weight`'s own memory may hold `base + value` while one product of thread `thread` runs."""
-    return (
-        type(weight) in (torch.Tensor, torch.nn.Parameter)  # DTensor and other subclasses guard their own storage
-        and not weight.is_inference()
-        and not weight.requires_grad
-        # CUDA tensors always report shared memory; on CPU it means that other processes read the same bytes.
-        and not (weight.device.type == "cpu" and weight.is_shared())
-        and (weight.is_contiguous() or weight.t().is_contiguous())
-        and _state.allows(thread)
-    )
+    """Whether `weight`'s own memory may hold `base + value` while one product of thread `thread` runs.
+
+    No for memory that others may read meanwhile or that is not the weight's alone: subclasses that guard their storage
+    (DTensor), ZeRO's and FSDP's buffers, memory shared between processes, inference tensors, and anything at all once a
+    second thread or stream computes.
+    """
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or hasattr(weight, "ds_id"):
+        return False
+    if weight.is_inference() or weight.requires_grad:
+        return False
+    if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+        return False  # a slice of a larger buffer, such as FSDP's flat parameter
+    # CUDA tensors always report shared memory; on CPU it means that other processes read the same bytes.
+    if weight.device.type == "cpu" and weight.is_shared():
+        return False
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    return (weight.is_contiguous() or weight.t().is_contiguous()) and _state.allows((thread, stream))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def flat_index(weight: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor,
         row = torch.div(units, cols, rounding_mode="floor")
         return weight.t().view(-1), (units - row * cols) * rows + row
     raise ValueError(
-        f"weight of shape {tuple(weight.shape)} and strides {weight.stride()} has no flat view; pass a contiguous weight."
+        f"weight of shape {tuple(weight.shape)} and strides {weight.stride()} has no flat view; make it contiguous."
     )
 
 
@@ -129,7 +129,7 @@ def _entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Ten
         return (grad_output.t() @ x).view(-1).index_select(0, units)
     # Sorted units let each tile of rows own one slice of them.
     starts = torch.arange(0, rows, tile, device=units.device)
-    bounds = torch.searchsorted(units.long(), starts * cols).tolist() + [units.numel()]
+    bounds = [*torch.searchsorted(units.long(), starts * cols).tolist(), units.numel()]
     parts = []
     for number, start in enumerate(range(0, rows, tile)):
         inside = units[bounds[number] : bounds[number + 1]]

@@ -45,12 +45,12 @@ def test_spiel_has_the_papers_defaults():
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'lora' is unknown.*spiel-ag"):
+    with pytest.raises(ValueError, match=r"'lora' is unknown.*spiel-ag"):
         methods.get("lora")
 
 
 def test_unknown_option_names_the_accepted_ones():
-    with pytest.raises(ValueError, match="'spiel-ag' does not take one of \\['densty'\\].*'density'"):
+    with pytest.raises(ValueError, match=r"'spiel-ag' does not take one of \['densty'\].*'density'"):
         methods.get("spiel-ag", densty=0.1)
 
 

@@ -173,8 +173,8 @@ class SparseLoraLinear(nn.Module, MergeMixin):
             asked = [f for f in ("regrowth", "pruning", "rank_allocation") if getattr(config, f) is not None]
             warnings.warn(
                 f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
-                "support and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or "
-                f"set {' and '.join(asked)} to None in its SparseLoraConfig.",
+                "support and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, "
+                f"or set {' and '.join(asked)} to None in its SparseLoraConfig.",
                 stacklevel=2,
             )
 

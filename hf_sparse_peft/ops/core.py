@@ -1,0 +1,163 @@
+r"""The products behind `sparse_linear` and their gradients, without autograd.
+
+:math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`:
+`W` is frozen, `S` lives on a support, `A`, `B`, `g` are the low-rank half; every part may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .sources import Source, Support
+from .units import add_units_, column_gradient, read_units, unit_gradient
+
+GradientSink = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is constant over one call: the shape, where the weight comes from, how units are cut, who sees gradients."""
+
+    rows: int
+    cols: int
+    compute_dtype: torch.dtype
+    source: Source | None = None
+    """The frozen weight; None computes `X S^T` and the low-rank half alone, for layers that run `X W^T` themselves."""
+    granularity: str = "entry"
+    block_size: int = 0
+    scale: float = 1.0
+    """`s`, the scaling of the low-rank half."""
+    gradient_sink: GradientSink | None = None
+    """Called in the backward pass with this layer's dense gradient `[rows, cols]`, once per micro-batch."""
+
+
+class Operands(NamedTuple):
+    """Tensors of one product; see `ops.sparse_linear` for shapes."""
+
+    values: torch.Tensor | None = None
+    units: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients of one product, None where none was asked for; `x`'s is `[tokens, cols]` in the compute dtype."""
+
+    x: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def keeps_columns_only(plan: Plan, operands: Operands) -> bool:
+    """Whether the backward pass needs no more of `x` than the columns of the support."""
+    return plan.granularity == "column" and operands.A is None and plan.gradient_sink is None
+
+
+def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands, thread: int) -> torch.Tensor:
+    """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype."""
+    values, units, A, B, gate, bias = operands
+    y = _base_product(x2d, _support(plan, values, units), bias, plan, thread)
+    if A is not None:
+        y.addmm_(_scaled(x2d @ A.to(x2d.dtype).t(), gate, plan.scale), B.to(x2d.dtype).t())
+    return y
+
+
+def backward_product(
+    dy: torch.Tensor,
+    x2d: torch.Tensor | None,
+    plan: Plan,
+    operands: Operands,
+    needs: Gradients,
+    columns_only: bool,
+    thread: int,
+) -> Gradients:
+    """Gradients for `dy` `[tokens, rows]`; `x2d` `[tokens, cols]`, or its columns of the support (`columns_only`).
+
+    `needs` has True where a gradient is asked for.
+    """
+    values, units, A, B, gate, bias = operands
+    grad_x = _input_gradient(dy, _support(plan, values, units), plan, thread) if needs.x else None
+    grad_values = _values_gradient(dy, x2d, values, units, plan, needs.values, columns_only)
+    grad_A = grad_B = grad_gate = None
+    if A is not None:
+        grad_A, grad_B, grad_gate = _low_rank_gradients(dy, x2d, A, B, gate, plan.scale, grad_x, needs)
+    grad_bias = dy.sum(0).to(bias.dtype) if bias is not None and needs.bias else None
+    return Gradients(grad_x, grad_values, grad_A, grad_B, grad_gate, grad_bias)
+
+
+def _support(plan: Plan, values: torch.Tensor | None, units: torch.Tensor | None) -> Support | None:
+    return None if values is None else Support(units, values, plan.granularity, plan.block_size)
+
+
+def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> torch.Tensor:
+    return hidden.mul_(scale) if gate is None else hidden.mul_((gate * scale).to(hidden.dtype))
+
+
+def _base_product(x2d, support, bias, plan, thread) -> torch.Tensor:
+    if plan.source is not None:
+        with plan.source.standing(support, x2d.dtype, thread) as weight:
+            return torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
+    if support is None:
+        return x2d.new_zeros(x2d.shape[0], plan.rows)
+    if support.granularity == "row":
+        y = x2d.new_zeros(x2d.shape[0], plan.rows)
+        return y.index_copy_(1, support.units.long(), x2d @ support.values.to(x2d.dtype).t())
+    if support.granularity == "column":
+        return x2d.index_select(1, support.units) @ support.values.to(x2d.dtype)
+    return x2d @ _dense_support(support, plan, x2d).t()
+
+
+def _input_gradient(dy, support, plan, thread) -> torch.Tensor:
+    if plan.source is not None:
+        with plan.source.standing(support, dy.dtype, thread) as weight:
+            return dy @ weight
+    if support is None:
+        return dy.new_zeros(dy.shape[0], plan.cols)
+    if support.granularity == "row":
+        return dy.index_select(1, support.units) @ support.values.to(dy.dtype)
+    if support.granularity == "column":
+        grad_x = dy.new_zeros(dy.shape[0], plan.cols)
+        return grad_x.index_copy_(1, support.units.long(), dy @ support.values.to(dy.dtype).t())
+    return dy @ _dense_support(support, plan, dy)
+
+
+def _dense_support(support: Support, plan: Plan, like: torch.Tensor) -> torch.Tensor:
+    dense = like.new_zeros(plan.rows, plan.cols)
+    add_units_(dense, support.units, support.values, support.granularity, support.block_size)
+    return dense
+
+
+def _values_gradient(dy, x2d, values, units, plan, needed, columns_only) -> torch.Tensor | None:
+    if plan.gradient_sink is not None:
+        dense = dy.t() @ x2d
+        plan.gradient_sink(dense)
+        return read_units(dense, units, plan.granularity, plan.block_size).to(values.dtype) if needed else None
+    if not needed:
+        return None
+    if columns_only:
+        return column_gradient(dy, x2d).to(values.dtype)
+    return unit_gradient(dy, x2d, units, plan.granularity, plan.block_size).to(values.dtype)
+
+
+def _low_rank_gradients(dy, x2d, A, B, gate, scale, grad_x, needs):
+    """Gradients of `A`, `B`, `gate`; adds the low-rank half's share to `grad_x` in place."""
+    grad_hidden = dy @ B.to(dy.dtype)  # [tokens, r], before the gate
+    hidden = x2d @ A.to(x2d.dtype).t() if needs.B or needs.gate else None
+    grad_gate = None
+    if gate is not None and needs.gate:
+        grad_gate = ((hidden * grad_hidden).sum(0, dtype=gate.dtype) * scale).to(gate.dtype)
+    grad_B = (dy.t() @ _scaled(hidden, gate, scale)).to(B.dtype) if needs.B else None
+    grad_hidden = _scaled(grad_hidden, gate, scale)
+    grad_A = (grad_hidden.t() @ x2d).to(A.dtype) if needs.A else None
+    if grad_x is not None:
+        grad_x.addmm_(grad_hidden, A.to(dy.dtype))
+    return grad_A, grad_B, grad_gate

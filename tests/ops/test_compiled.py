@@ -1,0 +1,117 @@
+"""The adapted model under torch.compile: one graph, the eager path's numbers, whatever moves."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_sparse_peft import RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def adapted(granularity: str, r: int):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=50,
+        )
+    )
+    options = {"granularity": granularity, "block_size": 8, "regrowth": RegrowthConfig()}
+    config = SparseLoraConfig(r=r, density=0.15, target_modules="all-linear", init_weights=False, **options)
+    model = get_peft_model(base, config)
+    config._schedule_attended = True
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.1)
+    return model
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("granularity", ["entry", "block", "row", "column"])
+def test_compiled_training_is_one_graph_that_survives_steps_and_moves(granularity, r, backend, ids):
+    eager = adapted(granularity, r)
+    compiled = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(compiled, backend=backend, fullgraph=True)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (eager, compiled)]
+    for step in range(3):
+        losses = [m(input_ids=ids, labels=ids).loss for m in (eager, run)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        got, expected = gradients(compiled), gradients(eager)
+        assert got.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for model in (eager, compiled):
+            move_supports(model, seed=step)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def move_supports(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in sparse_layers(model):
+        units, grid = layer.units("default"), layer.sparse_lora_grid["default"]
+        moved = torch.randperm(grid.num_units, generator=generator)[: units.numel()].sort().values
+        layer.write_support("default", moved.to(units.dtype))
+
+
+@pytest.mark.parametrize("granularity", ["entry", "column"])
+def test_compiled_backward_hands_dense_gradients_to_a_collector_that_came_later(granularity, ids):
+    model = adapted(granularity, 0)
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run(input_ids=ids, labels=ids).loss.backward()
+    seen = {}
+    for layer in sparse_layers(model):
+        layer.sparse_lora_sink["default"] = lambda dense, name=layer.module_name: seen.__setitem__(name, dense)
+    run(input_ids=ids, labels=ids).loss.backward()
+    compiled = dict(seen)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert compiled.keys() == {layer.module_name for layer in sparse_layers(model)}
+    for name, dense in compiled.items():
+        torch.testing.assert_close(dense, seen[name], rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_copied_layer_answers_for_itself_not_for_the_original(ids):
+    model = adapted("entry", 0)
+    other = copy.deepcopy(model)
+    owners = [layer._owner for m in (model, other) for layer in sparse_layers(m)]
+    assert len(set(owners)) == len(owners)
+
+
+def test_loading_a_state_dict_reaches_a_compiled_graph(ids):
+    model, source = adapted("entry", 0), adapted("entry", 0)
+    move_supports(source, seed=7)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run(input_ids=ids)
+    model.load_state_dict(source.state_dict())
+    torch.testing.assert_close(run(input_ids=ids).logits, source(input_ids=ids).logits)
