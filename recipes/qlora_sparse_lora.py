@@ -145,7 +145,7 @@ def main(argv: list[str]) -> dict[str, float]:
     return finish(model, trainer, telemetry, figures, args, push)
 
 
-def finish(model, trainer, telemetry, figures: dict[str, float], args: TrainingArguments, push: bool) -> dict[str, float]:
+def finish(model, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool) -> dict[str, float]:
     """Write the adapter, its card and the picture; print the table."""
     output = Path(args.output_dir)
     folder = output / "adapter"
@@ -175,7 +175,8 @@ def finish(model, trainer, telemetry, figures: dict[str, float], args: TrainingA
     )
     print(f"adapter and card: {folder}\npicture: {output / 'report.png'}")
     if push:
-        push_to_hub(model, args.hub_model_id or output.name, private=args.hub_private_repo, token=args.hub_token, **card)
+        repo = args.hub_model_id or output.name
+        push_to_hub(model, repo, private=args.hub_private_repo, token=args.hub_token, **card)
     return figures
 
 

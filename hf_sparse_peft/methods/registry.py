@@ -99,8 +99,8 @@ def get(name: str, **options: Any) -> Method:
             p.name for p in inspect.signature(_METHODS[name].build).parameters.values() if p.kind != p.VAR_KEYWORD
         ]
         raise ValueError(
-            f"method {name!r} does not take one of {sorted(options)}: {error}. It takes {accepted} and the fields of its "
-            "config."
+            f"method {name!r} does not take one of {sorted(options)}: {error}. It takes {accepted} and the "
+            "fields of its config."
         ) from error
 
 

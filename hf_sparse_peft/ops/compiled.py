@@ -1,7 +1,7 @@
 """`sparse_linear` as one opaque node for `torch.compile`, with the same products behind it as the eager path.
 
-What no graph can carry (how to dequantise a weight, who collects dense gradients) is looked up when the node runs, under
-an integer that the layer registers: turning collection on and off, or moving a support, changes no graph.
+What no graph can carry (how to dequantise a weight, who collects dense gradients) is looked up when the node runs,
+under an integer that the layer registers: turning collection on and off, or moving a support, changes no graph.
 """
 
 from __future__ import annotations
