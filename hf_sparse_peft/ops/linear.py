@@ -8,6 +8,7 @@ one layer when a `gradient_sink` asks for it.
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -36,6 +37,27 @@ def sparse_linear(
     return _SparseLinear.apply(x, values, units, A, B, gate, bias, plan)
 
 
+_last_cast: tuple[weakref.ref, int, weakref.ref] | None = None
+
+
+def _shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`; layers that are fed the same `x` one after the other (q, k, v; gate, up) keep one copy of it.
+
+    Only weak references are held: the copy lives as long as the graphs that saved it.
+    """
+    global _last_cast
+    if x.dtype == dtype or x.is_inference():
+        return x.to(dtype)
+    last = _last_cast
+    if last is not None and last[0]() is x and last[1] == x._version:
+        cast = last[2]()
+        if cast is not None and cast.dtype == dtype:
+            return cast
+    cast = x.to(dtype)
+    _last_cast = (weakref.ref(x), x._version, weakref.ref(cast))
+    return cast
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, units, A, B, gate, bias, plan: Plan):
@@ -44,7 +66,7 @@ class _SparseLinear(torch.autograd.Function):
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.gradient_sink is not None
         ctx.columns_only = keeps_columns_only(plan, operands)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(plan.compute_dtype)
+            x = _shared_cast(x, plan.compute_dtype)
             x2d = x.reshape(-1, plan.cols)
             y = forward_product(x2d, plan, operands, ctx.thread)
             kept = x2d.index_select(1, units) if needs_x and ctx.columns_only else x

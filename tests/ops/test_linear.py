@@ -155,3 +155,19 @@ def test_gradient_sink_sees_the_dense_gradient_and_values_agree_with_it():
     expected = torch.einsum("abr,abc->rc", grad.double(), tensors["x"].double())
     assert relative(seen[0], expected) < 1e-5
     assert torch.equal(values.grad, seen[0].reshape(-1)[units.long()])
+
+
+def test_layers_fed_the_same_fp32_input_keep_one_bf16_copy_of_it():
+    tensors, units, weight, _ = draw("entry", 0, torch.bfloat16, 0)
+    x = tensors["x"].float().requires_grad_()
+    kept = []
+    plan = Plan(ROWS, COLS, torch.bfloat16, DenseSource(weight))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = [sparse_linear(x, plan, units=units, values=tensors["values"].requires_grad_()) for _ in range(3)]
+    copies = {t.data_ptr() for t in kept if t is not None and t.shape == x.shape}
+    assert len(copies) == 1
+    sum(y.float().sum() for y in outputs).backward()
+    x.data.mul_(2)
+    with torch.no_grad():
+        x.add_(1)  # a new version is a new input
+    assert not torch.equal(sparse_linear(x, plan), sparse_linear(tensors["x"], plan))
