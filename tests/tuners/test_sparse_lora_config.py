@@ -207,3 +207,13 @@ def test_evaluation_does_not_ask_for_a_callback(recwarn):
     model = get_peft_model(tiny_llama(), make_config(regrowth=RegrowthConfig()))
     logits(model)
     assert not [w for w in recwarn if "asks for regrowth" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["half", "train", "values", "training"])
+def test_an_adapter_name_that_torch_uses_is_refused_and_leaves_the_model(name):
+    model = get_peft_model(Mixed(), make_config(target_modules=BOTH, task_type=None))
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match=f"adapter_name='{name}'"):
+        model.add_adapter(name, make_config(target_modules=BOTH, task_type=None))
+    assert set(model.state_dict()) == keys
+    assert set(model.peft_config) == {"default"}

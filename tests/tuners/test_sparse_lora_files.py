@@ -13,7 +13,19 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state
 from safetensors.torch import load_file, save_file
-from tuner_toolbox import BASES, CASES, base_bits, fill, logits, make_base, make_config, same_bits, tiny_llama, trained
+from tuner_toolbox import (
+    BASES,
+    CASES,
+    base_bits,
+    fill,
+    logits,
+    make_base,
+    make_config,
+    same_adapter,
+    same_bits,
+    tiny_llama,
+    trained,
+)
 
 from hf_sparse_peft import RankAllocationConfig, RegrowthConfig, SparseLoraConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
@@ -114,17 +126,17 @@ def test_config_survives_its_json(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("base", BASES)
-def test_transformers_adapter_api_gives_the_same_bits(base_of, tmp_path, base, case):
+def test_transformers_adapter_api_keeps_every_bit_of_the_adapter(base_of, tmp_path, base, case):
     model = saved(tmp_path / "peft", base_of, base, case)
-    before = logits(model)
     plain = base_of(base)
     report = plain.load_adapter(str(tmp_path / "peft"), adapter_name="first")
     assert not report.missing_keys
     assert not report.unexpected_keys
-    assert torch.equal(logits(plain), before)
+    same_adapter(plain, model, "first")
+    before = logits(plain)
     plain.save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf" / "model.safetensors").exists()
-    assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "hf")), before)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "hf")), logits(model))
     plain.disable_adapters()
     with model.disable_adapter():
         assert torch.equal(logits(plain), logits(model))
@@ -146,7 +158,7 @@ def test_transformers_load_adapter_of_a_bf16_file_keeps_its_values(base_of, tmp_
     loaded = PeftModel.from_pretrained(base_of(), tmp_path)
     plain = base_of()
     plain.load_adapter(str(tmp_path))
-    assert torch.equal(logits(plain), logits(loaded))
+    same_adapter(plain, loaded)
     for name, parameter in trained(model).items():
         assert torch.equal(trained(loaded)[name], parameter.bfloat16().float())
 

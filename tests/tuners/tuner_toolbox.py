@@ -179,3 +179,19 @@ def trained(model, adapter: str = "default") -> dict[str, torch.Tensor]:
         for name in layer.adapter_layer_names
         if adapter in getattr(layer, name)
     }
+
+
+def same_adapter(plain, model, adapter: str = "default") -> None:
+    """Assert that transformers' `load_adapter` gave `plain` the "default" adapter of `model`, to the last bit.
+
+    Logits may differ in the last place: transformers keeps the mapped file as parameters, and BLAS rounds by how its
+    operands are aligned in memory.
+    """
+    expected, found = trained(model), trained(plain, adapter)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name].float(), parameter.float()) for name, parameter in expected.items())
+    for layer, other in zip(sparse_layers(model), sparse_layers(plain), strict=True):
+        if "default" in layer.sparse_lora_values:
+            assert torch.equal(layer.units("default"), other.units(adapter))
+    tolerance = 0.1 if plain.dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(logits(plain), logits(model), rtol=tolerance, atol=tolerance)

@@ -58,7 +58,9 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
         if kind != "sparse_lora_rank_mask":
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"'{key}' in the adapter file has values that are not finite; the adapter is damaged.")
-            state_dict[key] = tensor.to(held[adapter_name].dtype)  # the file may hold bf16; masters are fp32
+            # The file may hold bf16, masters are fp32. A copy, because with low_cpu_mem_usage the layer would keep the
+            # mapped file itself, and BLAS rounds by how its operands are aligned.
+            state_dict[key] = tensor.to(held[adapter_name].dtype, copy=True)
 
 
 def _present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:

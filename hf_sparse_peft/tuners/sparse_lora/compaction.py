@@ -83,7 +83,9 @@ def _compact_rank(layer: SparseLoraLayer, adapter_name: str) -> int:
         ("sparse_lora_gate", layer.sparse_lora_gate[adapter_name].data[alive]),
     ):
         if rank:
-            getattr(layer, name)[adapter_name] = nn.Parameter(kept.contiguous(), requires_grad=grows)
+            # A clone, because contiguous() leaves odd strides on a single column, and products round by strides.
+            kept = kept.clone(memory_format=torch.contiguous_format)
+            getattr(layer, name)[adapter_name] = nn.Parameter(kept, requires_grad=grows)
         else:
             del getattr(layer, name)[adapter_name]
     if rank:

@@ -236,7 +236,8 @@ class SparseLoraLayer(BaseTunerLayer):
     def dead_parameters(self, adapter_name: str) -> int:
         """Numbers that are allocated in the adapter's parameters but belong to no living unit or component."""
         dead = 0
-        if adapter_name in self.sparse_lora_values:
+        # On the meta device nothing has been chosen yet, and nothing has died.
+        if adapter_name in self.sparse_lora_values and not self.sparse_lora_support[adapter_name].is_meta:
             missing = self.sparse_lora_values[adapter_name].shape[0] - self.units(adapter_name).numel()
             dead += missing * self.sparse_lora_grid[adapter_name].unit_numel
         missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)

@@ -54,6 +54,8 @@ class SparseLoraModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Inject the adapter into every target or, where one of them refuses it, into none."""
+        if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.Module(), adapter_name):
+            raise ValueError(f"adapter_name={adapter_name!r} is taken by torch's own modules; choose another name.")
         self._targets_of_state_dict = None
         if state_dict is not None:
             self._targets_of_state_dict = {
