@@ -12,17 +12,16 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tuner_toolbox import (
     BASES,
     CASES,
-    base_bits,
     fill,
     logits,
     make_base,
     make_config,
     same_adapter,
-    same_bits,
+    saved,
     tiny_llama,
     trained,
 )
@@ -31,13 +30,6 @@ from hf_sparse_peft import RankAllocationConfig, RegrowthConfig, SparseLoraConfi
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 FILE = "adapter_model.safetensors"
-
-
-def saved(folder, base_of, base="fp32", case="hybrid-entry", **options):
-    model = get_peft_model(base_of(base), make_config(case, base, **options))
-    fill(model)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["allocated", "low_cpu_mem_usage"])
@@ -214,138 +206,6 @@ def test_training_state_is_saved_for_a_resume_and_left_out_of_inference(base_of,
     served = PeftModel.from_pretrained(base_of(), tmp_path)
     assert all(not getattr(layer, n) for layer in sparse_layers(served) for n in layer.training_state_names)
     assert torch.equal(logits(served), logits(model))
-
-
-# Damaged files
-
-
-def key_of(tensors, part):
-    return next(key for key in sorted(tensors) if part in key)
-
-
-def damage(kind, tensors):
-    """Break one tensor of a file; returns its name."""
-    if kind in ("wrong values shape", "NaN values", "missing values"):
-        key = key_of(tensors, "sparse_lora_values")
-        if kind == "wrong values shape":
-            tensors[key] = tensors[key][:-1].clone()
-        elif kind == "NaN values":
-            tensors[key][2] = float("nan")
-        else:
-            del tensors[key]
-        return key
-    if kind in ("wrong A shape", "infinite B", "missing B"):
-        key = key_of(tensors, "sparse_lora_A" if "A" in kind else "sparse_lora_B")
-        if kind == "wrong A shape":
-            tensors[key] = torch.zeros(5, tensors[key].shape[1])
-        elif kind == "infinite B":
-            tensors[key][0, 0] = float("inf")
-        else:
-            del tensors[key]
-        return key
-    key = key_of(tensors, "sparse_lora_support")
-    codes = tensors[key].clone()
-    if kind == "missing support":
-        del tensors[key]
-        return key
-    if kind == "truncated support":
-        codes = codes[:-9]
-    elif kind == "header only":
-        codes = codes[:10]
-    elif kind == "blank support":
-        codes.zero_()
-    elif kind == "flipped bit":
-        codes[30] ^= 1
-    elif kind == "duplicated unit":  # a second stop where padding was: one unit more than the header says
-        import zlib
-
-        at = int((codes[24:] == 255).nonzero()[-1]) + 24
-        codes[at] = 0
-        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
-    elif kind == "unit out of range":
-        import zlib
-
-        payload = codes[24:]
-        stops = (payload != 255).nonzero().squeeze(1)
-        order = torch.cat([payload[payload == 255], payload[stops]])  # every skip first: the last unit is pushed out
-        order[-stops.numel() :] = 254
-        codes[24:] = order
-        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
-    elif kind == "wrong count":
-        codes[8] += 1
-    elif kind == "other version":
-        codes[2] = 9
-    elif kind == "not codes":
-        codes[0] = 0
-    elif kind == "other base shape":
-        codes[12] += 1
-    elif kind == "other granularity":
-        codes[3] = 2
-    elif kind == "wrong dtype":
-        codes = codes.to(torch.int32)
-    tensors[key] = codes
-    return key
-
-
-DAMAGES = [
-    "truncated support", "header only", "blank support", "flipped bit", "duplicated unit", "unit out of range",
-    "wrong count", "other version", "not codes", "other base shape", "other granularity", "wrong dtype",
-    "missing support", "wrong values shape", "NaN values", "missing values", "wrong A shape", "infinite B", "missing B",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_file_is_refused_by_name_before_a_layer_changes(base_of, tmp_path, kind):
-    saved(tmp_path, base_of)
-    tensors = load_file(tmp_path / FILE)
-    key = damage(kind, tensors).removeprefix("base_model.model.")
-    save_file(tensors, tmp_path / FILE)
-    model = get_peft_model(base_of(), make_config(seed=4))
-    fill(model, seed=11)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError) as error:
-        set_state(model, tensors)
-    assert key in str(error.value)
-    assert same_bits(dict(model.state_dict()), before)
-    base = base_of()
-    bits = base_bits(base)
-    for meta in (False, True):
-        with pytest.raises(ValueError) as error:
-            PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=meta)
-        assert key in str(error.value)
-        assert same_bits(base_bits(base), bits)
-        base = base_of()
-
-
-@pytest.mark.parametrize("kind", ["flipped bit", "blank support", "missing support", "other base shape"])
-def test_transformers_load_adapter_of_a_damaged_support_fails_at_the_first_forward(base_of, tmp_path, kind):
-    saved(tmp_path, base_of)
-    tensors = load_file(tmp_path / FILE)
-    damage(kind, tensors)
-    save_file(tensors, tmp_path / FILE)
-    model = base_of()
-    model.load_adapter(str(tmp_path))  # reads tensors past peft's hooks
-    with pytest.raises(ValueError, match=r"The support of '.*sparse_lora_support'"):
-        logits(model)
-
-
-def test_file_for_another_base_is_refused(base_of, tmp_path):
-    saved(tmp_path, base_of)
-    wider = tiny_llama(hidden_size=128)
-    with pytest.raises(ValueError, match="sparse_lora_"):
-        PeftModel.from_pretrained(wider, tmp_path)
-
-
-@pytest.mark.parametrize("part", [0, 5, 0.5, -1], ids=["empty", "no header", "half", "one byte short"])
-def test_byte_truncated_safetensors_file_is_refused(base_of, tmp_path, part):
-    saved(tmp_path, base_of)
-    content = (tmp_path / FILE).read_bytes()
-    length = int(len(content) * part) if isinstance(part, float) else part % len(content)
-    (tmp_path / FILE).write_bytes(content[:length])
-    base = base_of()
-    with pytest.raises(Exception, match=r"(?i)safetensors|header|deserializ|incomplete|too small|metadata") as error:
-        PeftModel.from_pretrained(base, tmp_path)
-    assert type(error.value).__name__ in ("SafetensorError", "ValueError", "OSError")
 
 
 def test_nothing_is_unpickled_from_an_adapter_folder(base_of, tmp_path):

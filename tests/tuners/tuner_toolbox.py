@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
@@ -98,6 +99,14 @@ def fill(model, adapter: str = "default", scale: float = 0.3, seed: int = 7) -> 
             if adapter in held:
                 std = scale if name in ("sparse_lora_values", "sparse_lora_gate") else scale**0.5 / 4
                 held[adapter].data.normal_(std=std, generator=generator)
+
+
+def saved(folder, base_of, base="fp32", case="hybrid-entry", **options):
+    """An adapter with values, saved in `folder`; returns its model."""
+    model = get_peft_model(base_of(base), make_config(case, base, **options))
+    fill(model)
+    model.save_pretrained(folder)
+    return model
 
 
 def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
