@@ -45,9 +45,13 @@ class CandidateCollector:
         """`[2, k, ...]`: sum of gradients, sum of squares."""
         return self._sums[:, : self._count]
 
+    def wanted_units(self) -> torch.Tensor | None:
+        """The candidates once they are chosen: the rest of the dense gradient need not be computed then."""
+        return self.units if self._count else None
+
     @torch.no_grad()
     def __call__(self, dense: torch.Tensor) -> None:
-        """Take one micro-batch's dense gradient `[rows, cols]`."""
+        """Take one micro-batch's dense gradient `[rows, cols]`, and choose the candidates if that is still to do."""
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         if not self._count:
             # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.
@@ -56,7 +60,11 @@ class CandidateCollector:
             if self.overflowed:
                 return  # nothing to rank by: the next step chooses
             self._choose(dense)
-        gradient = read_units(dense, self.units, grid.granularity, grid.block_size).float()
+        self.take(read_units(dense, self.units, grid.granularity, grid.block_size).float())
+
+    @torch.no_grad()
+    def take(self, gradient: torch.Tensor) -> None:
+        """Take one micro-batch's gradient of the candidates."""
         self.step_gradient = gradient if self.step_gradient is None else self.step_gradient.add_(gradient)
 
     def _choose(self, dense: torch.Tensor) -> None:

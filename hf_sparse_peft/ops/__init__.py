@@ -4,7 +4,7 @@ from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support, may_borrow
-from .units import add_units_, read_units, unit_gradient, write_units_
+from .units import add_units_, pack_entries, read_units, unit_gradient, unpack_entries, write_units_
 
 __all__ = [
     "DenseSource",
@@ -14,10 +14,12 @@ __all__ = [
     "Support",
     "add_units_",
     "may_borrow",
+    "pack_entries",
     "read_units",
     "register_owner",
     "sparse_linear",
     "sparse_linear_node",
     "unit_gradient",
+    "unpack_entries",
     "write_units_",
 ]

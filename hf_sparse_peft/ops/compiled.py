@@ -69,6 +69,7 @@ def _forward_node(
     B: torch.Tensor | None,
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
+    row_ends: torch.Tensor | None,
     owner: int,
     transposed: bool,
     dequantized: bool,
@@ -80,13 +81,13 @@ def _forward_node(
 ) -> torch.Tensor:
     plan = _plan(owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype)
     y = forward_product(
-        x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias), threading.get_ident()
+        x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends), threading.get_ident()
     )
     return y.view(*x.shape[:-1], rows)
 
 
 @_forward_node.register_fake
-def _(x, weight, values, units, A, B, gate, bias, owner, transposed, dequantized, rows, *_):
+def _(x, weight, values, units, A, B, gate, bias, row_ends, owner, transposed, dequantized, rows, *_):
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -101,6 +102,7 @@ def _backward_node(
     B: torch.Tensor | None,
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
+    row_ends: torch.Tensor | None,
     owner: int,
     transposed: bool,
     dequantized: bool,
@@ -115,7 +117,7 @@ def _backward_node(
     plan = _plan(owner, weight, transposed, dequantized, rows, cols, granularity, block_size, scale, grad_output.dtype)
     dy = grad_output.reshape(-1, rows)
     x2d = None if x is None else x.reshape(-1, x.shape[-1])
-    operands = Operands(values, units, A, B, gate, bias)
+    operands = Operands(values, units, A, B, gate, bias, row_ends)
     grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only, threading.get_ident())
     if grads.x is not None:
         grads = grads._replace(x=grads.x.view(*grad_output.shape[:-1], cols))
@@ -124,7 +126,7 @@ def _backward_node(
 
 
 @_backward_node.register_fake
-def _(grad_output, x, weight, values, units, A, B, gate, bias, owner, transposed, dequantized, cols, *rest):
+def _(grad_output, x, weight, values, units, A, B, gate, bias, row_ends, owner, transposed, dequantized, cols, *rest):
     needs = rest[-1]
     shaped = (None, values, A, B, gate, bias)
     empty = grad_output.new_empty(0)
@@ -134,17 +136,14 @@ def _(grad_output, x, weight, values, units, A, B, gate, bias, owner, transposed
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, values, units, A, B, gate, bias, owner, transposed, dequantized, _, granularity, block, scale = inputs[
-        :-1
-    ]
-    collects = inputs[-1]
-    operands = Operands(values, units, A, B, gate, bias)
+    x, weight, *tensors = inputs[:9]
+    owner, transposed, dequantized, _, granularity, block_size, scale, collects = inputs[9:]
+    operands = Operands(*tensors)
     # Whether somebody collects at a given step is not known when the graph is made; `collects` says who ever may.
-    ctx.columns_only = granularity == "column" and A is None and not collects
-    ctx.cols = x.shape[-1]
-    kept = x.index_select(-1, units) if ctx.columns_only else x
+    ctx.columns_only = granularity == "column" and operands.A is None and not collects
+    kept = x.index_select(-1, operands.units) if ctx.columns_only else x
     ctx.save_for_backward(kept, weight, *operands)
-    ctx.options = (owner, transposed, dequantized, ctx.cols, granularity, block, scale, ctx.columns_only)
+    ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, ctx.columns_only)
 
 
 def _backward(ctx, grad_output):
@@ -153,7 +152,7 @@ def _backward(ctx, grad_output):
     needs = [wanted[0], wanted[2], wanted[4], wanted[5], wanted[6], wanted[7]]
     grads = _backward_node(grad_output.contiguous(), x, weight, *operands, *ctx.options, needs)
     x_grad, values, A, B, gate, bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return x_grad, None, values, None, A, B, gate, bias, *[None] * 8
+    return x_grad, None, values, None, A, B, gate, bias, *[None] * 9
 
 
 _forward_node.register_autograd(_backward, setup_context=_setup_context)
@@ -173,6 +172,7 @@ def sparse_linear_node(
     B: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    row_ends: torch.Tensor | None = None,
     granularity: str = "entry",
     block_size: int = 0,
     scale: float = 1.0,
@@ -185,6 +185,6 @@ def sparse_linear_node(
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward_node(
-            x, weight, values, units, A, B, gate, bias,
+            x, weight, values, units, A, B, gate, bias, row_ends,
             owner, transposed, dequantized, rows, granularity, block_size, scale, collects,
         )  # fmt: skip

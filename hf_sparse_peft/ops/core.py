@@ -6,16 +6,26 @@ r"""The products behind `sparse_linear` and their gradients, without autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .sources import Source, Support
-from .units import add_units_, column_gradient, read_units, unit_gradient
+from .units import add_units_, column_gradient, read_units, unit_gradient, unpack_entries
 
-GradientSink = Callable[[torch.Tensor], None]
+
+class GradientSink(Protocol):
+    """Reads gradients that the support alone would not show. A plain function that takes a dense gradient is one too."""
+
+    def wanted_units(self) -> torch.Tensor | None:
+        """Sorted units whose gradients are enough this time; None asks for all of it (optional)."""
+
+    def take(self, gradient: torch.Tensor) -> None:
+        """Take the gradient of the wanted units (optional, with `wanted_units`)."""
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        """Take the dense gradient `[rows, cols]`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Plan:
     scale: float = 1.0
     """`s`, the scaling of the low-rank half."""
     gradient_sink: GradientSink | None = None
-    """Called in the backward pass with this layer's dense gradient `[rows, cols]`, once per micro-batch."""
+    """Called in the backward pass, once per micro-batch."""
 
 
 class Operands(NamedTuple):
@@ -44,6 +54,8 @@ class Operands(NamedTuple):
     B: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    row_ends: torch.Tensor | None = None
+    """With entries: `units` are columns, and these say where each row ends (`ops.units.pack_entries`)."""
 
 
 class Gradients(NamedTuple):
@@ -64,10 +76,10 @@ def keeps_columns_only(plan: Plan, operands: Operands) -> bool:
 
 def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands, thread: int) -> torch.Tensor:
     """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype."""
-    values, units, A, B, gate, bias = operands
-    y = _base_product(x2d, _support(plan, values, units), bias, plan, thread)
-    if A is not None:
-        y.addmm_(_scaled(x2d @ A.to(x2d.dtype).t(), gate, plan.scale), B.to(x2d.dtype).t())
+    y = _base_product(x2d, _support(plan, operands), operands.bias, plan, thread)
+    if operands.A is not None:
+        hidden = x2d @ operands.A.to(x2d.dtype).t()
+        y.addmm_(_scaled(hidden, operands.gate, plan.scale), operands.B.to(x2d.dtype).t())
     return y
 
 
@@ -84,9 +96,9 @@ def backward_product(
 
     `needs` has True where a gradient is asked for.
     """
-    values, units, A, B, gate, bias = operands
-    grad_x = _input_gradient(dy, _support(plan, values, units), plan, thread) if needs.x else None
-    grad_values = _values_gradient(dy, x2d, values, units, plan, needs.values, columns_only)
+    A, B, gate, bias = operands.A, operands.B, operands.gate, operands.bias
+    grad_x = _input_gradient(dy, _support(plan, operands), plan, thread) if needs.x else None
+    grad_values = _values_gradient(dy, x2d, operands, plan, needs.values, columns_only)
     grad_A = grad_B = grad_gate = None
     if A is not None:
         grad_A, grad_B, grad_gate = _low_rank_gradients(dy, x2d, A, B, gate, plan.scale, grad_x, needs)
@@ -94,8 +106,13 @@ def backward_product(
     return Gradients(grad_x, grad_values, grad_A, grad_B, grad_gate, grad_bias)
 
 
-def _support(plan: Plan, values: torch.Tensor | None, units: torch.Tensor | None) -> Support | None:
-    return None if values is None else Support(units, values, plan.granularity, plan.block_size)
+def _support(plan: Plan, operands: Operands) -> Support | None:
+    if operands.values is None:
+        return None
+    units = operands.units
+    if operands.row_ends is not None:
+        units = unpack_entries(units, operands.row_ends, plan.cols)
+    return Support(units, operands.values, plan.granularity, plan.block_size)
 
 
 def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -136,16 +153,24 @@ def _dense_support(support: Support, plan: Plan, like: torch.Tensor) -> torch.Te
     return dense
 
 
-def _values_gradient(dy, x2d, values, units, plan, needed, columns_only) -> torch.Tensor | None:
-    if plan.gradient_sink is not None:
-        dense = dy.t() @ x2d
-        plan.gradient_sink(dense)
-        return read_units(dense, units, plan.granularity, plan.block_size).to(values.dtype) if needed else None
+def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Tensor | None:
+    values, units, row_ends = operands.values, operands.units, operands.row_ends
+    sink = plan.gradient_sink
+    if sink is not None:
+        wanted = sink.wanted_units() if hasattr(sink, "wanted_units") else None
+        if wanted is None:
+            dense = dy.t() @ x2d
+            sink(dense)
+            if not needed:
+                return None
+            flat = units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
+            return read_units(dense, flat, plan.granularity, plan.block_size).to(values.dtype)
+        sink.take(unit_gradient(dy, x2d, wanted, plan.granularity, plan.block_size))
     if not needed:
         return None
     if columns_only:
         return column_gradient(dy, x2d).to(values.dtype)
-    return unit_gradient(dy, x2d, units, plan.granularity, plan.block_size).to(values.dtype)
+    return unit_gradient(dy, x2d, units, plan.granularity, plan.block_size, row_ends).to(values.dtype)
 
 
 def _low_rank_gradients(dy, x2d, A, B, gate, scale, grad_x, needs):

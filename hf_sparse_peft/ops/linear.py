@@ -26,15 +26,17 @@ def sparse_linear(
     B: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    row_ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Apply :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct; `A` `[r, cols]`,
+    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: columns, with
+    `row_ends`; see `ops.pack_entries`); `A` `[r, cols]`,
     `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`. Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
     """
-    return _SparseLinear.apply(x, values, units, A, B, gate, bias, plan)
+    return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, plan)
 
 
 _last_cast: tuple[weakref.ref, int, weakref.ref] | None = None
@@ -60,8 +62,8 @@ def _shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, units, A, B, gate, bias, plan: Plan):
-        operands = Operands(values, units, A, B, gate, bias)
+    def forward(ctx, x, values, units, A, B, gate, bias, row_ends, plan: Plan):
+        operands = Operands(values, units, A, B, gate, bias, row_ends)
         ctx.plan, ctx.thread, ctx.x_shape, ctx.x_dtype = plan, threading.get_ident(), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.gradient_sink is not None
         ctx.columns_only = keeps_columns_only(plan, operands)
@@ -85,4 +87,4 @@ class _SparseLinear(torch.autograd.Function):
             x2d = None if x is None else x.reshape(-1, x.shape[-1])
             grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only, ctx.thread)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None
+        return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None

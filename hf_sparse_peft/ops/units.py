@@ -14,10 +14,30 @@ Every function takes strided weights (`weight.t()` of a layer that stores its we
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+
+from . import triton_kernels
 
 # Bytes of dense gradient that may exist at once while an entry gradient is gathered from it.
 DENSE_TILE_BYTES = 1 << 25
+
+
+def pack_entries(units: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted entry `units` as compressed rows: columns `[k]` (int16 up to 32768 columns, else int32) and where each row
+    ends, int32 `[rows]`. Half the bytes of int32 units, and what a sampled product reads."""
+    row = torch.div(units, cols, rounding_mode="floor")
+    columns = (units - row * cols).to(torch.int16 if cols <= 2**15 else torch.int32)
+    ends = torch.searchsorted(units, torch.arange(1, rows + 1, device=units.device, dtype=torch.int64) * cols)
+    return columns, ends.int()
+
+
+def unpack_entries(columns: torch.Tensor, row_ends: torch.Tensor, cols: int) -> torch.Tensor:
+    """The int64 units that `pack_entries` packed."""
+    counts = row_ends.diff(prepend=row_ends.new_zeros(1))
+    starts = torch.arange(0, row_ends.numel() * cols, cols, device=columns.device)
+    return torch.repeat_interleave(starts, counts, output_size=columns.numel()).add_(columns)
 
 
 def flat_index(weight: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,13 +119,24 @@ def add_units_(
 
 
 def unit_gradient(
-    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    units: torch.Tensor,
+    granularity: str,
+    block_size: int = 0,
+    row_ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Gradient of the loss at the units: :math:`(dY^\top X)` read at `units`, never whole.
 
     Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]` of one dtype; returns fp32 values (fp64 for fp64).
-    At most `DENSE_TILE_BYTES` of a dense gradient exist at once.
+    With `row_ends`, `units` are the columns of packed entries (`pack_entries`). At most `DENSE_TILE_BYTES` of a dense
+    gradient exist at once.
     """
+    if triton_kernels.serves(grad_output, x, units, granularity, block_size):
+        if granularity == "entry":
+            flat = units if row_ends is None else unpack_entries(units, row_ends, x.shape[1])
+            return triton_kernels.entry_gradient(grad_output, x, flat)
+        return triton_kernels.block_gradient(grad_output, x, units, block_size)
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if granularity == "row":
         return (grad_output.index_select(1, units).t() @ x).to(out_dtype)
@@ -113,7 +144,7 @@ def unit_gradient(
         return column_gradient(grad_output, x.index_select(1, units))
     if granularity == "block":
         return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
-    return _entry_gradient(grad_output, x, units).to(out_dtype)
+    return _entry_gradient(grad_output, x, units, row_ends).to(out_dtype)
 
 
 def column_gradient(grad_output: torch.Tensor, x_columns: torch.Tensor) -> torch.Tensor:
@@ -122,8 +153,21 @@ def column_gradient(grad_output: torch.Tensor, x_columns: torch.Tensor) -> torch
     return (x_columns.t() @ grad_output).to(out_dtype)
 
 
-def _entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+# Densities up to which a sampled product beats a dense one that is gathered (CPU, measured: sampled products read fp32,
+# so bf16 pays for casts and has the faster dense product).
+SAMPLED_DENSITY = {torch.float32: 0.15, torch.float64: 0.15, torch.bfloat16: 0.04, torch.float16: 0.04}
+_SAMPLED_TOKENS = 128
+
+
+def _entry_gradient(
+    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, row_ends: torch.Tensor | None
+) -> torch.Tensor:
     rows, cols = grad_output.shape[1], x.shape[1]
+    if x.device.type == "cpu" and 0 < units.numel() <= SAMPLED_DENSITY.get(x.dtype, 0) * rows * cols:
+        packed = (units, row_ends) if row_ends is not None else pack_entries(units, rows, cols)
+        return _sampled_gradient(grad_output, x, *packed)
+    if row_ends is not None:
+        units = unpack_entries(units, row_ends, cols)
     tile = max(1, DENSE_TILE_BYTES // (cols * x.element_size()))
     if tile >= rows:
         return (grad_output.t() @ x).view(-1).index_select(0, units)
@@ -137,6 +181,24 @@ def _entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Ten
             dense = grad_output[:, start : start + tile].t() @ x
             parts.append(dense.view(-1).index_select(0, inside.long() - start * cols))
     return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def _sampled_gradient(
+    grad_output: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, row_ends: torch.Tensor
+) -> torch.Tensor:
+    """Each entry one dot product over the tokens, in fp32, some tokens at a time: what is transposed stays in cache."""
+    rows, cols = grad_output.shape[1], x.shape[1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    starts = torch.cat([row_ends.new_zeros(1), row_ends])
+    values = torch.zeros(columns.numel(), dtype=wide)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        sampled = torch.sparse_csr_tensor(starts, columns.int(), values, (rows, cols), check_invariants=False)
+    for at in range(0, x.shape[0], _SAMPLED_TOKENS):
+        left = grad_output[at : at + _SAMPLED_TOKENS].t().to(wide).contiguous()
+        right = x[at : at + _SAMPLED_TOKENS].t().to(wide).contiguous().t()
+        torch.sparse.sampled_addmm(sampled, left, right, beta=1.0 if at else 0.0, out=sampled)
+    return sampled.values()
 
 
 def _block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -15,6 +15,10 @@ from .moves import bias_correction
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
+# Where int16 ages stop counting: 1 - beta^age has been 1 in fp32 for long by then, for every beta2 up to 0.9994.
+_LARGEST_AGE = 32767
+
+
 class AgedAdamW(Fp32StateOptimizer):
     r"""AdamW with a bias correction per unit, for parameters whose units come and go.
 
@@ -33,10 +37,10 @@ class AgedAdamW(Fp32StateOptimizer):
     Weight decay acts on the values. These are differences to the pretrained weights, so it pulls back to the base
     model; SpIEL's grid for it is 1 to 30.
 
-    State: `exp_avg`, `exp_avg_sq` in fp32 also for bf16 and fp16 parameters, `step` always fp32 (in bf16 it sticks at
-    256). The state dict holds tensors only and loads with `weights_only=True`; all of it comes back from
-    `load_state_dict` in fp32. A state dict of `torch.optim.AdamW` loads too: its scalar step becomes the age of every
-    unit.
+    State: `exp_avg`, `exp_avg_sq` in fp32 also for bf16 and fp16 parameters. Ages are int16 and stop at 32767, where
+    the bias correction has long been 1 (fp32 for a beta above 0.9994, and never bf16, where they stick at 256); a
+    scalar `step` is fp32. The state dict holds tensors only and loads with `weights_only=True`, every tensor in the
+    dtype it had. A state dict of `torch.optim.AdamW` loads too: its scalar step becomes the age of every unit.
 
     Args:
         params: parameters or groups; a group may set any option below.
@@ -112,7 +116,7 @@ class AgedAdamW(Fp32StateOptimizer):
         m, v, age = state["exp_avg"], state["exp_avg_sq"], state["step"]
         grad = grad.to(m.dtype)
         w = p.to(m.dtype)  # p itself for fp32
-        age += 1
+        age += age < _LARGEST_AGE if age.dtype == torch.int16 else 1
         if decay != 0:
             w.mul_(1 - lr * decay)
         m.lerp_(grad, 1 - beta1)
@@ -122,10 +126,8 @@ class AgedAdamW(Fp32StateOptimizer):
             denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
             w.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
         else:
-            age = age.view(-1, *[1] * (p.dim() - 1))
-            denominator = (
-                v.sqrt().div_(bias_correction(beta2, age).sqrt_()).add_(eps).mul_(bias_correction(beta1, age))
-            )
+            age = age.float().view(-1, *[1] * (p.dim() - 1))
+            denominator = v.sqrt().div_(bias_correction(beta2, age).sqrt_()).add_(eps).mul_(bias_correction(beta1, age))
             w.addcdiv_(m, denominator, value=-lr)
         if w is not p:
             p.copy_(w)
@@ -146,13 +148,15 @@ class AgedAdamW(Fp32StateOptimizer):
                 f"parameter of shape {tuple(p.shape)} with per_unit_age={group['per_unit_age']}. Build the groups as "
                 "when it was saved."
             )
-        return age.copy_(value)
+        return age.copy_(value.clamp(max=_LARGEST_AGE) if age.dtype == torch.int16 else value)
 
 
 def _age(group: dict[str, Any], p: Tensor) -> Tensor:
     # A scalar step lives on the CPU, as in torch: reading it must not wait for the GPU.
     if group["per_unit_age"]:
-        return torch.zeros(p.shape[0], dtype=torch.float32, device=p.device)
+        # 2 bytes an age are enough where Adam no longer tells the largest from any older one.
+        short = max(group["betas"]) ** _LARGEST_AGE < 2.0**-25
+        return torch.zeros(p.shape[0], dtype=torch.int16 if short else torch.float32, device=p.device)
     return torch.zeros((), dtype=torch.float32)
 
 

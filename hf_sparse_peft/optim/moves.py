@@ -191,9 +191,7 @@ def _move(tensor: Tensor, old: Tensor, new: Tensor, fill: float) -> None:
 def _check_positions(name: str, positions: Tensor, units: int) -> Tensor:
     if not isinstance(positions, Tensor) or positions.dim() != 1 or positions.dtype not in (torch.int32, torch.int64):
         got = (
-            f"{positions.dtype} {tuple(positions.shape)}"
-            if isinstance(positions, Tensor)
-            else type(positions).__name__
+            f"{positions.dtype} {tuple(positions.shape)}" if isinstance(positions, Tensor) else type(positions).__name__
         )
         raise ValueError(f"{name} must be a 1-D int64 tensor of unit positions, got {got}.")
     positions = positions.long()

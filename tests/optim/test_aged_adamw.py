@@ -150,24 +150,56 @@ def test_resumed_training_equals_uninterrupted_training_to_the_last_bit(dtype, w
     fresh = AgedAdamW([q], lr=0.01, per_unit_age=True)
     (Accelerator(cpu=True).prepare_optimizer(fresh) if wrapped else fresh).load_state_dict(saved["optimizer"])
     for name, value in optimizer.state[p].items():
-        assert value.dtype == torch.float32
-        assert fresh.state[q][name].dtype == torch.float32, name
+        assert value.dtype == (torch.int16 if name == "step" else torch.float32)
+        assert fresh.state[q][name].dtype == value.dtype, name
         assert torch.equal(fresh.state[q][name], value), name
     trained(2, 5, dtype, optimizer, p)
     trained(2, 5, dtype, fresh, q)
     assert torch.equal(p, q)
 
 
-def test_ages_and_moments_of_bf16_parameters_survive_loading_in_fp32():
+def test_ages_and_moments_of_bf16_parameters_survive_loading_in_their_own_dtype():
     p, optimizer = trained(0, 1, torch.bfloat16)
-    optimizer.state[p]["step"].copy_(torch.tensor([1, 255, 256, 257, 300, 4097, 70001, 16000001]))
+    ages = [1, 255, 256, 257, 300, 4097, 20001, 32767]
+    optimizer.state[p]["step"].copy_(torch.tensor(ages))
     optimizer.state[p]["exp_avg"].fill_(1 + 2**-20)
     fresh = AgedAdamW([torch.nn.Parameter(p.detach().clone())], per_unit_age=True)
     fresh.load_state_dict(optimizer.state_dict())
     (state,) = fresh.state.values()
-    assert state["step"].dtype == torch.float32
-    assert state["step"].tolist() == [1, 255, 256, 257, 300, 4097, 70001, 16000001]
+    assert state["step"].dtype == torch.int16
+    assert state["step"].tolist() == ages
     assert (state["exp_avg"] == 1 + 2**-20).all()
+
+
+def test_old_ages_stop_counting_and_their_bias_correction_is_exactly_one():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = AgedAdamW([p], per_unit_age=True)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(32766)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.state[p]["step"].tolist() == [32767, 32767]
+    assert torch.tensor(1 - 0.999**32767, dtype=torch.float32) == 1
+
+
+def test_a_beta_that_forgets_slower_than_short_ages_count_keeps_long_ones():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = AgedAdamW([p], betas=(0.9, 0.9999), per_unit_age=True)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
+def test_a_long_torch_checkpoint_becomes_the_oldest_age_not_a_negative_one():
+    p = torch.nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([p])
+    p.grad = torch.ones(3)
+    theirs.step()
+    theirs.state[p]["step"].fill_(70001)
+    ours = AgedAdamW([p], per_unit_age=True)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state[p]["step"].tolist() == [32767] * 3
 
 
 def test_the_age_of_bf16_parameters_counts_past_256():

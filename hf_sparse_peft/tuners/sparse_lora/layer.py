@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
+from ...ops import pack_entries, unpack_entries
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
 from .config import SparseLoraConfig
 
@@ -55,7 +56,7 @@ class SparseLoraLayer(BaseTunerLayer):
         self.sparse_lora_scaling: dict[str, float] = {}
         # Dense-gradient readers that a callback sets while it collects candidates.
         self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
-        self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor]] = {}
+        self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
@@ -181,32 +182,46 @@ class SparseLoraLayer(BaseTunerLayer):
     def units(self, adapter_name: str) -> torch.Tensor:
         """The adapter's living units, sorted and distinct, int32 or int64 `[a]`; `values[:a]` belong to them.
 
+        Raises:
+            ValueError: the buffer is damaged or belongs to another weight; the message names it.
+        """
+        units, row_ends = self.packed_units(adapter_name)
+        if row_ends is None:
+            return units
+        return unpack_entries(units, row_ends, self.in_features).to(self.sparse_lora_grid[adapter_name].index_dtype)
+
+    def packed_units(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The living units as the engine takes them: entries packed into rows (`ops.pack_entries`), others as they are.
+
         Decoded from the saved buffer once, and again whenever that buffer was replaced or rewritten.
 
         Raises:
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
         """
         if torch.compiler.is_compiling() and adapter_name in self._units:
-            return self._units[adapter_name][3]  # write_support and loading keep it fresh; a graph cannot look
+            return self._units[adapter_name][3:]  # write_support and loading keep it fresh; a graph cannot look
         codes = self.sparse_lora_support[adapter_name]
         version = 0 if codes.is_inference() else codes._version
         cached = self._units.get(adapter_name)
         # The buffer itself is kept for comparison: a freed one's address may come back with the same version.
         if cached is not None and cached[0] is codes and cached[1:3] == (codes.data_ptr(), version):
-            return cached[3]
+            return cached[3:]
         # Values that are not zero belong to units that only the file knows: decoding refuses them.
         if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
             self.select_support(adapter_name)
-            return self.units(adapter_name)
+            return self.packed_units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
         capacity = self.sparse_lora_values[adapter_name].shape[0]
         return self._remember(adapter_name, decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name))
 
-    def _remember(self, adapter_name: str, units: torch.Tensor) -> torch.Tensor:
+    def _remember(self, adapter_name: str, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         codes = self.sparse_lora_support[adapter_name]
         version = 0 if codes.is_inference() else codes._version
-        self._units[adapter_name] = (codes, codes.data_ptr(), version, units)
-        return units
+        row_ends = None
+        if self.sparse_lora_grid[adapter_name].granularity == "entry":
+            units, row_ends = pack_entries(units, self.out_features, self.in_features)
+        self._units[adapter_name] = (codes, codes.data_ptr(), version, units, row_ends)
+        return units, row_ends
 
     def refresh_units(self) -> None:
         """Decode again what was loaded: a compiled graph reads the decoded units without looking at the buffer.
@@ -216,7 +231,7 @@ class SparseLoraLayer(BaseTunerLayer):
         """
         for adapter_name, codes in self.sparse_lora_support.items():
             if not codes.is_meta and codes[:4].any():
-                self.units(adapter_name)
+                self.packed_units(adapter_name)
 
     @torch.no_grad()
     def write_support(self, adapter_name: str, units: torch.Tensor) -> None:

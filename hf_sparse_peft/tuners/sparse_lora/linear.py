@@ -92,7 +92,8 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         low_rank: dict[str, torch.Tensor],
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        tensors = {"values": operands.values, "units": operands.units, "bias": bias, **low_rank}
+        support = {"values": operands.values, "units": operands.units, "row_ends": operands.row_ends}
+        tensors = {**support, "bias": bias, **low_rank}
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
             sink = None if operands.values is None else self.runtime_sink()

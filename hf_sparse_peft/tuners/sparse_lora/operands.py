@@ -16,6 +16,7 @@ class Operands:
 
     values: torch.Tensor | None = None
     units: torch.Tensor | None = None
+    row_ends: torch.Tensor | None = None
     granularity: str = "entry"
     block_size: int = 0
     A: torch.Tensor | None = None
@@ -42,27 +43,22 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     names = [name for name in names if name in layer.sparse_lora_values]
     if not names:
         return {}
-    parts = [_living(layer, name) for name in names]
     grids = [layer.sparse_lora_grid[name] for name in names]
-    if len(parts) == 1:
-        values, units = parts[0]
-        return {
-            "values": values,
-            "units": units,
-            "granularity": grids[0].granularity,
-            "block_size": grids[0].block_size,
-        }
+    cut = {"granularity": grids[0].granularity, "block_size": grids[0].block_size}
+    if len(names) == 1:
+        units, row_ends = layer.packed_units(names[0])
+        return {"values": _living(layer, names[0], units), "units": units, "row_ends": row_ends, **cut}
+    everything = [layer.units(name) for name in names]
+    parts = [(_living(layer, name, units), units) for name, units in zip(names, everything, strict=True)]
     if any(grid != grids[0] for grid in grids):
         # Units of different kinds only add up as entries.
         parts = [as_entries(values, units, grid) for (values, units), grid in zip(parts, grids, strict=True)]
-        granularity, block_size = "entry", 0
-    else:
-        granularity, block_size = grids[0].granularity, grids[0].block_size
+        cut = {"granularity": "entry", "block_size": 0}
     # Units that several adapters hold become one unit with the sum of their values; autograd splits it again.
     united, owner = torch.unique(torch.cat([units for _, units in parts]), return_inverse=True)
     stacked = torch.cat([values for values, _ in parts])
     values = stacked.new_zeros(united.numel(), *stacked.shape[1:]).index_add(0, owner, stacked)
-    return {"values": values, "units": united, "granularity": granularity, "block_size": block_size}
+    return {"values": values, "units": united, **cut}
 
 
 def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,9 +67,9 @@ def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tup
     return values.reshape(-1)[order], positions
 
 
-def _living(layer: SparseLoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    units, values = layer.units(name), layer.sparse_lora_values[name]
-    return (values if units.numel() == values.shape[0] else values[: units.numel()]), units
+def _living(layer: SparseLoraLayer, name: str, units: torch.Tensor) -> torch.Tensor:
+    values = layer.sparse_lora_values[name]
+    return values if units.numel() == values.shape[0] else values[: units.numel()]
 
 
 def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:

@@ -1,0 +1,70 @@
+"""The Triton kernels behind `triton_kernels`; imported by its functions only, so that nothing else needs Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sampled_product_kernel(
+    dyT, xT, units, out,
+    count, cols, length, dy_stride, x_stride,
+    ENTRIES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`out[k] += sum_t dyT[row_k, t] * xT[col_k, t]` for `ENTRIES` units a program; `length` is a multiple of `TOKENS`.
+
+    Products are summed elementwise over the tokens and reduced across lanes once, at the end: the loop holds loads and
+    multiply-adds only.
+    """
+    k = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = k < count
+    unit = tl.load(units + k, mask=inside, other=0)
+    row = unit // cols
+    col = unit - row * cols
+    tokens = tl.arange(0, TOKENS)
+    # int64: rows * tokens passes 2^31 at 2^16 tokens and a vocabulary of 2^15.
+    dy_at = dyT + row.to(tl.int64)[:, None] * dy_stride + tokens[None, :]
+    x_at = xT + col.to(tl.int64)[:, None] * x_stride + tokens[None, :]
+    total = tl.zeros((ENTRIES, TOKENS), dtype=tl.float32)
+    for start in range(0, length, TOKENS):
+        # Entries past the end read entry 0, which exists; only the store is masked.
+        total += tl.load(dy_at + start).to(tl.float32) * tl.load(x_at + start).to(tl.float32)
+    before = tl.load(out + k, mask=inside, other=0.0)
+    tl.store(out + k, before + tl.sum(total, axis=1), mask=inside)
+
+
+@triton.jit
+def block_product_kernel(
+    dy, x, units, out,
+    count, blocks_per_row, tokens, tokens_per_split, dy_stride, x_stride,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """`out[split, k] = dy[its tokens, block_row_k]^T x[its tokens, block_col_k]`, one block and share of tokens a program.
+
+    `tokens_per_split` is a multiple of `TOKENS`. `WIDEN` multiplies in fp32: Triton's interpreter keeps bf16 as bit
+    patterns and `tl.dot` would multiply those (triton-lang/triton#11584).
+    """
+    k = tl.program_id(0)
+    split = tl.program_id(1)
+    unit = tl.load(units + k)
+    block_row = unit // blocks_per_row
+    block_col = unit - block_row * blocks_per_row
+    inner = tl.arange(0, BLOCK)
+    dy_at = dy + (block_row * BLOCK + inner)[None, :]
+    x_at = x + (block_col * BLOCK + inner)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    first = split * tokens_per_split
+    for start in range(first, tl.minimum(first + tokens_per_split, tokens), TOKENS):
+        token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+        inside = token < tokens
+        dy_tile = tl.load(dy_at + token * dy_stride, mask=inside, other=0.0)
+        x_tile = tl.load(x_at + token * x_stride, mask=inside, other=0.0)
+        if WIDEN:
+            dy_tile = dy_tile.to(tl.float32)
+            x_tile = x_tile.to(tl.float32)
+        # "ieee": fp32 stays fp32, as torch's default matmul precision has it; 16-bit inputs take the tensor cores.
+        total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision="ieee")
+    # int64: [splits, k, b, b] passes 2^31 elements before one split of it fills a large GPU.
+    at = (split * count + k).to(tl.int64) * (BLOCK * BLOCK)
+    tl.store(out + at + inner[:, None] * BLOCK + inner[None, :], total)

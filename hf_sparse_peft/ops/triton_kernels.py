@@ -1,0 +1,192 @@
+r"""Gradients at the support on a GPU: the sampled product for entries, small tensor-core products for blocks.
+
+Each is :math:`(dY^\top X)` read at `units`, as `units.unit_gradient` computes it in torch, with fp32 sums and no
+intermediate rounding (torch's own path rounds a bf16 gradient to bf16). No atomics: same inputs, same bits.
+
+*Entries.* `dy` and `x` are row-major by token, so one entry would read a column of each: 2 useful bytes of every 32
+fetched. The wrapper copies both to token-contiguous `[rows, tokens]` and `[cols, tokens]` first, which costs one read
+and one write of each; an entry is then two contiguous runs. Sorted units share the run of `dy` (L1), and `x`'s runs come
+from L2. The copies are made for as many tokens at a time as `COPY_BYTES` holds, which bounds the memory and keeps what
+is read again and again within L2.
+
+*Blocks.* A program reads its two strips of `dy` and `x` where they lie, `2 * block_size` bytes a token at 16 bits, and
+multiplies them on the tensor cores. Few blocks are split over tokens as well, so that they fill the GPU.
+
+Triton (extra `gpu`) is imported at the first call. `HF_SPARSE_PEFT_TRITON=0` turns all of this off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+# Share of a weight's entries above which a dense gradient, tile by tile, is faster than one dot product an entry.
+# Not measured on a GPU yet: recipes/benchmarks/kernel_cost.py prints it.
+SAMPLED_DENSITY = 0.01
+
+# Block sizes the block kernel takes, with the warps of a program.
+BLOCK_WARPS = {16: 1, 32: 2, 64: 4}
+
+# Bytes of token-contiguous copies of dy and x that may exist at once; as `units.DENSE_TILE_BYTES`.
+COPY_BYTES = 1 << 25
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_ENTRIES, _ENTRY_TOKENS, _ENTRY_WARPS = 32, 128, 4
+_BLOCK_TOKENS = 64
+# Programs that fill a large GPU (132 multiprocessors, several each), and the fewest tokens worth a split.
+_FILLING_PROGRAMS, _FEWEST_SPLIT_TOKENS = 1024, 512
+
+
+def available(tensor: torch.Tensor) -> bool:
+    """Whether the kernels can run on `tensor`'s device.
+
+    That is: Triton is installed and not switched off, and either it interprets (`TRITON_INTERPRET=1`, any device) or
+    the tensor is on a GPU of compute capability 8.0 or later on which a first, tiny launch succeeded.
+    """
+    if os.environ.get("HF_SPARSE_PEFT_TRITON", "1") == "0" or not _installed():
+        return False
+    return _interpreted() or (tensor.is_cuda and _launches(tensor.device.index))
+
+
+def serves(
+    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0
+) -> bool:
+    """Whether a kernel takes this case and is expected to beat torch at it."""
+    if not x.is_cuda or x.dtype not in DTYPES or grad_output.dtype != x.dtype:
+        return False
+    if granularity == "entry":
+        sparse_enough = units.numel() <= SAMPLED_DENSITY * grad_output.shape[1] * x.shape[1]
+        return sparse_enough and available(x)
+    return granularity == "block" and block_size in BLOCK_WARPS and available(x)
+
+
+def entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    r""":math:`g_k = \sum_t dy_{t, row_k}\, x_{t, col_k}` with :math:`u_k = row_k \cdot cols + col_k`, fp32 `[k]`.
+
+    Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]`, both fp32, bf16 or fp16; `units` int32 or int64 `[k]`
+    (right in any order, fast when sorted).
+
+    Raises:
+        ValueError: shapes or dtypes other than these.
+    """
+    _check(grad_output, x, units)
+    (tokens, rows), cols, count = grad_output.shape, x.shape[1], units.numel()
+    out = torch.zeros(count, dtype=torch.float32, device=x.device)
+    if count == 0 or tokens == 0:
+        return out
+    from ._triton_impl import sampled_product_kernel
+
+    room = COPY_BYTES // ((rows + cols) * x.element_size())
+    step = max(_ENTRY_TOKENS, room // _ENTRY_TOKENS * _ENTRY_TOKENS)
+    units = units.contiguous()
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on its arguments'
+        for start in range(0, tokens, step):
+            dyT = _token_contiguous(grad_output[start : start + step])
+            xT = _token_contiguous(x[start : start + step])
+            sampled_product_kernel[(_ceil_div(count, _ENTRIES),)](
+                dyT, xT, units, out,
+                count, cols, dyT.shape[1], dyT.stride(0), xT.stride(0),
+                ENTRIES=_ENTRIES, TOKENS=_ENTRY_TOKENS, num_warps=_ENTRY_WARPS,
+            )  # fmt: skip
+            del dyT, xT  # before the next copies are made
+    return out
+
+
+def block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, block_size: int) -> torch.Tensor:
+    r""":math:`G_k = dY_{:, R_k}^\top X_{:, C_k}` for the rows and columns of block `units[k]`, fp32 `[k, b, b]`.
+
+    Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]`, both fp32, bf16 or fp16; `units` int32 or int64 `[k]`,
+    row-major over the grid of blocks.
+
+    Raises:
+        ValueError: shapes or dtypes other than these, or a `block_size` other than 16, 32, 64 or that does not divide.
+    """
+    _check(grad_output, x, units)
+    (tokens, rows), cols, count = grad_output.shape, x.shape[1], units.numel()
+    if block_size not in BLOCK_WARPS:
+        raise ValueError(
+            f"block_size={block_size} has no kernel; use one of {sorted(BLOCK_WARPS)} or ops.unit_gradient."
+        )
+    if rows % block_size or cols % block_size:
+        raise ValueError(f"block_size={block_size} does not divide a weight of shape {rows}x{cols}.")
+    if count == 0 or tokens == 0:
+        return torch.zeros(count, block_size, block_size, dtype=torch.float32, device=x.device)
+    from ._triton_impl import block_product_kernel
+
+    units = units.contiguous()
+    grad_output, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad_output, x))
+    splits = max(1, min(_FILLING_PROGRAMS // count, tokens // _FEWEST_SPLIT_TOKENS))
+    per_split = _ceil_div(_ceil_div(tokens, splits), _BLOCK_TOKENS) * _BLOCK_TOKENS
+    splits = _ceil_div(tokens, per_split)
+    out = torch.empty(splits, count, block_size, block_size, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        block_product_kernel[(count, splits)](
+            grad_output, x, units, out,
+            count, cols // block_size, tokens, per_split, grad_output.stride(0), x.stride(0),
+            BLOCK=block_size, TOKENS=_BLOCK_TOKENS, WIDEN=_interpreted() and x.dtype == torch.bfloat16,
+            num_warps=BLOCK_WARPS[block_size],
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def _token_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix.t()` as a new contiguous tensor, zeros after the last token up to whole tiles of the kernel.
+
+    So the kernel needs no mask over tokens, and every run starts at a multiple of 16 bytes.
+    """
+    tokens, features = matrix.shape
+    padded = _ceil_div(tokens, _ENTRY_TOKENS) * _ENTRY_TOKENS
+    copy = matrix.new_empty(features, padded)
+    copy[:, :tokens].copy_(matrix.t())
+    copy[:, tokens:].zero_()
+    return copy
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _check(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor) -> None:
+    if grad_output.dim() != 2 or x.dim() != 2 or grad_output.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"grad_output {tuple(grad_output.shape)} and x {tuple(x.shape)} must be [tokens, rows] and [tokens, cols]."
+        )
+    if x.dtype not in DTYPES or grad_output.dtype != x.dtype:
+        raise ValueError(
+            f"grad_output is {grad_output.dtype} and x {x.dtype}; the kernels take one dtype for both, "
+            f"of {', '.join(map(str, DTYPES))}. Use ops.unit_gradient for others."
+        )
+    if units.dim() != 1 or units.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"units is {units.dtype} {tuple(units.shape)}; it must be int32 or int64 and one-dimensional.")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _launches(device: int) -> bool:
+    """Whether a kernel can be built and started: Triton also needs a C compiler, which slim images lack."""
+    if torch.cuda.get_device_capability(device) < (8, 0):  # no bf16 arithmetic before
+        return False
+    ones = torch.ones(1, 1, device=torch.device("cuda", device))
+    try:
+        entry_gradient(ones, ones, torch.zeros(1, dtype=torch.int32, device=ones.device))
+    except Exception as error:
+        warnings.warn(
+            f"Triton is installed but cannot start a kernel ({type(error).__name__}: {error}). Gradients at the support "
+            "take the slower torch path. Install a C compiler, or set HF_SPARSE_PEFT_TRITON=0 to silence this.",
+            stacklevel=2,
+        )
+        return False
+    return True

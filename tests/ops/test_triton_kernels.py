@@ -1,0 +1,252 @@
+"""The Triton kernels against a float64 product, under Triton's interpreter on CPU, and on the GPU where there is one.
+
+Triton decides at import whether it interprets, for the whole process: the checks run in a process of their own, once a
+device, and each reports here under its own name.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+
+from hf_sparse_peft.ops import triton_kernels, unit_gradient
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
+
+
+def draw(seed, tokens, rows, cols, dtype, device):
+    gen = torch.Generator().manual_seed(seed)
+    dy, x = (torch.randn(tokens, n, generator=gen, dtype=torch.float64).to(dtype) for n in (rows, cols))
+    return dy.to(device), x.to(device), gen
+
+
+def some_units(total, count, gen, device, dtype=torch.int32):
+    return torch.randperm(total, generator=gen)[:count].sort().values.to(dtype).to(device)
+
+
+def expect_entries(dy, x, units):
+    rows, cols = dy.shape[1], x.shape[1]
+    position = units.cpu().tolist()
+    dy64, x64 = dy.cpu().double(), x.cpu().double()
+    expected = torch.tensor([(dy64[:, u // cols] * x64[:, u % cols]).sum() for u in position], dtype=torch.float64)
+    got = triton_kernels.entry_gradient(dy, x, units)
+    assert got.shape == units.shape, f"{got.shape} for a support of {units.shape} on {rows}x{cols}"
+    close(got, expected, dy.shape[0])
+
+
+def expect_blocks(dy, x, units, size):
+    per_row = x.shape[1] // size
+    dy64, x64 = dy.cpu().double(), x.cpu().double()
+    expected = torch.zeros(units.numel(), size, size, dtype=torch.float64)
+    for k, u in enumerate(units.tolist()):
+        row, col = u // per_row * size, u % per_row * size
+        expected[k] = dy64[:, row : row + size].T @ x64[:, col : col + size]
+    close(triton_kernels.block_gradient(dy, x, units, size), expected, dy.shape[0])
+
+
+def close(got, expected, tokens):
+    """fp32 sums of exact products: a few units in the last place of a sum of `tokens` terms of size 1."""
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=2e-6 * max(1, tokens) ** 0.5)
+
+
+def check_entries_of_odd_shapes(device, seed):
+    rng = random.Random(seed)
+    for number in range(12):
+        tokens, rows, cols = rng.randint(1, 300), rng.randint(1, 90), rng.randint(1, 90)
+        dy, x, gen = draw(seed + number, tokens, rows, cols, DTYPES[number % 3], device)
+        units = some_units(rows * cols, rng.randint(1, min(150, rows * cols)), gen, device)
+        print(f"case {number}: {tokens} tokens, {rows}x{cols}, {units.numel()} entries, {x.dtype}")
+        expect_entries(dy, x, units)
+
+
+def check_entries_none_one_all(device, seed):
+    for dtype in DTYPES:
+        dy, x, gen = draw(seed, 37, 19, 13, dtype, device)
+        for count in (0, 1, 19 * 13):
+            expect_entries(dy, x, some_units(19 * 13, count, gen, device))
+    dy, x, _ = draw(seed, 5, 1, 33, torch.bfloat16, device)
+    expect_entries(dy, x, torch.arange(33, device=device))  # int64, one row
+    empty = triton_kernels.entry_gradient(dy[:0], x[:0], torch.arange(33, device=device))
+    assert empty.shape == (33,)
+    assert not empty.any()
+
+
+def check_entries_in_several_copies_of_tokens(device, seed):
+    """What COPY_BYTES cuts is summed again, tail included."""
+    dy, x, gen = draw(seed, 700, 20, 30, torch.bfloat16, device)
+    units = some_units(600, 70, gen, device)
+    before = triton_kernels.COPY_BYTES
+    try:
+        for bound in (1, 2 * 50 * 300):  # the least step, and one of 256 tokens
+            triton_kernels.COPY_BYTES = bound
+            expect_entries(dy, x, units)
+    finally:
+        triton_kernels.COPY_BYTES = before
+
+
+def check_strided_inputs(device, seed):
+    dy, x, gen = draw(seed, 160, 64, 96, torch.float16, device)
+    wide_dy, narrow_x = dy.t().contiguous().t(), torch.cat([x, x], dim=1)[:, 48:144]
+    assert not wide_dy.is_contiguous()
+    assert not narrow_x.is_contiguous()
+    expect_entries(wide_dy, narrow_x, some_units(64 * 96, 80, gen, device))
+    expect_blocks(wide_dy, narrow_x, some_units(4 * 6, 9, gen, device), 16)
+    expect_blocks(dy[:1].expand(70, 64), x[:70], some_units(4 * 6, 9, gen, device), 16)
+
+
+def check_blocks(device, seed):
+    rng = random.Random(seed)
+    for number, size in enumerate((16, 32, 64) * 3):
+        down, across = rng.randint(1, 4), rng.randint(1, 4)
+        dtype = DTYPES[number // 3]
+        dy, x, gen = draw(seed + number, rng.randint(1, 200), down * size, across * size, dtype, device)
+        count = down * across if number % 2 else rng.randint(1, down * across)
+        print(f"case {number}: {dy.shape[0]} tokens, {down}x{across} blocks of {size}, {count} of them, {dtype}")
+        expect_blocks(dy, x, some_units(down * across, count, gen, device), size)
+
+
+def check_blocks_split_over_tokens(device, seed):
+    for tokens in (512, 1025, 1600):
+        dy, x, gen = draw(seed, tokens, 32, 64, torch.bfloat16, device)
+        for dtype in (torch.int32, torch.int64):
+            expect_blocks(dy, x, some_units(2, 1, gen, device, dtype), 32)
+    assert triton_kernels.block_gradient(dy, x, torch.zeros(0, dtype=torch.int32, device=device), 32).shape == (
+        0,
+        32,
+        32,
+    )
+    assert not triton_kernels.block_gradient(dy[:0], x[:0], torch.arange(2, device=device), 32).any()
+
+
+def check_same_bits_twice(device, seed):
+    dy, x, gen = draw(seed, 1030, 64, 64, torch.bfloat16, device)
+    entries, blocks = some_units(64 * 64, 100, gen, device), some_units(16, 3, gen, device)
+    for product in (
+        lambda: triton_kernels.entry_gradient(dy, x, entries),
+        lambda: triton_kernels.block_gradient(dy, x, blocks, 16),
+    ):
+        assert torch.equal(product(), product())
+
+
+def check_dispatch_takes_the_kernels_on_a_gpu(device, seed):
+    if device != "cuda":
+        return
+    dy, x, gen = draw(seed, 256, 256, 512, torch.bfloat16, device)
+    entries, blocks = some_units(256 * 512, 900, gen, device), some_units(128, 5, gen, device)
+    assert triton_kernels.available(x), "no kernel could be started"
+    assert torch.equal(unit_gradient(dy, x, entries, "entry"), triton_kernels.entry_gradient(dy, x, entries))
+    assert torch.equal(unit_gradient(dy, x, blocks, "block", 32), triton_kernels.block_gradient(dy, x, blocks, 32))
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+@functools.cache
+def run_checks(device):
+    """Every check's report, by name: None or a traceback. One process, so that Triton is imported once."""
+    seed = random.SystemRandom().randrange(2**31)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1" if device == "interpreter" else "0",
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
+        "HF_SPARSE_PEFT_TRITON": "1",
+    }
+    command = [sys.executable, __file__, device, str(seed)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    lines = run.stdout.splitlines()
+    if run.returncode or not lines:
+        pytest.fail(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
+    return seed, json.loads(lines[-1]), "\n".join(lines[:-1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra `gpu`)")
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel(device, name):
+    seed, reports, output = run_checks(device)
+    assert reports[name] is None, f"seed {seed} on {device}\n{output}\n{reports[name]}"
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("one dtype", lambda: triton_kernels.entry_gradient(torch.ones(2, 4), torch.ones(2, 4).bfloat16(), UNITS)),
+        ("float64", lambda: triton_kernels.entry_gradient(torch.ones(2, 4).double(), torch.ones(2, 4).double(), UNITS)),
+        (r"\[tokens, rows\]", lambda: triton_kernels.entry_gradient(torch.ones(2, 4), torch.ones(3, 4), UNITS)),
+        ("int32 or int64", lambda: triton_kernels.entry_gradient(torch.ones(2, 4), torch.ones(2, 4), UNITS.short())),
+        ("16, 32, 64", lambda: triton_kernels.block_gradient(torch.ones(2, 8), torch.ones(2, 8), UNITS, 8)),
+        ("does not divide", lambda: triton_kernels.block_gradient(torch.ones(2, 40), torch.ones(2, 32), UNITS, 16)),
+    ],
+)
+def test_wrong_arguments_are_named(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+UNITS = torch.zeros(1, dtype=torch.int32)
+
+
+def test_cpu_tensors_stay_with_torch(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not triton_kernels.available(UNITS)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not triton_kernels.serves(torch.ones(2, 32), torch.ones(2, 32), UNITS, "block", 16)
+
+
+def test_switch_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_installed", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("HF_SPARSE_PEFT_TRITON", raising=False)
+    assert triton_kernels.available(UNITS)
+    monkeypatch.setenv("HF_SPARSE_PEFT_TRITON", "0")
+    assert not triton_kernels.available(UNITS)
+
+
+def test_kernels_serve_sparse_entries_and_their_block_sizes_on_a_gpu(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(triton_kernels, "available", lambda tensor: True)
+    with FakeTensorMode():  # tensors that say they are on a GPU, on any machine
+        dy, x = (torch.empty(4, n, device="cuda", dtype=torch.bfloat16) for n in (64, 128))
+        few, many = (torch.empty(k, device="cuda", dtype=torch.int32) for k in (81, 82))
+        assert triton_kernels.SAMPLED_DENSITY == 0.01, "81 of 64 x 128 entries are below 1 %, 82 are not"
+        assert triton_kernels.serves(dy, x, few, "entry")
+        assert not triton_kernels.serves(dy, x, many, "entry")
+        assert not triton_kernels.serves(dy.double(), x.double(), few, "entry")
+        assert not triton_kernels.serves(dy.float(), x, few, "entry")
+        assert [size for size in (8, 16, 32, 64, 128) if triton_kernels.serves(dy, x, few, "block", size)] == [
+            16,
+            32,
+            64,
+        ]
+        assert not any(triton_kernels.serves(dy, x, few, kind) for kind in ("row", "column"))
+
+
+def test_package_and_wrappers_import_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import hf_sparse_peft.ops.triton_kernels as t; import torch; "
+    code += "assert not any(name.endswith('_triton_impl') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def main(device, seed):
+    reports = {}
+    for name, check in CHECKS.items():
+        try:
+            print(name)
+            check("cpu" if device == "interpreter" else device, int(seed))
+            reports[name] = None
+        except Exception:
+            reports[name] = traceback.format_exc()
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
