@@ -19,6 +19,7 @@ from ..sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, decode_support, un
 from ..sparsity.codec import FORMAT_VERSION
 from ..tuners import SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
+from ..tuners.sparse_lora.file_length import check_file_length
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -125,7 +126,7 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
         bin_there = (folder / "adapter_model.bin").is_file()
         hint = "an adapter_model.bin is there: pickled files are never read, save it again" if bin_there else "copy it"
         raise ValueError(f"'{folder}' has no {WEIGHTS_FILE} ({hint}).")
-    _check_length(file)
+    check_file_length(file)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     other_bytes = 0
     try:
@@ -176,32 +177,6 @@ def _read_config(folder: Path) -> SparseLoraConfig:
         raise ValueError(f"'{file}' has peft_type={found!r}; only SPARSE_LORA adapters are checked here.")
     known = {field.name for field in fields(SparseLoraConfig)}
     return SparseLoraConfig(**{key: value for key, value in given.items() if key in known and key != "peft_type"})
-
-
-def _check_length(file: Path) -> None:
-    """Find a cut file, and the first tensor that it lost, before safetensors says only "incomplete metadata"."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + length > size:
-            raise ValueError(
-                f"'{file}' is truncated: it has {size} bytes and ends inside its header. Fetch or save it again."
-            )
-        try:
-            header = json.loads(stream.read(length))
-            ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"'{file}' has no safetensors header: {error}. Fetch or save it again.") from error
-    due = max(ends.values(), default=8 + length)
-    if size < due:
-        first = min((end, key) for key, end in ends.items() if end > size)[1]
-        raise ValueError(
-            f"'{file}' is truncated: it has {size} bytes of {due}, and '{first}' is the first tensor cut off. Fetch or "
-            "save it again."
-        )
-    if size > due:
-        raise ValueError(f"'{file}' has {size} bytes where its header accounts for {due}. Fetch or save it again.")
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ def block_product_kernel(
     count, blocks_per_row, tokens, tokens_per_split, dy_stride, x_stride,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`out[split, k] = dy[its tokens, block_row_k]^T x[its tokens, block_col_k]`, one block and share of tokens a program.
+    """`out[split, k] = dy[tokens, block_row_k]^T x[tokens, block_col_k]` over the tokens of `split`; a program each.
 
     `tokens_per_split` is a multiple of `TOKENS`. `WIDEN` multiplies in fp32: Triton's interpreter keeps bf16 as bit
     patterns and `tl.dot` would multiply those (triton-lang/triton#11584).

@@ -16,7 +16,7 @@ from .units import add_units_, column_gradient, read_units, unit_gradient, unpac
 
 
 class GradientSink(Protocol):
-    """Reads gradients that the support alone would not show. A plain function that takes a dense gradient is one too."""
+    """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too."""
 
     def wanted_units(self) -> torch.Tensor | None:
         """Sorted units whose gradients are enough this time; None asks for all of it (optional)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -30,13 +31,17 @@ def sparse_linear(
 ) -> torch.Tensor:
     r"""Apply :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: columns, with
-    `row_ends`; see `ops.pack_entries`); `A` `[r, cols]`,
-    `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`. Returns `[..., rows]` in `plan.compute_dtype`.
+    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: their
+    columns, with `row_ends`; see `ops.pack_entries`); `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
+    Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
     """
     return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, plan)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 _last_cast: tuple[weakref.ref, int, weakref.ref] | None = None
@@ -67,7 +72,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.plan, ctx.thread, ctx.x_shape, ctx.x_dtype = plan, threading.get_ident(), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.gradient_sink is not None
         ctx.columns_only = keeps_columns_only(plan, operands)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)
             x2d = x.reshape(-1, plan.cols)
             y = forward_product(x2d, plan, operands, ctx.thread)
@@ -82,7 +87,7 @@ class _SparseLinear(torch.autograd.Function):
         plan = ctx.plan
         wanted = ctx.needs_input_grad
         needs = Gradients(wanted[0], wanted[1], wanted[3], wanted[4], wanted[5], wanted[6])
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _without_autocast(grad_output.device.type):
             dy = grad_output.reshape(-1, plan.rows).to(plan.compute_dtype)
             x2d = None if x is None else x.reshape(-1, x.shape[-1])
             grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only, ctx.thread)

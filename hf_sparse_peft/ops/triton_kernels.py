@@ -5,9 +5,9 @@ intermediate rounding (torch's own path rounds a bf16 gradient to bf16). No atom
 
 *Entries.* `dy` and `x` are row-major by token, so one entry would read a column of each: 2 useful bytes of every 32
 fetched. The wrapper copies both to token-contiguous `[rows, tokens]` and `[cols, tokens]` first, which costs one read
-and one write of each; an entry is then two contiguous runs. Sorted units share the run of `dy` (L1), and `x`'s runs come
-from L2. The copies are made for as many tokens at a time as `COPY_BYTES` holds, which bounds the memory and keeps what
-is read again and again within L2.
+and one write of each; an entry is then two contiguous runs. Sorted units share the run of `dy` (L1), and `x`'s runs
+come from L2. The copies are made for as many tokens at a time as `COPY_BYTES` holds, which bounds the memory and keeps
+what is read again and again within L2.
 
 *Blocks.* A program reads its two strips of `dy` and `x` where they lie, `2 * block_size` bytes a token at 16 bits, and
 multiplies them on the tensor cores. Few blocks are split over tokens as well, so that they fill the GPU.
@@ -184,8 +184,8 @@ def _launches(device: int) -> bool:
         entry_gradient(ones, ones, torch.zeros(1, dtype=torch.int32, device=ones.device))
     except Exception as error:
         warnings.warn(
-            f"Triton is installed but cannot start a kernel ({type(error).__name__}: {error}). Gradients at the support "
-            "take the slower torch path. Install a C compiler, or set HF_SPARSE_PEFT_TRITON=0 to silence this.",
+            f"Triton is installed but cannot start a kernel ({type(error).__name__}: {error}). Gradients at the "
+            "support take the slower torch path. Install a C compiler, or set HF_SPARSE_PEFT_TRITON=0 to silence this.",
             stacklevel=2,
         )
         return False

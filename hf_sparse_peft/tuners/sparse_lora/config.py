@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, make_score
+from .file_length import check_file_length
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 
 GRANULARITIES = ("entry", "block", "row", "column")
@@ -126,6 +129,18 @@ class SparseLoraConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_targets()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read `adapter_config.json`; a cut weights file beside it is found now, before any layer is changed for it.
+
+        Raises:
+            ValueError: no config there, an option out of range, or a truncated `adapter_model.safetensors`.
+        """
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            check_file_length(file)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @property
     def has_support(self) -> bool:

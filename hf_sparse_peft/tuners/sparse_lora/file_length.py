@@ -1,0 +1,36 @@
+"""Is an adapter file all there? Asked before anything is built for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def check_file_length(file: Path) -> None:
+    """Find a cut safetensors file, and the first tensor that it lost, where safetensors says "incomplete metadata".
+
+    Raises:
+        ValueError: the file is shorter or longer than its header says, or has no header.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or 8 + length > size:
+            raise ValueError(
+                f"'{file}' is truncated: it has {size} bytes and ends inside its header. Fetch or save it again."
+            )
+        try:
+            header = json.loads(stream.read(length))
+            ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"'{file}' has no safetensors header: {error}. Fetch or save it again.") from error
+    due = max(ends.values(), default=8 + length)
+    if size < due:
+        first = min((end, key) for key, end in ends.items() if end > size)[1]
+        raise ValueError(
+            f"'{file}' is truncated: it has {size} bytes of {due}, and '{first}' is the first tensor cut off. Fetch or "
+            "save it again."
+        )
+    if size > due:
+        raise ValueError(f"'{file}' has {size} bytes where its header accounts for {due}. Fetch or save it again.")
