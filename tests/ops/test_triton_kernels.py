@@ -1,7 +1,7 @@
 """The Triton kernels against a float64 product, under Triton's interpreter on CPU, and on the GPU where there is one.
 
 Triton decides at import whether it interprets, for the whole process: the checks run in a process of their own, once a
-device, and each reports here under its own name.
+device, and each reports here under its own name. The interpreter does not compile, so a test beside them does.
 """
 
 import functools
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import traceback
@@ -150,29 +151,81 @@ def check_dispatch_takes_the_kernels_on_a_gpu(device, seed):
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
+def compiled(capability):
+    """PTX of every kernel, for bf16 and fp32, by name; Triton compiles for GPUs that are not there."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_sparse_peft.ops import _triton_impl
+
+    cases = [(_triton_impl.sampled_product_kernel, {"ENTRIES": 32, "TOKENS": 128}, 4)]
+    for size, warps in triton_kernels.BLOCK_WARPS.items():
+        constants = {"BLOCK": size, "TOKENS": 64, "WIDEN": False}
+        cases.append((_triton_impl.block_product_kernel, constants, warps))
+    ptx = {}
+    for kernel, constants, warps in cases:
+        for element in ("bf16", "fp32"):
+            pointers = {"dy": f"*{element}", "x": f"*{element}", "dyT": f"*{element}", "xT": f"*{element}"}
+            pointers |= {"units": "*i32", "out": "*fp32"}
+            signature = {
+                name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
+            }
+            positions = {name: (position,) for position, name in enumerate(kernel.arg_names)}
+            aligned = [name for name in signature if name in pointers or name.endswith("_stride")]
+            source = ASTSource(
+                kernel,
+                signature,
+                {positions[name]: value for name, value in constants.items()},
+                {positions[name]: [["tt.divisibility", 16]] for name in aligned},
+            )
+            built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            ptx[f"{kernel.__name__} {constants.get('BLOCK', '')} {element}"] = built.asm["ptx"]
+    return ptx
+
+
+def in_own_process(*arguments, **environment):
+    """The last line that this file prints when it runs with `arguments`, as JSON, and the lines before."""
+    paths = {"PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    run = subprocess.run(command, env=os.environ | paths | environment, capture_output=True, text=True, timeout=300)
+    lines = run.stdout.splitlines()
+    if run.returncode or not lines:
+        pytest.fail(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
+    return json.loads(lines[-1]), "\n".join(lines[:-1])
+
+
 @functools.cache
 def run_checks(device):
     """Every check's report, by name: None or a traceback. One process, so that Triton is imported once."""
     seed = random.SystemRandom().randrange(2**31)
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1" if device == "interpreter" else "0",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
-        "HF_SPARSE_PEFT_TRITON": "1",
-    }
-    command = [sys.executable, __file__, device, str(seed)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    lines = run.stdout.splitlines()
-    if run.returncode or not lines:
-        pytest.fail(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
-    return seed, json.loads(lines[-1]), "\n".join(lines[:-1])
+    interpret = "1" if device == "interpreter" else "0"
+    reports, output = in_own_process("check", device, seed, TRITON_INTERPRET=interpret, HF_SPARSE_PEFT_TRITON="1")
+    return seed, reports, output
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra `gpu`)")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra `gpu`)"
+)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernel(device, name):
     seed, reports, output = run_checks(device)
     assert reports[name] is None, f"seed {seed} on {device}\n{output}\n{reports[name]}"
+
+
+@needs_triton
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    ptx, _ = in_own_process("compile", 80, 90, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(ptx) == 16
+    for name, found in ptx.items():
+        if name.startswith("block") and "bf16" in name:
+            assert found["tensor cores"], f"{name} does not multiply on the tensor cores"
+        if name.startswith("sampled"):
+            assert found["16-byte loads"], f"{name} does not load 16 bytes a thread"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +289,13 @@ def test_package_and_wrappers_import_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def main(device, seed):
+def main(task, *arguments):
+    if task == "compile":
+        texts = {f"{name} sm_{at}": text for at in arguments for name, text in compiled(int(at)).items()}
+        marks = {"tensor cores": r"mma\.", "16-byte loads": r"ld\.global\S*\.v4\.b32"}
+        print(json.dumps({n: {key: bool(re.search(m, ptx)) for key, m in marks.items()} for n, ptx in texts.items()}))
+        return
+    device, seed = arguments
     reports = {}
     for name, check in CHECKS.items():
         try:
