@@ -41,7 +41,7 @@ from hf_sparse_peft.methods import aged_adamw
 
 HERE = Path(__file__).parent
 # Relative, so that the adapter names its base without naming the machine it was trained on.
-DEMO_BASE = os.path.relpath(HERE / "demo_base")
+DEMO_BASE = os.path.join(".", os.path.relpath(HERE / "demo_base"))
 DEMO_YAML = HERE / "qlora_sparse_lora.yaml"
 
 

@@ -60,8 +60,10 @@ class ScheduleCallback(TrainerCallback):
         """Find the layers, prepare their state and check the schedule against the run's length.
 
         Raises:
-            ValueError: no trained adapter asks for this schedule, or the schedule does not fit into the run.
+            ValueError: no trained adapter asks for this schedule, the schedule does not fit into the run, or the run is
+                sharded in a way that hides gradients and optimizer state from callbacks.
         """
+        _refuse_sharded(args)
         self.total_steps = state.max_steps
         self.parts = [
             AdaptedLayer(layer, name)
@@ -105,6 +107,17 @@ class ScheduleCallback(TrainerCallback):
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """Refuse a schedule that cannot run in `self.total_steps` steps."""
+
+
+def _refuse_sharded(args: TrainingArguments) -> None:
+    sharded = {"DeepSpeed": getattr(args, "deepspeed", None), "FSDP": getattr(args, "fsdp", None)}
+    for name, used in sharded.items():
+        if used:
+            raise ValueError(
+                f"Supports and ranks cannot move under {name}: it steps inside the backward pass or shards the values, "
+                "so callbacks see no gradients and cannot edit optimizer state. Train with DDP or on one device, or set "
+                "regrowth, pruning and rank_allocation to None."
+            )
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
