@@ -17,7 +17,7 @@ import traceback
 import pytest
 import torch
 
-from hf_sparse_peft.ops import triton_kernels, unit_gradient
+from hf_sparse_peft.ops import pack_entries, triton_kernels, unit_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
@@ -281,6 +281,20 @@ def test_kernels_serve_sparse_entries_and_their_block_sizes_on_a_gpu(monkeypatch
             64,
         ]
         assert not any(triton_kernels.serves(dy, x, few, kind) for kind in ("row", "column"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dispatch_hands_on_flat_units(monkeypatch, packed):
+    """Packed entries are columns and row ends; the kernels take flat units."""
+    dy, x = torch.ones(2, 3), torch.ones(2, 8)
+    units = torch.tensor([1, 7, 17, 22], dtype=torch.int32)
+    columns, row_ends = pack_entries(units, 3, 8)
+    monkeypatch.setattr(triton_kernels, "serves", lambda *_: True)
+    monkeypatch.setattr(triton_kernels, "entry_gradient", lambda dy, x, units: units)
+    monkeypatch.setattr(triton_kernels, "block_gradient", lambda dy, x, units, size: (units, size))
+    got = unit_gradient(dy, x, columns, "entry", row_ends=row_ends) if packed else unit_gradient(dy, x, units, "entry")
+    assert got.tolist() == units.tolist()
+    assert unit_gradient(dy, x, units, "block", 16) == (units, 16)
 
 
 def test_package_and_wrappers_import_without_triton():
