@@ -37,5 +37,3 @@ def text_loss(model, chunks: Dataset, batch_size: int = 16) -> float:
         ids = torch.tensor(chunks[start : start + batch_size]["input_ids"], device=model.device)
         total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
     return total / len(chunks)
-
-

@@ -115,8 +115,8 @@ def _refuse_sharded(args: TrainingArguments) -> None:
         if used:
             raise ValueError(
                 f"Supports and ranks cannot move under {name}: it steps inside the backward pass or shards the values, "
-                "so callbacks see no gradients and cannot edit optimizer state. Train with DDP or on one device, or set "
-                "regrowth, pruning and rank_allocation to None."
+                "so callbacks see no gradients and cannot edit optimizer state. Train with DDP or on one device, or "
+                "set regrowth, pruning and rank_allocation to None."
             )
 
 

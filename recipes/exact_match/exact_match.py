@@ -1,8 +1,8 @@
 """Exact match in percent, an `evaluate` metric that loads without network.
 
-    metric = evaluate.load("recipes/exact_match")
-    metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"])                      # exact_match 50.0
-    metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"], first_number=True)   # exact_match 100.0
+metric = evaluate.load("recipes/exact_match")
+metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"])                      # exact_match 50.0
+metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"], first_number=True)   # exact_match 100.0
 """
 
 import re

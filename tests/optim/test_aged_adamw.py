@@ -287,9 +287,7 @@ def test_groups_decay_what_trainer_decays_and_age_what_moves():
 
 def tiny_llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     return LlamaForCausalLM(config)
 
 
