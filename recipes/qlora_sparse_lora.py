@@ -130,6 +130,8 @@ def main(argv: list[str]) -> dict[str, float]:
         optimizers=(aged_adamw(model, args), None),
     )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    # Training leaves its autocast around forward; the model is measured and shipped without it, as it was before.
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.compact()
     match_after, loss_after = measure()
     figures = {

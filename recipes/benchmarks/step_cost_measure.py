@@ -13,8 +13,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_sparse_peft.optim import AgedAdamW, adam_seeds, move_optimizer_state, move_rows
-from hf_sparse_peft.sparsity import make_score, top_units
+from hf_sparse_peft import RegrowthConfig
+from hf_sparse_peft.callbacks.base import AdaptedLayer, unit_sums
+from hf_sparse_peft.callbacks.candidates import CandidateCollector
+from hf_sparse_peft.callbacks.regrowth import choose_units
+from hf_sparse_peft.callbacks.support_moves import replace_units
+from hf_sparse_peft.optim import AgedAdamW
 from hf_sparse_peft.tuners.sparse_lora.layer import SparseLoraLayer
 
 REPLACED = 0.2
@@ -198,63 +202,38 @@ def _saved_size(model: nn.Module) -> int:
 
 
 class Collection:
-    """One phase of candidate collection, as SpIEL-AG does it: the first dense gradient of a layer picks `k` candidates,
-    every one of the phase adds to their sums. Stands in for the package's callback until that exists."""
+    """One phase of SpIEL-AG's candidate collection, with the collectors that `MaskRegrowthCallback` uses."""
 
     def __init__(self, model: nn.Module):
-        self.layers = sparse_layers(model)
-        self.units: dict[SparseLoraLayer, torch.Tensor] = {}
-        self.sums: dict[SparseLoraLayer, torch.Tensor] = {}
-        self.squares: dict[SparseLoraLayer, torch.Tensor] = {}
+        self.parts = [AdaptedLayer(layer, "default") for layer in sparse_layers(model)]
         self.steps = 0
+        for part in self.parts:
+            part.config.regrowth = RegrowthConfig(interval=INTERVAL, collect_steps=COLLECT_STEPS, fraction=REPLACED)
+            part.layer.allocate_training_state("default")
 
     def step(self, trial: Trial) -> None:
         """One training step that also collects."""
-        for layer in self.layers:
-            layer.sparse_lora_sink["default"] = lambda dense, layer=layer: self._see(layer, dense)
+        collectors = [CandidateCollector(part, starts=self.steps == 0) for part in self.parts]
+        for collector in collectors:
+            collector.part.layer.sparse_lora_sink["default"] = collector
         trial.step()
-        for layer in self.layers:
-            del layer.sparse_lora_sink["default"]
+        for collector in collectors:
+            collector.finish_step()
+            del collector.part.layer.sparse_lora_sink["default"]
         self.steps += 1
-
-    def _see(self, layer: SparseLoraLayer, dense: torch.Tensor) -> None:
-        grid = layer.sparse_lora_grid["default"]
-        if layer not in self.units:
-            self.units[layer] = top_units(make_score("magnitude")(dense, grid), layer.units("default").numel())
-        seen = grid.gather(dense, self.units[layer]).float()
-        if layer in self.sums:
-            self.sums[layer] += seen
-            self.squares[layer].addcmul_(seen, seen)
-        else:
-            self.sums[layer], self.squares[layer] = seen, seen.square()
 
 
 @torch.no_grad()
 def move_supports(collection: Collection, optimizer: torch.optim.Optimizer, fraction: float = REPLACED) -> int:
     """End a phase: the smallest values of every support give way to its best candidates. Returns the units moved."""
     moved = 0
-    for layer in collection.layers:
-        values, old = layer.sparse_lora_values["default"], layer.units("default").long()
-        wanted = max(1, round(fraction * old.numel()))
-        candidates = collection.units[layer].long()
-        fresh = (~torch.isin(candidates, old, assume_unique=True)).nonzero().squeeze(1)
-        sums = collection.sums[layer].index_select(0, fresh)
-        best = _size(sums).topk(min(wanted, fresh.numel())).indices
-        kept_old = _size(values).topk(old.numel() - best.numel()).indices.sort().values
-        grown = candidates[fresh[best]]
-        units, order = torch.cat([old[kept_old], grown]).sort()
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        kept_new, seeded_new = place[: kept_old.numel()], place[kept_old.numel() :]
-        squares = collection.squares[layer].index_select(0, fresh[best])
-        seeds = adam_seeds(sums[best] / collection.steps, squares / collection.steps, collection.steps)
-        del seeds["step"]  # torch's AdamW counts one step for all
-        move_optimizer_state(optimizer, values, kept_old, kept_new, seeded=seeds, seeded_new=seeded_new)
-        move_rows(values, kept_old, kept_new)
-        layer.write_support("default", units)
-        layer.units("default")
-        moved += best.numel()
+    for part in collection.parts:
+        collector, age = CandidateCollector(part), collection.steps
+        gradients, squares = collector.sums
+        count = max(1, round(fraction * part.units.numel()))
+        units = choose_units(part.units, unit_sums(part.values.data), collector.units, gradients, count)
+        means = {"grad_mean": gradients / age, "grad_sq_mean": squares / age}
+        moved += replace_units(part, units, optimizer, {"units": collector.units, "age": age, **means})
+        part.layer.drop_training_state("default")
+        part.config.regrowth = None
     return moved
-
-
-def _size(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().abs() if values.dim() == 1 else values.detach().abs().flatten(1).sum(1)

@@ -70,9 +70,9 @@ def test_gradients_and_adam_take_twelve_bytes_a_number(run):
     for method in ("lora", *OURS):
         scalars = rows[method]["gradient_optimizer_bytes"] - 12 * rows[method]["trained_numbers"]
         assert 0 <= scalars <= 4 * 3 * len(WEIGHTS)  # Adam's step counts
-    assert rows["entry"]["age_bytes"] == 4 * LORA_NUMBERS
-    # int32 units and at least a byte a gap
-    assert rows["entry"]["index_bytes"] >= 5 * LORA_NUMBERS
+    # int16 ages; int16 columns and at least a byte a gap
+    assert rows["entry"]["age_bytes"] == 2 * LORA_NUMBERS
+    assert rows["entry"]["index_bytes"] >= 3 * LORA_NUMBERS
     assert rows["column"]["index_bytes"] < 2000
 
 
