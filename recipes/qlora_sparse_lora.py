@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback, callbacks_for
+from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback, callbacks_for, methods
 from hf_sparse_peft.hub import push_to_hub, save_adapter
 from hf_sparse_peft.methods import aged_adamw
 
@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 # Relative, so that the adapter names its base without naming the machine it was trained on.
 DEMO_BASE = os.path.join(".", os.path.relpath(HERE / "demo_base"))
 DEMO_YAML = HERE / "qlora_sparse_lora.yaml"
+SCHEDULE_METHODS = {"regrowth": "spiel-ag", "pruning": "gradual-pruning", "rank_allocation": "adalora"}
 
 
 @dataclass
@@ -144,16 +145,21 @@ def main(argv: list[str]) -> dict[str, float]:
         "trainable_before": trainable_before,
         "trainable": model.get_nb_trainable_parameters()[0],
     }
-    return finish(model, trainer, telemetry, figures, args, push)
+    data = recipe.dataset_name or "word problems that recipes/demo_data.py generates"
+    return finish(model, trainer, telemetry, figures, args, push, data)
 
 
-def finish(model, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool) -> dict[str, float]:
+def finish(model, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool, data: str) -> dict:
     """Write the adapter, its card and the picture; print the table."""
     output = Path(args.output_dir)
     folder = output / "adapter"
+    config = model.peft_config["default"]
+    used = [name for field, name in SCHEDULE_METHODS.items() if getattr(config, field) is not None]
     card = {
         "metrics": {key: round(value, 4) for key, value in figures.items()},
-        "method": "SparseLora: SpIEL-AG regrowth, cubic pruning, AdaLoRA rank allocation",
+        "method": " + ".join(used) or "sparse-lora",
+        "paper": "; ".join(methods.describe(name).paper for name in used) or None,
+        "training_data": data,
         "notes": f"Trained for {trainer.state.global_step} steps by recipes/qlora_sparse_lora.py, seed {args.seed}.",
     }
     save_adapter(model, folder, **card)

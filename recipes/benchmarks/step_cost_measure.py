@@ -209,6 +209,7 @@ class Collection:
         self.steps = 0
         for part in self.parts:
             part.config.regrowth = RegrowthConfig(interval=INTERVAL, collect_steps=COLLECT_STEPS, fraction=REPLACED)
+            part.config._schedule_attended = True  # no Trainer here, and no warning that its callback is missing
             part.layer.allocate_training_state("default")
 
     def step(self, trial: Trial) -> None:
