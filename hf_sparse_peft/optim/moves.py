@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -179,6 +180,8 @@ def use_32bit_states(parameters: Tensor | Iterable[Tensor]) -> None:
     manager = GlobalOptimManager.get_instance()
     for p in parameters:  # one by one: override_config stores one shared dict for all the parameters of a call
         manager.override_config(p, "optim_bits", 32)
+        # The override is keyed by id(): without this, a later parameter that gets the freed one's id would inherit it.
+        weakref.finalize(p, manager.pid2config.pop, id(p), None).atexit = False
 
 
 def _move(tensor: Tensor, old: Tensor, new: Tensor, fill: float) -> None:

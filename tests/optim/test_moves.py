@@ -1,5 +1,6 @@
 """Moves: the state of a unit follows it bit for bit, and what cannot follow is refused before anything is written."""
 
+import gc
 import warnings
 
 import bitsandbytes as bnb
@@ -343,6 +344,17 @@ def test_the_32bit_override_reaches_only_the_named_parameters():
     assert optimizer.state[other]["state1"].dtype == torch.uint8
     with pytest.raises(ValueError, match="holds a str"):
         use_32bit_states(["lora_A"])
+
+
+def test_the_32bit_override_dies_with_its_parameter():
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    parameter = torch.nn.Parameter(torch.zeros(5000))
+    number = id(parameter)
+    use_32bit_states(parameter)
+    assert number in manager.pid2config
+    del parameter
+    gc.collect()
+    assert number not in manager.pid2config
 
 
 def test_state_of_an_unknown_shape_is_named_and_nothing_moves():
