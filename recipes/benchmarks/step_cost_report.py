@@ -95,7 +95,7 @@ BARS = (
     Bar("step time", {"block32": 1.00}, _time, "lora", ("bf16",), ("cuda",)),
     Bar("peak bytes", {"block32": 0.85}, _ratio("peak_bytes"), "lora", ("bf16",), ("cuda",)),
 )  # fmt: skip
-"""The bars of issue 3 that this benchmark can see, as upper limits."""
+"""The bars that this benchmark can see, as upper limits."""
 
 
 def check(report: dict[str, Any]) -> list[dict[str, Any]]:
