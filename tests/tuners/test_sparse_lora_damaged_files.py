@@ -132,6 +132,6 @@ def test_byte_truncated_safetensors_file_is_refused(base_of, tmp_path, part):
     length = int(len(content) * part) if isinstance(part, float) else part % len(content)
     (tmp_path / FILE).write_bytes(content[:length])
     base = base_of()
-    with pytest.raises(Exception, match=r"(?i)safetensors|header|deserializ|incomplete|too small|metadata") as error:
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors' is truncated"):
         PeftModel.from_pretrained(base, tmp_path)
-    assert type(error.value).__name__ in ("SafetensorError", "ValueError", "OSError")
+    assert not any("sparse_lora" in name for name, _ in base.named_modules()), "layers changed for a cut file"
