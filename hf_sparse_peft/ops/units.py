@@ -40,6 +40,10 @@ def unpack_entries(columns: torch.Tensor, row_ends: torch.Tensor, cols: int) -> 
     return torch.repeat_interleave(starts, counts, output_size=columns.numel()).add_(columns)
 
 
+def _has_flat_view(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
 def flat_index(weight: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A 1-D view of `weight`'s memory and the positions of the entry `units` in it (int64).
 
@@ -80,6 +84,9 @@ def _block_index(weight: torch.Tensor, units: torch.Tensor, block_size: int) -> 
 def read_units(weight: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0) -> torch.Tensor:
     """Values of `weight` at `units`, in the weight's dtype (see the module's table for shapes)."""
     if granularity == "entry":
+        if not _has_flat_view(weight):
+            units = units.long()
+            return weight[units // weight.shape[1], units % weight.shape[1]]
         flat, index = flat_index(weight, units)
         return flat.index_select(0, index)
     if granularity == "row":
@@ -93,7 +100,10 @@ def write_units_(
     weight: torch.Tensor, units: torch.Tensor, values: torch.Tensor, granularity: str, block_size: int = 0
 ) -> torch.Tensor:
     """Overwrite `weight` at the distinct `units` with `values` of the weight's dtype, in place; returns `weight`."""
-    if granularity == "entry":
+    if granularity == "entry" and not _has_flat_view(weight):
+        units = units.long()
+        weight[units // weight.shape[1], units % weight.shape[1]] = values
+    elif granularity == "entry":
         flat, index = flat_index(weight, units)
         flat.index_copy_(0, index, values)
     elif granularity == "row":

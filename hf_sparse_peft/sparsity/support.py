@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..ops import add_units_, read_units
+
 Granularity = Literal["entry", "block", "row", "column"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
@@ -114,7 +116,7 @@ class UnitGrid:
             ValueError: `dense` is not `[rows, cols]`.
         """
         self._check_dense(dense)
-        return self._read(dense, units.long())
+        return read_units(dense, units, self.granularity, self.block_size).contiguous()
 
     @torch.no_grad()
     def scatter_add_(self, dense: Tensor, units: Tensor, values: Tensor) -> Tensor:
@@ -134,19 +136,9 @@ class UnitGrid:
                 f"values have shape {tuple(values.shape)}, but {units.numel()} units of granularity "
                 f"'{self.granularity}' of a {self.rows}x{self.cols} weight take {expected}."
             )
-        u = units.long()
         # A delta cast to bf16 before the addition loses up to half its bits: one rounding, after the addition.
         wide = torch.promote_types(torch.promote_types(dense.dtype, values.dtype), torch.float32)
-        total = self._read(dense, u).to(wide).add_(values.to(wide)).to(dense.dtype)
-        if self.granularity == "row":
-            dense.index_copy_(0, u, total)
-        elif self.granularity == "column":
-            dense.index_copy_(1, u, total.t())
-        elif self.granularity == "block":
-            across = self.cols // self.block_size
-            self._blocks(dense)[u // across, :, u % across, :] = total
-        else:
-            dense[u // self.cols, u % self.cols] = total
+        add_units_(dense, units, values.to(wide), self.granularity, self.block_size)
         return dense
 
     def count_for_density(self, density: float, name: str = "") -> int:
@@ -175,18 +167,3 @@ class UnitGrid:
                 f"The weight has shape {tuple(dense.shape)}, but this support belongs to one of "
                 f"({self.rows}, {self.cols}). Pass the weight as [rows, cols] (transpose Conv1D, dequantise 4-bit)."
             )
-
-    def _blocks(self, dense: Tensor) -> Tensor:
-        size = self.block_size
-        # Splitting a dimension is a view whatever the strides, so writes reach the weight.
-        return dense.unflatten(1, (self.cols // size, size)).unflatten(0, (self.rows // size, size))
-
-    def _read(self, dense: Tensor, units: Tensor) -> Tensor:
-        if self.granularity == "row":
-            return dense.index_select(0, units)
-        if self.granularity == "column":
-            return dense.index_select(1, units).t().contiguous()
-        if self.granularity == "block":
-            across = self.cols // self.block_size
-            return self._blocks(dense)[units // across, :, units % across, :]
-        return dense[units // self.cols, units % self.cols]
