@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..callbacks import callbacks_for
 from ..optim import AgedAdamW, aged_adamw_groups
 
 OptimizerFactory = Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer]
+CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Method:
     config: PeftConfig
     make_optimizer: OptimizerFactory | None = None
     trainer_class: type[Trainer] = Trainer
+    make_callbacks: CallbackFactory = callbacks_for
+    """Most methods say everything in their config; one over upstream's configs brings its own callbacks here."""
     info: MethodInfo | None = None
 
     @property
@@ -51,7 +54,7 @@ class Method:
 
     def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
         """The callbacks that this method needs on `model`, an empty list for methods that only choose a support."""
-        return callbacks_for(model)
+        return self.make_callbacks(model)
 
     def optimizer(self, model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer | None:
         """The optimizer that the paper asks for, for `Trainer(optimizers=(optimizer, None))`; None: Trainer's own."""
@@ -75,8 +78,7 @@ def register(name: str, *, paper: str, moves: str, use_when: str, cost: str):
     def enter(build: Callable[..., Method]) -> Callable[..., Method]:
         @functools.wraps(build)
         def with_info(**options: Any) -> Method:
-            method = build(**options)
-            return Method(method.config, method.make_optimizer, method.trainer_class, _METHODS[name])
+            return replace(build(**options), info=_METHODS[name])
 
         _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info)
         return with_info
