@@ -6,7 +6,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from ..tuners.sparse_lora import SparseLoraConfig, sparse_layers
+from ..tuners import adapter_layers
 from .base import ScheduleCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
@@ -29,16 +29,16 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     Raises:
         TypeError: neither a config of this package nor a model with one of its adapters.
     """
-    if isinstance(model_or_config, SparseLoraConfig):
+    if hasattr(model_or_config, "asked_schedules"):
         configs = [model_or_config]
-    elif isinstance(model_or_config, nn.Module) and (layers := sparse_layers(model_or_config)):
-        configs = [layer.sparse_lora_config[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
+    elif isinstance(model_or_config, nn.Module) and (layers := adapter_layers(model_or_config)):
+        configs = [layer.adapter_configs[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
     else:
         raise TypeError(
-            "callbacks_for takes a SparseLoraConfig or a model that has such an adapter, not "
+            "callbacks_for takes a config of this package or a model that has such an adapter, not "
             f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
-    return [cls() for cls in SCHEDULE_CALLBACKS if any(getattr(config, cls.option) is not None for config in configs)]
+    return [cls() for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
 
 
 __all__ = [

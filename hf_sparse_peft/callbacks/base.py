@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, sparse_layers
+from ..tuners import AdapterLayer, adapter_layers
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
     """One layer's share of one adapter."""
 
-    layer: SparseLoraLayer
+    layer: AdapterLayer
     adapter: str
 
     @property
@@ -25,9 +26,9 @@ class AdaptedLayer:
         return self.layer.module_name
 
     @property
-    def config(self) -> SparseLoraConfig:
+    def config(self) -> PeftConfig:
         """The adapter's config, one object for all of its layers."""
-        return self.layer.sparse_lora_config[self.adapter]
+        return self.layer.adapter_configs[self.adapter]
 
     @property
     def values(self) -> nn.Parameter:
@@ -41,14 +42,14 @@ class AdaptedLayer:
 
 
 class ScheduleCallback(TrainerCallback):
-    """Base of the callbacks that carry out one schedule of `SparseLoraConfig`, on every trained adapter that asks.
+    """Base of the callbacks that carry out one schedule of a config, on every trained adapter that asks.
 
     A callback keeps no state of its own between steps: what a resumed run must find again lives in buffers of the
     layers, which Trainer saves and loads with the adapter, and everything else follows from the step number.
     """
 
     option: str = ""
-    """Field of `SparseLoraConfig` that this callback carries out."""
+    """Field of the config that this callback carries out."""
 
     def __init__(self) -> None:
         self.parts: list[AdaptedLayer] = []
@@ -67,15 +68,15 @@ class ScheduleCallback(TrainerCallback):
         self.total_steps = state.max_steps
         self.parts = [
             AdaptedLayer(layer, name)
-            for layer in sparse_layers(model)
+            for layer in adapter_layers(model)
             for name in layer.active_adapters
-            if name in layer.sparse_lora_config
-            and getattr(layer.sparse_lora_config[name], self.option) is not None
+            if name in layer.adapter_configs
+            and getattr(layer.adapter_configs[name], self.option, None) is not None
             and self.wants(layer, name)
         ]
         if not self.parts:
             raise ValueError(
-                f"{type(self).__name__} found no trained adapter whose SparseLoraConfig sets {self.option}. Set "
+                f"{type(self).__name__} found no trained adapter whose config sets {self.option}. Set "
                 f"{self.option}, or leave the callback out (callbacks_for(model) picks the right ones)."
             )
         for config in self.configs():
@@ -96,16 +97,16 @@ class ScheduleCallback(TrainerCallback):
         for config in self.configs():
             config.training_finished = True
 
-    def configs(self) -> list[SparseLoraConfig]:
+    def configs(self) -> list[PeftConfig]:
         """The configs concerned, each once."""
         return list({id(part.config): part.config for part in self.parts}.values())
 
-    def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
+    def wants(self, layer: AdapterLayer, adapter: str) -> bool:
         """Whether the layer has a trained part that this schedule moves."""
         held = layer.sparse_lora_values
         return adapter in held and held[adapter].requires_grad
 
-    def check_length(self, config: SparseLoraConfig) -> None:
+    def check_length(self, config: PeftConfig) -> None:
         """Refuse a schedule that cannot run in `self.total_steps` steps."""
 
 

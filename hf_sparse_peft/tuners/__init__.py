@@ -1,5 +1,6 @@
 """Floor 3: tuners, one package each; importing this package registers all of them with peft."""
 
+from .adapter_layer import AdapterLayer, adapter_layers
 from .sparse_lora import (
     PruningConfig,
     RankAllocationConfig,
@@ -10,10 +11,12 @@ from .sparse_lora import (
 )
 
 __all__ = [
+    "AdapterLayer",
     "PruningConfig",
     "RankAllocationConfig",
     "RegrowthConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
+    "adapter_layers",
 ]

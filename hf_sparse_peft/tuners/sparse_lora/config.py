@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +16,8 @@ from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
 ALLOCATIONS = ("uniform", "erdos_renyi", "global")
+SCHEDULES = ("regrowth", "pruning", "rank_allocation")
+"""Options that a callback carries out."""
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
@@ -113,6 +115,8 @@ class SparseLoraConfig(PeftConfig):
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
+    unattended: ClassVar[str] = "support and ranks will NOT move."
+    """What training without the callbacks means, for the warning."""
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
@@ -150,7 +154,12 @@ class SparseLoraConfig(PeftConfig):
     @property
     def has_schedule(self) -> bool:
         """Whether something happens during training that a callback has to do."""
-        return not self.training_finished and any((self.regrowth, self.pruning, self.rank_allocation))
+        return not self.training_finished and bool(self.asked_schedules)
+
+    @property
+    def asked_schedules(self) -> list[str]:
+        """Names of the options that ask for a schedule."""
+        return [name for name in SCHEDULES if getattr(self, name) is not None]
 
     def _check_choices(self) -> None:
         choices = {

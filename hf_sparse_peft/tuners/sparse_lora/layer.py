@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
 from ...ops import pack_entries, unpack_entries
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
+from ..adapter_layer import AdapterLayer
 from .config import SparseLoraConfig
 
 
-class SparseLoraLayer(BaseTunerLayer):
+class SparseLoraLayer(AdapterLayer):
     """What every adapted layer holds per adapter, keyed by adapter name.
 
     Parameters (trained): `values` (see `UnitGrid.values_shape`), `A` `[r, in]`, `B` `[out, r]`, `gate` `[r]` (only with
@@ -44,8 +43,7 @@ class SparseLoraLayer(BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
-        self.base_layer = base_layer
-        self.module_name = module_name
+        self.place_over(base_layer, module_name, **kwargs)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         for name in ("sparse_lora_support", "sparse_lora_rank_mask", *self.training_state_names):
@@ -57,11 +55,6 @@ class SparseLoraLayer(BaseTunerLayer):
         # Dense-gradient readers that a callback sets while it collects candidates.
         self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        base = self.get_base_layer()
-        self.in_features, self.out_features = _get_in_out_features(base)
-        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
 
     def update_layer(
         self,
@@ -108,10 +101,6 @@ class SparseLoraLayer(BaseTunerLayer):
         if not (config.inference_mode and config.init_weights):
             self.select_support(adapter_name)
 
-    def get_base_layer_device(self) -> torch.device | None:
-        """Device of the base layer's weight."""
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-
     def select_support(self, adapter_name: str) -> None:
         """Choose the adapter's first support by its config's criterion and write it."""
         config, grid = self.sparse_lora_config[adapter_name], self.sparse_lora_grid[adapter_name]
@@ -157,23 +146,17 @@ class SparseLoraLayer(BaseTunerLayer):
             self._add_state("sparse_lora_candidates", adapter_name, torch.zeros(shape[0], dtype=grid.index_dtype))
             self._add_state("sparse_lora_candidate_sums", adapter_name, torch.zeros(2, *shape))
 
-    def _add_state(self, name: str, adapter_name: str, tensor: torch.Tensor) -> None:
-        state = getattr(self, name)
-        if adapter_name not in state:
-            state[adapter_name] = tensor.to(self.get_base_layer_device())
-
-    def drop_training_state(self, adapter_name: str) -> None:
-        """Free what only a running schedule needs, so that it is not shipped with the adapter."""
-        for name in self.training_state_names:
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
         self._units.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     # Supports
+
+    @property
+    def adapter_configs(self) -> dict[str, SparseLoraConfig]:
+        """Config of each adapter of this layer, one object for all of its layers."""
+        return self.sparse_lora_config
 
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has a part of that adapter."""
@@ -258,24 +241,6 @@ class SparseLoraLayer(BaseTunerLayer):
         missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)
         return dead + missing * (self.in_features + self.out_features + 1)
 
-    # Base weights
-
-    def dense_base_weight(self) -> torch.Tensor:
-        """The base weight as `[out, in]`, dequantised if need be; for dense layers it shares the layer's memory."""
-        weight = self.get_base_weight()
-        return weight.t() if self.fan_in_fan_out else weight
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Whether the base layer stores its weight as `[in, out]`."""
-        return type(self.get_base_layer()).__name__ == "Conv1D" and self.quantization_backend is None
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so."""
-        delta = torch.zeros(self.out_features, self.in_features, device=self.get_base_layer_device())
-        self._add_delta_(delta, adapter_name)
-        return delta.t() if self.fan_in_fan_out else delta
-
     @torch.no_grad()
     def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
         if adapter_name in self.sparse_lora_A:
@@ -287,21 +252,3 @@ class SparseLoraLayer(BaseTunerLayer):
             units = self.units(adapter_name)
             values = self.sparse_lora_values[adapter_name][: units.numel()]
             self.sparse_lora_grid[adapter_name].scatter_add_(weight, units, values)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is additive, so peft may fit a LoRA to it."""
-        return True
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike upstream's, this keeps the dtype: values are fp32 masters, also over bf16 and 4-bit bases.
-        target = device if device is not None else self.get_base_layer_device()
-        if target is None:
-            return
-        for name in self.adapter_layer_names + self.other_param_names:
-            held = getattr(self, name)
-            if (
-                isinstance(held, (nn.ParameterDict, BufferDict))
-                and adapter_name in held
-                and not held[adapter_name].is_meta
-            ):
-                held[adapter_name] = held[adapter_name].to(target)

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...ops import DenseSource, Plan, Source, register_owner, sparse_linear, sparse_linear_node
-from .base_weight import compute_dtype, weight_source
+from ..adapter_layer import AdapterLayer, is_supported
+from ..base_weight import compute_dtype, weight_source
+from ..merge import MergeMixin
 from .layer import SparseLoraLayer
-from .merge import MergeMixin
 from .operands import Operands, combine
 
 
-def is_supported(base: nn.Module, backend: Any) -> bool:
-    """Whether the tuner can adapt `base`: `nn.Linear`, `Conv1D`, or a quantised linear layer that peft knows."""
-    if backend is not None:
-        return backend.layer_type == "linear"
-    return isinstance(base, (nn.Linear, Conv1D))
-
-
-class SparseLoraLinear(nn.Module, MergeMixin):
+class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
     r""":math:`Y = X W^\top + X S^\top + s\,((X A^\top) \odot g) B^\top + b` for the active adapters."""
 
     def __init__(
@@ -38,27 +30,7 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         self.register_load_state_dict_post_hook(_refresh_units)
         self.update_layer(adapter_name, **update)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Output of the base layer plus the active adapters' updates.
-
-        `adapter_names` (one name a sample, `"__base__"` for none) runs a mixed batch.
-
-        Raises:
-            ValueError: `adapter_names` has another length than the batch, or comes with merged adapters.
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if self.holds(name)]
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._notice_missing_callbacks(active)
-        return self._adapted(x, active, *args, **kwargs)
+    forward = AdapterLayer.forward  # nn.Module comes first, with a forward that only raises
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         source = None if args or kwargs else weight_source(self)
@@ -140,44 +112,6 @@ class SparseLoraLinear(nn.Module, MergeMixin):
         if not sinks:
             return None
         return sinks[0] if len(sinks) == 1 else lambda dense: [sink(dense) for sink in sinks]
-
-    def _mixed_batch(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`."
-            )
-        result = None
-        for name in sorted(set(adapter_names)):
-            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-            part = x.index_select(0, rows)
-            y = (
-                self._adapted(part, [name], *args, **kwargs)
-                if self.holds(name)
-                else self.base_layer(part, *args, **kwargs)
-            )
-            result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
-            result = result.index_copy(0, rows, y)
-        return result
-
-    def _notice_missing_callbacks(self, active: list[str]) -> None:
-        for name in active:
-            config = self.sparse_lora_config[name]
-            # The flag sits on the config because every layer of the adapter shares that object.
-            if not config.has_schedule or getattr(config, "_schedule_attended", False):
-                continue
-            config._schedule_attended = True
-            asked = [f for f in ("regrowth", "pruning", "rank_allocation") if getattr(config, f) is not None]
-            warnings.warn(
-                f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
-                "support and ranks will NOT move. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, "
-                f"or set {' and '.join(asked)} to None in its SparseLoraConfig.",
-                stacklevel=2,
-            )
 
     def extra_repr(self) -> str:
         """Name of the quantisation backend, as upstream's layers show it."""

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .layer import SparseLoraLayer
+from .adapter_layer import AdapterLayer
 
 
 @lru_cache(None)
@@ -22,7 +22,7 @@ def _warn_requantised(backend: str) -> None:
     )
 
 
-class MergeMixin(SparseLoraLayer):
+class MergeMixin(AdapterLayer):
     """`merge` and `unmerge` of an adapted layer.
 
     The original weight (packed, where it is quantised) is kept aside while something is merged and put back by

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...ops import DenseSource, DequantizedSource, Source
+from ..ops import DenseSource, DequantizedSource, Source
 
 _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 

@@ -1,0 +1,180 @@
+"""What the adapted layers of every tuner share: their place in the model, training state, mixed batches, warnings."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_supported(base: nn.Module, backend: Any) -> bool:
+    """Whether a tuner can adapt `base`: `nn.Linear`, `Conv1D`, or a quantised linear layer that peft knows."""
+    if backend is not None:
+        return backend.layer_type == "linear"
+    return isinstance(base, (nn.Linear, Conv1D))
+
+
+class AdapterLayer(BaseTunerLayer):
+    r"""A linear layer with additive adapters, :math:`W + \sum \Delta W`, keyed by adapter name.
+
+    A tuner's layer names its tensors in `adapter_layer_names` (trained), `other_param_names` (everything else that is
+    keyed by adapter) and `training_state_names` (buffers that only a running schedule needs), and says what an adapter
+    is by `adapter_configs`, `holds`, `_add_delta_` and `_adapted`.
+    """
+
+    training_state_names: tuple[str, ...] = ()
+
+    def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        """Take `base_layer`'s place; the first thing a layer's constructor does."""
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+
+    @property
+    def adapter_configs(self) -> dict[str, PeftConfig]:
+        """Config of each adapter of this layer, one object for all of its layers."""
+        raise NotImplementedError
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has a part of that adapter."""
+        raise NotImplementedError
+
+    def allocate_training_state(self, adapter_name: str) -> None:
+        """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
+
+    def _add_state(self, name: str, adapter_name: str, tensor: torch.Tensor) -> None:
+        state = getattr(self, name)
+        if adapter_name not in state:
+            state[adapter_name] = tensor.to(self.get_base_layer_device())
+
+    def drop_training_state(self, adapter_name: str) -> None:
+        """Free what only a running schedule needs, so that it is not shipped with the adapter."""
+        for name in self.training_state_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+
+    # Base weights and deltas
+
+    def get_base_layer_device(self) -> torch.device | None:
+        """Device of the base layer's weight."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def dense_base_weight(self) -> torch.Tensor:
+        """The base weight as `[out, in]`, dequantised if need be; for dense layers it shares the layer's memory."""
+        weight = self.get_base_weight()
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as `[in, out]`."""
+        return type(self.get_base_layer()).__name__ == "Conv1D" and self.quantization_backend is None
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so."""
+        delta = torch.zeros(self.out_features, self.in_features, device=self.get_base_layer_device())
+        self._add_delta_(delta, adapter_name)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
+        """Add the adapter's update to the fp32 `[out, in]` matrix `weight`, in place."""
+        raise NotImplementedError
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the update is additive, so peft may fit a LoRA to it."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike upstream's, this keeps the dtype: values are fp32 masters, also over bf16 and 4-bit bases.
+        target = device if device is not None else self.get_base_layer_device()
+        if target is None:
+            return
+        for name in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, name)
+            if (
+                isinstance(held, (nn.ParameterDict, BufferDict))
+                and adapter_name in held
+                and not held[adapter_name].is_meta
+            ):
+                held[adapter_name] = held[adapter_name].to(target)
+
+    # Forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Output of the base layer plus the active adapters' updates.
+
+        `adapter_names` (one name a sample, `"__base__"` for none) runs a mixed batch.
+
+        Raises:
+            ValueError: `adapter_names` has another length than the batch, or comes with merged adapters.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = [name for name in self.active_adapters if self.holds(name)]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._notice_missing_callbacks(active)
+        return self._adapted(x, active, *args, **kwargs)
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Output with the adapters `names`, at least one, all held."""
+        raise NotImplementedError
+
+    def _mixed_batch(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`."
+            )
+        result = None
+        for name in sorted(set(adapter_names)):
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+            part = x.index_select(0, rows)
+            y = (
+                self._adapted(part, [name], *args, **kwargs)
+                if self.holds(name)
+                else self.base_layer(part, *args, **kwargs)
+            )
+            result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
+            result = result.index_copy(0, rows, y)
+        return result
+
+    def _notice_missing_callbacks(self, active: list[str]) -> None:
+        for name in active:
+            config = self.adapter_configs[name]
+            # The flag sits on the config because every layer of the adapter shares that object.
+            if not config.has_schedule or getattr(config, "_schedule_attended", False):
+                continue
+            config._schedule_attended = True
+            asked = config.asked_schedules
+            warnings.warn(
+                f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
+                f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "
+                f"{' and '.join(asked)} to None in its {type(config).__name__}.",
+                stacklevel=2,
+            )
+
+
+def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
+    """All layers of `model` with an adapter of this package, of whichever tuner, in model order."""
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]

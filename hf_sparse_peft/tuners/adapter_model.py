@@ -1,0 +1,153 @@
+"""What the tuner models share: injection whole or not at all, dtypes, mixed batches, merge errors."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from torch import nn
+
+from .adapter_layer import AdapterLayer
+from .base_weight import keep_4bit_weight_stable
+
+
+class AdapterModel(BaseTuner):
+    """Base of the tuner models; `prefix` and `tuner_layer_cls` (an `AdapterLayer`) say which tuner it is."""
+
+    tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _targets_of_state_dict: set[str] | None = None
+    _unloaded_layers: list[AdapterLayer] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        except Exception:
+            getattr(model, "peft_config", {}).pop(adapter_name, None)
+            raise
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Inject the adapter into every target or, where one of them refuses it, into none."""
+        if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.Module(), adapter_name):
+            raise ValueError(f"adapter_name={adapter_name!r} is taken by torch's own modules; choose another name.")
+        self._targets_of_state_dict = None
+        if state_dict is not None:
+            self._targets_of_state_dict = {
+                key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict
+            }
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            self._take_out(model, adapter_name)
+            raise
+
+    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo an injection that failed half-way."""
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, self.tuner_layer_cls) or adapter_name not in module.adapter_configs:
+                continue
+            if set(module.adapter_configs) == {adapter_name}:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+            else:
+                module.delete_adapter(adapter_name)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
+            keep_4bit_weight_stable(module)
+
+    def _is_target(self, peft_config: PeftConfig, key: str) -> bool:
+        if self._targets_of_state_dict is not None:
+            return key in self._targets_of_state_dict
+        return bool(self._check_target_module_exists(peft_config, key))
+
+    def adapted_layers(self) -> list[AdapterLayer]:
+        """All layers with an adapter of this tuner, in model order."""
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if any(p.is_meta for p in new_module.parameters()):
+            # Upstream moves the whole layer around an 8-bit base, which tensors on meta refuse; loading moves them.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.adapted_layers():
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            for name in layer.adapter_layer_names:
+                held = getattr(layer, name)
+                if adapter_name in held and dtype is not None and dtype.is_floating_point:
+                    cast = held[adapter_name].data.to(dtype)
+                    held[adapter_name] = nn.Parameter(cast, requires_grad=held[adapter_name].requires_grad)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = self.adapted_layers()
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._unloaded_layers = layers  # merge_errors() is asked afterwards
+        return unloaded
+
+    def merge_errors(self) -> dict[str, float]:
+        """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
+        layers = self._unloaded_layers or self.adapted_layers()
+        return {layer.module_name: layer.merge_error for layer in layers if layer.merge_error is not None}
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self.adapted_layers() for name in layer.adapter_configs}
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = adapter_names
+        if isinstance(beams, int) and beams > 1:
+            repeated = [name for name in adapter_names for _ in range(beams)]
+        # Beam search repeats the decoder's inputs only: an encoder keeps one name a sample.
+        encoder = (
+            self.model.get_encoder()
+            if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            else None
+        )
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
