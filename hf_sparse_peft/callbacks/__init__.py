@@ -12,6 +12,7 @@ from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
 from .telemetry import SupportTelemetryCallback
+from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 # In the order they must act at one step: prune, then regrow what is left.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
@@ -48,5 +49,8 @@ __all__ = [
     "RankReallocationCallback",
     "ScheduleCallback",
     "SupportTelemetryCallback",
+    "ZerothOrderCallback",
+    "ZerothOrderTrainer",
     "callbacks_for",
+    "zeroth_order_optimizer",
 ]

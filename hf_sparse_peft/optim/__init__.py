@@ -3,14 +3,19 @@
 from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, use_32bit_states
 from .sm3 import SparseSM3
+from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
+from .zeroth_order_log import replay
 
 __all__ = [
     "AgedAdamW",
     "SparseSM3",
+    "ZerothOrderSGD",
     "adam_seeds",
     "aged_adamw_groups",
     "bias_correction",
     "move_optimizer_state",
     "move_rows",
+    "replay",
     "use_32bit_states",
+    "zeroth_order_groups",
 ]

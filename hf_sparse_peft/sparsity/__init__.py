@@ -15,6 +15,7 @@ from .allocation import (
     global_counts,
     uniform_counts,
 )
+from .bits import pack_bits, unpack_bits
 from .codec import HEADER_BYTES, codes_length, decode_support, encode_support
 from .schedules import (
     SCHEDULES,
@@ -58,9 +59,11 @@ __all__ = [
     "global_counts",
     "make_schedule",
     "make_score",
+    "pack_bits",
     "random_units",
     "select_units",
     "stream_seed",
     "top_units",
     "uniform_counts",
+    "unpack_bits",
 ]

@@ -1,12 +1,12 @@
 """Methods by name: what the registry promises about each."""
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.methods import registry
-from hf_sparse_peft.optim import AgedAdamW
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path)
     assert len(method.callbacks(model)) == asked
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     optimizer = method.optimizer(model, args)
-    assert optimizer is None or isinstance(optimizer, AgedAdamW)
+    assert optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
     assert method.paper
     assert method.info.name == name
 
