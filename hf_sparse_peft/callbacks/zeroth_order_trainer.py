@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from ..optim.zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from ..optim.zeroth_order_log import LOG_NAME, ZerothOrderLog
-from ..tuners.sparse_lora import sparse_layers
-from ..tuners.sparse_lora.base_weight import keep_4bit_weight_stable
+from ..tuners import adapter_layers
+from ..tuners.base_weight import keep_4bit_weight_stable
 from .base import all_reduce_mean
 
 logger = logging.get_logger(__name__)
@@ -123,9 +123,10 @@ class ZerothOrderCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Refuse schedules that cannot run, keep 4-bit weights as they are, begin or continue the log."""
-        for layer in sparse_layers(model):
+        for layer in adapter_layers(model):
             for name in layer.active_adapters:
-                _refuse_schedules(layer.sparse_lora_config.get(name))
+                if name in layer.adapter_configs:
+                    _refuse_schedules(layer.adapter_configs[name])
         for module in model.modules():  # forwards without gradients would repack 4-bit weights on a CPU
             keep_4bit_weight_stable(module)
         optimizer, self.log = zeroth_order_of(optimizer), None
@@ -184,7 +185,7 @@ def _refuse_unsuited(args: TrainingArguments) -> None:
 
 def _refuse_schedules(config: Any) -> None:
     for field in _NEED_GRADIENTS:
-        if getattr(config, field, None) is not None and not config.training_finished:
+        if field in config.asked_schedules and not config.training_finished:
             raise ValueError(
                 f"{field} needs gradients or leaves dead entries that noise would move, and zeroth-order training has "
                 f"no gradients: set {field}=None, or train with Trainer."

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import pack_bits, stream_seed, top_units, unpack_bits
+from .aged_adamw import _NO_DECAY
 from .layerwise_shift import layerwise_shift
 
 PERTURBATIONS = ("in_place", "layerwise")
@@ -262,8 +263,6 @@ def zeroth_order_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dic
     """
     from transformers.trainer_pt_utils import get_parameter_names
 
-    from .aged_adamw import _NO_DECAY
-
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY)) if weight_decay else set()
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -291,8 +290,7 @@ def magnitude_threshold(parameter: Tensor, share: float, name: str = "") -> Tens
     if threshold == 0:
         raise ValueError(
             f"sparsity={1 - share:g} gives '{name}' a threshold of 0: that share of it is zero, as in a new adapter, "
-            f"and "
-            "an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), set "
+            "and an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), set "
             "sparsity=0, or do not train this parameter."
         )
     return threshold
