@@ -1,61 +1,209 @@
-"""`SupportTelemetryCallback`: what lives where, over time."""
+"""`SupportTelemetryCallback`: what lives where, how old it is and how much of the gradient it sees, over time."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
 
-from ..tuners.sparse_lora import sparse_layers
+from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from .base import AdaptedLayer
+from .support_tracker import GradientShare, SupportTracker, quantiles
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "support_telemetry.safetensors"
 
 
 class SupportTelemetryCallback(TrainerCallback):
-    """Records each layer's density and rank every `every` steps, in `history` and in `support_log.jsonl`.
+    """Records every layer's support and rank every `every` steps, in `history` and in `support_log.jsonl`.
 
-    The file lies in the Trainer's `output_dir`; one line a record: `{"step", "density": {module: share of the weight's
-    units}, "rank": {module: components}}`. A resumed run appends after the step it resumed from.
+    List it behind the callbacks that move supports. The file lies in the Trainer's `output_dir`, one line a record:
+    `step`, and by module (`module:adapter` where several adapters are active)
+
+    - `density`: share of the weight's units that live; `rank`: living components;
+    - `churn`: share of the living units that did not live at the last record;
+    - `overlap`: share of the living units that lived when training began;
+    - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
+      unit (`AgedAdamW`), otherwise the updates since the unit entered; `age_source` says which;
+    - `gradient_share` (with `gradient_share=True`): share of the gradient's square that lies in the support, of the last
+      update (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
+      input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
+
+    `model` holds the whole model's figures, and the Trainer's log has them as `support/density` and so on. Reporters
+    (TensorBoard, W&B) stand before this callback in the Trainer's list: `attach(trainer)` lets them see these too.
+
+    A resumed run appends after the step it resumed from. For that every checkpoint gets `support_telemetry.safetensors`:
+    12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
     """
 
-    def __init__(self, every: int = 10, write: bool = True) -> None:
+    def __init__(self, every: int = 10, write: bool = True, gradient_share: bool = False) -> None:
         if every < 1:
             raise ValueError(f"every={every} is not a number of steps; give an integer >= 1.")
-        self.every, self.write = every, write
+        self.every, self.write, self.gradient_share = every, write, gradient_share
         self.history: list[dict] = []
+        self._trackers: dict[str, SupportTracker] = {}
+        self._watched: list[GradientShare] = []
+        self._attached = self._started = False
+
+    def attach(self, trainer: Trainer) -> SupportTelemetryCallback:
+        """Join `trainer` so that its reporters (TensorBoard, W&B, the progress bar) show the figures too; returns self."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        if not self._attached:
+            # Reporters come first in the list and would have sent the log before this callback fills it in.
+            trainer.callback_handler.callbacks.insert(0, _FillsLogsFirst(self))
+            self._attached = True
+        return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Forget records after the step that training starts from, then take the first."""
-        path = self._path(args)
-        kept = []
+        """Forget records after the step that training starts from."""
+        self._trackers, self._watched, self._started = {}, [], False
+        path, kept = self._path(args), []
         if state.global_step and path.exists():
             # A run that was killed may have left half a line at the end, which has no newline yet.
             lines = path.read_text().split("\n")[:-1]
-            kept = [record for record in map(json.loads, lines) if record["step"] < state.global_step]
+            kept = [record for record in map(json.loads, lines) if record["step"] <= state.global_step]
         self.history = kept
         if self.write and state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._record(args, state, model)
+        if args.report_to and not self._attached:
+            logger.warning(
+                f"{args.report_to} will not show support figures: call telemetry.attach(trainer) before train(). "
+                "They are in trainer.state.log_history and support_log.jsonl."
+            )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Take a record every `every` steps and at the last one."""
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._record(args, state, model)
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Take the first record, when all callbacks have chosen their supports; watch gradients of a recorded step."""
+        if not self._started:
+            self._start(args, state, model, optimizer)
+        if self.gradient_share and self._records_after(state.global_step + 1, state):
+            for layer in sparse_layers(model):
+                names = [name for name in layer.active_adapters if name in layer.sparse_lora_values]
+                if names:
+                    layer.sparse_lora_observer = GradientShare(layer, names)
+                    self._watched.append(layer.sparse_lora_observer)
 
-    def _record(self, args, state, model) -> None:
-        record = {"step": state.global_step, "density": {}, "rank": {}}
-        for layer in sparse_layers(model):
-            for name in layer.active_adapters:
-                if name in layer.sparse_lora_values:
-                    share = layer.units(name).numel() / layer.sparse_lora_grid[name].num_units
-                    record["density"][layer.module_name] = share
-                if name in layer.sparse_lora_A:
-                    record["rank"][layer.module_name] = layer.alive_components(name)
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Stop watching."""
+        for share in self._watched:
+            share.layer.sparse_lora_observer = None
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Follow the moves; take a record every `every` steps and at the last one."""
+        for tracker in self._trackers.values():
+            tracker.follow(state.global_step)
+        if self._records_after(state.global_step, state):
+            self._record(args, state, model, optimizer)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Put the last record's figures into the Trainer's history."""
+        if "loss" in (logs or {}) and state.log_history:
+            state.log_history[-1].update(self.latest())
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Leave in the checkpoint what a resumed run needs."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.write and self._trackers and state.is_world_process_zero and folder.exists():
+            tensors = {f"{key}/{name}": t for key, tr in self._trackers.items() for name, t in tr.state().items()}
+            save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / STATE_FILE)
+
+    def latest(self) -> dict[str, float]:
+        """Figures of the whole model at the last record, under the keys of the Trainer's log."""
+        figures = self.history[-1]["model"] if self.history else {}
+        return {f"support/{name}": value for name, value in figures.items() if value is not None}
+
+    def _records_after(self, update: int, state) -> bool:
+        return update % self.every == 0 or update == state.max_steps
+
+    def _start(self, args, state, model, optimizer) -> None:
+        self._started = True
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        saved = load_file(file) if state.global_step and file.exists() else {}
+        for layer, name, key in _parts(model):
+            if name in layer.sparse_lora_values:
+                known = {n: saved[f"{key}/{n}"] for n in ("initial", "recorded", "entered") if f"{key}/{n}" in saved}
+                self._trackers[key] = SupportTracker(AdaptedLayer(layer, name), state.global_step, known)
+        if state.global_step and self._trackers and not saved and state.is_world_process_zero:
+            logger.warning(f"No {file}: ages, churn and overlap count from step {state.global_step}.")
+        if not self.history:
+            self._record(args, state, model, optimizer)
+
+    def _record(self, args, state, model, optimizer) -> None:
+        record: dict[str, Any] = {"step": state.global_step, "density": {}, "rank": {}, "churn": {}, "overlap": {}}
+        record |= {"age": {}, "gradient_share": {}}
+        squares = {id(share.layer): dict(zip(["", *share.adapters], share.squares())) for share in self._watched}  # noqa: B905
+        self._watched = []
+        total = dict.fromkeys(("entries", "numel", "alive", "fresh", "initial", "seen", "square"), 0.0)
+        for layer, name, key in _parts(model):
+            if key in self._trackers:
+                self._record_support(record, total, key, squares.get(id(layer)), state.global_step, optimizer)
+            if name in layer.sparse_lora_A:
+                record["rank"][key] = layer.alive_components(name)
+        record["model"] = _whole_model(record, total)
         self.history.append(record)
         if self.write and state.is_world_process_zero:
             with self._path(args).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
+    def _record_support(self, record, total, key: str, squares: dict | None, step: int, optimizer: Any) -> None:
+        tracker = self._trackers[key]
+        grid, counts = tracker.part.layer.sparse_lora_grid[tracker.part.adapter], tracker.counts()
+        alive = counts["alive"]
+        record["density"][key] = alive / grid.num_units
+        record["churn"][key], record["overlap"][key] = counts["fresh"] / max(alive, 1), counts["initial"] / max(alive, 1)
+        record["age_source"], ages = tracker.ages(step, optimizer)
+        record["age"][key] = quantiles(ages)
+        for name, count in counts.items():
+            total[name] += count
+        total["entries"] += alive * grid.unit_numel
+        total["numel"] += grid.rows * grid.cols
+        if squares and math.isfinite(squares[""]) and squares[""] > 0:
+            record["gradient_share"][key] = squares[tracker.part.adapter] / squares[""]
+            total["seen"] += squares[tracker.part.adapter]
+            total["square"] += squares[""]
+        tracker.mark_recorded()
+
     @staticmethod
     def _path(args) -> Path:
         return Path(args.output_dir) / "support_log.jsonl"
+
+
+class _FillsLogsFirst(TrainerCallback):
+    def __init__(self, telemetry: SupportTelemetryCallback) -> None:
+        self.telemetry = telemetry
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in (logs or {}):
+            logs.update(self.telemetry.latest())
+
+
+def _parts(model: torch.nn.Module) -> list[tuple[SparseLoraLayer, str, str]]:
+    """Layer, active adapter and the key of the two in a record."""
+    found = []
+    for layer in sparse_layers(model):
+        names = [name for name in layer.active_adapters if layer.holds(name)]
+        found += [(layer, n, layer.module_name if len(names) == 1 else f"{layer.module_name}:{n}") for n in names]
+    return found
+
+
+def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    if total["numel"]:
+        figures["density"] = total["entries"] / total["numel"]
+        figures["churn"] = total["fresh"] / max(total["alive"], 1)
+        figures["overlap"] = total["initial"] / max(total["alive"], 1)
+        medians = [ages[2] for ages in record["age"].values() if ages]
+        figures["age_median"] = sum(medians) / max(len(medians), 1)
+    if total["square"]:
+        figures["gradient_share"] = total["seen"] / total["square"]
+    if record["rank"]:
+        figures["rank"] = sum(record["rank"].values()) / len(record["rank"])
+    return figures

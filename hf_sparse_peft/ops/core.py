@@ -6,6 +6,7 @@ r"""The products behind `sparse_linear` and their gradients, without autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,6 +44,13 @@ class Plan:
     """`s`, the scaling of the low-rank half."""
     gradient_sink: GradientSink | None = None
     """Called in the backward pass, once per micro-batch."""
+    gradient_observer: Callable[[torch.Tensor], None] | None = None
+    """Shown the dense gradient `[rows, cols]` as well, from a product of its own: what is watched rounds no differently."""
+
+    @property
+    def shows_gradient(self) -> bool:
+        """Whether somebody wants to see the dense gradient."""
+        return self.gradient_sink is not None or self.gradient_observer is not None
 
 
 class Operands(NamedTuple):
@@ -71,7 +79,7 @@ class Gradients(NamedTuple):
 
 def keeps_columns_only(plan: Plan, operands: Operands) -> bool:
     """Whether the backward pass needs no more of `x` than the columns of the support."""
-    return plan.granularity == "column" and operands.A is None and plan.gradient_sink is None
+    return plan.granularity == "column" and operands.A is None and not plan.shows_gradient
 
 
 def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands, thread: int) -> torch.Tensor:
@@ -156,6 +164,8 @@ def _dense_support(support: Support, plan: Plan, like: torch.Tensor) -> torch.Te
 def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Tensor | None:
     values, units, row_ends = operands.values, operands.units, operands.row_ends
     sink = plan.gradient_sink
+    if plan.gradient_observer is not None:
+        plan.gradient_observer(dy.t() @ x2d)
     if sink is not None:
         wanted = sink.wanted_units() if hasattr(sink, "wanted_units") else None
         if wanted is None:

@@ -70,7 +70,7 @@ class _SparseLinear(torch.autograd.Function):
     def forward(ctx, x, values, units, A, B, gate, bias, row_ends, plan: Plan):
         operands = Operands(values, units, A, B, gate, bias, row_ends)
         ctx.plan, ctx.thread, ctx.x_shape, ctx.x_dtype = plan, threading.get_ident(), x.shape, x.dtype
-        needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.gradient_sink is not None
+        needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.shows_gradient
         ctx.columns_only = keeps_columns_only(plan, operands)
         with _without_autocast(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)

@@ -41,6 +41,8 @@ class SparseLoraLayer(AdapterLayer):
         "sparse_lora_scaling",
         "sparse_lora_sink",
     )
+    sparse_lora_observer: Callable[[torch.Tensor], None] | None = None
+    """Shown the layer's dense gradient `[out, in]` in every eager backward pass, without any effect on training."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)

@@ -68,8 +68,9 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         tensors = {**support, "bias": bias, **low_rank}
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
-            sink = None if operands.values is None else self.runtime_sink()
-            plan = Plan(self.out_features, self.in_features, dtype, source, gradient_sink=sink, **cut)
+            if operands.values is not None:
+                cut |= {"gradient_sink": self.runtime_sink(), "gradient_observer": self.sparse_lora_observer}
+            plan = Plan(self.out_features, self.in_features, dtype, source, **cut)
             return sparse_linear(x, plan, **tensors)
         dense = isinstance(source, DenseSource)
         return sparse_linear_node(
