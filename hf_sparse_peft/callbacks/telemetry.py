@@ -32,15 +32,15 @@ class SupportTelemetryCallback(TrainerCallback):
     - `overlap`: share of the living units that lived when training began;
     - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
       unit (`AgedAdamW`), otherwise the updates since the unit entered; `age_source` says which;
-    - `gradient_share` (with `gradient_share=True`): share of the gradient's square that lies in the support, of the last
-      update (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
+    - `gradient_share` (with `gradient_share=True`): share of the last update's squared gradient that lies in the support
+      (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
       input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
 
     `model` holds the whole model's figures, and the Trainer's log has them as `support/density` and so on. Reporters
     (TensorBoard, W&B) stand before this callback in the Trainer's list: `attach(trainer)` lets them see these too.
 
-    A resumed run appends after the step it resumed from. For that every checkpoint gets `support_telemetry.safetensors`:
-    12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
+    A resumed run appends after the step it resumed from. Every checkpoint gets `support_telemetry.safetensors` for that: 12 bytes a
+    unit, which is also the memory that telemetry takes (`SupportTracker`).
     """
 
     def __init__(self, every: int = 10, write: bool = True, gradient_share: bool = False) -> None:
@@ -53,7 +53,7 @@ class SupportTelemetryCallback(TrainerCallback):
         self._attached = self._started = False
 
     def attach(self, trainer: Trainer) -> SupportTelemetryCallback:
-        """Join `trainer` so that its reporters (TensorBoard, W&B, the progress bar) show the figures too; returns self."""
+        """Join `trainer` so that its reporters (TensorBoard, W&B) show the figures too; returns self."""
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         if not self._attached:
@@ -158,7 +158,10 @@ class SupportTelemetryCallback(TrainerCallback):
         grid, counts = tracker.part.layer.sparse_lora_grid[tracker.part.adapter], tracker.counts()
         alive = counts["alive"]
         record["density"][key] = alive / grid.num_units
-        record["churn"][key], record["overlap"][key] = counts["fresh"] / max(alive, 1), counts["initial"] / max(alive, 1)
+        record["churn"][key], record["overlap"][key] = (
+            counts["fresh"] / max(alive, 1),
+            counts["initial"] / max(alive, 1),
+        )
         record["age_source"], ages = tracker.ages(step, optimizer)
         record["age"][key] = quantiles(ages)
         for name, count in counts.items():

@@ -45,7 +45,7 @@ class Plan:
     gradient_sink: GradientSink | None = None
     """Called in the backward pass, once per micro-batch."""
     gradient_observer: Callable[[torch.Tensor], None] | None = None
-    """Shown the dense gradient `[rows, cols]` as well, from a product of its own: what is watched rounds no differently."""
+    """Shown the dense gradient `[rows, cols]` too, from a product of its own: what is watched rounds no differently."""
 
     @property
     def shows_gradient(self) -> bool:

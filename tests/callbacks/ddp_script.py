@@ -1,8 +1,8 @@
-"""What every rank of `test_distributed.py` runs; also a single process, for comparison.
+"""What every rank of `test_distributed.py` runs, and the single process it is compared with.
 
-    torchrun --nproc_per_node 2 tests/callbacks/ddp_script.py OUT CASE
+    torchrun --nproc_per_node 2 tests/callbacks/ddp_script.py OUT '{"spiel-ag": {"density": 0.1}}'
 
-writes `OUT/rank<r>.pt`: after every step the supports, values, ranks and ages, and what the callbacks recorded.
+For every method it writes `OUT/<method>-rank<r>.pt`: the adapter's tensors after every step, or the error's text.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from callback_toolbox import TokenData, tiny_llama
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_sparse_peft import methods
 
@@ -29,32 +30,42 @@ class Recorder(TrainerCallback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        kept = {k.removeprefix("module."): v.detach().clone() for k, v in model.state_dict().items() if "lora_" in k}
-        self.steps.append(kept)
+        named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
+        self.steps.append({name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name})
 
 
-def main(out: Path, case: dict) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(1)
+def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """One short run; every rank draws from another global random stream, so that none agrees by luck."""
     args = TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
         weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
-        seed=11, lr_scheduler_type="constant", ddp_backend="gloo", **case.get("arguments", {}),
+        seed=11, lr_scheduler_type="constant",
     )  # fmt: skip
-    method = methods.get(case["name"], target_modules=["q_proj", "v_proj", "down_proj"], **case["options"])
+    method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
     base = tiny_llama()
-    # Ranks that draw from the global stream must not agree by luck.
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
-    torch.manual_seed(100 + rank)
     recorder = Recorder()
     trainer = method.trainer_class(
         model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],
         optimizers=(method.optimizer(model, args), None),
     )  # fmt: skip
-    assert isinstance(trainer, Trainer)
+    torch.manual_seed(100 + rank)
     trainer.train()
-    torch.save(recorder.steps, out / f"rank{rank}.pt")
+    return recorder.steps
+
+
+def main(out: Path, cases: dict[str, dict]) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)
+    for name, options in cases.items():
+        try:
+            result = course(name, options, out, rank, world)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, out / f"{name}-rank{rank}.pt")
+        if isinstance(result, str):
+            print(f"{name} on rank {rank}: {result}", file=sys.stderr)
 
 
 if __name__ == "__main__":

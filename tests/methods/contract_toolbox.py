@@ -47,7 +47,10 @@ FIRST_MICRO_BATCH = {"spiel-ag": "candidates come from the first micro-batch of 
 """Methods whose choice follows one micro-batch: their accumulation is compared on micro-batches that are all alike."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("identity", "snell"): "its factors start at random and the kernel of two random point sets is not 0 (as published)",
+    (
+        "identity",
+        "snell",
+    ): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("identity", "snella"): "as snell",
 }
 """(contract, method) -> why the method does not keep it. The tests hold these to be true, too."""

@@ -129,17 +129,15 @@ def agree(name, folder, kind, left: dict, right: dict) -> None:
     states = []
     for options in (left, right):
         model, method = adapted(name, folder / "base", kind)
-        if options.pop("checkpointing", False):
-            options["gradient_checkpointing"] = True
-            options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
         states.append(train(name, model, method, folder / "agree", max_steps=6, **options)[1])
     one, two = states
     assert one.keys() == two.keys()
     for key in one:
-        if one[key].is_floating_point() and key.startswith("model."):
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
-        elif not one[key].is_floating_point():
+        if not one[key].is_floating_point():
             assert torch.equal(one[key], two[key]), key
+        elif key.startswith("model."):
+            distance = (one[key] - two[key]).abs().max() if one[key].numel() else 0.0
+            assert distance <= 2e-4 + 1e-3 * one[key].abs().max(), f"{key}: {distance}"
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("nf4", marks=pytest.mark.slow)])
@@ -157,4 +155,5 @@ def test_two_micro_batches_are_one_batch_of_their_size(name, kind, folder):
 def test_gradient_checkpointing_changes_nothing(name, kind, folder):
     if excepted("checkpointing", name):
         pytest.skip(EXCEPTIONS["checkpointing", name])
-    agree(name, folder, kind, {"checkpointing": True}, {})
+    kept = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    agree(name, folder, kind, kept, {})
