@@ -11,6 +11,7 @@ from .base import ScheduleCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
+from .support_picture import draw_support_history
 from .telemetry import SupportTelemetryCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
@@ -52,5 +53,6 @@ __all__ = [
     "ZerothOrderCallback",
     "ZerothOrderTrainer",
     "callbacks_for",
+    "draw_support_history",
     "zeroth_order_optimizer",
 ]

@@ -32,15 +32,15 @@ class SupportTelemetryCallback(TrainerCallback):
     - `overlap`: share of the living units that lived when training began;
     - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
       unit (`AgedAdamW`), otherwise the updates since the unit entered; `age_source` says which;
-    - `gradient_share` (with `gradient_share=True`): share of the last update's squared gradient that lies in the support
+    - `gradient_share` (with `gradient_share=True`): share of the last update's squared gradient in the support
       (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
       input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
 
     `model` holds the whole model's figures, and the Trainer's log has them as `support/density` and so on. Reporters
     (TensorBoard, W&B) stand before this callback in the Trainer's list: `attach(trainer)` lets them see these too.
 
-    A resumed run appends after the step it resumed from. Every checkpoint gets `support_telemetry.safetensors` for that: 12 bytes a
-    unit, which is also the memory that telemetry takes (`SupportTracker`).
+    A resumed run appends after the step it resumed from. For that every checkpoint gets a file
+    `support_telemetry.safetensors`: 12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
     """
 
     def __init__(self, every: int = 10, write: bool = True, gradient_share: bool = False) -> None:

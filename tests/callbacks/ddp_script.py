@@ -24,10 +24,14 @@ STEPS, GLOBAL_BATCH = 10, 8
 
 
 class Recorder(TrainerCallback):
-    """Copies of what moves, after every step."""
+    """Copies of what moves, after every step; ranks draw from different global streams, so that none agrees by luck."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(100 * state.global_step + self.rank)  # after the sampler's draw of the epoch
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
@@ -35,7 +39,7 @@ class Recorder(TrainerCallback):
 
 
 def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-    """One short run; every rank draws from another global random stream, so that none agrees by luck."""
+    """One short run."""
     args = TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
         weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
@@ -45,12 +49,11 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
     base = tiny_llama()
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
-    recorder = Recorder()
+    recorder = Recorder(rank)
     trainer = method.trainer_class(
         model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],
         optimizers=(method.optimizer(model, args), None),
     )  # fmt: skip
-    torch.manual_seed(100 + rank)
     trainer.train()
     return recorder.steps
 
