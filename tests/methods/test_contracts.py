@@ -38,7 +38,7 @@ def course_of(folder):
 
 
 def test_exceptions_are_of_contracts_and_methods_that_exist():
-    contracts = {"identity", "accumulation", "checkpointing", "resume", "merge", "unmerge"}
+    contracts = {"identity", "loss", "accumulation", "checkpointing", "resume", "merge", "unmerge"}
     assert {contract for contract, _ in EXCEPTIONS} <= contracts
     assert all(EXCEPTIONS.values())
 
@@ -59,7 +59,7 @@ def test_training_changes_the_adapter_lowers_the_loss_and_stays_finite(name, kin
     assert all(torch.isfinite(tensor).all() for tensor in tensors)
     assert not torch.equal(course.logits["trained"], course.logits["start"])
     before, after = course.losses
-    assert after < before
+    assert after < before or excepted("loss", name)
 
 
 @EVERY_BASE
