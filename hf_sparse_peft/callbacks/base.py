@@ -40,6 +40,19 @@ class AdaptedLayer:
         """Living units, sorted."""
         return self.layer.units(self.adapter)
 
+    @property
+    def trained(self) -> torch.Tensor:
+        """Bool `[a]`: which living units train, that is, are not frozen."""
+        alive = self.units.numel()
+        if self.adapter in self.layer.sparse_lora_frozen:
+            return self.layer.sparse_lora_frozen[self.adapter][:alive] == 0
+        return torch.ones(alive, dtype=torch.bool, device=self.values.device)
+
+    @property
+    def trained_units(self) -> torch.Tensor:
+        """Units that train, sorted."""
+        return self.units[self.trained]
+
 
 class ScheduleCallback(TrainerCallback):
     """Base of the callbacks that carry out one schedule of a config, on every trained adapter that asks.
@@ -121,9 +134,22 @@ def _refuse_sharded(args: TrainingArguments) -> None:
             )
 
 
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The first rank's `tensor` on all ranks, of one shape everywhere; itself where nothing is distributed."""
+    if is_distributed():
+        tensor = tensor.contiguous()
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
+
+
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` averaged over all ranks, in place; itself where nothing is distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.all_reduce(tensor)
         tensor /= torch.distributed.get_world_size()
     return tensor

@@ -7,7 +7,7 @@ import torch
 from ..ops import read_units
 from ..sparsity import top_units
 from ..sparsity.scores import chunks_of
-from .base import AdaptedLayer, all_reduce_mean
+from .base import AdaptedLayer, all_reduce_mean, is_distributed
 
 # Gradient entries that are scored at once.
 _CHUNK = 1 << 20
@@ -55,7 +55,7 @@ class CandidateCollector:
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         if not self._count:
             # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.
-            dense = all_reduce_mean(dense.clone()) if _distributed() else dense
+            dense = all_reduce_mean(dense.clone()) if is_distributed() else dense
             self.overflowed = self.overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32)))
             if self.overflowed:
                 return  # nothing to rank by: the next step chooses
@@ -84,7 +84,3 @@ class CandidateCollector:
         if torch.isfinite(gradient).all():
             self.sums[0].add_(gradient)
             self.sums[1].add_(gradient.square())
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

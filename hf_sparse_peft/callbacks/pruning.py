@@ -58,9 +58,10 @@ class PruningCallback(ScheduleCallback):
         if config.regrowth is None:
             return update == end or (begin < update < end and (update - begin) % config.pruning.interval == 0)
         # Moves go on after the window; the share is constant there, so that pruning again does nothing.
-        if begin < update < self.total_steps and moves_after(config.regrowth, update):
+        if begin < update < self.total_steps and moves_after(config.regrowth, update, self.total_steps):
             return True
-        return update == end and not any(moves_after(config.regrowth, later) for later in range(end, self.total_steps))
+        later = range(end, self.total_steps)
+        return update == end and not any(moves_after(config.regrowth, step, self.total_steps) for step in later)
 
     def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any) -> None:
         targets = [max(1, round(share * part.values.shape[0])) for part in parts]

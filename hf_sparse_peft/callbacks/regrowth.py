@@ -1,4 +1,4 @@
-"""`MaskRegrowthCallback`: supports that move, SpIEL-AG."""
+"""`MaskRegrowthCallback`: supports that move."""
 
 from __future__ import annotations
 
@@ -6,41 +6,54 @@ from typing import Any
 
 import torch
 
-from ..sparsity import make_schedule, top_units
+from ..optim import SparseSM3, innermost
+from ..sparsity import make_schedule
 from ..tuners.sparse_lora import RegrowthConfig, SparseLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, unit_sums
+from .base import AdaptedLayer, ScheduleCallback
 from .candidates import CandidateCollector
-from .support_moves import replace_units
+from .drops import importance, step_sensitivity
+from .frozen_units import FrozenUnits, Settled, settle
+from .growth import GROWTH_RULES, Move, choose_units, mark_fired
+from .step_gradients import StepGradient
+from .support_moves import skip_update
 
 
 def is_collecting(config: RegrowthConfig, update: int) -> bool:
     """Whether the `update`-th optimizer step (from 1) collects gradients: the `collect_steps` up to a move."""
-    return (config.collect_steps - update) % config.interval < config.collect_steps
+    return config.collects and (config.first - update) % config.interval < config.collect_steps
 
 
-def moves_after(config: RegrowthConfig, update: int) -> bool:
-    """Whether the support moves after the `update`-th optimizer step: after `collect_steps` and every `interval` on."""
-    return update >= config.collect_steps and (update - config.collect_steps) % config.interval == 0
+def moves_after(config: RegrowthConfig, update: int, total_steps: int | None = None) -> bool:
+    """Whether the support moves after the `update`-th optimizer step: after `config.first` and every `interval` on, as
+    long as `update` is less than `stop_at` of `total_steps`. Never after the last update, where units would enter
+    untrained."""
+    if update < config.first or (update - config.first) % config.interval:
+        return False
+    return total_steps is None or update < config.stop_at * total_steps
 
 
 def replaced_fraction(config: RegrowthConfig, update: int, total_steps: int) -> float:
-    r"""Share of a layer's units that the move after `update` replaces: :math:`p(t) = p_0 (1 - t/T)` (linear),
-    :math:`p_0 (1 + \cos(\pi t/T))/2` (cosine), :math:`p_0`; 1 at the very first move with `replace_all_first`."""
-    if config.replace_all_first and update == config.collect_steps:
+    r"""Share of a layer's units that the move after `update` replaces: with :math:`T_e` the `stop_at` share of the
+    steps, :math:`p_e + (p_0 - p_e)(1 - t/T_e)` (linear), :math:`p_e + (p_0 - p_e)(1 + \cos(\pi t/T_e))/2` (cosine),
+    :math:`p_0 (p_e/p_0)^{t/T_e}` (exponential), :math:`p_0`; 1 at the very first move with `replace_all_first`."""
+    if config.replace_all_first and update == config.first:
         return 1.0
-    end = config.fraction if config.schedule == "constant" else 0.0
-    return make_schedule(config.schedule, config.fraction, end)(min(update / total_steps, 1.0))
+    schedule = make_schedule(config.schedule, config.fraction, config.final_fraction)
+    return schedule(min(update / (config.stop_at * total_steps), 1.0))
 
 
 class MaskRegrowthCallback(ScheduleCallback):
-    """Moves the supports of adapters that set `regrowth` (SpIEL-AG; Ansell et al., 2024).
+    """Moves the supports of adapters that set `regrowth`.
 
-    In the `collect_steps` before a move every layer's dense gradient is read inside its backward pass and reduced to
-    `k` candidates. At the move each layer drops its units with the smallest sum of |value| and grows the candidates
-    with the largest |summed gradient|. A unit that is dropped and grown at once keeps value and moments; grown ones
-    start at value 0, with moments and age seeded from their candidate gradients.
+    At a move each layer drops the least important of its trained units (`callbacks.drops`) and grows as many
+    (`callbacks.growth`). A unit that is dropped and grown at once keeps value and optimizer state; grown ones start at
+    value 0 with zero state, SpIEL-AG's with moments and age seeded from their candidate gradients. With
+    `retired_share` whoever leaves with a learned change keeps it (`callbacks.frozen_units`).
 
-    Two departures from the official code, both its faults: squares are those of whole optimizer steps, not of
+    Dense gradients are read inside each layer's backward pass and reduced there: SpIEL-AG's in the `collect_steps`
+    before a move (`CandidateCollector`), RigL's at the step of the move (`StepGradient`).
+
+    Two departures from SpIEL's official code, both its faults: squares are those of whole optimizer steps, not of
     micro-batches, and every phase collects `collect_steps` updates (the code: one more in all but the first).
     """
 
@@ -49,94 +62,153 @@ class MaskRegrowthCallback(ScheduleCallback):
     def __init__(self) -> None:
         super().__init__()
         self.collectors: list[CandidateCollector] = []
+        self.readings: dict[AdaptedLayer, StepGradient] = {}
+        self.sensitivities: dict[AdaptedLayer, torch.Tensor | None] = {}
+        self.frozen = FrozenUnits()
         self.replaced: list[dict[str, Any]] = []
-        """One record a move: step, units replaced, units alive."""
+        """One record a move: step, units replaced, units alive, and with `retired_share` units retired and lost."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Find the layers; forget what a run that was broken off left behind."""
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Find the layers; forget what a run that was broken off left behind.
+
+        Raises:
+            ValueError: the schedule is longer than the run, the optimizer is not the one that `grow` needs, or fp16
+                without clipping cannot leave a step out.
+        """
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        self.collectors = []
+        self.collectors, self.readings, self.sensitivities = [], {}, {}
         for part in self.parts:
             part.layer.sparse_lora_sink.pop(part.adapter, None)
+        self.frozen.attach(self.parts)
+        for config in self.configs():
+            if config.regrowth.grow == "sm3":
+                _require_sm3(optimizer)
+            if config.regrowth.skip_step and getattr(args, "fp16", False) and not args.max_grad_norm:
+                raise ValueError(
+                    "regrowth.skip_step leaves out an update, which fp16's gradient scaler refuses without clipping. "
+                    "Set max_grad_norm above 0, train in bf16, or set skip_step=False."
+                )
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """At least one move, and an update after it, must fit into the run."""
-        if config.regrowth.collect_steps >= self.total_steps:
+        regrowth = config.regrowth
+        if not moves_after(regrowth, regrowth.first, self.total_steps):
+            timing = "first_move" if regrowth.first_move is not None else "interval"
+            if regrowth.first_move is None and regrowth.first == regrowth.collect_steps:
+                timing = "collect_steps"
             raise ValueError(
-                f"regrowth.collect_steps={config.regrowth.collect_steps} is not less than the run's {self.total_steps} "
-                "steps: the support would never move. Train longer, lower it, or set regrowth=None."
+                f"regrowth.{timing}={regrowth.first} is not less than stop_at={regrowth.stop_at} of the run's "
+                f"{self.total_steps} steps: the support would never move. Train longer, lower it, or set regrowth=None."
             )
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Listen to dense gradients where the coming step collects."""
+        """Listen to dense gradients where the coming step needs them."""
         update = state.global_step + 1
         for part in self.parts:
-            if is_collecting(part.config.regrowth, update):
-                # Phases start right after a multiple of the interval, so a resumed run knows where it stands.
-                starts = (update - 1) % part.config.regrowth.interval == 0
+            config = part.config.regrowth
+            due = update + (config.first - update) % config.interval
+            if is_collecting(config, update) and moves_after(config, due, self.total_steps):
+                # The phase's place follows from the step number, so a resumed run knows where it stands.
+                starts = (config.first - update) % config.interval == config.collect_steps - 1
                 collector = CandidateCollector(part, starts)
                 part.layer.sparse_lora_sink[part.adapter] = collector
                 self.collectors.append(collector)
+            elif config.grow == "gradient" and moves_after(config, update, self.total_steps):
+                count = self._count(part, update)
+                factor = config.grow_options.get("candidates")
+                reading = StepGradient(part, count, args.gradient_accumulation_steps, factor)
+                part.layer.sparse_lora_sink[part.adapter] = self.readings[part] = reading
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Close the step's accumulation."""
+        """Close the step's accumulation, and leave the step's update out where a move takes its place."""
         scaler = getattr(optimizer, "scaler", None)
         loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
         for collector in self.collectors:
             collector.finish_step(loss_scale)
             del collector.part.layer.sparse_lora_sink[collector.part.adapter]
         self.collectors = []
+        for part, reading in self.readings.items():
+            reading.finish()
+            del part.layer.sparse_lora_sink[part.adapter]
+        due = self._due(state.global_step + 1)
+        self.sensitivities = {
+            part: step_sensitivity(part) for part in due if part.config.regrowth.drop == "sensitivity"
+        }
+        if any(part.config.regrowth.skip_step for part in due):
+            skip_update(optimizer)
+        self.frozen.save()
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Put frozen values back."""
+        self.frozen.restore()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Move the supports that are due; not after the last update, where units would enter untrained."""
-        if state.global_step >= self.total_steps:
-            return
-        due = [part for part in self.parts if moves_after(part.config.regrowth, state.global_step)]
-        moved = sum(self._move(part, state.global_step, optimizer) for part in due)
+        """Move the supports that are due."""
+        due = self._due(state.global_step)
+        record = {"step": state.global_step, "replaced": 0, "alive": 0}
+        for part in due:
+            settled = self._move(part, state.global_step, optimizer)
+            record["replaced"] += settled.entered
+            record["alive"] += part.trained_units.numel()
+            if part.config.freezes_units:
+                record["retired"] = record.get("retired", 0) + settled.retired
+                record["lost"] = record.get("lost", 0) + settled.lost
         if due:
-            alive = sum(part.units.numel() for part in due)
-            self.replaced.append({"step": state.global_step, "replaced": moved, "alive": alive})
+            self.replaced.append(record)
+        self.readings, self.sensitivities = {}, {}
 
-    def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> int:
-        config = part.config.regrowth
-        collector = CandidateCollector(part)
-        candidates, (gradients, squares) = collector.units, collector.sums
-        if not candidates.numel():
-            return 0
-        count = int(replaced_fraction(config, update, self.total_steps) * part.units.numel())
-        new_units = choose_units(part.units, unit_sums(part.values[: part.units.numel()]), candidates, gradients, count)
-        seeds = None
-        if config.seed_moments:
-            age = config.collect_steps
-            seeds = {"units": candidates, "grad_mean": gradients / age, "grad_sq_mean": squares / age, "age": age}
-        return replace_units(part, new_units, optimizer, seeds)
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Free the schedule's state once the last step is done."""
+        self.frozen.detach()
+        super().on_train_end(args, state, control, **kwargs)
+
+    def _due(self, update: int) -> list[AdaptedLayer]:
+        if update >= self.total_steps:
+            return []
+        return [part for part in self.parts if moves_after(part.config.regrowth, update, self.total_steps)]
+
+    def _count(self, part: AdaptedLayer, update: int) -> int:
+        return int(replaced_fraction(part.config.regrowth, update, self.total_steps) * int(part.trained.sum()))
+
+    @torch.no_grad()
+    def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> Settled:
+        config, units = part.config.regrowth, part.trained_units
+        stays = Settled(0, part.units.numel() - units.numel(), 0)
+        count = self._count(part, update)
+        worth = importance(part, self.sensitivities.get(part))
+        if worth is None and config.drop != "none":
+            return stays  # no finite gradient to judge by: the step was left out
+        if config.drop != "none" and count == 0:
+            return stays
+        candidates, gradients, seeds = units[:0], part.values[:0].detach(), None
+        if config.collects:
+            collector = CandidateCollector(part)
+            candidates, (gradients, squares) = collector.units, collector.sums
+            if config.seed_moments:
+                age = config.collect_steps
+                seeds = {"units": candidates, "grad_mean": gradients / age, "grad_sq_mean": squares / age, "age": age}
+        elif config.grow == "gradient":
+            reading = self.readings.get(part)
+            if reading is not None and reading.units is not None:
+                candidates, gradients = reading.units, reading.gradients
+        if part.adapter in part.layer.sparse_lora_fired:
+            mark_fired(part, units)
+        move = Move(part, update, units, count, worth, candidates, gradients, optimizer)
+        settled = settle(part, GROWTH_RULES[config.grow](move), optimizer, seeds)
+        if part.adapter in part.layer.sparse_lora_entered:
+            fresh = torch.isin(part.units, units, invert=True)
+            part.layer.sparse_lora_entered[part.adapter][: fresh.numel()][fresh] = update
+        return settled
 
 
-def choose_units(
-    units: torch.Tensor, importance: torch.Tensor, candidates: torch.Tensor, gradients: torch.Tensor, count: int
-) -> torch.Tensor:
-    """The support after `count` units with the smallest `importance` made room for the best candidates.
+__all__ = ["MaskRegrowthCallback", "choose_units", "is_collecting", "moves_after", "replaced_fraction"]
 
-    A candidate competes unless it is still active after the drop. Where fewer candidates than `count` compete, the most
-    important of the dropped units stay, so that the number of units never changes. Ties go to the lowest unit.
 
-    Shapes: `units` `[a]` sorted, `importance` `[a]`; `candidates` `[c]` sorted, `gradients` `[c, ...]`. Returns `[a]`
-    sorted.
-    """
-    if count == 0:
-        return units
-    dropped = top_units(importance, count, largest=False).long()
-    survives = torch.ones_like(units, dtype=torch.bool)
-    survives[dropped] = False
-    survivors = units[survives]
-    competes = ~torch.isin(candidates, survivors)
-    rivals, strength = candidates[competes], unit_sums(gradients[competes])
-    if not rivals.numel():
-        return units
-    grown = rivals[top_units(strength, min(count, rivals.numel())).long()]
-    missing = count - grown.numel()
-    if missing:
-        back = units[dropped][~torch.isin(units[dropped], grown)]
-        worth = importance[dropped][~torch.isin(units[dropped], grown)]
-        grown = torch.cat([grown, back[top_units(worth, min(missing, back.numel())).long()]])
-    return torch.cat([survivors, grown.to(units.dtype)]).sort().values
+def _require_sm3(optimizer: Any) -> None:
+    found = innermost(optimizer) if optimizer is not None else None
+    if not isinstance(found, SparseSM3):
+        raise ValueError(
+            f"regrowth.grow='sm3' ranks entries by SM3's accumulators, and the optimizer is {type(found).__name__}. "
+            "Pass Trainer(optimizers=(methods.get('spiel-ma').optimizer(model, args), None)), or set "
+            "grow='accumulated_gradient'."
+        )

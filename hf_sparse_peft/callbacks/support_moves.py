@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 
-from ..optim import adam_seeds, move_optimizer_state, move_rows
+from ..optim import adam_seeds, innermost, move_optimizer_state, move_rows
 from .base import AdaptedLayer
 
 
 @torch.no_grad()
 def replace_units(
-    part: AdaptedLayer, new_units: torch.Tensor, optimizer: Any, seeds: dict[str, torch.Tensor] | None = None
+    part: AdaptedLayer,
+    new_units: torch.Tensor,
+    optimizer: Any,
+    seeds: dict[str, torch.Tensor] | None = None,
+    restarted: torch.Tensor | None = None,
 ) -> int:
     """Make `new_units` (sorted, distinct, at most the capacity) the support of `part`; returns how many entered.
 
     Units that stay keep value and optimizer state bit for bit, wherever they now stand; units that enter start with
     value 0 and zero state, or with `seeds`: `units` (sorted), `grad_mean`, `grad_sq_mean` and `age`, from which the
-    moments of those that entered are set (`optim.adam_seeds`).
+    moments of those that entered are set (`optim.adam_seeds`). Units in `restarted` keep their value where they have
+    one and start with zero optimizer state all the same.
     """
     old_units = part.units
     place = torch.searchsorted(new_units, old_units).clamp_max(max(new_units.numel() - 1, 0))
@@ -27,18 +32,36 @@ def replace_units(
     entered = torch.ones(new_units.numel(), dtype=torch.bool, device=new_units.device)
     entered[kept_new] = False
     at = entered.nonzero().squeeze(1)
+    goes_on = slice(None) if restarted is None else ~torch.isin(new_units[kept_new], restarted)
     seeded = _seeds_for(part, new_units[at], optimizer, seeds) if seeds is not None and at.numel() else None
     move_optimizer_state(
-        optimizer, part.values, kept_old, kept_new, seeded=seeded, seeded_new=at if seeded is not None else None
+        optimizer,
+        part.values,
+        kept_old[goes_on],
+        kept_new[goes_on],
+        seeded=seeded,
+        seeded_new=at if seeded is not None else None,
     )
     move_rows(part.values.data, kept_old, kept_new)
+    for name in part.layer.unit_state_names:
+        if part.adapter in getattr(part.layer, name):
+            move_rows(getattr(part.layer, name)[part.adapter], kept_old, kept_new)
     part.layer.write_support(part.adapter, new_units)
     return int(at.numel())
+
+
+def skip_update(optimizer: Any) -> None:
+    """Leave the coming `optimizer.step()` without effect on any parameter: those without a gradient are not touched,
+    by momentum and weight decay neither."""
+    for group in innermost(optimizer).param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _seeds_for(
     part: AdaptedLayer, entered: torch.Tensor, optimizer: Any, seeds: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
+    optimizer = innermost(optimizer)
     group = next((group for group in optimizer.param_groups if any(p is part.values for p in group["params"])), None)
     state = optimizer.state.get(part.values, {})
     if group is None or "betas" not in group or not {"exp_avg", "exp_avg_sq"} <= set(state):

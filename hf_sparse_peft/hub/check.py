@@ -15,7 +15,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from ..sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, decode_support, uniform_counts
+from ..sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, counts_from_rank, decode_support, uniform_counts
 from ..sparsity.codec import FORMAT_VERSION
 from ..tuners import SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
@@ -267,8 +267,10 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
             f"'{grid.granularity}' of a weight of {grid.rows}x{grid.cols} take floats of {grid.values_shape(capacity)}."
         )
     units = decode_support(codes, grid, capacity, _key(name, "sparse_lora_support"))
-    due = config.support_pattern.get(name)
-    if not config.support_pattern and config.num_entries is None and config.allocation == "uniform":
+    due = config.capacity_pattern.get(name, config.support_pattern.get(name))
+    if due is None and not config.support_pattern and config.budget_rank is not None:
+        due = counts_from_rank({name: grid}, config.budget_rank)[name]
+    elif due is None and not config.support_pattern and config.num_entries is None and config.allocation == "uniform":
         due = uniform_counts({name: grid}, config.density)[name]
     if due is not None and due != capacity:
         raise ValueError(

@@ -1,27 +1,11 @@
-"""Sparse fine-tuning methods."""
+"""Sparse fine-tuning methods whose support is chosen once, or only thins out."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import PruningConfig, RegrowthConfig, SparseLoraConfig
-from .registry import Method, aged_adamw, register
-
-
-@register(
-    "spiel-ag",
-    paper="Ansell et al., 2024",
-    moves="support: drop by magnitude, grow by accumulated gradient",
-    use_when="which entries matter is unknown and the run is long enough to find out",
-    cost="a dense gradient of one layer at a time in 5 of 20 steps; ages, 4 bytes an entry",
-)
-def spiel_ag(
-    density: float = 0.01, interval: int = 20, collect_steps: int = 5, fraction: float = 0.2, **overrides: Any
-) -> Method:
-    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share."""
-    regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
-    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+from ..tuners import PruningConfig, SparseLoraConfig
+from .registry import Method, register
 
 
 @register(

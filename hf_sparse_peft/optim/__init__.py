@@ -1,7 +1,15 @@
 """Optimizers for supports that move, and the one function that edits optimizer state."""
 
 from .aged_adamw import AgedAdamW, aged_adamw_groups
-from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, use_32bit_states
+from .moves import (
+    adam_seeds,
+    bias_correction,
+    innermost,
+    move_optimizer_state,
+    move_rows,
+    restart_optimizer_state,
+    use_32bit_states,
+)
 from .sm3 import SparseSM3
 from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from .zeroth_order_log import replay
@@ -13,9 +21,11 @@ __all__ = [
     "adam_seeds",
     "aged_adamw_groups",
     "bias_correction",
+    "innermost",
     "move_optimizer_state",
     "move_rows",
     "replay",
+    "restart_optimizer_state",
     "use_32bit_states",
     "zeroth_order_groups",
 ]

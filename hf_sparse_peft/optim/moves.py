@@ -84,7 +84,7 @@ def move_optimizer_state(
 
     Source: SpIEL's handling of moments (Ansell et al., 2024).
     """
-    optimizer = _unwrap(optimizer)
+    optimizer = innermost(optimizer)
     where = _locate(optimizer, parameter)
     _refuse_partitioned(parameter, where)
     if parameter.dim() == 0:
@@ -108,6 +108,17 @@ def move_optimizer_state(
             value = seeds[name].to(device=view.device, dtype=view.dtype)
             with torch.no_grad():
                 view.index_copy_(0, at.to(view.device), value)
+
+
+def restart_optimizer_state(optimizer: Any, parameter: Tensor) -> None:
+    """Forget everything the optimizer knows of `parameter`, steps included: it starts at the next step as if new.
+
+    Raises:
+        ValueError: a parameter the optimizer does not hold, or state partitioned by DeepSpeed, ZeRO or FSDP.
+    """
+    optimizer = innermost(optimizer)
+    _refuse_partitioned(parameter, _locate(optimizer, parameter))
+    optimizer.state.pop(parameter, None)
 
 
 def adam_seeds(
@@ -219,8 +230,12 @@ def _check_kept(kept_old: Tensor, kept_new: Tensor, units: int) -> tuple[Tensor,
     return old, new
 
 
-def _unwrap(optimizer: Any) -> Any:
-    """The innermost optimizer; Accelerate and others keep it under `.optimizer`."""
+def innermost(optimizer: Any) -> Any:
+    """The innermost optimizer; Accelerate and others keep it under `.optimizer`.
+
+    Raises:
+        ValueError: DeepSpeed's or ZeRO's, whose state cannot be edited.
+    """
     while True:
         kind = type(optimizer)
         if kind.__module__.split(".")[0] == "deepspeed" or kind.__name__ == "DeepSpeedOptimizerWrapper":

@@ -9,6 +9,7 @@ SCHEDULES, make_schedule         how a number moves during training
 """
 
 from .allocation import (
+    counts_from_rank,
     counts_from_total,
     erdos_renyi_counts,
     erdos_renyi_densities,
@@ -29,7 +30,7 @@ from .schedules import (
     make_schedule,
 )
 from .scores import CRITERIA, LowRankMagnitude, Magnitude, Random, SmallestMagnitude, make_score, select_units
-from .selection import random_units, stream_seed, top_units
+from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
 from .support import GRANULARITIES, Granularity, UnitGrid
 
 __all__ = [
@@ -51,16 +52,19 @@ __all__ = [
     "UnitGrid",
     "Window",
     "codes_length",
+    "counts_from_rank",
     "counts_from_total",
     "decode_support",
     "encode_support",
     "erdos_renyi_counts",
     "erdos_renyi_densities",
+    "excluding",
     "global_counts",
     "make_schedule",
     "make_score",
     "pack_bits",
     "random_units",
+    "random_units_outside",
     "select_units",
     "stream_seed",
     "top_units",

@@ -47,6 +47,16 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
     return counts
 
 
+def counts_from_rank(grids: dict[str, UnitGrid], rank: int) -> dict[str, int]:
+    r"""As many entries as a LoRA of that rank has in each layer, :math:`\min(r(m+n), mn)` (LIFT; Liu et al., 2025), in
+    whole units and at least one."""
+    _total_entries(grids)
+    return {
+        name: max(1, min(rank * (grid.rows + grid.cols), grid.rows * grid.cols) // grid.unit_numel)
+        for name, grid in grids.items()
+    }
+
+
 def erdos_renyi_densities(grids: dict[str, UnitGrid], density: float) -> dict[str, float]:
     r"""Density :math:`d_l = \min(1, \varepsilon\,(m+n)/(mn))` of each layer (Mocanu et al., 2018; Evci et al., 2020).
 

@@ -190,6 +190,35 @@ def random_units(num_units: int, k: int, generator: torch.Generator) -> Tensor:
     return mask.nonzero().squeeze(1).to(dtype)
 
 
+def excluding(chunks: Callable[[], Iterable[Tensor]], taken: Tensor) -> Callable[[], Iterator[Tensor]]:
+    """`chunks` with the scores of the units `taken` (sorted, distinct) at minus infinity, written into each chunk.
+
+    `top_units` of the result takes none of them as long as it is asked for no more than the other units.
+    """
+
+    def masked() -> Iterator[Tensor]:
+        start = 0
+        for chunk in chunks():
+            bounds = torch.tensor([start, start + chunk.numel()], device=taken.device, dtype=taken.dtype)
+            low, high = torch.searchsorted(taken, bounds).tolist()
+            chunk[taken[low:high].long() - start] = -torch.inf
+            start += chunk.numel()
+            yield chunk
+
+    return masked
+
+
+def random_units_outside(num_units: int, taken: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """`k` distinct units of `num_units` that are not in `taken` (sorted, distinct), every such set equally likely.
+
+    Sorted, of `taken`'s dtype and device, in `O(k + len(taken))` memory. Raises `ValueError` as `random_units` does.
+    """
+    rank = random_units(num_units - taken.numel(), k, generator).to(taken.device).long()
+    # Before the i-th taken unit lie `taken[i] - i` free ones.
+    free_before = taken.long() - torch.arange(taken.numel(), device=taken.device)
+    return (rank + torch.searchsorted(free_before, rank, right=True)).to(taken.dtype)
+
+
 def stream_seed(seed: int, *parts: str | int) -> int:
     """A seed for `torch.Generator().manual_seed` from a base seed and what the stream is for, e.g. step and module
     name.

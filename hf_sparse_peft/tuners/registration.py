@@ -51,7 +51,8 @@ def register_tuner(name: str, config_cls: type, model_cls: type) -> None:
 
 
 def count_living_parameters() -> None:
-    """Let `PeftModel.print_trainable_parameters()` leave out units and components that are allocated but dead.
+    """Let `PeftModel.print_trainable_parameters()` leave out units and components that are allocated but dead, and
+    not count frozen ones as trainable.
 
     Shapes never change while supports and ranks move, so counting `numel()` would overstate what trains. Models whose
     tuner has no `dead_parameters` are counted as before.
@@ -67,7 +68,9 @@ def count_living_parameters() -> None:
         trainable, everything = original(self)
         dead_parameters = getattr(type(self.base_model), "dead_parameters", None)
         dead = dead_parameters(self.base_model) if dead_parameters is not None else 0
-        return trainable - dead, everything - dead
+        frozen_parameters = getattr(type(self.base_model), "frozen_parameters", None)
+        frozen = frozen_parameters(self.base_model) if frozen_parameters is not None else 0
+        return trainable - dead - frozen, everything - dead
 
     get_nb_trainable_parameters._counts_living = True
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters

@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer
 
 STEPS = 20
-STATE = SparseLoraLayer.training_state_names
+STATE = ("sparse_lora_sensitivity", "sparse_lora_uncertainty", "sparse_lora_candidates", "sparse_lora_candidate_sums")
 
 
 def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfig:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...sparsity import (
     UnitGrid,
+    counts_from_rank,
     counts_from_total,
     erdos_renyi_counts,
     global_counts,
@@ -71,6 +72,22 @@ def unit_counts(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str
     return counts
 
 
+def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.Module, matches) -> dict[str, int]:
+    """Units allocated for every targeted module: its count, and room for retired units where `regrowth` asks for it.
+
+    Room is `floor(retired_share * count)`, at most what the weight has left. Written to `config.capacity_pattern`, so
+    that a compacted adapter, whose pattern is empty again, keeps its size.
+    """
+    share = config.regrowth.retired_share if config.regrowth and not config.training_finished else 0.0
+    if share and not config.capacity_pattern:
+        for name, base in target_layers(config, model, matches).items():
+            if counts.get(name):
+                cols, rows = _get_in_out_features(base)
+                units = UnitGrid(rows, cols, config.granularity, config.block_size).num_units
+                config.capacity_pattern[name] = min(units, counts[name] + int(share * counts[name]))
+    return {name: max(config.capacity_pattern.get(name, 0), count) for name, count in counts.items()}
+
+
 def _check_given_count(count: int, name: str, grid: UnitGrid) -> None:
     if not 0 < count <= grid.num_units:
         raise ValueError(
@@ -94,6 +111,8 @@ def _counts(
             f"num_entries={config.num_entries} is more than the {entries} entries of the targeted weights. Lower it, "
             "or target more modules."
         )
+    if config.budget_rank is not None:
+        return counts_from_rank(grids, config.budget_rank)
     density = config.density if config.num_entries is None else config.num_entries / entries
     if config.allocation == "erdos_renyi":
         return erdos_renyi_counts(grids, density)

@@ -152,8 +152,10 @@ def _new_config(first: SparseLoraConfig, results: dict, as_entry: bool) -> Spars
     config.criterion, config.criterion_options = "random", {}
     config.granularity = "entry" if as_entry else config.granularity
     config.support_pattern = {name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()}
+    config.capacity_pattern = {}
     if not any(config.support_pattern.values()):
         config.support_pattern, config.density, config.num_entries = {}, 0.0, None
+        config.budget_rank = None
     ranks = {name: 0 if low_rank is None else low_rank[0].shape[0] for name, (_, low_rank) in results.items()}
     config.rank_pattern = exact_pattern(ranks)
     config.alpha_pattern = exact_pattern({name: float(max(rank, 1)) for name, rank in ranks.items()})

@@ -40,7 +40,7 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
         else:
             rank_pattern[layer.module_name] = 0
     if config.has_support:
-        config.support_pattern = support_pattern
+        config.support_pattern, config.capacity_pattern = support_pattern, {}
     if shrunk:
         config.rank_pattern = exact_pattern(rank_pattern)
         config.alpha_pattern = exact_pattern(alpha_pattern)

@@ -58,6 +58,12 @@ class SparseLoraConfig(PeftConfig):
             "help": "Weight entries in all supports together, instead of `density`; split as the weights' sizes."
         },
     )
+    budget_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of `density`: as many entries in each weight as a LoRA of this rank, min(r(m+n), mn)."
+        },
+    )
     granularity: Literal["entry", "block", "row", "column"] = field(
         default="entry", metadata={"help": "What a unit of the support is."}
     )
@@ -78,6 +84,10 @@ class SparseLoraConfig(PeftConfig):
     support_pattern: dict = field(
         default_factory=dict,
         metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
+    )
+    capacity_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Module name -> units allocated, retired ones included. Written at injection."},
     )
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
@@ -149,7 +159,12 @@ class SparseLoraConfig(PeftConfig):
     @property
     def has_support(self) -> bool:
         """Whether the sparse half is there."""
-        return self.density > 0 or bool(self.num_entries) or bool(self.support_pattern)
+        return self.density > 0 or bool(self.num_entries) or bool(self.budget_rank) or bool(self.support_pattern)
+
+    @property
+    def freezes_units(self) -> bool:
+        """Whether units may be frozen while others train."""
+        return self.regrowth is not None and self.regrowth.retired_share > 0
 
     @property
     def has_schedule(self) -> bool:
@@ -188,6 +203,13 @@ class SparseLoraConfig(PeftConfig):
             raise ValueError(
                 f"num_entries={self.num_entries} leaves no entry; give at least 1, or None to use density."
             )
+        if self.budget_rank is not None and self.budget_rank < 1:
+            raise ValueError(f"budget_rank={self.budget_rank} leaves no entry; give a rank >= 1, or None.")
+        if self.budget_rank is not None and (self.num_entries is not None or self.allocation != "uniform"):
+            raise ValueError(
+                f"budget_rank={self.budget_rank} says how many entries each weight gets, and so does "
+                f"num_entries={self.num_entries} or allocation={self.allocation!r}. Set one of them."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a share; give a number from 0 to below 1.")
         if self.block_size < 1:
@@ -198,6 +220,15 @@ class SparseLoraConfig(PeftConfig):
             raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
         if (self.regrowth or self.pruning) and not self.has_support:
             raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
+        if self.regrowth and self.regrowth.grow == "sm3" and self.granularity != "entry":
+            raise ValueError(
+                f"regrowth.grow='sm3' ranks single entries by their row and column, and granularity="
+                f"{self.granularity!r}. Set granularity='entry' or another grow."
+            )
+        if self.freezes_units and self.pruning:
+            raise ValueError(
+                "regrowth.retired_share keeps units that leave, and pruning shrinks the support. Set one of them."
+            )
         if self.rank_allocation and self.rank_allocation.target_r > self.r:
             raise ValueError(
                 f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "

@@ -30,13 +30,19 @@ class SparseLoraLayer(AdapterLayer):
         "sparse_lora_uncertainty",
         "sparse_lora_candidates",
         "sparse_lora_candidate_sums",
+        "sparse_lora_frozen",
+        "sparse_lora_entered",
+        "sparse_lora_fired",
     )
+    unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
+    """Training state with one number a unit, in the order of the values: it moves with them."""
     other_param_names: tuple[str, ...] = (
         "sparse_lora_support",
         "sparse_lora_rank_mask",
         *training_state_names,
         "sparse_lora_grid",
         "sparse_lora_config",
+        "sparse_lora_start",
         "sparse_lora_r",
         "sparse_lora_scaling",
         "sparse_lora_sink",
@@ -52,6 +58,8 @@ class SparseLoraLayer(AdapterLayer):
             setattr(self, name, BufferDict({}, persistent=True))
         self.sparse_lora_grid: dict[str, UnitGrid] = {}
         self.sparse_lora_config: dict[str, SparseLoraConfig] = {}
+        # Units that the first support has; the capacity (of values and support) may leave room for retired ones.
+        self.sparse_lora_start: dict[str, int] = {}
         self.sparse_lora_r: dict[str, int] = {}
         self.sparse_lora_scaling: dict[str, float] = {}
         # Dense-gradient readers that a callback sets while it collects candidates.
@@ -66,16 +74,19 @@ class SparseLoraLayer(AdapterLayer):
         r: int,
         lora_alpha: float,
         num_units: int,
+        capacity: int = 0,
         inference_mode: bool = False,
     ) -> None:
         """Allocate an adapter: `num_units` units of the support and `r` components; either may be 0.
+
+        `capacity` above `num_units` leaves room in values and support for units that retire.
 
         Raises:
             ValueError: `num_units` or `r` does not fit the weight.
         """
         self.sparse_lora_config[adapter_name] = config
         if num_units:
-            self._allocate_support(adapter_name, config, num_units)
+            self._allocate_support(adapter_name, config, num_units, max(capacity, num_units))
         self.sparse_lora_r[adapter_name] = r
         if r:
             self._allocate_low_rank(adapter_name, config, r)
@@ -85,7 +96,7 @@ class SparseLoraLayer(AdapterLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _allocate_support(self, adapter_name: str, config: SparseLoraConfig, num_units: int) -> None:
+    def _allocate_support(self, adapter_name: str, config: SparseLoraConfig, num_units: int, capacity: int) -> None:
         grid = UnitGrid(self.out_features, self.in_features, config.granularity, config.block_size)
         if num_units > grid.num_units:
             raise ValueError(
@@ -93,9 +104,10 @@ class SparseLoraLayer(AdapterLayer):
                 f"{grid.rows}x{grid.cols} weight has {grid.num_units}. Lower density or num_entries."
             )
         self.sparse_lora_grid[adapter_name] = grid
+        self.sparse_lora_start[adapter_name] = num_units
         draw = torch.zeros if config.init_weights else torch.randn
-        self.sparse_lora_values[adapter_name] = nn.Parameter(draw(grid.values_shape(num_units), dtype=torch.float32))
-        self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, num_units), dtype=torch.uint8)
+        self.sparse_lora_values[adapter_name] = nn.Parameter(draw(grid.values_shape(capacity), dtype=torch.float32))
+        self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, capacity), dtype=torch.uint8)
         # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
         on_meta = self.sparse_lora_values[adapter_name].is_meta
         if on_meta or self.get_base_layer_device() == torch.device("meta"):
@@ -112,7 +124,7 @@ class SparseLoraLayer(AdapterLayer):
             config.criterion,
             weight,
             grid,
-            self.sparse_lora_values[adapter_name].shape[0],
+            self.sparse_lora_start[adapter_name],
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             **config.criterion_options,
         )
@@ -143,10 +155,21 @@ class SparseLoraLayer(AdapterLayer):
             size = self.sparse_lora_r[adapter_name] * (self.in_features + self.out_features + 1)
             self._add_state("sparse_lora_sensitivity", adapter_name, torch.zeros(size))
             self._add_state("sparse_lora_uncertainty", adapter_name, torch.zeros(size))
-        if config.regrowth and adapter_name in self.sparse_lora_values:
-            shape, grid = self.sparse_lora_values[adapter_name].shape, self.sparse_lora_grid[adapter_name]
+        if adapter_name in self.sparse_lora_values:
+            self._allocate_unit_state(adapter_name, config)
+
+    def _allocate_unit_state(self, adapter_name: str, config: SparseLoraConfig) -> None:
+        shape, grid = self.sparse_lora_values[adapter_name].shape, self.sparse_lora_grid[adapter_name]
+        regrowth = config.regrowth
+        if regrowth and regrowth.collects:
             self._add_state("sparse_lora_candidates", adapter_name, torch.zeros(shape[0], dtype=grid.index_dtype))
             self._add_state("sparse_lora_candidate_sums", adapter_name, torch.zeros(2, *shape))
+        if regrowth and regrowth.drop == "age":
+            self._add_state("sparse_lora_entered", adapter_name, torch.zeros(shape[0], dtype=torch.int32))
+        if regrowth and regrowth.grow == "random_unfired":
+            self._add_state("sparse_lora_fired", adapter_name, torch.zeros(-(-grid.num_units // 8), dtype=torch.uint8))
+        if config.freezes_units:
+            self._add_state("sparse_lora_frozen", adapter_name, torch.zeros(shape[0], dtype=torch.uint8))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
@@ -242,6 +265,12 @@ class SparseLoraLayer(AdapterLayer):
             dead += missing * self.sparse_lora_grid[adapter_name].unit_numel
         missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)
         return dead + missing * (self.in_features + self.out_features + 1)
+
+    def frozen_parameters(self, adapter_name: str) -> int:
+        """Numbers of living units that are marked as frozen: they add to the weight and do not train."""
+        if adapter_name not in self.sparse_lora_frozen or self.sparse_lora_frozen[adapter_name].is_meta:
+            return 0
+        return int(self.sparse_lora_frozen[adapter_name].sum()) * self.sparse_lora_grid[adapter_name].unit_numel
 
     @torch.no_grad()
     def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..adapter_model import AdapterModel
 from .adapter_file import for_file, from_file
-from .budget import unit_counts
+from .budget import unit_capacities, unit_counts
 from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
@@ -28,10 +28,12 @@ class SparseLoraModel(AdapterModel):
     tuner_layer_cls = SparseLoraLayer
     _selection_bar: tqdm | None = None
     _unit_counts: dict[str, int]
+    _capacities: dict[str, int]
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         self._unit_counts = unit_counts(peft_config, model, self._is_target)
+        self._capacities = unit_capacities(peft_config, self._unit_counts, model, self._is_target)
         slow = self._unit_counts and peft_config.criterion == "low_rank_magnitude" and not peft_config.inference_mode
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
@@ -54,6 +56,7 @@ class SparseLoraModel(AdapterModel):
             "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
             "lora_alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
             "num_units": self._unit_counts.get(current_key, 0),
+            "capacity": self._capacities.get(current_key, 0),
             "inference_mode": peft_config.inference_mode,
         }
         if isinstance(target, SparseLoraLayer):
@@ -102,6 +105,15 @@ class SparseLoraModel(AdapterModel):
         """Trainable numbers that belong to no living unit or component."""
         return sum(
             layer.dead_parameters(name)
+            for layer in sparse_layers(self.model)
+            for name in layer.sparse_lora_config
+            if _is_trainable(layer, name)
+        )
+
+    def frozen_parameters(self) -> int:
+        """Numbers of living units that are frozen, in adapters that train."""
+        return sum(
+            layer.frozen_parameters(name)
             for layer in sparse_layers(self.model)
             for name in layer.sparse_lora_config
             if _is_trainable(layer, name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
+
+from ...sparsity import make_score
 
 ConfigT = TypeVar("ConfigT")
 
 
-def nested(cls: type[ConfigT], value: Any, field: str) -> ConfigT | None:
+def nested(cls: type[ConfigT], value: Any, option: str) -> ConfigT | None:
     """`value` (None, a dict from JSON, or an instance) as an instance of `cls`.
 
     Raises:
@@ -18,10 +20,10 @@ def nested(cls: type[ConfigT], value: Any, field: str) -> ConfigT | None:
         return value
     known = {f.name for f in fields(cls)}
     if not isinstance(value, dict):
-        raise ValueError(f"{field}={value!r} is not understood: pass None, a {cls.__name__} or a dict of its options.")
+        raise ValueError(f"{option}={value!r} is not understood: pass None, a {cls.__name__} or a dict of its options.")
     unknown = sorted(set(value) - known)
     if unknown:
-        raise ValueError(f"{field} has no option {unknown}; it takes {sorted(known)}.")
+        raise ValueError(f"{option} has no option {unknown}; it takes {sorted(known)}.")
     return cls(**value)
 
 
@@ -30,41 +32,132 @@ def _require(condition: bool, owner: str, field: str, value: Any, accepted: str)
         raise ValueError(f"{owner}.{field}={value!r} is out of range: it takes {accepted}.")
 
 
+DROPS = ("magnitude", "sensitivity", "age", "none")
+GROWTHS = ("accumulated_gradient", "sm3", "gradient", "random", "random_unfired", "low_rank_magnitude")
+REGROWTH_SCHEDULES = ("linear", "cosine", "constant", "exponential")
+_SPIEL = ("accumulated_gradient", "sm3")
+_GROW_OPTIONS = {"sm3": ("score",), "gradient": ("candidates",)}
+
+
 @dataclass
 class RegrowthConfig:
     """When and how a support moves: every `interval` optimizer steps a share of each layer's units is dropped and as
-    many are grown. The defaults are SpIEL-AG (Ansell et al., 2024)."""
+    many are grown, so that the number of trained units never changes. The defaults are SpIEL-AG (Ansell et al., 2024).
+    """
 
     interval: int = 20
-    """Optimizer steps between two moves (SpIEL: 20)."""
+    """Optimizer steps between two moves (SpIEL: 20, RigL: 100)."""
     collect_steps: int = 5
-    """Steps before a move in which candidate gradients are summed (SpIEL-AG: 5). Costs one transient dense gradient a
-    layer in these steps."""
-    drop: Literal["magnitude"] = "magnitude"
-    """Which units leave: those with the smallest sum of |value|."""
-    grow: Literal["accumulated_gradient"] = "accumulated_gradient"
-    """Which units enter: the candidates with the largest |sum of gradients| over the collecting steps."""
+    """Steps before a move in which `accumulated_gradient` sums candidate gradients (SpIEL-AG: 5). Costs one transient
+    dense gradient a layer in these steps."""
+    first_move: int | None = None
+    """Step after which the first move comes; None: `collect_steps` for SpIEL's two rules, `interval` for the others."""
+    stop_at: float = 1.0
+    """Share of the run after which nothing moves and at which `schedule` has reached `final_fraction` (RigL: 0.75)."""
+    drop: Literal["magnitude", "sensitivity", "age", "none"] = "magnitude"
+    """Which units leave: those with the smallest sum of |value| (`magnitude`) or of |value x gradient| at the move's
+    own step (`sensitivity`: what removing them costs, to first order), or by how long they are in the support (`age`,
+    see `drop_first`; among equal ages the smallest |value| first). `none`: `low_rank_magnitude` chooses the whole
+    support anew and whoever it leaves out goes (LIFT)."""
+    drop_first: Literal["oldest", "youngest"] = "oldest"
+    """Which end of the ages `drop='age'` starts from."""
+    grow: Literal["accumulated_gradient", "sm3", "gradient", "random", "random_unfired", "low_rank_magnitude"] = (
+        "accumulated_gradient"
+    )
+    """Which units enter: the candidates with the largest |sum of gradients| over the collecting steps
+    (`accumulated_gradient`, SpIEL-AG); the largest product of SM3's row and column accumulators (`sm3`, SpIEL-MA; needs
+    `optim.SparseSM3`); the largest |dense gradient| of the move's own step (`gradient`, RigL); any (`random`, SET), or
+    first those that were never in the support (`random_unfired`); the largest entries of the current weight's rank-q
+    approximation (`low_rank_magnitude`, LIFT)."""
+    grow_options: dict = field(default_factory=dict)
+    """`sm3`: `score`, 'product' (the paper's) or 'min' (SM3's own estimate). `gradient`: `candidates`, a factor: with
+    gradient accumulation a dense fp32 gradient of every adapted weight is summed during the move's step; a factor c
+    keeps the c x as many best units as the move grows from the first micro-batch instead. `low_rank_magnitude`: `rank`,
+    `exact`, `oversampling`, `power_iterations`, as the criterion of that name takes them."""
     fraction: float = 0.2
-    """Share of a layer's living units replaced at the first step of the schedule (SpIEL: 0.2)."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How `fraction` falls over the run: `linear` to 0 (SpIEL's default), `cosine` to 0, or `constant`."""
-    replace_all_first: bool = True
-    """Whether the very first move replaces every unit, as SpIEL's linear policy does with its random start. False keeps
-    a start that was chosen on purpose."""
-    seed_moments: bool = True
-    """Whether grown units start with moments and age estimated from their candidate gradients (SpIEL), instead of
-    zeros. The age needs an optimizer with per-unit steps (`hf_sparse_peft.optim.AgedAdamW`)."""
+    """Share of a layer's trained units replaced at the first step of the schedule (SpIEL: 0.2, RigL and SET: 0.3)."""
+    schedule: Literal["linear", "cosine", "constant", "exponential"] = "linear"
+    """How `fraction` falls to `final_fraction`: `linear` (SpIEL), `cosine` (RigL), `exponential`, or not (`constant`,
+    SET)."""
+    final_fraction: float = 0.0
+    """Where the schedule ends (RigL and SpIEL: 0; random-pruning's code: 0.005). `exponential` needs one above 0."""
+    replace_all_first: bool | None = None
+    """Whether the very first move replaces every unit, as SpIEL's linear policy does with its random start; None: with
+    SpIEL's two rules. False keeps a start that was chosen on purpose."""
+    seed_moments: bool | None = None
+    """Whether grown units start with moments and age estimated from their candidate gradients (SpIEL-AG; None: there),
+    instead of zeros. The age needs an optimizer with per-unit steps (`hf_sparse_peft.optim.AgedAdamW`)."""
+    skip_step: bool = False
+    """Whether a move takes the place of its step's update, as RigL publishes it."""
+    retired_share: float = 0.0
+    """Room for retired units, as a share of the trained ones. A unit that leaves with a learned change then keeps it:
+    it is frozen, goes on adding to the weight, merges and saves like any other, and may be trained again later. 0: its
+    change is lost. Costs as much memory a unit as a trained one (about 16 bytes an entry with Adam) and one byte for
+    the mark. When the room is full, the retired units with the smallest sum of |value| lose their change, which is
+    counted (`MaskRegrowthCallback.replaced`, `lost`) and warned of once."""
 
     def __post_init__(self) -> None:
+        if self.replace_all_first is None:
+            self.replace_all_first = self.grow in _SPIEL
+        if self.seed_moments is None:
+            self.seed_moments = self.grow == "accumulated_gradient"
+        self._check_timing()
+        self._check_rules()
+
+    @property
+    def first(self) -> int:
+        """Step after which the first move comes."""
+        if self.first_move is not None:
+            return self.first_move
+        return min(self.collect_steps, self.interval) if self.grow in _SPIEL else self.interval
+
+    @property
+    def collects(self) -> bool:
+        """Whether candidate gradients are summed over several steps."""
+        return self.grow == "accumulated_gradient"
+
+    def _check_timing(self) -> None:
         name = "RegrowthConfig"
         _require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
-        ok = 1 <= self.collect_steps <= self.interval
-        _require(ok, name, "collect_steps", self.collect_steps, f"an integer from 1 to interval={self.interval}")
-        _require(self.drop == "magnitude", name, "drop", self.drop, "'magnitude'")
-        _require(self.grow == "accumulated_gradient", name, "grow", self.grow, "'accumulated_gradient'")
+        if self.collects:
+            ok = 1 <= self.collect_steps <= self.interval
+            _require(ok, name, "collect_steps", self.collect_steps, f"an integer from 1 to interval={self.interval}")
+        _require(self.collect_steps >= 1, name, "collect_steps", self.collect_steps, "an integer >= 1")
+        least = self.collect_steps if self.collects else 1
+        ok = self.first_move is None or self.first_move >= least
+        _require(ok, name, "first_move", self.first_move, f"None or a step >= {least}")
+        _require(0 < self.stop_at <= 1, name, "stop_at", self.stop_at, "a share of the run in (0, 1]")
+
+    def _check_rules(self) -> None:
+        name = "RegrowthConfig"
+        choices = (
+            ("drop", DROPS), ("drop_first", ("oldest", "youngest")), ("grow", GROWTHS), ("schedule", REGROWTH_SCHEDULES)
+        )  # fmt: skip
+        for option, accepted in choices:
+            _require(getattr(self, option) in accepted, name, option, getattr(self, option), f"one of {accepted}")
         _require(0 < self.fraction <= 1, name, "fraction", self.fraction, "a number in (0, 1]")
-        schedules = ("linear", "cosine", "constant")
-        _require(self.schedule in schedules, name, "schedule", self.schedule, f"one of {schedules}")
+        low = self.schedule == "exponential"
+        ok = 0 <= self.final_fraction <= self.fraction and not (low and self.final_fraction == 0)
+        accepted = f"a number from {'above 0' if low else '0'} to fraction={self.fraction}"
+        _require(ok, name, "final_fraction", self.final_fraction, accepted)
+        _require(self.retired_share >= 0, name, "retired_share", self.retired_share, "a number >= 0")
+        whole = self.drop != "none" or self.grow == "low_rank_magnitude"
+        _require(whole, name, "drop", self.drop, f"a rule for who leaves with grow={self.grow!r}: {DROPS[:-1]}")
+        ok = self.collects or not self.seed_moments
+        _require(ok, name, "seed_moments", self.seed_moments, f"None or False with grow={self.grow!r}")
+        self._check_grow_options()
+
+    def _check_grow_options(self) -> None:
+        options, name = self.grow_options, "RegrowthConfig"
+        if self.grow == "low_rank_magnitude":
+            make_score("low_rank_magnitude", **options)  # refuses unknown options and bad values by name
+            return
+        accepted = _GROW_OPTIONS.get(self.grow, ())
+        _require(set(options) <= set(accepted), name, "grow_options", options, f"{accepted} with grow={self.grow!r}")
+        score = options.get("score", "product")
+        _require(score in ("product", "min"), name, "grow_options['score']", score, "'product' or 'min'")
+        factor = options.get("candidates", 1)
+        _require(factor >= 1, name, "grow_options['candidates']", factor, "a factor >= 1")
 
 
 @dataclass
@@ -116,11 +209,11 @@ class RankAllocationConfig:
     def __post_init__(self) -> None:
         name = "RankAllocationConfig"
         _require(self.target_r >= 1, name, "target_r", self.target_r, "an integer >= 1")
-        for field in ("initial_warmup", "final_warmup"):
-            _require(0 <= getattr(self, field) < 1, name, field, getattr(self, field), "a share in [0, 1)")
+        for option in ("initial_warmup", "final_warmup"):
+            _require(0 <= getattr(self, option) < 1, name, option, getattr(self, option), "a share in [0, 1)")
         total = self.initial_warmup + self.final_warmup
         _require(total < 1, name, "initial_warmup + final_warmup", total, "less than 1")
         _require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
-        for field in ("beta1", "beta2"):
-            _require(0 < getattr(self, field) < 1, name, field, getattr(self, field), "a number in (0, 1)")
+        for option in ("beta1", "beta2"):
+            _require(0 < getattr(self, option) < 1, name, option, getattr(self, option), "a number in (0, 1)")
         _require(self.orthogonality >= 0, name, "orthogonality", self.orthogonality, "a number >= 0")

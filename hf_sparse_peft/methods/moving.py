@@ -1,0 +1,196 @@
+"""Sparse fine-tuning methods whose support moves, and their static baselines."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..optim import AgedAdamW, SparseSM3, aged_adamw_groups
+from ..tuners import RegrowthConfig, SparseLoraConfig
+from ..tuners.sparse_lora import sparse_layers
+from .registry import Method, aged_adamw, register
+
+
+@register(
+    "spiel-ag",
+    paper="Ansell et al., 2024",
+    moves="support: drop by magnitude, grow by accumulated gradient",
+    use_when="which entries matter is unknown and the run is long enough to find out",
+    cost="a dense gradient of one layer at a time in 5 of 20 steps; ages, 2 bytes an entry",
+)
+def spiel_ag(
+    density: float = 0.01, interval: int = 20, collect_steps: int = 5, fraction: float = 0.2, **overrides: Any
+) -> Method:
+    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share."""
+    regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
+    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+
+
+@register(
+    "spiel-ma",
+    paper="Ansell et al., 2024",
+    moves="support: drop by magnitude, grow by SM3's row x column accumulators",
+    use_when="as spiel-ag where optimizer state or dense gradients do not fit; wants learning rates of 4e-4 to 2e-3",
+    cost="m + n numbers of optimizer state a matrix; no dense gradient ever",
+)
+def spiel_ma(
+    density: float = 0.01,
+    interval: int = 20,
+    collect_steps: int = 5,
+    fraction: float = 0.2,
+    score: str = "product",
+    momentum: float = 0.0,
+    **overrides: Any,
+) -> Method:
+    """SpIEL with momentum approximation: moves at spiel-ag's steps (`collect_steps` says when, nothing is collected).
+
+    `score` 'product' is the paper's; 'min' ranks by SM3's own estimate.
+    """
+    regrowth = RegrowthConfig(
+        interval=interval, collect_steps=collect_steps, fraction=fraction, grow="sm3", grow_options={"score": score}
+    )
+    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=partial(sparse_sm3, momentum=momentum))
+
+
+def sparse_sm3(model: nn.Module, args: TrainingArguments, momentum: float = 0.0) -> SparseSM3:
+    """SM3 that knows which entry of which matrix every value of the supports is, from the Trainer's arguments."""
+    places = {
+        values: (layer, name)
+        for layer in sparse_layers(model)
+        for name, values in layer.sparse_lora_values.items()
+        if values.requires_grad and layer.sparse_lora_grid[name].granularity == "entry"
+    }
+
+    def indices_of(parameter: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
+        if parameter not in places:
+            return None
+        layer, name = places[parameter]
+        units = layer.units(name)
+        missing = parameter.shape[0] - units.numel()
+        if missing:  # room that nobody lives in has no gradient: any position does
+            units = torch.cat([units, units.new_zeros(missing)])
+        return units, layer.out_features, layer.in_features
+
+    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    return SparseSM3(groups, lr=args.learning_rate, indices_of=indices_of, momentum=momentum)
+
+
+@register(
+    "set",
+    paper="Mocanu et al., 2018",
+    moves="support: drop by magnitude, grow at random",
+    use_when="the cheapest way to move: no gradient is looked at",
+    cost="none beyond the moves; ages, 2 bytes an entry",
+)
+def sparse_evolutionary_training(
+    density: float = 0.01, interval: int = 100, fraction: float = 0.3, unfired: bool = False, **overrides: Any
+) -> Method:
+    """SET on the delta: the smallest |delta| leave, random entries enter, the same share at every move.
+
+    The paper moves once per epoch: set `interval` to the steps of one. `unfired` grows entries first that were never
+    in the support.
+    """
+    grow = "random_unfired" if unfired else "random"
+    regrowth = RegrowthConfig(interval=interval, fraction=fraction, schedule="constant", grow=grow)
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth, **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+
+
+@register(
+    "rigl",
+    paper="Evci et al., 2020",
+    moves="support: drop by magnitude, grow by the gradient of one step",
+    use_when="moves are rare and one step's gradient is telling, i.e. batches are large",
+    cost="a dense gradient of one layer at a time at each move (with accumulation: of all layers at once)",
+)
+def rigl(
+    density: float = 0.01, interval: int = 100, fraction: float = 0.3, stop_at: float = 0.75, **overrides: Any
+) -> Method:
+    r"""RigL on the delta: every `interval` steps until `stop_at`, in place of that step's update, a share of
+    :math:`\frac{\alpha}{2}(1+\cos(\pi t/T_{end}))` moves from the smallest |delta| to the largest |gradient|."""
+    regrowth = RegrowthConfig(
+        interval=interval, fraction=fraction, schedule="cosine", stop_at=stop_at, grow="gradient", skip_step=True
+    )
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth, **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+
+
+@register(
+    "random-pruning",
+    paper="Liu et al., 2022",
+    moves="nothing",
+    use_when="a random support with Erdos-Renyi layer densities, the baseline of sparse training",
+    cost="none",
+)
+def random_pruning(density: float = 0.01, **overrides: Any) -> Method:
+    """A fixed random support whose layer densities follow Erdos-Renyi; exact counts where the code draws Bernoulli."""
+    options = {"r": 0, "density": density, "criterion": "random", "allocation": "erdos_renyi", **overrides}
+    return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "apet",
+    paper="Liu et al., 2022",
+    moves="nothing",
+    use_when="random-pruning with the same density in every layer",
+    cost="none",
+)
+def apet(density: float = 0.01, **overrides: Any) -> Method:
+    """The uniform form of `random-pruning`: a fixed random support of equal density everywhere."""
+    options = {"r": 0, "density": density, "criterion": "random", "allocation": "uniform", **overrides}
+    return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "lift",
+    paper="Liu et al., 2025",
+    moves="support: the largest entries of the current weight's low-rank approximation, chosen anew",
+    use_when="full fine-tuning would be right and does not fit",
+    cost="an SVD of every matrix at each move; retired entries take as much memory as trained ones",
+)
+def lift(
+    budget_rank: int = 128,
+    filter_rank: int = 128,
+    interval: int = 200,
+    density: float | None = None,
+    exact: bool = False,
+    retired_share: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    per_unit_age: bool = False,
+    **overrides: Any,
+) -> Method:
+    r"""Train the `K` largest entries of :math:`|W_q|` in each matrix and choose them anew every `interval` steps.
+
+    `K` is that of a LoRA of `budget_rank`, or `density`'s. Entries that leave keep what they learned (retired, within
+    `retired_share`); survivors keep their moments, newcomers start at zero moments. As published the step counter is
+    one per matrix, so a newcomer's first step is :math:`(1-\beta_1)/\sqrt{1-\beta_2}` of the learning rate (0.45 with
+    these betas); `per_unit_age` corrects each entry's bias instead. `exact` takes full SVDs instead of randomised ones.
+    The published weight decay is 0 (`TrainingArguments`' default).
+    """
+    approximation = {"rank": filter_rank, "exact": exact}
+    regrowth = RegrowthConfig(
+        interval=interval,
+        drop="none",
+        grow="low_rank_magnitude",
+        grow_options=approximation,
+        retired_share=retired_share,
+    )
+    budget = {"budget_rank": budget_rank} if density is None else {"density": density}
+    start = {"criterion": "low_rank_magnitude", "criterion_options": approximation}
+    options = {"r": 0, **budget, **start, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
+    return Method(SparseLoraConfig(**options), make_optimizer=partial(_lift_adamw, betas=betas, per_unit=per_unit_age))
+
+
+def _lift_adamw(
+    model: nn.Module, args: TrainingArguments, betas: tuple[float, float], per_unit: bool
+) -> torch.optim.Optimizer:
+    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
+    groups = [{**group, "per_unit_age": group["per_unit_age"] and per_unit} for group in groups]
+    return AgedAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
