@@ -129,8 +129,11 @@ def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> to
 
 def _base_product(x2d, support, bias, plan, thread) -> torch.Tensor:
     if plan.source is not None:
-        with plan.source.standing(support, x2d.dtype, thread) as weight:
-            return torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
+        columns = support is not None and support.granularity == "column"
+        with plan.source.standing(None if columns else support, x2d.dtype, thread) as weight:
+            y = torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
+        # Columns of a weight lie one entry a row apart: a small product costs less than writing them there and back.
+        return y.addmm_(x2d.index_select(1, support.units), support.values.to(x2d.dtype)) if columns else y
     if support is None:
         return x2d.new_zeros(x2d.shape[0], plan.rows)
     if support.granularity == "row":
@@ -143,8 +146,14 @@ def _base_product(x2d, support, bias, plan, thread) -> torch.Tensor:
 
 def _input_gradient(dy, support, plan, thread) -> torch.Tensor:
     if plan.source is not None:
-        with plan.source.standing(support, dy.dtype, thread) as weight:
-            return dy @ weight
+        columns = support is not None and support.granularity == "column"
+        with plan.source.standing(None if columns else support, dy.dtype, thread) as weight:
+            grad_x = dy @ weight
+        if columns:
+            units = support.units.long()
+            part = torch.addmm(grad_x.index_select(1, units), dy, support.values.to(dy.dtype).t())
+            grad_x.index_copy_(1, units, part)
+        return grad_x
     if support is None:
         return dy.new_zeros(dy.shape[0], plan.cols)
     if support.granularity == "row":
