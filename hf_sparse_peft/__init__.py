@@ -9,13 +9,26 @@ from .callbacks import (
     callbacks_for,
 )
 from .hub import register_cards
-from .tuners import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
+from .tuners import (
+    FactorMaskConfig,
+    HalfRoundsConfig,
+    LayerSamplingConfig,
+    PruningConfig,
+    RankAllocationConfig,
+    RegrowthConfig,
+    SparseLoraConfig,
+    SparseLoraModel,
+    StructureConfig,
+)
 
 register_cards()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FactorMaskConfig",
+    "HalfRoundsConfig",
+    "LayerSamplingConfig",
     "MaskRegrowthCallback",
     "PruningCallback",
     "PruningConfig",
@@ -24,6 +37,7 @@ __all__ = [
     "RegrowthConfig",
     "SparseLoraConfig",
     "SparseLoraModel",
+    "StructureConfig",
     "SupportTelemetryCallback",
     "__version__",
     "callbacks_for",

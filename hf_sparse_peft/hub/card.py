@@ -16,6 +16,7 @@ from torch import nn
 
 from ..tuners import SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from ..tuners.sparse_lora.config import SCHEDULES
 from .folders import ADAPTER_FILES, staged_folder
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -71,8 +72,9 @@ def support_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
     for layer in adapter_layers(model, adapter_name):
         rows, cols = layer.out_features, layer.in_features
         name = layer.module_name.rpartition(".")[2]
+        kind = layer.sparse_lora_grid[adapter_name].granularity if adapter_name in layer.sparse_lora_grid else None
         row = groups.setdefault(
-            (name, rows, cols),
+            (name, rows, cols, kind),
             {"group": name, "modules": 0, "rows": rows, "cols": cols, "granularity": None, "units": 0, "capacity": 0}
             | {"density": 0.0, "components": 0, "rank": 0, "parameters": 0},
         )
@@ -242,7 +244,8 @@ def _summary(
     parameters, modules = sum(row["parameters"] for row in rows), sum(row["modules"] for row in rows)
     shape = []
     if any(row["units"] for row in rows):
-        shape.append(f"a support of {config.granularity} units")
+        kinds = dict.fromkeys(row["granularity"] for row in rows if row["units"])
+        shape.append(f"a support of {' and '.join(kinds)} units")
     if any(row["components"] for row in rows):
         shape.append("a low-rank half")
     text = (
@@ -274,7 +277,8 @@ def _load_code(auto_class: str | None, shown: str, base_model: str | None) -> st
 
 
 def _leaving(config: SparseLoraConfig) -> str:
-    lossless = not config.has_support or config.granularity in ("row", "column")
+    kinds = {config.granularity, *config.granularity_pattern.values()}
+    lossless = not config.has_support or kinds <= {"row", "column"}
     if lossless:
         return "`sparse-peft export` turns it into a plain LoRA without loss, for engines that know only LoRA."
     return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
@@ -313,12 +317,13 @@ def _config_rows(config: SparseLoraConfig) -> list[tuple[str, str]]:
     shown: dict[str, Any] = {}
     if config.has_support:
         shown |= {"granularity": config.granularity, "density": config.density}
-        shown |= {"num_entries": config.num_entries} if config.num_entries is not None else {}
+        for name in ("num_entries", "units_per_module", "granularity_pattern", "structures"):
+            shown |= {name: getattr(config, name)} if getattr(config, name) else {}
         shown |= {"block_size": config.block_size} if config.granularity == "block" else {}
         shown |= {"criterion": config.criterion, "allocation": config.allocation}
     if config.r or config.rank_pattern:
         shown |= {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-    for name in ("regrowth", "pruning", "rank_allocation"):
+    for name in SCHEDULES:
         schedule = getattr(config, name)
         if schedule is not None:
             shown[name] = ", ".join(f"{key}={value}" for key, value in vars(schedule).items())

@@ -25,7 +25,12 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # As the codec's module docstring lays it out; granularity and block size of a file are known before any grid is.
 _HEADER = struct.Struct("<2sBBIIIII")
-_KINDS = (*SparseLoraLayer.adapter_layer_names, "sparse_lora_support", "sparse_lora_rank_mask")
+_KINDS = (
+    *SparseLoraLayer.adapter_layer_names,
+    *SparseLoraLayer.factor_map_names,
+    "sparse_lora_support",
+    "sparse_lora_rank_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def _config_rank(name: str, config: SparseLoraConfig) -> int:
 def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraConfig) -> tuple[UnitGrid, int, int]:
     key, values, codes = _key(name, "sparse_lora_values"), held["sparse_lora_values"], held["sparse_lora_support"]
     capacity = values.shape[0] if values.ndim else 0
-    grid = _grid_of(codes, config, _key(name, "sparse_lora_support"))
+    grid = _grid_of(codes, config, name)
     if capacity > grid.num_units:
         raise ValueError(
             f"'{key}' has {capacity} units where a weight of {grid.rows}x{grid.cols} has {grid.num_units}."
@@ -268,7 +273,9 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
         )
     units = decode_support(codes, grid, capacity, _key(name, "sparse_lora_support"))
     due = config.capacity_pattern.get(name, config.support_pattern.get(name))
-    if due is None and not config.support_pattern and config.budget_rank is not None:
+    if due is None and not config.support_pattern and config.units_per_module is not None:
+        due = config.units_per_module
+    elif due is None and not config.support_pattern and config.budget_rank is not None:
         due = counts_from_rank({name: grid}, config.budget_rank)[name]
     elif due is None and not config.support_pattern and config.num_entries is None and config.allocation == "uniform":
         due = uniform_counts({name: grid}, config.density)[name]
@@ -280,17 +287,18 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
     return grid, units.numel(), capacity
 
 
-def _grid_of(codes: torch.Tensor, config: SparseLoraConfig, key: str) -> UnitGrid:
+def _grid_of(codes: torch.Tensor, config: SparseLoraConfig, name: str) -> UnitGrid:
+    key, granularity_due = _key(name, "sparse_lora_support"), config.granularity_of(name)
     readable = codes.dtype == torch.uint8 and codes.ndim == 1 and codes.numel() >= HEADER_BYTES
     header = bytes(codes[:HEADER_BYTES].tolist()) if readable else b""
     if not readable or header[:2] != b"SU" or header[2] != FORMAT_VERSION:
         decode_support(codes, UnitGrid(1, 1), 0, key)  # says what is wrong
     _, _, granularity, block_size, _, rows, cols, _ = _HEADER.unpack(header)
     kind = GRANULARITIES[granularity] if granularity < len(GRANULARITIES) else f"code {granularity}"
-    if kind != config.granularity or (kind == "block" and block_size != config.block_size):
+    if kind != granularity_due or (kind == "block" and block_size != config.block_size):
         raise ValueError(
             f"'{key}' has granularity '{kind}'{f' of {block_size}' if kind == 'block' else ''}, and {CONFIG_FILE} says "
-            f"'{config.granularity}' with block_size={config.block_size}. Use the config saved with the file."
+            f"'{granularity_due}' with block_size={config.block_size}. Use the config saved with the file."
         )
     try:
         return UnitGrid(rows, cols, kind, config.block_size)
@@ -316,6 +324,13 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
     for kind in ("sparse_lora_gate", "sparse_lora_rank_mask"):
         if kind in held and tuple(held[kind].shape) != (rank,):
             raise ValueError(f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; rank {rank} takes ({rank},).")
+    for kind, factor in (("sparse_lora_A_map", A), ("sparse_lora_A_start", A), ("sparse_lora_B_map", B)):
+        if kind in held and held[kind].shape != factor.shape:
+            raise ValueError(
+                f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes {tuple(factor.shape)}."
+            )
+    if config.factor_masks is not None and "sparse_lora_B_map" not in held:
+        raise ValueError(f"'{_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
     mask = held.get("sparse_lora_rank_mask")
     if mask is not None and (mask.dtype != torch.uint8 or int(mask.max()) > 1):
         raise ValueError(f"'{_key(name, 'sparse_lora_rank_mask')}' must be uint8 of 0 and 1; the file is damaged.")

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..tuners import SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
+from ..tuners.sparse_lora.factors import merged_factors
 from ..tuners.sparse_lora.operands import as_entries
 from .card import adapter_config, adapter_layers, exported_card
 from .folders import staged_folder
@@ -252,7 +253,7 @@ def _lora_factors(
     """`A` `[r, in]`, `B` `[out, r]`, both fp32, and the relative error of `BA`; None for an update that is zero."""
     parts = []
     if adapter_name in layer.sparse_lora_A:
-        A, B = layer.sparse_lora_A[adapter_name].float(), layer.sparse_lora_B[adapter_name].float()
+        A, B = (factor.float() for factor in merged_factors(layer, adapter_name))
         B = B * layer.sparse_lora_scaling[adapter_name]
         if adapter_name in layer.sparse_lora_gate:
             gate = layer.sparse_lora_gate[adapter_name].float()
@@ -269,7 +270,7 @@ def _lora_factors(
         )
     if structured:
         if units is not None and units.numel():
-            values = layer.sparse_lora_values[adapter_name][: units.numel()].float()
+            values = layer.living_values(adapter_name).float()
             ones = torch.zeros(units.numel(), grid.num_units, device=values.device)
             ones.scatter_(1, units.long().unsqueeze(1), 1.0)
             parts.append((values, ones.t()) if grid.granularity == "row" else (ones, values.t()))
@@ -320,7 +321,7 @@ def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
 def _entries(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted flat positions and values of the support's entries."""
     units, grid = layer.units(adapter_name), layer.sparse_lora_grid[adapter_name]
-    values = layer.sparse_lora_values[adapter_name][: units.numel()].float()
+    values = layer.living_values(adapter_name).float()
     values, positions = as_entries(values, units, grid)
     return positions, values
 

@@ -2,21 +2,29 @@
 
 from .adapter_layer import AdapterLayer, adapter_layers
 from .sparse_lora import (
+    FactorMaskConfig,
+    HalfRoundsConfig,
+    LayerSamplingConfig,
     PruningConfig,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
     SparseLoraLayer,
     SparseLoraModel,
+    StructureConfig,
 )
 
 __all__ = [
     "AdapterLayer",
+    "FactorMaskConfig",
+    "HalfRoundsConfig",
+    "LayerSamplingConfig",
     "PruningConfig",
     "RankAllocationConfig",
     "RegrowthConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
+    "StructureConfig",
     "adapter_layers",
 ]

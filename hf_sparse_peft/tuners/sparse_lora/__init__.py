@@ -10,11 +10,15 @@ from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
+from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
 
 register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
 
 __all__ = [
+    "FactorMaskConfig",
+    "HalfRoundsConfig",
+    "LayerSamplingConfig",
     "PruningConfig",
     "RankAllocationConfig",
     "RegrowthConfig",
@@ -22,5 +26,6 @@ __all__ = [
     "SparseLoraLayer",
     "SparseLoraLinear",
     "SparseLoraModel",
+    "StructureConfig",
     "sparse_layers",
 ]

@@ -44,7 +44,7 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
         key = f"{prefix}sparse_lora_support.{adapter_name}"
         capacity = layer.sparse_lora_values[adapter_name].shape[0]
         decode_support(_present(state_dict, key), layer.sparse_lora_grid[adapter_name], capacity, key)
-    for kind in (*layer.adapter_layer_names, "sparse_lora_rank_mask"):
+    for kind in (*layer.adapter_layer_names, *layer.factor_map_names, "sparse_lora_rank_mask"):
         held = getattr(layer, kind)
         if adapter_name not in held:
             continue

@@ -19,6 +19,7 @@ from ...sparsity import (
     uniform_counts,
 )
 from .config import SparseLoraConfig
+from .structures import choose_structures
 
 
 def target_layers(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str, nn.Module]:
@@ -33,43 +34,60 @@ def target_layers(config: SparseLoraConfig, model: nn.Module, matches) -> dict[s
     return found
 
 
-def unit_counts(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str, int]:
+def plan_supports(
+    config: SparseLoraConfig, model: nn.Module, matches
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Units of every targeted module's support, by module name; checked for the whole model before a layer changes.
 
-    Counts that follow from more than the module alone (`num_entries`, an allocation over the model) are written to
+    Returns their counts, and the units themselves where modules select together (`config.structures`). Counts that
+    follow from more than the module alone (`num_entries`, an allocation over the model, structures) are written to
     `config.support_pattern`, so that shapes follow from the config when the adapter is loaded or resumed.
 
     Raises:
-        ValueError: the budget leaves a module without a unit or exceeds the weights, blocks do not fit, or
-            `support_pattern` was made for another model.
+        ValueError: the budget leaves a module without a unit or exceeds the weights, blocks or structures do not fit,
+            or `support_pattern` was made for another model.
     """
     if not config.has_support:
-        return {}
+        return {}, {}
     # Whatever else matched is refused by name when its layer is created.
     layers = {n: base for n, base in target_layers(config, model, matches).items() if _is_linear(base, model)}
-    if config.support_pattern:
-        missing = sorted(set(layers) - set(config.support_pattern))
+    given = dict(config.support_pattern)
+    if given:
+        missing = sorted(set(layers) - set(given))
         if missing:
             raise ValueError(
                 f"support_pattern was made for another model: it has no entry for {missing[:3]} ({len(missing)} "
                 "modules). Set support_pattern={} to share the budget out anew, or use a fresh config for each model."
             )
-        layers = {name: base for name, base in layers.items() if config.support_pattern[name]}
+        if not config.structures:
+            layers = {name: base for name, base in layers.items() if given[name]}
+    grids = _grids(config, layers)
+    chosen = {}
+    if config.structures and not (given and config.inference_mode):
+        chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
+    if given:
+        for name, grid in grids.items():
+            _check_given_count(given[name], name, grid)
+        # Compaction may have left other counts than the structures give; a file is about to fill those.
+        return given, {name: units for name, units in chosen.items() if units.numel() == given[name]}
+    counts = {name: units.numel() for name, units in chosen.items()}
+    rest = {name: grid for name, grid in grids.items() if name not in chosen}
+    if rest and (config.density or config.num_entries or config.units_per_module or config.budget_rank):
+        counts |= _counts(config, layers, rest, model)
+    if config.allocation != "uniform" or config.num_entries is not None or config.structures:
+        config.support_pattern = {name: counts.get(name, 0) for name in grids}
+    return counts, chosen
+
+
+def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, UnitGrid]:
     grids = {}
     for name, base in layers.items():
         cols, rows = _get_in_out_features(base)
         try:
-            grids[name] = UnitGrid(rows, cols, config.granularity, config.block_size)
+            grids[name] = UnitGrid(rows, cols, config.granularity_of(name), config.block_size)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
-    if config.support_pattern:
-        for name, grid in grids.items():
-            _check_given_count(config.support_pattern[name], name, grid)
-        return dict(config.support_pattern)
-    counts = _counts(config, layers, grids, model) if grids else {}
-    if config.allocation != "uniform" or config.num_entries is not None:
-        config.support_pattern = dict(counts)
-    return counts
+    return grids
 
 
 def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.Module, matches) -> dict[str, int]:
@@ -83,13 +101,13 @@ def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.
         for name, base in target_layers(config, model, matches).items():
             if counts.get(name):
                 cols, rows = _get_in_out_features(base)
-                units = UnitGrid(rows, cols, config.granularity, config.block_size).num_units
+                units = UnitGrid(rows, cols, config.granularity_of(name), config.block_size).num_units
                 config.capacity_pattern[name] = min(units, counts[name] + int(share * counts[name]))
     return {name: max(config.capacity_pattern.get(name, 0), count) for name, count in counts.items()}
 
 
 def _check_given_count(count: int, name: str, grid: UnitGrid) -> None:
-    if not 0 < count <= grid.num_units:
+    if not 0 <= count <= grid.num_units:
         raise ValueError(
             f"support_pattern gives '{name}' {count} units, and its {grid.rows}x{grid.cols} weight has "
             f"{grid.num_units} of granularity '{grid.granularity}'. Was it made for another model? Set "
@@ -105,6 +123,14 @@ def _is_linear(base: nn.Module, model: nn.Module) -> bool:
 def _counts(
     config: SparseLoraConfig, layers: dict[str, nn.Module], grids: dict[str, UnitGrid], model: nn.Module
 ) -> dict[str, int]:
+    if config.units_per_module is not None:
+        for name, grid in grids.items():
+            if config.units_per_module > grid.num_units:
+                raise ValueError(
+                    f"units_per_module={config.units_per_module} is more than the {grid.num_units} {grid.granularity} "
+                    f"units of '{name}' ({grid.rows}x{grid.cols}). Lower it, or leave the module out."
+                )
+        return dict.fromkeys(grids, config.units_per_module)
     entries = sum(grid.rows * grid.cols for grid in grids.values())
     if config.num_entries is not None and config.num_entries > entries:
         raise ValueError(

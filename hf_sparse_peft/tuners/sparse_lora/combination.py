@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
-from .config import SparseLoraConfig, exact_pattern
+from ...sparsity import UnitGrid
+from .config import SCHEDULES, SparseLoraConfig, exact_pattern
+from .factors import merged_factors
 from .layer import SparseLoraLayer
 from .operands import as_entries
 
@@ -59,14 +62,16 @@ def add_weighted_adapter(
 
     layers = [m for m in model.model.modules() if isinstance(m, SparseLoraLayer)]
     layers = [layer for layer in layers if any(layer.holds(name) for name in adapters)]
-    granular = {layer.sparse_lora_grid[n] for layer in layers for n in adapters if n in layer.sparse_lora_grid}
-    as_entry = len({(grid.granularity, grid.block_size) for grid in granular}) > 1
+    granular = _granularities(layers, adapters)
     results = {}
     for layer in layers:
+        as_entry = granular.get(layer.module_name) == "entry"
         sparse = _combined_support(layer, adapters, weights, merge, as_entry)
         low_rank = _combined_factors(layer, adapters, weights, combination_type, merge, svd_rank)
         results[layer.module_name] = (sparse, low_rank)
-    config = _new_config(model.peft_config[adapters[0]], results, as_entry)
+    config = _new_config(model.peft_config[adapters[0]], results, granular)
+    sizes = {g.block_size for layer in layers for g in _grids(layer, adapters) if g.granularity == "block"}
+    config.block_size = sizes.pop() if len(sizes) == 1 else config.block_size
     model.peft_config[adapter_name] = config
     try:
         model.inject_adapter(model.model, adapter_name)
@@ -93,12 +98,29 @@ def _check(model, adapters, weights, adapter_name, combination_type, density) ->
         )
 
 
+def _grids(layer: SparseLoraLayer, adapters: list[str]) -> list[UnitGrid]:
+    return [layer.sparse_lora_grid[name] for name in adapters if name in layer.sparse_lora_grid]
+
+
+def _granularities(layers: list[SparseLoraLayer], adapters: list[str]) -> dict[str, str]:
+    """What a unit of the combination is, by module name: the adapters' own kind where they agree, else an entry."""
+    # One config has one block size: blocks of several sizes, even in different modules, become entries.
+    sizes = {grid.block_size for layer in layers for grid in _grids(layer, adapters) if grid.granularity == "block"}
+    found = {}
+    for layer in layers:
+        kinds = {grid.granularity for grid in _grids(layer, adapters)}
+        if kinds:
+            mixed = len(kinds) > 1 or (kinds == {"block"} and len(sizes) > 1)
+            found[layer.module_name] = "entry" if mixed else kinds.pop()
+    return found
+
+
 def _combined_support(layer, adapters, weights, merge, as_entry):
     parts, coefficients = [], []
     for name, weight in zip(adapters, weights, strict=True):
         if name in layer.sparse_lora_values:
             units = layer.units(name)
-            values = layer.sparse_lora_values[name].data[: units.numel()]
+            values = layer.living_values(name)
             if as_entry:
                 values, units = as_entries(values, units, layer.sparse_lora_grid[name])
             parts.append((values.float(), units))
@@ -141,16 +163,19 @@ def _combined_factors(layer, adapters, weights, combination_type, merge, svd_ran
 
 
 def _folded(layer: SparseLoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    A, B = layer.sparse_lora_A[name].data.float(), layer.sparse_lora_B[name].data.float()
+    A, B = (factor.float() for factor in merged_factors(layer, name))
     return A, B * layer.sparse_lora_gate[name].data if name in layer.sparse_lora_gate else B
 
 
-def _new_config(first: SparseLoraConfig, results: dict, as_entry: bool) -> SparseLoraConfig:
+def _new_config(first: SparseLoraConfig, results: dict, granular: dict[str, str]) -> SparseLoraConfig:
     config = copy.deepcopy(first)
-    config.regrowth = config.pruning = config.rank_allocation = None
+    for name in SCHEDULES:  # masked factors are folded, like the scaling
+        setattr(config, name, None)
+    config.structures, config.units_per_module, config.scale_support, config.support_init = [], None, False, "zeros"
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion, config.criterion_options = "random", {}
-    config.granularity = "entry" if as_entry else config.granularity
+    config.granularity = Counter(granular.values()).most_common(1)[0][0] if granular else "entry"
+    config.granularity_pattern = exact_pattern({n: kind for n, kind in granular.items() if kind != config.granularity})
     config.support_pattern = {name: 0 if sparse is None else sparse[1].numel() for name, (sparse, _) in results.items()}
     config.capacity_pattern = {}
     if not any(config.support_pattern.values()):

@@ -7,6 +7,7 @@ from torch import nn
 
 from ...sparsity import codes_length
 from .config import SparseLoraConfig, exact_pattern
+from .factors import fold_experts
 from .layer import SparseLoraLayer
 
 
@@ -27,8 +28,11 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     if merged:
         raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
     support_pattern, rank_pattern, alpha_pattern, shrunk = {}, {}, {}, False
+    split = config.factor_masks is not None and config.factor_masks.kind == "stochastic"
     for layer in layers:
         layer.drop_training_state(adapter_name)
+        if split and adapter_name in layer.sparse_lora_A:
+            fold_experts(layer, adapter_name)
         support_pattern[layer.module_name] = _compact_support(layer, adapter_name)
         if adapter_name in layer.sparse_lora_A:
             before = layer.sparse_lora_r[adapter_name]
@@ -44,6 +48,8 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     if shrunk:
         config.rank_pattern = exact_pattern(rank_pattern)
         config.alpha_pattern = exact_pattern(alpha_pattern)
+    if split:
+        config.factor_masks = None
     config.training_finished = True
     if values_dtype is not None:
         config.values_dtype = values_dtype

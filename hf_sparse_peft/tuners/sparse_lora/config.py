@@ -8,16 +8,25 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, make_score
 from .file_length import check_file_length
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
+from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
 ALLOCATIONS = ("uniform", "erdos_renyi", "global")
-SCHEDULES = ("regrowth", "pruning", "rank_allocation")
-"""Options that a callback carries out."""
+SCHEDULES = {
+    "regrowth": RegrowthConfig,
+    "pruning": PruningConfig,
+    "rank_allocation": RankAllocationConfig,
+    "rounds": HalfRoundsConfig,
+    "layer_sampling": LayerSamplingConfig,
+    "factor_masks": FactorMaskConfig,
+}
+"""Fields that hold a config of their own; most of them need a callback."""
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
@@ -49,6 +58,12 @@ class SparseLoraConfig(PeftConfig):
     alpha_pattern: dict = field(
         default_factory=dict, metadata={"help": "Module name or regex -> alpha, instead of `lora_alpha`."}
     )
+    factor_init: Literal["kaiming_uniform", "normal"] = field(
+        default="kaiming_uniform", metadata={"help": "Start of A: Kaiming's uniform, or N(0, 0.02^2). B starts at 0."}
+    )
+    factor_masks: FactorMaskConfig | None = field(
+        default=None, metadata={"help": "Masks on the entries of A and B; None: both are dense."}
+    )
     density: float = field(
         default=0.005, metadata={"help": "Share of each targeted weight's units in the support; 0 leaves it out."}
     )
@@ -64,8 +79,25 @@ class SparseLoraConfig(PeftConfig):
             "help": "Instead of `density`: as many entries in each weight as a LoRA of this rank, min(r(m+n), mn)."
         },
     )
+    units_per_module: int | None = field(
+        default=None, metadata={"help": "Units in every targeted module's support, instead of `density`."}
+    )
     granularity: Literal["entry", "block", "row", "column"] = field(
         default="entry", metadata={"help": "What a unit of the support is."}
+    )
+    granularity_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> granularity, instead of `granularity`."}
+    )
+    structures: list[StructureConfig] = field(
+        default_factory=list,
+        metadata={"help": "Modules whose supports are whole channels, heads or matrices; others take `density`."},
+    )
+    scale_support: bool = field(
+        default=False, metadata={"help": "Whether the low-rank half's scaling multiplies the sparse half too (DSEE)."}
+    )
+    support_init: Literal["zeros", "uniform"] = field(
+        default="zeros",
+        metadata={"help": "Start of the support's values: 0, the identity, or U(+-1/sqrt(columns)) (SLTrain)."},
     )
     block_size: int = field(default=32, metadata={"help": "Side of a block; must divide both sides of each weight."})
     criterion: str = field(
@@ -93,6 +125,12 @@ class SparseLoraConfig(PeftConfig):
     pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
     rank_allocation: RankAllocationConfig | None = field(
         default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
+    )
+    rounds: HalfRoundsConfig | None = field(
+        default=None, metadata={"help": "Half of the matrices trains at a time; None: all do."}
+    )
+    layer_sampling: LayerSamplingConfig | None = field(
+        default=None, metadata={"help": "Sampled transformer layers train at a step; None: all do."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
     values_dtype: Literal["float32", "bfloat16"] = field(
@@ -125,16 +163,16 @@ class SparseLoraConfig(PeftConfig):
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
-    unattended: ClassVar[str] = "support and ranks will NOT move."
+    unattended: ClassVar[str] = "support and ranks will NOT move, nothing is sampled or frozen in turns."
     """What training without the callbacks means, for the warning."""
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPARSE_LORA
-        self.regrowth = nested(RegrowthConfig, self.regrowth, "regrowth")
-        self.pruning = nested(PruningConfig, self.pruning, "pruning")
-        self.rank_allocation = nested(RankAllocationConfig, self.rank_allocation, "rank_allocation")
+        for name, cls in SCHEDULES.items():
+            setattr(self, name, nested(cls, getattr(self, name), name))
+        self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
         self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
@@ -159,7 +197,8 @@ class SparseLoraConfig(PeftConfig):
     @property
     def has_support(self) -> bool:
         """Whether the sparse half is there."""
-        return self.density > 0 or bool(self.num_entries) or bool(self.budget_rank) or bool(self.support_pattern)
+        given = (self.num_entries, self.budget_rank, self.units_per_module, self.structures, self.support_pattern)
+        return self.density > 0 or any(bool(one) for one in given)
 
     @property
     def freezes_units(self) -> bool:
@@ -173,8 +212,19 @@ class SparseLoraConfig(PeftConfig):
 
     @property
     def asked_schedules(self) -> list[str]:
-        """Names of the options that ask for a schedule."""
-        return [name for name in SCHEDULES if getattr(self, name) is not None]
+        """Names of the fields that a callback has to carry out."""
+        asked = [name for name in SCHEDULES if getattr(self, name) is not None]
+        return [name for name in asked if name != "factor_masks" or self.factor_masks.kind == "stochastic"]
+
+    def granularity_of(self, module_name: str) -> str:
+        """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""
+        key = get_pattern_key(self.granularity_pattern.keys(), module_name)
+        return self.granularity_pattern.get(key, self.granularity)
+
+    def structure_of(self, module_name: str) -> StructureConfig | None:
+        """The structure that the module of that name selects with, if any."""
+        found = [one for one in self.structures if one.covers(module_name)]
+        return found[0] if found else None
 
     def _check_choices(self) -> None:
         choices = {
@@ -183,10 +233,17 @@ class SparseLoraConfig(PeftConfig):
             "criterion": tuple(sorted(CRITERIA)),
             "values_dtype": ("float32", "bfloat16"),
             "bias": ("none", "all", "sparse_lora_only"),
+            "factor_init": ("kaiming_uniform", "normal"),
+            "support_init": ("zeros", "uniform"),
         }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(accepted)}.")
+        for pattern, granularity in self.granularity_pattern.items():
+            if granularity not in GRANULARITIES:
+                raise ValueError(
+                    f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
+                )
         make_score(self.criterion, **self.criterion_options)  # refuses unknown options and bad values by name
         if self.allocation == "global" and self.criterion == "random":
             raise ValueError(
@@ -209,6 +266,12 @@ class SparseLoraConfig(PeftConfig):
             raise ValueError(
                 f"budget_rank={self.budget_rank} says how many entries each weight gets, and so does "
                 f"num_entries={self.num_entries} or allocation={self.allocation!r}. Set one of them."
+            )
+        other = {"num_entries": self.num_entries, "budget_rank": self.budget_rank}
+        if self.units_per_module is not None and (self.units_per_module < 1 or any(other.values())):
+            raise ValueError(
+                f"units_per_module={self.units_per_module} with {other}: give one of them, at least 1, or None for all "
+                "to use density."
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a share; give a number from 0 to below 1.")
@@ -234,6 +297,27 @@ class SparseLoraConfig(PeftConfig):
                 f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "
                 f"starts with. Set r to at least {self.rank_allocation.target_r} (AdaLoRA: 1.5 x target_r)."
             )
+
+        self._check_structures()
+        self._check_factors()
+
+    def _check_structures(self) -> None:
+        named = [name for one in self.structures for name in one.modules]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise ValueError(f"structures name {twice} more than once; a module selects with one structure only.")
+        if self.structures and (self.allocation != "uniform" or self.num_entries is not None):
+            raise ValueError(
+                f"structures have densities and a scope of their own; allocation={self.allocation!r} and num_entries="
+                f"{self.num_entries} would share the same units out again. Set allocation='uniform', num_entries=None."
+            )
+
+    def _check_factors(self) -> None:
+        for name in ("factor_masks", "scale_support"):
+            if getattr(self, name) and self.r == 0 and not self.rank_pattern:
+                raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
+            if getattr(self, name) and self.rank_allocation:
+                raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str):

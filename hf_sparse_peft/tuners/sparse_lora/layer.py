@@ -14,6 +14,7 @@ from ...ops import pack_entries, unpack_entries
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
 from ..adapter_layer import AdapterLayer
 from .config import SparseLoraConfig
+from .factors import allocate_factors, merged_factors
 
 
 class SparseLoraLayer(AdapterLayer):
@@ -21,7 +22,8 @@ class SparseLoraLayer(AdapterLayer):
 
     Parameters (trained): `values` (see `UnitGrid.values_shape`), `A` `[r, in]`, `B` `[out, r]`, `gate` `[r]` (only with
     `rank_allocation`), fp32 masters. Buffers (saved): `support` uint8, the gap-coded units; `rank_mask` uint8 `[r]`,
-    the living components; and, while a schedule runs, what its callback must find again after a resume.
+    the living components; with `factor_masks` the maps of A and B (`factors.py`); and, while a schedule runs, what its
+    callback must find again after a resume.
     """
 
     adapter_layer_names: tuple[str, ...] = ("sparse_lora_values", "sparse_lora_A", "sparse_lora_B", "sparse_lora_gate")
@@ -36,15 +38,18 @@ class SparseLoraLayer(AdapterLayer):
     )
     unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
     """Training state with one number a unit, in the order of the values: it moves with them."""
+    factor_map_names: tuple[str, ...] = ("sparse_lora_A_map", "sparse_lora_B_map", "sparse_lora_A_start")
     other_param_names: tuple[str, ...] = (
         "sparse_lora_support",
         "sparse_lora_rank_mask",
+        *factor_map_names,
         *training_state_names,
         "sparse_lora_grid",
         "sparse_lora_config",
         "sparse_lora_start",
         "sparse_lora_r",
         "sparse_lora_scaling",
+        "sparse_lora_support_scaling",
         "sparse_lora_sink",
     )
     sparse_lora_observer: Callable[[torch.Tensor], None] | None = None
@@ -54,7 +59,12 @@ class SparseLoraLayer(AdapterLayer):
         self.place_over(base_layer, module_name, **kwargs)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
-        for name in ("sparse_lora_support", "sparse_lora_rank_mask", *self.training_state_names):
+        for name in (
+            "sparse_lora_support",
+            "sparse_lora_rank_mask",
+            *self.factor_map_names,
+            *self.training_state_names,
+        ):
             setattr(self, name, BufferDict({}, persistent=True))
         self.sparse_lora_grid: dict[str, UnitGrid] = {}
         self.sparse_lora_config: dict[str, SparseLoraConfig] = {}
@@ -62,6 +72,7 @@ class SparseLoraLayer(AdapterLayer):
         self.sparse_lora_start: dict[str, int] = {}
         self.sparse_lora_r: dict[str, int] = {}
         self.sparse_lora_scaling: dict[str, float] = {}
+        self.sparse_lora_support_scaling: dict[str, float] = {}
         # Dense-gradient readers that a callback sets while it collects candidates.
         self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
@@ -75,49 +86,86 @@ class SparseLoraLayer(AdapterLayer):
         lora_alpha: float,
         num_units: int,
         capacity: int = 0,
+        units: torch.Tensor | None = None,
         inference_mode: bool = False,
     ) -> None:
         """Allocate an adapter: `num_units` units of the support and `r` components; either may be 0.
 
-        `capacity` above `num_units` leaves room in values and support for units that retire.
+        `capacity` above `num_units` leaves room in values and support for units that retire. `units` are the support
+        where it was chosen with other layers' (`config.structures`).
 
         Raises:
             ValueError: `num_units` or `r` does not fit the weight.
         """
         self.sparse_lora_config[adapter_name] = config
+        scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r) if r else None
         if num_units:
-            self._allocate_support(adapter_name, config, num_units, max(capacity, num_units))
+            if config.scale_support and scaling is None:
+                raise ValueError(
+                    f"scale_support multiplies the support of '{self.module_name}' by lora_alpha / r, and rank_pattern "
+                    "gives it rank 0. Give it a rank, or set scale_support=False."
+                )
+            self.sparse_lora_support_scaling[adapter_name] = scaling if config.scale_support else 1.0
+            self._allocate_support(adapter_name, config, num_units, max(capacity, num_units), units)
         self.sparse_lora_r[adapter_name] = r
         if r:
-            self._allocate_low_rank(adapter_name, config, r)
-            self.sparse_lora_scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+            allocate_factors(self, adapter_name, config, r)
+            self.sparse_lora_scaling[adapter_name] = scaling
         if config.has_schedule and not config.inference_mode:
             self.allocate_training_state(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _allocate_support(self, adapter_name: str, config: SparseLoraConfig, num_units: int, capacity: int) -> None:
-        grid = UnitGrid(self.out_features, self.in_features, config.granularity, config.block_size)
+    def _allocate_support(
+        self,
+        adapter_name: str,
+        config: SparseLoraConfig,
+        num_units: int,
+        capacity: int,
+        units: torch.Tensor | None,
+    ) -> None:
+        granularity = config.granularity_of(self.module_name)
+        grid = UnitGrid(self.out_features, self.in_features, granularity, config.block_size)
         if num_units > grid.num_units:
             raise ValueError(
-                f"The support of '{self.module_name}' wants {num_units} {config.granularity} units, and its "
+                f"The support of '{self.module_name}' wants {num_units} {granularity} units, and its "
                 f"{grid.rows}x{grid.cols} weight has {grid.num_units}. Lower density or num_entries."
             )
         self.sparse_lora_grid[adapter_name] = grid
         self.sparse_lora_start[adapter_name] = num_units
-        draw = torch.zeros if config.init_weights else torch.randn
-        self.sparse_lora_values[adapter_name] = nn.Parameter(draw(grid.values_shape(capacity), dtype=torch.float32))
+        self.sparse_lora_values[adapter_name] = nn.Parameter(self._first_values(config, grid, num_units, capacity))
         self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, capacity), dtype=torch.uint8)
         # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
         on_meta = self.sparse_lora_values[adapter_name].is_meta
         if on_meta or self.get_base_layer_device() == torch.device("meta"):
             return
-        if not (config.inference_mode and config.init_weights):
+        if units is not None:
+            self.write_support(adapter_name, units.to(self.sparse_lora_values[adapter_name].device))
+        elif not (config.inference_mode and config.init_weights) and config.structure_of(self.module_name) is None:
             self.select_support(adapter_name)
 
+    def _first_values(self, config: SparseLoraConfig, grid: UnitGrid, num_units: int, capacity: int) -> torch.Tensor:
+        shape = grid.values_shape(capacity)
+        if config.support_init == "uniform":
+            generator = torch.Generator().manual_seed(stream_seed(config.seed, self.module_name, "values"))
+            drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(grid.cols))
+            drawn[num_units:] = 0
+            return drawn.to(torch.empty(0).device)
+        return (torch.zeros if config.init_weights else torch.randn)(shape, dtype=torch.float32)
+
     def select_support(self, adapter_name: str) -> None:
-        """Choose the adapter's first support by its config's criterion and write it."""
+        """Choose the adapter's first support by its config's criterion and write it.
+
+        Raises:
+            ValueError: the module selects together with others, which happens at injection only.
+        """
         config, grid = self.sparse_lora_config[adapter_name], self.sparse_lora_grid[adapter_name]
+        if config.structure_of(self.module_name) is not None:
+            raise ValueError(
+                f"The support of '{self.module_name}' is chosen with other modules' (structures), over the whole model "
+                "at injection, and that was not possible: the base had no weights yet, or support_pattern has other "
+                "counts than structures give. Load the base before the adapter, or set support_pattern={}."
+            )
         seed = stream_seed(config.seed, self.module_name)
         weight = None if config.criterion == "random" else self.dense_base_weight()
         units = select_units(
@@ -129,24 +177,6 @@ class SparseLoraLayer(AdapterLayer):
             **config.criterion_options,
         )
         self.write_support(adapter_name, units)
-
-    def _allocate_low_rank(self, adapter_name: str, config: SparseLoraConfig, r: int) -> None:
-        A = torch.empty(r, self.in_features, dtype=torch.float32)
-        B = torch.zeros(self.out_features, r, dtype=torch.float32)
-        gated = config.rank_allocation is not None
-        if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
-            nn.init.normal_(A, std=0.02)
-            nn.init.normal_(B, std=0.02)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not config.init_weights and not gated:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        self.sparse_lora_A[adapter_name] = nn.Parameter(A)
-        self.sparse_lora_B[adapter_name] = nn.Parameter(B)
-        if gated:
-            gate = torch.zeros(r) if config.init_weights else torch.randn(r) / 0.02**2
-            self.sparse_lora_gate[adapter_name] = nn.Parameter(gate)
-            self.sparse_lora_rank_mask[adapter_name] = torch.ones(r, dtype=torch.uint8)
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
@@ -250,6 +280,14 @@ class SparseLoraLayer(AdapterLayer):
         codes.copy_(encode_support(units, grid, capacity))
         self._remember(adapter_name, units.to(codes.device, grid.index_dtype))
 
+    def living_values(self, adapter_name: str) -> torch.Tensor:
+        """Values of the living units as they act in the update: scaled where the config scales the support."""
+        values = self.sparse_lora_values[adapter_name]
+        count = self.packed_units(adapter_name)[0].numel()
+        values = values if count == values.shape[0] else values[:count]
+        scale = self.sparse_lora_support_scaling[adapter_name]
+        return values if scale == 1.0 else values * scale
+
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""
         if adapter_name in self.sparse_lora_rank_mask:
@@ -275,11 +313,11 @@ class SparseLoraLayer(AdapterLayer):
     @torch.no_grad()
     def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
         if adapter_name in self.sparse_lora_A:
-            B = self.sparse_lora_B[adapter_name] * self.sparse_lora_scaling[adapter_name]
+            A, B = merged_factors(self, adapter_name)
+            B = B * self.sparse_lora_scaling[adapter_name]
             if adapter_name in self.sparse_lora_gate:
                 B = B * self.sparse_lora_gate[adapter_name]
-            weight.copy_((weight + B @ self.sparse_lora_A[adapter_name]).to(weight.dtype))
+            weight.copy_((weight + B @ A).to(weight.dtype))
         if adapter_name in self.sparse_lora_values:
-            units = self.units(adapter_name)
-            values = self.sparse_lora_values[adapter_name][: units.numel()]
+            units, values = self.units(adapter_name), self.living_values(adapter_name)
             self.sparse_lora_grid[adapter_name].scatter_add_(weight, units, values)

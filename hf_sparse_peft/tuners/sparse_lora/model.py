@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..adapter_model import AdapterModel
 from .adapter_file import for_file, from_file
-from .budget import unit_capacities, unit_counts
+from .budget import plan_supports, unit_capacities
 from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
@@ -28,13 +29,15 @@ class SparseLoraModel(AdapterModel):
     tuner_layer_cls = SparseLoraLayer
     _selection_bar: tqdm | None = None
     _unit_counts: dict[str, int]
+    _chosen_units: dict[str, torch.Tensor]
     _capacities: dict[str, int]
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        self._unit_counts = unit_counts(peft_config, model, self._is_target)
+        self._unit_counts, self._chosen_units = plan_supports(peft_config, model, self._is_target)
         self._capacities = unit_capacities(peft_config, self._unit_counts, model, self._is_target)
-        slow = self._unit_counts and peft_config.criterion == "low_rank_magnitude" and not peft_config.inference_mode
+        slow = peft_config.criterion in ("low_rank_magnitude", "decomposition_residual")
+        slow = self._unit_counts and slow and not self._chosen_units and not peft_config.inference_mode
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
 
@@ -57,6 +60,7 @@ class SparseLoraModel(AdapterModel):
             "lora_alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
             "num_units": self._unit_counts.get(current_key, 0),
             "capacity": self._capacities.get(current_key, 0),
+            "units": self._chosen_units.get(current_key),
             "inference_mode": peft_config.inference_mode,
         }
         if isinstance(target, SparseLoraLayer):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...sparsity import UnitGrid
+from .factors import forward_factors
 from .layer import SparseLoraLayer
 
 
@@ -47,9 +48,9 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     cut = {"granularity": grids[0].granularity, "block_size": grids[0].block_size}
     if len(names) == 1:
         units, row_ends = layer.packed_units(names[0])
-        return {"values": _living(layer, names[0], units), "units": units, "row_ends": row_ends, **cut}
+        return {"values": layer.living_values(names[0]), "units": units, "row_ends": row_ends, **cut}
     everything = [layer.units(name) for name in names]
-    parts = [(_living(layer, name, units), units) for name, units in zip(names, everything, strict=True)]
+    parts = [(layer.living_values(name), units) for name, units in zip(names, everything, strict=True)]
     if any(grid != grids[0] for grid in grids):
         # Units of different kinds only add up as entries.
         parts = [as_entries(values, units, grid) for (values, units), grid in zip(parts, grids, strict=True)]
@@ -67,31 +68,27 @@ def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tup
     return values.reshape(-1)[order], positions
 
 
-def _living(layer: SparseLoraLayer, name: str, units: torch.Tensor) -> torch.Tensor:
-    values = layer.sparse_lora_values[name]
-    return values if units.numel() == values.shape[0] else values[: units.numel()]
-
-
 def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     names = [name for name in names if name in layer.sparse_lora_A]
     if not names:
         return {}
     if len(names) == 1:
         name = names[0]
-        gate = layer.sparse_lora_gate.get(name, None)
-        A, B = layer.sparse_lora_A[name], layer.sparse_lora_B[name]
-        return {"A": A, "B": B, "gate": gate, "scale": layer.sparse_lora_scaling[name]}
+        A, B = forward_factors(layer, name)
+        return {
+            "A": A,
+            "B": B,
+            "gate": layer.sparse_lora_gate.get(name, None),
+            "scale": layer.sparse_lora_scaling[name],
+        }
+    pairs = [forward_factors(layer, name) for name in names]
     gates = [
-        (
-            layer.sparse_lora_gate[n]
-            if n in layer.sparse_lora_gate
-            else layer.sparse_lora_A[n].new_ones(layer.sparse_lora_r[n])
-        )
-        * layer.sparse_lora_scaling[n]
-        for n in names
+        (layer.sparse_lora_gate[name] if name in layer.sparse_lora_gate else A.new_ones(A.shape[0]))
+        * layer.sparse_lora_scaling[name]
+        for name, (A, _) in zip(names, pairs, strict=True)
     ]
     return {
-        "A": torch.cat([layer.sparse_lora_A[n] for n in names]),
-        "B": torch.cat([layer.sparse_lora_B[n] for n in names], dim=1),
+        "A": torch.cat([A for A, _ in pairs]),
+        "B": torch.cat([B for _, B in pairs], dim=1),
         "gate": torch.cat(gates),
     }

@@ -1,0 +1,138 @@
+r"""The low-rank factors of one layer: how they start, and what of them one forward pass uses.
+
+    dense        A, B
+    parallel     A' = [A * M_1; A * M_2; ...]     B' = [B * M_1, B * M_2, ...]     rank d r, one pair of parameters
+    stochastic   A where expert e owns the entry, its start elsewhere; B likewise, whose start is 0
+
+A map is a uint8 buffer of the factor's shape: `parallel` keeps mask i in bit i, `stochastic` the owner's number. It is
+drawn from the config's seed and the module's name, and saved with the adapter so that no draw has to be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...sparsity import stream_seed
+
+if TYPE_CHECKING:
+    from .config import SparseLoraConfig
+    from .layer import SparseLoraLayer
+    from .structure_config import FactorMaskConfig
+
+
+def allocate_factors(layer: SparseLoraLayer, adapter_name: str, config: SparseLoraConfig, r: int) -> None:
+    """Allocate `A` `[r, in]`, `B` `[out, r]`, and with `rank_allocation` the gate and its mask, with `factor_masks` the
+    maps."""
+    A = torch.empty(r, layer.in_features, dtype=torch.float32)
+    B = torch.zeros(layer.out_features, r, dtype=torch.float32)
+    gated = config.rank_allocation is not None
+    if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
+        nn.init.normal_(A, std=0.02)
+        nn.init.normal_(B, std=0.02)
+    elif config.factor_init == "normal":
+        nn.init.normal_(A, std=0.02)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if not config.init_weights and not gated:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    layer.sparse_lora_A[adapter_name] = nn.Parameter(A)
+    layer.sparse_lora_B[adapter_name] = nn.Parameter(B)
+    if gated:
+        gate = torch.zeros(r) if config.init_weights else torch.randn(r) / 0.02**2
+        layer.sparse_lora_gate[adapter_name] = nn.Parameter(gate)
+        layer.sparse_lora_rank_mask[adapter_name] = torch.ones(r, dtype=torch.uint8)
+    if config.factor_masks is not None:
+        _allocate_maps(layer, adapter_name, config, A)
+
+
+def _allocate_maps(layer: SparseLoraLayer, adapter_name: str, config: SparseLoraConfig, A: torch.Tensor) -> None:
+    masks = config.factor_masks
+    split = masks.kind == "stochastic"
+    shapes = {"A": (A.shape[0], layer.in_features), "B": (layer.out_features, A.shape[0])}
+    for factor, shape in shapes.items():
+        if split and factor == "A" and masks.split == "B":
+            continue
+        generator = torch.Generator().manual_seed(stream_seed(config.seed, layer.module_name, "factor_masks", factor))
+        numel = shape[0] * shape[1]
+        drawn = _owners(numel, masks, generator) if split else _mask_bits(numel, masks, generator)
+        getattr(layer, f"sparse_lora_{factor}_map")[adapter_name] = drawn.view(shape)
+    if split and masks.split == "both":
+        # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
+        layer.sparse_lora_A_start[adapter_name] = A.clone()
+
+
+def _mask_bits(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> torch.Tensor:
+    """uint8 `[numel]`: bit i is set for exactly `int(density * numel)` entries, a draw of its own for every i."""
+    bits = torch.zeros(numel, dtype=torch.uint8, device="cpu")
+    for copy in range(masks.copies):
+        ones = torch.randperm(numel, generator=generator, device="cpu")[: int(masks.density * numel)]
+        bits[ones] |= 1 << copy
+    return bits
+
+
+def _owners(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> torch.Tensor:
+    """uint8 `[numel]`: the expert of every entry; parts differ by one entry at most."""
+    owners = torch.empty(numel, dtype=torch.uint8, device="cpu")
+    order = torch.randperm(numel, generator=generator, device="cpu")
+    owners[order] = (torch.arange(numel, device="cpu") % masks.experts).to(torch.uint8)
+    return owners
+
+
+def drawn_expert(layer: SparseLoraLayer, adapter_name: str, factor: str, draw: tuple[int, ...]) -> int:
+    """The expert that `factor` ("A" or "B") of this layer uses at `draw` (step, micro-batch, pass).
+
+    A hash, not a stream: recomputation under gradient checkpointing, a resumed run and every rank find the same one.
+    """
+    config = layer.sparse_lora_config[adapter_name]
+    return stream_seed(config.seed, layer.module_name, "expert", factor, *draw) % config.factor_masks.experts
+
+
+def forward_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A'` `[k, in]` and `B'` `[out, k]` of this forward pass, differentiable in the parameters."""
+    config = layer.sparse_lora_config[adapter_name]
+    draw = getattr(config, "_draw", None)
+    if config.factor_masks is None or config.factor_masks.kind == "parallel" or draw is None or not layer.training:
+        return merged_factors(layer, adapter_name)
+    A, B = layer.sparse_lora_A[adapter_name], layer.sparse_lora_B[adapter_name]
+    if adapter_name in layer.sparse_lora_A_map:
+        owned = layer.sparse_lora_A_map[adapter_name] == drawn_expert(layer, adapter_name, "A", draw)
+        A = torch.where(owned, A, layer.sparse_lora_A_start[adapter_name].to(A.dtype))
+    owned = layer.sparse_lora_B_map[adapter_name] == drawn_expert(layer, adapter_name, "B", draw)
+    return A, torch.where(owned, B, B.new_zeros(()))
+
+
+def merged_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""`A'` `[k, in]` and `B'` `[out, k]` of evaluation, merging and files.
+
+    `parallel`: the masked copies side by side, `k = copies * r`. `stochastic`, merged by `add`: the mean of the
+    experts, :math:`(A + (E-1) A_0)/E` and :math:`B/E`; by `joint`: the parameters as they are.
+    """
+    A, B = layer.sparse_lora_A[adapter_name], layer.sparse_lora_B[adapter_name]
+    masks = layer.sparse_lora_config[adapter_name].factor_masks
+    if masks is None:
+        return A, B
+    if masks.kind == "parallel":
+        bits_A, bits_B = layer.sparse_lora_A_map[adapter_name], layer.sparse_lora_B_map[adapter_name]
+        copies = range(masks.copies)
+        A = torch.cat([A * (bits_A >> i).bitwise_and(1).to(A.dtype) for i in copies])
+        return A, torch.cat([B * (bits_B >> i).bitwise_and(1).to(B.dtype) for i in copies], dim=1)
+    if masks.merge == "joint" or masks.experts == 1:
+        return A, B
+    if adapter_name in layer.sparse_lora_A_map:
+        A = (A + (masks.experts - 1) * layer.sparse_lora_A_start[adapter_name].to(A.dtype)) / masks.experts
+    return A, B / masks.experts
+
+
+@torch.no_grad()
+def fold_experts(layer: SparseLoraLayer, adapter_name: str) -> None:
+    """Replace split factors by their merge, for good: what is left is a plain low-rank half."""
+    A, B = merged_factors(layer, adapter_name)
+    layer.sparse_lora_A[adapter_name].data.copy_(A)
+    layer.sparse_lora_B[adapter_name].data.copy_(B)
+    for name in layer.factor_map_names:
+        if adapter_name in getattr(layer, name):
+            del getattr(layer, name)[adapter_name]

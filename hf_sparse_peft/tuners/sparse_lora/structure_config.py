@@ -1,0 +1,157 @@
+"""Whole structures as units, halves of the matrices in turns, sampled layers, masked factors: what `SparseLoraConfig`
+says of them, as plain data that survives the round trip of `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .schedule_config import _require
+
+
+def ends_with(module_name: str, ending: str) -> bool:
+    """Whether `ending` ends the module's name in whole parts: "c_proj" and "mlp.c_proj" of "h.0.mlp.c_proj"."""
+    return module_name == ending or module_name.endswith(f".{ending}")
+
+
+@dataclass
+class StructureConfig:
+    """Units that enter a support together in several matrices of one transformer block (S2FT; Yang et al., 2024).
+
+    Structure j of a block is the j-th of `count` equal stretches of units in every matrix named: FFN channel j is row j
+    of the gate and up projections and column j of the down projection; key/value head j is its rows of `k_proj` and
+    `v_proj`, the rows of all its query heads in `q_proj`, and the columns of these in `o_proj`. The granularity of the
+    matrices (`granularity`, `granularity_pattern`) must be `row` or `column`. A structure scores the sum of the
+    criterion over all of its entries.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    """Endings of the names of the matrices that select together, e.g. `["gate_proj", "up_proj", "down_proj"]`."""
+    unit: Literal["channel", "head", "matrix"] = "channel"
+    """What is chosen: one unit of each matrix, one key/value head with its query heads, or the matrices as a whole."""
+    density: float = 0.03
+    """Share of the structures that is chosen."""
+    scope: Literal["model", "block"] = "model"
+    """Whether the structures of all blocks are ranked (or drawn) together, so that counts vary by block and may be zero
+    (S2FT), or every block has its share."""
+
+    def __post_init__(self) -> None:
+        name = "StructureConfig"
+        ok = isinstance(self.modules, (list, tuple)) and len(self.modules) > 0
+        _require(ok, name, "modules", self.modules, "a list of endings of module names, at least one")
+        self.modules = list(self.modules)
+        units = ("channel", "head", "matrix")
+        _require(self.unit in units, name, "unit", self.unit, f"one of {units}")
+        _require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
+        _require(self.scope in ("model", "block"), name, "scope", self.scope, "'model' or 'block'")
+
+    def covers(self, module_name: str) -> bool:
+        """Whether the module of that name belongs to the structure."""
+        return any(ends_with(module_name, ending) for ending in self.modules)
+
+
+def _llama_categories() -> dict[str, list[str]]:
+    return {
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "ffn": ["gate_proj", "up_proj", "down_proj"],
+    }
+
+
+@dataclass
+class HalfRoundsConfig:
+    """Half of the matrices train, the other half waits with what it has learned; a new half every round (HFT; Hui et
+    al., 2024). At a round's start all optimizer state of the adapter is dropped."""
+
+    round_steps: int | None = None
+    """Optimizer steps of a round; None: an epoch."""
+    fraction: float = 0.5
+    """Share of the matrices that trains (the paper finds 0.5 best)."""
+    level: Literal["category", "block", "model"] = "category"
+    """Among which matrices the share is drawn: those of one category in one block; all of one block; all of the model.
+    An odd number of them is rounded up in a random half of the places and down in the others."""
+    categories: dict[str, list[str]] = field(default_factory=_llama_categories)
+    """Category -> endings of module names. Every adapted module belongs to one."""
+
+    def __post_init__(self) -> None:
+        name = "HalfRoundsConfig"
+        ok = self.round_steps is None or self.round_steps >= 1
+        _require(ok, name, "round_steps", self.round_steps, "an integer >= 1, or None for an epoch")
+        _require(0 < self.fraction < 1, name, "fraction", self.fraction, "a share in (0, 1)")
+        levels = ("category", "block", "model")
+        _require(self.level in levels, name, "level", self.level, f"one of {levels}")
+        ok = isinstance(self.categories, dict) and bool(self.categories) and all(self.categories.values())
+        _require(ok, name, "categories", self.categories, "a dict of category -> list of module name endings")
+
+
+@dataclass
+class LayerSamplingConfig:
+    r"""Each optimizer step trains the adapter in some transformer layers only, drawn by an importance that probes with
+    suppressed layers learn (IST; Yao et al., 2024). The defaults are the paper's."""
+
+    trained: float = 0.25
+    """Share of the layers that trains at a step: `int(trained * layers)`, at least one."""
+    suppressed: float = 0.5
+    """Share of the layers whose adapter is suppressed in a probe: `int(suppressed * layers)`, at least one."""
+    suppression: float = 0.25
+    """Factor on the adapter's scaling in suppressed layers."""
+    probes: int = 3
+    """Probes, each with layers of its own, whose losses are compared."""
+    interval: int = 10
+    """Optimizer steps between two rounds of probes; the first is after that many steps."""
+    step_size: float = 10.0
+    """Factor of an importance update."""
+    probe_batch: int = 16
+    """Training samples of a probe."""
+    layers_pattern: str | None = None
+    """Name of the module list that holds the layers, if it is not in the common places."""
+    seed: int = 0
+    """Seed of the draws, mixed with the step."""
+
+    def __post_init__(self) -> None:
+        name = "LayerSamplingConfig"
+        for share in ("trained", "suppressed"):
+            _require(0 < getattr(self, share) <= 1, name, share, getattr(self, share), "a share in (0, 1]")
+        _require(0 <= self.suppression < 1, name, "suppression", self.suppression, "a number in [0, 1)")
+        _require(self.probes >= 2, name, "probes", self.probes, "an integer >= 2: one loss has nothing to compare to")
+        for number in ("interval", "probe_batch"):
+            _require(getattr(self, number) >= 1, name, number, getattr(self, number), "an integer >= 1")
+        _require(self.step_size > 0, name, "step_size", self.step_size, "a number > 0")
+
+
+@dataclass
+class FactorMaskConfig:
+    r"""Masks on the entries of the low-rank factors; drawn from `seed` and the module's name, saved with the adapter.
+
+    `parallel` (CapaBoost; Song et al., 2024): :math:`\Delta W = s \sum_{i=1}^{d} (B \odot M^B_i)(A \odot M^A_i)` with
+    `d = copies` fixed random mask pairs of exactly `int(density * numel)` ones: rank up to `d * r` from one pair of
+    factors. `stochastic` (MoSA; Zhang et al., 2023): the entries are split over `experts` at random, in equal parts; a
+    training forward uses one expert of each factor, evaluation and files the merge of all.
+    """
+
+    kind: Literal["parallel", "stochastic"] = "parallel"
+    """`parallel` masks (CapaBoost) or a `stochastic` split (MoSA)."""
+    copies: int = 2
+    """`parallel`: mask pairs, at most 8 (CapaBoost: 2)."""
+    density: float = 0.5
+    """`parallel`: share of ones in every mask (CapaBoost: 0.5, so that copies * density = 1 keeps the cost)."""
+    experts: int = 4
+    """`stochastic`: parts of a factor (MoSA: 4)."""
+    split: Literal["both", "B"] = "both"
+    """`stochastic`: whether both factors are split, or `B` alone beside one dense, shared `A` (MoSA's hierarchical
+    form)."""
+    merge: Literal["add", "joint"] = "add"
+    """`stochastic`: what evaluation uses: `add`, the mean of the experts (a trained entry of `B` divided by `experts`),
+    or `joint`, each entry as its owner has it."""
+    consistency: float = 1.0
+    """`stochastic`: weight of the symmetric KL divergence between two passes with draws of their own; needs
+    `hf_sparse_peft.callbacks.TwoPassTrainer` (what `methods.get("mosa").trainer_class` is). 0 trains with one pass."""
+
+    def __post_init__(self) -> None:
+        name = "FactorMaskConfig"
+        _require(self.kind in ("parallel", "stochastic"), name, "kind", self.kind, "'parallel' or 'stochastic'")
+        _require(1 <= self.copies <= 8, name, "copies", self.copies, "an integer from 1 to 8")
+        _require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
+        _require(1 <= self.experts <= 255, name, "experts", self.experts, "an integer from 1 to 255")
+        _require(self.split in ("both", "B"), name, "split", self.split, "'both' or 'B'")
+        _require(self.merge in ("add", "joint"), name, "merge", self.merge, "'add' or 'joint'")
+        _require(self.consistency >= 0, name, "consistency", self.consistency, "a number >= 0")
