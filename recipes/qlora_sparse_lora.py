@@ -7,6 +7,10 @@ Without arguments it runs offline on the demo base beside it, in a few minutes o
 With a YAML file, and options that override it, it is an ordinary fine-tuning script:
 
     python recipes/qlora_sparse_lora.py recipes/qlora_sparse_lora_llama1b.yaml --learning_rate 1e-4
+
+Any method of the package takes the adapter's place, in YAML or as
+
+    python recipes/qlora_sparse_lora.py --method spiel-ag --method_options '{"density": 0.02}'
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 import demo_data
 import torch
 import yaml
+from chosen_method import chosen_method, method_card, save_adapter
 from datasets import Dataset, load_dataset
 from evaluation import exact_match, text_loss
 from peft import get_peft_model, prepare_model_for_kbit_training
@@ -30,20 +35,18 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback, callbacks_for, methods
-from hf_sparse_peft.hub import push_to_hub, save_adapter
-from hf_sparse_peft.methods import aged_adamw
+from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback
+from hf_sparse_peft.callbacks import draw_support_history
+from hf_sparse_peft.hub import push_to_hub
 
 HERE = Path(__file__).parent
 # Relative, so that the adapter names its base without naming the machine it was trained on.
 DEMO_BASE = os.path.join(".", os.path.relpath(HERE / "demo_base"))
 DEMO_YAML = HERE / "qlora_sparse_lora.yaml"
-SCHEDULE_METHODS = {"regrowth": "spiel-ag", "pruning": "gradual-pruning", "rank_allocation": "adalora"}
 
 
 @dataclass
@@ -59,13 +62,18 @@ class RecipeArguments:
     max_new_tokens: int = field(default=8, metadata={"help": "Longest answer to generate in the evaluation."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 with double quantisation; False: a bf16 base."})
     adapter: str = field(default="{}", metadata={"help": "SparseLoraConfig as a mapping in YAML, or JSON."})
+    method: str = field(
+        default="", metadata={"help": "Method in place of `adapter`: `python -m hf_sparse_peft.methods` lists them."}
+    )
+    method_options: str = field(default="{}", metadata={"help": "The method's options as a mapping in YAML, or JSON."})
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments]:
     """Options of a YAML file (the demo's, if none is named), overridden by the command line."""
     path = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else DEMO_YAML
     options = yaml.safe_load(path.read_text())
-    options["adapter"] = json.dumps(options.get("adapter", {}))
+    for nested in ("adapter", "method_options"):
+        options[nested] = json.dumps(options.get(nested, {}))
     parser = HfArgumentParser((RecipeArguments, TrainingArguments))
     # transformers asks to be told when bf16 has no GPU to run on.
     parser.set_defaults(use_cpu=not torch.cuda.is_available(), **options)
@@ -110,7 +118,8 @@ def main(argv: list[str]) -> dict[str, float]:
     push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not by every checkpoint
     set_seed(args.seed)
     tokenizer, base = load_base(recipe, args)
-    model = get_peft_model(base, SparseLoraConfig(task_type="CAUSAL_LM", seed=args.seed, **json.loads(recipe.adapter)))
+    method = chosen_method(recipe.method, json.loads(recipe.method_options), json.loads(recipe.adapter), args.seed)
+    model = get_peft_model(base, method.config)
     model.print_trainable_parameters()
     trainable_before = model.get_nb_trainable_parameters()[0]
     train, test = load_pairs(recipe, args.seed)
@@ -121,19 +130,21 @@ def main(argv: list[str]) -> dict[str, float]:
         return score, text_loss(model, held_out)
 
     match_before, loss_before = measure()
-    telemetry = SupportTelemetryCallback(every=max(1, args.logging_steps))
-    trainer = Trainer(
+    telemetry = SupportTelemetryCallback(every=max(1, int(args.logging_steps)), gradient_share=True)
+    trainer = method.trainer_class(
         model=model,
         args=args,
         train_dataset=demo_data.tokenize_pairs(train, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[*callbacks_for(model), telemetry],
-        optimizers=(aged_adamw(model, args), None),
+        callbacks=[*method.callbacks(model), telemetry],
+        optimizers=(method.optimizer(model, args), None),
     )
+    telemetry.attach(trainer)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     # Training leaves its autocast around forward; the model is measured and shipped without it, as it was before.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.compact()
+    if hasattr(model, "compact"):  # adapters of other types have nothing that died
+        model.compact()
     match_after, loss_after = measure()
     figures = {
         "exact_match_before": match_before,
@@ -146,26 +157,27 @@ def main(argv: list[str]) -> dict[str, float]:
         "trainable": model.get_nb_trainable_parameters()[0],
     }
     data = recipe.dataset_name or "word problems that recipes/demo_data.py generates"
-    return finish(model, trainer, telemetry, figures, args, push, data)
+    return finish(model, method, trainer, telemetry, figures, args, push, data)
 
 
-def finish(model, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool, data: str) -> dict:
+def finish(model, method, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool, data: str) -> dict:
     """Write the adapter, its card and the picture; print the table."""
     output = Path(args.output_dir)
     folder = output / "adapter"
-    config = model.peft_config["default"]
-    used = [name for field, name in SCHEDULE_METHODS.items() if getattr(config, field) is not None]
     card = {
+        **method_card(method),
         "metrics": {key: round(value, 4) for key, value in figures.items()},
-        "method": " + ".join(used) or "sparse-lora",
-        "paper": "; ".join(methods.describe(name).paper for name in used) or None,
         "training_data": data,
         "notes": f"Trained for {trainer.state.global_step} steps by recipes/qlora_sparse_lora.py, seed {args.seed}.",
     }
     save_adapter(model, folder, **card)
     figures["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
     lora_bytes = 4 * figures["trainable"]  # a LoRA file is its fp32 numbers
-    draw_report(output / "report.png", trainer.state.log_history, telemetry.history, f"SparseLora, seed {args.seed}")
+    name = card["method"] if method.info else "SparseLora"
+    title = f"{name}, seed {args.seed}"
+    draw_report(output / "report.png", trainer.state.log_history, telemetry.history, title)
+    draw_support_history(telemetry.history, output / "support.png", title)
+    moving = telemetry.history[-1]["density"] or telemetry.history[-1]["rank"]
     print_table(
         [
             ("trainable numbers", f"{figures['trainable_before']:,}", f"{figures['trainable']:,}"),
@@ -179,12 +191,15 @@ def finish(model, trainer, telemetry, figures: dict, args: TrainingArguments, pu
             ("adapter file, bytes", "", f"{figures['adapter_bytes']:,}"),
             ("LoRA of as many numbers in fp32, bytes", "", f"{lora_bytes:,}"),
         ],
-        title="SparseLora on a 4-bit base",
+        title=f"{name} on a 4-bit base" if getattr(model, "is_loaded_in_4bit", False) else name,
     )
-    print(f"adapter and card: {folder}\npicture: {output / 'report.png'}")
+    print(f"adapter and card: {folder}\npictures: {output / 'report.png'}, {output / 'support.png'}")
+    if not moving:
+        print("This method has neither a support nor ranks, so the pictures show none.")
     if push:
-        repo = args.hub_model_id or output.name
-        push_to_hub(model, repo, private=args.hub_private_repo, token=args.hub_token, **card)
+        repo, options = args.hub_model_id or output.name, {"private": args.hub_private_repo, "token": args.hub_token}
+        ours = isinstance(method.config, SparseLoraConfig)
+        push_to_hub(model, repo, **options, **card) if ours else model.push_to_hub(repo, **options)
     return figures
 
 

@@ -62,17 +62,22 @@ def draw_heat_map(
     """Layers over steps on a matplotlib axis; `top` fixes the upper end of the colours, records without `key` are left
     out."""
     import numpy as np
+    from matplotlib.colors import PowerNorm
 
     records = [record for record in history if record.get(key)]
+    if key == "churn" and len(records) > 1:
+        records = records[1:]  # the first has nothing before it
     layers = list(records[-1][key])
     steps = [record["step"] for record in records]
     values = factor * np.array(
         [[record[key].get(layer, np.nan) for record in records] for layer in layers], dtype=float
     )
     # A record's column ends at its step: it says what happened up to there.
-    width = steps[1] - steps[0] if len(steps) > 1 else 1
+    width = (steps[1] - steps[0]) / 3 if len(steps) > 1 else 1
     edges = np.array([steps[0] - width, *steps], dtype=float)
-    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", vmin=0, vmax=top)
+    # Where a first move replaces everything, later ones of a few percent must still show.
+    norm = PowerNorm(0.5 if top else 1.0, vmin=0, vmax=top or max(float(np.nanmax(values)), 1e-9))
+    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", norm=norm)
     every = max(1, math.ceil(len(layers) / 60))
     shown = range(0, len(layers), every)
     axis.set_yticks([row + 0.5 for row in shown], [_short(layers[row]) for row in shown], fontsize=7)

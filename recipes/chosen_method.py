@@ -1,0 +1,41 @@
+"""The method that a recipe trains: one of the package's by name, or the adapter that its YAML describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from hf_sparse_peft import SparseLoraConfig, hub, methods
+from hf_sparse_peft.methods import Method, aged_adamw
+
+SCHEDULE_METHODS = {"regrowth": "spiel-ag", "pruning": "gradual-pruning", "rank_allocation": "adalora"}
+
+
+def chosen_method(name: str, options: dict[str, Any], adapter: dict[str, Any], seed: int) -> Method:
+    """`methods.get(name, **options)` on all linear layers, or, without a name, SparseLora as `adapter` describes it."""
+    if not name:
+        config = SparseLoraConfig(**{"task_type": "CAUSAL_LM", "seed": seed, **adapter})
+        return Method(config, make_optimizer=aged_adamw if config.has_support else None)
+    method = methods.get(name, **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
+    if "seed" not in options and hasattr(method.config, "seed"):
+        method.config.seed = seed
+    return method
+
+
+def method_card(method: Method) -> dict[str, str | None]:
+    """`method` and `paper` of the card: what was asked for by name, or what the adapter's schedules are."""
+    if method.info:
+        return {"method": method.info.name, "paper": method.paper}
+    used = [name for field, name in SCHEDULE_METHODS.items() if getattr(method.config, field) is not None]
+    papers = [methods.describe(name).paper for name in used]
+    return {"method": " + ".join(used) or "sparse-lora", "paper": "; ".join(papers) or None}
+
+
+def save_adapter(model: PeftModel, folder: Path, **card: Any) -> None:
+    """Adapter and card; adapters that are not sparse_lora are saved by peft, with peft's card."""
+    if isinstance(model.peft_config["default"], SparseLoraConfig):
+        hub.save_adapter(model, folder, **card)
+    else:
+        model.save_pretrained(str(folder))
