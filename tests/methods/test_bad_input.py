@@ -74,10 +74,6 @@ RUN_MISTAKES = {
         {"density": 0.1, "pruning": {"begin": 0.5, "end": 0.52}},
         ["pruning.begin=0.5", "pruning.end=0.52", "Train longer"],
     ),
-    "no step for ranks to fall in": (
-        {"r": 4, "density": 0.0, "rank_allocation": {"target_r": 2, "initial_warmup": 0.5, "final_warmup": 0.49}},
-        ["initial_warmup=0.5", "final_warmup=0.49", "Train longer"],
-    ),
 }
 
 
