@@ -74,7 +74,7 @@ def draw_heat_map(
     )
     # A record's column ends at its step: it says what happened up to there.
     width = (steps[1] - steps[0]) / 3 if len(steps) > 1 else 1
-    edges = np.array([steps[0] - width, *steps], dtype=float)
+    edges = np.array([0 if steps[0] else -width, *steps], dtype=float)
     # Where a first move replaces everything, later ones of a few percent must still show.
     norm = PowerNorm(0.5 if top else 1.0, vmin=0, vmax=top or max(float(np.nanmax(values)), 1e-9))
     mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", norm=norm)

@@ -26,6 +26,12 @@ CASES = {
         "r": 4,
         "rank_allocation": {"target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.3},
     },
+    "spiel-ma": MOVES,
+    "set": {"density": 0.1, "interval": 3},
+    "rigl": {"density": 0.1, "interval": 3},
+    "lift": {"density": 0.1, "interval": 3},
+    "s2ft": {},
+    "mezo": {},
     "shira": {"density": 0.1},
 }
 
