@@ -2,6 +2,7 @@
 
 from . import methods
 from .callbacks import (
+    BudgetCompetitionCallback,
     MaskRegrowthCallback,
     PruningCallback,
     RankReallocationCallback,
@@ -10,8 +11,11 @@ from .callbacks import (
 )
 from .hub import register_cards
 from .tuners import (
+    BudgetCompetitionConfig,
     FactorMaskConfig,
     HalfRoundsConfig,
+    KernelLoraConfig,
+    KernelLoraModel,
     LayerSamplingConfig,
     PruningConfig,
     RankAllocationConfig,
@@ -26,8 +30,12 @@ register_cards()
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetCompetitionCallback",
+    "BudgetCompetitionConfig",
     "FactorMaskConfig",
     "HalfRoundsConfig",
+    "KernelLoraConfig",
+    "KernelLoraModel",
     "LayerSamplingConfig",
     "MaskRegrowthCallback",
     "PruningCallback",

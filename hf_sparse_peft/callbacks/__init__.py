@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ..tuners import adapter_layers
 from .base import ScheduleCallback
+from .budget_competition import BudgetCompetitionCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
@@ -20,6 +21,7 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     PruningCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
+    BudgetCompetitionCallback,
 )
 
 
@@ -45,6 +47,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 
 __all__ = [
     "SCHEDULE_CALLBACKS",
+    "BudgetCompetitionCallback",
     "MaskRegrowthCallback",
     "PruningCallback",
     "RankReallocationCallback",

@@ -13,8 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
-from .export import exportable
+from ..tuners import AdapterLayer, adapter_layers
 from .folders import staged_folder
 
 
@@ -38,9 +37,8 @@ def merge_to_dense(
     """
     names = _active(model) if adapter_names is None else list(adapter_names)
     if not names:
-        raise ValueError("No SPARSE_LORA adapter is active; pass adapter_names=, or call set_adapter first.")
-    for name in names:
-        exportable(model, name)
+        raise ValueError("No adapter of this package is active; pass adapter_names=, or call set_adapter first.")
+    _refuse_unreadable(model, names)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if path is not None and not hasattr(base, "save_pretrained"):
         raise ValueError(f"{type(base).__name__} has no save_pretrained; pass path=None and save the result yourself.")
@@ -53,8 +51,23 @@ def merge_to_dense(
 
 
 def _active(model: nn.Module) -> list[str]:
-    held = (n for layer in sparse_layers(model) for n in layer.active_adapters if n in layer.sparse_lora_config)
+    held = (n for layer in adapter_layers(model) for n in layer.active_adapters if layer.holds(n))
     return list(dict.fromkeys(held))
+
+
+def _refuse_unreadable(model: nn.Module, names: list[str]) -> None:
+    layers = adapter_layers(model)
+    known = sorted({name for layer in layers for name in layer.adapter_configs})
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"adapter_name={name!r} is no adapter of this package on this model; it has {known or 'none'}."
+            )
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"{layer.merged_adapters} is merged into '{layer.module_name}'; call unmerge_adapter() first."
+            )
 
 
 def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None) -> nn.Module:
@@ -91,7 +104,7 @@ def _original(module: nn.Module) -> nn.Module:
 
 def _replacement(name: str, module: nn.Module, names: list[str], kwargs: dict) -> nn.Module | None:
     """What stands in for `module` in the dense copy; None: a copy of itself."""
-    if isinstance(module, SparseLoraLayer):
+    if isinstance(module, AdapterLayer):
         return _merged_layer(name, module, names)
     if isinstance(module, ModulesToSaveWrapper):
         chosen = [n for n in names if n in module.modules_to_save]
@@ -104,7 +117,7 @@ def _replacement(name: str, module: nn.Module, names: list[str], kwargs: dict) -
     return _linear(module, _dequantised(name, backend, module))
 
 
-def _merged_layer(name: str, layer: SparseLoraLayer, names: list[str]) -> nn.Module:
+def _merged_layer(name: str, layer: AdapterLayer, names: list[str]) -> nn.Module:
     base, backend = layer.base_layer, layer.quantization_backend
     if isinstance(base, BaseTunerLayer):
         raise ValueError(

@@ -6,7 +6,7 @@ model = get_peft_model(base, m.config)
 m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers=(m.optimizer(model, args), None))
 """
 
-from . import low_rank, moving, sparse, structured, zeroth_order  # importing enters their methods
+from . import kernel, low_rank, moving, sparse, structured, zeroth_order  # importing enters their methods
 from .registry import Method, MethodInfo, aged_adamw, describe, get, markdown_table, names, register
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "aged_adamw",
     "describe",
     "get",
+    "kernel",
     "low_rank",
     "markdown_table",
     "moving",

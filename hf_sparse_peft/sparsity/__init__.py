@@ -9,6 +9,7 @@ SCHEDULES, make_schedule         how a number moves during training
 """
 
 from .allocation import (
+    competition_counts,
     counts_from_rank,
     counts_from_total,
     erdos_renyi_counts,
@@ -52,6 +53,7 @@ __all__ = [
     "UnitGrid",
     "Window",
     "codes_length",
+    "competition_counts",
     "counts_from_rank",
     "counts_from_total",
     "decode_support",

@@ -156,6 +156,63 @@ def global_counts(
     return counts
 
 
+def competition_counts(scores: dict[str, float], capacities: dict[str, int], budget: int) -> dict[str, int]:
+    r"""Shares of `budget` in proportion to scores, none above its capacity (SNELLA's outer competition; Shen et al.,
+    2025): :math:`k_l = \min(N_l, B z_l)` with :math:`z = scores / \sum scores`, the surplus of full layers shared out
+    again among the others in proportion to their scores, until it is used up.
+
+    Layers that are left with a surplus and no score share it in proportion to their capacities; that is all of them
+    where all scores are 0. Fractions are rounded down and the rest goes to the largest remainders (the earlier layer on
+    a tie): the counts sum to `budget` exactly, and a layer whose score rises never gets less.
+
+    Raises:
+        ValueError: no layers, names that differ, a score that is negative or not finite, or a budget below 0 or above
+            all capacities.
+    """
+    if not scores or set(scores) != set(capacities):
+        odd = ", ".join(sorted(set(scores) ^ set(capacities))) or "there are no layers at all"
+        raise ValueError(f"scores and capacities must name the same layers, at least one; odd ones: {odd}.")
+    for name, score in scores.items():
+        if not (math.isfinite(score) and score >= 0):
+            raise ValueError(f"The score of '{name}' is {score}; scores must be finite and >= 0.")
+    if not 0 <= budget <= sum(capacities.values()):
+        raise ValueError(f"budget={budget} must be between 0 and the {sum(capacities.values())} entries of all layers.")
+    exact = _filled_shares(scores, capacities, budget)
+    counts = {name: min(capacities[name], math.floor(value)) for name, value in exact.items()}
+    spare = budget - sum(counts.values())
+    order = sorted(scores, key=lambda name: counts[name] - exact[name])
+    while spare > 0:  # once round as a rule; float error of huge budgets may leave more than one each
+        for name in order:
+            if spare > 0 and counts[name] < capacities[name]:
+                counts[name] += 1
+                spare -= 1
+    for name in reversed(order):
+        taken = min(max(-spare, 0), counts[name])
+        counts[name] -= taken
+        spare += taken
+    return counts
+
+
+def _filled_shares(scores: dict[str, float], capacities: dict[str, int], budget: int) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    open_layers, left = list(scores), budget
+    while open_layers:
+        weights = {name: scores[name] for name in open_layers}
+        largest = max(weights.values())
+        if largest == 0:
+            weights, largest = {name: float(capacities[name]) for name in open_layers}, 1.0
+        total = sum(weight / largest for weight in weights.values())  # scores near the float range must not overflow
+        offers = {name: left * (weights[name] / largest / total if total else 0.0) for name in open_layers}
+        full = [name for name in open_layers if offers[name] >= capacities[name]]
+        if not full:
+            return shares | offers
+        for name in full:
+            shares[name] = float(capacities[name])
+            left -= capacities[name]
+        open_layers = [name for name in open_layers if name not in shares]
+    return shares
+
+
 def _total_entries(grids: dict[str, UnitGrid]) -> int:
     if not grids:
         raise ValueError("There are no modules to share a budget: target_modules matched none.")

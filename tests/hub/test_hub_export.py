@@ -381,5 +381,5 @@ def test_exports_refuse_models_without_our_adapter(tmp_path):
     lora = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="is no SPARSE_LORA adapter of this model; it has none"):
         hub.export_lora(lora, tmp_path / "x")
-    with pytest.raises(ValueError, match="No SPARSE_LORA adapter is active"):
+    with pytest.raises(ValueError, match="No adapter of this package is active"):
         hub.merge_to_dense(lora)

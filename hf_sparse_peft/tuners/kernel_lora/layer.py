@@ -1,0 +1,177 @@
+"""State of one layer under kernel adapters, and the adapted linear layer itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import quantization_extra_repr
+from torch import nn
+
+from ..adapter_layer import AdapterLayer, is_supported
+from ..base_weight import compute_dtype, weight_source
+from ..merge import MergeMixin
+from .config import KernelLoraConfig
+from .kernels import KernelPlan, update_tiles
+from .product import kernel_product
+
+
+class KernelLoraLayer(AdapterLayer):
+    """What every adapted layer holds per adapter, keyed by adapter name.
+
+    Parameters (trained, fp32 masters): `P` `[2, in, r/2]`, `Q` `[2, out, r/2]`, and for the mixed kernel `mix` `[3]`,
+    the numbers a, g, b. Buffers (saved, only with `budget_competition`): `survivors` int64 `[1]`, the entries that
+    win; and while the schedule runs `sensitivity` and `uncertainty`, fp32 `[r (in + out)]`, of P then Q.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("kernel_lora_P", "kernel_lora_Q", "kernel_lora_mix")
+    training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
+    other_param_names: tuple[str, ...] = ("kernel_lora_survivors", *training_state_names, "kernel_lora_config")
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        self.place_over(base_layer, module_name, **kwargs)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        for name in ("kernel_lora_survivors", *self.training_state_names):
+            setattr(self, name, BufferDict({}, persistent=True))
+        self.kernel_lora_config: dict[str, KernelLoraConfig] = {}
+
+    @property
+    def adapter_configs(self) -> dict[str, KernelLoraConfig]:
+        """Config of each adapter of this layer, one object for all of its layers."""
+        return self.kernel_lora_config
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has a part of that adapter."""
+        return adapter_name in self.kernel_lora_P
+
+    @property
+    def numel(self) -> int:
+        """Entries of the weight."""
+        return self.in_features * self.out_features
+
+    def update_layer(self, adapter_name: str, config: KernelLoraConfig, inference_mode: bool = False) -> None:
+        """Allocate an adapter, points drawn Kaiming-uniform (a = sqrt 5) on the whole tensors as the authors do.
+
+        Raises:
+            ValueError: `sparsity` leaves no entry of this weight.
+        """
+        first = self.numel - round(config.initial_sparsity * self.numel)
+        if config.budget_competition is None and first == 0:
+            raise ValueError(
+                f"sparsity={config.sparsity} leaves no entry in '{self.module_name}' ({self.out_features}x"
+                f"{self.in_features}). Lower sparsity, or leave the module out of target_modules."
+            )
+        self.kernel_lora_config[adapter_name] = config
+        for name, points in (("kernel_lora_P", self.in_features), ("kernel_lora_Q", self.out_features)):
+            tensor = torch.empty(2, points, config.r // 2, dtype=torch.float32)
+            if config.init_weights:
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+            else:
+                nn.init.normal_(tensor)
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
+        if config.kernel == "mixed":
+            self.kernel_lora_mix[adapter_name] = nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
+        if config.budget_competition is not None:
+            self.kernel_lora_survivors[adapter_name] = torch.tensor([first], dtype=torch.int64)
+            if config.has_schedule and not config.inference_mode:
+                self.allocate_training_state(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def allocate_training_state(self, adapter_name: str) -> None:
+        """Allocate both moving averages of an adapter whose matrices compete."""
+        if adapter_name in self.kernel_lora_survivors:
+            size = self.kernel_lora_P[adapter_name].numel() + self.kernel_lora_Q[adapter_name].numel()
+            for name in self.training_state_names:
+                self._add_state(name, adapter_name, torch.zeros(size))
+
+    def survivors(self, adapter_name: str) -> int | None:
+        """Entries of the update that are not zero by competition; None where nothing competes."""
+        if adapter_name in self.kernel_lora_survivors:
+            return int(self.kernel_lora_survivors[adapter_name])
+        config = self.kernel_lora_config[adapter_name]
+        return self.numel - round(config.sparsity * self.numel) if config.competes else None
+
+    def write_survivors(self, adapter_name: str, count: int) -> None:
+        """Let `count` entries win from now on.
+
+        Raises:
+            ValueError: the adapter's matrices do not compete, or the weight does not have as many entries.
+        """
+        if adapter_name not in self.kernel_lora_survivors:
+            raise ValueError(
+                f"Adapter '{adapter_name}' has no budget_competition, so its survivors follow from its sparsity."
+            )
+        if not 0 <= count <= self.numel:
+            raise ValueError(f"{count} entries cannot survive in '{self.module_name}', which has {self.numel}.")
+        self.kernel_lora_survivors[adapter_name].fill_(count)
+
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        mix = self.kernel_lora_mix.get(adapter_name)
+        return self.kernel_lora_P[adapter_name], self.kernel_lora_Q[adapter_name], mix
+
+    def _plan(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> KernelPlan:
+        config = self.kernel_lora_config[adapter_name]
+        survivors = self.survivors(adapter_name)
+        return KernelPlan(config.scale, config.mode, survivors, config.tile_entries, dtype, self.module_name)
+
+    @torch.no_grad()
+    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
+        for rows, update in update_tiles(*self._factors(adapter_name), self._plan(adapter_name)):
+            weight[:, rows] += update.t().to(weight.dtype)
+
+
+class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):
+    r""":math:`Y = X W^\top + b + X\,\Delta W^\top` for the active adapters, the base layer running as it is."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict, **kwargs: Any) -> None:
+        super().__init__()
+        KernelLoraLayer.__init__(self, base_layer, module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **update)
+
+    forward = AdapterLayer.forward  # nn.Module comes first, with a forward that only raises
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = compute_dtype(self, x, weight_source(self))
+        for name in names:
+            update = kernel_product(x, *self._factors(name), self._plan(name, dtype))
+            update = self._drop_path(update, self.kernel_lora_config[name].drop_path)
+            # Out of place: some 4-bit kernels return views that must not be written to.
+            result = result + update.to(result.dtype)
+        return result
+
+    def _drop_path(self, update: torch.Tensor, share: float) -> torch.Tensor:
+        if not share or not self.training:
+            return update
+        kept = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share
+        return update * (kept / (1 - share)).to(update.dtype)
+
+    def extra_repr(self) -> str:
+        """Name of the quantisation backend, as upstream's layers show it."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "kernel_lora." + super().__repr__()
+
+
+def create_layer(
+    target: nn.Module, adapter_name: str, module_name: str, update: dict, backend: Any, **kwargs: Any
+) -> KernelLoraLinear:
+    """Wrap `target` in an adapted layer.
+
+    Raises:
+        TypeError: `target` is not a linear layer.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not is_supported(base, backend):
+        raise TypeError(
+            f"Target module '{module_name}' of type {type(base).__name__} is not supported. KernelLora adapts "
+            "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+        )
+    return KernelLoraLinear(target, adapter_name, module_name, update, **kwargs)
