@@ -3,6 +3,7 @@
 from . import methods
 from .callbacks import (
     BudgetCompetitionCallback,
+    InitialSupportCallback,
     MaskRegrowthCallback,
     PruningCallback,
     RankReallocationCallback,
@@ -23,6 +24,13 @@ from .tuners import (
     SparseLoraConfig,
     SparseLoraModel,
     StructureConfig,
+    UpdateSparsity,
+    initialize_support,
+    load_support,
+    measure_update_sparsity,
+    save_support,
+    support_from_checkpoints,
+    write_supports,
 )
 
 register_cards()
@@ -34,6 +42,7 @@ __all__ = [
     "BudgetCompetitionConfig",
     "FactorMaskConfig",
     "HalfRoundsConfig",
+    "InitialSupportCallback",
     "KernelLoraConfig",
     "KernelLoraModel",
     "LayerSamplingConfig",
@@ -47,7 +56,14 @@ __all__ = [
     "SparseLoraModel",
     "StructureConfig",
     "SupportTelemetryCallback",
+    "UpdateSparsity",
     "__version__",
     "callbacks_for",
+    "initialize_support",
+    "load_support",
+    "measure_update_sparsity",
     "methods",
+    "save_support",
+    "support_from_checkpoints",
+    "write_supports",
 ]

@@ -7,8 +7,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..tuners import adapter_layers
+from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
+from .initial_support import InitialSupportCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
@@ -42,12 +44,22 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
             "callbacks_for takes a config of this package or a model that has such an adapter, not "
             f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
-    return [cls() for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
+    asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
+    schedules = [cls() for cls in asked]
+    if isinstance(model_or_config, nn.Module):
+        waits = any(
+            layer.is_undecided(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
+        )
+    else:
+        waits = getattr(model_or_config, "data_driven", False)
+    # First of all: schedules look at the supports.
+    return [InitialSupportCallback(), *schedules] if waits else schedules
 
 
 __all__ = [
     "SCHEDULE_CALLBACKS",
     "BudgetCompetitionCallback",
+    "InitialSupportCallback",
     "MaskRegrowthCallback",
     "PruningCallback",
     "RankReallocationCallback",

@@ -2,6 +2,7 @@
 
 UnitGrid                         what a unit is: an entry, a block, a row or a column
 CRITERIA, select_units           what a unit is worth, and the best k of them by name
+DataCriterion                    what a unit is worth by gradients: the criteria that need data
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
 *_counts                         how a budget is split over layers
@@ -32,6 +33,7 @@ from .schedules import (
 )
 from .scores import CRITERIA, LowRankMagnitude, Magnitude, Random, SmallestMagnitude, make_score, select_units
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
+from .statistics import DataCriterion, needs_data
 from .support import GRANULARITIES, Granularity, UnitGrid
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "DataCriterion",
     "Exponential",
     "Granularity",
     "Linear",
@@ -64,6 +67,7 @@ __all__ = [
     "global_counts",
     "make_schedule",
     "make_score",
+    "needs_data",
     "pack_bits",
     "random_units",
     "random_units_outside",

@@ -13,6 +13,13 @@ from .sparse_lora import (
     SparseLoraLayer,
     SparseLoraModel,
     StructureConfig,
+    UpdateSparsity,
+    initialize_support,
+    load_support,
+    measure_update_sparsity,
+    save_support,
+    support_from_checkpoints,
+    write_supports,
 )
 
 __all__ = [
@@ -31,5 +38,12 @@ __all__ = [
     "SparseLoraLayer",
     "SparseLoraModel",
     "StructureConfig",
+    "UpdateSparsity",
     "adapter_layers",
+    "initialize_support",
+    "load_support",
+    "measure_update_sparsity",
+    "save_support",
+    "support_from_checkpoints",
+    "write_supports",
 ]

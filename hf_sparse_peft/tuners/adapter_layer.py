@@ -129,7 +129,7 @@ class AdapterLayer(BaseTunerLayer):
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._notice_missing_callbacks(active)
+            self._before_training(active)
         return self._adapted(x, active, *args, **kwargs)
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +158,10 @@ class AdapterLayer(BaseTunerLayer):
             result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
             result = result.index_copy(0, rows, y)
         return result
+
+    def _before_training(self, active: list[str]) -> None:
+        """Asked in every training forward: may these adapters train as they are?"""
+        self._notice_missing_callbacks(active)
 
     def _notice_missing_callbacks(self, active: list[str]) -> None:
         for name in active:

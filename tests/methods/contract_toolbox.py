@@ -8,15 +8,17 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import methods
+from hf_sparse_peft import methods, support_from_checkpoints
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -36,9 +38,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.25, "orthogonality": 0.1,
         },
     },
+    "fish": {"examples": 8},
+    "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
     "gradual-pruning": {"pruning": {"final_fraction": 0.5, "interval": 2, "begin": 0.0, "end": 0.7}},
 }  # fmt: skip
 """What a method needs beyond `TINY` to move within eight steps."""
+
+PREPARE: dict[str, Callable[[PeftModel, Path], None]] = {
+    "rl-subnetwork": lambda model, base: support_from_checkpoints(model, *_two_checkpoints(base)),
+}
+"""What a method's user does between `get_peft_model` and the Trainer: (model, folder of its dense base)."""
 
 TRAINING: dict[str, dict[str, Any]] = {}
 """Arguments of `TrainingArguments` for methods that ask for others."""
@@ -100,7 +109,16 @@ def adapted(name: str, folder: Path, kind: str):
     """A fresh base with the method's adapter; returns model and method."""
     method, base = build(name), load_base(folder, kind)
     torch.manual_seed(1)  # the draw of low-rank factors
-    return get_peft_model(base, method.config), method
+    model = get_peft_model(base, method.config)
+    if name in PREPARE:
+        PREPARE[name](model, folder)
+    return model, method
+
+
+def _two_checkpoints(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The base and what a run has made of it that changed a tenth of each weight."""
+    before, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(4)
+    return before, {name: t + (torch.rand(t.shape, generator=generator) < 0.1) for name, t in before.items()}
 
 
 class TokenData(torch.utils.data.Dataset):

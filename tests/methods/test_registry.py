@@ -27,7 +27,8 @@ def base():
 def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path):
     method = methods.get(name, target_modules="all-linear")
     model = get_peft_model(base, method.config)
-    assert len(method.callbacks(model)) == len(method.config.asked_schedules)
+    asked = len(method.config.asked_schedules) + getattr(method.config, "data_driven", False)
+    assert len(method.callbacks(model)) == asked
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     optimizer = method.optimizer(model, args)
     assert optimizer is None or isinstance(optimizer, torch.optim.Optimizer)

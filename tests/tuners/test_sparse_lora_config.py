@@ -72,7 +72,7 @@ BAD = [
     ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
     ({"block_size": 0}, "block_size=0"),
     ({"granularity": "head"}, "granularity='head'"),
-    ({"criterion": "gradient"}, "criterion='gradient'"),
+    ({"criterion": "gradients"}, "criterion='gradients'"),
     ({"criterion": "magnitude", "criterion_options": {"rank": 3}}, "rank"),
     ({"criterion": "low_rank_magnitude", "criterion_options": {"rank": 0}}, "rank=0"),
     ({"allocation": "even"}, "allocation='even'"),

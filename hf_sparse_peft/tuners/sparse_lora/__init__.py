@@ -6,11 +6,13 @@ check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
 
 from .config import SparseLoraConfig  # noqa: E402
+from .initial_support import initialize_support, load_support, save_support, write_supports  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
+from .subnetwork import UpdateSparsity, measure_update_sparsity, support_from_checkpoints  # noqa: E402
 
 register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
@@ -27,5 +29,12 @@ __all__ = [
     "SparseLoraLinear",
     "SparseLoraModel",
     "StructureConfig",
+    "UpdateSparsity",
+    "initialize_support",
+    "load_support",
+    "measure_update_sparsity",
+    "save_support",
     "sparse_layers",
+    "support_from_checkpoints",
+    "write_supports",
 ]

@@ -32,11 +32,39 @@ def from_file(
             unsorted, duplicated, damaged or made for another base; the message names the tensor.
     """
     state_dict = dict(state_dict)
+    open_sizes = config.sizes_from_data
+    if open_sizes:
+        _take_sizes(state_dict, model, config, adapter_name)
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLoraLayer):
             _check_layer(state_dict, f"{name}." if name else "", layer, adapter_name)
             _settle_training_state(state_dict, f"{name}." if name else "", layer, adapter_name)
+    if open_sizes:
+        config.support_pattern = support_sizes(model, adapter_name)
     return state_dict
+
+
+def support_sizes(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """Units allocated in each adapted module, as `support_pattern` says it."""
+    layers = [m for m in model.modules() if isinstance(m, SparseLoraLayer) and adapter_name in m.sparse_lora_config]
+    held = {layer.module_name: layer.sparse_lora_values.get(adapter_name, None) for layer in layers}
+    return {name: 0 if values is None else values.shape[0] for name, values in held.items()}
+
+
+def _take_sizes(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, config: SparseLoraConfig, adapter_name: str
+) -> None:
+    """Make the supports as large as the file's: its run chose them from data, which this config has not seen."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLoraLayer) or adapter_name not in layer.sparse_lora_values:
+            continue
+        values = state_dict.get(f"{name}.sparse_lora_values.{adapter_name}".removeprefix("."))
+        if values is None and config.criterion == "given":
+            layer.resize_support(adapter_name, 0)
+        elif (
+            values is not None and values.ndim and 0 < values.shape[0] <= layer.sparse_lora_grid[adapter_name].num_units
+        ):
+            layer.resize_support(adapter_name, values.shape[0])
 
 
 def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: SparseLoraLayer, adapter_name: str) -> None:

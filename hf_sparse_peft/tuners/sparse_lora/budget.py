@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -72,8 +73,11 @@ def plan_supports(
         return given, {name: units for name, units in chosen.items() if units.numel() == given[name]}
     counts = {name: units.numel() for name, units in chosen.items()}
     rest = {name: grid for name, grid in grids.items() if name not in chosen}
-    if rest and (config.density or config.num_entries or config.units_per_module or config.budget_rank):
+    budgets = (config.density, config.num_entries, config.units_per_module, config.budget_rank, config.density_pattern)
+    if rest and any(bool(budget) for budget in budgets):
         counts |= _counts(config, layers, rest, model)
+    if config.sizes_from_data:
+        return counts, chosen  # of no meaning yet: what data or a file says is written then
     if config.allocation != "uniform" or config.num_entries is not None or config.structures:
         config.support_pattern = {name: counts.get(name, 0) for name in grids}
     return counts, chosen
@@ -140,6 +144,12 @@ def _counts(
     if config.budget_rank is not None:
         return counts_from_rank(grids, config.budget_rank)
     density = config.density if config.num_entries is None else config.num_entries / entries
+    if config.sizes_from_data:
+        if config.criterion != "given":
+            _check_global_budget(density, grids)
+        return {name: max(1, int(density * grid.num_units)) for name, grid in grids.items()}
+    if config.density_pattern:
+        return _counts_by_module(config, grids)
     if config.allocation == "erdos_renyi":
         return erdos_renyi_counts(grids, density)
     if config.allocation == "global":
@@ -149,6 +159,28 @@ def _counts(
     return (
         uniform_counts(grids, density) if config.num_entries is None else counts_from_total(grids, config.num_entries)
     )
+
+
+def _check_global_budget(density: float, grids: dict[str, UnitGrid]) -> None:
+    units = sum(grid.num_units for grid in grids.values())
+    if int(density * units) < len(grids):
+        raise ValueError(
+            f"density={density:.2e} leaves {int(density * units)} of the {units} units, and each of the {len(grids)} "
+            f"targeted modules keeps at least one. Raise density to at least {len(grids) / units:.1e}, or target fewer "
+            "modules."
+        )
+
+
+def _counts_by_module(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> dict[str, int]:
+    keys = {name: get_pattern_key(config.density_pattern.keys(), name) for name in grids}
+    unused = sorted(set(config.density_pattern) - set(keys.values()))
+    if unused:
+        raise ValueError(
+            f"density_pattern names {unused}, and no targeted module matches. It takes module names or regexes of: "
+            f"{', '.join(list(grids)[:3])}, ... Correct the name, or add the module to target_modules."
+        )
+    densities = {name: config.density_pattern.get(keys[name], config.density) for name in grids}
+    return {name: grids[name].count_for_density(share, name) for name, share in densities.items() if share}
 
 
 def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module):

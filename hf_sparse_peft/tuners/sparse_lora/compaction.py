@@ -8,7 +8,7 @@ from torch import nn
 from ...sparsity import codes_length
 from .config import SparseLoraConfig, exact_pattern
 from .factors import fold_experts
-from .layer import SparseLoraLayer
+from .layer import SparseLoraLayer, undecided_message
 
 
 @torch.no_grad()
@@ -27,6 +27,8 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     merged = [layer.module_name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
+    if any(layer.is_undecided(adapter_name) for layer in layers):
+        raise ValueError(f"Nothing to compact: {undecided_message(adapter_name, config)}")
     support_pattern, rank_pattern, alpha_pattern, shrunk = {}, {}, {}, False
     split = config.factor_masks is not None and config.factor_masks.kind == "stochastic"
     for layer in layers:

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
-from ...sparsity import CRITERIA, make_score
+from ...sparsity import CRITERIA, make_score, needs_data
 from .file_length import check_file_length
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
@@ -113,6 +113,10 @@ class SparseLoraConfig(PeftConfig):
             "one ranking of all units by the criterion."
         },
     )
+    density_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Module name or regex -> density, instead of `density`; 0 leaves the support out there."},
+    )
     support_pattern: dict = field(
         default_factory=dict,
         metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
@@ -131,6 +135,10 @@ class SparseLoraConfig(PeftConfig):
     )
     layer_sampling: LayerSamplingConfig | None = field(
         default=None, metadata={"help": "Sampled transformer layers train at a step; None: all do."}
+    )
+    head_in_budget: bool = field(
+        default=False,
+        metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
     values_dtype: Literal["float32", "bfloat16"] = field(
@@ -198,12 +206,23 @@ class SparseLoraConfig(PeftConfig):
     def has_support(self) -> bool:
         """Whether the sparse half is there."""
         given = (self.num_entries, self.budget_rank, self.units_per_module, self.structures, self.support_pattern)
-        return self.density > 0 or any(bool(one) for one in given)
+        return self.density > 0 or any(bool(one) for one in given) or any(self.density_pattern.values())
 
     @property
     def freezes_units(self) -> bool:
         """Whether units may be frozen while others train."""
         return self.regrowth is not None and self.regrowth.retired_share > 0
+
+    @property
+    def data_driven(self) -> bool:
+        """Whether the first support waits for data: gradients of the training data, or units given from outside."""
+        return needs_data(self.criterion)
+
+    @property
+    def sizes_from_data(self) -> bool:
+        """Whether even the number of units of each module is still to be found from data."""
+        by_data = self.criterion == "given" or (self.data_driven and self.allocation == "global")
+        return by_data and self.has_support and not self.support_pattern
 
     @property
     def has_schedule(self) -> bool:
@@ -251,7 +270,30 @@ class SparseLoraConfig(PeftConfig):
                 "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
             )
 
+        if self.data_driven and (self.structures or self.support_init != "zeros"):
+            raise ValueError(
+                f"criterion='{self.criterion}' chooses units after injection and starts them at zero, and structures "
+                "or support_init='uniform' need them at injection. Choose a criterion without data, e.g. 'magnitude'."
+            )
+        entries = self.granularity == "entry" and not self.granularity_pattern
+        fits = self.data_driven and self.allocation == "global" and entries
+        if self.head_in_budget and not fits:
+            raise ValueError(
+                "head_in_budget=True takes the head's numbers out of one budget for the whole model. It needs "
+                "allocation='global', granularity='entry' and a criterion that is estimated from data, e.g. 'fisher'."
+            )
+        if self.density_pattern and (
+            self.allocation != "uniform" or self.num_entries or self.budget_rank or self.units_per_module
+        ):
+            raise ValueError(
+                "density_pattern gives densities module by module, and num_entries, budget_rank, units_per_module, "
+                "allocation='erdos_renyi' and 'global' share one budget out. Keep one of the two."
+            )
+
     def _check_numbers(self) -> None:
+        for name, share in self.density_pattern.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"density_pattern[{name!r}]={share} is not a share; give a number from 0 to 1.")
         if self.r < 0:
             raise ValueError(f"r={self.r} is negative; give a rank >= 1, or 0 to leave the low-rank half out.")
         if not 0 <= self.density <= 1:
@@ -291,6 +333,11 @@ class SparseLoraConfig(PeftConfig):
         if self.freezes_units and self.pruning:
             raise ValueError(
                 "regrowth.retired_share keeps units that leave, and pruning shrinks the support. Set one of them."
+            )
+        if self.freezes_units and self.sizes_from_data:
+            raise ValueError(
+                "regrowth.retired_share allocates room by each support's size, and allocation='global' leaves the "
+                f"sizes to criterion='{self.criterion}'. Set allocation='uniform' or 'erdos_renyi'."
             )
         if self.rank_allocation and self.rank_allocation.target_r > self.r:
             raise ValueError(

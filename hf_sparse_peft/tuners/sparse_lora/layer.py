@@ -51,6 +51,7 @@ class SparseLoraLayer(AdapterLayer):
         "sparse_lora_scaling",
         "sparse_lora_support_scaling",
         "sparse_lora_sink",
+        "sparse_lora_dense_delta",
     )
     sparse_lora_observer: Callable[[torch.Tensor], None] | None = None
     """Shown the layer's dense gradient `[out, in]` in every eager backward pass, without any effect on training."""
@@ -75,6 +76,9 @@ class SparseLoraLayer(AdapterLayer):
         self.sparse_lora_support_scaling: dict[str, float] = {}
         # Dense-gradient readers that a callback sets while it collects candidates.
         self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
+        # Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
+        # neither an optimizer nor a file of the run sees them.
+        self.sparse_lora_dense_delta: dict[str, torch.Tensor] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
 
     def update_layer(
@@ -141,7 +145,9 @@ class SparseLoraLayer(AdapterLayer):
             return
         if units is not None:
             self.write_support(adapter_name, units.to(self.sparse_lora_values[adapter_name].device))
-        elif not (config.inference_mode and config.init_weights) and config.structure_of(self.module_name) is None:
+        elif not config.data_driven and not (config.inference_mode and config.init_weights):
+            if config.structure_of(self.module_name) is not None:
+                return
             self.select_support(adapter_name)
 
     def _first_values(self, config: SparseLoraConfig, grid: UnitGrid, num_units: int, capacity: int) -> torch.Tensor:
@@ -151,7 +157,9 @@ class SparseLoraLayer(AdapterLayer):
             drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(grid.cols))
             drawn[num_units:] = 0
             return drawn.to(torch.empty(0).device)
-        return (torch.zeros if config.init_weights else torch.randn)(shape, dtype=torch.float32)
+        # Values of a support that is still to be chosen are zero, whatever init_weights says.
+        at_zero = config.init_weights or config.data_driven
+        return (torch.zeros if at_zero else torch.randn)(shape, dtype=torch.float32)
 
     def select_support(self, adapter_name: str) -> None:
         """Choose the adapter's first support by its config's criterion and write it.
@@ -204,6 +212,7 @@ class SparseLoraLayer(AdapterLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
         self._units.pop(adapter_name, None)
+        self.sparse_lora_dense_delta.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     # Supports
@@ -246,6 +255,9 @@ class SparseLoraLayer(AdapterLayer):
             return cached[3:]
         # Values that are not zero belong to units that only the file knows: decoding refuses them.
         if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
+            if self.sparse_lora_config[adapter_name].data_driven:  # empty until data decides
+                index_dtype = self.sparse_lora_grid[adapter_name].index_dtype
+                return self._remember(adapter_name, torch.empty(0, dtype=index_dtype, device=codes.device))
             self.select_support(adapter_name)
             return self.packed_units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
@@ -288,6 +300,55 @@ class SparseLoraLayer(AdapterLayer):
         scale = self.sparse_lora_support_scaling[adapter_name]
         return values if scale == 1.0 else values * scale
 
+    def is_undecided(self, adapter_name: str) -> bool:
+        """Whether the adapter's support waits for data: the layer computes as its base then, and refuses to train."""
+        if adapter_name not in self.sparse_lora_values or not self.sparse_lora_config[adapter_name].data_driven:
+            return False
+        codes, known = self.sparse_lora_support[adapter_name], self._units.get(adapter_name)
+        if torch.compiler.is_compiling() and known is not None:
+            return not known[3].numel()
+        version = 0 if codes.is_inference() else codes._version
+        if known is not None and known[0] is codes and known[1:3] == (codes.data_ptr(), version):
+            return not known[3].numel()  # without a look at the device's memory; a decided support has a unit
+        return not codes.is_meta and not codes[:4].any()
+
+    @torch.no_grad()
+    def resize_support(self, adapter_name: str, count: int) -> None:
+        """Make room for `count` units, all of value zero and undecided, in the same parameter; 0 removes the support.
+
+        For sizes that only data or a file know, before an optimizer holds state of the values.
+
+        Raises:
+            ValueError: `count` is more than the weight has units.
+        """
+        grid, values = self.sparse_lora_grid[adapter_name], self.sparse_lora_values[adapter_name]
+        if count > grid.num_units:
+            raise ValueError(
+                f"'{self.module_name}' has {grid.num_units} units of granularity '{grid.granularity}', not {count}."
+            )
+        self._units.pop(adapter_name, None)
+        self.sparse_lora_start[adapter_name] = count
+        had_state = any(adapter_name in getattr(self, name) for name in self.training_state_names)
+        if had_state:
+            self.drop_training_state(adapter_name)
+        if count:
+            values.data = values.data.new_zeros(grid.values_shape(count))
+            values.grad = None
+            device = self.sparse_lora_support[adapter_name].device
+            codes = torch.zeros(codes_length(grid, count), dtype=torch.uint8, device=device)
+            self.sparse_lora_support[adapter_name] = codes
+        else:
+            del self.sparse_lora_values[adapter_name], self.sparse_lora_support[adapter_name]
+        if had_state:
+            self.allocate_training_state(adapter_name)
+
+    def _before_training(self, active: list[str]) -> None:
+        waiting = [name for name in active if name not in self.sparse_lora_dense_delta]
+        for name in waiting:
+            if self.is_undecided(name):
+                raise ValueError(undecided_message(name, self.sparse_lora_config[name]))
+        super()._before_training(waiting)
+
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""
         if adapter_name in self.sparse_lora_rank_mask:
@@ -298,7 +359,8 @@ class SparseLoraLayer(AdapterLayer):
         """Numbers that are allocated in the adapter's parameters but belong to no living unit or component."""
         dead = 0
         # On the meta device nothing has been chosen yet, and nothing has died.
-        if adapter_name in self.sparse_lora_values and not self.sparse_lora_support[adapter_name].is_meta:
+        decided = adapter_name in self.sparse_lora_values and not self.is_undecided(adapter_name)
+        if decided and not self.sparse_lora_support[adapter_name].is_meta:
             missing = self.sparse_lora_values[adapter_name].shape[0] - self.units(adapter_name).numel()
             dead += missing * self.sparse_lora_grid[adapter_name].unit_numel
         missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)
@@ -321,3 +383,17 @@ class SparseLoraLayer(AdapterLayer):
         if adapter_name in self.sparse_lora_values:
             units, values = self.units(adapter_name), self.living_values(adapter_name)
             self.sparse_lora_grid[adapter_name].scatter_add_(weight, units, values)
+
+
+def undecided_message(adapter_name: str, config: SparseLoraConfig) -> str:
+    """What to tell a user whose adapter cannot go on without the data that its support is chosen from."""
+    start = f"Adapter '{adapter_name}' has criterion='{config.criterion}', and its support has not been chosen yet. "
+    if config.criterion == "given":
+        return (
+            f"{start}Call hf_sparse_peft.load_support(model, path) or hf_sparse_peft.support_from_checkpoints(model, "
+            "before, after) first."
+        )
+    return (
+        f"{start}Either call hf_sparse_peft.initialize_support(model, dataloader) first, or let the Trainer do it: "
+        "Trainer(..., callbacks=hf_sparse_peft.callbacks_for(model)). Criteria without data: 'random', 'magnitude'."
+    )

@@ -15,7 +15,7 @@ from .budget import plan_supports, unit_capacities
 from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
-from .layer import SparseLoraLayer
+from .layer import SparseLoraLayer, undecided_message
 from .linear import create_layer
 
 
@@ -85,6 +85,8 @@ class SparseLoraModel(AdapterModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         for layer in sparse_layers(model):
             if adapter_name in layer.sparse_lora_support:
+                if layer.is_undecided(adapter_name):
+                    raise ValueError(f"Nothing to save: {undecided_message(adapter_name, config)}")
                 layer.units(adapter_name)  # a support that is still to be chosen is chosen now, not saved blank
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return for_file(selected, config)

@@ -41,9 +41,11 @@ def combine(layer: SparseLoraLayer, names: list[str]) -> Operands:
 
 
 def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
-    names = [name for name in names if name in layer.sparse_lora_values]
+    names = [name for name in names if name in layer.sparse_lora_values and not _is_idle(layer, name)]
     if not names:
         return {}
+    if any(name in layer.sparse_lora_dense_delta for name in names):
+        return _with_dense_deltas(layer, names)
     grids = [layer.sparse_lora_grid[name] for name in names]
     cut = {"granularity": grids[0].granularity, "block_size": grids[0].block_size}
     if len(names) == 1:
@@ -60,6 +62,29 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     stacked = torch.cat([values for values, _ in parts])
     values = stacked.new_zeros(united.numel(), *stacked.shape[1:]).index_add(0, owner, stacked)
     return {"values": values, "units": united, **cut}
+
+
+def _is_idle(layer: SparseLoraLayer, name: str) -> bool:
+    """Whether a support is undecided and nobody reads gradients or trains a dense delta in its place."""
+    # In this order: compiled graphs are guarded by what they look at, and sinks come and go.
+    if not layer.is_undecided(name):
+        return False
+    return name not in layer.sparse_lora_dense_delta and name not in layer.sparse_lora_sink
+
+
+def _with_dense_deltas(layer: SparseLoraLayer, names: list[str]) -> dict:
+    """All rows as one support: the sum of the dense deltas and of the other adapters' updates."""
+    total: torch.Tensor | None = None
+    for name in names:
+        part = layer.sparse_lora_dense_delta.get(name)
+        if part is None:
+            units, grid = layer.units(name), layer.sparse_lora_grid[name]
+            values, positions = as_entries(layer.living_values(name), units, grid)
+            flat = values.new_zeros(layer.out_features * layer.in_features).index_add(0, positions, values)
+            part = flat.view(layer.out_features, layer.in_features)
+        total = part if total is None else total + part
+    rows = torch.arange(layer.out_features, device=total.device, dtype=torch.int32)
+    return {"values": total, "units": rows, "granularity": "row", "block_size": 0}
 
 
 def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tuple[torch.Tensor, torch.Tensor]:

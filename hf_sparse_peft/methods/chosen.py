@@ -1,0 +1,74 @@
+"""Methods whose support is fixed, and chosen by what data or another run has shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tuners import SparseLoraConfig
+from .registry import Method, register
+
+
+@register(
+    "fish",
+    paper="Sung et al., 2021",
+    moves="nothing",
+    use_when="a fixed support is wanted, and labelled examples can say which entries the loss depends on",
+    cost="one backward pass for each of 1024 examples before training; 4 bytes a targeted entry, or more passes",
+)
+def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **overrides: Any) -> Method:
+    """FISH mask: the entries with the largest empirical Fisher information over the whole model, fixed for the run.
+
+    The numbers of `modules_to_save` (the classifier) train in full and are paid out of the budget, as published. Two
+    departures: the paper ranks biases, norms and embeddings too, here the targeted weights compete, and `density` is a
+    share of those; and every module keeps at least its best entry.
+    """
+    fisher = {"examples": examples, "mode": mode}
+    options = {"allocation": "global", "criterion": "fisher", "criterion_options": fisher}
+    options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
+    one_budget = options["allocation"] == "global" and options.get("granularity", "entry") == "entry"
+    options.setdefault("head_in_budget", one_budget and options["criterion"] == "fisher")
+    return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "lt-sft",
+    paper="Ansell et al., 2022",
+    moves="nothing; the support is what a dense warm-up moved farthest",
+    use_when="adapters of tasks and languages are to be added to each other, and a dense warm-up fits into memory",
+    cost="a dense warm-up before training: 16 bytes a targeted entry while it lasts",
+)
+def lt_sft(
+    density: float = 0.01,
+    warmup_steps: int = 100,
+    warmup_lr: float = 5e-5,
+    l1: float = 0.0,
+    n_iterations: int = 1,
+    **overrides: Any,
+) -> Method:
+    """Lottery-ticket sparse fine-tuning: train everything, keep the largest changes' places, rewind, train those.
+
+    The Trainer's run is the second phase, with an optimizer of its own; use no weight decay. Adapters add up:
+    `add_weighted_adapter([task, language], [1.0, 1.0], name, "linear")`. `l1` is the first phase's penalty (0.1 for
+    languages in the paper, 0 for tasks). LayerNorms and biases stay as they are unless `bias` says otherwise.
+    """
+    warmup = {"warmup_steps": warmup_steps, "warmup_lr": warmup_lr, "l1": l1, "n_iterations": n_iterations}
+    options = {"allocation": "global", "criterion": "delta_magnitude", "criterion_options": warmup}
+    options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
+    return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "rl-subnetwork",
+    paper="Mukherjee et al., 2025",
+    moves="nothing; the support is what another run changed",
+    use_when="a finished run's update was sparse and is to be repeated or inspected as an adapter",
+    cost="two checkpoints, read tensor by tensor; about 20 bytes a changed entry while it trains",
+)
+def rl_subnetwork(**overrides: Any) -> Method:
+    """Train only the entries that differ between two checkpoints.
+
+    `support_from_checkpoints(model, before, after)` gives the units, before the Trainer is made (`load_support` reads
+    them from a file); `measure_update_sparsity` says beforehand how many they are.
+    """
+    options = {"r": 0, "criterion": "given", "target_modules": "all-linear", **overrides}
+    return Method(SparseLoraConfig(**options))

@@ -1,0 +1,82 @@
+"""One ranking of the units of many layers whose scores never exist all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .selection import count_selected, find_cut, rereadable, top_units
+
+
+class GlobalRanking:
+    """The `total` best units of all layers, shown to it a few layers at a time; every layer keeps at least its best.
+
+    Ties go to the earlier layer and the lower unit. Memory between two calls of `add`: `total` units and scores. The
+    result does not depend on how the layers are grouped.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._best: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, score_fns: dict[str, Callable[[], Iterable[Tensor]]]) -> None:
+        """Let more layers compete: per name the score chunks of all of its units, as `top_units` takes them.
+
+        Raises:
+            ValueError: NaN scores, a name twice, or more layers than units may live.
+        """
+        twice = sorted(set(score_fns) & set(self._best))
+        if twice:
+            raise ValueError(f"'{twice[0]}' is in the ranking already; every layer competes once.")
+        if len(self._best) + len(score_fns) > self.total:
+            raise ValueError(
+                f"{self.total} units in all leave none for some of the modules; each keeps at least one. Raise density."
+            )
+        sources = [(name, rereadable(scores)) for name, (_, scores) in self._best.items()]
+        sources += [(name, _best_first(chunks)) for name, chunks in score_fns.items()]
+        available = sum(chunk.numel() for _, chunks in sources for chunk in chunks())
+        cut = find_cut(sources, min(self.total, available))
+        ties, kept = cut.ties, {}
+        for name, chunks in sources:
+            above, tied, _ = count_selected(chunks, cut)
+            taken = min(ties, tied)
+            ties -= taken
+            chosen = top_units(chunks, above + taken)
+            scores = _read(chunks, chosen)
+            kept[name] = (self._best[name][0][chosen.long()] if name in self._best else chosen, scores)
+        self._best = kept
+
+    def units(self) -> dict[str, Tensor]:
+        """Sorted units of every layer shown so far."""
+        return {name: units for name, (units, _) in self._best.items()}
+
+
+def raised(chunks: Callable[[], Iterable[Tensor]], units: Tensor) -> Callable[[], Iterator[Tensor]]:
+    """The same scores, with those of sorted `units` at infinity: these are always among the best."""
+    chunks = rereadable(chunks)
+
+    def with_infinity() -> Iterator[Tensor]:
+        for chunk, at in _with_places(chunks(), units):
+            yield chunk.index_fill(0, at, torch.inf) if at.numel() else chunk
+
+    return with_infinity
+
+
+def _best_first(chunks: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[Tensor]]:
+    return raised(chunks, top_units(chunks, 1))
+
+
+def _read(chunks: Callable[[], Iterable[Tensor]], units: Tensor) -> Tensor:
+    return torch.cat([chunk[at] for chunk, at in _with_places(chunks(), units)])
+
+
+def _with_places(chunks: Iterable[Tensor], units: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each chunk with the places of the sorted `units` that fall into it."""
+    start = 0
+    for chunk in chunks:
+        bounds = torch.tensor([start, start + chunk.numel()], device=units.device, dtype=units.dtype)
+        first, last = torch.searchsorted(units, bounds).tolist()
+        yield chunk, units[first:last].long() - start
+        start += chunk.numel()

@@ -1,0 +1,300 @@
+"""Importance scores that are estimated from data: what is kept of dense gradients, and how units are ranked by it.
+
+A criterion is a frozen dataclass of options; what it has seen of one weight is a dict of fp32 tensors that `start`
+makes, `update` feeds with a dense gradient and `scores` reads in slabs. Larger is better for every one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .scores import CRITERIA, Chunks, chunks_of
+from .selection import chunk_size
+from .support import UnitGrid
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DataCriterion:
+    """What all criteria share that need data. As a data-free score it only says where the data comes from."""
+
+    examples: int = 128
+    """Examples that the statistic is estimated from, over all ranks together."""
+
+    needs_data: ClassVar[bool] = True
+    per_example: ClassVar[bool] = False
+    """Whether `update` wants the gradient of one example at a time."""
+    per_step: ClassVar[bool] = False
+    """Whether `update` wants the gradient of a whole optimizer step, averaged over ranks. Else it is fed with sums over
+    micro-batches, and the states of ranks are added up at the end."""
+    reads_weight: ClassVar[bool] = False
+    """Whether `update` reads the weight."""
+
+    def __post_init__(self) -> None:
+        self._require(self.examples >= 1, "examples", "an integer >= 1")
+
+    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        raise ValueError(
+            f"criterion='{self.name}' ranks units by gradients and got no data. Estimate it with "
+            "hf_sparse_peft.initialize_support(model, dataloader), or pass callbacks_for(model) to the Trainer."
+        )
+
+    @property
+    def name(self) -> str:
+        """Name in `CRITERIA`."""
+        return next(name for name, cls in CRITERIA.items() if cls is type(self))
+
+    def state_numel(self, rows: int, cols: int) -> int:
+        """fp32 numbers that `start` allocates for a weight of that shape."""
+        return rows * cols
+
+    def start(self, rows: int, cols: int, device: torch.device | str = "cpu") -> State:
+        """What is known of a `[rows, cols]` weight before any data."""
+        return {"sum": torch.zeros(rows, cols, device=device)}
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Take a dense fp32 gradient `[rows, cols]` into `state`, in place; may overwrite `gradient`."""
+        state["sum"].add_(gradient)
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        raise NotImplementedError
+
+    def scores(self, state: State, grid: UnitGrid, weight: Tensor | None = None) -> Chunks:
+        """Score chunks of all units of `grid`, as `top_units` reads them: the sum over each unit's entries."""
+        device = next(iter(state.values())).device
+        return chunks_of(lambda begin, end: self.entry_scores(state, weight, begin, end), grid, chunk_size(device))
+
+    def _require(self, condition: bool, field: str, accepted: str) -> None:
+        if not condition:
+            raise ValueError(f"{field}={getattr(self, field)!r} of '{self.name}' must be {accepted}.")
+
+
+@dataclass(frozen=True)
+class Gradient(DataCriterion):
+    r""":math:`|\sum_i g_i|`: where the loss of all examples together is steepest (RigL's growth; Evci et al., 2020)."""
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return state["sum"][begin:end].abs()
+
+
+@dataclass(frozen=True)
+class Fisher(DataCriterion):
+    r"""Empirical Fisher information :math:`\sum_i g_i^2` with one example's gradient :math:`g_i` at a time (FISH; Sung
+    et al., 2021). Squares of a batch's mean gradient would be another statistic; the loader's batch size changes
+    nothing here."""
+
+    examples: int = 1024
+    """Examples that the statistic is estimated from (FISH: 1024 for GLUE, 256 for CIFAR)."""
+    mode: Literal["square", "absolute"] = "square"
+    r"""`absolute` sums :math:`|g_i|` instead."""
+
+    per_example: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.mode in ("square", "absolute"), "mode", "'square' or 'absolute'")
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Add one example's square or magnitude."""
+        state["sum"].add_(gradient.square_() if self.mode == "square" else gradient.abs_())
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return state["sum"][begin:end]
+
+
+@dataclass(frozen=True)
+class Sensitivity(DataCriterion):
+    r""":math:`\bar I\,\bar U` with :math:`I = |w \odot g|`,
+    :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, :math:`\bar U \leftarrow \beta_2 \bar U +
+    (1-\beta_2)|I - \bar I|`, one update a step (AdaLoRA, Zhang et al., 2023; SNELLA)."""
+
+    beta1: float = 0.85
+    """Smoothing of the sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of the uncertainty."""
+    uncertainty: bool = True
+    r"""False scores :math:`\bar I` alone."""
+
+    per_step: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("beta1", "beta2"):
+            self._require(0 <= getattr(self, field) < 1, field, "a number in [0, 1)")
+
+    def state_numel(self, rows: int, cols: int) -> int:
+        """Two moving averages an entry."""
+        return 2 * rows * cols
+
+    def start(self, rows: int, cols: int, device: torch.device | str = "cpu") -> State:
+        """Both averages at zero."""
+        return {name: torch.zeros(rows, cols, device=device) for name in ("sensitivity", "uncertainty")}
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Take one step's gradient."""
+        current = gradient.mul_(weight).abs_()
+        state["sensitivity"].lerp_(current, 1 - self.beta1)
+        state["uncertainty"].lerp_(current.sub_(state["sensitivity"]).abs_(), 1 - self.beta2)
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        mean = state["sensitivity"][begin:end]
+        return mean * state["uncertainty"][begin:end] if self.uncertainty else mean
+
+
+@dataclass(frozen=True)
+class Movement(DataCriterion):
+    r""":math:`-\sum_t w_t \odot g_t`: entries that training moves away from zero (Sanh et al., 2020)."""
+
+    reads_weight: ClassVar[bool] = True
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Subtract `w g`."""
+        state["sum"].sub_(gradient.mul_(weight))
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return state["sum"][begin:end]
+
+
+@dataclass(frozen=True)
+class Snip(DataCriterion):
+    r""":math:`|w \odot \sum_i g_i|`: what zeroing the entry would change in the loss (SNIP; Lee et al., 2019)."""
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return (state["sum"][begin:end] * weight[begin:end]).abs_()
+
+
+@dataclass(frozen=True)
+class Momentum(DataCriterion):
+    r""":math:`|m|`, with :math:`m \leftarrow \beta m + (1-\beta) g` once a step (Dettmers and Zettlemoyer, 2019)."""
+
+    beta: float = 0.9
+    """Smoothing of the gradient."""
+
+    per_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.beta < 1, "beta", "a number in [0, 1)")
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Take one step's gradient."""
+        state["sum"].lerp_(gradient, 1 - self.beta)
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return state["sum"][begin:end].abs()
+
+
+@dataclass(frozen=True)
+class SM3(DataCriterion):
+    r""":math:`R_i C_j` from SM3's accumulators, fed with dense gradients: :math:`\nu_{ij} = \min(R_i, C_j) + g_{ij}^2`,
+    :math:`R_i \leftarrow \max(R_i, \max_j \nu_{ij})`, :math:`C_j \leftarrow \max(C_j, \max_i \nu_{ij})` (SpIEL-MA's
+    growth score; Ansell et al., 2024). Keeps `rows + cols` numbers a weight."""
+
+    combine: Literal["product", "min"] = "product"
+    r"""`min` ranks by SM3's own estimate :math:`\min(R_i, C_j)`, which is another order."""
+
+    per_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.combine in ("product", "min"), "combine", "'product' or 'min'")
+
+    def state_numel(self, rows: int, cols: int) -> int:
+        """One number a row and one a column."""
+        return rows + cols
+
+    def start(self, rows: int, cols: int, device: torch.device | str = "cpu") -> State:
+        """Accumulators at zero."""
+        return {"row": torch.zeros(rows, device=device), "column": torch.zeros(cols, device=device)}
+
+    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
+        """Take one step's gradient."""
+        nu = torch.minimum(state["row"][:, None], state["column"]).add_(gradient.square_())
+        torch.maximum(state["row"], nu.amax(1), out=state["row"])
+        torch.maximum(state["column"], nu.amax(0), out=state["column"])
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        row, column = state["row"][begin:end, None], state["column"]
+        return row * column if self.combine == "product" else torch.minimum(row, column)
+
+
+@dataclass(frozen=True)
+class DeltaMagnitude(DataCriterion):
+    r""":math:`|\theta_1 - \theta_0|` after a dense warm-up from :math:`\theta_0` (LT-SFT; Ansell et al., 2022).
+
+    The warm-up trains fp32 deltas of the whole targeted weights, and everything else that is trainable, with an AdamW
+    of its own whose learning rate falls linearly to 0; then all of it is put back. `examples` is not read: the
+    warm-up takes `warmup_steps` steps.
+    """
+
+    warmup_steps: int = 100
+    """Optimizer steps of the dense warm-up. The paper trains whole epochs (up to 100 k steps for languages, 3 epochs
+    for tasks)."""
+    warmup_lr: float = 5e-5
+    """Its first learning rate (paper: 5e-5)."""
+    l1: float = 0.0
+    r"""Weight :math:`\lambda` of :math:`\lambda \sum |p - p_0| / P` over the trained numbers, `P` all numbers of the
+    model, added once an optimizer step (paper: 0.1 for languages, 0 for tasks)."""
+    n_iterations: int = 1
+    """Warm-ups in a row, each from the start values and on new batches; every one selects `1/n` of the budget."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.warmup_steps >= 1, "warmup_steps", "an integer >= 1")
+        self._require(self.warmup_lr > 0, "warmup_lr", "a number > 0")
+        self._require(self.n_iterations >= 1, "n_iterations", "an integer >= 1")
+        for field in ("l1", "max_grad_norm"):
+            self._require(getattr(self, field) >= 0, field, "a number >= 0")
+
+    def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
+        """fp32 scores `[end - begin, cols]` of some rows."""
+        return state["sum"][begin:end].abs()
+
+
+@dataclass(frozen=True)
+class Given:
+    """Units and their number come from outside: `load_support`, `support_from_checkpoints` or `write_supports`."""
+
+    needs_data: ClassVar[bool] = True
+
+    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        raise ValueError(
+            "criterion='given' takes its units from outside. Call hf_sparse_peft.load_support(model, path) or "
+            "hf_sparse_peft.support_from_checkpoints(model, before, after) before training."
+        )
+
+
+CRITERIA.update(
+    {
+        "gradient": Gradient,
+        "fisher": Fisher,
+        "sensitivity": Sensitivity,
+        "movement": Movement,
+        "snip": Snip,
+        "momentum": Momentum,
+        "sm3": SM3,
+        "delta_magnitude": DeltaMagnitude,
+        "given": Given,
+    }
+)
+
+
+def needs_data(criterion: str) -> bool:
+    """Whether units cannot be ranked by the weight alone."""
+    return getattr(CRITERIA[criterion], "needs_data", False)

@@ -1,0 +1,301 @@
+"""Supports that are chosen from data, or come from outside, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...sparsity import DataCriterion, UnitGrid, make_score, needs_data, top_units
+from ...sparsity.ranking import GlobalRanking, raised
+from ...sparsity.statistics import DeltaMagnitude
+from .adapter_file import support_sizes
+from .calibration_data import CalibrationData, random_state_kept
+from .config import SparseLoraConfig
+from .estimate import estimate, groups_within
+from .layer import SparseLoraLayer
+from .model import sparse_layers
+from .support_file import read_support_file, write_support_file
+from .warmup import DenseWarmup, endless
+
+ACCUMULATOR_BYTES = 4 << 30
+
+
+def initialize_support(
+    model: nn.Module,
+    dataloader: Iterable,
+    criterion: str | DataCriterion | None = None,
+    *,
+    adapter_name: str = "default",
+    max_examples: int | None = None,
+    batches_per_step: int = 1,
+    compute_loss: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
+    save_to: str | Path | None = None,
+    accumulator_bytes: int = ACCUMULATOR_BYTES,
+    show_progress: bool = True,
+) -> None:
+    """Choose the supports of an adapter from data: the units that rank highest by `criterion`, values at zero.
+
+    Gradients of the base weights, dense or 4-bit, are read one layer at a time inside the backward pass; those of the
+    adapter's parameters are thrown away. The model runs in evaluation mode, for one result whatever its dropout
+    (`delta_magnitude` trains, in training mode), and every module gets its mode back. Neither the global random
+    states nor a DataLoader's sampler move, so that training sees its data in the order that it would have seen. With
+    `allocation="global"` all units of the model compete, each module keeps at least its best one, and the sizes are
+    written to the config's `support_pattern`. Call it before there is an optimizer. Under torch.distributed every rank
+    brings its share of the data, statistics are reduced, and supports are identical.
+
+    Args:
+        model: has the adapter, active and trainable.
+        dataloader: batches as mappings of the model's arguments, labels included; a DataLoader or a list.
+        criterion: a name in `CRITERIA` or such a criterion with its options; None: the config's. Written to the config.
+        adapter_name: which adapter.
+        max_examples: examples to read, over all ranks; None: the criterion's `examples`.
+        batches_per_step: batches whose gradients make one optimizer step, for criteria that go by steps.
+        compute_loss: `(model, batch) -> mean loss`; None: the model's own.
+        save_to: file to write, for `load_support`.
+        accumulator_bytes: statistics alive at once; what needs more takes further passes over the data, one layer a
+            pass in the limit. `delta_magnitude` trains all weights at once, 16 bytes an entry, whatever this says.
+        show_progress: whether a bar shows on stderr.
+
+    Raises:
+        ValueError: a criterion that needs no data, an adapter that is unknown, frozen, merged or trained already, a
+            budget that leaves a module without a unit, no batch, no loss, or gradients that are not finite.
+        TypeError: a dataloader that cannot be read twice, or batches that are no mappings.
+    """
+    layers, config = _layers_of(model, adapter_name)
+    layers = [layer for layer in layers if adapter_name in layer.sparse_lora_values]
+    score = _criterion(config, criterion)
+    for name, number in (("max_examples", max_examples), ("batches_per_step", batches_per_step)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number} must be an integer >= 1.")
+    _check_fresh(layers, adapter_name)
+    options = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}
+    with random_state_kept():
+        data = CalibrationData(dataloader, next(model.parameters()).device)
+        ask = Choice(model, config, layers, adapter_name)
+        if isinstance(score, DeltaMagnitude):
+            units = _by_warmup(ask, score, data, **options)
+        else:
+            examples = max_examples or score.examples
+            groups = groups_within(layers, score, accumulator_bytes)
+            passes = estimate(model, groups, adapter_name, score, data, examples=examples, **options)
+            for readers in passes:
+                ask.add(
+                    {
+                        reader.layer.module_name: score.scores(
+                            reader.state,
+                            reader.layer.sparse_lora_grid[adapter_name],
+                            reader.layer.dense_base_weight(),
+                        )
+                        for reader in readers
+                    }
+                )
+            units = ask.units()
+    write_supports(model, units, adapter_name)
+    config.criterion, config.criterion_options = score.name, asdict(score)
+    if save_to is not None:
+        save_support(model, save_to, adapter_name)
+
+
+class Choice:
+    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparseLoraConfig,
+        layers: list[SparseLoraLayer],
+        adapter_name: str,
+        share: float = 1.0,
+    ) -> None:
+        self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
+        sizes = {layer.module_name: layer.sparse_lora_start[adapter_name] for layer in layers}
+        self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
+        self.ranking: GlobalRanking | None = None
+        self._units: dict[str, torch.Tensor] = {}
+        if config.sizes_from_data:
+            total = _global_budget(model, config, layers, adapter_name)
+            self.ranking = GlobalRanking(max(len(layers), int(share * total)))
+
+    def add(self, scores: dict[str, Any]) -> None:
+        """Score chunks of more modules."""
+        if self.ranking is not None:
+            self.ranking.add(scores)
+        else:
+            self._units |= {name: top_units(chunks, self.sizes[name]) for name, chunks in scores.items()}
+
+    def units(self) -> dict[str, torch.Tensor]:
+        """Sorted units of every module."""
+        return self.ranking.units() if self.ranking is not None else self._units
+
+
+def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str) -> int:
+    grids = [layer.sparse_lora_grid[adapter_name] for layer in layers]
+    entries = sum(grid.rows * grid.cols for grid in grids)
+    density = config.density if config.num_entries is None else config.num_entries / entries
+    total = int(density * sum(grid.num_units for grid in grids) + 1e-9)
+    if not config.head_in_budget:
+        return total
+    head = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if f".modules_to_save.{adapter_name}." in name and parameter.requires_grad
+    )
+    if total - head < len(layers):
+        raise ValueError(
+            f"head_in_budget: the budget of {total} entries has to pay for {head} numbers of modules_to_save and one "
+            f"entry for each of {len(layers)} modules. Raise density to at least {(head + len(layers)) / entries:.1e}, "
+            "or set head_in_budget=False."
+        )
+    return total - head
+
+
+def _by_warmup(
+    ask: Choice,
+    score: DeltaMagnitude,
+    data: CalibrationData,
+    *,
+    batches_per_step: int,
+    compute_loss: Any,
+    show_progress: bool,
+) -> dict[str, torch.Tensor]:
+    layers, adapter_name = ask.layers, ask.adapter_name
+    warmup = DenseWarmup(ask.model, layers, adapter_name, score)
+    batches = endless(data, layers[0].get_base_layer_device())
+    chosen: dict[str, torch.Tensor] = {}
+    try:
+        for iteration in range(score.n_iterations):
+            warmup.train(batches, batches_per_step, compute_loss, show_progress)
+            share = Choice(ask.model, ask.config, layers, adapter_name, (iteration + 1) / score.n_iterations)
+            scores = {
+                layer.module_name: score.scores({"sum": delta.detach()}, layer.sparse_lora_grid[adapter_name])
+                for layer, delta in zip(layers, warmup.deltas, strict=True)
+            }
+            share.add({name: raised(chunks, chosen[name]) if chosen else chunks for name, chunks in scores.items()})
+            chosen = share.units()
+    finally:
+        warmup.rewind()
+    return chosen
+
+
+def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """Make `units` (module name -> sorted distinct units) the supports of an adapter, all values at zero.
+
+    Where the config leaves sizes to data (`criterion="given"`, or a criterion by data with `allocation="global"`), any
+    number of units of a module is taken, none included, and `support_pattern` is written.
+
+    Raises:
+        ValueError: modules that are not the adapter's, or a number of units that the config does not allow; names them.
+    """
+    layers, config = _layers_of(model, adapter_name)
+    by_name = {layer.module_name: layer for layer in layers}
+    odd = sorted(set(units) ^ set(by_name))
+    if odd:
+        raise ValueError(f"The units are of other modules than adapter '{adapter_name}': {odd[:3]} ({len(odd)}).")
+    if not any(chosen.numel() for chosen in units.values()):
+        raise ValueError("No module has a unit: there is nothing to train.")
+    open_sizes = config.sizes_from_data
+    for name, layer in by_name.items():
+        size, given = _size(layer, adapter_name), units[name].numel()
+        if not open_sizes and given != size:
+            raise ValueError(
+                f"'{name}' is given {given} units and its support has {size}. Sizes can change only before training, "
+                "with criterion='given', or a criterion by data with allocation='global', and an empty support_pattern."
+            )
+    for name, layer in by_name.items():
+        chosen = units[name].to(layer.get_base_layer_device())
+        if chosen.numel() != _size(layer, adapter_name):
+            layer.resize_support(adapter_name, chosen.numel())
+        if chosen.numel():
+            layer.write_support(adapter_name, chosen)
+            layer.sparse_lora_values[adapter_name].data.zero_()
+    if open_sizes:
+        config.support_pattern = support_sizes(model, adapter_name)
+
+
+def save_support(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter's supports, without values, to a safetensors file that `load_support` reads.
+
+    Raises:
+        ValueError: a support has not been chosen yet.
+    """
+    layers, config = _layers_of(model, adapter_name)
+    undecided = [layer.module_name for layer in layers if layer.is_undecided(adapter_name)]
+    if undecided:
+        raise ValueError(f"Nothing to save: the support of '{undecided[0]}' has not been chosen yet.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    none = torch.empty(0, dtype=torch.int32)
+    units = {layer.module_name: layer.units(adapter_name) if _size(layer, adapter_name) else none for layer in layers}
+    about = {"criterion": config.criterion, "criterion_options": config.criterion_options}
+    write_support_file(path, units, _grids(layers, adapter_name), about)
+
+
+def load_support(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Start from the supports in a file of `initialize_support(..., save_to=path)`; values are zeroed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, of another format, made for another model (the message names the module), or
+            its sizes are not the config's.
+    """
+    layers, _ = _layers_of(model, adapter_name)
+    _check_fresh(layers, adapter_name)
+    units, _ = read_support_file(path, _grids(layers, adapter_name))
+    write_supports(model, units, adapter_name)
+
+
+def _size(layer: SparseLoraLayer, adapter_name: str) -> int:
+    return layer.sparse_lora_start[adapter_name] if adapter_name in layer.sparse_lora_values else 0
+
+
+def _grids(layers: list[SparseLoraLayer], adapter_name: str) -> dict[str, UnitGrid]:
+    return {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> tuple[list[SparseLoraLayer], SparseLoraConfig]:
+    layers = [layer for layer in sparse_layers(model) if adapter_name in layer.sparse_lora_grid]
+    if not layers:
+        known = sorted({name for layer in sparse_layers(model) for name in layer.sparse_lora_grid})
+        raise ValueError(
+            f"The model has no adapter '{adapter_name}' with a support; adapters that have one: {known or 'none'}. "
+            "Call get_peft_model with a SparseLoraConfig of density > 0 first."
+        )
+    return layers, layers[0].sparse_lora_config[adapter_name]
+
+
+def _check_fresh(layers: list[SparseLoraLayer], adapter_name: str) -> None:
+    for layer in layers:
+        values = layer.sparse_lora_values.get(adapter_name, None)
+        if values is None:
+            continue
+        if adapter_name not in layer.active_adapters or layer.merged or layer.disable_adapters:
+            raise ValueError(
+                f"Adapter '{adapter_name}' is inactive, disabled or merged; call model.set_adapter('{adapter_name}')."
+            )
+        if not values.requires_grad:
+            raise ValueError(f"Adapter '{adapter_name}' is frozen; load it with is_trainable=True.")
+        if values.detach().any():
+            raise ValueError(
+                f"Adapter '{adapter_name}' has trained values in '{layer.module_name}', which a new support would "
+                "throw away. Choose the support before training."
+            )
+
+
+def _criterion(config: SparseLoraConfig, criterion: str | DataCriterion | None) -> DataCriterion:
+    if isinstance(criterion, DataCriterion):
+        return criterion
+    name = config.criterion if criterion is None else criterion
+    score = make_score(name, **(config.criterion_options if name == config.criterion else {}))
+    if not needs_data(name):
+        raise ValueError(
+            f"criterion='{name}' ranks units without data, and chose them when the adapter was injected. "
+            "Pass one that is estimated from data, e.g. criterion='fisher'."
+        )
+    if not isinstance(score, DataCriterion):
+        score(None, None)  # says where its units come from
+    return score
