@@ -1,0 +1,61 @@
+"""The recipe and the method table train any method by name."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHORT = ["--max_steps", "6", "--train_examples", "64", "--test_examples", "4", "--disable_tqdm", "true"]
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    for folder in (RECIPES / "benchmarks", RECIPES):
+        monkeypatch.syspath_prepend(str(folder))
+    for name in ("demo_data", "evaluation", "reporting", "chosen_method", "qlora_sparse_lora", "method_table"):
+        sys.modules.pop(name, None)
+
+
+def test_the_recipe_trains_a_method_by_name_with_its_options(recipes, tmp_path, capsys):
+    import qlora_sparse_lora
+
+    options = json.dumps({"density": 0.03, "interval": 3, "collect_steps": 2})
+    named = ["--method", "spiel-ag", "--method_options", options, "--output_dir", str(tmp_path)]
+    figures = qlora_sparse_lora.main([*SHORT, *named, "--logging_steps", "2"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["density"], config["r"], config["regrowth"]["interval"]) == (0.03, 0, 3)
+    assert "Ansell et al., 2024" in (tmp_path / "adapter" / "README.md").read_text()
+    assert figures["trainable"] > 0
+    log = [json.loads(line) for line in (tmp_path / "support_log.jsonl").read_text().splitlines()]
+    assert max(log[1]["churn"].values()) > 0.9  # the first move replaces everything
+    assert log[-1]["model"]["gradient_share"] > 0
+    assert (tmp_path / "support.png").stat().st_size > 10_000
+    assert "neither a support nor ranks" not in capsys.readouterr().out
+
+
+def test_a_yaml_file_names_a_method_too(recipes, tmp_path):
+    import qlora_sparse_lora
+
+    file = tmp_path / "named.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nmethod: shira\nmethod_options: {{density: 0.03}}\nmax_steps: 2\n")
+    recipe, _ = qlora_sparse_lora.parse([str(file)])
+    assert (recipe.method, json.loads(recipe.method_options)) == ("shira", {"density": 0.03})
+
+
+def test_the_method_table_keeps_what_it_has_and_says_what_each_method_did(recipes, tmp_path, capsys):
+    import method_table
+
+    short = ["--methods", "spiel-ag", "--bases", "nf4", "--steps", "6", "--examples", "32", "--test_examples", "4"]
+    (row,) = method_table.main([*short, "--output", str(tmp_path)])
+    assert row["moves"] == 1  # after step 5 of 20
+    assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
+    assert row["trainable"] > 0
+    table = (tmp_path / "method_table.md").read_text()
+    assert "| spiel-ag | nf4 |" in table
+    assert json.loads((tmp_path / "method_table.json").read_text()) == [row]
+    assert method_table.main([*short, "--output", str(tmp_path)]) == [row]
+    with pytest.raises(ValueError, match="unknown"):
+        method_table.main(["--methods", "no-such-method", "--output", str(tmp_path)])
