@@ -33,8 +33,8 @@ def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **o
 @register(
     "lt-sft",
     paper="Ansell et al., 2022",
-    moves="nothing; the support is what a dense warm-up moved farthest",
-    use_when="adapters of tasks and languages are to be added to each other, and a dense warm-up fits into memory",
+    moves="nothing",
+    use_when="adapters are to be added to each other; the support is what a dense warm-up moved farthest",
     cost="a dense warm-up before training: 16 bytes a targeted entry while it lasts",
 )
 def lt_sft(
@@ -60,7 +60,7 @@ def lt_sft(
 @register(
     "rl-subnetwork",
     paper="Mukherjee et al., 2025",
-    moves="nothing; the support is what another run changed",
+    moves="nothing",
     use_when="a finished run's update was sparse and is to be repeated or inspected as an adapter",
     cost="two checkpoints, read tensor by tensor; about 20 bytes a changed entry while it trains",
 )

@@ -18,7 +18,7 @@ from callback_toolbox import TokenData, tiny_llama
 from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import methods
+from hf_sparse_peft import initialize_support, methods
 
 STEPS, GLOBAL_BATCH = 10, 8
 
@@ -49,6 +49,8 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
     base = tiny_llama()
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
+    if getattr(method.config, "sizes_from_data", False):
+        initialize_support(model, share_of(args, rank, world), show_progress=False)
     recorder = Recorder(rank)
     trainer = method.trainer_class(
         model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],
@@ -56,6 +58,14 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
     )  # fmt: skip
     trainer.train()
     return recorder.steps
+
+
+def share_of(args: TrainingArguments, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """The rank's part of two global batches."""
+    assert args.device.type == "cpu"  # asking for it starts the process group
+    size = GLOBAL_BATCH // world
+    parts = [TokenData().ids[begin + rank * size :][:size] for begin in (0, GLOBAL_BATCH)]
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in parts]
 
 
 def main(out: Path, cases: dict[str, dict]) -> None:

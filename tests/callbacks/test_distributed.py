@@ -33,6 +33,8 @@ CASES = {
     "s2ft": {},
     "mezo": {},
     "shira": {"density": 0.1},
+    "fish": {"density": 0.1, "examples": 16},
+    "lt-sft": {"density": 0.1, "allocation": "uniform", "warmup_steps": 3, "warmup_lr": 1e-3},
 }
 
 
