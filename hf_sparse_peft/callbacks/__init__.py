@@ -10,6 +10,7 @@ from ..tuners import adapter_layers
 from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
+from .freezing import NuclearNormCallback, ThresholdFreezingCallback
 from .initial_support import InitialSupportCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
@@ -24,6 +25,8 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     MaskRegrowthCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,
+    NuclearNormCallback,
+    ThresholdFreezingCallback,
 )
 
 
@@ -61,10 +64,12 @@ __all__ = [
     "BudgetCompetitionCallback",
     "InitialSupportCallback",
     "MaskRegrowthCallback",
+    "NuclearNormCallback",
     "PruningCallback",
     "RankReallocationCallback",
     "ScheduleCallback",
     "SupportTelemetryCallback",
+    "ThresholdFreezingCallback",
     "ZerothOrderCallback",
     "ZerothOrderTrainer",
     "callbacks_for",

@@ -15,7 +15,7 @@ from .drops import importance, step_sensitivity
 from .frozen_units import FrozenUnits, Settled, settle
 from .growth import GROWTH_RULES, Move, choose_units, mark_fired
 from .step_gradients import StepGradient
-from .support_moves import skip_update
+from .support_moves import refuse_unskippable, skip_update
 
 
 def is_collecting(config: RegrowthConfig, update: int) -> bool:
@@ -83,11 +83,8 @@ class MaskRegrowthCallback(ScheduleCallback):
         for config in self.configs():
             if config.regrowth.grow == "sm3":
                 _require_sm3(optimizer)
-            if config.regrowth.skip_step and getattr(args, "fp16", False) and not args.max_grad_norm:
-                raise ValueError(
-                    "regrowth.skip_step leaves out an update, which fp16's gradient scaler refuses without clipping. "
-                    "Set max_grad_norm above 0, train in bf16, or set skip_step=False."
-                )
+            if config.regrowth.skip_step:
+                refuse_unskippable(args, "regrowth")
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """At least one move, and an update after it, must fit into the run."""

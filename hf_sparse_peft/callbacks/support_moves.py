@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..optim import adam_seeds, innermost, move_optimizer_state, move_rows
 from .base import AdaptedLayer
@@ -56,6 +57,15 @@ def skip_update(optimizer: Any) -> None:
     for group in innermost(optimizer).param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+def refuse_unskippable(args: TrainingArguments, option: str) -> None:
+    """Raises `ValueError` where a step cannot be left out."""
+    if getattr(args, "fp16", False) and not args.max_grad_norm:
+        raise ValueError(
+            f"{option}.skip_step leaves out an update, which fp16's gradient scaler refuses without clipping. Set "
+            "max_grad_norm above 0, train in bf16, or set skip_step=False."
+        )
 
 
 def _seeds_for(

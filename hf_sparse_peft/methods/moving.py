@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..optim import AgedAdamW, SparseSM3, aged_adamw_groups
-from ..tuners import RegrowthConfig, SparseLoraConfig
+from ..tuners import FreezingConfig, NuclearNormConfig, RegrowthConfig, SparseLoraConfig
 from ..tuners.sparse_lora import sparse_layers
 from .registry import Method, aged_adamw, register
 
@@ -194,3 +194,36 @@ def _lift_adamw(
     groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
     groups = [{**group, "per_unit_age": group["per_unit_age"] and per_unit} for group in groups]
     return AgedAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+
+@register(
+    "sara",
+    paper="Hu et al., 2025",
+    moves="nothing but what trains: entries that grew past a threshold freeze half-way",
+    use_when="the base model's prior must survive: only its least effective weights train",
+    cost="an SVD of one matrix at every step; half-way one look at each weight",
+)
+def sara(
+    density: float = 0.1,
+    threshold: float | None = None,
+    nuclear_weight: float = 5e-4,
+    at: float = 0.5,
+    min_side: int = 64,
+    **overrides: Any,
+) -> Method:
+    r"""Train the smallest entries of each matrix, pulled to low rank; those that outgrow the threshold freeze half-way.
+
+    Without `threshold` each matrix gets its smallest `density` of entries, and its threshold is the largest of them;
+    with it, all entries with :math:`|w| < \tau` (SaRA: 2e-3), whose number follows from the weights and is written to
+    the config. SaRA's learning rate is :math:`10^{-3} e^{-350\tau}`. `nuclear_weight=0` leaves the norm out. Deltas are
+    trained, so weight decay (SaRA: 0.01) pulls to the pretrained weights, where the official code's pulls to 0.
+    """
+    budget = {"density": density}
+    if threshold is not None:
+        budget = {"density": density, "allocation": "threshold"}
+    norm = NuclearNormConfig(weight=nuclear_weight, min_side=min_side) if nuclear_weight else None
+    options = {
+        "r": 0, **budget, "criterion": "smallest_magnitude", "freezing": FreezingConfig(at=at, threshold=threshold),
+        "nuclear_norm": norm, **overrides,
+    }  # fmt: skip
+    return Method(SparseLoraConfig(**options))

@@ -33,6 +33,8 @@ TINY: dict[str, Any] = {
 """Values for a model of width 32, given to every method that has an argument of that name."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "lift": {"filter_rank": 4},
+    "sara": {"min_side": 8},
     "adalora": {
         "rank_allocation": {
             "target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.25, "orthogonality": 0.1,

@@ -6,6 +6,7 @@ check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
 
 from .config import SparseLoraConfig  # noqa: E402
+from .freezing_config import FreezingConfig, NuclearNormConfig  # noqa: E402
 from .initial_support import initialize_support, load_support, save_support, write_supports  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
@@ -19,8 +20,10 @@ count_living_parameters()
 
 __all__ = [
     "FactorMaskConfig",
+    "FreezingConfig",
     "HalfRoundsConfig",
     "LayerSamplingConfig",
+    "NuclearNormConfig",
     "PruningConfig",
     "RankAllocationConfig",
     "RegrowthConfig",

@@ -152,6 +152,8 @@ def _counts(
         return _counts_by_module(config, grids)
     if config.allocation == "erdos_renyi":
         return erdos_renyi_counts(grids, density)
+    if config.allocation == "threshold":
+        return {name: _below_threshold(config, name, layers[name], grids[name], model) for name in grids}
     if config.allocation == "global":
         chunks = {name: _score_chunks(config, name, layers[name], grids[name], model) for name in grids}
         total = int(density * sum(grid.num_units for grid in grids.values()))
@@ -181,6 +183,18 @@ def _counts_by_module(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> d
         )
     densities = {name: config.density_pattern.get(keys[name], config.density) for name in grids}
     return {name: grids[name].count_for_density(share, name) for name, share in densities.items() if share}
+
+
+def _below_threshold(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module) -> int:
+    threshold = config.freezing.threshold
+    chunks = _score_chunks(config, name, base, grid, model)()
+    count = sum(int((chunk > -threshold).sum()) for chunk in chunks)
+    if count == 0:
+        raise ValueError(
+            f"freezing.threshold={threshold} leaves no entry in '{name}' ({grid.rows}x{grid.cols}): none is smaller. "
+            "Raise it, use density instead, or leave the module out of target_modules."
+        )
+    return count
 
 
 def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module):

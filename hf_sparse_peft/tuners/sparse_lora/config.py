@@ -13,11 +13,12 @@ from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, make_score, needs_data
 from .file_length import check_file_length
+from .freezing_config import FreezingConfig, NuclearNormConfig
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
-ALLOCATIONS = ("uniform", "erdos_renyi", "global")
+ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold")
 SCHEDULES = {
     "regrowth": RegrowthConfig,
     "pruning": PruningConfig,
@@ -25,6 +26,8 @@ SCHEDULES = {
     "rounds": HalfRoundsConfig,
     "layer_sampling": LayerSamplingConfig,
     "factor_masks": FactorMaskConfig,
+    "freezing": FreezingConfig,
+    "nuclear_norm": NuclearNormConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
@@ -106,11 +109,11 @@ class SparseLoraConfig(PeftConfig):
     criterion_options: dict = field(
         default_factory=dict, metadata={"help": "Options of the criterion, e.g. {'rank': 64} for low_rank_magnitude."}
     )
-    allocation: Literal["uniform", "erdos_renyi", "global"] = field(
+    allocation: Literal["uniform", "erdos_renyi", "global", "threshold"] = field(
         default="uniform",
         metadata={
             "help": "How the units are shared out: the same density everywhere, Erdos-Renyi (Evci et al., 2020), or "
-            "one ranking of all units by the criterion."
+            "one ranking of all units by the criterion, or every entry with |w| < freezing.threshold (SaRA)."
         },
     )
     density_pattern: dict = field(
@@ -139,6 +142,12 @@ class SparseLoraConfig(PeftConfig):
     head_in_budget: bool = field(
         default=False,
         metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
+    )
+    freezing: FreezingConfig | None = field(
+        default=None, metadata={"help": "Entries that grew past a threshold stop training once; None: none does."}
+    )
+    nuclear_norm: NuclearNormConfig | None = field(
+        default=None, metadata={"help": "A nuclear norm on the trained entries of one random matrix a step."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
     values_dtype: Literal["float32", "bfloat16"] = field(
@@ -211,7 +220,7 @@ class SparseLoraConfig(PeftConfig):
     @property
     def freezes_units(self) -> bool:
         """Whether units may be frozen while others train."""
-        return self.regrowth is not None and self.regrowth.retired_share > 0
+        return self.freezing is not None or (self.regrowth is not None and self.regrowth.retired_share > 0)
 
     @property
     def data_driven(self) -> bool:
@@ -330,11 +339,8 @@ class SparseLoraConfig(PeftConfig):
                 f"regrowth.grow='sm3' ranks single entries by their row and column, and granularity="
                 f"{self.granularity!r}. Set granularity='entry' or another grow."
             )
-        if self.freezes_units and self.pruning:
-            raise ValueError(
-                "regrowth.retired_share keeps units that leave, and pruning shrinks the support. Set one of them."
-            )
-        if self.freezes_units and self.sizes_from_data:
+        self._check_freezing()
+        if self.regrowth and self.regrowth.retired_share and self.sizes_from_data:
             raise ValueError(
                 "regrowth.retired_share allocates room by each support's size, and allocation='global' leaves the "
                 f"sizes to criterion='{self.criterion}'. Set allocation='uniform' or 'erdos_renyi'."
@@ -365,6 +371,27 @@ class SparseLoraConfig(PeftConfig):
                 raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
             if getattr(self, name) and self.rank_allocation:
                 raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
+
+    def _check_freezing(self) -> None:
+        known = self.freezing is not None and self.freezing.threshold is not None
+        if self.allocation == "threshold" and not (known and self.criterion == "smallest_magnitude"):
+            raise ValueError(
+                "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
+                f"criterion='smallest_magnitude'; got freezing={self.freezing} and criterion={self.criterion!r}."
+            )
+        if self.freezes_units and self.pruning:
+            raise ValueError(
+                "regrowth.retired_share and freezing keep units that stopped training, and pruning takes units away. "
+                "Set pruning=None or leave them out."
+            )
+        if self.freezing and self.regrowth:
+            raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
+        for name in ("freezing", "nuclear_norm"):
+            if getattr(self, name) and (self.granularity != "entry" or not self.has_support):
+                raise ValueError(
+                    f"{name} looks at single entries of the support, and granularity={self.granularity!r} with "
+                    f"density={self.density}. Set granularity='entry' and density > 0, or {name}=None."
+                )
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str):

@@ -27,7 +27,8 @@ def nested(cls: type[ConfigT], value: Any, option: str) -> ConfigT | None:
     return cls(**value)
 
 
-def _require(condition: bool, owner: str, field: str, value: Any, accepted: str) -> None:
+def require(condition: bool, owner: str, field: str, value: Any, accepted: str) -> None:
+    """Raise `ValueError` naming `owner.field`, its value and what it accepts, unless `condition`."""
     if not condition:
         raise ValueError(f"{owner}.{field}={value!r} is out of range: it takes {accepted}.")
 
@@ -118,15 +119,15 @@ class RegrowthConfig:
 
     def _check_timing(self) -> None:
         name = "RegrowthConfig"
-        _require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
+        require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
         if self.collects:
             ok = 1 <= self.collect_steps <= self.interval
-            _require(ok, name, "collect_steps", self.collect_steps, f"an integer from 1 to interval={self.interval}")
-        _require(self.collect_steps >= 1, name, "collect_steps", self.collect_steps, "an integer >= 1")
+            require(ok, name, "collect_steps", self.collect_steps, f"an integer from 1 to interval={self.interval}")
+        require(self.collect_steps >= 1, name, "collect_steps", self.collect_steps, "an integer >= 1")
         least = self.collect_steps if self.collects else 1
         ok = self.first_move is None or self.first_move >= least
-        _require(ok, name, "first_move", self.first_move, f"None or a step >= {least}")
-        _require(0 < self.stop_at <= 1, name, "stop_at", self.stop_at, "a share of the run in (0, 1]")
+        require(ok, name, "first_move", self.first_move, f"None or a step >= {least}")
+        require(0 < self.stop_at <= 1, name, "stop_at", self.stop_at, "a share of the run in (0, 1]")
 
     def _check_rules(self) -> None:
         name = "RegrowthConfig"
@@ -134,17 +135,17 @@ class RegrowthConfig:
             ("drop", DROPS), ("drop_first", ("oldest", "youngest")), ("grow", GROWTHS), ("schedule", REGROWTH_SCHEDULES)
         )  # fmt: skip
         for option, accepted in choices:
-            _require(getattr(self, option) in accepted, name, option, getattr(self, option), f"one of {accepted}")
-        _require(0 < self.fraction <= 1, name, "fraction", self.fraction, "a number in (0, 1]")
+            require(getattr(self, option) in accepted, name, option, getattr(self, option), f"one of {accepted}")
+        require(0 < self.fraction <= 1, name, "fraction", self.fraction, "a number in (0, 1]")
         low = self.schedule == "exponential"
         ok = 0 <= self.final_fraction <= self.fraction and not (low and self.final_fraction == 0)
         accepted = f"a number from {'above 0' if low else '0'} to fraction={self.fraction}"
-        _require(ok, name, "final_fraction", self.final_fraction, accepted)
-        _require(self.retired_share >= 0, name, "retired_share", self.retired_share, "a number >= 0")
+        require(ok, name, "final_fraction", self.final_fraction, accepted)
+        require(self.retired_share >= 0, name, "retired_share", self.retired_share, "a number >= 0")
         whole = self.drop != "none" or self.grow == "low_rank_magnitude"
-        _require(whole, name, "drop", self.drop, f"a rule for who leaves with grow={self.grow!r}: {DROPS[:-1]}")
+        require(whole, name, "drop", self.drop, f"a rule for who leaves with grow={self.grow!r}: {DROPS[:-1]}")
         ok = self.collects or not self.seed_moments
-        _require(ok, name, "seed_moments", self.seed_moments, f"None or False with grow={self.grow!r}")
+        require(ok, name, "seed_moments", self.seed_moments, f"None or False with grow={self.grow!r}")
         self._check_grow_options()
 
     def _check_grow_options(self) -> None:
@@ -153,11 +154,11 @@ class RegrowthConfig:
             make_score("low_rank_magnitude", **options)  # refuses unknown options and bad values by name
             return
         accepted = _GROW_OPTIONS.get(self.grow, ())
-        _require(set(options) <= set(accepted), name, "grow_options", options, f"{accepted} with grow={self.grow!r}")
+        require(set(options) <= set(accepted), name, "grow_options", options, f"{accepted} with grow={self.grow!r}")
         score = options.get("score", "product")
-        _require(score in ("product", "min"), name, "grow_options['score']", score, "'product' or 'min'")
+        require(score in ("product", "min"), name, "grow_options['score']", score, "'product' or 'min'")
         factor = options.get("candidates", 1)
-        _require(factor >= 1, name, "grow_options['candidates']", factor, "a factor >= 1")
+        require(factor >= 1, name, "grow_options['candidates']", factor, "a factor >= 1")
 
 
 @dataclass
@@ -178,10 +179,10 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         name = "PruningConfig"
-        _require(0 < self.final_fraction <= 1, name, "final_fraction", self.final_fraction, "a number in (0, 1]")
-        _require(0 <= self.begin < self.end <= 1, name, "begin, end", (self.begin, self.end), "0 <= begin < end <= 1")
-        _require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
-        _require(self.scope in ("layer", "global"), name, "scope", self.scope, "'layer' or 'global'")
+        require(0 < self.final_fraction <= 1, name, "final_fraction", self.final_fraction, "a number in (0, 1]")
+        require(0 <= self.begin < self.end <= 1, name, "begin, end", (self.begin, self.end), "0 <= begin < end <= 1")
+        require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
+        require(self.scope in ("layer", "global"), name, "scope", self.scope, "'layer' or 'global'")
 
 
 @dataclass
@@ -208,12 +209,12 @@ class RankAllocationConfig:
 
     def __post_init__(self) -> None:
         name = "RankAllocationConfig"
-        _require(self.target_r >= 1, name, "target_r", self.target_r, "an integer >= 1")
+        require(self.target_r >= 1, name, "target_r", self.target_r, "an integer >= 1")
         for option in ("initial_warmup", "final_warmup"):
-            _require(0 <= getattr(self, option) < 1, name, option, getattr(self, option), "a share in [0, 1)")
+            require(0 <= getattr(self, option) < 1, name, option, getattr(self, option), "a share in [0, 1)")
         total = self.initial_warmup + self.final_warmup
-        _require(total < 1, name, "initial_warmup + final_warmup", total, "less than 1")
-        _require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
+        require(total < 1, name, "initial_warmup + final_warmup", total, "less than 1")
+        require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
         for option in ("beta1", "beta2"):
-            _require(0 < getattr(self, option) < 1, name, option, getattr(self, option), "a number in (0, 1)")
-        _require(self.orthogonality >= 0, name, "orthogonality", self.orthogonality, "a number >= 0")
+            require(0 < getattr(self, option) < 1, name, option, getattr(self, option), "a number in (0, 1)")
+        require(self.orthogonality >= 0, name, "orthogonality", self.orthogonality, "a number >= 0")
