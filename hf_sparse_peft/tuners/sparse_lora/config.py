@@ -334,11 +334,7 @@ class SparseLoraConfig(PeftConfig):
             raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
         if (self.regrowth or self.pruning) and not self.has_support:
             raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
-        if self.regrowth and self.regrowth.grow == "sm3" and self.granularity != "entry":
-            raise ValueError(
-                f"regrowth.grow='sm3' ranks single entries by their row and column, and granularity="
-                f"{self.granularity!r}. Set granularity='entry' or another grow."
-            )
+        self._check_entries_only()
         self._check_freezing()
         if self.regrowth and self.regrowth.retired_share and self.sizes_from_data:
             raise ValueError(
@@ -386,11 +382,16 @@ class SparseLoraConfig(PeftConfig):
             )
         if self.freezing and self.regrowth:
             raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
-        for name in ("freezing", "nuclear_norm"):
-            if getattr(self, name) and (self.granularity != "entry" or not self.has_support):
+
+    def _check_entries_only(self) -> None:
+        other = [g for g in (self.granularity, *self.granularity_pattern.values()) if g != "entry"]
+        named = [name for name in ("freezing", "nuclear_norm") if getattr(self, name)]
+        named += ["regrowth.grow='sm3'"] if self.regrowth and self.regrowth.grow == "sm3" else []
+        for name in named:
+            if other or not self.has_support:
                 raise ValueError(
-                    f"{name} looks at single entries of the support, and granularity={self.granularity!r} with "
-                    f"density={self.density}. Set granularity='entry' and density > 0, or {name}=None."
+                    f"{name} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
+                    f"density={self.density}. Set granularity='entry' and density > 0, or leave it out."
                 )
 
     def _check_targets(self) -> None:

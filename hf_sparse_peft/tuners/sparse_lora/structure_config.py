@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .schedule_config import _require
+from .schedule_config import require
 
 
 def ends_with(module_name: str, ending: str) -> bool:
@@ -38,12 +38,12 @@ class StructureConfig:
     def __post_init__(self) -> None:
         name = "StructureConfig"
         ok = isinstance(self.modules, (list, tuple)) and len(self.modules) > 0
-        _require(ok, name, "modules", self.modules, "a list of endings of module names, at least one")
+        require(ok, name, "modules", self.modules, "a list of endings of module names, at least one")
         self.modules = list(self.modules)
         units = ("channel", "head", "matrix")
-        _require(self.unit in units, name, "unit", self.unit, f"one of {units}")
-        _require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
-        _require(self.scope in ("model", "block"), name, "scope", self.scope, "'model' or 'block'")
+        require(self.unit in units, name, "unit", self.unit, f"one of {units}")
+        require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
+        require(self.scope in ("model", "block"), name, "scope", self.scope, "'model' or 'block'")
 
     def covers(self, module_name: str) -> bool:
         """Whether the module of that name belongs to the structure."""
@@ -75,12 +75,12 @@ class HalfRoundsConfig:
     def __post_init__(self) -> None:
         name = "HalfRoundsConfig"
         ok = self.round_steps is None or self.round_steps >= 1
-        _require(ok, name, "round_steps", self.round_steps, "an integer >= 1, or None for an epoch")
-        _require(0 < self.fraction < 1, name, "fraction", self.fraction, "a share in (0, 1)")
+        require(ok, name, "round_steps", self.round_steps, "an integer >= 1, or None for an epoch")
+        require(0 < self.fraction < 1, name, "fraction", self.fraction, "a share in (0, 1)")
         levels = ("category", "block", "model")
-        _require(self.level in levels, name, "level", self.level, f"one of {levels}")
+        require(self.level in levels, name, "level", self.level, f"one of {levels}")
         ok = isinstance(self.categories, dict) and bool(self.categories) and all(self.categories.values())
-        _require(ok, name, "categories", self.categories, "a dict of category -> list of module name endings")
+        require(ok, name, "categories", self.categories, "a dict of category -> list of module name endings")
 
 
 @dataclass
@@ -110,12 +110,12 @@ class LayerSamplingConfig:
     def __post_init__(self) -> None:
         name = "LayerSamplingConfig"
         for share in ("trained", "suppressed"):
-            _require(0 < getattr(self, share) <= 1, name, share, getattr(self, share), "a share in (0, 1]")
-        _require(0 <= self.suppression < 1, name, "suppression", self.suppression, "a number in [0, 1)")
-        _require(self.probes >= 2, name, "probes", self.probes, "an integer >= 2: one loss has nothing to compare to")
+            require(0 < getattr(self, share) <= 1, name, share, getattr(self, share), "a share in (0, 1]")
+        require(0 <= self.suppression < 1, name, "suppression", self.suppression, "a number in [0, 1)")
+        require(self.probes >= 2, name, "probes", self.probes, "an integer >= 2: one loss has nothing to compare to")
         for number in ("interval", "probe_batch"):
-            _require(getattr(self, number) >= 1, name, number, getattr(self, number), "an integer >= 1")
-        _require(self.step_size > 0, name, "step_size", self.step_size, "a number > 0")
+            require(getattr(self, number) >= 1, name, number, getattr(self, number), "an integer >= 1")
+        require(self.step_size > 0, name, "step_size", self.step_size, "a number > 0")
 
 
 @dataclass
@@ -148,10 +148,10 @@ class FactorMaskConfig:
 
     def __post_init__(self) -> None:
         name = "FactorMaskConfig"
-        _require(self.kind in ("parallel", "stochastic"), name, "kind", self.kind, "'parallel' or 'stochastic'")
-        _require(1 <= self.copies <= 8, name, "copies", self.copies, "an integer from 1 to 8")
-        _require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
-        _require(1 <= self.experts <= 255, name, "experts", self.experts, "an integer from 1 to 255")
-        _require(self.split in ("both", "B"), name, "split", self.split, "'both' or 'B'")
-        _require(self.merge in ("add", "joint"), name, "merge", self.merge, "'add' or 'joint'")
-        _require(self.consistency >= 0, name, "consistency", self.consistency, "a number >= 0")
+        require(self.kind in ("parallel", "stochastic"), name, "kind", self.kind, "'parallel' or 'stochastic'")
+        require(1 <= self.copies <= 8, name, "copies", self.copies, "an integer from 1 to 8")
+        require(0 < self.density <= 1, name, "density", self.density, "a share in (0, 1]")
+        require(1 <= self.experts <= 255, name, "experts", self.experts, "an integer from 1 to 255")
+        require(self.split in ("both", "B"), name, "split", self.split, "'both' or 'B'")
+        require(self.merge in ("add", "joint"), name, "merge", self.merge, "'add' or 'joint'")
+        require(self.consistency >= 0, name, "consistency", self.consistency, "a number >= 0")
