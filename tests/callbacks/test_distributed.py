@@ -35,6 +35,7 @@ CASES = {
     "shira": {"density": 0.1},
     "fish": {"density": 0.1, "examples": 16},
     "lt-sft": {"density": 0.1, "allocation": "uniform", "warmup_steps": 3, "warmup_lr": 1e-3},
+    "snella": {"r": 4, "sparsity": 0.6, "init_weights": False},
 }
 
 
