@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, counts_from_rank, decode_support, uniform_counts
 from ..sparsity.codec import FORMAT_VERSION
-from ..tuners import SparseLoraConfig
+from ..tuners import KernelLoraConfig, KernelLoraLayer, SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
 from ..tuners.sparse_lora.file_length import check_file_length
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+from .adapter_report import CONFIG_FILE, WEIGHTS_FILE, AdapterReport, ModuleReport, tensor_key
+from .check_kernel import check_kernel_module
 
 # As the codec's module docstring lays it out; granularity and block size of a file are known before any grid is.
 _HEADER = struct.Struct("<2sBBIIIII")
@@ -31,86 +31,10 @@ _KINDS = (
     "sparse_lora_support",
     "sparse_lora_rank_mask",
 )
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """What one module of an adapter holds."""
-
-    name: str
-    """Module name in the base model."""
-    rows: int
-    """`out_features`."""
-    cols: int
-    """`in_features`."""
-    granularity: str | None
-    """What a unit is; None without a sparse half."""
-    k: int
-    """Living units."""
-    capacity: int
-    """Units that there is room for."""
-    density: float
-    """Share of the weight's entries in living units."""
-    rank: int
-    """Components that there is room for."""
-    components: int
-    """Living components."""
-    bytes: int
-    """Bytes of the module's tensors in the file."""
-    bytes_per_entry: float
-    """Bytes of values and support per living entry; 0 without a sparse half."""
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What an adapter folder holds; every tensor was checked."""
-
-    path: Path
-    """The folder."""
-    config: SparseLoraConfig
-    """Its adapter_config.json."""
-    modules: tuple[ModuleReport, ...]
-    """One report for each adapted module, by name."""
-    file_bytes: int
-    """Size of adapter_model.safetensors."""
-    other_bytes: int
-    """Bytes of tensors beside the adapted modules: biases, modules_to_save, state of running schedules."""
-
-    @property
-    def density(self) -> float:
-        """Share of all adapted weights' entries in living units."""
-        return sum(m.density * m.rows * m.cols for m in self.modules) / sum(m.rows * m.cols for m in self.modules)
-
-    @property
-    def parameters(self) -> int:
-        """Living trained numbers of the adapted modules, gates left out."""
-        return sum(round(m.density * m.rows * m.cols) + m.components * (m.rows + m.cols) for m in self.modules)
-
-    def table(self) -> str:
-        """The report as aligned text, a line for each module and one for the whole."""
-        header = ("module", "shape", "units", "density", "rank", "bytes", "bytes/entry")
-        lines = [header]
-        for m in self.modules:
-            of = f" of {m.capacity}" if m.capacity != m.k else ""
-            living = f" of {m.rank}" if m.rank != m.components else ""
-            lines.append(
-                (
-                    m.name,
-                    f"{m.rows}x{m.cols}",
-                    f"{m.k}{of} {m.granularity}" if m.granularity else "-",
-                    f"{m.density:.4%}" if m.granularity else "-",
-                    f"{m.components}{living}",
-                    f"{m.bytes:,}",
-                    f"{m.bytes_per_entry:.2f}" if m.k else "-",
-                )
-            )
-        units, components = sum(m.k for m in self.modules), sum(m.components for m in self.modules)
-        total = f"{self.file_bytes:,}"
-        lines.append(
-            (f"{len(self.modules)} modules", "", f"{units}", f"{self.density:.4%}", f"{components}", total, "")
-        )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+_TENSORS = {
+    SparseLoraConfig: (SparseLoraLayer, _KINDS),
+    KernelLoraConfig: (KernelLoraLayer, (*KernelLoraLayer.adapter_layer_names, "kernel_lora_survivors")),
+}
 
 
 def check_adapter(path: str | os.PathLike) -> AdapterReport:
@@ -126,6 +50,8 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
     """
     folder = Path(path)
     config = _read_config(folder)
+    layer_cls, kinds = _TENSORS[type(config)]
+    prefix = f"{config.peft_type.value.lower()}_"
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         bin_there = (folder / "adapter_model.bin").is_file()
@@ -141,9 +67,9 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
                 name, kind = _split(key)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ValueError(f"'{key}' in '{file}' has values that are not finite; the adapter is damaged.")
-                if kind in _KINDS:
+                if kind in kinds:
                     modules.setdefault(name, {})[kind] = tensor
-                elif kind.startswith("sparse_lora_") and kind not in SparseLoraLayer.training_state_names:
+                elif kind.startswith(prefix) and kind not in layer_cls.training_state_names:
                     raise ValueError(
                         f"'{key}' in '{file}' is no tensor that this release knows. Update hf-sparse-peft."
                     )
@@ -152,13 +78,17 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
     except SafetensorError as error:
         raise ValueError(f"'{file}' is not readable as safetensors: {error}. Fetch or save it again.") from error
     if not modules:
-        raise ValueError(f"'{file}' holds no tensor of a SPARSE_LORA adapter; is it another adapter's file?")
-    reports = tuple(_check_module(name, held, config, file) for name, held in sorted(modules.items()))
-    absent = sorted(n for n, count in config.support_pattern.items() if count and n not in _module_names(reports))
+        raise ValueError(
+            f"'{file}' holds no tensor of a {config.peft_type.value} adapter; is it another adapter's file?"
+        )
+    check = check_kernel_module if isinstance(config, KernelLoraConfig) else _check_module
+    reports = tuple(check(name, held, config, file) for name, held in sorted(modules.items()))
+    pattern = getattr(config, "support_pattern", {})
+    absent = sorted(n for n, count in pattern.items() if count and n not in _module_names(reports))
     if absent:
         raise ValueError(
-            f"'{_key(absent[0], 'sparse_lora_values')}' is missing from '{file}': support_pattern in {CONFIG_FILE} "
-            f"gives '{absent[0]}' {config.support_pattern[absent[0]]} units. The file is incomplete."
+            f"'{tensor_key(absent[0], 'sparse_lora_values')}' is missing from '{file}': support_pattern in {CONFIG_FILE} "
+            f"gives '{absent[0]}' {pattern[absent[0]]} units. The file is incomplete."
         )
     return AdapterReport(folder, config, reports, file.stat().st_size, other_bytes)
 
@@ -167,7 +97,7 @@ def _module_names(reports: tuple[ModuleReport, ...]) -> set[str]:
     return {report.name for report in reports}
 
 
-def _read_config(folder: Path) -> SparseLoraConfig:
+def _read_config(folder: Path) -> SparseLoraConfig | KernelLoraConfig:
     if not folder.is_dir():
         raise ValueError(f"path='{folder}' is no folder; give the one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     file = folder / CONFIG_FILE
@@ -177,20 +107,17 @@ def _read_config(folder: Path) -> SparseLoraConfig:
         given: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
-    if not isinstance(given, dict) or given.get("peft_type") != "SPARSE_LORA":
-        found = given.get("peft_type") if isinstance(given, dict) else type(given).__name__
-        raise ValueError(f"'{file}' has peft_type={found!r}; only SPARSE_LORA adapters are checked here.")
-    known = {field.name for field in fields(SparseLoraConfig)}
-    return SparseLoraConfig(**{key: value for key, value in given.items() if key in known and key != "peft_type"})
+    classes = {"SPARSE_LORA": SparseLoraConfig, "KERNEL_LORA": KernelLoraConfig}
+    found = given.get("peft_type") if isinstance(given, dict) else type(given).__name__
+    if found not in classes:
+        raise ValueError(f"'{file}' has peft_type={found!r}; only {' and '.join(classes)} adapters are checked here.")
+    known = {field.name for field in fields(classes[found])}
+    return classes[found](**{key: value for key, value in given.items() if key in known and key != "peft_type"})
 
 
 def _split(key: str) -> tuple[str, str]:
     name, _, kind = key.rpartition(".")
     return name.removeprefix("base_model.model.").removeprefix("base_model.model"), kind
-
-
-def _key(name: str, kind: str) -> str:
-    return ".".join(part for part in ("base_model.model", name, kind) if part)
 
 
 def _check_module(name: str, held: dict[str, torch.Tensor], config: SparseLoraConfig, file: Path) -> ModuleReport:
@@ -202,7 +129,7 @@ def _check_module(name: str, held: dict[str, torch.Tensor], config: SparseLoraCo
             grid, k, capacity = _check_support(name, held, config)
             if shape is not None and shape[:2] != (grid.rows, grid.cols):
                 raise ValueError(
-                    f"'{_key(name, 'sparse_lora_A')}' and '{_key(name, 'sparse_lora_B')}' belong to a weight of "
+                    f"'{tensor_key(name, 'sparse_lora_A')}' and '{tensor_key(name, 'sparse_lora_B')}' belong to a weight of "
                     f"{shape[0]}x{shape[1]}, the support beside them to one of {grid.rows}x{grid.cols}."
                 )
             sparse_bytes = held["sparse_lora_values"].nbytes + held["sparse_lora_support"].nbytes
@@ -242,16 +169,20 @@ def _check_partners(name: str, held: dict[str, torch.Tensor], config: SparseLora
     for first, second in pairs:
         for present, absent in ((first, second), (second, first)):
             if present in held and absent not in held:
-                raise ValueError(f"'{_key(name, absent)}' is missing, the partner of '{_key(name, present)}'.")
+                raise ValueError(
+                    f"'{tensor_key(name, absent)}' is missing, the partner of '{tensor_key(name, present)}'."
+                )
     if config.has_support and config.support_pattern.get(name, 1) and "sparse_lora_values" not in held:
-        raise ValueError(f"'{_key(name, 'sparse_lora_values')}' is missing: the config has a sparse half.")
+        raise ValueError(f"'{tensor_key(name, 'sparse_lora_values')}' is missing: the config has a sparse half.")
     rank = _config_rank(name, config)
     if rank and "sparse_lora_A" not in held:
-        raise ValueError(f"'{_key(name, 'sparse_lora_A')}' is missing: the config gives the module rank {rank}.")
+        raise ValueError(f"'{tensor_key(name, 'sparse_lora_A')}' is missing: the config gives the module rank {rank}.")
     if "sparse_lora_A" in held and config.rank_allocation is not None and "sparse_lora_gate" not in held:
-        raise ValueError(f"'{_key(name, 'sparse_lora_gate')}' is missing: the config asks for rank_allocation.")
+        raise ValueError(f"'{tensor_key(name, 'sparse_lora_gate')}' is missing: the config asks for rank_allocation.")
     if "sparse_lora_gate" in held and "sparse_lora_A" not in held:
-        raise ValueError(f"'{_key(name, 'sparse_lora_A')}' is missing, what '{_key(name, 'sparse_lora_gate')}' gates.")
+        raise ValueError(
+            f"'{tensor_key(name, 'sparse_lora_A')}' is missing, what '{tensor_key(name, 'sparse_lora_gate')}' gates."
+        )
 
 
 def _config_rank(name: str, config: SparseLoraConfig) -> int:
@@ -259,7 +190,7 @@ def _config_rank(name: str, config: SparseLoraConfig) -> int:
 
 
 def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraConfig) -> tuple[UnitGrid, int, int]:
-    key, values, codes = _key(name, "sparse_lora_values"), held["sparse_lora_values"], held["sparse_lora_support"]
+    key, values, codes = tensor_key(name, "sparse_lora_values"), held["sparse_lora_values"], held["sparse_lora_support"]
     capacity = values.shape[0] if values.ndim else 0
     grid = _grid_of(codes, config, name)
     if capacity > grid.num_units:
@@ -271,7 +202,7 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
             f"'{key}' is {values.dtype} of shape {tuple(values.shape)}; {capacity} units of granularity "
             f"'{grid.granularity}' of a weight of {grid.rows}x{grid.cols} take floats of {grid.values_shape(capacity)}."
         )
-    units = decode_support(codes, grid, capacity, _key(name, "sparse_lora_support"))
+    units = decode_support(codes, grid, capacity, tensor_key(name, "sparse_lora_support"))
     due = config.capacity_pattern.get(name, config.support_pattern.get(name))
     if due is None and not config.support_pattern and config.units_per_module is not None:
         due = config.units_per_module
@@ -288,7 +219,7 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
 
 
 def _grid_of(codes: torch.Tensor, config: SparseLoraConfig, name: str) -> UnitGrid:
-    key, granularity_due = _key(name, "sparse_lora_support"), config.granularity_of(name)
+    key, granularity_due = tensor_key(name, "sparse_lora_support"), config.granularity_of(name)
     readable = codes.dtype == torch.uint8 and codes.ndim == 1 and codes.numel() >= HEADER_BYTES
     header = bytes(codes[:HEADER_BYTES].tolist()) if readable else b""
     if not readable or header[:2] != b"SU" or header[2] != FORMAT_VERSION:
@@ -311,9 +242,7 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
     if "sparse_lora_A" not in held:
         return None
     A, B = held["sparse_lora_A"], held["sparse_lora_B"]
-    shapes = (
-        f"'{_key(name, 'sparse_lora_A')}' has shape {tuple(A.shape)}, '{_key(name, 'sparse_lora_B')}' {tuple(B.shape)}"
-    )
+    shapes = f"'{tensor_key(name, 'sparse_lora_A')}' has shape {tuple(A.shape)}, '{tensor_key(name, 'sparse_lora_B')}' {tuple(B.shape)}"
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"{shapes}; they must be [r, in] and [out, r] of one r.")
     rank = _config_rank(name, config)
@@ -323,15 +252,19 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
         )
     for kind in ("sparse_lora_gate", "sparse_lora_rank_mask"):
         if kind in held and tuple(held[kind].shape) != (rank,):
-            raise ValueError(f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; rank {rank} takes ({rank},).")
+            raise ValueError(
+                f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}; rank {rank} takes ({rank},)."
+            )
     for kind, factor in (("sparse_lora_A_map", A), ("sparse_lora_A_start", A), ("sparse_lora_B_map", B)):
         if kind in held and held[kind].shape != factor.shape:
             raise ValueError(
-                f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes {tuple(factor.shape)}."
+                f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes {tuple(factor.shape)}."
             )
     if config.factor_masks is not None and "sparse_lora_B_map" not in held:
-        raise ValueError(f"'{_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
+        raise ValueError(f"'{tensor_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
     mask = held.get("sparse_lora_rank_mask")
     if mask is not None and (mask.dtype != torch.uint8 or int(mask.max()) > 1):
-        raise ValueError(f"'{_key(name, 'sparse_lora_rank_mask')}' must be uint8 of 0 and 1; the file is damaged.")
+        raise ValueError(
+            f"'{tensor_key(name, 'sparse_lora_rank_mask')}' must be uint8 of 0 and 1; the file is damaged."
+        )
     return B.shape[0], A.shape[1], rank
