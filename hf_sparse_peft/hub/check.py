@@ -20,7 +20,8 @@ from ..sparsity.codec import FORMAT_VERSION
 from ..tuners import KernelLoraConfig, KernelLoraLayer, SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
 from ..tuners.sparse_lora.file_length import check_file_length
-from .adapter_report import CONFIG_FILE, WEIGHTS_FILE, AdapterReport, ModuleReport, tensor_key
+from .adapter_report import CONFIG_FILE, WEIGHTS_FILE, AdapterReport, ModuleReport
+from .adapter_report import tensor_key as _key
 from .check_kernel import check_kernel_module
 
 # As the codec's module docstring lays it out; granularity and block size of a file are known before any grid is.
@@ -87,7 +88,7 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
     absent = sorted(n for n, count in pattern.items() if count and n not in _module_names(reports))
     if absent:
         raise ValueError(
-            f"'{tensor_key(absent[0], 'sparse_lora_values')}' is missing from '{file}': support_pattern in {CONFIG_FILE} "
+            f"'{_key(absent[0], 'sparse_lora_values')}' is missing from '{file}': support_pattern in {CONFIG_FILE} "
             f"gives '{absent[0]}' {pattern[absent[0]]} units. The file is incomplete."
         )
     return AdapterReport(folder, config, reports, file.stat().st_size, other_bytes)
@@ -129,7 +130,7 @@ def _check_module(name: str, held: dict[str, torch.Tensor], config: SparseLoraCo
             grid, k, capacity = _check_support(name, held, config)
             if shape is not None and shape[:2] != (grid.rows, grid.cols):
                 raise ValueError(
-                    f"'{tensor_key(name, 'sparse_lora_A')}' and '{tensor_key(name, 'sparse_lora_B')}' belong to a weight of "
+                    f"'{_key(name, 'sparse_lora_A')}' and '{_key(name, 'sparse_lora_B')}' belong to a weight of "
                     f"{shape[0]}x{shape[1]}, the support beside them to one of {grid.rows}x{grid.cols}."
                 )
             sparse_bytes = held["sparse_lora_values"].nbytes + held["sparse_lora_support"].nbytes
@@ -169,20 +170,16 @@ def _check_partners(name: str, held: dict[str, torch.Tensor], config: SparseLora
     for first, second in pairs:
         for present, absent in ((first, second), (second, first)):
             if present in held and absent not in held:
-                raise ValueError(
-                    f"'{tensor_key(name, absent)}' is missing, the partner of '{tensor_key(name, present)}'."
-                )
+                raise ValueError(f"'{_key(name, absent)}' is missing, the partner of '{_key(name, present)}'.")
     if config.has_support and config.support_pattern.get(name, 1) and "sparse_lora_values" not in held:
-        raise ValueError(f"'{tensor_key(name, 'sparse_lora_values')}' is missing: the config has a sparse half.")
+        raise ValueError(f"'{_key(name, 'sparse_lora_values')}' is missing: the config has a sparse half.")
     rank = _config_rank(name, config)
     if rank and "sparse_lora_A" not in held:
-        raise ValueError(f"'{tensor_key(name, 'sparse_lora_A')}' is missing: the config gives the module rank {rank}.")
+        raise ValueError(f"'{_key(name, 'sparse_lora_A')}' is missing: the config gives the module rank {rank}.")
     if "sparse_lora_A" in held and config.rank_allocation is not None and "sparse_lora_gate" not in held:
-        raise ValueError(f"'{tensor_key(name, 'sparse_lora_gate')}' is missing: the config asks for rank_allocation.")
+        raise ValueError(f"'{_key(name, 'sparse_lora_gate')}' is missing: the config asks for rank_allocation.")
     if "sparse_lora_gate" in held and "sparse_lora_A" not in held:
-        raise ValueError(
-            f"'{tensor_key(name, 'sparse_lora_A')}' is missing, what '{tensor_key(name, 'sparse_lora_gate')}' gates."
-        )
+        raise ValueError(f"'{_key(name, 'sparse_lora_A')}' is missing, what '{_key(name, 'sparse_lora_gate')}' gates.")
 
 
 def _config_rank(name: str, config: SparseLoraConfig) -> int:
@@ -190,7 +187,7 @@ def _config_rank(name: str, config: SparseLoraConfig) -> int:
 
 
 def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraConfig) -> tuple[UnitGrid, int, int]:
-    key, values, codes = tensor_key(name, "sparse_lora_values"), held["sparse_lora_values"], held["sparse_lora_support"]
+    key, values, codes = _key(name, "sparse_lora_values"), held["sparse_lora_values"], held["sparse_lora_support"]
     capacity = values.shape[0] if values.ndim else 0
     grid = _grid_of(codes, config, name)
     if capacity > grid.num_units:
@@ -202,7 +199,7 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
             f"'{key}' is {values.dtype} of shape {tuple(values.shape)}; {capacity} units of granularity "
             f"'{grid.granularity}' of a weight of {grid.rows}x{grid.cols} take floats of {grid.values_shape(capacity)}."
         )
-    units = decode_support(codes, grid, capacity, tensor_key(name, "sparse_lora_support"))
+    units = decode_support(codes, grid, capacity, _key(name, "sparse_lora_support"))
     due = config.capacity_pattern.get(name, config.support_pattern.get(name))
     if due is None and not config.support_pattern and config.units_per_module is not None:
         due = config.units_per_module
@@ -219,7 +216,7 @@ def _check_support(name: str, held: dict[str, torch.Tensor], config: SparseLoraC
 
 
 def _grid_of(codes: torch.Tensor, config: SparseLoraConfig, name: str) -> UnitGrid:
-    key, granularity_due = tensor_key(name, "sparse_lora_support"), config.granularity_of(name)
+    key, granularity_due = _key(name, "sparse_lora_support"), config.granularity_of(name)
     readable = codes.dtype == torch.uint8 and codes.ndim == 1 and codes.numel() >= HEADER_BYTES
     header = bytes(codes[:HEADER_BYTES].tolist()) if readable else b""
     if not readable or header[:2] != b"SU" or header[2] != FORMAT_VERSION:
@@ -242,7 +239,9 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
     if "sparse_lora_A" not in held:
         return None
     A, B = held["sparse_lora_A"], held["sparse_lora_B"]
-    shapes = f"'{tensor_key(name, 'sparse_lora_A')}' has shape {tuple(A.shape)}, '{tensor_key(name, 'sparse_lora_B')}' {tuple(B.shape)}"
+    shapes = (
+        f"'{_key(name, 'sparse_lora_A')}' has shape {tuple(A.shape)}, '{_key(name, 'sparse_lora_B')}' {tuple(B.shape)}"
+    )
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"{shapes}; they must be [r, in] and [out, r] of one r.")
     rank = _config_rank(name, config)
@@ -252,19 +251,15 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
         )
     for kind in ("sparse_lora_gate", "sparse_lora_rank_mask"):
         if kind in held and tuple(held[kind].shape) != (rank,):
-            raise ValueError(
-                f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}; rank {rank} takes ({rank},)."
-            )
+            raise ValueError(f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; rank {rank} takes ({rank},).")
     for kind, factor in (("sparse_lora_A_map", A), ("sparse_lora_A_start", A), ("sparse_lora_B_map", B)):
         if kind in held and held[kind].shape != factor.shape:
             raise ValueError(
-                f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes {tuple(factor.shape)}."
+                f"'{_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes {tuple(factor.shape)}."
             )
     if config.factor_masks is not None and "sparse_lora_B_map" not in held:
-        raise ValueError(f"'{tensor_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
+        raise ValueError(f"'{_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
     mask = held.get("sparse_lora_rank_mask")
     if mask is not None and (mask.dtype != torch.uint8 or int(mask.max()) > 1):
-        raise ValueError(
-            f"'{tensor_key(name, 'sparse_lora_rank_mask')}' must be uint8 of 0 and 1; the file is damaged."
-        )
+        raise ValueError(f"'{_key(name, 'sparse_lora_rank_mask')}' must be uint8 of 0 and 1; the file is damaged.")
     return B.shape[0], A.shape[1], rank

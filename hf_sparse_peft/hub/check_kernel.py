@@ -16,22 +16,24 @@ def check_kernel_module(name: str, held: dict[str, torch.Tensor], config: Kernel
     Raises:
         ValueError: a tensor is missing, surplus or of another shape than the config makes it; names it.
     """
-    expected = {"kernel_lora_P": 3, "kernel_lora_Q": 3, "kernel_lora_mix": 1, "kernel_lora_survivors": 1}
-    expected |= {} if config.kernel == "mixed" else {"kernel_lora_mix": None}
-    expected |= {} if config.budget_competition is not None else {"kernel_lora_survivors": None}
-    for kind, dimensions in expected.items():
-        key = tensor_key(name, kind)
-        if (kind in held) != (dimensions is not None):
-            state = "is missing from" if dimensions is not None else "does not belong into"
-            raise ValueError(f"'{key}' {state} '{file}' by its {CONFIG_FILE}. Use the config saved with the file.")
-        if dimensions is None:
-            continue
+    points, numbers = (2, -1, config.r // 2), {"kernel_lora_mix": (3,), "kernel_lora_survivors": (1,)}
+    if config.kernel != "mixed":
+        del numbers["kernel_lora_mix"]
+    if config.budget_competition is None:
+        del numbers["kernel_lora_survivors"]
+    expected = {"kernel_lora_P": points, "kernel_lora_Q": points, **numbers}
+    for kind in sorted(set(expected) ^ set(held)):
+        state = "is missing from" if kind in expected else "does not belong into"
+        raise ValueError(
+            f"'{tensor_key(name, kind)}' {state} '{file}' by its {CONFIG_FILE}. Use the config saved with the file."
+        )
+    for kind, wanted in expected.items():
         shape = tuple(held[kind].shape)
-        wanted = {3: (2, shape[1] if len(shape) == 3 else 0, config.r // 2), 1: (3,) if kind[-3:] == "mix" else (1,)}
-        if shape != wanted[dimensions] or 0 in shape:
+        fits = len(shape) == len(wanted) and all(w in (-1, s) for s, w in zip(shape, wanted, strict=True))
+        if not fits or 0 in shape:
             raise ValueError(
-                f"'{key}' in '{file}' has shape {shape}, and {CONFIG_FILE} with r={config.r} makes it "
-                f"{'(2, points, ' + str(config.r // 2) + ')' if dimensions == 3 else wanted[1]}."
+                f"'{tensor_key(name, kind)}' in '{file}' has shape {shape}, and {CONFIG_FILE} with r={config.r} makes "
+                f"it {wanted} (-1: as many as the weight has inputs or outputs)."
             )
     cols, rows = held["kernel_lora_P"].shape[1], held["kernel_lora_Q"].shape[1]
     if "kernel_lora_survivors" in held and not 0 <= int(held["kernel_lora_survivors"]) <= rows * cols:
