@@ -132,8 +132,8 @@ class ZerothOrderCallback(TrainerCallback):
         optimizer, self.log = zeroth_order_of(optimizer), None
         if optimizer.updates != state.global_step:
             logger.warning(
-                f"The optimizer has taken {optimizer.updates} steps and the run {state.global_step}, so no replay log is "
-                "written. Give every run a fresh optimizer, and resume from checkpoints with optimizer state."
+                f"The optimizer has taken {optimizer.updates} steps and the run {state.global_step}, so no replay log "
+                "is written. Give every run a fresh optimizer, and resume from checkpoints with optimizer state."
             )
         elif self.replay_log and state.is_world_process_zero:
             self.log = ZerothOrderLog(Path(args.output_dir) / LOG_NAME, optimizer)

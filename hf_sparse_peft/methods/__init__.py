@@ -6,22 +6,28 @@ model = get_peft_model(base, m.config)
 m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers=(m.optimizer(model, args), None))
 """
 
-from . import chosen, kernel, low_rank, moving, sparse, structured, zeroth_order  # importing enters their methods
+from . import chosen, kernel, low_rank, moving, search, sparse, structured, zeroth_order  # importing enters them
+from .one_shot import one_shot_pruned
+from .pruning_curve import EssentialSparsity, essential_sparsity
 from .registry import Method, MethodInfo, aged_adamw, describe, get, markdown_table, names, register
 
 __all__ = [
+    "EssentialSparsity",
     "Method",
     "MethodInfo",
     "aged_adamw",
     "chosen",
     "describe",
+    "essential_sparsity",
     "get",
     "kernel",
     "low_rank",
     "markdown_table",
     "moving",
     "names",
+    "one_shot_pruned",
     "register",
+    "search",
     "sparse",
     "structured",
     "zeroth_order",

@@ -290,8 +290,8 @@ def magnitude_threshold(parameter: Tensor, share: float, name: str = "") -> Tens
     if threshold == 0:
         raise ValueError(
             f"sparsity={1 - share:g} gives '{name}' a threshold of 0: that share of it is zero, as in a new adapter, "
-            "and an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), set "
-            "sparsity=0, or do not train this parameter."
+            "and an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), "
+            "set sparsity=0, or do not train this parameter."
         )
     return threshold
 

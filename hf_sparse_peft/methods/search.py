@@ -1,0 +1,37 @@
+"""Supports that a measurement of the model suggests: the weights that it does not miss, the best of some random
+draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tuners import SparseLoraConfig
+from .registry import Method, register
+
+
+@register(
+    "essential-sparsity",
+    paper="Jaiswal et al., 2023",
+    moves="nothing",
+    use_when="essential_sparsity(model, evaluate) first finds the share that the model does not miss; this trains it",
+    cost="one evaluation a swept sparsity; the adapter has s* of all entries, which is many",
+)
+def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Method:
+    """Train exactly the entries that global one-shot magnitude pruning at `sparsity` would remove: those are free for
+    the task, and every weight that the model needs stays as it is.
+
+    The paper's own fine-tuning is the other half: the kept weights train and the removed ones stay 0. That is
+    `SparseLoraConfig(r=0, density=1 - s, criterion="magnitude", allocation="global")` inside
+    `with one_shot_pruned(model, s):`.
+
+    Args:
+        sparsity: take `essential_sparsity(model, evaluate).drop_point`; the default is the smallest share the paper
+            sweeps.
+    """
+    if not 0 < sparsity < 1:
+        raise ValueError(
+            f"sparsity={sparsity} is not a share in (0, 1). Take essential_sparsity(model, evaluate).drop_point; at 0 "
+            "the model misses every weight, and no entry is free."
+        )
+    options = {"r": 0, "density": sparsity, "criterion": "smallest_magnitude", "allocation": "global", **overrides}
+    return Method(SparseLoraConfig(**options))
