@@ -19,7 +19,8 @@ from .base import all_reduce_mean
 
 logger = logging.get_logger(__name__)
 
-_NEED_GRADIENTS = ("regrowth", "pruning", "rank_allocation")
+# What other schedules read (gradients) or hold still (frozen and dead entries) is not there, or would be moved by noise.
+_SUITED_SCHEDULES = ("support_search",)
 
 
 def zeroth_order_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> ZerothOrderSGD:
@@ -46,14 +47,13 @@ class ZerothOrderTrainer(Trainer):
       optimizer.
     - `zeroth_order.log` in `output_dir` gets 24 to 32 bytes a step; `optim.replay(model, log)` walks the way again
       from the starting weights, without data.
-    - What needs gradients (regrowth, rank allocation) or leaves dead entries behind (pruning) is refused.
+    - Schedules that need gradients, or that freeze or kill entries, are refused.
 
     Args: as Trainer's. `optimizers` may hold a `ZerothOrderSGD` (`method.optimizer(model, args)`); without one, MeZO's
     defaults are taken. `replay_log`: whether to write the log.
 
     Raises:
-        ValueError: fp16 loss scaling, DataParallel, DeepSpeed or FSDP, or an adapter with a schedule that needs
-            gradients.
+        ValueError: fp16 loss scaling, DataParallel, DeepSpeed or FSDP, or an adapter with such a schedule.
         TypeError: another optimizer.
     """
 
@@ -184,9 +184,9 @@ def _refuse_unsuited(args: TrainingArguments) -> None:
 
 
 def _refuse_schedules(config: Any) -> None:
-    for field in _NEED_GRADIENTS:
-        if field in config.asked_schedules and not config.training_finished:
+    for field in config.asked_schedules if config.has_schedule else ():
+        if field not in _SUITED_SCHEDULES:
             raise ValueError(
-                f"{field} needs gradients or leaves dead entries that noise would move, and zeroth-order training has "
-                f"no gradients: set {field}=None, or train with Trainer."
+                f"{field} needs gradients, or holds entries still that noise would move; zeroth-order training has no "
+                f"gradients: set {field}=None, or train with Trainer."
             )
