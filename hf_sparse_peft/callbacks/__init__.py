@@ -11,10 +11,13 @@ from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
 from .freezing import NuclearNormCallback, ThresholdFreezingCallback
+from .half_rounds import HalfRoundsCallback
 from .initial_support import InitialSupportCallback
+from .layer_sampling import LayerSamplingCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
+from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
 from .telemetry import SupportTelemetryCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
@@ -27,6 +30,9 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     BudgetCompetitionCallback,
     NuclearNormCallback,
     ThresholdFreezingCallback,
+    HalfRoundsCallback,
+    LayerSamplingCallback,
+    SplitFactorsCallback,
 )
 
 
@@ -62,14 +68,18 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 __all__ = [
     "SCHEDULE_CALLBACKS",
     "BudgetCompetitionCallback",
+    "HalfRoundsCallback",
     "InitialSupportCallback",
+    "LayerSamplingCallback",
     "MaskRegrowthCallback",
     "NuclearNormCallback",
     "PruningCallback",
     "RankReallocationCallback",
     "ScheduleCallback",
+    "SplitFactorsCallback",
     "SupportTelemetryCallback",
     "ThresholdFreezingCallback",
+    "TwoPassTrainer",
     "ZerothOrderCallback",
     "ZerothOrderTrainer",
     "callbacks_for",

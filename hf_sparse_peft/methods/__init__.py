@@ -6,7 +6,17 @@ model = get_peft_model(base, m.config)
 m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers=(m.optimizer(model, args), None))
 """
 
-from . import chosen, kernel, low_rank, moving, search, sparse, structured, zeroth_order  # importing enters them
+from . import (  # importing enters their methods
+    chosen,
+    kernel,
+    low_rank,
+    moving,
+    search,
+    sparse,
+    stochastic,
+    structured,
+    zeroth_order,
+)
 from .one_shot import one_shot_pruned
 from .pruning_curve import EssentialSparsity, essential_sparsity
 from .registry import Method, MethodInfo, aged_adamw, describe, get, markdown_table, names, register
@@ -29,6 +39,7 @@ __all__ = [
     "register",
     "search",
     "sparse",
+    "stochastic",
     "structured",
     "zeroth_order",
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import SparseLoraConfig, StructureConfig
+from peft import PeftConfig
+
+from ..callbacks import LayerSamplingCallback
+from ..tuners import HalfRoundsConfig, LayerSamplingConfig, SparseLoraConfig, StructureConfig
 from .registry import Method, register
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
@@ -56,3 +59,85 @@ def s2ft(
         **overrides,
     }
     return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "sltrain",
+    paper="Han et al., 2024",
+    moves="nothing",
+    use_when="a low rank is too little and nobody knows which entries it misses",
+    cost="4 bytes of index an entry in memory, one in the file",
+)
+def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overrides: Any) -> Method:
+    """`(alpha / r) B A + S` on a uniformly random fixed support, beside the frozen weight.
+
+    The fine-tuning form: it starts as the identity, with B = 0 and values 0; `support_init="uniform"` draws the values
+    from U(+-1/sqrt(columns)) as the pre-training form does.
+    """
+    options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
+    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "dsee",
+    paper="Chen et al., 2023",
+    moves="nothing",
+    use_when="LoRA, with a few entries for what no low rank reaches",
+    cost="a decomposition of each weight at injection: minutes for large models",
+)
+def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides: Any) -> Method:
+    """`(alpha / r)(U V + S2)`, with `num_sparse` entries a matrix where a low-rank + sparse decomposition of the
+    pretrained weight has its largest sparse entries. The paper's update; its pruned base is another matter."""
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "units_per_module": num_sparse,
+        "criterion": "decomposition_residual",
+        "scale_support": True,
+        "factor_init": "normal",
+    }
+    return Method(SparseLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "hft",
+    paper="Hui et al., 2024",
+    moves="which half of the matrices trains, every round",
+    use_when="full fine-tuning that forgets less is wanted and half of its optimizer state fits",
+    cost="a dense fp32 delta of every adapted matrix; optimizer state of half of them",
+)
+def hft(round_steps: int | None = None, fraction: float = 0.5, level: str = "category", **overrides: Any) -> Method:
+    """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a round (an epoch)."""
+    rounds = HalfRoundsConfig(round_steps, fraction, level)
+    options = {"r": 0, "density": 1.0, "granularity": "row", "rounds": rounds, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "ist",
+    paper="Yao et al., 2024",
+    moves="which layers' adapters train, every step",
+    use_when="memory for activations is short, or all layers at once overfit",
+    cost="three forward passes of 16 samples in every 10 steps",
+)
+def ist(
+    adapter: PeftConfig | None = None,
+    trained: float = 0.25,
+    suppressed: float = 0.5,
+    suppression: float = 0.25,
+    interval: int = 10,
+    r: int = 32,
+    lora_alpha: float = 64,
+    **overrides: Any,
+) -> Method:
+    """Layer sampling over `adapter`, any peft config, e.g. upstream's `LoraConfig`; by default a low-rank half alone."""
+    sampling = LayerSamplingConfig(trained, suppressed, suppression, interval=interval)
+    if adapter is None:
+        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "layer_sampling": sampling, **overrides}
+        return Method(SparseLoraConfig(**options))
+    if overrides:
+        raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
+    if hasattr(adapter, "layer_sampling"):
+        adapter.layer_sampling = sampling
+        return Method(adapter)
+    return Method(adapter, make_callbacks=lambda model: [LayerSamplingCallback(sampling)])

@@ -31,7 +31,16 @@ from .schedules import (
     Window,
     make_schedule,
 )
-from .scores import CRITERIA, LowRankMagnitude, Magnitude, Random, SmallestMagnitude, make_score, select_units
+from .scores import (
+    CRITERIA,
+    DecompositionResidual,
+    LowRankMagnitude,
+    Magnitude,
+    Random,
+    SmallestMagnitude,
+    make_score,
+    select_units,
+)
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
 from .statistics import DataCriterion, needs_data
 from .support import GRANULARITIES, Granularity, UnitGrid
@@ -45,6 +54,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "DataCriterion",
+    "DecompositionResidual",
     "Exponential",
     "Granularity",
     "Linear",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .decomposition import greedy_low_rank
 from .selection import chunk_size, random_units, top_units
 from .support import UnitGrid
 
@@ -110,6 +111,42 @@ class LowRankMagnitude:
 
 
 @dataclass(frozen=True)
+class DecompositionResidual:
+    r"""`|W - U V|`: what a greedy low-rank + sparse decomposition of the weight leaves (DSEE; Chen et al., 2023).
+
+    See `decomposition.greedy_low_rank` for the fit. Its hard threshold keeps large residuals as they are, so that the
+    largest of them are the largest entries of the sparse part. Holds three fp32 copies of the weight while it runs.
+
+    Raises:
+        ValueError: a weight of another shape or of packed integers, an option out of range, or no generator.
+    """
+
+    rounds: int = 100
+    """Rounds, each with more rank."""
+    inner: int = 2
+    """Alternations of a round."""
+    threshold: float = 0.01
+    """Entries of the residual up to here are left to the low-rank part."""
+    rank_step: int = 5
+    """Rank of the start, and what a round adds."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "inner", "rank_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of 'decomposition_residual' must be at least 1.")
+        if self.threshold < 0:
+            raise ValueError(f"threshold={self.threshold} of 'decomposition_residual' must be 0 or more.")
+
+    def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        check_weight(weight, grid, "decomposition_residual")
+        if generator is None:
+            raise ValueError("'decomposition_residual' starts from random directions and needs a generator; pass one.")
+        options = (self.rounds, self.inner, self.threshold, self.rank_step)
+        U, V = greedy_low_rank(weight.detach().float(), *options, generator)
+        return chunks_of(lambda begin, end: (weight[begin:end].float() - U[begin:end] @ V).abs_(), grid, _PRODUCT)
+
+
+@dataclass(frozen=True)
 class Random:
     """One uniform number a unit, whatever its size; the same numbers at every pass.
 
@@ -137,6 +174,7 @@ CRITERIA: dict[str, type] = {
     "magnitude": Magnitude,
     "smallest_magnitude": SmallestMagnitude,
     "low_rank_magnitude": LowRankMagnitude,
+    "decomposition_residual": DecompositionResidual,
 }
 """Criterion name -> score dataclass; its fields are the criterion's options."""
 

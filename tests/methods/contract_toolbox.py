@@ -42,6 +42,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
+    "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
+    "dsee": {"num_sparse": 24},
+    "hft": {"round_steps": 3},
+    "ist": {"trained": 0.5},
+    "mosa": {"experts": 2},
+    "capaboost": {"density": 0.5},
     "gradual-pruning": {"pruning": {"final_fraction": 0.5, "interval": 2, "begin": 0.0, "end": 0.7}},
 }  # fmt: skip
 """What a method needs beyond `TINY` to move within eight steps."""
@@ -63,6 +69,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "snell",
     ): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("identity", "snella"): "as snell",
+    ("accumulation", "mosa"): "every micro-batch draws experts of its own, as published",
     ("loss", "mezo"): "eight random directions need not lead down",
     ("loss", "sparse-mezo"): "as mezo",
 }

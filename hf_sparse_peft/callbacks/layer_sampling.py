@@ -1,0 +1,263 @@
+"""`LayerSamplingCallback`: the adapter of a few transformer layers trains at a step, drawn by learned importance (IST)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.trainer_callback import ExportableState
+
+from ..sparsity import random_units, stream_seed
+from ..tuners import AdapterLayer
+from ..tuners.base_weight import keep_4bit_weight_stable
+from ..tuners.sparse_lora import LayerSamplingConfig
+from ..tuners.sparse_lora.schedule_config import nested
+from .base import AdaptedLayer, ScheduleCallback, _refuse_sharded, all_reduce_mean
+from .half_rounds import refuse_fixed_ddp
+
+_COMMON = "layers|h|block|blocks|layer"
+
+
+@dataclass
+class _Layer:
+    """The adapters inside one transformer layer."""
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    scalings: list[tuple[dict[str, float], str]] = field(default_factory=list)
+
+
+class LayerSamplingCallback(ScheduleCallback, ExportableState):
+    r"""Trains the adapters of a few transformer layers at a time (IST; Yao et al., 2024); any peft adapter of linear
+    layers that has a `scaling`, upstream LoRA and DoRA included, and every adapter of this package.
+
+    Each step draws `int(trained * L)` layers with probability :math:`\propto \sigma(-I)`; only their adapters get
+    gradients. Every `interval` steps, `probes` sets of `int(suppressed * L)` layers are drawn by :math:`\sigma(I)`,
+    the scaling of their adapters is multiplied by `suppression`, and the loss :math:`\ell_k` of one training batch is
+    taken in eval mode. With :math:`\rho_k = e^{-\ell_k}`, :math:`p_i = \sigma(I_i)` from before the probes:
+    :math:`I_i \mathrel{+}= \eta (\rho_k - \bar\rho)\, p_i (1 - p_i)` for each suppressed i. A high `I` marks a layer
+    that is not missed.
+
+    `options` are for adapters whose config has no `layer_sampling`. `importance` (float64) is saved in
+    `trainer_state.json` and comes back on resume; all draws follow from the seed and the step. What trains outside the
+    layers (`modules_to_save`, an adapted head) always trains.
+    """
+
+    option = "layer_sampling"
+
+    def __init__(self, options: LayerSamplingConfig | dict | None = None) -> None:
+        super().__init__()
+        self.given = nested(LayerSamplingConfig, options, "options")
+        self.options = self.given or LayerSamplingConfig()
+        self.importance: list[float] = []
+        self.layers: dict[str, _Layer] = {}
+        self.trained: list[int] = []
+        """Numbers of the layers that train at this step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries (`trainer_state.json`)."""
+        return {
+            "args": {"options": None if self.given is None else asdict(self.given)},
+            "attributes": {"importance": list(self.importance)},
+        }
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Find the layers, and the importance that a checkpoint brought.
+
+        Raises:
+            ValueError: no options, no adapter inside numbered layers, an adapter without a scaling, a sharded run, DDP
+                that waits for every gradient, or a checkpoint without the importance of these layers.
+        """
+        _refuse_sharded(args)
+        refuse_fixed_ddp(args, self.option)
+        self.total_steps = state.max_steps
+        asking = {}
+        for module in model.modules():
+            keep_4bit_weight_stable(module)  # the probes run without gradients
+            if isinstance(module, AdapterLayer):
+                for name in module.active_adapters:
+                    config = module.adapter_configs.get(name)
+                    if getattr(config, self.option, None) is not None:
+                        asking[id(config)] = AdaptedLayer(module, name)
+        self.parts = list(asking.values())
+        if self.given is None and not self.parts:
+            raise ValueError(
+                "LayerSamplingCallback has no options: pass LayerSamplingCallback(LayerSamplingConfig()), or set "
+                "layer_sampling in the SparseLoraConfig."
+            )
+        self.options = self.given or self.parts[0].config.layer_sampling
+        for config in self.configs():
+            config._schedule_attended, config.training_finished = True, False
+        self.layers = _find_layers(model, self.options.layers_pattern)
+        self._restore(state)
+
+    def _restore(self, state: Any) -> None:
+        count = len(self.layers)
+        if not state.global_step:
+            self.importance = [0.0] * count
+            return
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) else saved
+        found = None if saved is None else saved["attributes"]["importance"]
+        if found is None or len(found) != count:
+            raise ValueError(
+                f"The checkpoint has the importance of {len(found or [])} layers for {count} adapted ones. Resume from "
+                "a run of LayerSamplingCallback on the same model, or start afresh."
+            )
+        self.importance = [float(value) for value in found]
+
+    def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        """Probe where it is due, then draw the layers of the coming step."""
+        step = state.global_step
+        if step and step % self.options.interval == 0:
+            self._probe(model, args, step, train_dataloader)
+        count = max(1, int(self.options.trained * len(self.layers)))
+        weights = torch.sigmoid(-torch.tensor(self.importance, dtype=torch.float64))
+        self.trained = _draw(weights, count, stream_seed(self.options.seed, step, "trained"))
+        for number, layer in enumerate(self.layers.values()):
+            for parameter in layer.parameters:
+                parameter.requires_grad_(number in self.trained)
+                if number not in self.trained:
+                    parameter.grad = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Let every layer train again, for the next run's optimizer."""
+        for layer in self.layers.values():
+            for parameter in layer.parameters:
+                parameter.requires_grad_(True)
+        super().on_train_end(args, state, control, **kwargs)
+
+    def _probe(self, model: nn.Module, args: Any, step: int, train_dataloader: Any) -> None:
+        sets = self._suppressed_sets(step)
+        with _evaluating(model):
+            batch = self._batch(args, step, train_dataloader)
+            losses = []
+            for chosen in sets:
+                with self._suppressed(chosen):
+                    losses.append(_loss(model, batch))
+        self.importance = updated_importance(self.importance, sets, losses, self.options.step_size)
+
+    def _suppressed_sets(self, step: int) -> list[list[int]]:
+        """The layers of each probe, no two probes alike where there are enough choices."""
+        count = len(self.layers)
+        size = max(1, int(self.options.suppressed * count))
+        weights = torch.sigmoid(torch.tensor(self.importance, dtype=torch.float64))
+        sets: list[list[int]] = []
+        attempt = 0
+        while len(sets) < self.options.probes:
+            found = _draw(weights, size, stream_seed(self.options.seed, step, "suppressed", attempt))
+            attempt += 1
+            if found not in sets or len(sets) >= math.comb(count, size) or attempt > 100:
+                sets.append(found)
+        return sets
+
+    @contextmanager
+    def _suppressed(self, numbers: list[int]):
+        layers = list(self.layers.values())
+        kept = [(held, name, held[name]) for number in numbers for held, name in layers[number].scalings]
+        try:
+            for held, name, value in kept:
+                held[name] = value * self.options.suppression
+            yield
+        finally:
+            for held, name, value in kept:
+                held[name] = value
+
+    def _batch(self, args: Any, step: int, train_dataloader: Any) -> Any:
+        """Random training samples, collated as in training; ranks share them out."""
+        dataset, collate = getattr(train_dataloader, "dataset", None), getattr(train_dataloader, "collate_fn", None)
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise ValueError("LayerSamplingCallback draws its probes by index, and this training data has no index.")
+        generator = torch.Generator().manual_seed(stream_seed(self.options.seed, step, "batch"))
+        rows = random_units(len(dataset), min(self.options.probe_batch, len(dataset)), generator).tolist()
+        rows = rows[args.process_index :: args.world_size] or rows
+        return _to(collate([dataset[row] for row in rows]), args.device)
+
+
+def updated_importance(
+    importance: list[float], sets: list[list[int]], losses: list[float], step_size: float
+) -> list[float]:
+    r""":math:`I_i + \eta \sum_{k: i \in S_k} (\rho_k - \bar\rho)\, p_i (1 - p_i)`, :math:`\rho_k = e^{-\ell_k}`,
+    :math:`p = \sigma(I)`, in float64; unchanged where all losses are equal."""
+    if len(set(losses)) == 1:
+        return list(importance)
+    rewards = [math.exp(-loss) for loss in losses]
+    mean = sum(rewards) / len(rewards)
+    shares = torch.sigmoid(torch.tensor(importance, dtype=torch.float64)).tolist()
+    updated = list(importance)
+    for chosen, reward in zip(sets, rewards, strict=True):
+        for i in chosen:
+            updated[i] += step_size * (reward - mean) * shares[i] * (1 - shares[i])
+    return updated
+
+
+def _draw(weights: torch.Tensor, count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.multinomial(weights, count, replacement=False, generator=generator).tolist())
+
+
+def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
+    """Transformer layers with trained adapters, by name up to their number, in model order."""
+    place = re.compile(rf"(?:^|\.)(?:{pattern or _COMMON})\.\d+(?=\.|$)")
+    layers: dict[str, _Layer] = {}
+    for name, module in model.named_modules():
+        found = place.search(name)
+        if found is None or not isinstance(module, BaseTunerLayer):
+            continue
+        held = [getattr(module, attribute) for attribute in module.adapter_layer_names]
+        for adapter in module.active_adapters:
+            tensors = [one[adapter] for one in held if adapter in one]
+            parameters = [p for one in tensors for p in ([one] if isinstance(one, nn.Parameter) else one.parameters())]
+            parameters = [p for p in parameters if p.requires_grad]
+            if not parameters:
+                continue
+            scalings = [getattr(module, n) for n in module.other_param_names if n.endswith("scaling")]
+            scalings = [(one, adapter) for one in scalings if isinstance(one, dict) and adapter in one]
+            if not scalings:
+                raise ValueError(
+                    f"'{name}' ({type(module).__name__}) has no scaling that could be suppressed. LayerSamplingCallback "
+                    "works on adapters with one: LoRA, DoRA, and those of this package."
+                )
+            layer = layers.setdefault(name[: found.end()], _Layer())
+            layer.parameters += parameters
+            layer.scalings += scalings
+    if not layers:
+        raise ValueError(
+            f"LayerSamplingCallback found no trained adapter inside numbered layers "
+            f"({pattern or _COMMON}). Set layers_pattern to the name of the model's list of layers."
+        )
+    return layers
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Eval mode, no gradients and a copy of the random state; every module goes back to the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _loss(model: nn.Module, batch: Any) -> float:
+    outputs = model(**batch)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is None:
+        raise ValueError("LayerSamplingCallback needs the loss of a probe, and the model gave none: add labels.")
+    return float(all_reduce_mean(loss.detach().double().mean()))
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    return {k: _to(v, device) for k, v in batch.items()} if isinstance(batch, Mapping) else batch
