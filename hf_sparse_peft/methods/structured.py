@@ -130,7 +130,7 @@ def ist(
     lora_alpha: float = 64,
     **overrides: Any,
 ) -> Method:
-    """Layer sampling over `adapter`, any peft config, e.g. upstream's `LoraConfig`; by default a low-rank half alone."""
+    """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone."""
     sampling = LayerSamplingConfig(trained, suppressed, suppression, interval=interval)
     if adapter is None:
         options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "layer_sampling": sampling, **overrides}
