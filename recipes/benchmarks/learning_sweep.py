@@ -35,6 +35,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -226,6 +227,7 @@ def run(name: str, task: Any, args: argparse.Namespace, learning_rate: float, se
         optimizers=(optimizer_for(model, learning_rate, ratio), None),
         **task.trainer_options(seed),
     )
+    trainer.remove_callback(PrinterCallback)  # a row a run is enough
     loss = trainer.train().training_loss
     row = {"candidate": name, "learning_rate": learning_rate, "seed": seed, "trained": trained, "train_loss": loss}
     row |= task.score(model) | {"seconds": time.perf_counter() - start}
