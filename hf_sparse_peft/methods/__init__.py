@@ -8,6 +8,7 @@ m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers
 
 from . import (  # importing enters their methods
     chosen,
+    house,
     kernel,
     low_rank,
     moving,
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "essential_sparsity",
     "get",
+    "house",
     "kernel",
     "low_rank",
     "markdown_table",

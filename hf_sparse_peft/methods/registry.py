@@ -126,7 +126,16 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-def aged_adamw(model: nn.Module, args: TrainingArguments) -> AgedAdamW:
-    """AdamW with an age per unit of the supports, from the Trainer's own arguments."""
+def aged_adamw(model: nn.Module, args: TrainingArguments, values_ratio: float = 1.0) -> AgedAdamW:
+    """AdamW with an age per unit of the supports, from the Trainer's own arguments; values of supports learn at
+    `values_ratio` times the learning rate of everything else (as LoRA+ does for B; Hayou et al., 2024).
+
+    Raises:
+        ValueError: `values_ratio` is not above 0.
+    """
+    if not values_ratio > 0:
+        raise ValueError(f"values_ratio={values_ratio} is not a ratio of learning rates; give a number above 0.")
     groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
+    for group in groups:
+        group["lr"] = args.learning_rate * (values_ratio if group["per_unit_age"] else 1.0)
     return AgedAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
