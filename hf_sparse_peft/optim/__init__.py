@@ -4,12 +4,11 @@ from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .moves import (
     adam_seeds,
     bias_correction,
-    innermost,
     move_optimizer_state,
     move_rows,
     restart_optimizer_state,
-    use_32bit_states,
 )
+from .optimizer_kinds import innermost, use_32bit_states
 from .sm3 import SparseSM3
 from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from .zeroth_order_log import replay

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sparsity import pack_bits, stream_seed, top_units, unpack_bits
+from ..sparsity import pack_bits, stream_seed, unpack_bits
 from .aged_adamw import _NO_DECAY
 from .layerwise_shift import layerwise_shift
+from .parameter_chunks import add_rounded_once, chunks, magnitude_threshold
 
 PERTURBATIONS = ("in_place", "layerwise")
-# Numbers of a direction alive at once. Part of the draw: another size gives another direction.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 20, 1 << 24
 
 
 class ZerothOrderSGD(torch.optim.Optimizer):
@@ -138,14 +137,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _shift(self, name: str, parameter: Tensor, amount: float) -> None:
         for piece, z, _ in self._pieces(name, parameter):
-            _add(piece, z, amount)
+            add_rounded_once(piece, z, amount)
 
     def _pieces(self, name: str, parameter: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Chunk after chunk of a parameter: a view of it, its masked direction, its mask."""
         group = self.param_groups[0]
         seed = stream_seed(group["seed"], group["updates"], name)
         generator = torch.Generator(device=parameter.device).manual_seed(seed)
-        for number, piece in enumerate(_chunks(parameter.detach())):
+        for number, piece in enumerate(chunks(parameter.detach())):
             dtype = torch.float64 if piece.dtype == torch.float64 else torch.float32
             z = torch.randn(piece.shape, generator=generator, device=piece.device, dtype=dtype)
             mask = self._mask(name, parameter, number, piece)
@@ -171,7 +170,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if self.perturbation == "in_place":
             for name, parameter in self._named():
                 threshold = self.state[parameter]["threshold"]
-                self._masks[name] = [pack_bits(piece.abs() <= threshold) for piece in _chunks(parameter.detach())]
+                self._masks[name] = [pack_bits(piece.abs() <= threshold) for piece in chunks(parameter.detach())]
 
     # Steps
 
@@ -214,7 +213,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             amount = -(1 - shrink) * self._side * self.epsilon - (lr * gradient if finite else 0.0)
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 for piece, z, mask in self._pieces(name, parameter):
-                    _add(piece, z, amount, shrink, mask)
+                    add_rounded_once(piece, z, amount, shrink, mask)
                     moved += piece.numel() if mask is None else int(mask.sum())
                     total += piece.numel()
         self.last_update = {
@@ -273,45 +272,6 @@ def zeroth_order_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dic
             "model has no trainable parameter. Add an adapter or set requires_grad before building groups."
         )
     return [{"params": pairs, "weight_decay": weight_decay if d else 0.0} for d, pairs in groups.items() if pairs]
-
-
-def magnitude_threshold(parameter: Tensor, share: float, name: str = "") -> Tensor:
-    r"""The :math:`h` with a `share` of all :math:`|\theta| \le h`: the `round(share * numel)`-th smallest magnitude.
-
-    Returns a 0-dim tensor in the parameter's dtype, so that a checkpoint's cast changes nothing.
-
-    Raises:
-        ValueError: `h` is 0, as in a parameter that starts at zero: its entries would freeze as soon as they moved.
-    """
-    flat = parameter.reshape(-1)
-    count = max(1, round(share * flat.numel()))
-    pieces = lambda: (piece.abs() for piece in flat.split(_CPU_CHUNK))  # noqa: E731
-    threshold = flat[top_units(pieces, count, largest=False).long()].abs().max()
-    if threshold == 0:
-        raise ValueError(
-            f"sparsity={1 - share:g} gives '{name}' a threshold of 0: that share of it is zero, as in a new adapter, "
-            "and an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), "
-            "set sparsity=0, or do not train this parameter."
-        )
-    return threshold
-
-
-def _chunks(parameter: Tensor) -> Iterator[Tensor]:
-    numel = _CPU_CHUNK if parameter.device.type == "cpu" else _ACCELERATOR_CHUNK
-    if parameter.is_contiguous() or parameter.ndim == 0:
-        yield from parameter.view(-1).split(numel)
-    else:
-        yield from parameter.split(max(1, numel * parameter.shape[0] // max(1, parameter.numel())))
-
-
-def _add(piece: Tensor, z: Tensor, amount: float, shrink: float = 0.0, mask: Tensor | None = None) -> None:
-    """`piece <- piece - shrink * mask * piece + amount * z` in z's dtype, rounded once; `z` may be used up."""
-    wide = piece if piece.dtype == z.dtype else piece.to(z.dtype)
-    if shrink:
-        wide.mul_(1 - shrink if mask is None else 1 - shrink * mask.to(z.dtype))
-    wide.add_(z, alpha=amount)
-    if wide is not piece:
-        piece.copy_(wide)
 
 
 def _check(field: str, value: Any, condition: bool, accepted: str) -> None:

@@ -153,7 +153,7 @@ def test_directions_are_standard_normal_and_differ_by_step_name_and_seed():
 
 
 def test_chunks_of_one_tensor_do_not_share_a_direction(monkeypatch):
-    monkeypatch.setattr("hf_sparse_peft.optim.zeroth_order._CPU_CHUNK", 16)
+    monkeypatch.setattr("hf_sparse_peft.optim.parameter_chunks._CPU_CHUNK", 16)
     for parameter in (nn.Parameter(torch.zeros(64)), nn.Parameter(torch.zeros(8, 12).t())):
         optimizer = ZerothOrderSGD([("p", parameter)], epsilon=1.0)
         with optimizer.shifted(1):

@@ -8,7 +8,8 @@ from torch import nn
 from ...sparsity import codes_length
 from .config import SparseLoraConfig, exact_pattern
 from .factors import fold_experts
-from .layer import SparseLoraLayer, undecided_message
+from .layer import SparseLoraLayer
+from .support_state import undecided_message
 
 
 @torch.no_grad()

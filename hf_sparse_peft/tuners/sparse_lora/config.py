@@ -11,14 +11,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
-from ...sparsity import CRITERIA, make_score, needs_data
+from ...sparsity import CRITERIA, needs_data
+from .config_checks import check_config
 from .file_length import check_file_length
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
 
-GRANULARITIES = ("entry", "block", "row", "column")
-ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold")
 SCHEDULES = {
     "regrowth": RegrowthConfig,
     "pruning": PruningConfig,
@@ -195,9 +194,7 @@ class SparseLoraConfig(PeftConfig):
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
         self.install_hint = INSTALL_HINT
-        self._check_choices()
-        self._check_numbers()
-        self._check_targets()
+        check_config(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -253,151 +250,3 @@ class SparseLoraConfig(PeftConfig):
         """The structure that the module of that name selects with, if any."""
         found = [one for one in self.structures if one.covers(module_name)]
         return found[0] if found else None
-
-    def _check_choices(self) -> None:
-        choices = {
-            "granularity": GRANULARITIES,
-            "allocation": ALLOCATIONS,
-            "criterion": tuple(sorted(CRITERIA)),
-            "values_dtype": ("float32", "bfloat16"),
-            "bias": ("none", "all", "sparse_lora_only"),
-            "factor_init": ("kaiming_uniform", "normal"),
-            "support_init": ("zeros", "uniform"),
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(accepted)}.")
-        for pattern, granularity in self.granularity_pattern.items():
-            if granularity not in GRANULARITIES:
-                raise ValueError(
-                    f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
-                )
-        make_score(self.criterion, **self.criterion_options)  # refuses unknown options and bad values by name
-        if self.allocation == "global" and self.criterion == "random":
-            raise ValueError(
-                "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "
-                "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
-            )
-
-        if self.data_driven and (self.structures or self.support_init != "zeros"):
-            raise ValueError(
-                f"criterion='{self.criterion}' chooses units after injection and starts them at zero, and structures "
-                "or support_init='uniform' need them at injection. Choose a criterion without data, e.g. 'magnitude'."
-            )
-        entries = self.granularity == "entry" and not self.granularity_pattern
-        fits = self.data_driven and self.allocation == "global" and entries
-        if self.head_in_budget and not fits:
-            raise ValueError(
-                "head_in_budget=True takes the head's numbers out of one budget for the whole model. It needs "
-                "allocation='global', granularity='entry' and a criterion that is estimated from data, e.g. 'fisher'."
-            )
-        if self.density_pattern and (
-            self.allocation != "uniform" or self.num_entries or self.budget_rank or self.units_per_module
-        ):
-            raise ValueError(
-                "density_pattern gives densities module by module, and num_entries, budget_rank, units_per_module, "
-                "allocation='erdos_renyi' and 'global' share one budget out. Keep one of the two."
-            )
-
-    def _check_numbers(self) -> None:
-        for name, share in self.density_pattern.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"density_pattern[{name!r}]={share} is not a share; give a number from 0 to 1.")
-        if self.r < 0:
-            raise ValueError(f"r={self.r} is negative; give a rank >= 1, or 0 to leave the low-rank half out.")
-        if not 0 <= self.density <= 1:
-            raise ValueError(f"density={self.density} is not a share; give a number from 0 to 1 (0.005 is 0.5 %).")
-        if self.num_entries is not None and self.num_entries < 1:
-            raise ValueError(
-                f"num_entries={self.num_entries} leaves no entry; give at least 1, or None to use density."
-            )
-        if self.budget_rank is not None and self.budget_rank < 1:
-            raise ValueError(f"budget_rank={self.budget_rank} leaves no entry; give a rank >= 1, or None.")
-        if self.budget_rank is not None and (self.num_entries is not None or self.allocation != "uniform"):
-            raise ValueError(
-                f"budget_rank={self.budget_rank} says how many entries each weight gets, and so does "
-                f"num_entries={self.num_entries} or allocation={self.allocation!r}. Set one of them."
-            )
-        other = {"num_entries": self.num_entries, "budget_rank": self.budget_rank}
-        if self.units_per_module is not None and (self.units_per_module < 1 or any(other.values())):
-            raise ValueError(
-                f"units_per_module={self.units_per_module} with {other}: give one of them, at least 1, or None for all "
-                "to use density."
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a share; give a number from 0 to below 1.")
-        if self.block_size < 1:
-            raise ValueError(
-                f"block_size={self.block_size} is not a size; give an integer >= 1 (32 suits tensor cores)."
-            )
-        if not self.has_support and self.r == 0 and not self.rank_pattern:
-            raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
-        if (self.regrowth or self.pruning) and not self.has_support:
-            raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
-        self._check_entries_only()
-        self._check_freezing()
-        if self.regrowth and self.regrowth.retired_share and self.sizes_from_data:
-            raise ValueError(
-                "regrowth.retired_share allocates room by each support's size, and allocation='global' leaves the "
-                f"sizes to criterion='{self.criterion}'. Set allocation='uniform' or 'erdos_renyi'."
-            )
-        if self.rank_allocation and self.rank_allocation.target_r > self.r:
-            raise ValueError(
-                f"rank_allocation.target_r={self.rank_allocation.target_r} is above r={self.r}, the rank every layer "
-                f"starts with. Set r to at least {self.rank_allocation.target_r} (AdaLoRA: 1.5 x target_r)."
-            )
-
-        self._check_structures()
-        self._check_factors()
-
-    def _check_structures(self) -> None:
-        named = [name for one in self.structures for name in one.modules]
-        twice = sorted({name for name in named if named.count(name) > 1})
-        if twice:
-            raise ValueError(f"structures name {twice} more than once; a module selects with one structure only.")
-        if self.structures and (self.allocation != "uniform" or self.num_entries is not None):
-            raise ValueError(
-                f"structures have densities and a scope of their own; allocation={self.allocation!r} and num_entries="
-                f"{self.num_entries} would share the same units out again. Set allocation='uniform', num_entries=None."
-            )
-
-    def _check_factors(self) -> None:
-        for name in ("factor_masks", "scale_support"):
-            if getattr(self, name) and self.r == 0 and not self.rank_pattern:
-                raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
-            if getattr(self, name) and self.rank_allocation:
-                raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
-
-    def _check_freezing(self) -> None:
-        known = self.freezing is not None and self.freezing.threshold is not None
-        if self.allocation == "threshold" and not (known and self.criterion == "smallest_magnitude"):
-            raise ValueError(
-                "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
-                f"criterion='smallest_magnitude'; got freezing={self.freezing} and criterion={self.criterion!r}."
-            )
-        if self.freezes_units and self.pruning:
-            raise ValueError(
-                "regrowth.retired_share and freezing keep units that stopped training, and pruning takes units away. "
-                "Set pruning=None or leave them out."
-            )
-        if self.freezing and self.regrowth:
-            raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
-
-    def _check_entries_only(self) -> None:
-        other = [g for g in (self.granularity, *self.granularity_pattern.values()) if g != "entry"]
-        named = [name for name in ("freezing", "nuclear_norm") if getattr(self, name)]
-        named += ["regrowth.grow='sm3'"] if self.regrowth and self.regrowth.grow == "sm3" else []
-        for name in named:
-            if other or not self.has_support:
-                raise ValueError(
-                    f"{name} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
-                    f"density={self.density}. Set granularity='entry' and density > 0, or leave it out."
-                )
-
-    def _check_targets(self) -> None:
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} cannot be used when target_modules is a str; pass a list of names.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: give the layer numbers to adapt.")

@@ -15,8 +15,9 @@ from .budget import plan_supports, unit_capacities
 from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
-from .layer import SparseLoraLayer, undecided_message
+from .layer import SparseLoraLayer
 from .linear import create_layer
+from .support_state import undecided_message
 
 
 class SparseLoraModel(AdapterModel):

@@ -1,0 +1,175 @@
+"""What a `SparseLoraConfig` refuses: values out of range, and options that contradict each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...sparsity import CRITERIA, make_score
+
+if TYPE_CHECKING:
+    from .config import SparseLoraConfig
+
+GRANULARITIES = ("entry", "block", "row", "column")
+ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold")
+
+
+def check_config(config: SparseLoraConfig) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: names the option, its value and the mend.
+    """
+    _check_choices(config)
+    _check_numbers(config)
+    _check_targets(config)
+
+
+def _check_choices(config: SparseLoraConfig) -> None:
+    choices = {
+        "granularity": GRANULARITIES,
+        "allocation": ALLOCATIONS,
+        "criterion": tuple(sorted(CRITERIA)),
+        "values_dtype": ("float32", "bfloat16"),
+        "bias": ("none", "all", "sparse_lora_only"),
+        "factor_init": ("kaiming_uniform", "normal"),
+        "support_init": ("zeros", "uniform"),
+    }
+    for name, accepted in choices.items():
+        if getattr(config, name) not in accepted:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown; choose one of {list(accepted)}.")
+    for pattern, granularity in config.granularity_pattern.items():
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
+            )
+    make_score(config.criterion, **config.criterion_options)  # refuses unknown options and bad values by name
+    if config.allocation == "global" and config.criterion == "random":
+        raise ValueError(
+            "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "
+            "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
+        )
+
+    if config.data_driven and (config.structures or config.support_init != "zeros"):
+        raise ValueError(
+            f"criterion='{config.criterion}' chooses units after injection and starts them at zero, and structures "
+            "or support_init='uniform' need them at injection. Choose a criterion without data, e.g. 'magnitude'."
+        )
+    entries = config.granularity == "entry" and not config.granularity_pattern
+    fits = config.data_driven and config.allocation == "global" and entries
+    if config.head_in_budget and not fits:
+        raise ValueError(
+            "head_in_budget=True takes the head's numbers out of one budget for the whole model. It needs "
+            "allocation='global', granularity='entry' and a criterion that is estimated from data, e.g. 'fisher'."
+        )
+    if config.density_pattern and (
+        config.allocation != "uniform" or config.num_entries or config.budget_rank or config.units_per_module
+    ):
+        raise ValueError(
+            "density_pattern gives densities module by module, and num_entries, budget_rank, units_per_module, "
+            "allocation='erdos_renyi' and 'global' share one budget out. Keep one of the two."
+        )
+
+
+def _check_numbers(config: SparseLoraConfig) -> None:
+    for name, share in config.density_pattern.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"density_pattern[{name!r}]={share} is not a share; give a number from 0 to 1.")
+    if config.r < 0:
+        raise ValueError(f"r={config.r} is negative; give a rank >= 1, or 0 to leave the low-rank half out.")
+    if not 0 <= config.density <= 1:
+        raise ValueError(f"density={config.density} is not a share; give a number from 0 to 1 (0.005 is 0.5 %).")
+    if config.num_entries is not None and config.num_entries < 1:
+        raise ValueError(f"num_entries={config.num_entries} leaves no entry; give at least 1, or None to use density.")
+    if config.budget_rank is not None and config.budget_rank < 1:
+        raise ValueError(f"budget_rank={config.budget_rank} leaves no entry; give a rank >= 1, or None.")
+    if config.budget_rank is not None and (config.num_entries is not None or config.allocation != "uniform"):
+        raise ValueError(
+            f"budget_rank={config.budget_rank} says how many entries each weight gets, and so does "
+            f"num_entries={config.num_entries} or allocation={config.allocation!r}. Set one of them."
+        )
+    other = {"num_entries": config.num_entries, "budget_rank": config.budget_rank}
+    if config.units_per_module is not None and (config.units_per_module < 1 or any(other.values())):
+        raise ValueError(
+            f"units_per_module={config.units_per_module} with {other}: give one of them, at least 1, or None for all "
+            "to use density."
+        )
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"lora_dropout={config.lora_dropout} is not a share; give a number from 0 to below 1.")
+    if config.block_size < 1:
+        raise ValueError(f"block_size={config.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
+    if not config.has_support and config.r == 0 and not config.rank_pattern:
+        raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
+    if (config.regrowth or config.pruning) and not config.has_support:
+        raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
+    _check_entries_only(config)
+    _check_freezing(config)
+    if config.regrowth and config.regrowth.retired_share and config.sizes_from_data:
+        raise ValueError(
+            "regrowth.retired_share allocates room by each support's size, and allocation='global' leaves the "
+            f"sizes to criterion='{config.criterion}'. Set allocation='uniform' or 'erdos_renyi'."
+        )
+    if config.rank_allocation and config.rank_allocation.target_r > config.r:
+        raise ValueError(
+            f"rank_allocation.target_r={config.rank_allocation.target_r} is above r={config.r}, the rank every layer "
+            f"starts with. Set r to at least {config.rank_allocation.target_r} (AdaLoRA: 1.5 x target_r)."
+        )
+
+    _check_structures(config)
+    _check_factors(config)
+
+
+def _check_structures(config: SparseLoraConfig) -> None:
+    named = [name for one in config.structures for name in one.modules]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise ValueError(f"structures name {twice} more than once; a module selects with one structure only.")
+    if config.structures and (config.allocation != "uniform" or config.num_entries is not None):
+        raise ValueError(
+            f"structures have densities and a scope of their own; allocation={config.allocation!r} and num_entries="
+            f"{config.num_entries} would share the same units out again. Set allocation='uniform', num_entries=None."
+        )
+
+
+def _check_factors(config: SparseLoraConfig) -> None:
+    for name in ("factor_masks", "scale_support"):
+        if getattr(config, name) and config.r == 0 and not config.rank_pattern:
+            raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
+        if getattr(config, name) and config.rank_allocation:
+            raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
+
+
+def _check_freezing(config: SparseLoraConfig) -> None:
+    known = config.freezing is not None and config.freezing.threshold is not None
+    if config.allocation == "threshold" and not (known and config.criterion == "smallest_magnitude"):
+        raise ValueError(
+            "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
+            f"criterion='smallest_magnitude'; got freezing={config.freezing} and criterion={config.criterion!r}."
+        )
+    if config.freezes_units and config.pruning:
+        raise ValueError(
+            "regrowth.retired_share and freezing keep units that stopped training, and pruning takes units away. "
+            "Set pruning=None or leave them out."
+        )
+    if config.freezing and config.regrowth:
+        raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
+
+
+def _check_entries_only(config: SparseLoraConfig) -> None:
+    other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]
+    named = [name for name in ("freezing", "nuclear_norm") if getattr(config, name)]
+    named += ["regrowth.grow='sm3'"] if config.regrowth and config.regrowth.grow == "sm3" else []
+    for name in named:
+        if other or not config.has_support:
+            raise ValueError(
+                f"{name} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
+                f"density={config.density}. Set granularity='entry' and density > 0, or leave it out."
+            )
+
+
+def _check_targets(config: SparseLoraConfig) -> None:
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} cannot be used when target_modules is a str; pass a list of names.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform: give the layer numbers to adapt.")
