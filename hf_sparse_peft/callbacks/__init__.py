@@ -19,11 +19,13 @@ from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
+from .support_search import SupportSearchCallback
 from .telemetry import SupportTelemetryCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 # In the order they must act at one step: prune, then regrow what is left.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
+    SupportSearchCallback,
     PruningCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
@@ -77,6 +79,7 @@ __all__ = [
     "RankReallocationCallback",
     "ScheduleCallback",
     "SplitFactorsCallback",
+    "SupportSearchCallback",
     "SupportTelemetryCallback",
     "ThresholdFreezingCallback",
     "TwoPassTrainer",

@@ -19,7 +19,7 @@ from .base import all_reduce_mean
 
 logger = logging.get_logger(__name__)
 
-# What other schedules read (gradients) or hold still (frozen and dead entries) is not there, or would be moved by noise.
+# Other schedules read gradients, which are not there, or hold entries still, which noise would move.
 _SUITED_SCHEDULES = ("support_search",)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import SparseLoraConfig
+from ..tuners import SparseLoraConfig, SupportSearchConfig
 from .registry import Method, register
 
 
@@ -35,3 +35,23 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
         )
     options = {"r": 0, "density": sparsity, "criterion": "smallest_magnitude", "allocation": "global", **overrides}
     return Method(SparseLoraConfig(**options))
+
+
+@register(
+    "random-search",
+    paper="Bergstra and Bengio, 2012",
+    moves="nothing",
+    use_when="to know what a criterion is worth: it gets as many looks at the data, and no idea where to look",
+    cost="at the start, trials x (steps training steps + batches forwards); nothing afterwards",
+)
+def random_search(
+    density: float = 0.01,
+    trials: int = 8,
+    steps: int = 4,
+    batches: int = 4,
+    search_lr: float | None = None,
+    **overrides: Any,
+) -> Method:
+    """Seeded random supports, each trained for some steps; training goes on with the one that has the smallest loss."""
+    search = SupportSearchConfig(trials=trials, steps=steps, batches=batches, lr=search_lr)
+    return Method(SparseLoraConfig(**{"r": 0, "density": density, "support_search": search, **overrides}))

@@ -32,6 +32,8 @@ CASES = {
     "lift": {"density": 0.1, "interval": 3},
     "s2ft": {},
     "mezo": {},
+    "sparse-mezo": {},
+    "random-search": {"density": 0.1, "trials": 4, "steps": 3},
     "shira": {"density": 0.1},
     "fish": {"density": 0.1, "examples": 16},
     "lt-sft": {"density": 0.1, "allocation": "uniform", "warmup_steps": 3, "warmup_lr": 1e-3},

@@ -12,6 +12,7 @@ from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
+from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
 from .subnetwork import UpdateSparsity, measure_update_sparsity, support_from_checkpoints  # noqa: E402
 
@@ -32,6 +33,7 @@ __all__ = [
     "SparseLoraLinear",
     "SparseLoraModel",
     "StructureConfig",
+    "SupportSearchConfig",
     "UpdateSparsity",
     "initialize_support",
     "load_support",

@@ -16,9 +16,11 @@ from .config_checks import check_config
 from .file_length import check_file_length
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
+from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
 
 SCHEDULES = {
+    "support_search": SupportSearchConfig,
     "regrowth": RegrowthConfig,
     "pruning": PruningConfig,
     "rank_allocation": RankAllocationConfig,
@@ -126,6 +128,9 @@ class SparseLoraConfig(PeftConfig):
     capacity_pattern: dict = field(
         default_factory=dict,
         metadata={"help": "Module name -> units allocated, retired ones included. Written at injection."},
+    )
+    support_search: SupportSearchConfig | None = field(
+        default=None, metadata={"help": "Random supports tried before training, the best kept; None: one draw."}
     )
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})

@@ -116,6 +116,7 @@ def _check_numbers(config: SparseLoraConfig) -> None:
 
     _check_structures(config)
     _check_factors(config)
+    _check_search(config)
 
 
 def _check_structures(config: SparseLoraConfig) -> None:
@@ -136,6 +137,21 @@ def _check_factors(config: SparseLoraConfig) -> None:
             raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
         if getattr(config, name) and config.rank_allocation:
             raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
+
+
+def _check_search(config: SparseLoraConfig) -> None:
+    if config.support_search is None:
+        return
+    if not config.has_support or config.criterion != "random" or config.structures:
+        raise ValueError(
+            f"support_search tries random supports; got criterion={config.criterion!r}, density={config.density}, "
+            f"{len(config.structures)} structures. Set criterion='random', density > 0 and structures=[]."
+        )
+    if config.regrowth and config.regrowth.replace_all_first:
+        raise ValueError(
+            "support_search finds a support that regrowth.replace_all_first=True would throw away at the first move. "
+            "Set regrowth.replace_all_first=False, or support_search=None."
+        )
 
 
 def _check_freezing(config: SparseLoraConfig) -> None:
