@@ -47,7 +47,7 @@ import demo_data
 from evaluation import exact_match, text_loss
 
 from hf_sparse_peft import callbacks_for, methods
-from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
+from hf_sparse_peft.optim import AgedAdamW
 
 DEMO_BASE = Path(__file__).resolve().parents[1] / "demo_base"
 
@@ -92,7 +92,9 @@ class DemoTask:
     """The word problems of `recipes/demo_data.py` on the embedded base; score: exact match, percent."""
 
     learning_rates = (1e-3, 3e-3, 1e-2)
-    targets: Any = "all-linear"
+    targets = "all-linear"
+    head: tuple[str, ...] = ()
+    head_rate = 0.0
     metric = "exact match, %"
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -122,8 +124,11 @@ class DemoTask:
 class ColaTask:
     """CoLA on a sentence encoder; score: Matthews correlation x 100 on the in-domain development set."""
 
-    learning_rates = (3e-4, 1e-3, 3e-3)
-    targets = ["query", "key", "value", "dense"]  # noqa: RUF012
+    learning_rates = (2e-4, 5e-4, 1e-3)
+    targets = r".*encoder.*(query|key|value|dense)"
+    head = ("pooler", "classifier")
+    head_rate = 2e-3
+    """The head is new, trains in full, and learns at one rate whatever the candidate."""
     metric = "Matthews correlation x 100"
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -178,32 +183,36 @@ def budget(model: nn.Module, task: Any, rank: int) -> int:
 
 def prepare(candidate: Candidate, task: Any, args: argparse.Namespace, seed: int):
     """Adapted model, callbacks, optimizer factory and the numbers trained in adapted linears."""
-    common = {"target_modules": task.targets, "task_type": task.task_type}
+    common = {"target_modules": task.targets, "task_type": task.task_type, "modules_to_save": list(task.head) or None}
     if candidate.method is None:
-        return get_peft_model(task.model(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, **common)), [], None
+        return get_peft_model(task.model(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, **common)), []
     total = budget(task.model(), task, args.rank)
     r = round(candidate.factor_share * args.rank)
     entries = total - (budget(task.model(), task, r) if r else 0)
     options = {"r": r, "lora_alpha": 2 * max(r, 1), "num_entries": entries, "seed": seed, **common, **candidate.options}
     model = get_peft_model(task.model(), methods.get(candidate.method, **options).config)
-    return model, callbacks_for(model), candidate.values_ratio
+    return model, callbacks_for(model)
 
 
-def optimizer_for(model: nn.Module, learning_rate: float, ratio: float | None) -> torch.optim.Optimizer | None:
-    """AdamW with ages, values of supports at `ratio` times the learning rate; None: Trainer's own."""
-    if ratio is None:
-        return None
-    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, 0.0)
-    for group in groups:
-        group["lr"] = learning_rate * (ratio if group["per_unit_age"] else 1.0)
-    return AgedAdamW(groups, lr=learning_rate)
+def optimizer_for(model: nn.Module, task: Any, learning_rate: float, values_ratio: float) -> torch.optim.Optimizer:
+    """AdamW without decay: values of supports (with ages) at `values_ratio` x the rate, a new head at its own."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    values = [p for name, p in trained if "sparse_lora_values" in name]
+    head = [p for name, p in trained if "modules_to_save" in name]
+    rest = [p for name, p in trained if "sparse_lora_values" not in name and "modules_to_save" not in name]
+    groups = [
+        {"params": values, "lr": learning_rate * values_ratio, "per_unit_age": True},
+        {"params": head, "lr": task.head_rate, "per_unit_age": False},
+        {"params": rest, "lr": learning_rate, "per_unit_age": False},
+    ]
+    return AgedAdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
 
 
 def run(name: str, task: Any, args: argparse.Namespace, learning_rate: float, seed: int) -> dict[str, Any]:
     """Train one candidate once and score it."""
     set_seed(seed)
     start = time.perf_counter()
-    model, callbacks, ratio = prepare(CANDIDATES[name], task, args, seed)
+    model, callbacks = prepare(CANDIDATES[name], task, args, seed)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     options = TrainingArguments(
         output_dir=str(args.output / "run"),
@@ -214,6 +223,7 @@ def run(name: str, task: Any, args: argparse.Namespace, learning_rate: float, se
         warmup_steps=max(1, args.steps // 20),
         weight_decay=0.0,
         seed=seed,
+        train_sampling_strategy="group_by_length",  # less padding
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
@@ -224,7 +234,7 @@ def run(name: str, task: Any, args: argparse.Namespace, learning_rate: float, se
         model=model,
         args=options,
         callbacks=callbacks,
-        optimizers=(optimizer_for(model, learning_rate, ratio), None),
+        optimizers=(optimizer_for(model, task, learning_rate, CANDIDATES[name].values_ratio), None),
         **task.trainer_options(seed),
     )
     trainer.remove_callback(PrinterCallback)  # a row a run is enough
