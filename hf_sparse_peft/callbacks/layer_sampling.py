@@ -1,4 +1,4 @@
-"""`LayerSamplingCallback`: the adapter of a few transformer layers trains at a step, drawn by learned importance (IST)."""
+"""`LayerSamplingCallback`: the adapters of a few transformer layers train at a step, drawn by importance (IST)."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
             scalings = [(one, adapter) for one in scalings if isinstance(one, dict) and adapter in one]
             if not scalings:
                 raise ValueError(
-                    f"'{name}' ({type(module).__name__}) has no scaling that could be suppressed. LayerSamplingCallback "
-                    "works on adapters with one: LoRA, DoRA, and those of this package."
+                    f"'{name}' ({type(module).__name__}) has no scaling that could be suppressed. "
+                    "LayerSamplingCallback works on adapters with one: LoRA, DoRA, and those of this package."
                 )
             layer = layers.setdefault(name[: found.end()], _Layer())
             layer.parameters += parameters

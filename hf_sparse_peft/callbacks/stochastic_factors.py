@@ -1,4 +1,4 @@
-"""`SplitFactorsCallback` and `TwoPassTrainer`: experts of split low-rank factors, drawn for every forward pass (MoSA)."""
+"""`SplitFactorsCallback` and `TwoPassTrainer`: experts of split low-rank factors, drawn for every pass (MoSA)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SplitFactorsCallback(ScheduleCallback):
     """Draws the experts of adapters whose `factor_masks` split their factors (MoSA; Zhang et al., 2023).
 
     Every forward pass of training uses one expert of each factor and layer; the draw is a hash of seed, module, step,
-    micro-batch and pass: the same on every rank, in recomputation and after a resume. Entries of experts that a step did
-    not draw keep value and optimizer moments bit for bit, weight decay included, as if they had no gradient. The one
-    difference to parameters of their own: a scalar `step` of the optimizer counts all steps, so the first steps of an
-    expert that was drawn late are smaller than bias correction would make them.
+    micro-batch and pass: the same on every rank, in recomputation and after a resume. Entries of experts that a step
+    did not draw keep value and optimizer moments bit for bit, weight decay included, as if they had no gradient. One
+    thing differs from experts with parameters of their own: a scalar `step` of the optimizer counts all steps, so the
+    first steps of an expert that was drawn late are smaller than bias correction would make them.
     """
 
     option = "factor_masks"
@@ -43,8 +43,8 @@ class SplitFactorsCallback(ScheduleCallback):
         if config.factor_masks.consistency and not getattr(config, "_two_passes", False):
             raise ValueError(
                 f"factor_masks.consistency={config.factor_masks.consistency} compares two passes of a batch, and this "
-                "Trainer makes one. Use hf_sparse_peft.callbacks.TwoPassTrainer (methods.get('mosa').trainer_class), or "
-                "set consistency=0."
+                "Trainer makes one. Use hf_sparse_peft.callbacks.TwoPassTrainer (methods.get('mosa').trainer_class), "
+                "or set consistency=0."
             )
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:

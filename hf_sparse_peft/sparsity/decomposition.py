@@ -10,8 +10,8 @@ from torch import Tensor
 def greedy_low_rank(
     weight: Tensor, rounds: int, inner: int, threshold: float, rank_step: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    r"""`U` `[rows, k]`, `V` `[k, cols]` of :math:`W \approx U V + S` with a sparse `S` (GreBsmo, as DSEE uses it; Chen et
-    al., 2023).
+    r"""`U` `[rows, k]`, `V` `[k, cols]` of :math:`W \approx U V + S` with a sparse `S` (GreBsmo, as DSEE uses it; Chen
+    et al., 2023).
 
     A round repeats, `inner` times, :math:`U = \mathrm{orth}((W-S)V^\top)`, :math:`V = U^\top (W-S)` and `S` = the
     entries of :math:`W - UV` above `threshold` in size; then `V` gets `rank_step` more rows, the first of the R factor
