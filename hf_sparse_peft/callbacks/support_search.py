@@ -12,10 +12,13 @@ from transformers.utils import logging
 
 from ..sparsity import random_units, stream_seed
 from ..tuners import SparseLoraConfig
-from ..tuners.sparse_lora.calibration_data import CalibrationData, loss_of, modes_kept, random_state_kept
+from ..tuners.sparse_lora.calibration_data import CalibrationData, items_in, loss_of, modes_kept, random_state_kept
 from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
 
 logger = logging.get_logger(__name__)
+
+Batch = list[dict[str, Any]]
+"""The micro-batches of one optimizer step."""
 
 
 class SupportSearchCallback(ScheduleCallback):
@@ -60,7 +63,9 @@ class SupportSearchCallback(ScheduleCallback):
             for config in self.configs():
                 parts = [part for part in self.parts if part.config is config]
                 _check_fresh(parts)
-                batches = list(itertools.islice(data.batches(), config.support_search.batches))
+                size, count = args.gradient_accumulation_steps, config.support_search.batches
+                micro = list(itertools.islice(data.batches(), size * count))
+                batches = [micro[begin : begin + size] for begin in range(0, len(micro), size)]
                 if not batches:
                     raise ValueError("support_search found no batch in the train dataloader. Give the Trainer data.")
                 lr = config.support_search.lr or args.learning_rate
@@ -72,7 +77,7 @@ class SupportSearchCallback(ScheduleCallback):
         model: nn.Module,
         config: SparseLoraConfig,
         parts: list[AdaptedLayer],
-        batches: list[dict[str, Any]],
+        batches: list[Batch],
         lr: float,
         show: bool,
     ) -> None:
@@ -102,7 +107,7 @@ def trial_units(part: AdaptedLayer, trial: int) -> torch.Tensor:
     return units.to(part.units.device)
 
 
-def probe(model: nn.Module, parts: list[AdaptedLayer], batches: list[dict[str, Any]], steps: int, lr: float) -> float:
+def probe(model: nn.Module, parts: list[AdaptedLayer], batches: list[Batch], steps: int, lr: float) -> float:
     """Mean loss on `batches` after `steps` steps of Adam on the supports' values, which are then put back.
 
     Gradients are asked for by name: no `.grad` is touched, and no hook of a wrapper sees them.
@@ -113,17 +118,30 @@ def probe(model: nn.Module, parts: list[AdaptedLayer], batches: list[dict[str, A
     try:
         with torch.enable_grad():
             for step in range(steps):
-                loss = loss_of(model, batches[step % len(batches)])
-                for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
-                    value.grad = all_reduce_mean(gradient)
+                optimizer.zero_grad()
+                for share, micro in _shares(batches[step % len(batches)], model):
+                    gradients = torch.autograd.grad(share * loss_of(model, micro), values)
+                    for value, gradient in zip(values, gradients, strict=True):
+                        value.grad = gradient if value.grad is None else value.grad.add_(gradient)
+                for value in values:
+                    all_reduce_mean(value.grad)
                 optimizer.step()
         with torch.no_grad():
-            losses = torch.stack([loss_of(model, batch).float() for batch in batches])
-        return float(all_reduce_mean(losses.mean()))
+            losses = [
+                sum(share * loss_of(model, micro).float() for share, micro in _shares(batch, model))
+                for batch in batches
+            ]
+        return float(all_reduce_mean(torch.stack(losses).mean()))
     finally:
         for value, before in zip(values, start, strict=True):
             value.data.copy_(before)
             value.grad = None
+
+
+def _shares(batch: Batch, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
+    """The micro-batches of one step, each with its share of what the step's loss is a mean of."""
+    items = [items_in(micro, model) for micro in batch]
+    return [(count / sum(items), micro) for count, micro in zip(items, batch, strict=True)]
 
 
 def _write(parts: list[AdaptedLayer], supports: list[torch.Tensor]) -> None:

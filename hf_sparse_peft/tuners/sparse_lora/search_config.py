@@ -20,7 +20,7 @@ class SupportSearchConfig:
     steps: int = 4
     """Optimizer steps a trial trains; step i sees batch i, and the first one again after the last."""
     batches: int = 4
-    """The Trainer's first batches, that all trials train on and are judged by."""
+    """The batches of the Trainer's first optimizer steps, that all trials train on and are judged by."""
     lr: float | None = None
     """Learning rate of the trials; None: the run's own."""
 
