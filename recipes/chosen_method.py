@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_sparse_peft import SparseLoraConfig, hub, methods
 from hf_sparse_peft.methods import Method, aged_adamw
 
 SCHEDULE_METHODS = {"regrowth": "spiel-ag", "pruning": "gradual-pruning", "rank_allocation": "adalora"}
+FIRST_RUN_RATE = 0.01
+"""Learning rate of full fine-tuning, as a share of an adapter's."""
 
 
 def chosen_method(name: str, options: dict[str, Any], adapter: dict[str, Any], seed: int) -> Method:
@@ -39,3 +46,21 @@ def save_adapter(model: PeftModel, folder: Path, **card: Any) -> None:
         hub.save_adapter(model, folder, **card)
     else:
         model.save_pretrained(str(folder))
+
+
+def first_run(
+    load_base: Callable[[], PreTrainedModel], args: TrainingArguments, **data: Any
+) -> Callable[[], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """For `Method.prepare`: full fine-tuning of a dense base on the recipe's own data, steps and seed, at a hundredth
+    of the adapter's learning rate; `data` are Trainer's dataset and collator."""
+
+    def run() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        base = load_base()
+        before = {name: tensor.detach().cpu().clone() for name, tensor in base.state_dict().items()}
+        own = copy.copy(args)
+        own.output_dir, own.save_strategy = str(Path(args.output_dir) / "first_run"), SaveStrategy.NO
+        own.learning_rate = args.learning_rate * FIRST_RUN_RATE
+        Trainer(model=base, args=own, **data).train()
+        return before, base.cpu().state_dict()
+
+    return run

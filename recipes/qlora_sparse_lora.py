@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import demo_data
 import torch
 import yaml
-from chosen_method import chosen_method, method_card, save_adapter
+from chosen_method import chosen_method, first_run, method_card, save_adapter
 from datasets import Dataset, load_dataset
 from evaluation import exact_match, text_loss
 from peft import get_peft_model, prepare_model_for_kbit_training
@@ -120,9 +120,16 @@ def main(argv: list[str]) -> dict[str, float]:
     tokenizer, base = load_base(recipe, args)
     method = chosen_method(recipe.method, json.loads(recipe.method_options), json.loads(recipe.adapter), args.seed)
     model = get_peft_model(base, method.config)
+    train, test = load_pairs(recipe, args.seed)
+    dense = replace(recipe, load_in_4bit=False)
+    data = {
+        "train_dataset": demo_data.tokenize_pairs(train, tokenizer),
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+    }
+    if not args.resume_from_checkpoint:  # which brings what was prepared
+        method.prepare(model, first_run(lambda: load_base(dense, args)[1], args, **data))
     model.print_trainable_parameters()
     trainable_before = model.get_nb_trainable_parameters()[0]
-    train, test = load_pairs(recipe, args.seed)
     held_out = demo_data.chunk_text(demo_data.pretraining_text(200, seed=0, split="heldout"), tokenizer)
 
     def measure() -> tuple[float, float]:
@@ -134,8 +141,7 @@ def main(argv: list[str]) -> dict[str, float]:
     trainer = method.trainer_class(
         model=model,
         args=args,
-        train_dataset=demo_data.tokenize_pairs(train, tokenizer),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **data,
         callbacks=[*method.callbacks(model), telemetry],
         optimizers=(method.optimizer(model, args), None),
     )
@@ -156,8 +162,8 @@ def main(argv: list[str]) -> dict[str, float]:
         "trainable_before": trainable_before,
         "trainable": model.get_nb_trainable_parameters()[0],
     }
-    data = recipe.dataset_name or "word problems that recipes/demo_data.py generates"
-    return finish(model, method, trainer, telemetry, figures, args, push, data)
+    source = recipe.dataset_name or "word problems that recipes/demo_data.py generates"
+    return finish(model, method, trainer, telemetry, figures, args, push, source)
 
 
 def finish(model, method, trainer, telemetry, figures: dict, args: TrainingArguments, push: bool, data: str) -> dict:

@@ -10,10 +10,11 @@ from ..tuners import adapter_layers
 from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
-from .freezing import NuclearNormCallback, ThresholdFreezingCallback
+from .freezing import ThresholdFreezingCallback
 from .half_rounds import HalfRoundsCallback
 from .initial_support import InitialSupportCallback
 from .layer_sampling import LayerSamplingCallback
+from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
@@ -30,6 +31,7 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     MaskRegrowthCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,
+    L1PenaltyCallback,
     NuclearNormCallback,
     ThresholdFreezingCallback,
     HalfRoundsCallback,
@@ -72,6 +74,7 @@ __all__ = [
     "BudgetCompetitionCallback",
     "HalfRoundsCallback",
     "InitialSupportCallback",
+    "L1PenaltyCallback",
     "LayerSamplingCallback",
     "MaskRegrowthCallback",
     "NuclearNormCallback",

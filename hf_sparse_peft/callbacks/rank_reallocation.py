@@ -6,7 +6,8 @@ import torch
 
 from ..sparsity import top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
-from .base import AdaptedLayer, ScheduleCallback
+from .base import AdaptedLayer
+from .penalties import PenaltyCallback
 
 
 def rank_budget(config: RankAllocationConfig, start: int, target: int, update: int, total_steps: int) -> int:
@@ -24,7 +25,7 @@ def _window(config: RankAllocationConfig, total_steps: int) -> tuple[int, int]:
     return int(config.initial_warmup * total_steps), total_steps - int(config.final_warmup * total_steps)
 
 
-class RankReallocationCallback(ScheduleCallback):
+class RankReallocationCallback(PenaltyCallback):
     r"""Moves rank between the layers of adapters that set `rank_allocation` (AdaLoRA; Zhang et al., 2023).
 
     After every optimizer step each entry w of A, B and gate updates its sensitivity
@@ -51,13 +52,10 @@ class RankReallocationCallback(ScheduleCallback):
                 "Train longer or shorten them."
             )
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Add the orthogonality regulariser's gradient, once per optimizer step."""
-        for config in self.configs():
-            weight = config.rank_allocation.orthogonality
-            parts = [part for part in self.parts if part.config is config]
-            if weight:
-                add_orthogonality_gradient(parts, weight)
+    def add_gradient(self, config: SparseLoraConfig, update: int, scale: float) -> None:
+        """Add the orthogonality regulariser's gradient."""
+        if config.rank_allocation.orthogonality:
+            add_orthogonality_gradient(self.parts_of(config), scale * config.rank_allocation.orthogonality)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Update importances from the weights after the step and the gradients before it, then mask what is due."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from torch import nn
+
+from ..tuners import L1PenaltyConfig, SparseLoraConfig, support_from_checkpoints
+from .registry import FirstRun, Method, register
 
 
 @register(
@@ -41,6 +45,7 @@ def lt_sft(
     density: float = 0.01,
     warmup_steps: int = 100,
     warmup_lr: float = 5e-5,
+    warmup_l1: float = 0.0,
     l1: float = 0.0,
     n_iterations: int = 1,
     **overrides: Any,
@@ -48,11 +53,14 @@ def lt_sft(
     """Lottery-ticket sparse fine-tuning: train everything, keep the largest changes' places, rewind, train those.
 
     The Trainer's run is the second phase, with an optimizer of its own; use no weight decay. Adapters add up:
-    `add_weighted_adapter([task, language], [1.0, 1.0], name, "linear")`. `l1` is the first phase's penalty (0.1 for
-    languages in the paper, 0 for tasks). LayerNorms and biases stay as they are unless `bias` says otherwise.
+    `add_weighted_adapter([task, language], [1.0, 1.0], name, "linear")`. `warmup_l1` and `l1` are the two phases' pulls
+    to the start (0.1 both for languages in the paper, 0 for tasks). `model.compact()` drops changes within 1e-7 of 0.
+    LayerNorms and biases stay as they are unless `bias` says otherwise.
     """
-    warmup = {"warmup_steps": warmup_steps, "warmup_lr": warmup_lr, "l1": l1, "n_iterations": n_iterations}
+    warmup = {"warmup_steps": warmup_steps, "warmup_lr": warmup_lr, "l1": warmup_l1, "n_iterations": n_iterations}
     options = {"allocation": "global", "criterion": "delta_magnitude", "criterion_options": warmup}
+    penalty = L1PenaltyConfig(weight=l1) if l1 else None
+    options = {"l1_penalty": penalty, "drop_within": 1e-7, **options}
     options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
     return Method(SparseLoraConfig(**options))
 
@@ -64,11 +72,28 @@ def lt_sft(
     use_when="a finished run's update was sparse and is to be repeated or inspected as an adapter",
     cost="two checkpoints, read tensor by tensor; about 20 bytes a changed entry while it trains",
 )
-def rl_subnetwork(**overrides: Any) -> Method:
-    """Train only the entries that differ between two checkpoints.
+def rl_subnetwork(
+    before: str | Path | None = None, after: str | Path | None = None, atol: float = 0.0, **overrides: Any
+) -> Method:
+    """Train only the entries that differ between two checkpoints, by more than `atol`.
 
-    `support_from_checkpoints(model, before, after)` gives the units, before the Trainer is made (`load_support` reads
-    them from a file); `measure_update_sparsity` says beforehand how many they are.
+    `method.prepare(model)` reads them from the folders or safetensors files `before` and `after`; without those,
+    `method.prepare(model, first_run)` makes them by a run of its own. `measure_update_sparsity` says beforehand how
+    many entries there will be, `measure_mask_overlap` whether two runs agree on them.
     """
+    if (before is None) != (after is None):
+        raise ValueError(f"before={before!r} and after={after!r} are two checkpoints of one model: give both or none.")
     options = {"r": 0, "criterion": "given", "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options))
+    ready = partial(_take_subnetwork, before, after, atol)
+    return Method(SparseLoraConfig(**options), make_ready=ready)
+
+
+def _take_subnetwork(before: Any, after: Any, atol: float, model: nn.Module, first_run: FirstRun | None) -> None:
+    if before is None and first_run is None:
+        raise ValueError(
+            "Method 'rl-subnetwork' trains what another run changed. Name that run's checkpoints, methods.get("
+            "'rl-subnetwork', before=..., after=...), or pass method.prepare(model, first_run=...)."
+        )
+    if before is None:
+        before, after = first_run()
+    support_from_checkpoints(model, before, after, atol=atol)

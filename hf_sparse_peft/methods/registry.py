@@ -15,9 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..callbacks import callbacks_for
 from ..optim import AgedAdamW, aged_adamw_groups
+from ..tuners.sparse_lora.checkpoints import Checkpoint
 
 OptimizerFactory = Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer]
 CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]
+FirstRun = Callable[[], tuple[Checkpoint, Checkpoint]]
+Preparation = Callable[[nn.Module, FirstRun | None], None]
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,26 @@ class Method:
     trainer_class: type[Trainer] = Trainer
     make_callbacks: CallbackFactory = callbacks_for
     """Most methods say everything in their config; one over upstream's configs brings its own callbacks here."""
+    make_ready: Preparation | None = None
+    """What must be done to the adapted model before there is a Trainer, where a method asks for it; see `prepare`."""
     info: MethodInfo | None = None
 
     @property
     def paper(self) -> str:
         """Authors and year of the source."""
         return self.info.paper if self.info else ""
+
+    def prepare(self, model: nn.Module, first_run: FirstRun | None = None) -> None:
+        """What the method needs between `get_peft_model` and the Trainer: nothing, but where it learns from a run.
+
+        `first_run()` trains the whole base without an adapter and gives its weights before and after, as folders,
+        safetensors files, state dicts or models. Only methods that learn from such a run call it.
+
+        Raises:
+            ValueError: the method needs a run and got none; says what to pass.
+        """
+        if self.make_ready is not None:
+            self.make_ready(model, first_run)
 
     def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
         """The callbacks that this method needs on `model`, an empty list for methods that only choose a support."""

@@ -32,6 +32,8 @@ class DataCriterion:
     per_step: ClassVar[bool] = False
     """Whether `update` wants the gradient of a whole optimizer step, averaged over ranks. Else it is fed with sums over
     micro-batches, and the states of ranks are added up at the end."""
+    over_labels: ClassVar[bool] = False
+    """Whether `update` wants gradients for all labels that the model could give instead of those of the loss."""
     reads_weight: ClassVar[bool] = False
     """Whether `update` reads the weight."""
 
@@ -92,18 +94,28 @@ class Fisher(DataCriterion):
 
     examples: int = 1024
     """Examples that the statistic is estimated from (FISH: 1024 for GLUE, 256 for CIFAR)."""
-    mode: Literal["square", "absolute"] = "square"
-    r"""`absolute` sums :math:`|g_i|` instead."""
+    mode: Literal["square", "absolute", "expect"] = "square"
+    r"""`absolute` sums :math:`|g_i|` instead. `expect` is the true Fisher information of a classifier,
+    :math:`\sum_i \sum_y p(y|x_i)\,(\nabla -\log p(y|x_i))^2`: it needs no labels, and one backward pass for each label
+    of each example."""
+    max_labels: int = 32
+    """Labels that `expect` sums over at most; a model with more is refused."""
 
     per_example: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.mode in ("square", "absolute"), "mode", "'square' or 'absolute'")
+        self._require(self.mode in ("square", "absolute", "expect"), "mode", "'square', 'absolute' or 'expect'")
+        self._require(self.max_labels >= 2, "max_labels", "an integer >= 2")
+
+    @property
+    def over_labels(self) -> bool:
+        """Whether `update` wants the gradients of all labels, each with the weight of its probability."""
+        return self.mode == "expect"
 
     def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
-        """Add one example's square or magnitude."""
-        state["sum"].add_(gradient.square_() if self.mode == "square" else gradient.abs_())
+        """Add a square or magnitude: one example's, or with `expect` one label's."""
+        state["sum"].add_(gradient.abs_() if self.mode == "absolute" else gradient.square_())
 
     def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
         """fp32 scores `[end - begin, cols]` of some rows."""

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import demo_data
 import torch
-from chosen_method import chosen_method
+from chosen_method import chosen_method, first_run
 from evaluation import exact_match
 from peft import PeftModel, get_peft_model
 from qlora_sparse_lora import RecipeArguments, load_base
@@ -97,16 +97,21 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
     tokenizer, base = load_base(recipe, args)
     method = chosen_method(name, OPTIONS.get(name, {}), {}, options.seed)
     model = get_peft_model(base, method.config)
-    row = {"method": name, "base": kind, "trainable": model.get_nb_trainable_parameters()[0]}
     train = demo_data.word_problems(options.examples, seed=options.seed, split="train")
     test = demo_data.word_problems(options.test_examples, seed=options.seed, split="test")
+    data = {
+        "train_dataset": demo_data.tokenize_pairs(train, tokenizer),
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+    }
+    dense = RecipeArguments(load_in_4bit=False)
+    method.prepare(model, first_run(lambda: load_base(dense, args)[1], args, **data))
+    row = {"method": name, "base": kind, "trainable": model.get_nb_trainable_parameters()[0]}
     row["exact_match_before"] = exact_match(model, tokenizer, test)
     counter = MoveCounter()
     trainer = method.trainer_class(
         model=model,
         args=args,
-        train_dataset=demo_data.tokenize_pairs(train, tokenizer),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **data,
         callbacks=[*method.callbacks(model), counter],
         optimizers=(method.optimizer(model, args), None),
     )

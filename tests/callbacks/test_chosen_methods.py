@@ -58,7 +58,7 @@ class Dense:
         (-scores.gather(-1, ids[:, 1:, None]).sum()).backward()
         return {name: w.grad.clone() for name, w in self.weights.items()}, ids[:, 1:].numel()
 
-    def step(self, micro_batches, lr, masks=None, clip=0.0, l1=0.0):
+    def step(self, micro_batches, lr, masks=None, clip=0.0, l1=0.0, pull=0.0):
         parts = [self.gradients(ids) for ids in micro_batches]
         tokens = sum(count for _, count in parts)
         total = {name: sum(g[name] for g, _ in parts) / tokens for name in self.weights}
@@ -69,7 +69,7 @@ class Dense:
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         self.t += 1
         for name, g in total.items():
-            g = g * factor
+            g = g * factor + pull / self.P * self.D[name].sign()  # the pull of phase 2 is not clipped
             self.m[name] = BETAS[0] * self.m[name] + (1 - BETAS[0]) * g
             self.v[name] = BETAS[1] * self.v[name] + (1 - BETAS[1]) * g**2
             m_hat, v_hat = self.m[name] / (1 - BETAS[0] ** self.t), self.v[name] / (1 - BETAS[1] ** self.t)
@@ -140,16 +140,19 @@ def test_unmasked_entries_of_fish_do_not_move_a_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "l1"), [(4, 1, 0.0), (2, 2, 50.0)], ids=["plain", "accumulated-penalised"]
+    ("batch", "accumulation", "l1", "pull"),
+    [(4, 1, 0.0, 0.0), (2, 2, 50.0, 5.0)],
+    ids=["plain", "accumulated-penalised"],
 )
-def test_fifty_steps_of_lt_sft_take_the_support_and_values_of_two_dense_phases(batch, accumulation, l1, tmp_path):
+def test_fifty_steps_of_lt_sft_take_the_support_and_values_of_two_dense_phases(batch, accumulation, l1, pull, tmp_path):
     warmup = 30  # more than an epoch of 24 steps
     method = methods.get(
         "lt-sft",
         density=0.05,
         warmup_steps=warmup,
         warmup_lr=1e-3,
-        l1=l1,
+        warmup_l1=l1,
+        l1=pull,
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )
@@ -161,7 +164,7 @@ def test_fifty_steps_of_lt_sft_take_the_support_and_values_of_two_dense_phases(b
     masks = top_masks(moved, 0.05)
     reference.restart()
     for micro_batches, lr in zip(tape.steps, tape.lrs, strict=True):
-        reference.step(micro_batches, lr, masks, clip=1.0)
+        reference.step(micro_batches, lr, masks, clip=1.0, pull=pull)
     compare(model, masks, reference)
 
 
@@ -273,7 +276,7 @@ def test_an_adapter_warms_up_on_top_of_another_one():
 def test_a_heavy_penalty_keeps_the_warm_up_where_it_started():
     reach = {}
     for l1 in (0.0, 1e9):
-        model = adapted(lt_sft(l1=l1, warmup_steps=40, warmup_lr=1e-3).config)
+        model = adapted(lt_sft(warmup_l1=l1, warmup_steps=40, warmup_lr=1e-3).config)
         config = model.peft_config["default"]
         warmup = DenseWarmup(
             model, layers_of(model), "default", make_score("delta_magnitude", **config.criterion_options)
@@ -286,7 +289,7 @@ def test_a_heavy_penalty_keeps_the_warm_up_where_it_started():
 def test_the_penaltys_gradient_does_not_depend_on_accumulation():
     found = []
     for parts in (1, 2, 4):
-        model = adapted(lt_sft(l1=7.0).config)
+        model = adapted(lt_sft(warmup_l1=7.0).config)
         config = model.peft_config["default"]
         criterion = make_score("delta_magnitude", **{**config.criterion_options, "max_grad_norm": 0.0})
         warmup = DenseWarmup(model, layers_of(model), "default", criterion)

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import RegrowthConfig, methods
 from hf_sparse_peft.callbacks.base import AdaptedLayer
-from hf_sparse_peft.callbacks.freezing import add_nuclear_norm_gradient
+from hf_sparse_peft.callbacks.penalties import add_nuclear_norm_gradient
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12  # the adjustment takes the place of step 6

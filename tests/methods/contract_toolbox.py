@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import methods, support_from_checkpoints
+from hf_sparse_peft import methods
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -52,10 +51,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a method needs beyond `TINY` to move within eight steps."""
 
-PREPARE: dict[str, Callable[[PeftModel, Path], None]] = {
-    "rl-subnetwork": lambda model, base: support_from_checkpoints(model, *_two_checkpoints(base)),
-}
-"""What a method's user does between `get_peft_model` and the Trainer: (model, folder of its dense base)."""
 
 TRAINING: dict[str, dict[str, Any]] = {}
 """Arguments of `TrainingArguments` for methods that ask for others."""
@@ -119,8 +114,7 @@ def adapted(name: str, folder: Path, kind: str):
     method, base = build(name), load_base(folder, kind)
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
-    if name in PREPARE:
-        PREPARE[name](model, folder)
+    method.prepare(model, first_run=lambda: _two_checkpoints(folder))
     return model, method
 
 

@@ -59,3 +59,16 @@ def test_the_method_table_keeps_what_it_has_and_says_what_each_method_did(recipe
     assert method_table.main([*short, "--output", str(tmp_path)]) == [row]
     with pytest.raises(ValueError, match="unknown"):
         method_table.main(["--methods", "no-such-method", "--output", str(tmp_path)])
+
+
+def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_path):
+    import method_table
+    import qlora_sparse_lora
+
+    figures = qlora_sparse_lora.main([*SHORT, "--method", "rl-subnetwork", "--output_dir", str(tmp_path / "recipe")])
+    assert figures["trainable"] > 0
+    assert figures["train_loss"] > 0
+    short = ["--methods", "rl-subnetwork", "--bases", "nf4", "--steps", "4", "--examples", "32", "--test_examples", "4"]
+    (row,) = method_table.main([*short, "--output", str(tmp_path / "table")])
+    assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
+    assert row["trainable"] > 0

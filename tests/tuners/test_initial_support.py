@@ -373,7 +373,10 @@ def test_a_criterion_with_options_can_be_given_and_is_written_to_the_config():
     model = get_peft_model(tiny_llama(), make_config("sparse-entry"))
     initialize_support(model, batches(), Fisher(examples=4, mode="absolute"), show_progress=False)
     config = model.peft_config["default"]
-    assert (config.criterion, config.criterion_options) == ("fisher", {"examples": 4, "mode": "absolute"})
+    assert (config.criterion, config.criterion_options) == (
+        "fisher",
+        {"examples": 4, "max_labels": 32, "mode": "absolute"},
+    )
     assert supports(model) == supports(chosen(config_of(options={"examples": 4, "mode": "absolute"})))
 
 

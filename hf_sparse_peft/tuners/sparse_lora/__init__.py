@@ -10,7 +10,9 @@ from .freezing_config import FreezingConfig, NuclearNormConfig  # noqa: E402
 from .initial_support import initialize_support, load_support, save_support, write_supports  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
+from .mask_overlap import MaskOverlap, measure_mask_overlap  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
+from .penalty_config import L1PenaltyConfig  # noqa: E402
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
@@ -23,7 +25,9 @@ __all__ = [
     "FactorMaskConfig",
     "FreezingConfig",
     "HalfRoundsConfig",
+    "L1PenaltyConfig",
     "LayerSamplingConfig",
+    "MaskOverlap",
     "NuclearNormConfig",
     "PruningConfig",
     "RankAllocationConfig",
@@ -37,6 +41,7 @@ __all__ = [
     "UpdateSparsity",
     "initialize_support",
     "load_support",
+    "measure_mask_overlap",
     "measure_update_sparsity",
     "save_support",
     "sparse_layers",

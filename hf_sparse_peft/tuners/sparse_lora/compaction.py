@@ -13,11 +13,18 @@ from .support_state import undecided_message
 
 
 @torch.no_grad()
-def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, values_dtype: str | None = None) -> None:
+def compact(
+    model: nn.Module,
+    config: SparseLoraConfig,
+    adapter_name: str,
+    values_dtype: str | None = None,
+    drop_within: float | None = None,
+) -> None:
     """Shrink the adapter to what lives, in place, and write the result into its config.
 
-    Values and outputs stay what they were (with `values_dtype="bfloat16"`: rounded to bf16, as the file will hold
-    them). Parameters are replaced, so an optimizer built before knows nothing of them: call this when training is over.
+    Values and outputs stay what they were, but for units whose numbers all lie within `drop_within` (None: what the
+    config says) of zero, which leave too. With `values_dtype="bfloat16"` values are rounded to bf16, as the file holds
+    them. Parameters are replaced, so an optimizer built before knows nothing of them: call this when training is over.
 
     Raises:
         ValueError: `values_dtype` is not one that a file can hold, or the adapter is merged.
@@ -25,6 +32,7 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
     if values_dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"values_dtype={values_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
     layers = [m for m in model.modules() if isinstance(m, SparseLoraLayer) and adapter_name in m.sparse_lora_config]
+    drop_within = config.drop_within if drop_within is None else drop_within
     merged = [layer.module_name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapter '{adapter_name}' is merged (e.g. into '{merged[0]}'); call unmerge_adapter() first.")
@@ -36,7 +44,7 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
         layer.drop_training_state(adapter_name)
         if split and adapter_name in layer.sparse_lora_A:
             fold_experts(layer, adapter_name)
-        support_pattern[layer.module_name] = _compact_support(layer, adapter_name)
+        support_pattern[layer.module_name] = _compact_support(layer, adapter_name, drop_within)
         if adapter_name in layer.sparse_lora_A:
             before = layer.sparse_lora_r[adapter_name]
             rank = _compact_rank(layer, adapter_name)
@@ -60,17 +68,22 @@ def compact(model: nn.Module, config: SparseLoraConfig, adapter_name: str, value
             _round_values(layer, adapter_name, getattr(torch, values_dtype))
 
 
-def _compact_support(layer: SparseLoraLayer, adapter_name: str) -> int:
+def _compact_support(layer: SparseLoraLayer, adapter_name: str, drop_within: float | None) -> int:
     if adapter_name not in layer.sparse_lora_values:
         return 0
     units = layer.units(adapter_name)
+    values = layer.sparse_lora_values[adapter_name].data[: units.numel()]
+    if drop_within is not None:
+        size = layer.living_values(adapter_name).unsqueeze(1).flatten(1).abs().amax(1)
+        kept = ~(size <= drop_within)  # what is not a number stays, to be seen
+        units, values = units[kept], values[kept]
     alive = units.numel()
     if alive == 0:
         del layer.sparse_lora_values[adapter_name], layer.sparse_lora_support[adapter_name]
         return 0
     old = layer.sparse_lora_values[adapter_name]
     if alive < old.shape[0]:
-        kept = old.data[:alive].clone()
+        kept = values.clone()
         layer.sparse_lora_values[adapter_name] = nn.Parameter(kept, requires_grad=old.requires_grad)
         length = codes_length(layer.sparse_lora_grid[adapter_name], alive)
         layer.sparse_lora_support[adapter_name] = torch.zeros(length, dtype=torch.uint8, device=units.device)

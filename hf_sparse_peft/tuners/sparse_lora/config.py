@@ -15,6 +15,7 @@ from ...sparsity import CRITERIA, needs_data
 from .config_checks import check_config
 from .file_length import check_file_length
 from .freezing_config import FreezingConfig, NuclearNormConfig
+from .penalty_config import L1PenaltyConfig
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
 from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
@@ -29,6 +30,7 @@ SCHEDULES = {
     "factor_masks": FactorMaskConfig,
     "freezing": FreezingConfig,
     "nuclear_norm": NuclearNormConfig,
+    "l1_penalty": L1PenaltyConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
@@ -153,7 +155,14 @@ class SparseLoraConfig(PeftConfig):
     nuclear_norm: NuclearNormConfig | None = field(
         default=None, metadata={"help": "A nuclear norm on the trained entries of one random matrix a step."}
     )
+    l1_penalty: L1PenaltyConfig | None = field(
+        default=None, metadata={"help": "An L1 pull of what trains to its start (LT-SFT); None: none."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
+    drop_within: float | None = field(
+        default=None,
+        metadata={"help": "compact() drops units whose numbers all lie within this of 0 (LT-SFT: 1e-7); None: none."},
+    )
     values_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Dtype of adapter values in files; compact() sets it."}
     )
@@ -184,7 +193,9 @@ class SparseLoraConfig(PeftConfig):
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
-    unattended: ClassVar[str] = "support and ranks will NOT move, nothing is sampled or frozen in turns."
+    unattended: ClassVar[str] = (
+        "support and ranks will NOT move, nothing is sampled or frozen in turns, no penalty pulls."
+    )
     """What training without the callbacks means, for the warning."""
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 

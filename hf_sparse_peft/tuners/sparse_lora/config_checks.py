@@ -117,6 +117,7 @@ def _check_numbers(config: SparseLoraConfig) -> None:
     _check_structures(config)
     _check_factors(config)
     _check_search(config)
+    _check_penalty(config)
 
 
 def _check_structures(config: SparseLoraConfig) -> None:
@@ -168,6 +169,23 @@ def _check_freezing(config: SparseLoraConfig) -> None:
         )
     if config.freezing and config.regrowth:
         raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
+
+
+def _check_penalty(config: SparseLoraConfig) -> None:
+    if config.drop_within is not None and config.drop_within < 0:
+        raise ValueError(f"drop_within={config.drop_within} is negative; give a size >= 0 (LT-SFT: 1e-7), or None.")
+    if config.l1_penalty is None:
+        return
+    if not config.has_support or config.support_init != "zeros":
+        raise ValueError(
+            f"l1_penalty pulls the support's changes to 0, and density={config.density}, support_init="
+            f"{config.support_init!r} leave no support that starts there. Set density > 0 and support_init='zeros'."
+        )
+    if config.l1_penalty.scope == "trained" and config.bias != "none":
+        raise ValueError(
+            f"l1_penalty pulls what trains to its start, and nothing keeps that of biases (bias={config.bias!r}). Set "
+            "bias='none', or l1_penalty.scope='support'."
+        )
 
 
 def _check_entries_only(config: SparseLoraConfig) -> None:

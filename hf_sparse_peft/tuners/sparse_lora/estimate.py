@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...sparsity import DataCriterion
-from .calibration_data import CalibrationData, batch_size, items_in, loss_of, modes_kept, rows_of
+from .calibration_data import CalibrationData, batch_size, items_in, label_losses, loss_of, modes_kept, rows_of
 from .layer import SparseLoraLayer
 
 Groups = list[list[SparseLoraLayer]]
@@ -165,8 +165,17 @@ def _read(model, batch, readers, inputs, compute_loss, bar) -> int:
     items = items_in(batch, model)
     pieces = [rows_of(batch, i, i + 1) for i in range(size)] if readers[0].criterion.per_example else [batch]
     for piece in pieces:
-        for reader in readers:
-            reader.items, reader.calls = items, 0
-        torch.autograd.grad(loss_of(model, piece, compute_loss), inputs, allow_unused=True)
+        losses = _losses(model, piece, readers[0].criterion, compute_loss)
+        for number, loss in enumerate(losses, 1):
+            for reader in readers:
+                reader.items, reader.calls = items, 0
+            torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=number < len(losses))
     bar.update(size)
     return items
+
+
+def _losses(model, batch, criterion, compute_loss) -> list[torch.Tensor]:
+    """What to take gradients of: the loss, or a loss for every label that the model could give."""
+    if criterion.over_labels:
+        return label_losses(model, batch, criterion.max_labels)
+    return [loss_of(model, batch, compute_loss)]

@@ -73,6 +73,11 @@ def initialize_support(
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be an integer >= 1.")
     _check_fresh(layers, adapter_name)
+    if compute_loss is not None and score.over_labels:
+        raise ValueError(
+            f"mode='expect' of criterion='{score.name}' takes the probabilities of the model's labels, and compute_loss "
+            "would not be asked. Leave compute_loss out, or set mode='square'."
+        )
     options = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}
     with random_state_kept():
         data = CalibrationData(dataloader, next(model.parameters()).device)

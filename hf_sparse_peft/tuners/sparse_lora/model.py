@@ -103,10 +103,12 @@ class SparseLoraModel(AdapterModel):
         """Add an adapter that combines others; see `combination.add_weighted_adapter`."""
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
-    def compact(self, adapter_name: str | None = None, values_dtype: str | None = None) -> None:
-        """Drop dead units and components for good; see `compaction.compact`."""
+    def compact(
+        self, adapter_name: str | None = None, values_dtype: str | None = None, drop_within: float | None = None
+    ) -> None:
+        """Drop dead units and components, and on demand tiny changes, for good; see `compaction.compact`."""
         for name in [adapter_name] if adapter_name else self.active_adapters:
-            compact(self.model, self.peft_config[name], name, values_dtype)
+            compact(self.model, self.peft_config[name], name, values_dtype, drop_within)
 
     def dead_parameters(self) -> int:
         """Trainable numbers that belong to no living unit or component."""

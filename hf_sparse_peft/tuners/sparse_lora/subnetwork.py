@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
 
 from ...sparsity import UnitGrid
 from ...sparsity.scores import chunks_of
+from .checkpoints import SLAB, Checkpoint, CheckpointTensors, check_names, differs, pair
 from .initial_support import _layers_of, write_supports
 
-Checkpoint = str | Path | Mapping[str, torch.Tensor] | nn.Module
 TOLERANCE = 1e-5
-_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -104,11 +98,11 @@ def measure_update_sparsity(
         FileNotFoundError: no safetensors there.
         ValueError: tensors that only one of them has, other shapes or dtypes, or nothing to compare; names the tensor.
     """
-    first, second = _Tensors(before), _Tensors(after)
-    _check_names(first, second)
+    first, second = CheckpointTensors(before), CheckpointTensors(after)
+    check_names(first, second)
     found = {}
     for name in first.names:
-        old, new = _pair(first, second, name, dtype)
+        old, new = pair(first, second, name, dtype)
         if old.is_floating_point() and old.numel():
             found[name] = _compare(old, new, atol, ranks)
     if not found:
@@ -145,7 +139,7 @@ def support_from_checkpoints(
             sizes; names the module.
     """
     layers, _ = _layers_of(model, adapter_name)
-    first, second = _Tensors(before), _Tensors(after)
+    first, second = CheckpointTensors(before), CheckpointTensors(after)
     units = {}
     for layer in layers:
         key = f"{layer.module_name}.weight"
@@ -155,7 +149,7 @@ def support_from_checkpoints(
                     f"'{key}' is not in the checkpoint, which has {tensors.names[:3]}, ... Pass checkpoints of the "
                     "base model, saved without an adapter."
                 )
-        old, new = _pair(first, second, key, dtype)
+        old, new = pair(first, second, key, dtype)
         old, new = (old.t(), new.t()) if layer.fan_in_fan_out else (old, new)
         units[layer.module_name] = _changed_units(old, new, layer.sparse_lora_grid[adapter_name], atol, key)
     write_supports(model, units, adapter_name)
@@ -166,7 +160,7 @@ def _changed_units(old: torch.Tensor, new: torch.Tensor, grid: UnitGrid, atol: f
         raise ValueError(
             f"'{key}' has shape {tuple(old.shape)} in the checkpoints; the model's is {grid.rows}x{grid.cols}."
         )
-    counts = chunks_of(lambda begin, end: _differs(old[begin:end], new[begin:end], atol).float(), grid, _SLAB)
+    counts = chunks_of(lambda begin, end: differs(old[begin:end], new[begin:end], atol).float(), grid, SLAB)
     start, found = 0, []
     for chunk in counts():
         found.append(chunk.nonzero().squeeze(1) + start)
@@ -174,86 +168,11 @@ def _changed_units(old: torch.Tensor, new: torch.Tensor, grid: UnitGrid, atol: f
     return torch.cat(found).to(grid.index_dtype)
 
 
-def _differs(old: torch.Tensor, new: torch.Tensor, atol: float) -> torch.Tensor:
-    if atol == 0:
-        return old != new
-    wide = torch.promote_types(old.dtype, torch.float32)
-    return ~((new.to(wide) - old.to(wide)).abs() <= atol)
-
-
 def _compare(old: torch.Tensor, new: torch.Tensor, atol: float, ranks: bool) -> TensorUpdate:
     rank = full = None
     if ranks and old.ndim == 2:
         rank = int(torch.linalg.matrix_rank(new.float() - old.float()))
         full = min(old.shape)
-    pieces = list(zip(old.reshape(-1).split(_SLAB), new.reshape(-1).split(_SLAB), strict=True))
-    changed, beyond = (sum(int(_differs(a, b, limit).sum()) for a, b in pieces) for limit in (0.0, atol))
+    pieces = list(zip(old.reshape(-1).split(SLAB), new.reshape(-1).split(SLAB), strict=True))
+    changed, beyond = (sum(int(differs(a, b, limit).sum()) for a, b in pieces) for limit in (0.0, atol))
     return TensorUpdate(old.numel(), changed, beyond, old.dtype, rank, full)
-
-
-def _pair(first: _Tensors, second: _Tensors, name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    old, new = first.get(name), second.get(name)
-    if old.shape != new.shape:
-        raise ValueError(f"'{name}' has shape {tuple(old.shape)} before and {tuple(new.shape)} after.")
-    if dtype is not None and old.is_floating_point():
-        return old.to(dtype), new.to(dtype)
-    if old.dtype != new.dtype:
-        raise ValueError(
-            f"'{name}' is {old.dtype} before and {new.dtype} after; rounding alone would count as change. Pass "
-            "dtype=torch.bfloat16 to compare both in one dtype."
-        )
-    return old, new
-
-
-def _check_names(first: _Tensors, second: _Tensors) -> None:
-    for this, other, label in ((first, second, "before"), (second, first, "after")):
-        odd = [name for name in this.names if name not in other.names and name not in other.tied]
-        if odd:
-            raise ValueError(f"Only the checkpoint {label} has {odd[:3]} ({len(odd)} tensors): they are of two models.")
-    # A tensor that one of them stores twice is counted where the other counts it.
-    shared = set(first.names) & set(second.names)
-    first.names = [name for name in first.names if name in shared]
-
-
-class _Tensors:
-    """A checkpoint's tensors by name, one at a time; of those that share memory, the first."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self.files: dict[str, Path] = {}
-        self.held: Mapping[str, torch.Tensor] = {}
-        self.tied: set[str] = set()
-        if isinstance(source, (str, Path)):
-            self.files = dict(_files(Path(source)))
-            self.names = list(self.files)
-            return
-        self.held = source.state_dict() if isinstance(source, nn.Module) else source
-        seen: set[tuple] = set()
-        self.names = []
-        for name, tensor in self.held.items():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
-            if tensor.numel() and place in seen:
-                self.tied.add(name)
-            else:
-                self.names.append(name)
-            seen.add(place)
-
-    def get(self, name: str) -> torch.Tensor:
-        """One tensor."""
-        if name not in self.files:
-            return self.held[name].detach()
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
-
-
-def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        for name, file in sorted(json.loads(index.read_text())["weight_map"].items()):
-            yield name, path / file
-        return
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no model.safetensors (or its index) at '{path}'.")
-    with safe_open(file, "pt") as opened:
-        for name in opened.keys():  # noqa: SIM118
-            yield name, file

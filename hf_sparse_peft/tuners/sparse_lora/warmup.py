@@ -13,6 +13,7 @@ from ...sparsity import make_schedule
 from ...sparsity.statistics import DeltaMagnitude
 from .calibration_data import CalibrationData, items_in, loss_of, modes_kept
 from .estimate import all_reduce_sum, on_every_rank, world_size
+from .l1 import add_l1_gradient, model_numbers
 from .layer import SparseLoraLayer
 
 
@@ -31,7 +32,7 @@ class DenseWarmup:
         held = {id(layer.sparse_lora_values[adapter_name]) for layer in layers}
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
         self.start = [p.detach().clone() for p in self.others]
-        self.numel = _all_numbers(model, layers)
+        self.numel = model_numbers(model)
         self.deltas: list[torch.Tensor] = []
 
     def train(
@@ -94,29 +95,13 @@ class DenseWarmup:
         if self.criterion.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, self.criterion.max_grad_norm)
 
-    @torch.no_grad()
     def _add_l1(self) -> None:
-        # The gradient of the penalty, once a step: no accumulation or rank scales it.
-        if not self.criterion.l1:
-            return
+        # Once a step: no accumulation or rank scales it.
         weight = self.criterion.l1 / self.numel
-        pairs = [(delta, delta) for delta in self.deltas]
-        pairs += [(p, p - before) for p, before in zip(self.others, self.start, strict=True)]
-        for parameter, distance in pairs:
-            if parameter.grad is not None:
-                parameter.grad.add_(distance.sign(), alpha=weight)
-
-
-def _all_numbers(model: nn.Module, layers: list[SparseLoraLayer]) -> int:
-    """Numbers of the model itself, adapters aside; a packed weight counts as what it stands for."""
-    bases = {id(layer.get_base_layer().weight): layer for layer in layers}
-    numel = 0
-    for name, parameter in model.named_parameters():
-        if "sparse_lora_" in name or ".original_module." in name:
-            continue
-        layer = bases.get(id(parameter))
-        numel += parameter.numel() if layer is None else layer.out_features * layer.in_features
-    return numel
+        pairs = [(delta, delta.detach()) for delta in self.deltas]
+        pairs += [(p, p.detach() - before) for p, before in zip(self.others, self.start, strict=True)]
+        for parameter, distance in pairs if weight else []:
+            add_l1_gradient(parameter, distance, weight)
 
 
 def endless(data: CalibrationData, device: torch.device) -> Iterator[dict[str, Any]]:
