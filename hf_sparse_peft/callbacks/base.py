@@ -77,7 +77,7 @@ class ScheduleCallback(TrainerCallback):
             ValueError: no trained adapter asks for this schedule, the schedule does not fit into the run, or the run is
                 sharded in a way that hides gradients and optimizer state from callbacks.
         """
-        _refuse_sharded(args)
+        _refuse_sharded(args, self.option)
         self.total_steps = state.max_steps
         self.parts = [
             AdaptedLayer(layer, name)
@@ -123,14 +123,14 @@ class ScheduleCallback(TrainerCallback):
         """Refuse a schedule that cannot run in `self.total_steps` steps."""
 
 
-def _refuse_sharded(args: TrainingArguments) -> None:
+def _refuse_sharded(args: TrainingArguments, option: str) -> None:
     sharded = {"DeepSpeed": getattr(args, "deepspeed", None), "FSDP": getattr(args, "fsdp", None)}
     for name, used in sharded.items():
         if used:
             raise ValueError(
                 f"Supports and ranks cannot move under {name}: it steps inside the backward pass or shards the values, "
                 "so callbacks see no gradients and cannot edit optimizer state. Train with DDP or on one device, or "
-                "set regrowth, pruning and rank_allocation to None."
+                f"set {option} to None."
             )
 
 

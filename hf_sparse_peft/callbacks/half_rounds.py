@@ -89,8 +89,8 @@ class HalfRoundsCallback(ScheduleCallback):
         """
         self._steps_per_epoch = _steps_per_epoch(train_dataloader, args)
         self._current, self.records = {}, []
-        refuse_fixed_ddp(args, "rounds")
         super().on_train_begin(args, state, control, model=model, **kwargs)
+        refuse_fixed_ddp(args, "rounds")
         for part in self.parts:
             if not all(p.requires_grad for p in trained_tensors(part)):
                 raise ValueError(
