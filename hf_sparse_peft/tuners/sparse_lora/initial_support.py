@@ -75,7 +75,7 @@ def initialize_support(
     _check_fresh(layers, adapter_name)
     if compute_loss is not None and score.over_labels:
         raise ValueError(
-            f"mode='expect' of criterion='{score.name}' takes the probabilities of the model's labels, and compute_loss "
+            f"mode='expect' of criterion='{score.name}' takes the model's own probabilities, and compute_loss "
             "would not be asked. Leave compute_loss out, or set mode='square'."
         )
     options = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}

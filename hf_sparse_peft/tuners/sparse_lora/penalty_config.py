@@ -13,9 +13,9 @@ class L1PenaltyConfig:
     r"""A pull to the start, :math:`\lambda \sum |p - p_0| / P` over trained numbers, `P` all numbers of the model
     (LT-SFT; Ansell et al., 2022).
 
-    Its gradient is added once per optimizer step, after clipping, whatever the accumulation, and never shows in the loss.
-    The support's changes start at 0; a head of `modules_to_save` at the weights that peft keeps beside it, so that a
-    head which the base draws anew must come from the same seed when a run resumes. A low-rank half is not pulled.
+    Its gradient is added once per optimizer step, after clipping, whatever the accumulation. It never shows in the
+    loss. The support's changes start at 0; a head of `modules_to_save` starts at the weights that peft keeps beside it:
+    where the base draws its head anew, draw it from the same seed to resume a run. A low-rank half is not pulled.
     """
 
     weight: float = 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ...sparsity import UnitGrid
 from ...sparsity.scores import chunks_of
