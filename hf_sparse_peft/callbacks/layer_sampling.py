@@ -74,7 +74,7 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
             ValueError: no options, no adapter inside numbered layers, an adapter without a scaling, a sharded run, DDP
                 that waits for every gradient, or a checkpoint without the importance of these layers.
         """
-        _refuse_sharded(args)
+        _refuse_sharded(args, self.option)
         refuse_fixed_ddp(args, self.option)
         self.total_steps = state.max_steps
         asking = {}
