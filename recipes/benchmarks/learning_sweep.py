@@ -83,6 +83,10 @@ CANDIDATES: dict[str, Candidate] = {
     "hybrid-smallest": hybrid("smallest_magnitude"),
     "hybrid-low-rank": hybrid("low_rank_magnitude", criterion_options={"rank": 32}),
     "hybrid-gradient": hybrid("gradient"),
+    "hybrid-gradient-slow-values": hybrid("gradient", ratio=0.3),
+    "hybrid-gradient-fast-values": hybrid("gradient", ratio=3.0),
+    "entries-gradient": Candidate("shira", {"criterion": "gradient"}),
+    "fish": Candidate("fish"),
     "hybrid-fisher": hybrid("fisher"),
     "hybrid-regrown": hybrid(method="spiel-ag"),
 }
