@@ -29,24 +29,39 @@ class Recorder(TrainerCallback):
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.steps: list[dict[str, torch.Tensor]] = []
+        self.before: dict[str, torch.Tensor] = {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
         torch.manual_seed(100 * state.global_step + self.rank)  # after the sampler's draw of the epoch
+        self.before = self.tensors(model)
+
+    @staticmethod
+    def tensors(model) -> dict[str, torch.Tensor]:
+        named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
-        self.steps.append({name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name})
+        found = self.tensors(model)
+        for name, parameter in model.named_parameters():
+            name = name.removeprefix("module.")
+            if "lora_" in name:
+                found[f"trains.{name}"] = torch.tensor(parameter.requires_grad)
+            factor, _, adapter = name.rpartition(".")
+            if f"{factor}_map.{adapter}" in found:  # the entries of the experts that were drawn
+                found[f"moved.{name}"] = found[name] != self.before[name]
+        self.steps.append(found)
 
 
 def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-    """One short run."""
+    """One short run; `options` of the method, and `layers` of the model."""
+    options = dict(options)
+    base = tiny_llama(layers=options.pop("layers", 1))
     args = TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
         weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
         seed=11, lr_scheduler_type="constant",
     )  # fmt: skip
     method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
-    base = tiny_llama()
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
     if getattr(method.config, "sizes_from_data", False):
