@@ -35,10 +35,10 @@ class InitialSupportCallback(TrainerCallback):
             config = waiting[0].sparse_lora_config[name]
             if config.sizes_from_data and args.world_size > 1:
                 raise ValueError(
-                    f"allocation='global' with criterion='{config.criterion}' changes the sizes of the supports, and "
-                    f"{args.world_size} processes have wrapped the model already. Call "
+                    f"allocation='global' or a structure of scope='model' with criterion='{config.criterion}' changes "
+                    f"the sizes of the supports, and {args.world_size} processes have wrapped the model already. Call "
                     "hf_sparse_peft.initialize_support(model, dataloader) before creating the Trainer, or set "
-                    "allocation='uniform'."
+                    "allocation='uniform' and scope='block'."
                 )
             if train_dataloader is None:
                 raise ValueError(

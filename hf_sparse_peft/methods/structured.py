@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..callbacks import LayerSamplingCallback
+from ..sparsity import CRITERIA, needs_data
 from ..tuners import HalfRoundsConfig, LayerSamplingConfig, SparseLoraConfig, StructureConfig
 from .registry import Method, register
 
@@ -30,15 +31,20 @@ def s2ft(
     channels: float = 0.0,
     heads: float = 0.0,
     scope: str = "model",
+    criterion: str = "random",
+    largest: bool = True,
     **overrides: Any,
 ) -> Method:
     """Columns of `down_proj` drawn over all layers together, as published; `up`, `gate`, `v` choose rows, `o` columns.
 
     Each ratio selects by itself. `channels` instead couples gate, up and down (row c, row c, column c), and `heads`
-    couples q, k, v and o by key/value head; they replace the ratios of the same matrices. `criterion` says how:
-    `random` (default), `magnitude` or `smallest_magnitude` (sum of |w| over a structure). For models that name their
-    matrices otherwise pass `structures`, `granularity_pattern` and `target_modules`.
+    couples q, k, v and o by key/value head; they replace the ratios of the same matrices. `criterion` and `largest` are
+    the paper's selection strategies: `random` (its default), `magnitude` (weight norm), `activation`,
+    `weighted_activation` (weight norm times activation norm) and `gradient`, the `largest` or the smallest. For models
+    that name their matrices otherwise pass `structures`, `granularity_pattern` and `target_modules`.
     """
+    if not largest:
+        criterion, overrides = _smallest(criterion, overrides)
     ratios = {"down_proj": down, "up_proj": up, "gate_proj": gate, "o_proj": o, "v_proj": v}
     coupled = {
         ("gate_proj", "up_proj", "down_proj"): ("channel", channels),
@@ -56,9 +62,22 @@ def s2ft(
         "structures": structures,
         "granularity_pattern": {**_ROWS, **_COLUMNS},
         "target_modules": [name for one in structures for name in one.modules],
+        "criterion": criterion,
         **overrides,
     }
     return Method(SparseLoraConfig(**options))
+
+
+def _smallest(criterion: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The criterion by which the smallest rank first, and the overrides with its option."""
+    if criterion == "magnitude":
+        return "smallest_magnitude", overrides
+    if criterion not in CRITERIA or not needs_data(criterion):
+        raise ValueError(
+            f"largest=False turns a ranking round, and criterion='{criterion}' has none to turn. It goes with "
+            "'magnitude', 'activation', 'weighted_activation' and 'gradient'."
+        )
+    return criterion, {**overrides, "criterion_options": {"largest": False, **overrides.get("criterion_options", {})}}
 
 
 @register(

@@ -9,6 +9,7 @@ encode_support, decode_support   a support as bytes of fixed length
 SCHEDULES, make_schedule         how a number moves during training
 """
 
+from .activations import Activation, WeightedActivation
 from .allocation import (
     competition_counts,
     counts_from_rank,
@@ -50,6 +51,7 @@ __all__ = [
     "GRANULARITIES",
     "HEADER_BYTES",
     "SCHEDULES",
+    "Activation",
     "Constant",
     "Cosine",
     "Cubic",
@@ -64,6 +66,7 @@ __all__ = [
     "Schedule",
     "SmallestMagnitude",
     "UnitGrid",
+    "WeightedActivation",
     "Window",
     "codes_length",
     "competition_counts",

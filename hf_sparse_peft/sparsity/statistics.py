@@ -1,7 +1,7 @@
 """Importance scores that are estimated from data: what is kept of dense gradients, and how units are ranked by it.
 
 A criterion is a frozen dataclass of options; what it has seen of one weight is a dict of fp32 tensors that `start`
-makes, `update` feeds with a dense gradient and `scores` reads in slabs. Larger is better for every one of them.
+makes, `update` feeds with a dense gradient and `scores` reads in slabs. Larger is better unless `largest` is False.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class DataCriterion:
 
     examples: int = 128
     """Examples that the statistic is estimated from, over all ranks together."""
+    largest: bool = True
+    """False chooses the units that rank lowest."""
 
     needs_data: ClassVar[bool] = True
     per_example: ClassVar[bool] = False
@@ -36,13 +38,16 @@ class DataCriterion:
     """Whether `update` wants gradients for all labels that the model could give instead of those of the loss."""
     reads_weight: ClassVar[bool] = False
     """Whether `update` reads the weight."""
+    reads_activations: ClassVar[bool] = False
+    """Whether `observe` wants inputs and outputs of the layer, and no gradient is needed."""
 
     def __post_init__(self) -> None:
         self._require(self.examples >= 1, "examples", "an integer >= 1")
+        self._require(isinstance(self.largest, bool), "largest", "True or False")
 
     def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         raise ValueError(
-            f"criterion='{self.name}' ranks units by gradients and got no data. Estimate it with "
+            f"criterion='{self.name}' ranks units by data and got none. Estimate it with "
             "hf_sparse_peft.initialize_support(model, dataloader), or pass callbacks_for(model) to the Trainer."
         )
 
@@ -70,7 +75,11 @@ class DataCriterion:
     def scores(self, state: State, grid: UnitGrid, weight: Tensor | None = None) -> Chunks:
         """Score chunks of all units of `grid`, as `top_units` reads them: the sum over each unit's entries."""
         device = next(iter(state.values())).device
-        return chunks_of(lambda begin, end: self.entry_scores(state, weight, begin, end), grid, chunk_size(device))
+        chunks = chunks_of(lambda begin, end: self.entry_scores(state, weight, begin, end), grid, chunk_size(device))
+        return chunks if self.largest else lambda: (-chunk for chunk in chunks())
+
+    def check_grid(self, grid: UnitGrid, name: str) -> None:
+        """Raises `ValueError` where the criterion has no score for units of that kind; names the module `name`."""
 
     def _require(self, condition: bool, field: str, accepted: str) -> None:
         if not condition:

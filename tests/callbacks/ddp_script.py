@@ -53,8 +53,9 @@ class Recorder(TrainerCallback):
 
 
 def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-    """One short run; `options` of the method, and `layers` of the model."""
+    """One short run; `options` of the method, its name where the case has another, and `layers` of the model."""
     options = dict(options)
+    name = options.pop("method", name)
     base = tiny_llama(layers=options.pop("layers", 1))
     args = TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,

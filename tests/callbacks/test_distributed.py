@@ -19,7 +19,7 @@ from hf_sparse_peft import methods
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 MOVES = {"density": 0.1, "interval": 3, "collect_steps": 2}
-CASES = {
+CASES: dict[str, dict] = {
     "spiel-ag": MOVES,
     "gradual-pruning": {"density": 0.1, "pruning": {"final_fraction": 0.5, "interval": 2, "begin": 0.0, "end": 0.7}},
     "adalora": {
@@ -31,6 +31,15 @@ CASES = {
     "rigl": {"density": 0.1, "interval": 3},
     "lift": {"density": 0.1, "interval": 3},
     "s2ft": {},
+    "s2ft-by-activation": {
+        "method": "s2ft",
+        "layers": 2,
+        "down": 0.1,
+        "scope": "block",
+        "criterion": "activation",
+        "largest": False,
+    },
+    "s2ft-by-gradient": {"method": "s2ft", "layers": 2, "down": 0.1, "criterion": "gradient"},
     "hft": {"layers": 2, "round_steps": 3},
     "ist": {"layers": 4, "trained": 0.5, "interval": 3, "r": 4},
     "mosa": {"r": 4, "experts": 2},
@@ -90,4 +99,4 @@ def test_both_ranks_agree_after_every_step_and_with_one_process(name, runs):
             else:
                 assert torch.equal(one[key], alone[key]), f"two processes differ from one after step {step} in {key}"
                 moved = moved or not torch.equal(one[key], recorded[0][0][key])
-    assert moved != (methods.describe(name).moves == "nothing")
+    assert moved != (methods.describe(CASES[name].get("method", name)).moves == "nothing")

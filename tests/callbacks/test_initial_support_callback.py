@@ -7,7 +7,7 @@ import torch
 from callback_toolbox import StopAt, TokenData, adapted, all_state, differences, layers_of, make_config, run, support_of
 from transformers import TrainerCallback
 
-from hf_sparse_peft import InitialSupportCallback, RegrowthConfig, callbacks_for, initialize_support
+from hf_sparse_peft import InitialSupportCallback, RegrowthConfig, StructureConfig, callbacks_for, initialize_support
 from hf_sparse_peft.callbacks import initial_support
 
 WARMUP = {"warmup_steps": 3, "warmup_lr": 1e-3}
@@ -96,6 +96,27 @@ def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocat
     trainer = run(resumed, tmp_path / "parts", 12, resume=str(tmp_path / "parts" / "checkpoint-6"))
     assert differences(expected, all_state(resumed, trainer.optimizer)) == []
     assert resumed.peft_config["default"].support_pattern == whole.peft_config["default"].support_pattern
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+@pytest.mark.parametrize("criterion", ["activation", "gradient"])
+def test_structures_are_chosen_at_the_start_and_a_resumed_run_keeps_them(criterion, scope, tmp_path, monkeypatch):
+    config = by_data(
+        criterion, criterion_options={"examples": 8, "largest": False}, density=0.0, target_modules=["down_proj"],
+        granularity="column", structures=[StructureConfig(["down_proj"], density=0.1, scope=scope)],
+    )  # fmt: skip
+    whole, tape = adapted(config, layers=2), Batches()
+    trainer = run(whole, tmp_path / "whole", 6, callbacks=[*callbacks_for(whole), tape])
+    expected = all_state(whole, trainer.optimizer)
+    by_hand = adapted(config, layers=2)
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in tape.seen]
+    initialize_support(by_hand, data, show_progress=False)
+    assert supports(whole) == supports(by_hand)
+    run(adapted(config, layers=2), tmp_path / "parts", 6, after=[StopAt(3)])
+    monkeypatch.setattr(initial_support, "initialize_support", lambda *args, **kwargs: pytest.fail("chosen again"))
+    resumed = adapted(config, layers=2)
+    trainer = run(resumed, tmp_path / "parts", 6, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert differences(expected, all_state(resumed, trainer.optimizer)) == []
 
 
 def test_training_with_neither_call_nor_callback_is_an_error_that_shows_both(tmp_path):

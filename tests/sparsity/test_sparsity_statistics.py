@@ -97,7 +97,7 @@ def test_product_and_minimum_of_sm3_rank_differently():
 
 @pytest.mark.parametrize("name", BY_DATA)
 def test_ranking_by_data_without_data_says_where_it_comes_from(name):
-    with pytest.raises(ValueError, match=rf"criterion='{name}' ranks units by gradients.*initialize_support"):
+    with pytest.raises(ValueError, match=rf"criterion='{name}' ranks units by data and got none.*initialize_support"):
         select_units(name, torch.ones(4, 4), UnitGrid(4, 4), 2)
 
 

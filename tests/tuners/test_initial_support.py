@@ -375,7 +375,7 @@ def test_a_criterion_with_options_can_be_given_and_is_written_to_the_config():
     config = model.peft_config["default"]
     assert (config.criterion, config.criterion_options) == (
         "fisher",
-        {"examples": 4, "max_labels": 32, "mode": "absolute"},
+        {"examples": 4, "largest": True, "max_labels": 32, "mode": "absolute"},
     )
     assert supports(model) == supports(chosen(config_of(options={"examples": 4, "mode": "absolute"})))
 

@@ -59,7 +59,7 @@ def _take_sizes(
         if not isinstance(layer, SparseLoraLayer) or adapter_name not in layer.sparse_lora_values:
             continue
         values = state_dict.get(f"{name}.sparse_lora_values.{adapter_name}".removeprefix("."))
-        if values is None and config.criterion == "given":
+        if values is None and (config.criterion == "given" or config.structure_of(layer.module_name)):
             layer.resize_support(adapter_name, 0)
         elif (
             values is not None and values.ndim and 0 < values.shape[0] <= layer.sparse_lora_grid[adapter_name].num_units

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...sparsity import (
+    DataCriterion,
     UnitGrid,
     counts_from_rank,
     counts_from_total,
@@ -20,7 +21,7 @@ from ...sparsity import (
     uniform_counts,
 )
 from .config import SparseLoraConfig
-from .structures import choose_structures
+from .structures import choose_structures, structure_counts
 
 
 def target_layers(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str, nn.Module]:
@@ -64,7 +65,9 @@ def plan_supports(
             layers = {name: base for name, base in layers.items() if given[name]}
     grids = _grids(config, layers)
     chosen = {}
-    if config.structures and not (given and config.inference_mode):
+    if config.data_driven and not given:
+        _check_grids(config, grids)
+    if config.structures and not config.data_driven and not (given and config.inference_mode):
         chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
     if given:
         for name, grid in grids.items():
@@ -72,7 +75,9 @@ def plan_supports(
         # Compaction may have left other counts than the structures give; a file is about to fill those.
         return given, {name: units for name, units in chosen.items() if units.numel() == given[name]}
     counts = {name: units.numel() for name, units in chosen.items()}
-    rest = {name: grid for name, grid in grids.items() if name not in chosen}
+    if config.structures and config.data_driven:
+        counts = structure_counts(config, grids, model)
+    rest = {name: grid for name, grid in grids.items() if name not in counts}
     budgets = (config.density, config.num_entries, config.units_per_module, config.budget_rank, config.density_pattern)
     if rest and any(bool(budget) for budget in budgets):
         counts |= _counts(config, layers, rest, model)
@@ -92,6 +97,13 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
     return grids
+
+
+def _check_grids(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> None:
+    score = make_score(config.criterion, **config.criterion_options)
+    for name, grid in grids.items():
+        if isinstance(score, DataCriterion):
+            score.check_grid(grid, name)
 
 
 def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.Module, matches) -> dict[str, int]:
@@ -144,7 +156,7 @@ def _counts(
     if config.budget_rank is not None:
         return counts_from_rank(grids, config.budget_rank)
     density = config.density if config.num_entries is None else config.num_entries / entries
-    if config.sizes_from_data:
+    if config.sizes_from_data and not config.structures:
         if config.criterion != "given":
             _check_global_budget(density, grids)
         return {name: max(1, int(density * grid.num_units)) for name, grid in grids.items()}

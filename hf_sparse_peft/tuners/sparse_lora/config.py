@@ -243,7 +243,8 @@ class SparseLoraConfig(PeftConfig):
     @property
     def sizes_from_data(self) -> bool:
         """Whether even the number of units of each module is still to be found from data."""
-        by_data = self.criterion == "given" or (self.data_driven and self.allocation == "global")
+        ranked = self.allocation == "global" or any(one.scope == "model" for one in self.structures)
+        by_data = self.criterion == "given" or (self.data_driven and ranked)
         return by_data and self.has_support and not self.support_pattern
 
     @property

@@ -49,10 +49,16 @@ def _check_choices(config: SparseLoraConfig) -> None:
             "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
         )
 
-    if config.data_driven and (config.structures or config.support_init != "zeros"):
+    if config.data_driven and config.support_init != "zeros":
         raise ValueError(
-            f"criterion='{config.criterion}' chooses units after injection and starts them at zero, and structures "
-            "or support_init='uniform' need them at injection. Choose a criterion without data, e.g. 'magnitude'."
+            f"criterion='{config.criterion}' chooses units after injection and starts them at zero, and "
+            f"support_init='{config.support_init}' gives them values at injection. Set support_init='zeros', or a "
+            "criterion without data, e.g. 'magnitude'."
+        )
+    if config.criterion == "given" and config.structures:
+        raise ValueError(
+            "criterion='given' takes units from outside, and structures choose them. Set structures=[], or a criterion "
+            "that ranks, e.g. 'magnitude' or 'activation'."
         )
     entries = config.granularity == "entry" and not config.granularity_pattern
     fits = config.data_driven and config.allocation == "global" and entries
@@ -105,8 +111,9 @@ def _check_numbers(config: SparseLoraConfig) -> None:
     _check_freezing(config)
     if config.regrowth and config.regrowth.retired_share and config.sizes_from_data:
         raise ValueError(
-            "regrowth.retired_share allocates room by each support's size, and allocation='global' leaves the "
-            f"sizes to criterion='{config.criterion}'. Set allocation='uniform' or 'erdos_renyi'."
+            "regrowth.retired_share allocates room by each support's size, and allocation='global' and structures of "
+            f"scope='model' leave the sizes to criterion='{config.criterion}'. Set allocation='uniform' or "
+            "'erdos_renyi', and scope='block'."
         )
     if config.rank_allocation and config.rank_allocation.target_r > config.r:
         raise ValueError(

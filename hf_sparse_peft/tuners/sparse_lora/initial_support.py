@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...sparsity import DataCriterion, UnitGrid, make_score, needs_data, top_units
-from ...sparsity.ranking import GlobalRanking, raised
+from ...sparsity import DataCriterion, UnitGrid, make_score, needs_data
+from ...sparsity.ranking import raised
 from ...sparsity.statistics import DeltaMagnitude
 from .adapter_file import support_sizes
 from .calibration_data import CalibrationData, random_state_kept
+from .choice import Choice
 from .config import SparseLoraConfig
 from .estimate import estimate, groups_within
 from .layer import SparseLoraLayer
@@ -45,8 +46,10 @@ def initialize_support(
     (`delta_magnitude` trains, in training mode), and every module gets its mode back. Neither the global random
     states nor a DataLoader's sampler move, so that training sees its data in the order that it would have seen. With
     `allocation="global"` all units of the model compete, each module keeps at least its best one, and the sizes are
-    written to the config's `support_pattern`. Call it before there is an optimizer. Under torch.distributed every rank
-    brings its share of the data, statistics are reduced, and supports are identical.
+    written to the config's `support_pattern`; so they are with structures of `scope="model"`, where a module may be
+    left without a unit. Criteria that read activations make forward passes alone and need no labels. Call it before
+    there is an optimizer. Under torch.distributed every rank brings its share of the data, statistics are reduced, and
+    supports are identical.
 
     Args:
         model: has the adapter, active and trainable.
@@ -73,6 +76,8 @@ def initialize_support(
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be an integer >= 1.")
     _check_fresh(layers, adapter_name)
+    for layer in layers:
+        score.check_grid(layer.sparse_lora_grid[adapter_name], layer.module_name)
     if compute_loss is not None and score.over_labels:
         raise ValueError(
             f"mode='expect' of criterion='{score.name}' takes the model's own probabilities, and compute_loss "
@@ -106,59 +111,6 @@ def initialize_support(
         save_support(model, save_to, adapter_name)
 
 
-class Choice:
-    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: SparseLoraConfig,
-        layers: list[SparseLoraLayer],
-        adapter_name: str,
-        share: float = 1.0,
-    ) -> None:
-        self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
-        sizes = {layer.module_name: layer.sparse_lora_start[adapter_name] for layer in layers}
-        self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
-        self.ranking: GlobalRanking | None = None
-        self._units: dict[str, torch.Tensor] = {}
-        if config.sizes_from_data:
-            total = _global_budget(model, config, layers, adapter_name)
-            self.ranking = GlobalRanking(max(len(layers), int(share * total)))
-
-    def add(self, scores: dict[str, Any]) -> None:
-        """Score chunks of more modules."""
-        if self.ranking is not None:
-            self.ranking.add(scores)
-        else:
-            self._units |= {name: top_units(chunks, self.sizes[name]) for name, chunks in scores.items()}
-
-    def units(self) -> dict[str, torch.Tensor]:
-        """Sorted units of every module."""
-        return self.ranking.units() if self.ranking is not None else self._units
-
-
-def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str) -> int:
-    grids = [layer.sparse_lora_grid[adapter_name] for layer in layers]
-    entries = sum(grid.rows * grid.cols for grid in grids)
-    density = config.density if config.num_entries is None else config.num_entries / entries
-    total = int(density * sum(grid.num_units for grid in grids) + 1e-9)
-    if not config.head_in_budget:
-        return total
-    head = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if f".modules_to_save.{adapter_name}." in name and parameter.requires_grad
-    )
-    if total - head < len(layers):
-        raise ValueError(
-            f"head_in_budget: the budget of {total} entries has to pay for {head} numbers of modules_to_save and one "
-            f"entry for each of {len(layers)} modules. Raise density to at least {(head + len(layers)) / entries:.1e}, "
-            "or set head_in_budget=False."
-        )
-    return total - head
-
-
 def _by_warmup(
     ask: Choice,
     score: DeltaMagnitude,
@@ -190,8 +142,9 @@ def _by_warmup(
 def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
     """Make `units` (module name -> sorted distinct units) the supports of an adapter, all values at zero.
 
-    Where the config leaves sizes to data (`criterion="given"`, or a criterion by data with `allocation="global"`), any
-    number of units of a module is taken, none included, and `support_pattern` is written.
+    Where the config leaves sizes to data (`criterion="given"`, or a criterion by data with `allocation="global"` or
+    structures of `scope="model"`), any number of units of a module is taken, none included, and `support_pattern` is
+    written.
 
     Raises:
         ValueError: modules that are not the adapter's, or a number of units that the config does not allow; names them.
@@ -209,7 +162,8 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
         if not open_sizes and given != size:
             raise ValueError(
                 f"'{name}' is given {given} units and its support has {size}. Sizes can change only before training, "
-                "with criterion='given', or a criterion by data with allocation='global', and an empty support_pattern."
+                "with criterion='given', or a criterion by data with allocation='global' or structures of "
+                "scope='model', and an empty support_pattern."
             )
     for name, layer in by_name.items():
         chosen = units[name].to(layer.get_base_layer_device())

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from ...sparsity import make_schedule
 from ...sparsity.statistics import DeltaMagnitude
 from .calibration_data import CalibrationData, items_in, loss_of, modes_kept
-from .estimate import all_reduce_sum, on_every_rank, world_size
 from .l1 import add_l1_gradient, model_numbers
 from .layer import SparseLoraLayer
+from .readers import all_reduce_sum, on_every_rank, world_size
 
 
 class DenseWarmup:

@@ -1,0 +1,142 @@
+"""Feeding a criterion's statistics of one layer: with its dense gradients, or with what flows in and out of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...sparsity import DataCriterion
+from .layer import SparseLoraLayer
+
+
+def world_size() -> int:
+    """Ranks that take part, 1 where nothing is distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` added up over all ranks, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def on_every_rank(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on all ranks."""
+    return int(all_reduce_sum(torch.tensor(int(condition), device=device))) == world_size()
+
+
+class Reader:
+    """What is known of one layer by a criterion."""
+
+    what = ""
+
+    def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
+        self.layer, self.criterion = layer, criterion
+        self.state = criterion.start(layer.out_features, layer.in_features, layer.get_base_layer_device())
+
+    def attach(self, adapter_name: str) -> None:
+        """Begin to read."""
+        raise NotImplementedError
+
+    def detach(self, adapter_name: str) -> None:
+        """Read no more."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Add up the ranks' states.
+
+        Raises:
+            ValueError: what was read was not finite; names the module.
+        """
+        for tensor in self.state.values():
+            if not self.criterion.per_step:
+                all_reduce_sum(tensor)
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{self.what} of '{self.layer.module_name}' are not finite, so they rank nothing. Look at the loss "
+                    "of the first batches; under fp16 use bf16 or fp32."
+                )
+
+
+class GradientReader(Reader):
+    """Feeds a criterion's state of one layer with that layer's dense gradients; a sink of `sparse_linear`."""
+
+    what = "Gradients"
+
+    def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
+        super().__init__(layer, criterion)
+        self.items, self.calls = 1, 0
+        self.pending: torch.Tensor | None = None
+
+    def attach(self, adapter_name: str) -> None:
+        """Become the layer's sink."""
+        self.layer.sparse_lora_sink[adapter_name] = self
+
+    def detach(self, adapter_name: str) -> None:
+        """Leave the layer without a sink."""
+        self.layer.sparse_lora_sink.pop(adapter_name, None)
+
+    @torch.no_grad()
+    def __call__(self, dense: torch.Tensor) -> None:
+        """Take the dense gradient of the mean loss over `items`."""
+        self.calls += 1
+        if self.criterion.per_example and self.calls > 1:
+            raise ValueError(
+                f"'{self.layer.module_name}' runs twice in one forward pass, so that no single gradient of an example "
+                f"exists for criterion='{self.criterion.name}'. Choose criterion='gradient', or leave the module out."
+            )
+        gradient = dense.float()
+        if not self.criterion.per_example and self.items != 1:
+            gradient = gradient.mul_(self.items)  # sums over examples do not depend on how they are batched
+        if self.criterion.per_step:
+            self.pending = gradient if self.pending is None else self.pending.add_(gradient)
+        else:
+            self._update(gradient)
+
+    def _update(self, gradient: torch.Tensor) -> None:
+        weight = self.layer.dense_base_weight() if self.criterion.reads_weight else None
+        self.criterion.update(self.state, gradient, weight)
+
+    @torch.no_grad()
+    def finish_step(self, items: int) -> None:
+        """Close an optimizer step whose micro-batches were means over `items` on all ranks together."""
+        gradient, self.pending = self.pending, None
+        if gradient is None:
+            device = self.layer.get_base_layer_device()
+            gradient = torch.zeros(self.layer.out_features, self.layer.in_features, device=device)
+        self._update(all_reduce_sum(gradient).div_(items))
+
+
+class ActivationReader(Reader):
+    """Feeds a criterion's state of one layer with that layer's inputs and outputs; a forward hook."""
+
+    what = "Activations"
+
+    def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
+        super().__init__(layer, criterion)
+        self.visible: torch.Tensor | None = None
+        """The batch's attention mask, bool `[samples, tokens]`; None: every token counts."""
+        self._hook: Any = None
+
+    def attach(self, adapter_name: str) -> None:
+        """Hook the layer's forward pass."""
+        self._hook = self.layer.register_forward_hook(self)
+
+    def detach(self, adapter_name: str) -> None:
+        """Take the hook away."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    @torch.no_grad()
+    def __call__(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """Take one forward pass's inputs `[..., in]` and outputs `[..., out]`."""
+        inputs, outputs = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (args[0], output))
+        # A layer that sees other tokens than the batch's (a pooled head, a vision tower) has no use for its mask.
+        if self.visible is not None and self.visible.numel() == inputs.shape[0]:
+            seen = self.visible.flatten()
+            inputs, outputs = inputs[seen], outputs[seen]
+        self.criterion.observe(self.state, inputs, outputs)
