@@ -1,4 +1,5 @@
-"""SparseSM3: SpIEL-MA's fidelity checks 1, 2 and 4, and its agreement with dense SM3 and Adagrad."""
+"""SparseSM3: a step worked out by hand, accumulators that never fall, a state of m + n numbers, and agreement with
+dense SM3 and Adagrad."""
 
 import io
 
