@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from ..sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, counts_from_rank, decode_support, uniform_counts
 from ..sparsity.codec import FORMAT_VERSION
 from ..tuners import KernelLoraConfig, KernelLoraLayer, SparseLoraConfig
+from ..tuners.file_length import check_file_length
 from ..tuners.sparse_lora import SparseLoraLayer
-from ..tuners.sparse_lora.file_length import check_file_length
 from .adapter_report import CONFIG_FILE, WEIGHTS_FILE, AdapterReport, ModuleReport
 from .adapter_report import tensor_key as _key
 from .check_kernel import check_kernel_module

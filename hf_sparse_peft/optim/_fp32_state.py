@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,23 @@ class Fp32StateOptimizer(torch.optim.Optimizer):
     moments of a bf16 parameter come back rounded. Here the tensors of the file are put back as they were saved, after
     the base class has matched parameters and groups. They are copies: two optimizers never share state.
     """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(group, p, p.grad)
+        return loss
+
+    def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
+        """Step one parameter."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; groups keep own options that the file does not know.

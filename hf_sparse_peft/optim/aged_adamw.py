@@ -91,19 +91,6 @@ class AgedAdamW(Fp32StateOptimizer):
         for group in self.param_groups:
             group.setdefault("per_unit_age", False)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(group, p, p.grad)
-        return loss
-
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         if grad.is_sparse or grad.is_complex():
             raise RuntimeError("AgedAdamW takes dense real gradients.")

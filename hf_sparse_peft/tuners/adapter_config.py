@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .sparse_lora.config import INSTALL_HINT
-from .sparse_lora.file_length import check_file_length
+from .file_length import check_file_length
+
+INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
 @dataclass

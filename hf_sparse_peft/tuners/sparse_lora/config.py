@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, needs_data
+from ..adapter_config import AdapterConfig
 from .config_checks import check_config
-from .file_length import check_file_length
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .penalty_config import L1PenaltyConfig
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
@@ -33,7 +30,6 @@ SCHEDULES = {
     "l1_penalty": L1PenaltyConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
-INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
 def exact_pattern(by_module: dict[str, float]) -> dict[str, float]:
@@ -43,7 +39,7 @@ def exact_pattern(by_module: dict[str, float]) -> dict[str, float]:
 
 
 @dataclass
-class SparseLoraConfig(PeftConfig):
+class SparseLoraConfig(AdapterConfig):
     r"""Configuration of a sparse + low-rank adapter, :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`.
 
     `S` has values on a support of `density` of each weight's units; `A`, `B` have rank `r`; either half may be absent
@@ -169,35 +165,15 @@ class SparseLoraConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "True starts as the identity; False starts with random values (tests)."}
     )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, a regex, or 'all-linear'; None: the architecture's default."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names or a regex to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer numbers to adapt; needs target_modules as a list."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, if it is not in the common places."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
-    )
     bias: Literal["none", "all", "sparse_lora_only"] = field(
         default="none", metadata={"help": "Which biases train: none, all of the model's, or the adapted layers'."}
     )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether weights are stored [in, out]; set by itself for Conv1D."}
     )
-    training_finished: bool = field(
-        default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
-    )
     unattended: ClassVar[str] = (
         "support and ranks will NOT move, nothing is sampled or frozen in turns, no penalty pulls."
     )
-    """What training without the callbacks means, for the warning."""
-    install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,24 +181,7 @@ class SparseLoraConfig(PeftConfig):
         for name, cls in SCHEDULES.items():
             setattr(self, name, nested(cls, getattr(self, name), name))
         self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
-        self.install_hint = INSTALL_HINT
         check_config(self)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read `adapter_config.json`; a cut weights file beside it is found now, before any layer is changed for it.
-
-        Raises:
-            ValueError: no config there, an option out of range, or a truncated `adapter_model.safetensors`.
-        """
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():
-            check_file_length(file)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @property
     def has_support(self) -> bool:
@@ -246,11 +205,6 @@ class SparseLoraConfig(PeftConfig):
         ranked = self.allocation == "global" or any(one.scope == "model" for one in self.structures)
         by_data = self.criterion == "given" or (self.data_driven and ranked)
         return by_data and self.has_support and not self.support_pattern
-
-    @property
-    def has_schedule(self) -> bool:
-        """Whether something happens during training that a callback has to do."""
-        return not self.training_finished and bool(self.asked_schedules)
 
     @property
     def asked_schedules(self) -> list[str]:

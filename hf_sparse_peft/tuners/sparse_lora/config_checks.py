@@ -21,7 +21,6 @@ def check_config(config: SparseLoraConfig) -> None:
     """
     _check_choices(config)
     _check_numbers(config)
-    _check_targets(config)
 
 
 def _check_choices(config: SparseLoraConfig) -> None:
@@ -205,12 +204,3 @@ def _check_entries_only(config: SparseLoraConfig) -> None:
                 f"{name} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
                 f"density={config.density}. Set granularity='entry' and density > 0, or leave it out."
             )
-
-
-def _check_targets(config: SparseLoraConfig) -> None:
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name} cannot be used when target_modules is a str; pass a list of names.")
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("layers_pattern needs layers_to_transform: give the layer numbers to adapt.")

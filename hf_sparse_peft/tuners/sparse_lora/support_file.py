@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
-from .file_length import check_file_length
+from ..file_length import check_file_length
 
 FORMAT, VERSION = "hf_sparse_peft.support", "1"
 
