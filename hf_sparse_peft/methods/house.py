@@ -13,7 +13,7 @@ from .registry import Method, aged_adamw, register
     "sparse-lora",
     paper="this project's sweep (recipes/benchmarks/learning_sweep.py)",
     moves="nothing",
-    use_when="you want one adapter that is good without looking: start here, at a third of LoRA's learning rate",
+    use_when="you want one adapter that is good without looking: start here, at LoRA's learning rate or a third of it",
     cost="gradients of 128 examples before training, 4 bytes a targeted entry while they are read, or more passes",
 )
 def sparse_lora(r: int = 8, density: float = 0.005, values_ratio: float = 1.0, **overrides: Any) -> Method:
