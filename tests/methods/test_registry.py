@@ -67,3 +67,20 @@ def test_a_taken_name_is_refused():
 
 def test_table_has_one_row_a_method():
     assert registry.markdown_table().count("\n") == 1 + len(methods.names())
+
+
+def test_values_ratio_sets_the_entries_learning_rate_and_no_other(base, tmp_path):
+    method = methods.get("sparse-lora", values_ratio=3.0, criterion="random", target_modules="all-linear")
+    model = get_peft_model(base, method.config)
+    optimizer = method.optimizer(model, TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=1e-3))
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[parameter] == pytest.approx(3e-3 if "sparse_lora_values" in name else 1e-3)
+
+
+def test_a_ratio_that_is_none_is_refused(base, tmp_path):
+    method = methods.get("sparse-lora", values_ratio=0.0, criterion="random", target_modules="all-linear")
+    model = get_peft_model(base, method.config)
+    with pytest.raises(ValueError, match="values_ratio=0.0 is not a ratio"):
+        method.optimizer(model, TrainingArguments(str(tmp_path), use_cpu=True))
