@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from .adapter_layer import AdapterLayer
+from .adapter_layer import AdapterLayer, is_supported
 from .base_weight import keep_4bit_weight_stable
 
 
 class AdapterModel(BaseTuner):
-    """Base of the tuner models; `prefix` and `tuner_layer_cls` (an `AdapterLayer`) say which tuner it is."""
+    """Base of the tuner models; `prefix`, `tuner_layer_cls` (an `AdapterLayer`) and `linear_cls` (the module) say which."""
 
     tuner_layer_cls: type[AdapterLayer]
+    linear_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
     _unloaded_layers: list[AdapterLayer] | None = None
@@ -72,6 +74,38 @@ class AdapterModel(BaseTuner):
         if self._targets_of_state_dict is not None:
             return key in self._targets_of_state_dict
         return bool(self._check_target_module_exists(peft_config, key))
+
+    def layer_options(self, peft_config: PeftConfig, module_name: str) -> dict[str, Any]:
+        """What the layer's `update_layer` takes for the module of that name."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        options = self.layer_options(peft_config, current_key)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, **options)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kwargs = get_quantization_kwargs(self.model)
+        if not is_supported(base, resolve_quantization_backend(base, **kwargs)):
+            tuner = self.linear_cls.__name__.removesuffix("Linear")
+            raise TypeError(
+                f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "
+                "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+            )
+        layer = self.linear_cls(target, adapter_name, current_key, options, **kwargs)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
     def adapted_layers(self) -> list[AdapterLayer]:
         """All layers with an adapter of this tuner, in model order."""

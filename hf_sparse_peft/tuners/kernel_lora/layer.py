@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
-from ..adapter_layer import AdapterLayer, is_supported
+from ..adapter_layer import AdapterLayer
 from ..base_weight import compute_dtype, weight_source
 from ..merge import MergeMixin
 from .config import KernelLoraConfig
@@ -158,20 +157,3 @@ class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):
 
     def __repr__(self) -> str:
         return "kernel_lora." + super().__repr__()
-
-
-def create_layer(
-    target: nn.Module, adapter_name: str, module_name: str, update: dict, backend: Any, **kwargs: Any
-) -> KernelLoraLinear:
-    """Wrap `target` in an adapted layer.
-
-    Raises:
-        TypeError: `target` is not a linear layer.
-    """
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not is_supported(base, backend):
-        raise TypeError(
-            f"Target module '{module_name}' of type {type(base).__name__} is not supported. KernelLora adapts "
-            "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
-        )
-    return KernelLoraLinear(target, adapter_name, module_name, update, **kwargs)

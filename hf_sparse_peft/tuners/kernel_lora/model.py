@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from ..adapter_model import AdapterModel
-from ..sparse_lora.adapter_file import _present, _settle_training_state
+from ..state_dict import present, settle_training_state
 from .config import KernelLoraConfig
-from .layer import KernelLoraLayer, create_layer
+from .layer import KernelLoraLayer, KernelLoraLinear
 
 
 class KernelLoraModel(AdapterModel):
@@ -24,29 +22,11 @@ class KernelLoraModel(AdapterModel):
 
     prefix: str = "kernel_lora_"
     tuner_layer_cls = KernelLoraLayer
+    linear_cls = KernelLoraLinear
 
-    def _create_and_replace(
-        self,
-        peft_config: KernelLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        *,
-        parameter_name: str | None = None,
-    ) -> None:
-        update = {"config": peft_config, "inference_mode": peft_config.inference_mode}
-        if isinstance(target, KernelLoraLayer):
-            target.update_layer(adapter_name, **update)
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        kwargs = get_quantization_kwargs(self.model)
-        backend = resolve_quantization_backend(base, **kwargs)
-        layer = create_layer(target, adapter_name, current_key, update, backend, **kwargs)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def layer_options(self, peft_config: KernelLoraConfig, module_name: str) -> dict[str, Any]:
+        """What `update_layer` takes for that module."""
+        return {"config": peft_config, "inference_mode": peft_config.inference_mode}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -55,7 +35,7 @@ class KernelLoraModel(AdapterModel):
             if isinstance(layer, KernelLoraLayer):
                 prefix = f"{name}." if name else ""
                 _check_layer(remapped, prefix, layer, adapter_name)
-                _settle_training_state(remapped, prefix, layer, adapter_name)
+                settle_training_state(remapped, prefix, layer, adapter_name)
         return remapped
 
     def compact(self, adapter_name: str | None = None) -> None:
@@ -77,7 +57,7 @@ def _check_layer(state_dict: dict[str, Any], prefix: str, layer: KernelLoraLayer
         if adapter_name not in held:
             continue
         key = f"{prefix}{kind}.{adapter_name}"
-        tensor, expected = _present(state_dict, key), held[adapter_name]
+        tensor, expected = present(state_dict, key), held[adapter_name]
         if tensor.shape != expected.shape:
             raise ValueError(
                 f"'{key}' in the adapter file has shape {tuple(tensor.shape)}, and its config on this base makes it "

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ...sparsity import decode_support
+from ..state_dict import present, settle_training_state
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
 
@@ -38,7 +39,7 @@ def from_file(
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLoraLayer):
             _check_layer(state_dict, f"{name}." if name else "", layer, adapter_name)
-            _settle_training_state(state_dict, f"{name}." if name else "", layer, adapter_name)
+            settle_training_state(state_dict, f"{name}." if name else "", layer, adapter_name)
     if open_sizes:
         config.support_pattern = support_sizes(model, adapter_name)
     return state_dict
@@ -71,13 +72,13 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
     if adapter_name in layer.sparse_lora_support:
         key = f"{prefix}sparse_lora_support.{adapter_name}"
         capacity = layer.sparse_lora_values[adapter_name].shape[0]
-        decode_support(_present(state_dict, key), layer.sparse_lora_grid[adapter_name], capacity, key)
+        decode_support(present(state_dict, key), layer.sparse_lora_grid[adapter_name], capacity, key)
     for kind in (*layer.adapter_layer_names, *layer.factor_map_names, "sparse_lora_rank_mask"):
         held = getattr(layer, kind)
         if adapter_name not in held:
             continue
         key = f"{prefix}{kind}.{adapter_name}"
-        tensor, expected = _present(state_dict, key), tuple(held[adapter_name].shape)
+        tensor, expected = present(state_dict, key), tuple(held[adapter_name].shape)
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"'{key}' in the adapter file has shape {tuple(tensor.shape)}, and its config on this base makes it "
@@ -89,32 +90,3 @@ def _check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: Sparse
             # The file may hold bf16, masters are fp32. A copy, because with low_cpu_mem_usage the layer would keep the
             # mapped file itself, and BLAS rounds by how its operands are aligned.
             state_dict[key] = tensor.to(held[adapter_name].dtype, copy=True)
-
-
-def _present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    if key not in state_dict:
-        raise ValueError(
-            f"'{key}' is missing from the adapter file; it is incomplete, or its config targets other modules now."
-        )
-    return state_dict[key]
-
-
-def _settle_training_state(
-    state_dict: dict[str, torch.Tensor], prefix: str, layer: SparseLoraLayer, adapter_name: str
-) -> None:
-    trained = any(
-        adapter_name in held and held[adapter_name].requires_grad
-        for held in (getattr(layer, kind) for kind in layer.adapter_layer_names)
-    )
-    for kind in layer.training_state_names:
-        key, held = f"{prefix}{kind}.{adapter_name}", getattr(layer, kind)
-        # The file's own names for a buffer that the layer does not have (any more), which upstream cannot map.
-        for unmapped in (f"{prefix}{kind}", f"base_model.model.{prefix}{kind}"):
-            if unmapped in state_dict:
-                state_dict[key] = state_dict.pop(unmapped)
-        if adapter_name not in held and trained and key in state_dict:
-            layer.allocate_training_state(adapter_name)  # a finished run freed it, and goes on from a checkpoint
-        if adapter_name not in held:
-            state_dict.pop(key, None)
-        elif key not in state_dict:
-            state_dict[key] = torch.zeros_like(held[adapter_name])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from ...ops import DenseSource, Plan, Source, register_owner, sparse_linear, sparse_linear_node
-from ..adapter_layer import AdapterLayer, is_supported
+from ..adapter_layer import AdapterLayer
 from ..base_weight import compute_dtype, weight_source
 from ..merge import MergeMixin
 from .layer import SparseLoraLayer
@@ -124,20 +123,3 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
 
 def _refresh_units(layer: SparseLoraLinear, incompatible_keys: Any) -> None:
     layer.refresh_units()
-
-
-def create_layer(
-    target: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], backend: Any, **kwargs: Any
-) -> SparseLoraLinear:
-    """Wrap `target` in an adapted layer.
-
-    Raises:
-        TypeError: `target` is not a linear layer.
-    """
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not is_supported(base, backend):
-        raise TypeError(
-            f"Target module '{module_name}' of type {type(base).__name__} is not supported. SparseLora "
-            "adapts nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
-        )
-    return SparseLoraLinear(target, adapter_name, module_name, update, **kwargs)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,7 +16,7 @@ from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
-from .linear import create_layer
+from .linear import SparseLoraLinear
 from .support_state import undecided_message
 
 
@@ -28,6 +28,7 @@ class SparseLoraModel(AdapterModel):
 
     prefix: str = "sparse_lora_"
     tuner_layer_cls = SparseLoraLayer
+    linear_cls = SparseLoraLinear
     _selection_bar: tqdm | None = None
     _unit_counts: dict[str, int]
     _chosen_units: dict[str, torch.Tensor]
@@ -42,38 +43,22 @@ class SparseLoraModel(AdapterModel):
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
 
-    def _create_and_replace(
-        self,
-        peft_config: SparseLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        *,
-        parameter_name: str | None = None,
-    ) -> None:
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        update = {
+    def layer_options(self, peft_config: SparseLoraConfig, module_name: str) -> dict[str, Any]:
+        """What `update_layer` takes for that module."""
+        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), module_name)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), module_name)
+        return {
             "config": peft_config,
             "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
             "lora_alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
-            "num_units": self._unit_counts.get(current_key, 0),
-            "capacity": self._capacities.get(current_key, 0),
-            "units": self._chosen_units.get(current_key),
+            "num_units": self._unit_counts.get(module_name, 0),
+            "capacity": self._capacities.get(module_name, 0),
+            "units": self._chosen_units.get(module_name),
             "inference_mode": peft_config.inference_mode,
         }
-        if isinstance(target, SparseLoraLayer):
-            target.update_layer(adapter_name, **update)
-        else:
-            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            kwargs = get_quantization_kwargs(self.model)
-            backend = resolve_quantization_backend(base, **kwargs)
-            layer = create_layer(target, adapter_name, current_key, update, backend, **kwargs)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_and_replace(*args, **kwargs)
         if getattr(self, "_selection_bar", None) is not None:
             self._selection_bar.update()
             if self._selection_bar.n == self._selection_bar.total:
