@@ -18,7 +18,7 @@ from .base_weight import keep_4bit_weight_stable
 
 
 class AdapterModel(BaseTuner):
-    """Base of the tuner models; `prefix`, `tuner_layer_cls` (an `AdapterLayer`) and `linear_cls` (the module) differ."""
+    """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
 
     tuner_layer_cls: type[AdapterLayer]
     linear_cls: type[AdapterLayer]
