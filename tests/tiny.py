@@ -32,7 +32,7 @@ def llama(
     layers: int = 2,
     **config,
 ):
-    """A Llama with weights of standard deviation 1/sqrt(columns): transformers' 0.02 makes so few layers too flat to tell
+    """A Llama with weights of standard deviation 1/sqrt(columns): 0.02 makes so few layers too flat to tell
     adapters apart. `cls` may be another head's class; `config` overrides fields of `LlamaConfig`."""
     torch.manual_seed(seed)
     fields = {
@@ -82,7 +82,7 @@ def base(kind: str = "fp32", *, hidden: int = 32, layers: int = 2, compute_dtype
 
 
 class TokenData(torch.utils.data.Dataset):
-    """Random token ids as language-model samples; `masked` labels are all -100, `repeated` gives each sample so often."""
+    """Random token ids as language-model samples; `masked` sets all labels to -100, `repeated` repeats each sample."""
 
     def __init__(
         self, samples: int = 96, length: int = 10, seed: int = 3, *, repeated: int = 1, masked: bool = False
