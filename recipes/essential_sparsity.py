@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import demo_data
 import torch
 from datasets import Dataset

@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import demo_data
 import torch
 import yaml

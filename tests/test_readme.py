@@ -69,10 +69,10 @@ def test_method_table_in_readme_is_the_registrys():
 
 
 @pytest.mark.parametrize("marker", ["run", "test"])
-def test_both_commands_are_single_lines_that_install_torch_for_cpu_first(marker):
+def test_both_commands_are_single_lines_that_install_torch_first_and_only_constrained_versions(marker):
     command = re.search(rf"<!-- {marker} command -->\s*```bash\n(.+?)\n```", README, re.S).group(1)
     assert "\n" not in command
-    assert command.startswith("pip install torch==2.13.0 && pip install -e ")
+    assert command.startswith("pip install -c constraints.txt torch==2.13.0 && pip install -c constraints.txt -e ")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

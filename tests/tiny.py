@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import tempfile
 import warnings
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.requirements import Requirement
 from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
@@ -21,6 +24,17 @@ from transformers import (
 
 VOCAB = 64
 BASES = ("fp32", "bf16", "nf4", "int8", "conv1d")
+
+
+def needs(requirement: str) -> pytest.MarkDecorator:
+    """Skips a test, naming the requirement (`"trl>=1.16"`) and what is installed instead."""
+    wanted = Requirement(requirement)
+    try:
+        found = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        found = None
+    fits = found is not None and wanted.specifier.contains(found.split("+")[0], prereleases=True)
+    return pytest.mark.skipif(not fits, reason=f"needs {requirement}; installed: {found or 'none'}")
 
 
 def llama(

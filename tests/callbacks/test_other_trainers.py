@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from callback_toolbox import VOCAB, TokenData, layers_of, make_config, run, support_of, tiny_llama
 from datasets import Dataset
@@ -40,9 +41,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+@tiny.needs("trl>=1.16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_supports_and_ranks_move_under_trl_sft_trainer(dtype, tokenizer, tmp_path):
-    trl = pytest.importorskip("trl")
+    import trl
+
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCAB - 3, (48, 8), generator=generator).tolist()
     data = Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in ids]})

@@ -1,11 +1,5 @@
 import pytest
-import torch
 import transformers
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

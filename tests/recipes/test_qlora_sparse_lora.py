@@ -46,7 +46,7 @@ def demo(tmp_path_factory):
     command = [sys.executable, "-c", DEMO, str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return output, json.loads((output / "figures.json").read_text()), done.stdout
+    return output, json.loads((output / "figures.json").read_text()), done
 
 
 def test_demo_learns_the_task_by_forty_points_of_exact_match(demo):
@@ -65,12 +65,18 @@ def test_demo_forgets_little_of_what_the_base_knew(demo):
 
 
 def test_demo_leaves_adapter_card_and_picture_and_prints_its_table(demo):
-    output, figures, printed = demo
+    output, figures, done = demo
     assert (output / "adapter" / "adapter_model.safetensors").stat().st_size == figures["adapter_bytes"]
     assert "import hf_sparse_peft" in (output / "adapter" / "README.md").read_text()
     assert (output / "report.png").stat().st_size > 10_000
-    assert "exact match" in printed
-    assert "LoRA of as many numbers" in printed
+    assert "exact match" in done.stdout
+    assert "LoRA of as many numbers" in done.stdout
+
+
+def test_demo_shows_a_newcomer_no_warning_and_no_missing_package(demo):
+    _, _, done = demo
+    assert "Warning" not in done.stderr
+    assert "Failed to load" not in done.stderr
 
 
 def test_demo_supports_and_ranks_moved(demo):

@@ -1,11 +1,5 @@
 import pytest
-import torch
 from tuner_toolbox import make_base, tiny_llama
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
