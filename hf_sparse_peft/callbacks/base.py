@@ -98,6 +98,9 @@ class ScheduleCallback(TrainerCallback):
             self.check_length(config)
         for part in self.parts:
             part.layer.allocate_training_state(part.adapter)
+        if not state.global_step:  # a resumed run said it at its start
+            for config in self.configs():
+                self.check_effect(config)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,6 +124,13 @@ class ScheduleCallback(TrainerCallback):
 
     def check_length(self, config: PeftConfig) -> None:
         """Refuse a schedule that cannot run in `self.total_steps` steps."""
+
+    def check_effect(self, config: PeftConfig) -> None:
+        """Say, at the start of a run, which layers the schedule would never change."""
+
+    def parts_of(self, config: PeftConfig) -> list[AdaptedLayer]:
+        """The layers of one adapter."""
+        return [part for part in self.parts if part.config is config]
 
 
 def _refuse_sharded(args: TrainingArguments, option: str) -> None:

@@ -30,6 +30,7 @@ class FrozenUnits:
     def attach(self, parts: list[AdaptedLayer]) -> None:
         """Watch over those of `parts` that may have frozen units."""
         self.detach()
+        _warn_full.cache_clear()  # once a run, not once a process
         self.parts = [part for part in parts if part.adapter in part.layer.sparse_lora_frozen]
         self._hooks = [part.values.register_hook(partial(_zero_frozen, part)) for part in self.parts]
 

@@ -29,10 +29,6 @@ class PenaltyCallback(ScheduleCallback):
         for config in self.configs():
             self.add_gradient(config, state.global_step + 1, scale)
 
-    def parts_of(self, config: PeftConfig) -> list[AdaptedLayer]:
-        """The layers of one adapter."""
-        return [part for part in self.parts if part.config is config]
-
     def add_gradient(self, config: PeftConfig, update: int, scale: float) -> None:
         """Add `scale` times the penalty's gradient for optimizer step `update`, counted from 1."""
         raise NotImplementedError

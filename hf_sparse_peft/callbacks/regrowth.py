@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.trainer_callback import ExportableState
 
 from ..optim import SparseSM3, innermost
 from ..sparsity import make_schedule
@@ -12,8 +13,10 @@ from ..tuners.sparse_lora import RegrowthConfig, SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
 from .candidates import CandidateCollector
 from .drops import importance, step_sensitivity
+from .first_move import replaces_start, restored_start
 from .frozen_units import FrozenUnits, Settled, settle
 from .growth import GROWTH_RULES, Move, choose_units, mark_fired
+from .no_effect import report_idle
 from .step_gradients import StepGradient
 from .support_moves import refuse_unskippable, skip_update
 
@@ -32,17 +35,58 @@ def moves_after(config: RegrowthConfig, update: int, total_steps: int | None = N
     return total_steps is None or update < config.stop_at * total_steps
 
 
-def replaced_fraction(config: RegrowthConfig, update: int, total_steps: int) -> float:
+def replaced_fraction(
+    config: RegrowthConfig, update: int, total_steps: int, replaces_start: bool | None = None
+) -> float:
     r"""Share of a layer's units that the move after `update` replaces: with :math:`T_e` the `stop_at` share of the
     steps, :math:`p_e + (p_0 - p_e)(1 - t/T_e)` (linear), :math:`p_e + (p_0 - p_e)(1 + \cos(\pi t/T_e))/2` (cosine),
-    :math:`p_0 (p_e/p_0)^{t/T_e}` (exponential), :math:`p_0`; 1 at the very first move with `replace_all_first`."""
-    if config.replace_all_first and update == config.first:
+    :math:`p_0 (p_e/p_0)^{t/T_e}` (exponential), :math:`p_0`; 1 at the very first move with `replaces_start`, that of a
+    random start unless it is given."""
+    if update == config.first and (config.replaces_random_start if replaces_start is None else replaces_start):
         return 1.0
     schedule = make_schedule(config.schedule, config.fraction, config.final_fraction)
     return schedule(min(update / (config.stop_at * total_steps), 1.0))
 
 
-class MaskRegrowthCallback(ScheduleCallback):
+def check_moves(parts: list[AdaptedLayer], total_steps: int, replaces_start: bool) -> None:
+    """Name the layers of one adapter that no move of a run changes.
+
+    Raises:
+        ValueError: there is none that any move changes.
+    """
+    config = parts[0].config.regrowth
+    parts = [part for part in parts if part.units.numel()]  # the others wait for data
+    full = [part for part in parts if part.units.numel() == part.layer.sparse_lora_grid[part.adapter].num_units]
+    report_idle(
+        [part.name for part in full],
+        len(parts),
+        "regrowth never moves a unit, because the support holds every unit of the weight,",
+        "Lower density, or set regrowth=None or density_pattern for these layers.",
+        refuse=True,
+    )
+    if config.drop == "none":
+        return
+    due = range(config.first, total_steps, config.interval)
+    shares = [
+        replaced_fraction(config, update, total_steps, replaces_start)
+        for update in due
+        if moves_after(config, update, total_steps)
+    ]
+    once = replaces_start and len(shares) > 1
+    largest = max(shares[1:] if once else shares)
+    idle = [part for part in parts if int(largest * int(part.trained.sum())) == 0 and part not in full]
+    sizes = sorted({int(part.trained.sum()) for part in idle})
+    report_idle(
+        [part.name for part in idle],
+        len(parts),
+        f"regrowth.fraction={config.fraction} of {' or '.join(map(str, sizes[:3]))} units rounds to 0 units at every "
+        f"move{' after the first' if once else ': no unit ever moves'}",
+        "Raise fraction or density, choose a finer granularity, or set regrowth=None.",
+        refuse=not once,
+    )
+
+
+class MaskRegrowthCallback(ScheduleCallback, ExportableState):
     """Moves the supports of adapters that set `regrowth`.
 
     At a move each layer drops the least important of its trained units (`callbacks.drops`) and grows as many
@@ -65,6 +109,8 @@ class MaskRegrowthCallback(ScheduleCallback):
         self.readings: dict[AdaptedLayer, StepGradient] = {}
         self.sensitivities: dict[AdaptedLayer, torch.Tensor | None] = {}
         self.frozen = FrozenUnits()
+        self.replaces_start: dict[str, bool] = {}
+        """Adapter -> whether its first move replaces every unit; saved in `trainer_state.json`."""
         self.replaced: list[dict[str, Any]] = []
         """One record a move: step, units replaced, units alive, and with `retired_share` units retired and lost."""
 
@@ -75,7 +121,11 @@ class MaskRegrowthCallback(ScheduleCallback):
             ValueError: the schedule is longer than the run, the optimizer is not the one that `grow` needs, or fp16
                 without clipping cannot leave a step out.
         """
+        self.replaces_start = {}
         super().on_train_begin(args, state, control, model=model, **kwargs)
+        if state.global_step:
+            for parts in self._adapters():
+                self.replaces_start[parts[0].adapter] = restored_start(parts, state, type(self).__name__)
         self.collectors, self.readings, self.sensitivities = [], {}, {}
         for part in self.parts:
             part.layer.sparse_lora_sink.pop(part.adapter, None)
@@ -97,6 +147,26 @@ class MaskRegrowthCallback(ScheduleCallback):
                 f"regrowth.{timing}={regrowth.first} is not less than stop_at={regrowth.stop_at} of the run's "
                 f"{self.total_steps} steps: the support would never move. Train longer, lower it, or set regrowth=None."
             )
+
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Decide what the first move does to the start, and look whether any move changes anything.
+
+        Raises:
+            ValueError: every move rounds to 0 units in every layer, or no layer has a unit left to grow.
+        """
+        for parts in self._adapters():
+            if parts[0].config is config:
+                self.replaces_start[parts[0].adapter] = replaces_start(parts)
+                check_moves(parts, self.total_steps, self.replaces_start[parts[0].adapter])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries (`trainer_state.json`)."""
+        return {"args": {}, "attributes": {"replaces_start": dict(self.replaces_start)}}
+
+    def _adapters(self) -> list[list[AdaptedLayer]]:
+        """The layers of each adapter."""
+        names = dict.fromkeys(part.adapter for part in self.parts)
+        return [[part for part in self.parts if part.adapter == name] for name in names]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Listen to dense gradients where the coming step needs them."""
@@ -165,7 +235,8 @@ class MaskRegrowthCallback(ScheduleCallback):
         return [part for part in self.parts if moves_after(part.config.regrowth, update, self.total_steps)]
 
     def _count(self, part: AdaptedLayer, update: int) -> int:
-        return int(replaced_fraction(part.config.regrowth, update, self.total_steps) * int(part.trained.sum()))
+        share = replaced_fraction(part.config.regrowth, update, self.total_steps, self.replaces_start.get(part.adapter))
+        return int(share * int(part.trained.sum()))
 
     @torch.no_grad()
     def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> Settled:

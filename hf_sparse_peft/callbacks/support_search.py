@@ -151,7 +151,7 @@ def _write(parts: list[AdaptedLayer], supports: list[torch.Tensor]) -> None:
 
 def _check_fresh(parts: list[AdaptedLayer]) -> None:
     for part in parts:
-        if part.config.support_init == "zeros" and part.values.detach().any():
+        if not part.layer.has_first_values(part.adapter):
             raise ValueError(
                 f"support_search would put another support under the trained values of '{part.name}'. Set "
                 "support_search=None in the config of an adapter that goes on training."

@@ -26,14 +26,16 @@ def test_moves_come_after_a_and_every_s_with_exactly_a_collected_updates_before_
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_replaced_fraction_is_one_at_the_first_move_and_its_schedule_later(schedule):
+def test_replaced_fraction_is_one_at_the_first_linear_move_and_its_schedule_later(schedule):
     config = RegrowthConfig(interval=10, collect_steps=5, fraction=0.4, schedule=schedule)
     expected = {
         "linear": lambda p: 0.4 * (1 - p),
         "cosine": lambda p: 0.4 * (1 + math.cos(math.pi * p)) / 2,
         "constant": lambda p: 0.4,
     }[schedule]
-    assert replaced_fraction(config, 5, 100) == 1.0
+    # The released code's cosine policy has no full first replacement; its linear one has.
+    assert replaced_fraction(config, 5, 100) == (1.0 if schedule == "linear" else pytest.approx(expected(0.05)))
+    assert replaced_fraction(config, 5, 100, True) == 1.0
     for update in (15, 25, 50, 75, 95, 100):
         assert replaced_fraction(config, update, 100) == pytest.approx(expected(update / 100), abs=1e-12)
     kept_start = RegrowthConfig(interval=10, collect_steps=5, fraction=0.4, schedule=schedule, replace_all_first=False)

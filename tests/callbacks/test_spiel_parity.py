@@ -79,11 +79,11 @@ class DenseSpiel:
             self.D[name][at] = (1 - lr * DECAY) * self.D[name][at] - lr * m_hat / (v_hat.sqrt() + EPS)
 
     def share(self) -> float:
+        progress = self.update / STEPS
+        if self.schedule == "cosine":  # the released code replaces all first with its linear policy alone
+            return FRACTION * (1 + math.cos(math.pi * progress)) / 2
         if self.update == COLLECT:
             return 1.0
-        progress = self.update / STEPS
-        if self.schedule == "cosine":
-            return FRACTION * (1 + math.cos(math.pi * progress)) / 2
         return FRACTION * (1 - progress)
 
     def move(self, name: str) -> None:
@@ -157,9 +157,10 @@ def test_fifty_steps_take_the_supports_and_values_of_a_dense_spiel_ag(case, tmp_
     assert sorted(ours) == sorted(reference.moves) == [3, 13, 23, 33, 43]
     for update in ours:
         assert ours[update] == reference.moves[update], f"supports differ after update {update}"
-    # A first move of 100 % and later ones of some percent: the comparison is not of standing supports.
+    # A first move of 100 % (linear) and later ones of some percent: the comparison is not of standing supports.
     first, last = reference.moves[3], reference.moves[43]
-    assert all(len(set(start[n]) & set(first[n])) < 0.5 * len(first[n]) for n in first)
+    left = {n: len(set(start[n]) & set(first[n])) / len(first[n]) for n in first}
+    assert all(share < 0.5 if schedule == "linear" else 0.65 < share < 0.8 for share in left.values())
     assert all(first[n] != last[n] for n in first)
     for layer in layers_of(model):
         at = reference.active[names[layer]]

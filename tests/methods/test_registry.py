@@ -40,7 +40,7 @@ def test_spiel_has_the_papers_defaults():
     config = methods.get("spiel-ag").config
     assert (config.r, config.criterion) == (0, "random")
     assert (config.regrowth.interval, config.regrowth.collect_steps, config.regrowth.fraction) == (20, 5, 0.2)
-    assert config.regrowth.replace_all_first
+    assert config.regrowth.replaces_random_start
     assert config.regrowth.schedule == "linear"
 
 

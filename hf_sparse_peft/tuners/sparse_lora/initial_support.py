@@ -148,8 +148,10 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
 
     Raises:
         ValueError: modules that are not the adapter's, or a number of units that the config does not allow; names them.
+            Trained values, which a new support would throw away.
     """
     layers, config = _layers_of(model, adapter_name)
+    _check_untrained(layers, adapter_name)
     by_name = {layer.module_name: layer for layer in layers}
     odd = sorted(set(units) ^ set(by_name))
     if odd:
@@ -238,7 +240,12 @@ def _check_fresh(layers: list[SparseLoraLayer], adapter_name: str) -> None:
             )
         if not values.requires_grad:
             raise ValueError(f"Adapter '{adapter_name}' is frozen; load it with is_trainable=True.")
-        if values.detach().any():
+    _check_untrained(layers, adapter_name)
+
+
+def _check_untrained(layers: list[SparseLoraLayer], adapter_name: str) -> None:
+    for layer in layers:
+        if adapter_name in layer.sparse_lora_values and not layer.has_first_values(adapter_name):
             raise ValueError(
                 f"Adapter '{adapter_name}' has trained values in '{layer.module_name}', which a new support would "
                 "throw away. Choose the support before training."

@@ -83,8 +83,10 @@ class RegrowthConfig:
     final_fraction: float = 0.0
     """Where the schedule ends (RigL and SpIEL: 0; random-pruning's code: 0.005). `exponential` needs one above 0."""
     replace_all_first: bool | None = None
-    """Whether the very first move replaces every unit, as SpIEL's linear policy does with its random start; None: with
-    SpIEL's two rules. False keeps a start that was chosen on purpose."""
+    """Whether the very first move replaces every unit. None: as SpIEL publishes it, with its two rules and the `linear`
+    schedule (its cosine policy has no such move), and only where the support is still the random draw of injection: a
+    support that was chosen (by a criterion, from data, from a file) or trained before is kept, with a warning. True
+    replaces any start, False none."""
     seed_moments: bool | None = None
     """Whether grown units start with moments and age estimated from their candidate gradients (SpIEL-AG; None: there),
     instead of zeros. The age needs an optimizer with per-unit steps (`hf_sparse_peft.optim.AgedAdamW`)."""
@@ -98,8 +100,6 @@ class RegrowthConfig:
     counted (`MaskRegrowthCallback.replaced`, `lost`) and warned of once."""
 
     def __post_init__(self) -> None:
-        if self.replace_all_first is None:
-            self.replace_all_first = self.grow in _SPIEL
         if self.seed_moments is None:
             self.seed_moments = self.grow == "accumulated_gradient"
         self._check_timing()
@@ -111,6 +111,13 @@ class RegrowthConfig:
         if self.first_move is not None:
             return self.first_move
         return min(self.collect_steps, self.interval) if self.grow in _SPIEL else self.interval
+
+    @property
+    def replaces_random_start(self) -> bool:
+        """Whether the first move replaces every unit of a support that is a random draw without trained values."""
+        if self.replace_all_first is None:
+            return self.grow in _SPIEL and self.schedule == "linear"
+        return self.replace_all_first
 
     @property
     def collects(self) -> bool:
@@ -144,6 +151,8 @@ class RegrowthConfig:
         require(self.retired_share >= 0, name, "retired_share", self.retired_share, "a number >= 0")
         whole = self.drop != "none" or self.grow == "low_rank_magnitude"
         require(whole, name, "drop", self.drop, f"a rule for who leaves with grow={self.grow!r}: {DROPS[:-1]}")
+        ok = self.replace_all_first in (None, True, False)
+        require(ok, name, "replace_all_first", self.replace_all_first, "None, True or False")
         ok = self.collects or not self.seed_moments
         require(ok, name, "seed_moments", self.seed_moments, f"None or False with grow={self.grow!r}")
         self._check_grow_options()

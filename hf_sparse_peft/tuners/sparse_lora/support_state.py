@@ -65,24 +65,49 @@ class SupportState(AdapterLayer):
         Raises:
             ValueError: the module selects together with others, which happens at injection only.
         """
-        config, grid = self.sparse_lora_config[adapter_name], self.sparse_lora_grid[adapter_name]
+        config = self.sparse_lora_config[adapter_name]
         if config.structure_of(self.module_name) is not None:
             raise ValueError(
                 f"The support of '{self.module_name}' is chosen with other modules' (structures), over the whole model "
                 "at injection, and that was not possible: the base had no weights yet, or support_pattern has other "
                 "counts than structures give. Load the base before the adapter, or set support_pattern={}."
             )
+        self.write_support(adapter_name, self._first_units(adapter_name))
+
+    def _first_units(self, adapter_name: str) -> torch.Tensor:
+        """The units that the config's criterion chooses without data: for `random`, always the same draw."""
+        config = self.sparse_lora_config[adapter_name]
         seed = stream_seed(config.seed, self.module_name)
         weight = None if config.criterion == "random" else self.dense_base_weight()
-        units = select_units(
+        return select_units(
             config.criterion,
             weight,
-            grid,
+            self.sparse_lora_grid[adapter_name],
             self.sparse_lora_start[adapter_name],
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             **config.criterion_options,
         )
-        self.write_support(adapter_name, units)
+
+    def is_random_start(self, adapter_name: str) -> bool:
+        """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
+        config = self.sparse_lora_config[adapter_name]
+        if config.criterion != "random" or config.support_search is not None:
+            return False
+        if config.structure_of(self.module_name) is not None:
+            return True  # drawn together with other modules, over the whole model
+        units = self.units(adapter_name)
+        drawn = self._first_units(adapter_name).to(units.device, units.dtype)
+        return torch.equal(units, drawn)
+
+    def has_first_values(self, adapter_name: str) -> bool:
+        """Whether the support's values are those of injection: 0, or the draw of `support_init`."""
+        config, values = self.sparse_lora_config[adapter_name], self.sparse_lora_values[adapter_name].detach()
+        if config.support_init == "zeros":
+            return not bool(values.any())
+        first = self._first_values(
+            config, self.sparse_lora_grid[adapter_name], self.sparse_lora_start[adapter_name], values.shape[0]
+        )
+        return torch.equal(values, first.to(values.device, values.dtype))
 
     def _allocate_unit_state(self, adapter_name: str, config: SparseLoraConfig) -> None:
         shape, grid = self.sparse_lora_values[adapter_name].shape, self.sparse_lora_grid[adapter_name]

@@ -1,0 +1,37 @@
+"""Schedules that change nothing: said at the start of training, by layer."""
+
+from __future__ import annotations
+
+import warnings
+
+_NAMED = 3
+
+
+def some_of(names: list[str]) -> str:
+    """The first names, quoted, and how many there are: "'a', 'b', 'c' and 4 more"."""
+    listed = ", ".join(f"'{name}'" for name in names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+def report_idle(idle: list[str], layers: int, cause: str, mend: str, refuse: bool = False) -> None:
+    """Warn that a schedule changes nothing in the layers `idle` of `layers`; nothing where there are none.
+
+    Args:
+        idle: module names.
+        layers: how many layers the schedule has.
+        cause: the option, its value and what it comes to.
+        mend: what to change.
+        refuse: whether a schedule that changes no layer at all is an error.
+
+    Raises:
+        ValueError: with `refuse`, if every layer is idle.
+    """
+    if not idle:
+        return
+    every = len(idle) == layers
+    which = f"all {layers} layers" if every else f"{len(idle)} of {layers} layers"
+    message = f"{cause} in {which} ({some_of(idle)}). {mend}"
+    if every and refuse:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
