@@ -7,6 +7,7 @@ import torch
 from ..ops import read_units
 from ..sparsity import top_units
 from ..sparsity.scores import chunks_of
+from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
 
 # Gradient entries that are scored at once.
@@ -26,6 +27,7 @@ class CandidateCollector:
         self.part = part
         self.step_gradient: torch.Tensor | None = None
         self.overflowed = False
+        self._uses = UsesOfLayer()
         layer, name = part.layer, part.adapter
         # The buffer holds unit + 1, and 0 where there is no candidate: pruning may shrink the support between the
         # choice and the move, and a phase may still be without candidates (an overflow, a file without them).
@@ -45,13 +47,28 @@ class CandidateCollector:
         """`[2, k, ...]`: sum of gradients, sum of squares."""
         return self._sums[:, : self._count]
 
+    def expect(self) -> None:
+        """The layer runs once more in this micro-batch."""
+        self._uses.expect()
+
     def wanted_units(self) -> torch.Tensor | None:
         """The candidates once they are chosen: the rest of the dense gradient need not be computed then."""
         return self.units if self._count else None
 
     @torch.no_grad()
     def __call__(self, dense: torch.Tensor) -> None:
-        """Take one micro-batch's dense gradient `[rows, cols]`, and choose the candidates if that is still to do."""
+        """Take the dense gradient `[rows, cols]` of one use of the layer."""
+        self._take_whole(self._uses.add(dense))
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Close a micro-batch in which some use of the layer had no gradient."""
+        self._take_whole(self._uses.close())
+
+    def _take_whole(self, dense: torch.Tensor | None) -> None:
+        """Take one micro-batch's dense gradient, and choose the candidates if that is still to do."""
+        if dense is None:
+            return
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         if not self._count:
             # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.
@@ -60,12 +77,15 @@ class CandidateCollector:
             if self.overflowed:
                 return  # nothing to rank by: the next step chooses
             self._choose(dense)
-        self.take(read_units(dense, self.units, grid.granularity, grid.block_size).float())
+        self.take(read_units(dense, self.units, grid.granularity, grid.block_size))
 
     @torch.no_grad()
     def take(self, gradient: torch.Tensor) -> None:
-        """Take one micro-batch's gradient of the candidates."""
-        self.step_gradient = gradient if self.step_gradient is None else self.step_gradient.add_(gradient)
+        """Take the gradient of the candidates, of one use of the layer."""
+        if self.step_gradient is None:
+            self.step_gradient = gradient.to(torch.float32, copy=True)
+        else:
+            self.step_gradient.add_(gradient)
 
     def _choose(self, dense: torch.Tensor) -> None:
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
@@ -77,6 +97,7 @@ class CandidateCollector:
     @torch.no_grad()
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Fold the step's summed gradient into the sums; a step that overflowed is left out, as its update is."""
+        self.finish_micro_batch()
         gradient, self.step_gradient = self.step_gradient, None
         if gradient is None:
             return

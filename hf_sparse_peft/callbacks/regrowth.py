@@ -186,6 +186,11 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
                 reading = StepGradient(part, count, args.gradient_accumulation_steps, factor)
                 part.layer.sparse_lora_sink[part.adapter] = self.readings[part] = reading
 
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Close a micro-batch: what comes next is another one's gradient."""
+        for reader in (*self.collectors, *self.readings.values()):
+            reader.finish_micro_batch()
+
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Close the step's accumulation, and leave the step's update out where a move takes its place."""
         scaler = getattr(optimizer, "scaler", None)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops import read_units
 from ..sparsity import excluding, top_units
 from ..sparsity.scores import chunks_of
+from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
 
 # Gradient entries that are scored at once.
@@ -33,7 +34,12 @@ class StepGradient:
         """The units that can matter, sorted; None before they are chosen."""
         self.gradients: Tensor | None = None
         self._dense: Tensor | None = None
+        self._uses = UsesOfLayer()
         self._overflowed = False
+
+    def expect(self) -> None:
+        """The layer runs once more in this micro-batch."""
+        self._uses.expect()
 
     def wanted_units(self) -> Tensor | None:
         """The followed units once they are chosen: the rest of the dense gradient need not be computed then."""
@@ -41,21 +47,30 @@ class StepGradient:
 
     @torch.no_grad()
     def __call__(self, dense: Tensor) -> None:
-        """Take one micro-batch's dense gradient `[rows, cols]`."""
+        """Take the dense gradient `[rows, cols]` of one use of the layer."""
         if self.sums_dense:
-            self._dense = dense.float() if self._dense is None else self._dense.add_(dense)
+            self._dense = dense.to(torch.float32, copy=True) if self._dense is None else self._dense.add_(dense)
             return
-        dense = all_reduce_mean(dense.clone()) if is_distributed() else dense
-        self._reduce(dense)
+        self._take_whole(self._uses.add(dense))
+
+    def _take_whole(self, dense: Tensor | None) -> None:
+        if dense is not None:
+            self._reduce(all_reduce_mean(dense.clone()) if is_distributed() else dense)
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
-        """Take one micro-batch's gradient of the followed units."""
+        """Take the gradient of the followed units, of one use of the layer."""
         self.gradients.add_(gradient)
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Close a micro-batch in which some use of the layer had no gradient."""
+        self._take_whole(self._uses.close())
 
     @torch.no_grad()
     def finish(self) -> None:
         """Close the step's accumulation."""
+        self.finish_micro_batch()
         if self._dense is not None:
             self._reduce(all_reduce_mean(self._dense))
             self._dense = None

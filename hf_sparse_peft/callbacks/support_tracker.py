@@ -8,6 +8,7 @@ import torch
 
 from ..ops import read_units
 from ..tuners.sparse_lora import SparseLoraLayer
+from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
 from .base import AdaptedLayer, all_reduce_mean
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -91,10 +92,25 @@ class GradientShare:
     def __init__(self, layer: SparseLoraLayer, adapters: list[str]) -> None:
         self.layer, self.adapters = layer, adapters
         self._squares = torch.zeros(1 + len(adapters))
+        self._uses = UsesOfLayer()
+
+    def expect(self) -> None:
+        """The layer runs once more in this micro-batch."""
+        self._uses.expect()
 
     @torch.no_grad()
     def __call__(self, dense: torch.Tensor) -> None:
-        """Take one micro-batch's dense gradient."""
+        """Take the dense gradient of one use of the layer."""
+        self._take_whole(self._uses.add(dense))
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Close a micro-batch in which some use of the layer had no gradient."""
+        self._take_whole(self._uses.close())
+
+    def _take_whole(self, dense: torch.Tensor | None) -> None:
+        if dense is None:
+            return
         seen = [dense]
         for name in self.adapters:
             grid = self.layer.sparse_lora_grid[name]

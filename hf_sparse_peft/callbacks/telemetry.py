@@ -91,9 +91,15 @@ class SupportTelemetryCallback(TrainerCallback):
                     layer.sparse_lora_observer = GradientShare(layer, names)
                     self._watched.append(layer.sparse_lora_observer)
 
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Close a micro-batch."""
+        for share in self._watched:
+            share.finish_micro_batch()
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Stop watching."""
         for share in self._watched:
+            share.finish_micro_batch()
             share.layer.sparse_lora_observer = None
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:

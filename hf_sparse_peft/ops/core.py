@@ -17,7 +17,10 @@ from .units import add_units_, column_gradient, read_units, unit_gradient, unpac
 
 
 class GradientSink(Protocol):
-    """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too."""
+    """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too.
+
+    What it is shown is lent for the call: whoever keeps it or changes it makes a copy.
+    """
 
     def wanted_units(self) -> torch.Tensor | None:
         """Sorted units whose gradients are enough this time; None asks for all of it (optional)."""
@@ -43,7 +46,7 @@ class Plan:
     scale: float = 1.0
     """`s`, the scaling of the low-rank half."""
     gradient_sink: GradientSink | None = None
-    """Called in the backward pass, once per micro-batch."""
+    """Called in the backward pass, once for every product of the forward pass."""
     gradient_observer: Callable[[torch.Tensor], None] | None = None
     """Shown the dense gradient `[rows, cols]` too, from a product of its own: what is watched rounds no differently."""
 
@@ -178,12 +181,12 @@ def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Ten
     if sink is not None:
         wanted = sink.wanted_units() if hasattr(sink, "wanted_units") else None
         if wanted is None:
-            dense = dy.t() @ x2d
+            dense, own = dy.t() @ x2d, None
+            if needed:  # first: what training uses does not depend on what a reader does
+                flat = units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
+                own = read_units(dense, flat, plan.granularity, plan.block_size).to(values.dtype)
             sink(dense)
-            if not needed:
-                return None
-            flat = units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
-            return read_units(dense, flat, plan.granularity, plan.block_size).to(values.dtype)
+            return own
         sink.take(unit_gradient(dy, x2d, wanted, plan.granularity, plan.block_size))
     if not needed:
         return None

@@ -100,10 +100,13 @@ def _read(model, batch, readers, inputs, compute_loss, bar) -> int:
     pieces = [rows_of(batch, i, i + 1) for i in range(size)] if readers[0].criterion.per_example else [batch]
     for piece in pieces:
         losses = _losses(model, piece, readers[0].criterion, compute_loss)
+        uses = [reader.uses.expected for reader in readers]
         for number, loss in enumerate(losses, 1):
-            for reader in readers:
-                reader.items, reader.calls = items, 0
+            for reader, expected in zip(readers, uses, strict=True):
+                reader.items, reader.uses.expected = items, expected
             torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=number < len(losses))
+            for reader in readers:
+                reader.finish_backward()
     bar.update(size)
     return items
 

@@ -13,6 +13,7 @@ from ..adapter_layer import AdapterLayer
 from ..base_weight import compute_dtype, weight_source
 from ..merge import MergeMixin
 from .layer import SparseLoraLayer
+from .lent_gradients import SharedSink
 from .operands import Operands, combine
 
 
@@ -68,7 +69,10 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
             if operands.values is not None:
-                cut |= {"gradient_sink": self.runtime_sink(), "gradient_observer": self.sparse_lora_observer}
+                observer = self.sparse_lora_observer
+                if hasattr(observer, "expect"):
+                    observer.expect()
+                cut |= {"gradient_sink": self.runtime_sink(), "gradient_observer": observer}
             plan = Plan(self.out_features, self.in_features, dtype, source, **cut)
             return sparse_linear(x, plan, **tensors)
         dense = isinstance(source, DenseSource)
@@ -88,9 +92,12 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         """The weight's source, for compiled graphs (`ops.compiled`)."""
         return weight_source(self)
 
-    def runtime_sink(self):
+    def runtime_sink(self) -> SharedSink | None:
         """Who reads this layer's dense gradient at this step, for compiled graphs too; None as a rule."""
-        return self._gradient_sink([name for name in self.active_adapters if self.holds(name)])
+        sink = self._gradient_sink([name for name in self.active_adapters if self.holds(name)])
+        if sink is not None:
+            sink.expect()  # asked in forward passes; inside a backward pass nothing is counted
+        return sink
 
     def _may_collect(self) -> bool:
         return any(self.sparse_lora_config[n].regrowth is not None for n in self.active_adapters if self.holds(n))
@@ -107,11 +114,20 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
             )
         return rates.pop() if rates else 0.0
 
-    def _gradient_sink(self, names: list[str]):
-        sinks = [self.sparse_lora_sink[name] for name in names if name in self.sparse_lora_sink]
-        if not sinks:
+    def _gradient_sink(self, names: list[str]) -> SharedSink | None:
+        readers = [
+            (self.sparse_lora_sink[name], self.sparse_lora_grid.get(name))
+            for name in names
+            if name in self.sparse_lora_sink
+        ]
+        if not readers:
             return None
-        return sinks[0] if len(sinks) == 1 else lambda dense: [sink(dense) for sink in sinks]
+        # As `operands.combine` cuts the weight: supports of different kinds meet as entries.
+        grids = [self.sparse_lora_grid[name] for name in names if name in self.sparse_lora_values]
+        alike = all(grid == grids[0] for grid in grids)
+        cut = (grids[0].granularity, grids[0].block_size) if grids and alike else ("entry", 0)
+        cut = ("row", 0) if self.sparse_lora_dense_delta else cut
+        return SharedSink(readers, *cut)
 
     def extra_repr(self) -> str:
         """Name of the quantisation backend, as upstream's layers show it."""

@@ -8,6 +8,7 @@ import torch
 
 from ...sparsity import DataCriterion
 from .layer import SparseLoraLayer
+from .lent_gradients import UsesOfLayer
 
 
 def world_size() -> int:
@@ -69,7 +70,8 @@ class GradientReader(Reader):
 
     def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
         super().__init__(layer, criterion)
-        self.items, self.calls = 1, 0
+        self.items = 1
+        self.uses = UsesOfLayer()
         self.pending: torch.Tensor | None = None
 
     def attach(self, adapter_name: str) -> None:
@@ -80,16 +82,25 @@ class GradientReader(Reader):
         """Leave the layer without a sink."""
         self.layer.sparse_lora_sink.pop(adapter_name, None)
 
+    def expect(self) -> None:
+        """The layer runs once more in this forward pass."""
+        self.uses.expect()
+
     @torch.no_grad()
     def __call__(self, dense: torch.Tensor) -> None:
-        """Take the dense gradient of the mean loss over `items`."""
-        self.calls += 1
-        if self.criterion.per_example and self.calls > 1:
-            raise ValueError(
-                f"'{self.layer.module_name}' runs twice in one forward pass, so that no single gradient of an example "
-                f"exists for criterion='{self.criterion.name}'. Choose criterion='gradient', or leave the module out."
-            )
-        gradient = dense.float()
+        """Take the dense gradient of the mean loss over `items`, of one use of the layer."""
+        # Only where one example is read at a time is a sum over uses not as good as its terms.
+        self._take(self.uses.add(dense) if self.criterion.per_example else dense)
+
+    @torch.no_grad()
+    def finish_backward(self) -> None:
+        """Close a backward pass in which some use of the layer had no gradient."""
+        self._take(self.uses.close())
+
+    def _take(self, dense: torch.Tensor | None) -> None:
+        if dense is None:
+            return
+        gradient = dense.to(torch.float32, copy=True)
         if not self.criterion.per_example and self.items != 1:
             gradient = gradient.mul_(self.items)  # sums over examples do not depend on how they are batched
         if self.criterion.per_step:
