@@ -26,7 +26,7 @@ def replaces_start(parts: list[AdaptedLayer]) -> bool:
         return regrowth.replaces_random_start
     if regrowth.replace_all_first:
         warnings.warn(
-            f"regrowth.replace_all_first=True: the first move, at step {regrowth.first}, replaces every unit of adapter "
+            f"regrowth.replace_all_first=True: the first move, at step {regrowth.first}, replaces all units of adapter "
             f"'{adapter}', whose support {origin}: that is lost. Set replace_all_first=None or False to keep it.",
             stacklevel=4,
         )

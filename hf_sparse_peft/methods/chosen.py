@@ -48,6 +48,7 @@ def lt_sft(
     warmup_l1: float = 0.0,
     l1: float = 0.0,
     n_iterations: int = 1,
+    sparse_steps: int | None = None,
     **overrides: Any,
 ) -> Method:
     """Lottery-ticket sparse fine-tuning: train everything, keep the largest changes' places, rewind, train those.
@@ -55,9 +56,12 @@ def lt_sft(
     The Trainer's run is the second phase, with an optimizer of its own; use no weight decay. Adapters add up:
     `add_weighted_adapter([task, language], [1.0, 1.0], name, "linear")`. `warmup_l1` and `l1` are the two phases' pulls
     to the start (0.1 both for languages in the paper, 0 for tasks). `model.compact()` drops changes within 1e-7 of 0.
+    With `n_iterations` above 1 each warm-up chooses a part of the budget and `sparse_steps` steps of sparse training
+    (None: `warmup_steps`) come between two, as in the released code; the run starts from the values these reached.
     LayerNorms and biases stay as they are unless `bias` says otherwise.
     """
     warmup = {"warmup_steps": warmup_steps, "warmup_lr": warmup_lr, "l1": warmup_l1, "n_iterations": n_iterations}
+    warmup["sparse_steps"] = sparse_steps
     options = {"allocation": "global", "criterion": "delta_magnitude", "criterion_options": warmup}
     penalty = L1PenaltyConfig(weight=l1) if l1 else None
     options = {"l1_penalty": penalty, "drop_within": 1e-7, **options}

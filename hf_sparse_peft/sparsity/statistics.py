@@ -260,6 +260,11 @@ class DeltaMagnitude(DataCriterion):
     The warm-up trains fp32 deltas of the whole targeted weights, and everything else that is trainable, with an AdamW
     of its own whose learning rate falls linearly to 0; then all of it is put back. `examples` is not read: the
     warm-up takes `warmup_steps` steps.
+
+    With `n_iterations` above 1, as in the released code: each warm-up selects `1/n` of the budget among the entries
+    that are not chosen yet, everything goes back to where the iteration began, and the chosen entries (with everything
+    else that is trainable) train `sparse_steps` steps with a fresh optimizer; the next warm-up begins there. The run
+    itself is the last sparse phase, and starts from the values that the earlier ones reached.
     """
 
     warmup_steps: int = 100
@@ -271,7 +276,11 @@ class DeltaMagnitude(DataCriterion):
     r"""Weight :math:`\lambda` of :math:`\lambda \sum |p - p_0| / P` over the trained numbers, `P` all numbers of the
     model, added once an optimizer step (paper: 0.1 for languages, 0 for tasks)."""
     n_iterations: int = 1
-    """Warm-ups in a row, each from the start values and on new batches; every one selects `1/n` of the budget."""
+    """Warm-ups in a row, with a sparse phase between two; every one selects `1/n` of the budget."""
+    sparse_steps: int | None = None
+    """Optimizer steps of a sparse phase between two warm-ups; None: `warmup_steps`."""
+    sparse_lr: float | None = None
+    """First learning rate of a sparse phase, which falls linearly to 0; None: `warmup_lr`, as in the released code."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
 
@@ -280,6 +289,10 @@ class DeltaMagnitude(DataCriterion):
         self._require(self.warmup_steps >= 1, "warmup_steps", "an integer >= 1")
         self._require(self.warmup_lr > 0, "warmup_lr", "a number > 0")
         self._require(self.n_iterations >= 1, "n_iterations", "an integer >= 1")
+        ok = self.sparse_steps is None or self.sparse_steps >= 1
+        self._require(ok, "sparse_steps", "an integer >= 1, or None for warmup_steps")
+        ok = self.sparse_lr is None or self.sparse_lr > 0
+        self._require(ok, "sparse_lr", "a number > 0, or None for warmup_lr")
         for field in ("l1", "max_grad_norm"):
             self._require(getattr(self, field) >= 0, field, "a number >= 0")
 

@@ -306,32 +306,6 @@ def test_the_penaltys_gradient_does_not_depend_on_accumulation():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_iterations_select_a_share_of_the_budget_each():
-    model = adapted(lt_sft(n_iterations=2, warmup_steps=3).config)
-    data = batches(6)
-    initialize_support(model, data, show_progress=False)
-    chosen = {layer.module_name: set(support_of(layer)) for layer in layers_of(model)}
-    # By definition: half by the first warm-up, then as many of the rest by the second, on the batches that follow.
-    reference = Dense(list(chosen), 0)
-    total = int(0.05 * sum(w.numel() for w in reference.base.values()))
-    picked: dict[str, set] = {name: set() for name in chosen}
-    for first in (0, 3):
-        reference.restart()
-        for step in range(3):
-            reference.step([data[first + step]["input_ids"]], 1e-2 * (1 - step / 3), clip=1.0)
-        pool = [
-            (0 if not picked[n] and u == int(d.abs().argmax()) else 1, -abs(v), n, u)
-            for n, d in reference.D.items()
-            for u, v in enumerate(d.reshape(-1).tolist())
-            if u not in picked[n]
-        ]
-        for *_, name, unit in sorted(pool)[: total // 2]:
-            picked[name].add(unit)
-    shared = sum(len(chosen[name] & picked[name]) for name in chosen)
-    assert sum(map(len, chosen.values())) == total
-    assert shared >= 0.99 * sum(map(len, picked.values()))
-
-
 @pytest.fixture
 def nf4_llama(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")

@@ -84,11 +84,12 @@ def initialize_support(
             "would not be asked. Leave compute_loss out, or set mode='square'."
         )
     options = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}
+    warmup: DenseWarmup | None = None
     with random_state_kept():
         data = CalibrationData(dataloader, next(model.parameters()).device)
         ask = Choice(model, config, layers, adapter_name)
         if isinstance(score, DeltaMagnitude):
-            units = _by_warmup(ask, score, data, **options)
+            units, warmup = _by_warmup(ask, score, data, **options)
         else:
             examples = max_examples or score.examples
             groups = groups_within(layers, score, accumulator_bytes)
@@ -106,6 +107,8 @@ def initialize_support(
                 )
             units = ask.units()
     write_supports(model, units, adapter_name)
+    if warmup is not None:
+        warmup.write_values()
     config.criterion, config.criterion_options = score.name, asdict(score)
     if save_to is not None:
         save_support(model, save_to, adapter_name)
@@ -119,13 +122,15 @@ def _by_warmup(
     batches_per_step: int,
     compute_loss: Any,
     show_progress: bool,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], DenseWarmup]:
     layers, adapter_name = ask.layers, ask.adapter_name
     warmup = DenseWarmup(ask.model, layers, adapter_name, score)
     batches = endless(data, layers[0].get_base_layer_device())
     chosen: dict[str, torch.Tensor] = {}
     try:
         for iteration in range(score.n_iterations):
+            if iteration:
+                warmup.train_chosen(chosen, batches, batches_per_step, compute_loss, show_progress)
             warmup.train(batches, batches_per_step, compute_loss, show_progress)
             share = Choice(ask.model, ask.config, layers, adapter_name, (iteration + 1) / score.n_iterations)
             scores = {
@@ -134,9 +139,11 @@ def _by_warmup(
             }
             share.add({name: raised(chunks, chosen[name]) if chosen else chunks for name, chunks in scores.items()})
             chosen = share.units()
-    finally:
-        warmup.rewind()
-    return chosen
+    except BaseException:
+        warmup.reset()
+        raise
+    warmup.rewind()
+    return chosen, warmup
 
 
 def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_name: str = "default") -> None:

@@ -19,7 +19,10 @@ from .readers import all_reduce_sum, on_every_rank, world_size
 
 class DenseWarmup:
     r"""Trains dense fp32 deltas of `layers` on top of their frozen base, 4-bit ones included, and all other trainable
-    parameters of `model` with them; `rewind` puts everything back (LT-SFT, phase 1; Ansell et al., 2022).
+    parameters of `model` with them (LT-SFT, phase 1; Ansell et al., 2022).
+
+    `train` is a warm-up, `train_chosen` a sparse phase between two warm-ups, of which the next one begins where it
+    ended; `rewind` puts everything back to where the current iteration began, `reset` to the very start.
 
     Own AdamW (no weight decay) whose learning rate falls linearly to 0. The model trains in training mode, dropout
     included. Memory: 16 bytes a targeted entry (delta, gradient, two moments), as fine-tuning the whole weights takes.
@@ -34,6 +37,11 @@ class DenseWarmup:
         self.start = [p.detach().clone() for p in self.others]
         self.numel = model_numbers(model)
         self.deltas: list[torch.Tensor] = []
+        self.reached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Module name -> the units and values that the sparse phases so far have come to."""
+        self._reached_others = self.start
+        self._masks: list[torch.Tensor] | None = None
+        self._l1_weight, self._l1_on_others = criterion.l1, True
 
     def train(
         self,
@@ -42,39 +50,103 @@ class DenseWarmup:
         compute_loss: Callable | None = None,
         show_progress: bool = True,
     ) -> None:
-        """`warmup_steps` steps of `batches_per_step` batches from `data`, with fresh deltas and a fresh optimizer.
+        """A warm-up of `warmup_steps` steps of `batches_per_step` batches from `data`, with a fresh optimizer.
 
         Raises:
             ValueError: the loss of a step is not finite.
         """
-        self._open()
         criterion = self.criterion
-        optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=criterion.warmup_lr, weight_decay=0.0)
-        curve = make_schedule("linear", criterion.warmup_lr, 0.0)
-        with modes_kept(self.model, training=True), torch.enable_grad():
-            for step in tqdm(range(criterion.warmup_steps), desc="Dense warm-up", disable=not show_progress):
-                micro_batches = [next(data) for _ in range(batches_per_step)]
-                self._gradients(micro_batches, compute_loss)
-                for group in optimizer.param_groups:
-                    group["lr"] = curve(step / criterion.warmup_steps)
-                optimizer.step()
-                optimizer.zero_grad()
+        self._open()
+        self._masks, self._l1_weight, self._l1_on_others = None, criterion.l1, True
+        micro_batches = (data, batches_per_step, compute_loss, show_progress)
+        self._steps("Dense warm-up", criterion.warmup_steps, criterion.warmup_lr, *micro_batches)
+
+    def train_chosen(
+        self,
+        units: dict[str, torch.Tensor],
+        data: Iterator[dict[str, Any]],
+        batches_per_step: int = 1,
+        compute_loss: Callable | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        """A sparse phase: rewind, then train `units` (module name -> sorted units) and the other parameters.
+
+        Raises:
+            ValueError: the loss of a step is not finite.
+        """
+        criterion, grids = self.criterion, [layer.sparse_lora_grid[self.adapter_name] for layer in self.layers]
+        self._open()
+        self._masks = []
+        for layer, grid, delta in zip(self.layers, grids, self.deltas, strict=True):
+            at = units[layer.module_name].to(delta.device)
+            ones = torch.ones(grid.values_shape(at.numel()), device=delta.device)
+            self._masks.append(grid.scatter_add_(torch.zeros_like(delta), at, ones).bool())
+        penalty = self.layers[0].sparse_lora_config[self.adapter_name].l1_penalty
+        self._l1_weight = penalty.weight if penalty else 0.0
+        self._l1_on_others = penalty is not None and penalty.scope == "trained"
+        micro_batches = (data, batches_per_step, compute_loss, show_progress)
+        steps = criterion.sparse_steps or criterion.warmup_steps
+        self._steps("Sparse phase", steps, criterion.sparse_lr or criterion.warmup_lr, *micro_batches)
+        for layer, grid, delta in zip(self.layers, grids, self.deltas, strict=True):
+            at = units[layer.module_name].to(delta.device)
+            self.reached[layer.module_name] = (at, grid.gather(delta.detach(), at))
+        self._reached_others = [p.detach().clone() for p in self.others]
 
     def rewind(self) -> None:
-        """Take the deltas out and put every other parameter back, bit for bit."""
+        """Take the deltas out and put every other parameter back to where the iteration began, bit for bit."""
         for layer in self.layers:
             layer.sparse_lora_dense_delta.pop(self.adapter_name, None)
         with torch.no_grad():
-            for parameter, value in zip(self.others, self.start, strict=True):
+            for parameter, value in zip(self.others, self._reached_others, strict=True):
                 parameter.copy_(value)
         self.deltas = []
+
+    def reset(self) -> None:
+        """Forget the sparse phases, and put every other parameter back to its start."""
+        self.reached, self._reached_others = {}, self.start
+        self.rewind()
+
+    @torch.no_grad()
+    def write_values(self) -> None:
+        """Give the chosen units of the layers, which must have their supports by now, the values of `reached`."""
+        for layer in self.layers:
+            if layer.module_name not in self.reached or self.adapter_name not in layer.sparse_lora_values:
+                continue
+            units, values = self.reached[layer.module_name]
+            scale = layer.sparse_lora_support_scaling[self.adapter_name]
+            living = layer.units(self.adapter_name)
+            at = torch.searchsorted(living, units.to(living))
+            layer.sparse_lora_values[self.adapter_name][at] = values / scale
 
     def _open(self) -> None:
         self.rewind()
         for layer in self.layers:
             delta = torch.zeros(layer.out_features, layer.in_features, device=layer.get_base_layer_device())
+            if layer.module_name in self.reached:
+                layer.sparse_lora_grid[self.adapter_name].scatter_add_(delta, *self.reached[layer.module_name])
             layer.sparse_lora_dense_delta[self.adapter_name] = delta.requires_grad_()
             self.deltas.append(delta)
+
+    def _steps(
+        self,
+        what: str,
+        steps: int,
+        lr: float,
+        data: Iterator[dict[str, Any]],
+        batches_per_step: int,
+        compute_loss: Callable | None,
+        show_progress: bool,
+    ) -> None:
+        optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=lr, weight_decay=0.0)
+        curve = make_schedule("linear", lr, 0.0)
+        with modes_kept(self.model, training=True), torch.enable_grad():
+            for step in tqdm(range(steps), desc=what, disable=not show_progress):
+                micro_batches = [next(data) for _ in range(batches_per_step)]
+                self._gradients(micro_batches, compute_loss)
+                for group in optimizer.param_groups:
+                    group["lr"] = curve(step / steps)
+                optimizer.step()
+                optimizer.zero_grad()
 
     def _gradients(self, micro_batches: list[dict[str, Any]], compute_loss: Callable | None) -> None:
         items = [items_in(batch, self.model) for batch in micro_batches]
@@ -84,7 +156,8 @@ class DenseWarmup:
             loss = loss_of(self.model, batch, compute_loss)
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"The loss of the warm-up is {float(loss)}. Lower warmup_lr={self.criterion.warmup_lr}."
+                    f"The loss of the warm-up is {loss.item()}. Lower warmup_lr={self.criterion.warmup_lr} or "
+                    f"sparse_lr={self.criterion.sparse_lr}."
                 )
             (loss * (count / total)).backward()
         trained = [p for p in (*self.deltas, *self.others) if p.grad is not None]
@@ -92,14 +165,19 @@ class DenseWarmup:
             for parameter in trained:
                 all_reduce_sum(parameter.grad)
         self._add_l1()
+        if self._masks is not None:
+            for delta, mask in zip(self.deltas, self._masks, strict=True):
+                if delta.grad is not None:
+                    delta.grad.mul_(mask)
         if self.criterion.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, self.criterion.max_grad_norm)
 
     def _add_l1(self) -> None:
         # Once a step: no accumulation or rank scales it.
-        weight = self.criterion.l1 / self.numel
+        weight = self._l1_weight / self.numel
         pairs = [(delta, delta.detach()) for delta in self.deltas]
-        pairs += [(p, p.detach() - before) for p, before in zip(self.others, self.start, strict=True)]
+        if self._l1_on_others:
+            pairs += [(p, p.detach() - before) for p, before in zip(self.others, self.start, strict=True)]
         for parameter, distance in pairs if weight else []:
             add_l1_gradient(parameter, distance, weight)
 
