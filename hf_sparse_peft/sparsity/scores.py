@@ -126,9 +126,9 @@ class DecompositionResidual:
     inner: int = 2
     """Alternations of a round."""
     threshold: float = 0.01
-    """Entries of the residual up to here are left to the low-rank part."""
+    """Entries of the residual below it are left to the low-rank part."""
     rank_step: int = 5
-    """Rank of the start, and what a round adds."""
+    """Rank that a round adds; the first has 1."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "inner", "rank_step"):
