@@ -133,6 +133,11 @@ class ScheduleCallback(TrainerCallback):
         return [part for part in self.parts if part.config is config]
 
 
+def whole_steps(share: float, total_steps: int) -> int:
+    """`floor(share * total_steps)`; 0.29 of 100 steps are 29, though the product of the floats is 28.999...."""
+    return int(share * total_steps + 1e-9)
+
+
 def _refuse_sharded(args: TrainingArguments, option: str) -> None:
     sharded = {"DeepSpeed": getattr(args, "deepspeed", None), "FSDP": getattr(args, "fsdp", None)}
     for name, used in sharded.items():

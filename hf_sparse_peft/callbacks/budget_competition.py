@@ -6,7 +6,7 @@ import torch
 
 from ..sparsity import competition_counts, make_schedule
 from ..tuners.kernel_lora import KernelLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
+from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, whole_steps
 
 
 def living_entries(config: KernelLoraConfig, sizes: list[int], update: int, total_steps: int) -> int:
@@ -21,7 +21,8 @@ def living_entries(config: KernelLoraConfig, sizes: list[int], update: int, tota
 
 def _window(config: KernelLoraConfig, total_steps: int) -> tuple[int, int]:
     budget = config.budget_competition
-    return int(budget.initial_warmup * total_steps), total_steps - int(budget.final_warmup * total_steps)
+    first, final = (whole_steps(share, total_steps) for share in (budget.initial_warmup, budget.final_warmup))
+    return first, total_steps - final
 
 
 class BudgetCompetitionCallback(ScheduleCallback):
@@ -33,8 +34,10 @@ class BudgetCompetitionCallback(ScheduleCallback):
     :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, and uncertainty
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A matrix is worth
     :math:`\mathrm{mean}(\bar I_P \bar U_P) + \mathrm{mean}(\bar I_Q \bar U_Q)`, and gets its part of the budget
-    (`living_entries`, `sparsity.competition_counts`). The gradients are those that the optimizer used: averaged over
-    ranks, unscaled and clipped; the weights are those after its step, as in AdaLoRA.
+    (`living_entries`, `sparsity.competition_counts`). Up to :math:`t_i` importances are only collected, and every
+    matrix keeps the `1 - initial_sparsity` of its entries that it started with, as in the official code. The gradients
+    are those that the optimizer used: averaged over ranks, unscaled and clipped; the weights are those after its step,
+    as in AdaLoRA.
     """
 
     option = "budget_competition"
@@ -58,7 +61,8 @@ class BudgetCompetitionCallback(ScheduleCallback):
             parts = [part for part in self.parts if part.config is config]
             for part in parts:
                 update_sensitivity(part)
-            if update % config.budget_competition.interval == 0 or update == _window(config, self.total_steps)[1]:
+            first, last = _window(config, self.total_steps)
+            if update > first and (update % config.budget_competition.interval == 0 or update == last):
                 sizes = [part.layer.numel for part in parts]
                 share_out(parts, living_entries(config, sizes, update, self.total_steps))
 

@@ -6,23 +6,25 @@ import torch
 
 from ..sparsity import top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
-from .base import AdaptedLayer
+from .base import AdaptedLayer, whole_steps
 from .penalties import PenaltyCallback
 
 
-def rank_budget(config: RankAllocationConfig, start: int, target: int, update: int, total_steps: int) -> int:
-    r"""Components that live after `update` steps: `start` up to `t_i`, `target` after :math:`T - t_f`, between them
-    :math:`b_T + (b_0 - b_T)(1 - \frac{t - t_i}{T - t_i - t_f})^3` truncated (Zhang et al., 2023)."""
+def rank_budget(config: RankAllocationConfig, start: int, target: int, step: int, total_steps: int) -> int:
+    r"""Components that live from step `t` on, counted from 0: `start` up to :math:`t_i`, `target` after
+    :math:`T - t_f`, between them :math:`b_T + (b_0 - b_T)(1 - \frac{t - t_i}{T - t_i - t_f})^3` truncated (Zhang et
+    al., 2023)."""
     first, last = _window(config, total_steps)
-    if update <= first:
+    if step <= first:
         return start
-    if update > last:
+    if step > last:
         return target
-    return int(target + (start - target) * (1 - (update - first) / (last - first)) ** 3)
+    return int(target + (start - target) * (1 - (step - first) / (last - first)) ** 3)
 
 
 def _window(config: RankAllocationConfig, total_steps: int) -> tuple[int, int]:
-    return int(config.initial_warmup * total_steps), total_steps - int(config.final_warmup * total_steps)
+    final = whole_steps(config.final_warmup, total_steps)
+    return whole_steps(config.initial_warmup, total_steps), total_steps - final
 
 
 class RankReallocationCallback(PenaltyCallback):
@@ -33,7 +35,12 @@ class RankReallocationCallback(PenaltyCallback):
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A component is worth
     :math:`s(g_i) + \mathrm{mean}_j\,s(A_{ij}) + \mathrm{mean}_j\,s(B_{ji})` with :math:`s = \bar I \bar U`; the
     budget's best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While
-    the budget falls a zeroed gate may come back; after `final_warmup` the mask is fixed and applied every step.
+    the budget falls a zeroed gate may come back.
+
+    Steps t are counted from 0, as in the official code and in peft's `RankAllocator`: importances are updated at
+    :math:`t < T - t_f`; masks are due at multiples of the interval with :math:`t_i < t < T - t_f`, and the last one,
+    at the target, at :math:`t = T - t_f` (the run's last step where :math:`t_f = 0`). From there on it is fixed and
+    applied at every step.
     """
 
     option = "rank_allocation"
@@ -59,23 +66,21 @@ class RankReallocationCallback(PenaltyCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Update importances from the weights after the step and the gradients before it, then mask what is due."""
-        update = state.global_step + 1
+        step = state.global_step
         for config in self.configs():
             parts = [part for part in self.parts if part.config is config]
             first, last = _window(config.rank_allocation, self.total_steps)
-            if update <= last:
+            fixed = min(last, self.total_steps - 1)
+            if step < last:
                 for part in parts:
                     update_importance(part)
-            if (first < update <= last and update % config.rank_allocation.interval == 0) or update == last:
+            due = first < step < fixed and step % config.rank_allocation.interval == 0
+            if due or step == fixed:
                 start = sum(part.layer.sparse_lora_r[part.adapter] for part in parts)
                 target = min(config.rank_allocation.target_r * len(parts), start)
-                budget = (
-                    target
-                    if update == last
-                    else rank_budget(config.rank_allocation, start, target, update, self.total_steps)
-                )
-                allocate(parts, budget)
-            if update >= last or (first < update and update % config.rank_allocation.interval == 0):
+                budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
+                allocate(parts, budget if due else target)
+            if due or step >= fixed:
                 for part in parts:
                     apply_mask(part)
 

@@ -27,7 +27,7 @@ class BudgetCompetitionConfig:
     initial_sparsity: float = 0.0
     """Fraction of zeros that the run starts with (`init_thres`)."""
     initial_warmup: float = 0.1
-    """Share of the run before the budget starts to fall."""
+    """Share of the run before the budget falls and is shared out; until then matrices keep what they started with."""
     final_warmup: float = 0.3
     """Share of the run at the end with the budget reached; it goes on being shared out anew."""
     interval: int = 1
