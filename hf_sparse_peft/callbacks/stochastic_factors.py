@@ -13,6 +13,7 @@ from ..tuners.adapter_layer import AdapterLayer
 from ..tuners.sparse_lora import SparseLoraConfig
 from ..tuners.sparse_lora.factors import drawn_expert
 from .base import AdaptedLayer, ScheduleCallback
+from .label_shift import measured_shift, shift_by_class
 
 
 class SplitFactorsCallback(ScheduleCallback):
@@ -109,9 +110,14 @@ class TwoPassTrainer(Trainer):
     :math:`L = CE(y_1) + \lambda\,\frac{1}{2}(KL(y_1 \| y_2) + KL(y_2 \| y_1))`, `lambda` being
     `factor_masks.consistency` (MoSA; Zhang et al., 2023). Both passes get gradients; evaluation is Trainer's own.
 
-    The divergence is averaged as the loss is: over the tokens (or samples) with a label. Works with gradient
-    checkpointing: recomputation finds the draws of its own pass.
+    Each target is detached, as in the released code: without that the divergence would pull twice as hard. It is
+    averaged as the loss is: over the tokens (or samples) with a label. Whether the loss shifts labels by one token is
+    measured on the batch, and read from the model's class where that does not tell; the config's `task_type` has no
+    part in it. Works with gradient checkpointing: recomputation finds the draws of its own pass.
     """
+
+    _shifts: bool | None = None
+    """Whether the loss compares logits with the next token's label; None until a batch has told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,7 +143,7 @@ class TwoPassTrainer(Trainer):
         configs = self._configs() if model.training else []
         if not configs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        passes = []
+        passes, labels = [], inputs.get("labels")
         for number in (0, 1):
             draws = [(config, (*config._draw[:2], number)) for config in configs]
             _set_draws(draws)
@@ -145,19 +151,29 @@ class TwoPassTrainer(Trainer):
             logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
             if logits is None:
                 raise ValueError("TwoPassTrainer compares logits, and the model's output has none.")
+            if labels is not None and self._shifts is None:
+                self._shifts = self._measured_shift(logits, labels, loss, num_items_in_batch)
             # These nodes are the last of the pass, so that backward goes through them first.
             back = _Before.apply(draws, loss, logits)
             passes.append((*back, outputs))
         (loss, first, outputs), (_, second, _) = passes
         weight = max(config.factor_masks.consistency for config in configs)
-        total = loss + weight * self._divergence(first, second, inputs.get("labels"), num_items_in_batch)
+        total = loss + weight * self._divergence(first, second, labels, num_items_in_batch)
         return (total, outputs) if return_outputs else total
+
+    def _measured_shift(self, logits, labels, loss, num_items_in_batch) -> bool | None:
+        counted = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        if counted and self.args.average_tokens_across_devices:  # Trainer has multiplied the loss
+            loss = loss / self.accelerator.num_processes
+        return measured_shift(logits, labels, loss, num_items_in_batch)
 
     def _divergence(self, first, second, labels, num_items_in_batch) -> torch.Tensor:
         each = symmetric_divergence(first, second)
         if labels is not None and each.ndim > 1 and labels.shape == each.shape:
-            peft_config = getattr(self.model, "active_peft_config", None)
-            shifted = str(getattr(peft_config, "task_type", "")).endswith("CAUSAL_LM")
+            shifted = self._shifts
+            if shifted is None:
+                base = getattr(self.model, "get_base_model", lambda: self.model)()
+                shifted = shift_by_class(base)
             each, labels = (each[:, :-1], labels[:, 1:]) if shifted else (each, labels)
             each = each[labels != -100]
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs or each.ndim == 0:
@@ -168,10 +184,11 @@ class TwoPassTrainer(Trainer):
 
 
 def symmetric_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    r""":math:`\frac{1}{2}(KL(p \| q) + KL(q \| p))` of the softmax over the last axis, in fp32; exactly 0 for equal
-    logits."""
+    r""":math:`\frac{1}{2}(KL(\bar q \| p) + KL(\bar p \| q))` of the softmax over the last axis, in fp32; exactly 0 for
+    equal logits. The bars are detached: each pass is pulled to the other, which stands still."""
     p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
-    return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1)
+    fixed_p, fixed_q = p.detach(), q.detach()
+    return 0.5 * (fixed_q.exp() * (fixed_q - p) + fixed_p.exp() * (fixed_p - q)).sum(-1)
 
 
 def _set_draws(draws: list[tuple[SparseLoraConfig, tuple[int, ...]]]) -> None:
