@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -41,9 +42,14 @@ class AdapterModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Inject the adapter into every target or, where one of them refuses it, into none."""
+        """Inject the adapter into every target or, where one of them refuses it, into none.
+
+        The adapter gets a copy of its config: sizes and targets that follow from the model are written there, so that
+        one config object serves several models and adapters.
+        """
         if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.Module(), adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} is taken by torch's own modules; choose another name.")
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         self._targets_of_state_dict = None
         if state_dict is not None:
             self._targets_of_state_dict = {

@@ -172,7 +172,8 @@ def test_other_modules_take_the_density_beside_structures(base_of):
 
 def test_a_config_that_was_used_before_gives_the_same_support_to_another_copy(base_of):
     config = structured([StructureConfig(FFN, density=0.1)])
-    first = units_by_name(get_peft_model(base_of(), config))
+    model = get_peft_model(base_of(), config)
+    first, config = units_by_name(model), model.peft_config["default"]
     assert sum(config.support_pattern.values()) == 3 * int(0.1 * 2 * INNER)
     assert units_by_name(get_peft_model(base_of(), config)) == first
 

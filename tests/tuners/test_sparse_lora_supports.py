@@ -163,7 +163,7 @@ def test_allocations_over_the_model_keep_the_budget_and_are_written_to_the_confi
     model = get_peft_model(base_of(), config)
     layers = sparse_layers(model)
     counts = {layer.module_name: len(read_codes(layer.sparse_lora_support["default"])) for layer in layers}
-    assert config.support_pattern == counts
+    assert model.peft_config["default"].support_pattern == counts
     numel = {layer.module_name: layer.in_features * layer.out_features for layer in layers}
     spent = sum(layer.sparse_lora_values["default"].numel() for layer in layers)
     budget = 6000 if "num_entries" in options else int(0.25 * sum(numel.values()))
@@ -200,8 +200,7 @@ def test_global_allocation_is_one_ranking_of_all_entries():
 
 
 def test_a_config_that_was_shared_out_for_one_model_is_refused_by_another():
-    config = make_config(allocation="erdos_renyi")
-    get_peft_model(tiny_llama(), config)
+    config = get_peft_model(tiny_llama(), make_config(allocation="erdos_renyi")).peft_config["default"]
     with pytest.raises(ValueError, match=r"support_pattern was made for another model.*layers\.2"):
         get_peft_model(tiny_llama(num_hidden_layers=3), config)
     with pytest.raises(ValueError, match=r"support_pattern gives 'model\.layers\.0"):

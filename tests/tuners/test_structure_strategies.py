@@ -116,8 +116,9 @@ def test_structures_are_the_best_by_the_sum_over_their_rows_and_columns(criterio
     model = chosen(config)
     expected = expected_units(criterion, unit, scope, largest)
     assert units_of(model) == expected
-    assert config.support_pattern == {name: len(units) for name, units in expected.items()}
-    assert config.criterion_options["largest"] is largest
+    written = model.peft_config["default"]
+    assert written.support_pattern == {name: len(units) for name, units in expected.items()}
+    assert written.criterion_options["largest"] is largest
     assert not any(
         layer.sparse_lora_values["default"].any() for layer in sparse_layers(model) if layer.holds("default")
     )
@@ -304,4 +305,4 @@ def test_a_block_wise_choice_by_data_may_replace_a_random_one():
     model = get_peft_model(tiny_llama(), config)
     initialize_support(model, batches(), "activation", max_examples=12, show_progress=False)
     assert units_of(model) == expected_units("activation", "channel", "block", True)
-    assert config.criterion == "activation"
+    assert model.peft_config["default"].criterion == "activation"

@@ -59,7 +59,7 @@ def plan_supports(
         if missing:
             raise ValueError(
                 f"support_pattern was made for another model: it has no entry for {missing[:3]} ({len(missing)} "
-                "modules). Set support_pattern={} to share the budget out anew, or use a fresh config for each model."
+                "modules). Set support_pattern={} to share the budget out anew."
             )
         if not config.structures:
             layers = {name: base for name, base in layers.items() if given[name]}
