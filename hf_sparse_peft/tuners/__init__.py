@@ -1,6 +1,6 @@
 """Floor 3: tuners, one package each; importing this package registers all of them with peft."""
 
-from .adapter_layer import AdapterLayer, adapter_layers
+from .adapter_layer import AdapterLayer, adapter_layers, restore_fp32
 from .kernel_lora import BudgetCompetitionConfig, KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .sparse_lora import (
     FactorMaskConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "load_support",
     "measure_mask_overlap",
     "measure_update_sparsity",
+    "restore_fp32",
     "save_support",
     "support_from_checkpoints",
     "write_supports",

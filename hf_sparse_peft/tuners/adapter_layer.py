@@ -13,6 +13,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_copy import follow_copied_parameters, note_parameters
+from .fp32_masters import remember_masters, restore_masters
+
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
     """Whether a tuner can adapt `base`: `nn.Linear`, `Conv1D`, or a quantised linear layer that peft knows."""
@@ -30,6 +33,10 @@ class AdapterLayer(BaseTunerLayer):
     """
 
     training_state_names: tuple[str, ...] = ()
+    copied_state_names: tuple[str, ...] = ()
+    """What else than its parameters makes an adapter: buffers and numbers that a copy takes along."""
+    kept_together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    """Parameters, and the buffers without which they mean nothing."""
 
     def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         """Take `base_layer`'s place; the first thing a layer's constructor does."""
@@ -37,9 +44,14 @@ class AdapterLayer(BaseTunerLayer):
         self.module_name = module_name
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.any_dtype: set[str] = set()
+        """Adapters whose dtype is the user's choice: no cast of theirs is undone."""
+        self.copied_from: dict[str, str] = {}
+        self.noted_parameters: dict[tuple[str, tuple[str, ...]], torch.Tensor | None] = {}
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @property
     def adapter_configs(self) -> dict[str, PeftConfig]:
@@ -63,6 +75,45 @@ class AdapterLayer(BaseTunerLayer):
         for name in self.training_state_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
+
+    # Dtype of what trains
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Set the training mode, as every module; values that were cast since injection are fp32 again for it."""
+        nn.Module.train(self, mode)
+        if mode:
+            restore_masters(self)
+            remember_masters(self)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AdapterLayer:
+        nn.Module._apply(self, *args, **kwargs)  # other storage: moved, or cast
+        remember_masters(self)
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters and, without `inference_mode`, train them and no others.
+
+        Raises:
+            ValueError: the parameters of one were overwritten meanwhile with numbers that fit no support of this layer.
+        """
+        asked, active = [adapter_names] if isinstance(adapter_names, str) else adapter_names, self.active_adapters
+        for name in asked:
+            if name not in active and self.holds(name):
+                follow_copied_parameters(self, name)
+        super().set_adapter(adapter_names, inference_mode)
+        fresh = {name for name, _ in self.noted_parameters}
+        held = [name for name in self.adapter_configs if self.holds(name) and name not in asked]
+        note_parameters(self, [name for name in held if name in active or name not in fresh])
+        remember_masters(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the adapter from this layer."""
+        self.any_dtype.discard(adapter_name)
+        self.copied_from.pop(adapter_name, None)
+        self.noted_parameters = {k: v for k, v in self.noted_parameters.items() if k[0] != adapter_name}
+        super().delete_adapter(adapter_name)
+        remember_masters(self)
 
     # Base weights and deltas
 
@@ -161,6 +212,7 @@ class AdapterLayer(BaseTunerLayer):
 
     def _before_training(self, active: list[str]) -> None:
         """Asked in every training forward: may these adapters train as they are?"""
+        restore_masters(self)
         self._notice_missing_callbacks(active)
 
     def _notice_missing_callbacks(self, active: list[str]) -> None:
@@ -179,6 +231,22 @@ class AdapterLayer(BaseTunerLayer):
             )
 
 
+def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:
+    note_parameters(layer, [name for name in layer.adapter_configs if name not in layer.active_adapters])
+    remember_masters(layer)
+
+
 def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     """All layers of `model` with an adapter of this package, of whichever tuner, in model order."""
     return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def restore_fp32(model: nn.Module) -> None:
+    """Give trained adapters of `model` back the fp32 values that somebody cast to bf16 or fp16 since they were added.
+
+    `model.train()`, the first training forward and the callbacks of this package do so by themselves. Under
+    DistributedDataParallel without such a callback call it between the construction of the trainer and its `train()`.
+    Adapters that were added with `autocast_adapter_dtype=False` keep their dtype.
+    """
+    for layer in adapter_layers(model):
+        restore_masters(layer, wrapped=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from .adapter_layer import AdapterLayer, is_supported
+from .adapter_copy import copy_adapter, copy_heads, tell_copy
+from .adapter_layer import AdapterLayer, is_supported, restore_fp32
 from .base_weight import keep_4bit_weight_stable
 
 
@@ -26,6 +28,7 @@ class AdapterModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
     _unloaded_layers: list[AdapterLayer] | None = None
+    _copied_from: MappingProxyType[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         try:
@@ -45,11 +48,14 @@ class AdapterModel(BaseTuner):
         """Inject the adapter into every target or, where one of them refuses it, into none.
 
         The adapter gets a copy of its config: sizes and targets that follow from the model are written there, so that
-        one config object serves several models and adapters.
+        one config object serves several models and adapters. With the config that another adapter of this model has,
+        `model.peft_config[name]` itself, it starts as that one's copy (`adapter_copy`).
         """
         if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.Module(), adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} is taken by torch's own modules; choose another name.")
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
+        self.peft_config[adapter_name] = copy.deepcopy(given)
         self._targets_of_state_dict = None
         if state_dict is not None:
             self._targets_of_state_dict = {
@@ -57,6 +63,11 @@ class AdapterModel(BaseTuner):
             }
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if source is not None and state_dict is None and not low_cpu_mem_usage:
+                for layer in self.adapted_layers():
+                    copy_adapter(layer, source, adapter_name)
+                self._copied_from = MappingProxyType({**self._copied_from, adapter_name: source})
+                tell_copy(source, adapter_name)
         except Exception:
             self._take_out(model, adapter_name)
             raise
@@ -125,17 +136,31 @@ class AdapterModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work.
+        # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work. It holds when
+        # a checkpoint is loaded into the adapter, which asks for fp32 whatever the adapter is.
+        if adapter_name in self._copied_from:  # the heads were added after the layers, just now
+            copied = dict(self._copied_from)
+            copy_heads(self.model, copied.pop(adapter_name), adapter_name)
+            self._copied_from = MappingProxyType(copied)
+        layers = [layer for layer in self.adapted_layers() if adapter_name in layer.adapter_configs]
+        if autocast_adapter_dtype and layers and all(adapter_name in layer.any_dtype for layer in layers):
+            return
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for layer in self.adapted_layers():
+        for layer in layers:
+            layer.any_dtype.add(adapter_name)
             dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
             for name in layer.adapter_layer_names:
                 held = getattr(layer, name)
                 if adapter_name in held and dtype is not None and dtype.is_floating_point:
                     cast = held[adapter_name].data.to(dtype)
                     held[adapter_name] = nn.Parameter(cast, requires_grad=held[adapter_name].requires_grad)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         layers = self.adapted_layers()

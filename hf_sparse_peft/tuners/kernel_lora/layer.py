@@ -28,6 +28,8 @@ class KernelLoraLayer(AdapterLayer):
 
     adapter_layer_names: tuple[str, ...] = ("kernel_lora_P", "kernel_lora_Q", "kernel_lora_mix")
     training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
+    copied_state_names: tuple[str, ...] = ("kernel_lora_survivors",)
+    kept_together = ((adapter_layer_names, copied_state_names),)
     other_param_names: tuple[str, ...] = ("kernel_lora_survivors", *training_state_names, "kernel_lora_config")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
@@ -133,7 +135,8 @@ class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **update)
 
-    forward = AdapterLayer.forward  # nn.Module comes first, with a forward that only raises
+    # nn.Module comes first, with a forward that only raises.
+    forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)

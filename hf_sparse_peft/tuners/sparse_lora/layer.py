@@ -38,6 +38,20 @@ class SparseLoraLayer(SupportState):
     unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
     """Training state with one number a unit, in the order of the values: it moves with them."""
     factor_map_names: tuple[str, ...] = ("sparse_lora_A_map", "sparse_lora_B_map", "sparse_lora_A_start")
+    copied_state_names: tuple[str, ...] = (
+        "sparse_lora_support",
+        "sparse_lora_rank_mask",
+        *factor_map_names,
+        "sparse_lora_grid",
+        "sparse_lora_start",
+        "sparse_lora_r",
+        "sparse_lora_scaling",
+        "sparse_lora_support_scaling",
+    )
+    kept_together = (
+        (("sparse_lora_values",), ("sparse_lora_support",)),
+        (("sparse_lora_A", "sparse_lora_B", "sparse_lora_gate"), ("sparse_lora_rank_mask", *factor_map_names)),
+    )
     other_param_names: tuple[str, ...] = (
         "sparse_lora_support",
         "sparse_lora_rank_mask",

@@ -30,7 +30,8 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         self.register_load_state_dict_post_hook(_refresh_units)
         self.update_layer(adapter_name, **update)
 
-    forward = AdapterLayer.forward  # nn.Module comes first, with a forward that only raises
+    # nn.Module comes first, with a forward that only raises.
+    forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         source = None if args or kwargs else weight_source(self)

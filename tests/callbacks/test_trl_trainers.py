@@ -1,0 +1,218 @@
+"""trl's trainers: fp32 values on 4-bit bases, and reference adapters that are the policy."""
+
+import math
+import warnings
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_sparse_peft import KernelLoraConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, callbacks_for
+from hf_sparse_peft.tuners import adapter_layers
+
+trl = pytest.importorskip("trl")
+
+PAIRS = [{"prompt": f"w{i} w9", "chosen": f" w{i + 3} w5", "rejected": " w4 w8"} for i in range(3, 11)]
+ROWS = {
+    "sft": [{"text": "w3 w4 w5 w6"}] * 8,
+    "dpo": PAIRS,
+    "grpo": [{"prompt": f"w{i} w9"} for i in range(3, 11)],
+    "kto": [{"prompt": p["prompt"], "completion": p["chosen"], "label": bool(i % 2)} for i, p in enumerate(PAIRS)],
+    "reward": [{"chosen": "w1 w2 w3", "rejected": "w4 w5 w6"}] * 8,
+}
+ROWS["rloo"] = ROWS["grpo"]
+CLASSES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "kto": "KTO", "reward": "Reward", "rloo": "RLOO"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w1", eos_token="w2", unk_token="w0")
+
+
+def trainer_of(kind, model, out, tokenizer, steps, callbacks=(), **options):
+    """A trl trainer of that kind for `steps` steps of two samples."""
+    if kind in ("grpo", "rloo"):
+        options = {"num_generations": 2, "max_completion_length": 3, "beta": 0.1, **options}
+    defaults = {
+        "max_steps": steps, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 1, "learning_rate": 1e-4,
+    }  # fmt: skip
+    args = getattr(trl, f"{CLASSES[kind]}Config")(str(out), **{**defaults, **options})
+    rewards = (
+        {"reward_funcs": lambda completions, **_: [float(len(c)) + i for i, c in enumerate(completions)]}
+        if kind in ("grpo", "rloo")
+        else {}
+    )
+    return getattr(trl, f"{CLASSES[kind]}Trainer")(
+        model=model, args=args, train_dataset=Dataset.from_list(ROWS[kind]), processing_class=tokenizer,
+        callbacks=list(callbacks), **rewards,
+    )  # fmt: skip
+
+
+def adapted(base, config=None, seed=1, std=0.3, **options):
+    """An adapter with random fp32 values that no bf16 holds."""
+    config = config or SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def values_of(model, adapter="default"):
+    return {
+        f"{layer.module_name}.{kind}": getattr(layer, kind)[adapter].detach().clone()
+        for layer in adapter_layers(model)
+        for kind in layer.adapter_layer_names
+        if adapter in getattr(layer, kind)
+    }
+
+
+class Watch(tiny.TrainerCallback):
+    def __init__(self):
+        self.first, self.dtypes, self.state = None, set(), set()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.first = self.first or values_of(model)
+        self.dtypes |= {p.dtype for p in model.parameters() if p.requires_grad}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.state |= {
+            t.dtype for one in optimizer.state.values() for t in one.values() if torch.is_tensor(t) and t.numel() > 1
+        }
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_trl_on_nf4_trains_the_fp32_values_it_was_given(kind, tokenizer, tmp_path):
+    base = tiny.base("nf4", layers=1) if kind != "reward" else nf4_classifier()
+    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    model = adapted(base, SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"], task_type=task))
+    before, watch = values_of(model), Watch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # The head of a reward model stays bf16, as trl casts it, and only runs under autocast then.
+        options = {"gradient_checkpointing": False, "bf16": kind == "reward"}
+        trainer = trainer_of(kind, model, tmp_path, tokenizer, 2, [watch], **options)
+        trainer.train()
+    heads = {p.dtype for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+    assert watch.dtypes - heads == {torch.float32}
+    assert torch.float32 in watch.state
+    assert watch.state <= heads | {torch.float32}
+    assert all(torch.equal(watch.first[name], value) for name, value in before.items())
+    said = [str(w.message) for w in caught if "were cast to" in str(w.message)]
+    assert len(said) == 1
+    assert "bit for bit" in said[0]
+    # One of the six, DPO, has no advantage of zero here and no early saturation: every value moves below bf16's grid.
+    if kind == "dpo":
+        after = values_of(model)
+        assert all((after[name] != value).all() for name, value in before.items() if "_values" in name)
+
+
+def nf4_classifier():
+    import tempfile
+
+    from transformers import BitsAndBytesConfig
+
+    folder = tempfile.mkdtemp()
+    tiny.llama(LlamaForSequenceClassification, num_labels=1, layers=1).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return LlamaForSequenceClassification.from_pretrained(
+        folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32
+    )
+
+
+def test_schedules_run_on_fp32_values_under_trl_on_nf4(tokenizer, tmp_path):
+    config = SparseLoraConfig(
+        r=2, density=0.1, target_modules=["q_proj"], regrowth=RegrowthConfig(interval=3, collect_steps=2),
+        rank_allocation=RankAllocationConfig(target_r=1, interval=1), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model, watch = adapted(tiny.base("nf4", layers=1), config), Watch()
+    trainer_of("sft", model, tmp_path, tokenizer, 4, [*callbacks_for(model), watch]).train()
+    assert watch.dtypes == {torch.float32} == watch.state
+
+
+def test_a_resumed_trl_run_on_nf4_ends_where_the_whole_one_does(tokenizer, tmp_path):
+    """A checkpoint that is read into bf16 values, and moments cast with them, would be rounded."""
+    options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+
+    def trained(resume=None):
+        model = adapted(tiny.base("nf4", layers=1))
+        trainer_of("sft", model, tmp_path, tokenizer, 4, **options).train(resume_from_checkpoint=resume)
+        return values_of(model)
+
+    whole, resumed = trained(), trained(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_bf16_values_that_were_asked_for_stay_bf16_under_trl(tokenizer, tmp_path):
+    model, watch = adapted(tiny.base("nf4", layers=1), autocast_adapter_dtype=False), Watch()
+    trainer_of("sft", model, tmp_path, tokenizer, 2, [watch]).train()
+    assert watch.dtypes == {torch.bfloat16} == watch.state
+
+
+CONFIGS = {
+    "entry": {"r": 0, "density": 0.2},
+    "row": {"r": 0, "density": 0.2, "granularity": "row"},
+    "block": {"r": 0, "density": 0.2, "granularity": "block", "block_size": 4},
+    "hybrid": {"r": 3, "density": 0.2},
+    "ranks": {"r": 4, "density": 0.1, "rank_allocation": RankAllocationConfig(target_r=2, interval=1)},
+}
+
+
+def reference_case(case):
+    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if case == "kernel":
+        return adapted(tiny.llama(), KernelLoraConfig(r=8, kernel="mixed", sparsity=0.5, **common))
+    model = adapted(tiny.llama(), SparseLoraConfig(**CONFIGS[case], **common))
+    for number, layer in enumerate(adapter_layers(model)):  # a support and components that the seed does not give
+        if (values := layer.sparse_lora_values.get("default")) is not None:
+            generator = torch.Generator().manual_seed(number)
+            units = torch.randperm(layer.sparse_lora_grid["default"].num_units, generator=generator)[: len(values)]
+            layer.write_support("default", units.sort().values)
+        if case == "ranks":
+            layer.sparse_lora_rank_mask["default"][number % 4] = 0
+            layer.sparse_lora_gate["default"].data[number % 4] = 0
+    return model
+
+
+@pytest.mark.parametrize("case", [*CONFIGS, "kernel"])
+def test_first_dpo_loss_of_a_trained_adapter_is_log_2(case, tokenizer, tmp_path):
+    model = reference_case(case)
+    trainer = trainer_of("dpo", model, tmp_path, tokenizer, 1, beta=1.0, gradient_checkpointing=False)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kto", "grpo", "rloo"])
+def test_the_reference_adapter_of_other_trl_trainers_is_the_policy(kind, tokenizer, tmp_path):
+    model = reference_case("hybrid")
+    trainer = trainer_of(kind, model, tmp_path, tokenizer, 1, gradient_checkpointing=False)
+    ids = torch.arange(3, 11).view(1, -1)
+    with torch.no_grad():
+        policy = trainer.model.eval()(input_ids=ids).logits
+        trainer.model.set_adapter("ref")
+        assert torch.equal(trainer.model(input_ids=ids).logits, policy)
+        with trainer.model.disable_adapter():
+            assert not torch.allclose(trainer.model(input_ids=ids).logits, policy)
+
+
+def test_the_reference_stays_while_the_supports_of_the_policy_move(tokenizer, tmp_path):
+    config = SparseLoraConfig(
+        r=0, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        regrowth=RegrowthConfig(interval=2, collect_steps=1),
+    )  # fmt: skip
+    model = adapted(tiny.llama(), config)
+    start = [layer.get_delta_weight("default") for layer in adapter_layers(model)]
+    trainer = trainer_of("dpo", model, tmp_path, tokenizer, 4, callbacks_for(model), gradient_checkpointing=False)
+    trainer.train()
+    layers = adapter_layers(trainer.model)
+    assert all(torch.equal(layer.get_delta_weight("ref"), delta) for layer, delta in zip(layers, start, strict=True))
+    assert any(layer.units("ref").tolist() != layer.units("default").tolist() for layer in layers)
