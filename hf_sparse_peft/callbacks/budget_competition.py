@@ -7,6 +7,7 @@ import torch
 from ..sparsity import competition_counts, make_schedule
 from ..tuners.kernel_lora import KernelLoraConfig
 from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, whole_steps
+from .no_effect import report_idle
 
 
 def living_entries(config: KernelLoraConfig, sizes: list[int], update: int, total_steps: int) -> int:
@@ -53,6 +54,18 @@ class BudgetCompetitionCallback(ScheduleCallback):
                 f"budget_competition.interval={config.budget_competition.interval} is longer than the run of "
                 f"{self.total_steps} steps: matrices would be compared once at most. Train longer or shorten it."
             )
+
+    def check_effect(self, config: KernelLoraConfig) -> None:
+        """Say that nothing can move between matrices."""
+        parts = self.parts_of(config)
+        cause = None
+        if len(parts) == 1:
+            cause = "budget_competition has one matrix, which has nothing to compete with: 0 entries ever move"
+        elif config.sparsity == 0 and config.initial_sparsity == 0:
+            cause = "budget_competition with sparsity=0: every entry lives, and 0 entries ever move"
+        if cause:
+            mend = "Adapt more modules, raise sparsity, or set budget_competition=None."
+            report_idle([part.name for part in parts], len(parts), cause, mend)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Update importances, then share the budget out where that is due."""

@@ -10,6 +10,7 @@ from ..optim import restart_optimizer_state
 from ..tuners.sparse_lora import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
 from .frozen_units import FrozenUnits
+from .no_effect import report_idle
 from .penalties import support_weights
 from .support_moves import refuse_unskippable, skip_update
 
@@ -48,6 +49,18 @@ class ThresholdFreezingCallback(ScheduleCallback):
                 "none before or after it. Train longer, or set freezing=None."
             )
 
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Name the layers that would freeze whole whatever training does."""
+        parts = [part for part in self.parts_of(config) if part.units.numel()]
+        whole = [part for part in parts if _is_past_already(part)]
+        report_idle(
+            [part.name for part in whole],
+            len(parts),
+            f"freezing.threshold={config.freezing.threshold} is not above any weight of the support, so that at step "
+            f"{self._update_of(config)} every entry freezes",
+            "Raise threshold, set criterion='smallest_magnitude', or set freezing=None.",
+        )
+
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Keep frozen values aside, and leave out the update that an adjustment replaces."""
         due = [config for config in self.configs() if self._update_of(config) == state.global_step + 1]
@@ -69,6 +82,12 @@ class ThresholdFreezingCallback(ScheduleCallback):
         for part in due:
             restart_optimizer_state(optimizer, part.values)
         self.frozen.append({"step": state.global_step, "frozen": frozen, "alive": alive})
+        if not frozen:
+            warnings.warn(
+                f"freezing: no entry had grown past its threshold at step {state.global_step}; all go on training, "
+                "with fresh optimizer state. Lower freezing.threshold, or set freezing=None.",
+                stacklevel=2,
+            )
         if not alive:
             warnings.warn(
                 "Every entry of the support grew past its threshold: nothing of it trains from here on. Raise "
@@ -83,6 +102,14 @@ class ThresholdFreezingCallback(ScheduleCallback):
 
     def _update_of(self, config: SparseLoraConfig) -> int:
         return round(config.freezing.at * self.total_steps)
+
+
+def _is_past_already(part: AdaptedLayer) -> bool:
+    base, values = support_weights(part)
+    threshold = part.config.freezing.threshold
+    if threshold is None:  # each matrix's own: the largest weight, 0 where the support has only zeros
+        return not bool(base.any())
+    return bool(((base + values).abs() >= threshold).all())
 
 
 @torch.no_grad()

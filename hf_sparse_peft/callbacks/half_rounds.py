@@ -15,6 +15,7 @@ from ..tuners.sparse_lora import HalfRoundsConfig, SparseLoraConfig
 from ..tuners.sparse_lora.structure_config import ends_with
 from ..tuners.sparse_lora.structures import block_of
 from .base import AdaptedLayer, ScheduleCallback
+from .no_effect import report_idle
 
 
 def choose_half(config: HalfRoundsConfig, names: list[str], number: int, seed: int) -> set[str]:
@@ -26,19 +27,39 @@ def choose_half(config: HalfRoundsConfig, names: list[str], number: int, seed: i
     Raises:
         ValueError: a module belongs to no category.
     """
-    pools: dict[tuple[str, int], list[list[str]]] = {}
-    for (category, _), members in _places(config, names).items():
-        pools.setdefault((category, len(members)), []).append(members)
     chosen: set[str] = set()
-    for (category, size), places in pools.items():
+    for (category, size), places in _pools(config, names).items():
         generator = torch.Generator().manual_seed(stream_seed(seed, "rounds", number, category, size))
-        low = math.floor(config.fraction * size + 1e-9)
-        # Where the sum itself is no whole number, rounds take turns in rounding it down and up.
-        ups = math.floor((config.fraction * size - low) * len(places) + 0.5 * (number % 2) + 1e-9)
+        low, ups = _share(config, size, len(places), number)
         up = set(random_units(len(places), min(ups, len(places)), generator).tolist())
         for at, members in enumerate(places):
             chosen |= {members[i] for i in random_units(size, min(size, low + (at in up)), generator).tolist()}
     return chosen
+
+
+def _pools(config: HalfRoundsConfig, names: list[str]) -> dict[tuple[str, int], list[list[str]]]:
+    """Places of one category and one number of matrices."""
+    pools: dict[tuple[str, int], list[list[str]]] = {}
+    for (category, _), members in _places(config, names).items():
+        pools.setdefault((category, len(members)), []).append(members)
+    return pools
+
+
+def _share(config: HalfRoundsConfig, size: int, places: int, number: int) -> tuple[int, int]:
+    """How many of `size` matrices train in each place, and in how many of the places one more."""
+    low = math.floor(config.fraction * size + 1e-9)
+    # Where the sum itself is no whole number, rounds take turns in rounding it down and up.
+    return low, math.floor((config.fraction * size - low) * places + 0.5 * (number % 2) + 1e-9)
+
+
+def _never_trained(config: HalfRoundsConfig, names: list[str]) -> list[str]:
+    """Modules of places where no round trains a matrix."""
+    never = []
+    for (_, size), places in _pools(config, names).items():
+        shares = [_share(config, size, len(places), number) for number in (0, 1)]
+        if not any(low or ups for low, ups in shares):
+            never += [name for one in places for name in one]
+    return never
 
 
 def _places(config: HalfRoundsConfig, names: list[str]) -> dict[tuple[str, str], list[str]]:
@@ -110,6 +131,28 @@ class HalfRoundsCallback(ScheduleCallback):
                 "rounds.round_steps=None makes an epoch a round, and this data has no length. Set rounds.round_steps."
             )
         choose_half(config.rounds, self._names(config), 0, config.seed)  # finds modules without a category now
+
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Name the matrices that never train.
+
+        Raises:
+            ValueError: a round of the run trains no matrix at all.
+        """
+        names, rounds = self._names(config), config.rounds
+        length = rounds.round_steps or self._steps_per_epoch
+        for number in range(min(2, math.ceil(self.total_steps / length))):  # shares alternate between two rounds
+            if not choose_half(rounds, names, number, config.seed):
+                raise ValueError(
+                    f"rounds.fraction={rounds.fraction} of the matrices rounds to 0 in round {number}: nothing would "
+                    f"train. Raise fraction, set level='model', or adapt more than {len(names)} matrices."
+                )
+        report_idle(
+            _never_trained(rounds, names),
+            len(names),
+            f"rounds.fraction={rounds.fraction} of the matrices of one {rounds.level} rounds to 0 in every round: they "
+            "never train",
+            "Raise fraction, or set level='block' or 'model'.",
+        )
 
     def _names(self, config: SparseLoraConfig) -> list[str]:
         return [part.name for part in self.parts if part.config is config]

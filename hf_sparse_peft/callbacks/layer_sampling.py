@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -96,6 +97,36 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
             config._schedule_attended, config.training_finished = True, False
         self.layers = _find_layers(model, self.options.layers_pattern)
         self._restore(state)
+        if not state.global_step:
+            self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Say where nothing is sampled, or nothing is learned about the layers."""
+        options, count = self.options, len(self.layers)
+        trained, suppressed = int(options.trained * count), int(options.suppressed * count)
+        said = []
+        if trained == count or count == 1:
+            said.append(f"trained={options.trained} of {count} layers trains all of them at every step: none is drawn")
+        elif trained == 0:
+            said.append(f"trained={options.trained} of {count} layers rounds to 0; 1 layer trains at a step")
+        if suppressed == count or count == 1:
+            said.append(
+                f"suppressed={options.suppressed} of {count} layers suppresses all of them in every probe: the "
+                "importance never changes"
+            )
+        elif suppressed == 0:
+            said.append(f"suppressed={options.suppressed} of {count} layers rounds to 0; a probe suppresses 1 layer")
+        if options.interval >= self.total_steps:
+            said.append(
+                f"interval={options.interval} leaves no probe in {self.total_steps} steps: all layers are drawn alike, "
+                "and the importance never changes"
+            )
+        if said:
+            warnings.warn(
+                f"layer_sampling: {'; '.join(said)}. Change these options, adapt more layers, train longer, or set "
+                "layer_sampling=None.",
+                stacklevel=3,
+            )
 
     def _restore(self, state: Any) -> None:
         count = len(self.layers)

@@ -14,6 +14,7 @@ from ..sparsity import stream_seed
 from ..tuners.sparse_lora import SparseLoraConfig
 from ..tuners.sparse_lora.l1 import add_l1_gradient, model_numbers
 from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
+from .no_effect import report_idle
 
 
 class PenaltyCallback(ScheduleCallback):
@@ -103,6 +104,22 @@ class NuclearNormCallback(PenaltyCallback):
                 f"nuclear_norm.min_side={config.nuclear_norm.min_side} leaves no matrix: none of the adapted ones has "
                 "a shorter side above it. Lower it, or set nuclear_norm=None."
             )
+        if config.nuclear_norm.interval > self.total_steps:
+            raise ValueError(
+                f"nuclear_norm.interval={config.nuclear_norm.interval} is more than the run's {self.total_steps} "
+                "steps: the norm would never pull. Lower it, train longer, or set nuclear_norm=None."
+            )
+
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Name the matrices that are too small."""
+        parts, eligible = self.parts_of(config), self._eligible(config)
+        report_idle(
+            [part.name for part in parts if part not in eligible],
+            len(parts),
+            f"nuclear_norm.min_side={config.nuclear_norm.min_side} is not below the shorter side, so the norm never "
+            "pulls",
+            "Lower min_side, or leave these modules out of target_modules.",
+        )
 
     def add_gradient(self, config: SparseLoraConfig, update: int, scale: float) -> None:
         """Draw a matrix and pull it to low rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from ..sparsity import make_schedule, top_units
 from ..tuners.sparse_lora import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback, unit_sums
+from .no_effect import report_idle
 from .regrowth import moves_after
 from .support_moves import replace_units
 
@@ -44,6 +46,35 @@ class PruningCallback(ScheduleCallback):
             raise ValueError(
                 f"pruning.begin={config.pruning.begin} and pruning.end={config.pruning.end} leave no step in a run of "
                 f"{self.total_steps}. Train longer, widen the window, or set pruning=None."
+            )
+
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Name the layers that lose no unit, and a curve of one step."""
+        pruning, parts = config.pruning, self.parts_of(config)
+        parts = [part for part in parts if part.units.numel()]  # the others wait for data
+        alive = [part.units.numel() for part in parts]
+        targets = [max(1, round(pruning.final_fraction * part.values.shape[0])) for part in parts]
+        if pruning.scope == "global":
+            idle = parts if sum(targets) >= sum(alive) else []
+        else:
+            idle = [part for part, now, then in zip(parts, alive, targets, strict=True) if then >= now]
+        sizes = sorted({part.units.numel() for part in idle})
+        report_idle(
+            [part.name for part in idle],
+            len(parts),
+            f"pruning.final_fraction={pruning.final_fraction} keeps all of {' or '.join(map(str, sizes[:3]))} units: 0 "
+            "units ever leave",
+            "Lower final_fraction, raise density, or set pruning=None.",
+        )
+        begin, end = _window(config, self.total_steps)
+        steps = sum(self._due(config, update) for update in range(begin, end + 1))
+        if steps == 1 and end - begin > 1 and len(idle) < len(parts):
+            warnings.warn(
+                f"pruning.interval={pruning.interval} is not below the window's {end - begin} steps (begin="
+                f"{pruning.begin}, end={pruning.end} of {self.total_steps}): all units leave at once, not along a "
+                "curve. Lower interval (or regrowth.interval, where supports regrow), widen the window or train "
+                "longer.",
+                stacklevel=3,
             )
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..sparsity import top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
 from .base import AdaptedLayer, whole_steps
+from .no_effect import report_idle
 from .penalties import PenaltyCallback
 
 
@@ -59,6 +62,33 @@ class RankReallocationCallback(PenaltyCallback):
                 "Train longer or shorten them."
             )
 
+    def check_effect(self, config: SparseLoraConfig) -> None:
+        """Say that no rank leaves, or that all of it leaves at one step."""
+        allocation, parts = config.rank_allocation, self.parts_of(config)
+        start, target = self._budgets(parts)
+        first, last = _window(allocation, self.total_steps)
+        if target >= start:
+            report_idle(
+                [part.name for part in parts],
+                len(parts),
+                f"rank_allocation.target_r={allocation.target_r} a layer is no less than the {start} components that "
+                f"{len(parts)} layers start with: 0 components ever leave",
+                "Raise r (AdaLoRA: 1.5 x target_r), lower target_r, or set rank_allocation=None.",
+            )
+        elif not any(step % allocation.interval == 0 for step in range(first + 1, min(last, self.total_steps - 1))):
+            warnings.warn(
+                f"rank_allocation.interval={allocation.interval} leaves no allocation while the budget falls (steps "
+                f"{first + 1} to {last} of {self.total_steps}): all rank leaves at once at step {last}. Lower "
+                "interval, shorten initial_warmup and final_warmup, or train longer.",
+                stacklevel=3,
+            )
+
+    @staticmethod
+    def _budgets(parts: list[AdaptedLayer]) -> tuple[int, int]:
+        """Components of one adapter at the start and at the end."""
+        start = sum(part.layer.sparse_lora_r[part.adapter] for part in parts)
+        return start, min(parts[0].config.rank_allocation.target_r * len(parts), start)
+
     def add_gradient(self, config: SparseLoraConfig, update: int, scale: float) -> None:
         """Add the orthogonality regulariser's gradient."""
         if config.rank_allocation.orthogonality:
@@ -76,8 +106,7 @@ class RankReallocationCallback(PenaltyCallback):
                     update_importance(part)
             due = first < step < fixed and step % config.rank_allocation.interval == 0
             if due or step == fixed:
-                start = sum(part.layer.sparse_lora_r[part.adapter] for part in parts)
-                target = min(config.rank_allocation.target_r * len(parts), start)
+                start, target = self._budgets(parts)
                 budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
                 allocate(parts, budget if due else target)
             if due or step >= fixed:

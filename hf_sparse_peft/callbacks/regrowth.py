@@ -64,6 +64,10 @@ def check_moves(parts: list[AdaptedLayer], total_steps: int, replaces_start: boo
         "Lower density, or set regrowth=None or density_pattern for these layers.",
         refuse=True,
     )
+    if config.retired_share:
+        cramped = [part.name for part in parts if part.values.shape[0] == part.units.numel()]
+        cause = f"regrowth.retired_share={config.retired_share} leaves room for 0 units: none ever retires"
+        report_idle(cramped, len(parts), cause, "Raise retired_share, or set it to 0.")
     if config.drop == "none":
         return
     due = range(config.first, total_steps, config.interval)

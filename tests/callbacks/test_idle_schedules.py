@@ -1,0 +1,201 @@
+"""A schedule that rounds to nothing says so before the first step; one that does something says nothing."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+
+from hf_sparse_peft import (
+    HalfRoundsConfig,
+    LayerSamplingConfig,
+    PruningConfig,
+    RankAllocationConfig,
+    RegrowthConfig,
+    SparseLoraConfig,
+    callbacks_for,
+    methods,
+)
+from hf_sparse_peft.tuners import BudgetCompetitionConfig, FreezingConfig, KernelLoraConfig, NuclearNormConfig
+
+Q, QV = ["q_proj"], ["q_proj", "v_proj"]
+RANDOM = {"interval": 3, "grow": "random", "schedule": "constant"}
+
+
+def sparse(**options):
+    return SparseLoraConfig(**{"r": 0, "density": 0.1, "target_modules": QV, **options})
+
+
+def rows(**options):
+    return sparse(granularity="row", **options)
+
+
+def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
+    """What is warned of before the first step; a ValueError is raised."""
+    model = get_peft_model(tiny.llama(layers=layers), copy.deepcopy(config)) if model is None else model
+    at_start = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
+        tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
+    options = ("regrowth", "pruning", "rank_allocation", "rounds", "layer_sampling", "freezing", "nuclear_norm",
+               "budget_competition")  # fmt: skip
+    found = [str(w.message) for w in caught[: at_start[0]]]
+    return [one for one in found if one.startswith(options)]
+
+
+def regrowing(**options):
+    return RegrowthConfig(**{**RANDOM, **options})
+
+
+def masks(**options):
+    return KernelLoraConfig(r=4, target_modules=QV, sparsity=0.5, **options)
+
+
+def ranks(**options):
+    return SparseLoraConfig(r=4, density=0.0, target_modules=QV, **options)
+
+
+SPIEL = RegrowthConfig(interval=3, collect_steps=1)
+NEVER = {
+    # v_proj has 16 rows, q_proj 32: one unit and three
+    "moves of rows": (
+        rows(regrowth=regrowing(fraction=0.3)), r"fraction=0\.3 of 1 or 3 units.*no unit ever moves in all 2",
+    ),
+    "moves of a full support": (rows(density=1.0, regrowth=regrowing()), r"never moves a unit.*all 2 layers.*density"),
+    "moves of lift on a full support": (
+        sparse(density=1.0, criterion="low_rank_magnitude", criterion_options={"rank": 2},
+               regrowth=RegrowthConfig(interval=3, drop="none", grow="low_rank_magnitude", grow_options={"rank": 2})),
+        "never moves a unit",
+    ),
+    "moves after a falling share": (
+        rows(density=0.25, regrowth=regrowing(interval=6, fraction=0.25, schedule="linear")), "fraction=0.25",
+    ),
+    "a round of halves without a matrix": (
+        sparse(target_modules=Q, rounds=HalfRoundsConfig(round_steps=2)), r"rounds\.fraction=0\.5.*0 in round 0",
+    ),
+    "a nuclear norm after the end": (
+        sparse(nuclear_norm=NuclearNormConfig(interval=9, min_side=8)), r"nuclear_norm\.interval=9",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_a_schedule_that_cannot_do_anything_is_refused_with_the_mend(case, tmp_path):
+    config, words = NEVER[case]
+    with pytest.raises(ValueError, match=words):
+        said_at_start(config, tmp_path)
+
+
+IDLE = {
+    "moves after the first": (rows(regrowth=SPIEL), r"fraction=0\.2.*after the first in all 2 layers"),
+    "pruning that keeps all": (sparse(pruning=PruningConfig(final_fraction=1.0)), r"final_fraction=1\.0.*0 units ever"),
+    "pruning of one unit": (rows(density=0.07, pruning=PruningConfig(final_fraction=0.9)), "keeps all of 1 or 2 units"),
+    "global pruning of nothing": (
+        sparse(pruning=PruningConfig(final_fraction=1.0, scope="global")), "0 units ever leave in all 2",
+    ),
+    "pruning at one step": (sparse(pruning=PruningConfig(interval=10)), r"pruning\.interval=10 .* 4 steps"),
+    "ranks that all stay": (ranks(rank_allocation=RankAllocationConfig(target_r=4)), r"target_r=4 .* 0 components"),
+    "ranks that leave at once": (
+        ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=50)), r"rank_allocation\.interval=50",
+    ),
+    "layers that all train": (ranks(layer_sampling=LayerSamplingConfig(trained=1.0)), r"trained=1\.0 of 4 layers"),
+    "no layer of four": (ranks(layer_sampling=LayerSamplingConfig(trained=0.2)), r"trained=0\.2 of 4.* rounds to 0"),
+    "probes that are all alike": (ranks(layer_sampling=LayerSamplingConfig(suppressed=1.0)), r"suppressed=1\.0 of 4"),
+    "probes of no layer": (ranks(layer_sampling=LayerSamplingConfig(suppressed=0.1)), r"suppressed=0\.1.* rounds to 0"),
+    "probes after the end": (ranks(layer_sampling=LayerSamplingConfig(interval=8)), "interval=8 leaves no probe"),
+    "a threshold below all weights": (sparse(freezing=FreezingConfig(threshold=1e-9)), r"1e-09 .* all 8 layers"),
+    "matrices too small for the norm": (
+        sparse(nuclear_norm=NuclearNormConfig(min_side=16)), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
+    ),
+    "one matrix that competes": (
+        KernelLoraConfig(r=4, target_modules=Q, layers_to_transform=[0], sparsity=0.5,
+                         budget_competition=BudgetCompetitionConfig(interval=2)),
+        "one matrix",
+    ),
+    "no room to retire": (
+        rows(density=0.2, regrowth=regrowing(fraction=0.4, retired_share=0.1)), r"retired_share=0\.1 leaves room for 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_a_schedule_that_comes_to_nothing_says_so_at_the_start(case, tmp_path):
+    config, words = IDLE[case]
+    four = "layer" in case or "probes" in case or "threshold" in case
+    said = said_at_start(config, tmp_path, layers=4 if four else 1)
+    assert len(said) == 1, said
+    assert re.search(words, said[0]), said[0]
+
+
+def test_layers_that_never_move_are_named_among_those_that_do(tmp_path):
+    # q_proj: 3 of 32 rows, of which 0.4 is one; v_proj: 1 of 16.
+    said = said_at_start(rows(regrowth=regrowing(fraction=0.4)), tmp_path, layers=5)
+    assert len(said) == 1
+    assert "in 5 of 10 layers ('model.layers.0.self_attn.v_proj', 'model.layers.1" in said[0]
+    assert "and 2 more" in said[0]
+    assert "q_proj" not in said[0]
+
+
+def test_matrices_that_never_train_are_named(tmp_path):
+    # One block: 0.34 of 3 FFN matrices is one; of the only attention matrix it is none, in even and in odd rounds.
+    rounds = HalfRoundsConfig(round_steps=2, fraction=0.34)
+    config = sparse(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], rounds=rounds)
+    said = said_at_start(config, tmp_path)
+    assert len(said) == 1
+    assert "rounds.fraction=0.34" in said[0]
+    assert "in 1 of 4 layers ('model.layers.0.self_attn.q_proj')" in said[0]
+
+
+def test_a_threshold_that_nothing_outgrew_is_said_when_it_is_due(tmp_path):
+    model = get_peft_model(tiny.llama(layers=1), sparse(freezing=FreezingConfig(threshold=1e3)))
+    with pytest.warns(UserWarning, match="no entry had grown past its threshold at step 4"):
+        tiny.train(model, tmp_path, 8, callbacks=callbacks_for(model))
+
+
+def test_pruning_a_pruned_support_again_says_that_it_is_done(tmp_path):
+    model = get_peft_model(tiny.llama(layers=1), sparse(pruning=PruningConfig(interval=1)))
+    assert not said_at_start(None, tmp_path, model=model)
+    assert "0 units ever leave" in said_at_start(None, tmp_path, model=model)[0]
+
+
+def test_sampling_over_upstreams_lora_says_it_too(tmp_path):
+    method = methods.get("ist", adapter=LoraConfig(r=2, target_modules=Q), trained=1.0, interval=2)
+    model = get_peft_model(tiny.llama(layers=2), method.config)
+    assert "trains all of them" in said_at_start(None, tmp_path, model=model, callbacks=method.callbacks(model))[0]
+
+
+WORKING = {
+    "regrowth": sparse(regrowth=SPIEL),
+    "regrowth and pruning": sparse(regrowth=regrowing(interval=1), pruning=PruningConfig()),
+    "pruning": sparse(pruning=PruningConfig(interval=1)),
+    "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
+    "rounds": sparse(rounds=HalfRoundsConfig(round_steps=2)),
+    "layer_sampling": ranks(layer_sampling=LayerSamplingConfig(interval=2)),
+    "freezing": sparse(freezing=FreezingConfig(), criterion="smallest_magnitude"),
+    "nuclear_norm": sparse(nuclear_norm=NuclearNormConfig(min_side=8)),
+    "budget_competition": masks(budget_competition=BudgetCompetitionConfig(interval=1)),
+}
+
+
+@pytest.mark.parametrize("case", WORKING)
+def test_a_schedule_that_does_something_says_nothing(case, tmp_path):
+    assert not said_at_start(WORKING[case], tmp_path, layers=4)
+
+
+def test_a_resumed_run_does_not_say_it_again(tmp_path):
+    config = rows(regrowth=SPIEL)
+
+    def run(**options):
+        model = get_peft_model(tiny.llama(layers=1), copy.deepcopy(config))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny.train(
+                model, tmp_path, 6, callbacks=callbacks_for(model), save_strategy="steps", save_steps=3, **options
+            )
+        return [w for w in caught if "regrowth" in str(w.message)]
+
+    assert len(run()) == 1
+    assert not run(resume=str(tmp_path / "checkpoint-3"))
