@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..sparsity import competition_counts, make_schedule
@@ -66,6 +68,16 @@ class BudgetCompetitionCallback(ScheduleCallback):
         if cause:
             mend = "Adapt more modules, raise sparsity, or set budget_competition=None."
             report_idle([part.name for part in parts], len(parts), cause, mend)
+            return
+        first, last = _window(config, self.total_steps)
+        interval = config.budget_competition.interval
+        if config.sparsity != config.initial_sparsity and not any(u % interval == 0 for u in range(first + 1, last)):
+            warnings.warn(
+                f"budget_competition.interval={interval} leaves no allocation while the budget moves (steps "
+                f"{first + 1} to {last} of {self.total_steps}): it jumps to sparsity={config.sparsity} at step {last}. "
+                "Lower interval, shorten initial_warmup and final_warmup, or train longer.",
+                stacklevel=3,
+            )
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Update importances, then share the budget out where that is due."""
