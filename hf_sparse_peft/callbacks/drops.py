@@ -11,7 +11,8 @@ from .base import AdaptedLayer, unit_sums
 def importance(part: AdaptedLayer, sensitivity: Tensor | None) -> Tensor | None:
     r"""`[n]` importance of the trained units by the config's drop rule; None for `none`.
 
-    `magnitude`: :math:`\sum |\delta|` over the entries of a unit. `sensitivity`: the given scores. `age`: the step at
+    `magnitude`: :math:`\sum |\delta|` over the entries of a unit. `signed_magnitude`: its place among the units of its
+    sign (`place_in_sign`). `sensitivity`: the given scores. `age`: the step at
     which a unit entered, oldest (or youngest) first, and among equals the smallest :math:`\sum |\delta|` first.
     """
     rule = part.config.regrowth
@@ -22,11 +23,26 @@ def importance(part: AdaptedLayer, sensitivity: Tensor | None) -> Tensor | None:
     magnitude = unit_sums(part.values[: part.units.numel()])[part.trained]
     if rule.drop == "magnitude":
         return magnitude
+    if rule.drop == "signed_magnitude":
+        values = part.values.detach()[: part.units.numel()][part.trained].float()
+        return place_in_sign(values.reshape(values.shape[0], -1).sum(1), magnitude)
     entered = part.layer.sparse_lora_entered[part.adapter][: part.units.numel()][part.trained].double()
     place = torch.empty_like(entered)
     place[magnitude.argsort(stable=True)] = torch.arange(entered.numel(), device=place.device, dtype=place.dtype)
     signed = entered if rule.drop_first == "oldest" else -entered
     return signed + place / max(entered.numel(), 1)
+
+
+def place_in_sign(sums: Tensor, magnitude: Tensor) -> Tensor:
+    r"""`[n]` float64: :math:`(i + \tfrac12) / n_s` for the i-th smallest magnitude of the :math:`n_s` units of the same
+    sign, 0 for units without one. The smallest share :math:`\zeta` of all is then the smallest positive share
+    :math:`\zeta` and the largest negative share :math:`\zeta` (SET; Mocanu et al., 2018)."""
+    places = torch.zeros(sums.numel(), dtype=torch.float64, device=sums.device)
+    for side in (sums > 0, sums < 0):
+        at = side.nonzero().squeeze(1)
+        order = at[magnitude[at].argsort(stable=True)]
+        places[order] = (torch.arange(order.numel(), device=sums.device).double() + 0.5) / max(order.numel(), 1)
+    return places
 
 
 @torch.no_grad()

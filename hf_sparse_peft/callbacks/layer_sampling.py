@@ -215,8 +215,9 @@ def updated_importance(
     importance: list[float], sets: list[list[int]], losses: list[float], step_size: float
 ) -> list[float]:
     r""":math:`I_i + \eta \sum_{k: i \in S_k} (\rho_k - \bar\rho)\, p_i (1 - p_i)`, :math:`\rho_k = e^{-\ell_k}`,
-    :math:`p = \sigma(I)`, in float64; unchanged where all losses are equal."""
-    if len(set(losses)) == 1:
+    :math:`p = \sigma(I)`, in float64; unchanged where all losses are equal, or one is not a number (every reward
+    would be none)."""
+    if len(set(losses)) == 1 or any(math.isnan(loss) for loss in losses):
         return list(importance)
     rewards = [math.exp(-loss) for loss in losses]
     mean = sum(rewards) / len(rewards)

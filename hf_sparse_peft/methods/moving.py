@@ -25,9 +25,13 @@ from .registry import Method, aged_adamw, register
 def spiel_ag(
     density: float = 0.01, interval: int = 20, collect_steps: int = 5, fraction: float = 0.2, **overrides: Any
 ) -> Method:
-    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share."""
+    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share.
+
+    A support that was chosen otherwise, or trained before, is kept at the first move. With
+    `RegrowthConfig(schedule="cosine")` nothing is replaced whole, as in the released code.
+    """
     regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
-    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
+    options = {"r": 0, "density": density, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
 
@@ -54,7 +58,7 @@ def spiel_ma(
     regrowth = RegrowthConfig(
         interval=interval, collect_steps=collect_steps, fraction=fraction, grow="sm3", grow_options={"score": score}
     )
-    options = {"r": 0, "density": density, "regrowth": regrowth, **overrides}
+    options = {"r": 0, "density": density, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=partial(sparse_sm3, momentum=momentum))
 
 
@@ -85,21 +89,28 @@ def sparse_sm3(model: nn.Module, args: TrainingArguments, momentum: float = 0.0)
 @register(
     "set",
     paper="Mocanu et al., 2018",
-    moves="support: drop by magnitude, grow at random",
+    moves="support: drop by magnitude among each sign, grow at random",
     use_when="the cheapest way to move: no gradient is looked at",
     cost="none beyond the moves; ages, 2 bytes an entry",
 )
 def sparse_evolutionary_training(
-    density: float = 0.01, interval: int = 100, fraction: float = 0.3, unfired: bool = False, **overrides: Any
+    density: float = 0.01,
+    interval: int = 100,
+    fraction: float = 0.3,
+    drop: str = "signed_magnitude",
+    unfired: bool = False,
+    **overrides: Any,
 ) -> Method:
-    """SET on the delta: the smallest |delta| leave, random entries enter, the same share at every move.
+    """SET on the delta: of the positive and of the negative entries the same share leaves, those closest to 0; random
+    entries enter.
 
-    The paper moves once per epoch: set `interval` to the steps of one. `unfired` grows entries first that were never
-    in the support.
+    The paper moves once per epoch: set `interval` to the steps of one. `drop="magnitude"` ranks both signs together.
+    `unfired` grows entries first that were never in the support.
     """
     grow = "random_unfired" if unfired else "random"
-    regrowth = RegrowthConfig(interval=interval, fraction=fraction, schedule="constant", grow=grow)
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth, **overrides}
+    regrowth = RegrowthConfig(interval=interval, fraction=fraction, schedule="constant", drop=drop, grow=grow)
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth}
+    options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
 
@@ -111,14 +122,31 @@ def sparse_evolutionary_training(
     cost="a dense gradient of one layer at a time at each move (with accumulation: of all layers at once)",
 )
 def rigl(
-    density: float = 0.01, interval: int = 100, fraction: float = 0.3, stop_at: float = 0.75, **overrides: Any
+    density: float = 0.01,
+    interval: int = 100,
+    fraction: float = 0.3,
+    stop_at: float = 0.75,
+    schedule: str = "cosine",
+    first_move: int | None = None,
+    **overrides: Any,
 ) -> Method:
     r"""RigL on the delta: every `interval` steps until `stop_at`, in place of that step's update, a share of
-    :math:`\frac{\alpha}{2}(1+\cos(\pi t/T_{end}))` moves from the smallest |delta| to the largest |gradient|."""
+    :math:`\frac{\alpha}{2}(1+\cos(\pi t/T_{end}))` moves from the smallest |delta| to the largest |gradient|.
+
+    The released code's defaults differ from the paper's: `schedule="constant"` with `fraction=0.1`, and a first move in
+    place of the very first update, `first_move=1`.
+    """
     regrowth = RegrowthConfig(
-        interval=interval, fraction=fraction, schedule="cosine", stop_at=stop_at, grow="gradient", skip_step=True
+        interval=interval,
+        fraction=fraction,
+        schedule=schedule,
+        stop_at=stop_at,
+        first_move=first_move,
+        grow="gradient",
+        skip_step=True,
     )
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth, **overrides}
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth}
+    options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
 
@@ -224,6 +252,6 @@ def sara(
     norm = NuclearNormConfig(weight=nuclear_weight, min_side=min_side) if nuclear_weight else None
     options = {
         "r": 0, **budget, "criterion": "smallest_magnitude", "freezing": FreezingConfig(at=at, threshold=threshold),
-        "nuclear_norm": norm, **overrides,
+        "nuclear_norm": norm, "target_modules": "all-linear", **overrides,
     }  # fmt: skip
     return Method(SparseLoraConfig(**options))

@@ -17,7 +17,8 @@ from .registry import Method, register
 )
 def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
     """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
-    options = {"r": 0, "density": density, "pruning": PruningConfig(final_fraction=final_fraction), **overrides}
+    options = {"r": 0, "density": density, "pruning": PruningConfig(final_fraction=final_fraction)}
+    options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options))
 
 

@@ -33,7 +33,7 @@ def require(condition: bool, owner: str, field: str, value: Any, accepted: str) 
         raise ValueError(f"{owner}.{field}={value!r} is out of range: it takes {accepted}.")
 
 
-DROPS = ("magnitude", "sensitivity", "age", "none")
+DROPS = ("magnitude", "signed_magnitude", "sensitivity", "age", "none")
 GROWTHS = ("accumulated_gradient", "sm3", "gradient", "random", "random_unfired", "low_rank_magnitude")
 REGROWTH_SCHEDULES = ("linear", "cosine", "constant", "exponential")
 _SPIEL = ("accumulated_gradient", "sm3")
@@ -55,11 +55,12 @@ class RegrowthConfig:
     """Step after which the first move comes; None: `collect_steps` for SpIEL's two rules, `interval` for the others."""
     stop_at: float = 1.0
     """Share of the run after which nothing moves and at which `schedule` has reached `final_fraction` (RigL: 0.75)."""
-    drop: Literal["magnitude", "sensitivity", "age", "none"] = "magnitude"
-    """Which units leave: those with the smallest sum of |value| (`magnitude`) or of |value x gradient| at the move's
-    own step (`sensitivity`: what removing them costs, to first order), or by how long they are in the support (`age`,
-    see `drop_first`; among equal ages the smallest |value| first). `none`: `low_rank_magnitude` chooses the whole
-    support anew and whoever it leaves out goes (LIFT)."""
+    drop: Literal["magnitude", "signed_magnitude", "sensitivity", "age", "none"] = "magnitude"
+    """Which units leave: those with the smallest sum of |value| (`magnitude`), the same share of the positive ones and
+    of the negative ones (`signed_magnitude`, SET; units that are still 0 first), those with the smallest sum of
+    |value x gradient| at the move's own step (`sensitivity`: what removing them costs, to first order), or by how long
+    they are in the support (`age`, see `drop_first`; among equal ages the smallest |value| first). `none`:
+    `low_rank_magnitude` chooses the whole support anew and whoever it leaves out goes (LIFT)."""
     drop_first: Literal["oldest", "youngest"] = "oldest"
     """Which end of the ages `drop='age'` starts from."""
     grow: Literal["accumulated_gradient", "sm3", "gradient", "random", "random_unfired", "low_rank_magnitude"] = (

@@ -1,0 +1,120 @@
+"""The registered methods that move or thin out a support, against their papers: defaults, SET's two signs, the cubic
+curve's published values, IST's worked update."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+
+from hf_sparse_peft import PruningConfig, SparseLoraConfig, methods
+from hf_sparse_peft.callbacks.layer_sampling import updated_importance
+from hf_sparse_peft.callbacks.pruning import living_share
+from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+
+SMALL = {
+    "spiel-ag": {},
+    "spiel-ma": {},
+    "set": {},
+    "rigl": {},
+    "sara": {},
+    "gradual-pruning": {},
+    "lift": {"density": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_linear_layer_but_the_head_is_adapted_by_default(name):
+    model = get_peft_model(tiny.llama(layers=1), methods.get(name, **SMALL[name]).config)
+    adapted = {layer.module_name.split(".")[-1] for layer in sparse_layers(model)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def supports_around_a_move(method, values_of, out, step=3, steps=5):
+    """Units and values right before the move after `step`, and units right after it, by layer."""
+    model = get_peft_model(tiny.llama(layers=1), method.config)
+    before, after = {}, {}
+
+    def prepare(now, model, optimizer):
+        if now == step:
+            for number, layer in enumerate(sparse_layers(model)):
+                values = layer.sparse_lora_values["default"].data
+                values.copy_(values_of(values.shape[0], torch.Generator().manual_seed(number)))
+                before[layer.module_name] = (layer.units("default").tolist(), values.double().clone())
+
+    def look(now, model, optimizer):
+        if now == step:
+            after.update({layer.module_name: layer.units("default").tolist() for layer in sparse_layers(model)})
+
+    callbacks = [tiny.At(on_step_end=prepare), *method.callbacks(model), tiny.At(on_step_end=look)]
+    tiny.train(model, out, steps, callbacks=callbacks, optimizer=method.optimizer)
+    return before, after
+
+
+def mostly_negative(count, generator):
+    return torch.randn(count, generator=generator) - 1.0
+
+
+def test_set_drops_the_same_share_of_the_positive_and_of_the_negative_entries(tmp_path):
+    method = methods.get("set", density=0.2, interval=3, fraction=0.3)
+    before, after = supports_around_a_move(method, mostly_negative, tmp_path)
+    for name, (units, values) in before.items():
+        # Mocanu et al., 2018: the smallest positive weights and the largest negative ones, a fraction of each.
+        sides = {sign: sorted((sign * v, u) for u, v in zip(units, values.tolist(), strict=True) if sign * v > 0)
+                 for sign in (1, -1)}  # fmt: skip
+        left = set(units) - set(after[name])
+        assert len(after[name]) == len(units)
+        for of_sign in sides.values():
+            share = 0.3 * len(of_sign)
+            smallest = {u for _, u in of_sign[: math.ceil(share)]}
+            gone = left & {u for _, u in of_sign}
+            assert gone <= smallest, name
+            # A dropped entry may be drawn again at once; one more or less is rounding.
+            assert len(gone) >= 0.55 * share - 1, name
+        assert len(sides[-1]) > 3 * len(sides[1])  # one ranking of both signs would drop more of the positive ones
+
+
+def test_set_by_magnitude_ranks_both_signs_together(tmp_path):
+    method = methods.get("set", density=0.2, interval=3, fraction=0.3, drop="magnitude")
+    before, after = supports_around_a_move(method, mostly_negative, tmp_path)
+    for name, (units, values) in before.items():
+        smallest = {units[i] for i in values.abs().argsort()[: int(0.3 * len(units))].tolist()}
+        assert set(units) - set(after[name]) <= smallest
+        assert len(set(units) - set(after[name])) > 0.5 * len(smallest)
+
+
+def test_set_drops_what_never_moved_before_anything_else(tmp_path):
+    def half_untouched(count, generator):
+        return torch.randn(count, generator=generator) * (torch.arange(count) % 2)
+
+    method = methods.get("set", density=0.2, interval=3, fraction=0.3)
+    before, after = supports_around_a_move(method, half_untouched, tmp_path)
+    for name, (units, values) in before.items():
+        moved = {u for u, v in zip(units, values.tolist(), strict=True) if v}
+        assert moved <= set(after[name])
+
+
+def test_rigl_has_the_papers_defaults_and_the_released_codes_as_options():
+    paper = methods.get("rigl").config.regrowth
+    assert (paper.interval, paper.fraction, paper.schedule, paper.stop_at) == (100, 0.3, "cosine", 0.75)
+    assert (paper.final_fraction, paper.first, paper.skip_step) == (0.0, 100, True)
+    code = methods.get("rigl", fraction=0.1, schedule="constant", first_move=1).config.regrowth
+    assert (code.fraction, code.schedule, code.first) == (0.1, "constant", 1)
+
+
+def test_the_cubic_curve_has_the_published_values():
+    config = SparseLoraConfig(density=0.1, pruning=PruningConfig(final_fraction=0.2, begin=0.0, end=1.0, interval=10))
+    sparsity = [1 - living_share(config, step, 100) for step in range(0, 101, 10)]
+    expected = [0, 0.2168, 0.3904, 0.5256, 0.6272, 0.7, 0.7488, 0.7784, 0.7936, 0.7992, 0.8]
+    assert sparsity == pytest.approx(expected, abs=1e-12)
+
+
+def test_ists_importance_moves_as_worked_out_by_hand():
+    # Losses 1.0, 1.1, 1.3 of three probes at I = 0; layer 0 is in the first, layer 1 in all of them, layer 2 in none.
+    updated = updated_importance([0.0, 0.0, 0.0], [[0, 1], [1], [1]], [1.0, 1.1, 1.3], 10.0)
+    assert updated == pytest.approx([0.10863, 0.0, 0.0], abs=1e-5)
+
+
+def test_a_probe_without_a_loss_leaves_ists_importance_alone():
+    assert updated_importance([0.5, -0.5], [[0], [1]], [float("nan"), 1.0], 10.0) == [0.5, -0.5]
