@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import tempfile
 import warnings
 from importlib import metadata
@@ -35,6 +37,33 @@ def needs(requirement: str) -> pytest.MarkDecorator:
         found = None
     fits = found is not None and wanted.specifier.contains(found.split("+")[0], prereleases=True)
     return pytest.mark.skipif(not fits, reason=f"needs {requirement}; installed: {found or 'none'}")
+
+
+def crossed(**axes) -> pytest.MarkDecorator:
+    """Parametrizes a test over the product of `axes`, of which the default suite runs a diagonal.
+
+    There each value of each axis comes at least twice, with other partners each time; the rest of the product is marked
+    slow. For axes that the code under test treats independently: each of them has its own exact tests elsewhere.
+    """
+    names, values = list(axes), [list(axis) for axis in axes.values()]
+    longest = max(map(len, values))
+    chosen = {
+        tuple((at + turn * (axis + 1)) % len(values[axis]) for axis in range(len(values)))
+        for turn in range(2)
+        for at in range(longest)
+    }
+    cases = []
+    for place in itertools.product(*(range(len(axis)) for axis in values)):
+        picked = [axis[at] for axis, at in zip(values, place, strict=True)]
+        marks = () if place in chosen else (pytest.mark.slow,)
+        cases.append(pytest.param(*picked, marks=marks, id="-".join(map(_label, picked))))
+    return pytest.mark.parametrize(names, cases)
+
+
+def _label(value) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_label, value))
+    return getattr(value, "__name__", None) or str(value)
 
 
 def llama(
@@ -84,15 +113,19 @@ def base(kind: str = "fp32", *, hidden: int = 32, layers: int = 2, compute_dtype
         return gpt2(hidden=hidden, layers=layers)
     if kind in ("fp32", "bf16"):
         return llama(hidden=hidden, layers=layers, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    return copy.deepcopy(_quantised(kind, hidden, layers, compute_dtype))
+
+
+@functools.cache
+def _quantised(kind: str, hidden: int, layers: int, compute_dtype: torch.dtype):
     four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    quantization = BitsAndBytesConfig(
-        **(four_bit if kind == "nf4" else {"load_in_8bit": True}), bnb_4bit_compute_dtype=compute_dtype
-    )
+    options = four_bit if kind == "nf4" else {"load_in_8bit": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return LlamaForCausalLM.from_pretrained(
-            _saved_llama(hidden, layers), quantization_config=quantization, device_map="cpu", dtype=torch.float32
-        )
+            _saved_llama(hidden, layers), device_map="cpu", dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=compute_dtype),
+        )  # fmt: skip
 
 
 class TokenData(torch.utils.data.Dataset):

@@ -68,8 +68,8 @@ def train(model, make, out, steps=14, **options):
 
 def split(side, frozen):
     marks = frozen[: len(side["units"])].bool().tolist()
-    trained = [u for u, mark in zip(side["units"], marks, strict=True) if not mark]
-    return trained, [u for u in side["units"] if u not in set(trained)]
+    pairs = list(zip(side["units"], marks, strict=True))
+    return [unit for unit, mark in pairs if not mark], [unit for unit, mark in pairs if mark]
 
 
 class Sides:
@@ -113,9 +113,10 @@ def test_moves_and_frozen_units_under_every_optimizer(name, tmp_path):
         for key, state in new["state"].items():
             if not isinstance(state, torch.Tensor) or state.shape[:1] != new["values"].shape[:1]:
                 continue
-            at, was = ([side["units"].index(u) for u in kept] for side in (new, old))
+            places = [{unit: place for place, unit in enumerate(side["units"])} for side in (new, old)]
+            at, was = ([place[u] for u in kept] for place in places)
             assert torch.equal(state[at], old["state"][key][was]), key
-            restarted = [new["units"].index(u) for u in [*fresh, *thawed, *now_retired]]
+            restarted = [places[0][u] for u in [*fresh, *thawed, *now_retired]]
             assert not state[restarted].any(), key
         thawed_ever += len(thawed)
         retired_ever += len(set(now_retired) - set(retired))

@@ -6,6 +6,7 @@ A method that is new is covered by being registered: its options come from `TINY
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from dataclasses import dataclass, field
@@ -82,6 +83,41 @@ def build(name: str):
     return methods.get(name, **copy.deepcopy({**options, "task_type": "CAUSAL_LM", **OPTIONS.get(name, {})}))
 
 
+def parts_of(name: str) -> frozenset[str]:
+    """What a method is made of, as far as the engine and the runner tell it apart from others."""
+    method = build(name)
+    config = method.config
+    asked = list(getattr(config, "asked_schedules", ()))
+    grown = [f"grows by {getattr(config, field).grow}" for field in asked if hasattr(getattr(config, field), "grow")]
+    return frozenset(
+        [
+            f"tuner {type(config).__name__}",
+            f"trainer {method.trainer_class.__name__}",
+            f"own optimizer: {method.make_optimizer is not None}",
+            f"learns from a run: {method.make_ready is not None}",
+            f"support from data: {getattr(config, 'data_driven', False)}",
+            f"granularity {getattr(config, 'granularity', None)}",
+            f"structures: {bool(getattr(config, 'structures', None))}",
+            f"low rank: {bool(getattr(config, 'r', 0))}",
+            f"factor masks: {getattr(config, 'factor_masks', None) is not None}",
+            *(f"schedule {field}" for field in asked),
+            *grown,
+        ]
+    )
+
+
+@functools.cache
+def covering_methods() -> frozenset[str]:
+    """A few methods that together have every part that any method has: chosen greedily, most new parts first."""
+    parts = {name: parts_of(name) for name in methods.names()}
+    missing, chosen = set().union(*parts.values()), set()
+    while missing:
+        best = max(sorted(parts), key=lambda name: len(parts[name] & missing))
+        chosen.add(best)
+        missing -= parts[best]
+    return frozenset(chosen)
+
+
 def save_base(folder: Path) -> None:
     """The tiny Llama that all courses start from."""
     torch.manual_seed(0)
@@ -98,6 +134,11 @@ def save_base(folder: Path) -> None:
 
 
 def load_base(folder: Path, kind: str):
+    return copy.deepcopy(_loaded_base(folder, kind))
+
+
+@functools.cache
+def _loaded_base(folder: Path, kind: str):
     options = {}
     if kind == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(

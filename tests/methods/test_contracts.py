@@ -9,6 +9,7 @@ from contract_toolbox import (
     FIRST_MICRO_BATCH,
     SAVE_AT,
     adapted,
+    covering_methods,
     differences,
     excepted,
     logits,
@@ -21,8 +22,26 @@ from contract_toolbox import (
 from hf_sparse_peft import methods
 
 BASES = ("dense", "nf4")
-EVERY_METHOD = pytest.mark.parametrize("name", methods.names())
-EVERY_BASE = pytest.mark.parametrize("kind", BASES)
+
+
+def marked(name: str, kind: str):
+    """Every method on the dense base, and methods that have every part between them on 4-bit; the rest is slow."""
+    quick = kind == "dense" or name in covering_methods()
+    return pytest.param(name, kind, marks=() if quick else (pytest.mark.slow,))
+
+
+EVERY_METHOD_ON_EVERY_BASE = pytest.mark.parametrize(
+    ("name", "kind"), [marked(name, kind) for kind in BASES for name in methods.names()]
+)
+# Accumulation and checkpointing are the engine's and the rules': one method for each part, dense, tells them.
+EVERY_PART = pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if kind == "dense" and name in covering_methods() else (pytest.mark.slow,))
+        for kind in BASES
+        for name in methods.names()
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +62,14 @@ def test_exceptions_are_of_contracts_and_methods_that_exist():
     assert all(EXCEPTIONS.values())
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(name, kind, course_of):
     course = course_of(name, kind)
     same = torch.equal(course.logits["start"], course.logits["base"])
     assert same != excepted("identity", name), EXCEPTIONS.get(("identity", name))
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_training_changes_the_adapter_lowers_the_loss_and_stays_finite(name, kind, course_of):
     course = course_of(name, kind)
     tensors = [tensor for tensor in course.state.values() if tensor.is_floating_point()]
@@ -62,16 +79,14 @@ def test_training_changes_the_adapter_lowers_the_loss_and_stays_finite(name, kin
     assert after < before or excepted("loss", name)
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_training_leaves_every_bit_of_the_base(name, kind, course_of):
     course = course_of(name, kind)
     assert len(course.base_before) > 10
     assert differences(course.base_before, course.base_after) == []
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_what_the_method_says_moves_moves(name, kind, course_of):
     course = course_of(name, kind)
     config = course.model.peft_config["default"]
@@ -82,22 +97,19 @@ def test_what_the_method_says_moves_moves(name, kind, course_of):
             assert any(not torch.equal(course.start[k], course.state[f"model.{k}"]) for k in changed), option
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_a_saved_adapter_gives_the_same_bits_on_a_fresh_base(name, kind, course_of):
     course = course_of(name, kind)
     assert torch.equal(logits(reload(course)), course.logits["trained"])
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_disabling_gives_the_base(name, kind, course_of):
     course = course_of(name, kind)
     assert torch.equal(course.logits["disabled"], course.logits["base"])
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 @pytest.mark.filterwarnings("ignore:.*4-bit")
 def test_unmerging_restores_every_bit_and_merging_gives_the_same_output(name, kind, course_of):
     course = course_of(name, kind)
@@ -111,8 +123,7 @@ def test_unmerging_restores_every_bit_and_merging_gives_the_same_output(name, ki
     assert torch.equal(logits(model), course.logits["trained"]) != excepted("unmerge", name)
 
 
-@EVERY_BASE
-@EVERY_METHOD
+@EVERY_METHOD_ON_EVERY_BASE
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(name, kind, course_of):
     course = course_of(name, kind)
     model, method = adapted(name, course.folder / "base", kind)
@@ -140,8 +151,7 @@ def agree(name, folder, kind, left: dict, right: dict) -> None:
             assert distance <= 2e-4 + 1e-3 * one[key].abs().max(), f"{key}: {distance}"
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("nf4", marks=pytest.mark.slow)])
-@EVERY_METHOD
+@EVERY_PART
 def test_two_micro_batches_are_one_batch_of_their_size(name, kind, folder):
     if excepted("accumulation", name):
         pytest.skip(EXCEPTIONS["accumulation", name])
@@ -150,8 +160,7 @@ def test_two_micro_batches_are_one_batch_of_their_size(name, kind, folder):
     agree(name, folder, kind, small, {"per_device_train_batch_size": 4, "alike": alike})
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("nf4", marks=pytest.mark.slow)])
-@EVERY_METHOD
+@EVERY_PART
 def test_gradient_checkpointing_changes_nothing(name, kind, folder):
     if excepted("checkpointing", name):
         pytest.skip(EXCEPTIONS["checkpointing", name])

@@ -20,7 +20,7 @@ def adapted(granularity: str, r: int):
         LlamaConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
             vocab_size=50,

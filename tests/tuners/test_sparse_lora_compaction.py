@@ -1,6 +1,7 @@
 """Dead units and components: counted as dead, dropped by compact(), gone from the file, without moving the output."""
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -30,9 +31,7 @@ def thinned(base_of, case="hybrid-entry", base="fp32", gated=True, **options):
     return model
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["support", "support and ranks"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("base", ["fp32", "nf4", "conv1d"])
+@tiny.crossed(base=["fp32", "nf4", "conv1d"], granularity=GRANULARITIES, gated=[False, True])
 def test_compact_keeps_the_output_shrinks_the_file_and_reloads(base_of, tmp_path, base, granularity, gated):
     model = thinned(base_of, f"hybrid-{granularity}", base, gated)
     before, living = logits(model), sum(p.numel() for p in trained(model).values()) - model.dead_parameters()

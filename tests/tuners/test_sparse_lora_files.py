@@ -9,6 +9,7 @@ import sys
 
 import peft
 import pytest
+import tiny
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state
@@ -32,9 +33,7 @@ from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 FILE = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("meta", [False, True], ids=["allocated", "low_cpu_mem_usage"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES, meta=[False, True])
 def test_loaded_adapter_gives_the_same_bits(base_of, tmp_path, base, case, meta):
     model = saved(tmp_path, base_of, base, case)
     before = logits(model)
@@ -116,8 +115,7 @@ def test_config_survives_its_json(tmp_path):
     assert "import hf_sparse_peft" in json.loads((tmp_path / "adapter_config.json").read_text())["install_hint"]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES)
 def test_transformers_adapter_api_keeps_every_bit_of_the_adapter(base_of, tmp_path, base, case):
     model = saved(tmp_path / "peft", base_of, base, case)
     plain = base_of(base)

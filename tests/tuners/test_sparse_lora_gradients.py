@@ -1,6 +1,7 @@
 """Gradients of an adapted layer against float64 autograd on dense matrices, and the ways a model may ask for them."""
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
 from tuner_toolbox import (
@@ -118,9 +119,7 @@ def gradients(model, **kwargs):
     return {name: p.grad.clone() for name, p in trained(model).items()}
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("base", ["fp32", "nf4"])
-@pytest.mark.parametrize("case", CASES)
+@tiny.crossed(case=CASES, base=["fp32", "nf4"], reentrant=[True, False])
 def test_gradient_checkpointing_changes_no_gradient(base_of, case, base, reentrant):
     model = get_peft_model(base_of(base), make_config(case)).train()
     fill(model)

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import tiny
 import torch
 from peft import get_layer_status, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,16 +49,14 @@ def test_fresh_adapter_is_the_identity_up_to_one_rounding_on_int8(base_of, case)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES)
 def test_init_weights_false_changes_the_output(base_of, base, case):
     before = logits(base_of(base))
     after = logits(get_peft_model(base_of(base), make_config(case, base, init_weights=False)))
     assert (after - before).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES)
 def test_masters_are_fp32_and_only_the_adapter_trains(base_of, base, case):
     model = get_peft_model(base_of(base), make_config(case, base))
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -144,8 +143,7 @@ def test_unmerging_what_is_not_merged_only_warns(base_of, base):
     assert same_bits(base_bits(model), before)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES)
 def test_disabling_and_enabling_restores_every_bit(base_of, base, case):
     model = get_peft_model(base_of(base), make_config(case, base))
     plain = logits(model)

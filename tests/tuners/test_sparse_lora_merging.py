@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -31,9 +32,7 @@ def test_unmerge_restores_every_base_bit(base_of, base, case):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", DENSE)
+@tiny.crossed(base=DENSE, case=CASES, safe=[False, True])
 def test_merged_logits_equal_unmerged_ones(base_of, base, case, safe):
     model = adapted(base_of, base, case)
     before = logits(model)
@@ -188,8 +187,7 @@ def test_disabling_unmerges_by_itself(base_of, base):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, case=CASES)
 def test_merge_and_unload_leaves_a_plain_model_with_the_merged_output(base_of, base, case):
     model = adapted(base_of, base, case)
     names = {

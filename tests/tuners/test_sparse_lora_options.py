@@ -1,6 +1,7 @@
 """Options that choose what is adapted and what else trains."""
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from tuner_toolbox import (
@@ -31,8 +32,7 @@ def step(model, lr=1e-2):
     optimizer.step()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+@tiny.crossed(base=["fp32", "bf16", "nf4"], case=CASES)
 def test_modules_to_save_train_save_and_load(base_of, tmp_path, base, case):
     model = get_peft_model(base_of(base), make_config(case, base, modules_to_save=["lm_head"]))
     fill(model)

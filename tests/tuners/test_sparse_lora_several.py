@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
@@ -141,8 +142,7 @@ def test_an_adapter_added_under_a_deleted_name_gets_its_own_support(base_of):
 # Weighted combination
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+@tiny.crossed(pair=PAIRS, kind=["cat", "svd", "linear"])
 def test_weighted_sum_of_sparse_halves_is_exact(base_of, pair, kind, tmp_path):
     model = two_adapters(base_of, *pair)
     model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "mix", combination_type=kind)
@@ -168,13 +168,11 @@ def reloads(model, base_of, folder, base="fp32"):
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), folder / "mix")), before)
 
 
-@pytest.mark.parametrize("suffix", ["", "_svd"])
-@pytest.mark.parametrize(
-    "pair",
-    [("hybrid-entry", "hybrid-entry"), ("sparse-row", "sparse-row"), ("hybrid-block", "hybrid-column")],
-    ids="+".join,
+@tiny.crossed(
+    kind=["ties", "dare_linear", "dare_ties", "magnitude_prune"],
+    pair=[("hybrid-entry", "hybrid-entry"), ("sparse-row", "sparse-row"), ("hybrid-block", "hybrid-column")],
+    suffix=["", "_svd"],
 )
-@pytest.mark.parametrize("kind", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_pruning_combinations_follow_merge_utils_on_the_united_support(base_of, kind, pair, suffix, tmp_path):
     model = two_adapters(base_of, *pair)
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, read_codes, tiny_llama
@@ -41,9 +42,7 @@ def supports(model, adapter="default"):
     return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in sparse_layers(model)}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, granularity=GRANULARITIES, criterion=CRITERIA)
 def test_every_layer_has_exactly_its_share_of_distinct_sorted_units(base_of, base, granularity, criterion):
     config = make_config(f"sparse-{granularity}", base, criterion=criterion)
     model = get_peft_model(base_of(base), config)
@@ -55,9 +54,7 @@ def test_every_layer_has_exactly_its_share_of_distinct_sorted_units(base_of, bas
         assert layer.units("default").tolist() == units
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "smallest_magnitude"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("base", BASES)
+@tiny.crossed(base=BASES, granularity=GRANULARITIES, criterion=["magnitude", "smallest_magnitude"])
 def test_magnitude_supports_equal_brute_force_on_the_weight_the_layer_sees(base_of, base, granularity, criterion):
     model = get_peft_model(base_of(base), make_config(f"sparse-{granularity}", base, criterion=criterion))
     for layer in sparse_layers(model):

@@ -4,6 +4,7 @@ plain Llama in float64 with forward hooks."""
 import copy
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from tuner_toolbox import HIDDEN, INNER, base_bits, fill, logits, make_config, read_codes, same_bits, tiny_llama
@@ -107,10 +108,12 @@ def expected_units(criterion, unit, scope, largest) -> dict[str, list[int]]:
     return taken
 
 
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("scope", ["model", "block"])
-@pytest.mark.parametrize("unit", STRUCTURES)
-@pytest.mark.parametrize("criterion", ["activation", "weighted_activation", "gradient"])
+@tiny.crossed(
+    criterion=["activation", "weighted_activation", "gradient"],
+    unit=STRUCTURES,
+    scope=["model", "block"],
+    largest=[True, False],
+)
 def test_structures_are_the_best_by_the_sum_over_their_rows_and_columns(criterion, unit, scope, largest):
     config = config_of(criterion, unit, scope, {"largest": largest})
     model = chosen(config)

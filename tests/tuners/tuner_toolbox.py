@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import struct
 import warnings
 from pathlib import Path
@@ -58,6 +60,11 @@ def make_base(kind: str, folder: Path | None = None):
         return tiny_gpt2()
     if kind in ("fp32", "bf16"):
         return tiny_llama(dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    return copy.deepcopy(_quantised(kind, folder))
+
+
+@functools.cache
+def _quantised(kind: str, folder: Path) -> LlamaForCausalLM:
     quantization = (
         BitsAndBytesConfig(
             load_in_4bit=True,
