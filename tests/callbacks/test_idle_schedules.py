@@ -115,7 +115,7 @@ IDLE = {
                          budget_competition=BudgetCompetitionConfig(interval=2)),
         "one matrix",
     ),
-    "a budget that jumps": (masks(budget_competition=BudgetCompetitionConfig(interval=7)), "interval=7 leaves no alloc"),
+    "a budget that jumps": (masks(budget_competition=BudgetCompetitionConfig(interval=7)), "interval=7 leaves no"),
     "no room to retire": (
         rows(density=0.2, regrowth=regrowing(fraction=0.4, retired_share=0.1)), r"retired_share=0\.1 leaves room for 0",
     ),
