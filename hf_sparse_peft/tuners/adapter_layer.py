@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter_copy import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
+from .idle_layers import note_that_it_runs
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -46,6 +47,7 @@ class AdapterLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.any_dtype: set[str] = set()
         """Adapters whose dtype is the user's choice: no cast of theirs is undone."""
+        self.ran_in_training: set[str] = set()
         self.copied_from: dict[str, str] = {}
         self.noted_parameters: dict[tuple[str, tuple[str, ...]], torch.Tensor | None] = {}
         base = self.get_base_layer()
@@ -179,8 +181,16 @@ class AdapterLayer(BaseTunerLayer):
         active = [name for name in self.active_adapters if self.holds(name)]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._before_training(active)
+        if not x.is_meta and self._is_away(active[0]):
+            raise ValueError(
+                f"The tensors of adapter '{active[0]}' in '{self.module_name}' are on the meta device: the model was "
+                "offloaded (accelerate's cpu_offload, disk_offload, dispatch_model) after the adapter was added, or "
+                "the adapter was never loaded. Load the base without offload, device_map={'': 0}."
+            )
+        if self.training and not torch.compiler.is_compiling():
+            note_that_it_runs(self, active)
+            if torch.is_grad_enabled():
+                self._before_training(active)
         return self._adapted(x, active, *args, **kwargs)
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -209,6 +219,10 @@ class AdapterLayer(BaseTunerLayer):
             result = y.new_empty(len(x), *y.shape[1:]) if result is None else result
             result = result.index_copy(0, rows, y)
         return result
+
+    def _is_away(self, adapter_name: str) -> bool:
+        held = (getattr(self, kind) for kind in self.adapter_layer_names)
+        return next((one[adapter_name].is_meta for one in held if adapter_name in one), False)
 
     def _before_training(self, active: list[str]) -> None:
         """Asked in every training forward: may these adapters train as they are?"""

@@ -18,6 +18,8 @@ from torch import nn
 from .adapter_copy import copy_adapter, copy_heads, tell_copy
 from .adapter_layer import AdapterLayer, is_supported, restore_fp32
 from .base_weight import keep_4bit_weight_stable
+from .idle_layers import belongs_to, stop_watching, watch_forwards
+from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 
 
 class AdapterModel(BaseTuner):
@@ -27,6 +29,7 @@ class AdapterModel(BaseTuner):
     linear_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
+    _asked_targets: Any = None
     _unloaded_layers: list[AdapterLayer] | None = None
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
 
@@ -56,6 +59,7 @@ class AdapterModel(BaseTuner):
         given = self.peft_config[adapter_name]
         source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
         self.peft_config[adapter_name] = copy.deepcopy(given)
+        self._asked_targets = given.target_modules
         self._targets_of_state_dict = None
         if state_dict is not None:
             self._targets_of_state_dict = {
@@ -63,6 +67,9 @@ class AdapterModel(BaseTuner):
             }
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            for layer in self.adapted_layers():
+                belongs_to(layer, model)
+            watch_forwards(model)
             if source is not None and state_dict is None and not low_cpu_mem_usage:
                 for layer in self.adapted_layers():
                     copy_adapter(layer, source, adapter_name)
@@ -86,6 +93,10 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
             keep_4bit_weight_stable(module)
+        targets = target_layers(peft_config, model, self._is_target)
+        refuse_unworkable(model, targets)
+        if targets and not peft_config.inference_mode and self._targets_of_state_dict is None:
+            name_left_out(peft_config, self._asked_targets, model, targets)
 
     def _is_target(self, peft_config: PeftConfig, key: str) -> bool:
         if self._targets_of_state_dict is not None:
@@ -123,6 +134,7 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        keep_forward(self.model, current_key)
 
     def adapted_layers(self) -> list[AdapterLayer]:
         """All layers with an adapter of this tuner, in model order."""
@@ -164,6 +176,7 @@ class AdapterModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         layers = self.adapted_layers()
+        stop_watching(self.model)
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         self._unloaded_layers = layers  # merge_errors() is asked afterwards
         return unloaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
@@ -20,20 +20,9 @@ from ...sparsity import (
     stream_seed,
     uniform_counts,
 )
+from ..target_checks import target_layers
 from .config import SparseLoraConfig
 from .structures import choose_structures, structure_counts
-
-
-def target_layers(config: SparseLoraConfig, model: nn.Module, matches) -> dict[str, nn.Module]:
-    """Base layers of the modules that `config` targets in `model`, by module name, in model order."""
-    config = _maybe_include_all_linear_layers(config, model)
-    wrapped = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    found = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(prefix) for prefix in wrapped)
-        if name and not inside and matches(config, name):
-            found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return found
 
 
 def plan_supports(
