@@ -88,7 +88,7 @@ def test_targets_without_experts_say_nothing(make_model):
         ({"target_modules": ["q_proj", "query"]}, "'query'"),
         ({"target_modules": ["q_proj", "v_porj"]}, "'v_proj'"),
         (
-            {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj", "layers.7.q_proj"]},
+            {"target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj", "layers.7.q_proj"]},
             "layers.7.q_proj",
         ),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 5]}, "[5]"),
@@ -108,7 +108,8 @@ def test_a_part_of_an_option_that_matches_nothing_is_named(options, named):
 def test_options_that_all_match_and_adapters_that_are_loaded_say_nothing(tmp_path):
     config = SparseLoraConfig(
         r=2, density=0.1, target_modules=["q_proj", "layers.1.mlp.down_proj"], layers_to_transform=[1],
-        exclude_modules=["layers.0.self_attn.q_proj"], rank_pattern={r"layers\.1\..*": 3}, granularity_pattern={"down_proj": "row"},
+        exclude_modules=["layers.0.self_attn.q_proj"], rank_pattern={r"layers\.1\..*": 3},
+        granularity_pattern={"down_proj": "row"},
     )  # fmt: skip
     assert said(tiny.llama, config) == []
     with warnings.catch_warnings():
