@@ -10,7 +10,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuners import AdapterLayer, adapter_layers
+from ..tuners import AdapterLayer, adapter_layers, restore_fp32
+from .trainer_checks import refuse_sharded, warn_of_best_model, why_nothing_trains
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class ScheduleCallback(TrainerCallback):
         self.parts: list[AdaptedLayer] = []
         self.total_steps = 0
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a sharded run before any process wraps the model, and undo the casts of the trainer's constructor.
+
+        Raises:
+            ValueError: DeepSpeed or FSDP is switched on, by whatever means.
+        """
+        refuse_sharded(args, self.option)
+        if model is not None:
+            restore_fp32(model)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
@@ -77,7 +95,8 @@ class ScheduleCallback(TrainerCallback):
             ValueError: no trained adapter asks for this schedule, the schedule does not fit into the run, or the run is
                 sharded in a way that hides gradients and optimizer state from callbacks.
         """
-        _refuse_sharded(args, self.option)
+        refuse_sharded(args, self.option, model)
+        warn_of_best_model(args, state, model)
         self.total_steps = state.max_steps
         self.parts = [
             AdaptedLayer(layer, name)
@@ -88,10 +107,7 @@ class ScheduleCallback(TrainerCallback):
             and self.wants(layer, name)
         ]
         if not self.parts:
-            raise ValueError(
-                f"{type(self).__name__} found no trained adapter whose config sets {self.option}. Set "
-                f"{self.option}, or leave the callback out (callbacks_for(model) picks the right ones)."
-            )
+            raise ValueError(why_nothing_trains(type(self).__name__, self.option, model))
         for config in self.configs():
             config._schedule_attended = True
             config.training_finished = False
@@ -136,17 +152,6 @@ class ScheduleCallback(TrainerCallback):
 def whole_steps(share: float, total_steps: int) -> int:
     """`floor(share * total_steps)`; 0.29 of 100 steps are 29, though the product of the floats is 28.999...."""
     return int(share * total_steps + 1e-9)
-
-
-def _refuse_sharded(args: TrainingArguments, option: str) -> None:
-    sharded = {"DeepSpeed": getattr(args, "deepspeed", None), "FSDP": getattr(args, "fsdp", None)}
-    for name, used in sharded.items():
-        if used:
-            raise ValueError(
-                f"Supports and ranks cannot move under {name}: it steps inside the backward pass or shards the values, "
-                "so callbacks see no gradients and cannot edit optimizer state. Train with DDP or on one device, or "
-                f"set {option} to None."
-            )
 
 
 def is_distributed() -> bool:

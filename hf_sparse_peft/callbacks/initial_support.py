@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
+from ..tuners import restore_fp32
 from ..tuners.sparse_lora import initialize_support, sparse_layers
+from .trainer_checks import warn_of_best_model
 
 
 class InitialSupportCallback(TrainerCallback):
@@ -21,12 +23,18 @@ class InitialSupportCallback(TrainerCallback):
     def __init__(self, show_progress: bool | None = None) -> None:
         self.show_progress = show_progress
 
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Undo the casts of the trainer's constructor before anything wraps the model."""
+        if model is not None:
+            restore_fp32(model)
+
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
         """Choose what has not been chosen.
 
         Raises:
             ValueError: there is no dataloader; sizes would change under a wrapped model; see `initialize_support`.
         """
+        warn_of_best_model(args, state, model)
         layers = sparse_layers(model)
         for name in dict.fromkeys(name for layer in layers for name in layer.active_adapters):
             waiting = [layer for layer in layers if layer.is_undecided(name)]

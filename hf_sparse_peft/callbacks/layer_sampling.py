@@ -20,8 +20,9 @@ from ..tuners import AdapterLayer
 from ..tuners.base_weight import keep_4bit_weight_stable
 from ..tuners.sparse_lora import LayerSamplingConfig
 from ..tuners.sparse_lora.schedule_config import nested
-from .base import AdaptedLayer, ScheduleCallback, _refuse_sharded, all_reduce_mean
+from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
 from .half_rounds import refuse_fixed_ddp
+from .trainer_checks import refuse_sharded, warn_of_best_model
 
 _COMMON = "layers|h|block|blocks|layer"
 
@@ -38,10 +39,11 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
     r"""Trains the adapters of a few transformer layers at a time (IST; Yao et al., 2024); any peft adapter of linear
     layers that has a `scaling`, upstream LoRA and DoRA included, and every adapter of this package.
 
-    Each step draws `int(trained * L)` layers with probability :math:`\propto \sigma(-I)`; only their adapters get
-    gradients. Every `interval` steps, `probes` sets of `int(suppressed * L)` layers are drawn by :math:`\sigma(I)`,
-    the scaling of their adapters is multiplied by `suppression`, and the loss :math:`\ell_k` of one training batch is
-    taken in eval mode. With :math:`\rho_k = e^{-\ell_k}`, :math:`p_i = \sigma(I_i)` from before the probes:
+    Each step draws `int(trained * L)` layers with probability :math:`\propto \sigma(-I)`, in every stack of L layers
+    where a model has several; only their adapters get gradients. Every `interval` steps, `probes` sets of
+    `int(suppressed * L)` layers are drawn by :math:`\sigma(I)`, the scaling of their adapters is multiplied by
+    `suppression`, and the loss :math:`\ell_k` of one training batch is taken in eval mode. With
+    :math:`\rho_k = e^{-\ell_k}`, :math:`p_i = \sigma(I_i)` from before the probes:
     :math:`I_i \mathrel{+}= \eta (\rho_k - \bar\rho)\, p_i (1 - p_i)` for each suppressed i. A high `I` marks a layer
     that is not missed.
 
@@ -75,7 +77,8 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
             ValueError: no options, no adapter inside numbered layers, an adapter without a scaling, a sharded run, DDP
                 that waits for every gradient, or a checkpoint without the importance of these layers.
         """
-        _refuse_sharded(args, self.option)
+        refuse_sharded(args, self.option, model)
+        warn_of_best_model(args, state, model)
         refuse_fixed_ddp(args, self.option)
         self.total_steps = state.max_steps
         asking = {}
@@ -102,7 +105,7 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
 
     def _check_effect(self) -> None:
         """Say where nothing is sampled, or nothing is learned about the layers."""
-        options, count = self.options, len(self.layers)
+        options, count = self.options, min(len(stack) for stack in self._stacks())
         trained, suppressed = int(options.trained * count), int(options.suppressed * count)
         said = []
         if trained == count or count == 1:
@@ -148,9 +151,8 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
         step = state.global_step
         if step and step % self.options.interval == 0:
             self._probe(model, args, step, train_dataloader)
-        count = max(1, int(self.options.trained * len(self.layers)))
         weights = torch.sigmoid(-torch.tensor(self.importance, dtype=torch.float64))
-        self.trained = _draw(weights, count, stream_seed(self.options.seed, step, "trained"))
+        self.trained = self._draw_in_stacks(weights, self.options.trained, step, "trained")
         for number, layer in enumerate(self.layers.values()):
             for parameter in layer.parameters:
                 parameter.requires_grad_(number in self.trained)
@@ -164,6 +166,26 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
                 parameter.requires_grad_(True)
         super().on_train_end(args, state, control, **kwargs)
 
+    def _stacks(self) -> list[list[int]]:
+        """Numbers of the layers of each stack: an encoder and a decoder, a vision and a text tower."""
+        stacks: dict[str, list[int]] = {}
+        for number, name in enumerate(self.layers):
+            stacks.setdefault(name.rpartition(".")[0], []).append(number)
+        return list(stacks.values())
+
+    def _draw_in_stacks(self, weights: torch.Tensor, share: float, *stream: Any) -> list[int]:
+        """`int(share * L)` layers, at least one, of every stack of L layers.
+
+        Of every stack, because a batch may reach one tower only: were all drawn layers in another one, nothing would
+        train, and the backward pass would fail.
+        """
+        drawn = []
+        for which, numbers in enumerate(self._stacks()):
+            seed = stream_seed(self.options.seed, *stream, *((which,) if which else ()))
+            found = _draw(weights[numbers], max(1, int(share * len(numbers))), seed)
+            drawn += [numbers[place] for place in found]
+        return drawn
+
     def _probe(self, model: nn.Module, args: Any, step: int, train_dataloader: Any) -> None:
         sets = self._suppressed_sets(step)
         with _evaluating(model):
@@ -176,15 +198,15 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
 
     def _suppressed_sets(self, step: int) -> list[list[int]]:
         """The layers of each probe, no two probes alike where there are enough choices."""
-        count = len(self.layers)
-        size = max(1, int(self.options.suppressed * count))
+        sizes = [(len(stack), max(1, int(self.options.suppressed * len(stack)))) for stack in self._stacks()]
+        choices = math.prod(math.comb(count, size) for count, size in sizes)
         weights = torch.sigmoid(torch.tensor(self.importance, dtype=torch.float64))
         sets: list[list[int]] = []
         attempt = 0
         while len(sets) < self.options.probes:
-            found = _draw(weights, size, stream_seed(self.options.seed, step, "suppressed", attempt))
+            found = self._draw_in_stacks(weights, self.options.suppressed, step, "suppressed", attempt)
             attempt += 1
-            if found not in sets or len(sets) >= math.comb(count, size) or attempt > 100:
+            if found not in sets or len(sets) >= choices or attempt > 100:
                 sets.append(found)
         return sets
 
@@ -238,9 +260,13 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
     """Transformer layers with trained adapters, by name up to their number, in model order."""
     place = re.compile(rf"(?:^|\.)(?:{pattern or _COMMON})\.\d+(?=\.|$)")
     layers: dict[str, _Layer] = {}
+    outside: set[str] = set()
     for name, module in model.named_modules():
         found = place.search(name)
-        if found is None or not isinstance(module, BaseTunerLayer):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if found is None:
+            outside |= set(re.findall(r"([^.]+)\.\d+\.", name)[:1])
             continue
         held = [getattr(module, attribute) for attribute in module.adapter_layer_names]
         for adapter in module.active_adapters:
@@ -263,6 +289,12 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
         raise ValueError(
             f"LayerSamplingCallback found no trained adapter inside numbered layers "
             f"({pattern or _COMMON}). Set layers_pattern to the name of the model's list of layers."
+        )
+    if outside:
+        warnings.warn(
+            f"layer_sampling draws in {pattern or _COMMON}: adapters in the numbered modules {sorted(outside)} always "
+            f"train. To sample them too, set layers_pattern='{'|'.join([pattern or _COMMON, *sorted(outside)])}'.",
+            stacklevel=4,
         )
     return layers
 

@@ -227,7 +227,23 @@ class AdapterLayer(BaseTunerLayer):
     def _before_training(self, active: list[str]) -> None:
         """Asked in every training forward: may these adapters train as they are?"""
         restore_masters(self)
+        self._notice_frozen(active)
         self._notice_missing_callbacks(active)
+
+    def _notice_frozen(self, active: list[str]) -> None:
+        configs = [self.adapter_configs[name] for name in active]
+        if any(not config.inference_mode or getattr(config, "_frozen_told", False) for config in configs):
+            return
+        held = [getattr(self, kind) for kind in self.adapter_layer_names]
+        if any(one[name].requires_grad for one in held for name in active if name in one):
+            return
+        for config in configs:
+            config._frozen_told = True
+        warnings.warn(
+            f"Adapter '{active[0]}' was loaded with is_trainable=False (peft's default) and stays as it is in this "
+            "training. To train it, load it with PeftModel.from_pretrained(base, path, is_trainable=True).",
+            stacklevel=2,
+        )
 
     def _notice_missing_callbacks(self, active: list[str]) -> None:
         for name in active:
