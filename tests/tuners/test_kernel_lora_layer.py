@@ -272,8 +272,8 @@ def steps(model, count: int, lr: float = 1e-2, accumulation: int = 1) -> list[fl
 @pytest.mark.filterwarnings("ignore:.*asks for")
 def test_a_fixed_batch_is_learned_from_the_papers_start(kernel, mode, kind, base_of):
     model = adapted(base_of(kind), kind, kernel=kernel, mode=mode, init_weights=True, target_modules="all-linear")
-    losses = steps(model, 15)
-    assert losses[-1] < 0.9 * losses[0]
+    losses = steps(model, 30)
+    assert losses[-1] < 0.8 * losses[0]
     assert all(torch.isfinite(p).all() for p in trained(model).values())
 
 

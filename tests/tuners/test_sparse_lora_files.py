@@ -59,7 +59,7 @@ def test_support_comes_from_the_file_and_not_from_the_base(base_of, tmp_path, cr
         assert torch.equal(layer.units("default"), other.units("default"))
 
 
-@pytest.mark.parametrize("base", ["fp32", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "nf4"])
 def test_a_process_that_only_imports_the_package_loads_the_same_bits(base_of, tmp_path, llama_folder, base):
     model = get_peft_model(base_of(base), make_config("hybrid-entry", base))
     model.base_model.model.name_or_path = str(llama_folder)
