@@ -144,6 +144,22 @@ def test_a_stated_replace_all_first_is_followed_on_a_chosen_support(asked, words
     assert [words in one for one in said] == ([True] if asked else [])
 
 
+def test_two_active_adapters_decide_each_for_itself(tmp_path):
+    model = adapted(density=0.02)
+    model.add_adapter("chosen", SparseLoraConfig(
+        r=0, density=0.02, target_modules=TARGETS, criterion="magnitude", regrowth=copy.deepcopy(REGROWTH)
+    ))  # fmt: skip
+    model.base_model.set_adapter(["default", "chosen"])
+    layer = sparse_layers(model)[0]
+    before = {name: set(layer.units(name).tolist()) for name in ("default", "chosen")}
+    with pytest.warns(UserWarning, match="Adapter 'chosen': the first move") as caught:
+        tiny.train(model, tmp_path, STEPS, callbacks=callbacks_for(model))
+    assert sum("the first move" in str(w.message) for w in caught) == 1
+    left = {name: len(units & set(layer.units(name).tolist())) / len(units) for name, units in before.items()}
+    assert left["default"] < 0.5
+    assert left["chosen"] >= 1 - FRACTION
+
+
 @pytest.mark.parametrize("start", ["random", "trained"])
 def test_a_resume_before_the_first_move_decides_as_the_run_did_at_its_start(start, tmp_path):
     # The values are trained by then: nothing in the adapter tells the two apart.

@@ -131,6 +131,24 @@ def test_a_schedule_that_comes_to_nothing_says_so_at_the_start(case, tmp_path):
     assert re.search(words, said[0]), said[0]
 
 
+NO_ENTRY = {
+    "masks without an entry": (
+        "capaboost",
+        {"r": 2, "density": 1e-3},
+        r"factor_masks\.density=0\.001 leaves 0 of the 64",
+    ),
+    "experts without an entry": ("mosa", {"r": 1, "experts": 40}, r"factor_masks\.experts=40 .* 32 entries of A"),
+    "a share of no weight": ("essential-sparsity", {"sparsity": 1e-6}, r"density=1\.00e-06 leaves 0 of the"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ENTRY)
+def test_a_share_that_leaves_nothing_to_train_is_refused_at_injection(case):
+    name, options, words = NO_ENTRY[case]
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(tiny.llama(layers=1), methods.get(name, target_modules=QV, **options).config)
+
+
 def test_layers_that_never_move_are_named_among_those_that_do(tmp_path):
     # q_proj: 3 of 32 rows, of which 0.4 is one; v_proj: 1 of 16.
     said = said_at_start(rows(regrowth=regrowing(fraction=0.4)), tmp_path, layers=5)

@@ -156,6 +156,7 @@ def _counts(
     if config.allocation == "threshold":
         return {name: _below_threshold(config, name, layers[name], grids[name], model) for name in grids}
     if config.allocation == "global":
+        _check_global_budget(density, grids)
         chunks = {name: _score_chunks(config, name, layers[name], grids[name], model) for name in grids}
         total = int(density * sum(grid.num_units for grid in grids.values()))
         return global_counts(chunks, grids, total)

@@ -58,11 +58,26 @@ def _allocate_maps(layer: SparseLoraLayer, adapter_name: str, config: SparseLora
             continue
         generator = torch.Generator().manual_seed(stream_seed(config.seed, layer.module_name, "factor_masks", factor))
         numel = shape[0] * shape[1]
+        _check_maps(layer.module_name, factor, numel, masks)
         drawn = _owners(numel, masks, generator) if split else _mask_bits(numel, masks, generator)
         getattr(layer, f"sparse_lora_{factor}_map")[adapter_name] = drawn.view(shape)
     if split and masks.split == "both":
         # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
         layer.sparse_lora_A_start[adapter_name] = A.clone()
+
+
+def _check_maps(module: str, factor: str, numel: int, masks: FactorMaskConfig) -> None:
+    """Raises `ValueError` where a mask has no entry: what it hides would never train."""
+    if masks.kind == "parallel" and int(masks.density * numel) == 0:
+        raise ValueError(
+            f"factor_masks.density={masks.density} leaves 0 of the {numel} entries of {factor} in '{module}': it would "
+            f"never train. Set density to at least {1 / numel:.1e}, or raise r."
+        )
+    if masks.kind == "stochastic" and masks.experts > numel:
+        raise ValueError(
+            f"factor_masks.experts={masks.experts} is more than the {numel} entries of {factor} in '{module}': some "
+            f"experts would have 0 entries. Set experts to at most {numel}, or raise r."
+        )
 
 
 def _mask_bits(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> torch.Tensor:
