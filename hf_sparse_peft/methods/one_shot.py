@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity import UnitGrid, erdos_renyi_counts, pack_bits, stream_seed, top_units, unpack_bits
 from ..sparsity.scores import Magnitude, Random
-from ..sparsity.selection import count_selected, find_cut
+from ..sparsity.selection import Source, count_selected, find_cut, tie_priority
 from ..tuners import SparseLoraConfig
 from ..tuners.base_weight import keep_4bit_weight_stable
 from ..tuners.sparse_lora.budget import target_layers
@@ -90,7 +90,7 @@ def one_shot_pruned(
     """Inside, the share `sparsity` of the trunk's linear weights is zero; afterwards every bit is back.
 
     Which go (Jaiswal et al., 2023): `global` the smallest |w| of all matrices together, exactly
-    `floor(sparsity * entries)` of them, ties to the earlier matrix and entry; `layer` the smallest of each matrix;
+    `floor(sparsity * entries)` of them, ties drawn for from `seed`; `layer` the smallest of each matrix;
     `random` any, over all matrices; `erdos_renyi` any, with `1 - sparsity` shared out by Erdos-Renyi; `n:m` the
     smallest of every `group` neighbours along the inputs. A larger sparsity removes what a smaller one does, and more.
 
@@ -133,10 +133,11 @@ def pruning_masks(
     for layer in layers:  # a forward without gradients repacks 4-bit weights on a CPU, and rounds their scales
         keep_4bit_weight_stable(layer.module)
     if scope == "n:m":
-        return {layer.name: pack_bits(_smallest_of_group(layer, sparsity, group)) for layer in layers}
+        return {layer.name: pack_bits(_smallest_of_group(layer, sparsity, group, seed)) for layer in layers}
     scores = {layer.name: _scores(layer, scope, seed) for layer in layers}
-    counts = _counts(layers, scores, sparsity, scope)
-    return {layer.name: pack_bits(_mask(layer, scores[layer.name], counts[layer.name])) for layer in layers}
+    sources = {name: Source(name, chunks, stream_seed(seed, name)) for name, chunks in scores.items()}
+    counts = _counts(layers, sources, sparsity, scope)
+    return {layer.name: pack_bits(_mask(layer, sources[layer.name], counts[layer.name])) for layer in layers}
 
 
 def share_of(packed: Tensor, grid: UnitGrid) -> float:
@@ -152,7 +153,7 @@ def _scores(layer: PrunableLayer, scope: str, seed: int) -> Callable[[], Iterabl
     return lambda: Magnitude()(layer.weight(), layer.grid)()
 
 
-def _counts(layers: list[PrunableLayer], scores: dict[str, Callable], sparsity: float, scope: str) -> dict[str, int]:
+def _counts(layers: list[PrunableLayer], sources: dict[str, Source], sparsity: float, scope: str) -> dict[str, int]:
     sizes = {layer.name: layer.grid.num_units for layer in layers}
     if not sparsity:
         return dict.fromkeys(sizes, 0)
@@ -161,28 +162,22 @@ def _counts(layers: list[PrunableLayer], scores: dict[str, Callable], sparsity: 
     if scope == "erdos_renyi":
         kept = erdos_renyi_counts({layer.name: layer.grid for layer in layers}, 1 - sparsity)
         return {name: size - kept[name] for name, size in sizes.items()}
-    cut = find_cut(list(scores.items()), _floor(sparsity, sum(sizes.values())), largest=False)
-    counts, ties = {}, cut.ties
-    for name in sizes if cut.total else ():
-        below, tied, _ = count_selected(scores[name], cut, largest=False)
-        taken = min(ties, tied)
-        ties -= taken
-        counts[name] = below + taken
-    return counts
+    cut = find_cut(list(sources.values()), _floor(sparsity, sum(sizes.values())), largest=False)
+    return {name: count_selected(source, cut, largest=False)[0] for name, source in sources.items()}
 
 
 def _floor(share: float, size: int) -> int:
     return int(share * size + 1e-9)  # 0.29 * 100 is 28.999... in floats
 
 
-def _mask(layer: PrunableLayer, scores: Callable[[], Iterable[Tensor]], count: int) -> Tensor:
-    units = top_units(scores, count, largest=False).long()
+def _mask(layer: PrunableLayer, source: Source, count: int) -> Tensor:
+    units = top_units(source.chunks, count, largest=False, seed=source.seed).long()
     mask = torch.zeros(layer.grid.num_units, dtype=torch.bool, device=units.device)
     mask[units] = True
     return mask
 
 
-def _smallest_of_group(layer: PrunableLayer, sparsity: float, group: int) -> Tensor:
+def _smallest_of_group(layer: PrunableLayer, sparsity: float, group: int, seed: int) -> Tensor:
     gone = round(sparsity * group)
     if group < 2 or abs(gone - sparsity * group) > 1e-6:
         raise ValueError(
@@ -199,7 +194,10 @@ def _smallest_of_group(layer: PrunableLayer, sparsity: float, group: int) -> Ten
     rows = max(1, (1 << 20) // layer.grid.cols)
     for begin in range(0, layer.grid.rows if gone else 0, rows):
         part = weight[begin : begin + rows].float().abs().reshape(-1, group)
-        order = part.argsort(dim=1, stable=True)[:, :gone]
+        # By priority first: the stable sort by magnitude leaves equal weights in that order.
+        units = torch.arange(part.numel(), device=part.device) + begin * layer.grid.cols
+        drawn = tie_priority(stream_seed(seed, layer.name), units).view_as(part).argsort(dim=1)
+        order = drawn.gather(1, part.gather(1, drawn).argsort(dim=1, stable=True))[:, :gone]
         mask[begin : begin + rows].view(-1, group).scatter_(1, order, True)
     return mask
 

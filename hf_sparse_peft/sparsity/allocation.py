@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from .selection import count_selected, find_cut, rereadable
+from .selection import Source, count_selected, find_cut, rereadable, stream_seed
 from .support import UnitGrid
 
 
@@ -116,18 +116,18 @@ def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, 
 
 
 def global_counts(
-    score_fns: dict[str, Callable[[], Iterable[Tensor]]], grids: dict[str, UnitGrid], total_units: int
+    score_fns: dict[str, Callable[[], Iterable[Tensor]]], grids: dict[str, UnitGrid], total_units: int, seed: int = 0
 ) -> dict[str, int]:
     """How many of the `total_units` best units of all layers together fall into each layer.
 
-    One threshold for all scores, ties to the earlier layer and the lower unit, so the counts sum to `total_units`
-    exactly and `top_units(score_fns[name], counts[name])` are the chosen units. `score_fns`: per layer a callable (or
+    One threshold for all scores, and one draw for ties over all layers, so the counts sum to `total_units` exactly and
+    `top_units(score_fns[name], counts[name], seed=stream_seed(seed, name))` are the chosen units. `score_fns`: per layer a callable (or
     list of chunks, or tensor) as `top_units` takes it, all of one dtype. Memory: one chunk. Scores of units of
     different sizes are compared as they are.
 
     Raises:
         ValueError: names that differ between the two, a layer whose scores are not `num_units`, a budget below 1 or
-            above all units, NaN scores, or a layer left without a unit; names it.
+            above all units, scores that are not finite, or a layer left without a unit; names it.
     """
     _total_entries(grids)
     if set(score_fns) != set(grids):
@@ -136,16 +136,13 @@ def global_counts(
     available = sum(grid.num_units for grid in grids.values())
     if not 1 <= total_units <= available:
         raise ValueError(f"total_units={total_units} must be between 1 and the {available} units of all modules.")
-    sources = [(name, rereadable(score_fns[name])) for name in grids]
-    cut = find_cut(sources, total_units)
-    counts, ties = {}, cut.ties
-    for name, chunks in sources:
-        above, tied, seen = count_selected(chunks, cut)
-        if seen != grids[name].num_units:
-            raise ValueError(f"'{name}' has {grids[name].num_units} units, but its scores number {seen}.")
-        taken = min(ties, tied)
-        ties -= taken
-        counts[name] = above + taken
+    sources = [Source(name, rereadable(score_fns[name]), stream_seed(seed, name)) for name in grids]
+    cut = find_cut(sources, total_units, finite=True)
+    counts = {}
+    for source in sources:
+        counts[source.name], seen = count_selected(source, cut)
+        if seen != grids[source.name].num_units:
+            raise ValueError(f"'{source.name}' has {grids[source.name].num_units} units, but its scores number {seen}.")
     for name, count in counts.items():
         if count == 0:
             raise ValueError(

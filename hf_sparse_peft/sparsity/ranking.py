@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .selection import count_selected, find_cut, rereadable, top_units
+from .selection import Source, find_cut, rereadable, selected, stream_seed, top_units
 
 
 class GlobalRanking:
     """The `total` best units of all layers, shown to it a few layers at a time; every layer keeps at least its best.
 
-    Ties go to the earlier layer and the lower unit. Memory between two calls of `add`: `total` units and scores. The
-    result does not depend on how the layers are grouped.
+    Ties are drawn for over all layers with `seed` and their names (`selection.tie_priority`). Memory between two calls
+    of `add`: `total` units and scores. The result does not depend on how the layers are grouped.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, seed: int = 0) -> None:
+        self.total, self.seed = total, seed
         self._best: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, score_fns: dict[str, Callable[[], Iterable[Tensor]]]) -> None:
@@ -34,18 +34,16 @@ class GlobalRanking:
             raise ValueError(
                 f"{self.total} units in all leave none for some of the modules; each keeps at least one. Raise density."
             )
-        sources = [(name, rereadable(scores)) for name, (_, scores) in self._best.items()]
-        sources += [(name, _best_first(chunks)) for name, chunks in score_fns.items()]
-        available = sum(chunk.numel() for _, chunks in sources for chunk in chunks())
+        seeds = {name: stream_seed(self.seed, name) for name in (*self._best, *score_fns)}
+        sources = [Source(n, rereadable(scores), seeds[n], units) for n, (units, scores) in self._best.items()]
+        sources += [Source(n, _best_first(chunks, seeds[n]), seeds[n]) for n, chunks in score_fns.items()]
+        available = sum(chunk.numel() for source in sources for chunk in source.chunks())
         cut = find_cut(sources, min(self.total, available))
-        ties, kept = cut.ties, {}
-        for name, chunks in sources:
-            above, tied, _ = count_selected(chunks, cut)
-            taken = min(ties, tied)
-            ties -= taken
-            chosen = top_units(chunks, above + taken)
-            scores = _read(chunks, chosen)
-            kept[name] = (self._best[name][0][chosen.long()] if name in self._best else chosen, scores)
+        kept = {}
+        for source in sources:
+            units = selected(source, cut)
+            places = units if source.units is None else torch.searchsorted(source.units, units)
+            kept[source.name] = (units, _read(source.chunks, places))
         self._best = kept
 
     def units(self) -> dict[str, Tensor]:
@@ -64,8 +62,8 @@ def raised(chunks: Callable[[], Iterable[Tensor]], units: Tensor) -> Callable[[]
     return with_infinity
 
 
-def _best_first(chunks: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[Tensor]]:
-    return raised(chunks, top_units(chunks, 1))
+def _best_first(chunks: Callable[[], Iterable[Tensor]], seed: int) -> Callable[[], Iterator[Tensor]]:
+    return raised(chunks, top_units(chunks, 1, seed=seed))
 
 
 def _read(chunks: Callable[[], Iterable[Tensor]], units: Tensor) -> Tensor:

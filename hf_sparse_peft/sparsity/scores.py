@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .decomposition import greedy_low_rank
-from .selection import chunk_size, random_units, top_units
+from .selection import Source, chunk_size, find_cut, random_units, selected
 from .support import UnitGrid
 
 Chunks = Callable[[], Iterator[Tensor]]
@@ -186,16 +186,20 @@ def select_units(
     k: int,
     *,
     generator: torch.Generator | None = None,
+    name: str = "",
     **options: Any,
 ) -> Tensor:
     """The `k` best units of `weight` (`[rows, cols]`, floating point) by the criterion of that name.
+
+    Ties are drawn for with the seed that `generator` was given (0 without one), see `top_units`. `name` is the
+    module's, for errors.
 
     Returns sorted distinct units `[k]` of `grid.index_dtype`, on the weight's device (`random`: the generator's device
     if the weight is None).
 
     Raises:
         ValueError: unknown criterion or option, a criterion that needs a weight without one, a weight of another
-            shape, a missing generator, NaN in the weight, or `k` outside `0 .. num_units`.
+            shape, a missing generator, NaN or infinity in the weight, or `k` outside `0 .. num_units`.
     """
     score = make_score(criterion, **options)
     if isinstance(score, Random):
@@ -205,7 +209,8 @@ def select_units(
         raise ValueError(
             f"criterion='{criterion}' scores the base weight and got None. Only 'random' does without one."
         )
-    return top_units(score(weight, grid, generator), k)
+    source = Source(name, score(weight, grid, generator), 0 if generator is None else generator.initial_seed())
+    return selected(source, find_cut([source], k, finite=True))
 
 
 def make_score(criterion: str, **options: Any) -> Score:

@@ -3,7 +3,7 @@ r"""Exact selection of the best units, and of random ones, in memory of one chun
 `torch.topk` and `torch.sort` over all scores of a layer cost an int64 index per score; `torch.quantile` refuses more
 than 2**24 of them. Here the bits of a float score are read as an integer key of the same order, its k-th largest value
 is found by counting 8 to 11 of its bits at a time (two passes over 16-bit scores, three over fp32), and one more pass
-collects.
+collects. Equal scores at the end of the selection are drawn for, over the whole weight.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,13 +30,23 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+# SplitMix64's constants as signed 64-bit integers: torch multiplies int64 modulo 2**64, as the generator does.
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+_CHANGED = "The scores changed between two passes: the callable must yield the same chunks every time."
 
 
-def top_units(score_slabs: ScoreSlabs, k: int, largest: bool = True) -> Tensor:
-    """The `k` units with the largest (or smallest) scores, ties to the lowest unit number; -0.0 ties with 0.0.
+def top_units(score_slabs: ScoreSlabs, k: int, largest: bool = True, seed: int = 0) -> Tensor:
+    """The `k` units with the largest (or smallest) scores; -0.0 ties with 0.0.
+
+    Where equal scores are more than the places left for them, a draw over all of them decides: each unit has the
+    priority `tie_priority(seed, unit)`, and the highest win. So every set of tied units is equally likely over seeds,
+    the answer is the same on every rank, device and dtype that finds the same ties, and a larger `k` takes the units of
+    a smaller one and more. Seed it with `stream_seed(seed, module_name)`: with one seed for all, layers of one shape
+    would draw alike.
 
     Scores: bf16, fp16, fp32 or fp64, any sign, infinities allowed, all chunks of one dtype; a long
-    chunk is split here. Memory: one chunk and `O(k)`. The answer does not depend on how the scores are chunked.
+    chunk is split here. Memory: one chunk and `O(k)`; a draw takes two passes more, and 1/2048 of the tied scores. The
+    answer does not depend on how the scores are chunked.
 
     Returns sorted distinct units `[k]` on the scores' device, int32 (int64 from 2**31 units on).
 
@@ -43,25 +54,40 @@ def top_units(score_slabs: ScoreSlabs, k: int, largest: bool = True) -> Tensor:
         ValueError: NaN scores, `k` outside `0 .. number of scores`, scores that are not 1-D floats, chunks of
             different dtypes, a one-shot iterator, or chunks that change between two passes.
     """
-    chunks = rereadable(score_slabs)
-    cut = find_cut([("", chunks)], k, largest)
-    dtype = torch.int32 if cut.total < 2**31 else torch.int64
-    if k == 0:
-        return torch.empty(0, dtype=dtype, device=cut.device)
-    found, ties, start = [], cut.ties, 0
-    for chunk in _pieces(chunks()):
-        keys = _keys(chunk, largest)
-        mask = keys > cut.key
-        if ties:
-            tied = (keys == cut.key).nonzero().squeeze(1)[:ties]
-            mask[tied] = True
-            ties -= tied.numel()
-        found.append(mask.nonzero().squeeze(1).add_(start).to(dtype))
-        start += chunk.numel()
-    units = torch.cat(found)
-    if start != cut.total or units.numel() != k:
-        raise ValueError("The scores changed between two passes: the callable must yield the same chunks every time.")
+    source = Source("", rereadable(score_slabs), seed)
+    cut = find_cut([source], k, largest)
+    units = selected(source, cut, largest)
+    if units.numel() != k:
+        raise ValueError(_CHANGED)
     return units
+
+
+@dataclass(frozen=True)
+class Source:
+    """The scores of one layer, as a selection reads them."""
+
+    name: str
+    """For errors; may be empty."""
+    chunks: Callable[[], Iterable[Tensor]]
+    """Starts a fresh pass over the scores, in unit order."""
+    seed: int = 0
+    """Decides ties, see `tie_priority`."""
+    units: Tensor | None = None
+    """The unit of each score, sorted; None: the n-th score is unit n's."""
+
+    def tied(self, key: int, largest: bool) -> Iterator[Tensor]:
+        """The priorities of the units whose score has the key `key`, chunk by chunk."""
+        start = 0
+        for chunk in _pieces(self.chunks()):
+            at = (_keys(chunk, largest) == key).nonzero().squeeze(1)
+            if at.numel():
+                yield self.priorities(at, start)
+            start += chunk.numel()
+
+    def priorities(self, at: Tensor, start: int) -> Tensor:
+        """Priorities of the units at places `at` of a chunk that begins with the score number `start`."""
+        places = at + start
+        return tie_priority(self.seed, places if self.units is None else self.units[places])
 
 
 def chunk_size(device: torch.device) -> int:
@@ -70,29 +96,48 @@ def chunk_size(device: torch.device) -> int:
     return _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
 
 
+@dataclass(frozen=True)
 class Cut:
-    """Where a selection of k units ends: every score with a larger key, and the first `ties` scores with key `key`."""
+    """Where a selection of k units ends."""
 
-    __slots__ = ("device", "key", "ties", "total")
+    key: int | None
+    """Scores with a larger key are in (`_keys`); None: nothing is."""
+    ties: int
+    """How many of the units whose score has the key `key` are in: those with the highest priorities."""
+    priority: int | None
+    """The lowest priority among them; None: all units with that key are in."""
+    total: int
+    """Scores in all."""
+    device: torch.device
 
-    def __init__(self, key: int, ties: int, total: int, device: torch.device):
-        self.key, self.ties, self.total, self.device = key, ties, total, device
+    def mask(self, source: Source, keys: Tensor, start: int) -> Tensor:
+        """Which of a chunk's units are in; the chunk begins with the score number `start` of `source`."""
+        if self.key is None:
+            return torch.zeros_like(keys, dtype=torch.bool)
+        if self.priority is None:
+            return keys >= self.key
+        mask = keys > self.key
+        at = (keys == self.key).nonzero().squeeze(1)
+        mask[at] = source.priorities(at, start) >= self.priority
+        return mask
 
 
-def find_cut(sources: list[tuple[str, Callable[[], Iterable[Tensor]]]], k: int, largest: bool = True) -> Cut:
-    """The cut of the `k` best scores of all `sources` (name, re-readable chunks) taken one after the other.
+def find_cut(sources: list[Source], k: int, largest: bool = True, finite: bool = False, draw: bool = True) -> Cut:
+    """The cut of the `k` best scores of all `sources` together. `finite` refuses scores of plus infinity; `draw=False`
+    leaves it open which of the tied units are in.
 
-    Memory: one chunk and 2,048 counters. Raises `ValueError` as `top_units` does, naming the source where it has one.
+    Memory: one chunk, 2,048 counters, and 1/2048 of the scores that tie at the cut. Raises `ValueError` as `top_units`
+    does, naming the source where it has one.
     """
     prefix, remaining, dtype, total, device = 0, k, None, 0, torch.device("cpu")
     widths: tuple[int, ...] = ()
-    level, shift = 0, 0
+    level, shift, tied = 0, 0, 0
     while level == 0 or level < len(widths):
         counts: dict[torch.device, Tensor] = {}
-        for name, chunks in sources:
-            for chunk in _pieces(chunks()):
+        for source in sources:
+            for chunk in _pieces(source.chunks()):
                 if level == 0:
-                    dtype = _check_chunk(chunk, dtype, name)
+                    dtype = _check_chunk(chunk, dtype, source.name, finite)
                     widths = _DIGITS[torch.iinfo(_BITS[dtype]).bits]
                     shift = sum(widths) - widths[0]
                     total, device = total + chunk.numel(), chunk.device
@@ -109,32 +154,76 @@ def find_cut(sources: list[tuple[str, Callable[[], Iterable[Tensor]]]], k: int, 
             if not 0 <= k <= total:
                 raise ValueError(f"k={k} units asked of {total} scores: k must be between 0 and {total}.")
             if k == 0:
-                return Cut(0, 0, total, device)
+                return Cut(None, 0, None, total, device)
         bins = 1 << widths[level]
-        histogram = sum((part.cpu() for part in counts.values()), torch.zeros(bins, dtype=torch.int64))
-        from_top = histogram.flip(0).cumsum(0)
-        step = int(torch.searchsorted(from_top, remaining))
-        if step >= bins:
-            raise ValueError(
-                "The scores changed between two passes: the callable must yield the same chunks every time."
-            )
-        digit = bins - 1 - step
-        remaining -= int(from_top[step]) - int(histogram[digit])
+        digit, remaining, tied = _digit(counts, bins, remaining)
         prefix = digit - bins // 2 if level == 0 else (prefix << widths[level]) | digit
         level += 1
         shift -= widths[level] if level < len(widths) else 0
-    return Cut(prefix, remaining, total, device)
+    priority = lowest_priority(sources, prefix, remaining, largest) if draw and remaining < tied else None
+    return Cut(prefix, remaining, priority, total, device)
 
 
-def count_selected(chunks: Callable[[], Iterable[Tensor]], cut: Cut, largest: bool = True) -> tuple[int, int, int]:
-    """How many scores lie above `cut`, how many exactly on it, and how many there are."""
-    above = tied = seen = 0
-    for chunk in _pieces(chunks()):
-        keys = _keys(chunk, largest)
-        above += int((keys > cut.key).sum())
-        tied += int((keys == cut.key).sum())
+def _digit(counts: dict[torch.device, Tensor], bins: int, wanted: int) -> tuple[int, int, int]:
+    """The bin, from the top, that the `wanted`-th key falls into; its rank in there, and how many keys are in there."""
+    histogram = sum((part.cpu() for part in counts.values()), torch.zeros(bins, dtype=torch.int64))
+    from_top = histogram.flip(0).cumsum(0)
+    step = int(torch.searchsorted(from_top, wanted))
+    if step >= bins:
+        raise ValueError(_CHANGED)
+    digit = bins - 1 - step
+    return digit, wanted - (int(from_top[step]) - int(histogram[digit])), int(histogram[digit])
+
+
+def lowest_priority(sources: list[Source], key: int, count: int, largest: bool = True) -> int:
+    """The `count`-th highest priority among the units whose score has the key `key`."""
+    bins, shift = 2048, 53
+    counts: dict[torch.device, Tensor] = {}
+    for source in sources:
+        for priorities in source.tied(key, largest):
+            part = torch.bincount((priorities >> shift) + bins // 2, minlength=bins)
+            device = part.device
+            counts[device] = counts[device].add_(part) if device in counts else part
+    digit, count, _ = _digit(counts, bins, count)
+    inside = [p[(p >> shift) + bins // 2 == digit].cpu() for source in sources for p in source.tied(key, largest)]
+    return int(torch.cat(inside).sort(descending=True).values[count - 1])
+
+
+def selected(source: Source, cut: Cut, largest: bool = True) -> Tensor:
+    """The sorted units of `source` that are within `cut`, `[n]` on the scores' device, int32 (int64 from 2**31 on)."""
+    found, start = [], 0
+    dtype = torch.int32 if cut.total < 2**31 else torch.int64
+    for chunk in _pieces(source.chunks()):
+        places = cut.mask(source, _keys(chunk, largest), start).nonzero().squeeze(1).add_(start)
+        found.append((places if source.units is None else source.units[places]).to(dtype))
+        start += chunk.numel()
+    return torch.cat(found) if found else torch.empty(0, dtype=dtype, device=cut.device)
+
+
+def count_selected(source: Source, cut: Cut, largest: bool = True) -> tuple[int, int]:
+    """How many scores of `source` are within `cut`, and how many there are."""
+    inside = seen = 0
+    for chunk in _pieces(source.chunks()):
+        inside += int(cut.mask(source, _keys(chunk, largest), seen).sum())
         seen += chunk.numel()
-    return above, tied, seen
+    return inside, seen
+
+
+def tie_priority(seed: int, units: Tensor) -> Tensor:
+    r"""A fixed random int64 for every unit: the output number `unit` of SplitMix64 (Steele et al., 2014) started at
+    `seed`; all units of one seed differ.
+
+    A hash and not a stream: it does not depend on which units are asked for, in which order or on which device.
+    """
+    z = (units.long() + 1) * _GOLDEN + (seed & (2**63 - 1))
+    z = (z ^ _shifted(z, 30)) * _MIX_1
+    z = (z ^ _shifted(z, 27)) * _MIX_2
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    # Signed integers fill with the sign; the mask leaves what an unsigned shift would.
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def rereadable(score_slabs: ScoreSlabs) -> Callable[[], Iterable[Tensor]]:
@@ -255,14 +344,20 @@ def _pieces(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
             yield from chunk.detach().split(chunk_size(chunk.device))
 
 
-def _check_chunk(chunk: Tensor, dtype: torch.dtype | None, name: str) -> torch.dtype:
+def _check_chunk(chunk: Tensor, dtype: torch.dtype | None, name: str, finite: bool) -> torch.dtype:
     where = f" of '{name}'" if name else ""
     if chunk.dtype not in _BITS:
         raise ValueError(f"Scores{where} must be bf16, fp16, fp32 or fp64, got {chunk.dtype}.")
     if dtype is not None and chunk.dtype != dtype:
         raise ValueError(f"Scores{where} are {chunk.dtype} after chunks of {dtype}: all chunks must have one dtype.")
-    if math.isnan(chunk.max()):  # max passes NaN on, at a third of the cost of isnan().any()
+    most = float(chunk.max())  # max passes NaN on, at a third of the cost of isnan().any()
+    if math.isnan(most):
         raise ValueError(f"Scores{where} contain NaN, which has no rank. Look for NaN in the weights or the gradients.")
+    if finite and most == math.inf:
+        raise ValueError(
+            f"Scores{where} contain infinity, which would be chosen before everything else. Look for infinite or "
+            "overflowing numbers in the weights; under fp16 use bf16 or fp32."
+        )
     return chunk.dtype
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ties import priority
 
 from hf_sparse_peft.sparsity import (
     Magnitude,
@@ -14,6 +15,7 @@ from hf_sparse_peft.sparsity import (
     erdos_renyi_counts,
     erdos_renyi_densities,
     global_counts,
+    stream_seed,
     top_units,
     uniform_counts,
 )
@@ -102,24 +104,24 @@ def test_global_counts_are_those_of_one_sort_over_all_layers(sizes, seed, data):
     weights = {n: torch.randn(g.rows, g.cols, generator=generator).mul_(2).round_() for n, g in grids.items()}
     total = data.draw(st.integers(1, sum(g.num_units for g in grids.values())))
     everything = [
-        (-abs(value), order, unit)
+        (-abs(value), -priority(stream_seed(seed, n), unit), order, unit)
         for order, (n, w) in enumerate(weights.items())
         for unit, value in enumerate(w.reshape(-1).tolist())
     ]
     chosen = sorted(everything)[:total]
-    expected = {n: sum(order == i for _, order, _ in chosen) for i, n in enumerate(grids)}
+    expected = {n: sum(order == i for *_, order, _ in chosen) for i, n in enumerate(grids)}
     score_fns = {n: Magnitude()(weights[n], g) for n, g in grids.items()}
     if 0 in expected.values():
         empty = next(n for n, count in expected.items() if count == 0)
         with pytest.raises(ValueError, match=f"'{empty}'.*Raise density, use uniform"):
-            global_counts(score_fns, grids, total)
+            global_counts(score_fns, grids, total, seed)
         return
-    counts = global_counts(score_fns, grids, total)
+    counts = global_counts(score_fns, grids, total, seed)
     assert counts == expected
     assert sum(counts.values()) == total
     for order, name in enumerate(grids):
-        units = sorted(unit for _, o, unit in chosen if o == order)
-        assert top_units(score_fns[name], counts[name]).tolist() == units
+        units = sorted(unit for *_, o, unit in chosen if o == order)
+        assert top_units(score_fns[name], counts[name], seed=stream_seed(seed, name)).tolist() == units
 
 
 @pytest.mark.parametrize(

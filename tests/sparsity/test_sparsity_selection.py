@@ -9,17 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ties import best
 
 from hf_sparse_peft.sparsity import UnitGrid, random_units, select_units, stream_seed, top_units
 from hf_sparse_peft.sparsity import selection as selection_module
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
-
-def brute_force(scores: list[float], k: int, largest: bool) -> list[int]:
-    """Python's own sort on Python floats: by score, then by unit number."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i] if largest else scores[i], i))
-    return sorted(order[:k])
 
 
 # Few distinct values give many ties; the neighbours of 1 differ in one low bit.
@@ -41,7 +36,7 @@ def chunked_scores(draw):
 @settings(max_examples=400, deadline=None)
 def test_top_units_are_the_brute_force_ones_however_chunked(case):
     scores, chunks, k, largest = case
-    expected = brute_force(scores.double().tolist(), k, largest)
+    expected = best(scores.double().tolist(), k, largest)
     for given_as in (scores, chunks, tuple(chunks), lambda: iter(chunks)):
         units = top_units(given_as, k, largest)
         assert units.dtype == torch.int32
@@ -55,12 +50,7 @@ def test_long_scores_are_split_inside_without_losing_ties(dtype, largest, monkey
     torch.manual_seed(0)
     scores = (torch.randn(2000) * 4).round().to(dtype) / 4
     for k in (1, 500, 999, 1999, 2000):
-        assert top_units(scores, k, largest).tolist() == brute_force(scores.tolist(), k, largest)
-
-
-@pytest.mark.parametrize("k", [0, 1, 70_000, 140_000])
-def test_equal_scores_choose_the_lowest_units(k):
-    assert torch.equal(top_units(torch.zeros(140_000), k), torch.arange(k, dtype=torch.int32))
+        assert top_units(scores, k, largest).tolist() == best(scores.tolist(), k, largest)
 
 
 def test_strided_and_graph_attached_scores_are_read_as_they_are():

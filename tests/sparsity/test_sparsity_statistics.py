@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from ties import best, priority
 
-from hf_sparse_peft.sparsity import CRITERIA, UnitGrid, make_score, needs_data, select_units, top_units
+from hf_sparse_peft.sparsity import (
+    CRITERIA,
+    UnitGrid,
+    make_score,
+    needs_data,
+    select_units,
+    stream_seed,
+    top_units,
+)
 from hf_sparse_peft.sparsity.ranking import GlobalRanking, raised
 
 ROWS, COLS, SIZE = 8, 12, 4
@@ -124,12 +133,13 @@ def test_options_out_of_range_are_named(name, options, message):
 
 
 def brute_force(scores: dict[str, torch.Tensor], total: int) -> dict[str, list[int]]:
-    """Every layer's best unit, then the best of all others, ties to the earlier layer and unit."""
+    """Every layer's best unit, then the best of all others, ties by priority."""
     pool = []
-    for order, (name, values) in enumerate(scores.items()):
-        best = int(values.argmax())
+    for name, values in scores.items():
+        seed = stream_seed(0, name)
+        (first,) = best(values.tolist(), 1, seed=seed)
         for unit, score in enumerate(values.tolist()):
-            pool.append((0 if unit == best else 1, -score if unit != best else 0, order, unit, name))
+            pool.append((0 if unit == first else 1, -score if unit != first else 0, -priority(seed, unit), unit, name))
     chosen = {name: [] for name in scores}
     for *_, unit, name in sorted(pool)[:total]:
         chosen[name].append(unit)

@@ -1,6 +1,7 @@
 """Kernels, competition and the product, against the papers' equations in dense float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,9 +63,12 @@ def test_paper_mode_takes_the_largest_loser_off_the_second_factor_of_a_known_mat
 def test_ties_at_the_cut_never_change_the_number_of_winners(tile):
     P, Q = line([1.0, -2.0, 2.0, 2.0, -2.0, 3.0])
     P = P.repeat(1, 2, 1)  # two inputs, all values twice
-    for survivors, expected in ((3, [9.0, 9.0, -4.0]), (7, [9.0, 9.0, -4.0, 4.0, 4.0, -4.0, -4.0])):
+    for survivors in (3, 7):
         found = update(P, Q, None, plan("code", survivors, tile=6 * tile, scale=1.0))
-        assert sorted(found[found != 0].tolist()) == sorted(expected)
+        assert sorted(found[found != 0].abs().tolist()) == [4.0] * (survivors - 2) + [9.0, 9.0]
+        assert torch.equal(found, update(P, Q, None, plan("code", survivors, tile=600, scale=1.0)))
+        plans = (replace(plan("code", survivors, scale=1.0), name=f"layer.{i}") for i in range(8))
+        assert len({tuple(update(P, Q, None, each).flatten().tolist()) for each in plans}) > 1
 
 
 def test_without_competition_the_update_is_the_kernel_and_not_its_square():

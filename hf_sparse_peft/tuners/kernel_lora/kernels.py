@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...sparsity.selection import find_cut
+from ...sparsity import stream_seed
+from ...sparsity.selection import Source, find_cut, lowest_priority
 
 Tiles = Callable[[], Iterator[tuple[slice, Tensor]]]
 """A fresh pass over all tiles: which input rows, and the kernel there."""
@@ -94,46 +95,62 @@ def tiles_of(P: Tensor, Q: Tensor, mix: Tensor | None, plan: KernelPlan) -> Tile
     return lambda: (build(rows) for rows in slices)
 
 
-def find_threshold(tiles: Tiles, plan: KernelPlan, numel: int) -> tuple[float, int] | None:
-    r""":math:`\tau`, the largest :math:`|w|` that loses, and how many entries equal to it still win.
+@dataclass(frozen=True)
+class Threshold:
+    """Who wins a competition."""
 
-    Exactly `plan.survivors` entries win: all above :math:`\tau`, and on a tie the first ones in the order of
-    :math:`\Delta W^\top`. None without competition. Memory: one tile.
+    tau: float
+    """All entries with a larger magnitude win."""
+    ties: int
+    """How many of those with exactly this magnitude win as well (`mode="code"`)."""
+    source: Source
+    """Decides which (`sparsity.selection.tie_priority`, by the module's name)."""
+    priority: int | None
+    """The lowest priority among the winners at `tau`; None: none wins."""
+
+
+def find_threshold(tiles: Tiles, plan: KernelPlan, numel: int) -> Threshold | None:
+    r""":math:`\tau`, the largest :math:`|w|` that loses, and which entries equal to it still win.
+
+    Exactly `plan.survivors` entries win: all above :math:`\tau`, and on a tie drawn ones, the same in every pass. None
+    without competition. Memory: one tile.
 
     Raises:
         ValueError: the kernel has a NaN; names the module.
     """
     if plan.survivors is None:
         return None
+    source = Source(plan.name, lambda: (w.abs().reshape(-1) for _, w in tiles()), stream_seed(0, plan.name))
     if plan.survivors >= numel:
-        return 0.0, 0
-    cut = find_cut([(plan.name, lambda: (w.abs().reshape(-1) for _, w in tiles()))], plan.survivors + 1)
+        return Threshold(0.0, 0, source, None)
+    cut = find_cut([source], plan.survivors + 1, draw=False)
     _, w = next(tiles())
     kind = {torch.float32: torch.int32, torch.float64: torch.int64}[w.dtype]
     tau = torch.tensor(cut.key, dtype=kind).view(w.dtype).item()  # a cut's key is the bits of a score >= 0
-    return tau, cut.ties - 1
+    # At 0 it is all the same who wins. Only `code` lets anybody win at the threshold.
+    ties = cut.ties - 1 if tau and plan.mode == "code" else 0
+    return Threshold(tau, ties, source, lowest_priority([source], cut.key, ties) if ties else None)
 
 
 class Competition:
     """One pass of the competition over the tiles, in order."""
 
-    def __init__(self, mode: str, threshold: tuple[float, int] | None) -> None:
-        self.mode, self.threshold = mode, threshold
-        self.ties = 0 if threshold is None else threshold[1]
+    def __init__(self, mode: str, threshold: Threshold | None) -> None:
+        self.mode, self.threshold, self.start = mode, threshold, 0
 
     def __call__(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """What of the tile `w` is applied, and the factor of its gradient (None: 1)."""
         if self.threshold is None:
             return w, None
-        tau, size = self.threshold[0], w.abs()
+        tau, size = self.threshold.tau, w.abs()
         if self.mode == "paper":
             excess = (size - tau).clamp_(min=0)
             return w * excess, torch.where(excess > 0, excess + size, 0.0)
         wins = size > tau
-        if self.ties:
-            tied = (size == tau).reshape(-1).nonzero().squeeze(1)[: self.ties]
-            wins.view(-1)[tied] = True
-            self.ties -= tied.numel()
+        if self.threshold.priority is not None:
+            at = (size == tau).reshape(-1).nonzero().squeeze(1)
+            wins.view(-1)[at] = self.threshold.source.priorities(at, self.start) >= self.threshold.priority
+        self.start += w.numel()
         factor = size * wins
         return w * factor, factor
 

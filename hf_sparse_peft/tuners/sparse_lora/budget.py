@@ -159,7 +159,7 @@ def _counts(
         _check_global_budget(density, grids)
         chunks = {name: _score_chunks(config, name, layers[name], grids[name], model) for name in grids}
         total = int(density * sum(grid.num_units for grid in grids.values()))
-        return global_counts(chunks, grids, total)
+        return global_counts(chunks, grids, total, config.seed)
     return (
         uniform_counts(grids, density) if config.num_entries is None else counts_from_total(grids, config.num_entries)
     )

@@ -85,6 +85,7 @@ class SupportState(AdapterLayer):
             self.sparse_lora_grid[adapter_name],
             self.sparse_lora_start[adapter_name],
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
+            name=self.module_name,
             **config.criterion_options,
         )
 
