@@ -1,4 +1,4 @@
-"""Who wins among equal scores, in Python's own integers: SplitMix64 as its authors published it (Steele et al., 2014)."""
+"""Who wins among equal scores, in Python's integers: SplitMix64 as its authors published it (Steele et al., 2014)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import read_units
-from ..sparsity import top_units
+from ..sparsity import stream_seed, top_units
 from ..sparsity.scores import chunks_of
 from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
@@ -18,9 +18,11 @@ class CandidateCollector:
     r"""SpIEL-AG's candidates (Ansell et al., 2024): the units with the largest |gradient| in the first micro-batch of a
     phase, and the sums of their gradients, and of the squares, over the optimizer steps of the phase.
 
-    The chosen units and both sums live in the layer's buffers, `O(k)` numbers that a checkpoint carries; the gradient
-    of the current step is kept apart until `finish_step`, so that squares are those of whole optimizer steps, whatever
-    the accumulation.
+    The chosen units, both sums and the number of steps in them live in the layer's buffers, `O(k)` numbers that a
+    checkpoint carries; the gradient of the current step is kept apart until `finish_step`, so that squares are those
+    of whole optimizer steps, whatever the accumulation. Micro-batches whose gradient is 0 everywhere or not finite
+    choose nothing, the next one does; steps with a gradient that is not finite, or with none, are in no sum and not
+    counted.
     """
 
     def __init__(self, part: AdaptedLayer, starts: bool = False) -> None:
@@ -32,9 +34,10 @@ class CandidateCollector:
         # The buffer holds unit + 1, and 0 where there is no candidate: pruning may shrink the support between the
         # choice and the move, and a phase may still be without candidates (an overflow, a file without them).
         self._stored, self._sums = layer.sparse_lora_candidates[name], layer.sparse_lora_candidate_sums[name]
+        self._steps = layer.sparse_lora_candidate_steps[name]
         if starts:
-            self._stored.zero_()
-            self._sums.zero_()
+            for state in (self._stored, self._sums, self._steps):
+                state.zero_()
         self._count = int((self._stored > 0).sum())
 
     @property
@@ -50,6 +53,11 @@ class CandidateCollector:
     def expect(self) -> None:
         """The layer runs once more in this micro-batch."""
         self._uses.expect()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the sums."""
+        return int(self._steps)
 
     def wanted_units(self) -> torch.Tensor | None:
         """The candidates once they are chosen: the rest of the dense gradient need not be computed then."""
@@ -76,6 +84,8 @@ class CandidateCollector:
             self.overflowed = self.overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32)))
             if self.overflowed:
                 return  # nothing to rank by: the next step chooses
+            if not dense.any():
+                return  # no labels in this micro-batch, or none that reach the layer: the next one chooses
             self._choose(dense)
         self.take(read_units(dense, self.units, grid.granularity, grid.block_size))
 
@@ -90,7 +100,8 @@ class CandidateCollector:
     def _choose(self, dense: torch.Tensor) -> None:
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), grid, _CHUNK)
-        chosen = top_units(scores, self.part.units.numel())
+        seed = stream_seed(self.part.config.seed, "candidates", self.part.name)
+        chosen = top_units(scores, self.part.units.numel(), seed=seed)
         self._count = chosen.numel()
         self._stored[: self._count] = chosen + 1
 
@@ -105,3 +116,4 @@ class CandidateCollector:
         if torch.isfinite(gradient).all():
             self.sums[0].add_(gradient)
             self.sums[1].add_(gradient.square())
+            self._steps += 1

@@ -27,22 +27,36 @@ def importance(part: AdaptedLayer, sensitivity: Tensor | None) -> Tensor | None:
         values = part.values.detach()[: part.units.numel()][part.trained].float()
         return place_in_sign(values.reshape(values.shape[0], -1).sum(1), magnitude)
     entered = part.layer.sparse_lora_entered[part.adapter][: part.units.numel()][part.trained].double()
-    place = torch.empty_like(entered)
-    place[magnitude.argsort(stable=True)] = torch.arange(entered.numel(), device=place.device, dtype=place.dtype)
+    # Places in the order of magnitudes, one for all that are equal; the step counts before them.
+    place = torch.unique(magnitude, return_inverse=True)[1].double()
     signed = entered if rule.drop_first == "oldest" else -entered
     return signed + place / max(entered.numel(), 1)
 
 
 def place_in_sign(sums: Tensor, magnitude: Tensor) -> Tensor:
     r"""`[n]` float64: :math:`(i + \tfrac12) / n_s` for the i-th smallest magnitude of the :math:`n_s` units of the same
-    sign, 0 for units without one. The smallest share :math:`\zeta` of all is then the smallest positive share
-    :math:`\zeta` and the largest negative share :math:`\zeta` (SET; Mocanu et al., 2018)."""
+    sign (the mean place for equal ones), 0 for units without one, NaN for those that are not finite. The smallest share
+    :math:`\zeta` of all is then the smallest positive share :math:`\zeta` and the largest negative share :math:`\zeta`
+    (SET; Mocanu et al., 2018)."""
     places = torch.zeros(sums.numel(), dtype=torch.float64, device=sums.device)
     for side in (sums > 0, sums < 0):
         at = side.nonzero().squeeze(1)
-        order = at[magnitude[at].argsort(stable=True)]
-        places[order] = (torch.arange(order.numel(), device=sums.device).double() + 0.5) / max(order.numel(), 1)
-    return places
+        _, where, counts = torch.unique(magnitude[at], return_inverse=True, return_counts=True)
+        places[at] = ((counts.cumsum(0) - counts / 2.0) / max(at.numel(), 1)).double()[where]
+    return places.masked_fill_(~torch.isfinite(magnitude), torch.nan)
+
+
+def can_drop(part: AdaptedLayer, worth: Tensor | None, count: int) -> bool:
+    """Whether `worth`, as `importance` gives it, says which `count` of the trained units leave.
+
+    Magnitudes and sensitivities that are all 0 do not, unless all units leave; ages always do. Without a drop rule the
+    growth decides.
+    """
+    if part.config.regrowth.drop == "none":
+        return True
+    if worth is None or not bool(torch.isfinite(worth).all()):
+        return False
+    return part.config.regrowth.drop == "age" or count == worth.numel() or bool(worth.any())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..sparsity import top_units
+from ..sparsity import stream_seed, top_units
 from .base import AdaptedLayer, unit_sums
 from .support_moves import replace_units
 
@@ -102,7 +102,7 @@ def settle(part: AdaptedLayer, trained: Tensor, optimizer: Any, seeds: dict[str,
     room = part.values.shape[0] - trained.numel()
     lost = max(0, retired.numel() - room)
     if lost:
-        retired = retired[top_units(worth, room).long()]
+        retired = retired[top_units(worth, room, seed=stream_seed(part.config.seed, "retired", part.name)).long()]
         _warn_full(part.config.regrowth.retired_share)
     support = torch.cat([trained, retired]).sort().values
     changed_side = torch.cat([retired, trained[~torch.isin(trained, before)]])

@@ -1,7 +1,8 @@
 """Who enters a support at a move: one function a rule of `RegrowthConfig.grow`.
 
-Every rule takes the same `Move` and returns the whole set of trained units after it, `[n]` sorted. None of them keeps
-more than `O(k)` numbers and one chunk of scores.
+Every rule takes the same `Move` and returns the whole set of trained units after it, `[n]` sorted, or None where its
+scores are all 0 or not finite, so that there is nothing to choose by. None of them keeps more than `O(k)` numbers and
+one chunk of scores. Ties are drawn for with a seed of the move's own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..sparsity import excluding, make_score, random_units_outside, stream_seed,
 from ..sparsity.scores import chunks_of
 from ..sparsity.selection import chunk_size
 from .base import AdaptedLayer, from_first_rank, unit_sums
+from .evidence import is_evidence
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Move:
 
     @cached_property
     def dropped(self) -> Tensor:
-        """Positions of the dropped units in `units`, `[count]`; ties go to the lowest unit."""
-        return top_units(self.importance, self.count, largest=False).long()
+        """Positions of the dropped units in `units`, `[count]`."""
+        return top_units(self.importance, self.count, largest=False, seed=self.seed("drop")).long()
 
     @cached_property
     def survivors(self) -> Tensor:
@@ -59,43 +61,51 @@ class Move:
         if missing:
             dropped = self.units[self.dropped]
             rest = ~torch.isin(dropped, grown)
-            best = top_units(self.importance[self.dropped][rest], min(missing, int(rest.sum()))).long()
+            importance = self.importance[self.dropped][rest]
+            best = top_units(importance, min(missing, int(rest.sum())), seed=self.seed("return")).long()
             grown = torch.cat([grown, dropped[rest][best]])
         return torch.cat([self.survivors, grown]).sort().values
 
+    def seed(self, what: str) -> int:
+        """A seed of this move's own: the same on every rank, in every process and after a resume."""
+        seed, name = (self.part.config.seed, self.part.name) if self.part is not None else (0, "")
+        return stream_seed(seed, what, self.update, name)
+
     def generator(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A stream of this move's own: the same on every rank, in every process and after a resume."""
-        seed = stream_seed(self.part.config.seed, what, self.update, self.part.name)
-        return torch.Generator(device=device).manual_seed(seed)
+        """A stream from `seed(what)`."""
+        return torch.Generator(device=device).manual_seed(self.seed(what))
 
 
-def from_gradients(move: Move) -> Tensor:
+def from_gradients(move: Move) -> Tensor | None:
     """The candidates with the largest |summed gradient|, unless they survive the drop (SpIEL-AG, RigL).
 
-    A candidate that was just dropped may return at once. Ties go to the lowest unit.
+    A candidate that was just dropped may return at once.
     """
+    if not is_evidence(move.gradients):
+        return None
     competes = ~torch.isin(move.candidates, move.survivors)
     rivals, strength = move.candidates[competes], unit_sums(move.gradients[competes])
     if not rivals.numel():
         return move.units
-    return move.completed(rivals[top_units(strength, min(move.count, rivals.numel())).long()])
+    return move.completed(rivals[top_units(strength, min(move.count, rivals.numel()), seed=move.seed("grow")).long()])
 
 
 def choose_units(units: Tensor, importance: Tensor, candidates: Tensor, gradients: Tensor, count: int) -> Tensor:
     """The support after `count` units with the smallest `importance` made room for the best candidates.
 
     Where fewer candidates than `count` compete, the most important of the dropped units stay, so that the number of
-    units never changes.
+    units never changes. Without a finite gradient other than 0 all units stay.
 
     Shapes: `units` `[a]` sorted, `importance` `[a]`; `candidates` `[c]` sorted, `gradients` `[c, ...]`. Returns `[a]`
     sorted.
     """
     if count == 0:
         return units
-    return from_gradients(Move(None, 0, units, count, importance, candidates, gradients))
+    chosen = from_gradients(Move(None, 0, units, count, importance, candidates, gradients))
+    return units if chosen is None else chosen
 
 
-def from_sm3(move: Move) -> Tensor:
+def from_sm3(move: Move) -> Tensor | None:
     r"""The entries with the largest :math:`R_i C_j` of SM3's accumulators (SpIEL-MA; Ansell et al., 2024), or the
     largest :math:`\min(R_i, C_j)` with `score='min'`, among those that were not trained before the drop.
 
@@ -103,14 +113,14 @@ def from_sm3(move: Move) -> Tensor:
     two first, which changes no rank and keeps products of squared gradients away from fp32's underflow.
     """
     accumulators = innermost(move.optimizer).accumulators(move.part.values)
-    if accumulators is None:
-        return move.units  # every step so far was skipped: nothing to rank by
+    if accumulators is None or not all(is_evidence(vector) for vector in accumulators):
+        return None  # every step so far was skipped, or had gradients of 0
     rows, columns = (vector / 2.0 ** torch.frexp(vector.max())[1] for vector in accumulators)
     grid = move.part.layer.sparse_lora_grid[move.part.adapter]
     combine = torch.minimum if move.part.config.regrowth.grow_options.get("score") == "min" else torch.mul
     scores = chunks_of(lambda begin, end: combine(rows[begin:end, None], columns), grid, chunk_size(rows.device))
     free = grid.num_units - move.units.numel()
-    return move.completed(top_units(excluding(scores, move.units), min(move.count, free)))
+    return move.completed(top_units(excluding(scores, move.units), min(move.count, free), seed=move.seed("grow")))
 
 
 def at_random(move: Move) -> Tensor:
@@ -133,7 +143,7 @@ def at_random_unfired(move: Move) -> Tensor:
     return move.completed(grown)
 
 
-def from_low_rank_magnitude(move: Move) -> Tensor:
+def from_low_rank_magnitude(move: Move) -> Tensor | None:
     r"""The largest :math:`|W_q|`, `W_q` the rank-q approximation of the current weight, base plus delta (LIFT; Liu et
     al., 2025): over all units without a drop rule, else among those that do not survive the drop.
 
@@ -143,14 +153,17 @@ def from_low_rank_magnitude(move: Move) -> Tensor:
     layer, config = move.part.layer, move.part.config
     weight = layer.dense_base_weight().detach().to(torch.float32, copy=True)
     layer._add_delta_(weight, move.part.adapter)
+    if not is_evidence(weight):
+        return None
     score = make_score("low_rank_magnitude", **config.regrowth.grow_options)
     scores = score(weight, layer.sparse_lora_grid[move.part.adapter], move.generator("low-rank growth", weight.device))
     if move.importance is None:
-        return from_first_rank(top_units(scores, move.units.numel()))
-    return from_first_rank(move.completed(top_units(excluding(scores, move.survivors), move.count)))
+        return from_first_rank(top_units(scores, move.units.numel(), seed=move.seed("grow")))
+    grown = top_units(excluding(scores, move.survivors), move.count, seed=move.seed("grow"))
+    return from_first_rank(move.completed(grown))
 
 
-GROWTH_RULES: dict[str, Callable[[Move], Tensor]] = {
+GROWTH_RULES: dict[str, Callable[[Move], Tensor | None]] = {
     "accumulated_gradient": from_gradients,
     "gradient": from_gradients,
     "sm3": from_sm3,

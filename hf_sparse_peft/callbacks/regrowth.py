@@ -12,7 +12,8 @@ from ..sparsity import make_schedule
 from ..tuners.sparse_lora import RegrowthConfig, SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
 from .candidates import CandidateCollector
-from .drops import importance, step_sensitivity
+from .drops import can_drop, importance, step_sensitivity
+from .evidence import MissingEvidence
 from .first_move import replaces_start, restored_start
 from .frozen_units import FrozenUnits, Settled, settle
 from .growth import GROWTH_RULES, Move, choose_units, mark_fired
@@ -113,6 +114,7 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
         self.readings: dict[AdaptedLayer, StepGradient] = {}
         self.sensitivities: dict[AdaptedLayer, torch.Tensor | None] = {}
         self.frozen = FrozenUnits()
+        self.missing = MissingEvidence("the support was not moved")
         self.replaces_start: dict[str, bool] = {}
         """Adapter -> whether its first move replaces every unit; saved in `trainer_state.json`."""
         self.replaced: list[dict[str, Any]] = []
@@ -131,6 +133,7 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
             for parts in self._adapters():
                 self.replaces_start[parts[0].adapter] = restored_start(parts, state, type(self).__name__)
         self.collectors, self.readings, self.sensitivities = [], {}, {}
+        self.missing.start()
         for part in self.parts:
             part.layer.sparse_lora_sink.pop(part.adapter, None)
         self.frozen.attach(self.parts)
@@ -221,9 +224,12 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Move the supports that are due."""
         due = self._due(state.global_step)
-        record = {"step": state.global_step, "replaced": 0, "alive": 0}
+        record, without = {"step": state.global_step, "replaced": 0, "alive": 0}, []
         for part in due:
             settled = self._move(part, state.global_step, optimizer)
+            if settled is None:
+                without += [part.name] if part.values.requires_grad else []  # else another rule rests it
+                settled = Settled(0, part.units.numel() - part.trained_units.numel(), 0)
             record["replaced"] += settled.entered
             record["alive"] += part.trained_units.numel()
             if part.config.freezes_units:
@@ -231,11 +237,13 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
                 record["lost"] = record.get("lost", 0) + settled.lost
         if due:
             self.replaced.append(record)
+            self.missing.record(state.global_step, without, len(due) - len(without))
         self.readings, self.sensitivities = {}, {}
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Free the schedule's state once the last step is done."""
         self.frozen.detach()
+        self.missing.finish()
         super().on_train_end(args, state, control, **kwargs)
 
     def _due(self, update: int) -> list[AdaptedLayer]:
@@ -248,21 +256,20 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
         return int(share * int(part.trained.sum()))
 
     @torch.no_grad()
-    def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> Settled:
+    def _move(self, part: AdaptedLayer, update: int, optimizer: Any) -> Settled | None:
+        """Move one layer's support; None where nothing says which units matter, and they stay."""
         config, units = part.config.regrowth, part.trained_units
-        stays = Settled(0, part.units.numel() - units.numel(), 0)
         count = self._count(part, update)
-        worth = importance(part, self.sensitivities.get(part))
-        if worth is None and config.drop != "none":
-            return stays  # no finite gradient to judge by: the step was left out
         if config.drop != "none" and count == 0:
-            return stays
+            return Settled(0, part.units.numel() - units.numel(), 0)
+        worth = importance(part, self.sensitivities.get(part))
+        if not can_drop(part, worth, count):
+            return None
         candidates, gradients, seeds = units[:0], part.values[:0].detach(), None
         if config.collects:
             collector = CandidateCollector(part)
-            candidates, (gradients, squares) = collector.units, collector.sums
-            if config.seed_moments:
-                age = config.collect_steps
+            candidates, (gradients, squares), age = collector.units, collector.sums, collector.steps
+            if config.seed_moments and age:
                 seeds = {"units": candidates, "grad_mean": gradients / age, "grad_sq_mean": squares / age, "age": age}
         elif config.grow == "gradient":
             reading = self.readings.get(part)
@@ -270,8 +277,10 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
                 candidates, gradients = reading.units, reading.gradients
         if part.adapter in part.layer.sparse_lora_fired:
             mark_fired(part, units)
-        move = Move(part, update, units, count, worth, candidates, gradients, optimizer)
-        settled = settle(part, GROWTH_RULES[config.grow](move), optimizer, seeds)
+        grown = GROWTH_RULES[config.grow](Move(part, update, units, count, worth, candidates, gradients, optimizer))
+        if grown is None:
+            return None
+        settled = settle(part, grown, optimizer, seeds)
         if part.adapter in part.layer.sparse_lora_entered:
             fresh = torch.isin(part.units, units, invert=True)
             part.layer.sparse_lora_entered[part.adapter][: fresh.numel()][fresh] = update

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import read_units
-from ..sparsity import excluding, top_units
+from ..sparsity import excluding, stream_seed, top_units
 from ..sparsity.scores import chunks_of
 from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
@@ -83,9 +83,12 @@ class StepGradient:
         if self._overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32))):
             self._overflowed = True
             return
+        if not dense.any():
+            return  # no labels in it, or none that reach the layer: a later micro-batch may choose
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), grid, _CHUNK)
         limit = min(self.limit, grid.num_units - self.trained.numel())
-        best = top_units(excluding(scores, self.trained), limit).to(self.trained.dtype)
+        seed = stream_seed(self.part.config.seed, "step gradient", self.part.name)
+        best = top_units(excluding(scores, self.trained), limit, seed=seed).to(self.trained.dtype)
         self.units = torch.cat([self.trained, best]).sort().values
         self.gradients = read_units(dense, self.units, grid.granularity, grid.block_size).float()

@@ -121,9 +121,9 @@ def global_counts(
     """How many of the `total_units` best units of all layers together fall into each layer.
 
     One threshold for all scores, and one draw for ties over all layers, so the counts sum to `total_units` exactly and
-    `top_units(score_fns[name], counts[name], seed=stream_seed(seed, name))` are the chosen units. `score_fns`: per layer a callable (or
-    list of chunks, or tensor) as `top_units` takes it, all of one dtype. Memory: one chunk. Scores of units of
-    different sizes are compared as they are.
+    `top_units(score_fns[name], counts[name], seed=stream_seed(seed, name))` are the chosen units. `score_fns`: per
+    layer a callable (or list of chunks, or tensor) as `top_units` takes it, all of one dtype. Memory: one chunk. Scores
+    of units of different sizes are compared as they are.
 
     Raises:
         ValueError: names that differ between the two, a layer whose scores are not `num_units`, a budget below 1 or

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ties import best
 
 from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
 from hf_sparse_peft.callbacks.pruning import living_share
 from hf_sparse_peft.callbacks.rank_reallocation import rank_budget
 from hf_sparse_peft.callbacks.regrowth import choose_units, is_collecting, moves_after, replaced_fraction
+from hf_sparse_peft.sparsity import stream_seed
 
 
 @pytest.mark.parametrize(("interval", "collect"), [(20, 5), (4, 2), (1, 1), (3, 3), (7, 1), (5, 4)])
@@ -103,16 +105,25 @@ def test_choose_units_keeps_size_order_and_survivors_and_takes_the_strongest_riv
     ).tolist()
     assert len(chosen) == len(units)
     assert chosen == sorted(set(chosen))
-    by_worth = sorted(range(len(units)), key=lambda i: (importance[i], units[i]))
-    dropped, survivors = ({units[i] for i in part} for part in (by_worth[:count], by_worth[count:]))
+    if not any(gradients):
+        assert chosen == units  # nothing to choose by
+        return
+    drop, grow, back = (stream_seed(0, what, 0, "") for what in ("drop", "grow", "return"))
+    dropped = [units[i] for i in best(importance, count, largest=False, seed=drop)]
+    survivors = set(units) - set(dropped)
     assert survivors <= set(chosen)
     strength = dict(zip(candidates, map(abs, gradients), strict=True))
-    rivals = sorted(set(candidates) - survivors, key=lambda u: (-strength[u], u))
-    grown = rivals[:count]
-    assert set(grown) <= set(chosen)
+    rivals = sorted(set(candidates) - survivors)
+    grown = {rivals[i] for i in best([strength[u] for u in rivals], min(count, len(rivals)), seed=grow)}
+    assert grown <= set(chosen)
+    if not rivals:
+        assert chosen == units
+        return
     # Fewer rivals than places: the most important of the dropped units fill them, nothing else does.
-    back = sorted(dropped - set(grown), key=lambda u: (-importance[units.index(u)], u))
-    assert set(chosen) == survivors | set(grown) | set(back[: count - len(grown)])
+    rest = [u for u in dropped if u not in grown]
+    worth = [importance[units.index(u)] for u in rest]
+    returned = {rest[i] for i in best(worth, min(count - len(grown), len(rest)), seed=back)}
+    assert set(chosen) == survivors | grown | returned
 
 
 def test_choose_units_ranks_a_block_by_the_sum_of_its_summed_gradients():

@@ -17,9 +17,11 @@ from callback_toolbox import (
     snapshot,
     support_of,
 )
+from ties import priority
 
 from hf_sparse_peft import RegrowthConfig, methods
 from hf_sparse_peft.callbacks.regrowth import replaced_fraction
+from hf_sparse_peft.sparsity import stream_seed
 
 
 class Record:
@@ -193,7 +195,8 @@ def test_spiel_ma_grows_the_brute_force_top_k_of_sm3s_accumulators(score, tmp_pa
             k = int(share * len(old["units"]))
             dropped = smallest(magnitudes(old), old["units"], k)
             inactive = [u for u in range(len(flat)) if u not in set(old["units"])]
-            grown = set(sorted(inactive, key=lambda u: (-flat[u], u))[:k])
+            seed = stream_seed(0, "grow", update, layers_of(model)[number].module_name)
+            grown = set(sorted(inactive, key=lambda u: (-flat[u], -priority(seed, u)))[:k])
             assert len(grown) == k > 0
             assert set(new["units"]) == (set(old["units"]) - dropped) | grown
             assert not grown & dropped  # positions dropped in the same move cannot return

@@ -31,6 +31,7 @@ class SparseLoraLayer(SupportState):
         "sparse_lora_uncertainty",
         "sparse_lora_candidates",
         "sparse_lora_candidate_sums",
+        "sparse_lora_candidate_steps",
         "sparse_lora_frozen",
         "sparse_lora_entered",
         "sparse_lora_fired",

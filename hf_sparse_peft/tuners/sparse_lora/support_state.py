@@ -116,6 +116,7 @@ class SupportState(AdapterLayer):
         if regrowth and regrowth.collects:
             self._add_state("sparse_lora_candidates", adapter_name, torch.zeros(shape[0], dtype=grid.index_dtype))
             self._add_state("sparse_lora_candidate_sums", adapter_name, torch.zeros(2, *shape))
+            self._add_state("sparse_lora_candidate_steps", adapter_name, torch.zeros(1, dtype=torch.int32))
         if regrowth and regrowth.drop == "age":
             self._add_state("sparse_lora_entered", adapter_name, torch.zeros(shape[0], dtype=torch.int32))
         if regrowth and regrowth.grow == "random_unfired":
