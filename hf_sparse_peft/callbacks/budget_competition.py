@@ -33,7 +33,7 @@ class BudgetCompetitionCallback(ScheduleCallback):
     al., 2025).
 
     After every optimizer step each number w of P and Q updates its sensitivity
-    :math:`I = |w\,\partial L/\partial w|` (0 where that is not finite),
+    :math:`I = |w\,\partial L/\partial w|`,
     :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, and uncertainty
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A matrix is worth
     :math:`\mathrm{mean}(\bar I_P \bar U_P) + \mathrm{mean}(\bar I_Q \bar U_Q)`, and gets its part of the budget
@@ -88,18 +88,23 @@ class BudgetCompetitionCallback(ScheduleCallback):
                 update_sensitivity(part)
             first, last = _window(config, self.total_steps)
             if update > first and (update % config.budget_competition.interval == 0 or update == last):
-                sizes = [part.layer.numel for part in parts]
-                share_out(parts, living_entries(config, sizes, update, self.total_steps))
+                judged = [part for part in parts if is_evidence(part.layer.kernel_lora_sensitivity[part.adapter])]
+                self.missing.record(update, [part.name for part in parts if part not in judged], len(judged))
+                sizes = [part.layer.numel for part in judged]
+                if judged:
+                    share_out(judged, living_entries(config, sizes, update, self.total_steps))
 
 
 @torch.no_grad()
 def update_sensitivity(part: AdaptedLayer) -> None:
-    """One step of both moving averages; nothing changes where a gradient is missing (a layer that did not run)."""
+    """One step of both moving averages; nothing changes where a gradient is missing (a layer that did not run) or not
+    finite (an fp16 overflow, whose step is skipped)."""
     config, factors = part.config.budget_competition, _factors(part)
     if any(factor.grad is None for factor in factors):
         return
     current = torch.cat([(factor * factor.grad).float().abs().reshape(-1) for factor in factors])
-    current = current.nan_to_num_(nan=0.0, posinf=0.0)
+    if not torch.isfinite(current).all():
+        return
     sensitivity = part.layer.kernel_lora_sensitivity[part.adapter]
     uncertainty = part.layer.kernel_lora_uncertainty[part.adapter]
     sensitivity.mul_(config.beta1).add_(current, alpha=1 - config.beta1)

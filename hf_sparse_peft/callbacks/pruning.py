@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..sparsity import make_schedule, top_units
+from ..sparsity import make_schedule, stream_seed, top_units
 from ..tuners.sparse_lora import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback, unit_sums
 from .no_effect import report_idle
+from .evidence import MissingEvidence, is_evidence
 from .regrowth import moves_after
 from .support_moves import replace_units
 
@@ -35,9 +36,24 @@ class PruningCallback(ScheduleCallback):
     curve's share is left; capacity stays allocated until `compact()`. Where supports regrow as well, units leave at the
     regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0. Where no
     move comes after the window's end, the last pruning is at its end all the same. Every layer keeps at least one unit.
+    A layer whose values are all 0 (it never had a gradient) or not finite keeps its units and is named in a warning.
     """
 
     option = "pruning"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing = MissingEvidence("the support was not pruned")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Find the layers."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.missing.start()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say if no layer was ever pruned for want of values."""
+        self.missing.finish()
+        super().on_train_end(args, state, control, **kwargs)
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """The window must hold at least one step."""
@@ -82,7 +98,12 @@ class PruningCallback(ScheduleCallback):
         for config in self.configs():
             if self._due(config, state.global_step):
                 parts = [part for part in self.parts if part.config is config]
-                self._prune(parts, living_share(config, state.global_step, self.total_steps), optimizer)
+                judged = [part for part in parts if is_evidence(part.values.detach()[: part.units.numel()])]
+                without = [part.name for part in parts if part not in judged and part.values.requires_grad]
+                self.missing.record(state.global_step, without, len(judged))
+                share = living_share(config, state.global_step, self.total_steps)
+                if judged:
+                    self._prune(judged, share, optimizer, state.global_step)
 
     def _due(self, config: SparseLoraConfig, update: int) -> bool:
         begin, end = _window(config, self.total_steps)
@@ -94,25 +115,29 @@ class PruningCallback(ScheduleCallback):
         later = range(end, self.total_steps)
         return update == end and not any(moves_after(config.regrowth, step, self.total_steps) for step in later)
 
-    def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any) -> None:
+    def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any, step: int) -> None:
         targets = [max(1, round(share * part.values.shape[0])) for part in parts]
         importance = [unit_sums(part.values[: part.units.numel()]) for part in parts]
+        seed = parts[0].config.seed
         if parts[0].config.pruning.scope == "global":
-            targets = _global_targets(parts, importance, sum(targets))
+            targets = _global_targets(parts, importance, sum(targets), stream_seed(seed, "pruning", step))
         for part, target, worth in zip(parts, targets, importance, strict=True):
             if target < part.units.numel():
-                replace_units(part, part.units[top_units(worth, target).long()], optimizer)
+                best = top_units(worth, target, seed=stream_seed(seed, "pruning", step, part.name))
+                replace_units(part, part.units[best.long()], optimizer)
 
 
-def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], total: int) -> list[int]:
+def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], total: int, seed: int) -> list[int]:
     """Units each layer keeps when its best one and the best of all others, by mean |value|, stay: `total` together."""
     means = [
         worth.cpu() / part.layer.sparse_lora_grid[part.adapter].unit_numel
         for part, worth in zip(parts, importance, strict=True)
     ]
     for mean in means:
-        mean[mean.argmax()] = torch.inf
+        mean[mean.argmax()] = (
+            torch.inf
+        )  # only the number of a layer's best is read off: which of equal ones is no matter
     sizes = torch.tensor([worth.numel() for worth in importance])
-    kept = top_units(torch.cat(means), min(total, int(sizes.sum())))
+    kept = top_units(torch.cat(means), min(total, int(sizes.sum())), seed=seed)
     owner = torch.bucketize(kept.long(), sizes.cumsum(0), right=True)
     return torch.bincount(owner, minlength=len(parts)).tolist()

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from ..sparsity import top_units
+from ..sparsity import stream_seed, top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
 from .base import AdaptedLayer, whole_steps
 from .no_effect import report_idle
@@ -106,9 +106,11 @@ class RankReallocationCallback(PenaltyCallback):
                     update_importance(part)
             due = first < step < fixed and step % config.rank_allocation.interval == 0
             if due or step == fixed:
-                start, target = self._budgets(parts)
+                judged = [part for part in parts if has_evidence(part)]
+                self.missing.record(step + 1, [part.name for part in parts if part not in judged], len(judged))
+                start, target = self._budgets(judged)
                 budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
-                allocate(parts, budget if due else target)
+                allocate(judged, budget if due else target, step)
             if due or step >= fixed:
                 for part in parts:
                     apply_mask(part)
@@ -144,11 +146,21 @@ def component_scores(part: AdaptedLayer) -> torch.Tensor:
 
 
 @torch.no_grad()
-def allocate(parts: list[AdaptedLayer], budget: int) -> None:
-    """Let the `budget` best components of all layers live; ties go to the first layer and component."""
+def has_evidence(part: AdaptedLayer) -> bool:
+    """Whether the layer's gates had a gradient so far. The factors have one from the regulariser alone."""
+    gates = part.layer.sparse_lora_sensitivity[part.adapter][: part.layer.sparse_lora_gate[part.adapter].numel()]
+    return is_evidence(gates) and bool(torch.isfinite(component_scores(part)).all())
+
+
+@torch.no_grad()
+def allocate(parts: list[AdaptedLayer], budget: int, step: int = 0) -> None:
+    """Let the `budget` best components of all layers live; ties are drawn for from the config's seed and `step`."""
+    if not parts:
+        return
     scores = [component_scores(part) for part in parts]
     alive = torch.zeros(sum(score.numel() for score in scores), dtype=torch.uint8)
-    alive[top_units(torch.cat([score.cpu() for score in scores]), budget).long()] = 1
+    seed = stream_seed(parts[0].config.seed, "rank allocation", step)
+    alive[top_units(torch.cat([score.cpu() for score in scores]), budget, seed=seed).long()] = 1
     for part, mask in zip(parts, alive.split([score.numel() for score in scores]), strict=True):
         part.layer.sparse_lora_rank_mask[part.adapter].copy_(mask)
 

@@ -153,9 +153,9 @@ def test_a_warm_up_that_fails_puts_everything_back():
 
     def loss(model, batch):
         calls.append(1)
-        return model(**batch).loss * (float("nan") if len(calls) == WARM + SPARSE + 2 else 1.0)
+        return model(**batch).loss * (float("nan") if len(calls) >= WARM + SPARSE + 2 else 1.0)
 
-    with pytest.raises(ValueError, match="loss of the warm-up is nan"):
+    with pytest.raises(ValueError, match="Dense warm-up: the gradient is not finite in"):
         initialize_support(model, batches(2 * (WARM + SPARSE)), compute_loss=loss, show_progress=False)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(layer.sparse_lora_dense_delta for layer in sparse_layers(model))

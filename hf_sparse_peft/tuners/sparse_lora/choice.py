@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...sparsity import top_units
-from ...sparsity.ranking import GlobalRanking
+from ...sparsity import random_units, stream_seed, top_units
+from ...sparsity.ranking import GlobalRanking, raised
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
 from .structures import StructureRanking
 
 
 class Choice:
-    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model."""
+    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model.
+
+    A module whose scores are all 0 or not finite has no evidence. Where a module's size is its own, it gets random
+    units; where all modules compete, it gets none (a structure's module: what its structures get). Ties and random
+    units are drawn from the config's seed and the module's name, the same on every rank.
+    """
 
     def __init__(
         self,
@@ -28,33 +35,92 @@ class Choice:
         self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
         sizes = {layer.module_name: layer.sparse_lora_start[adapter_name] for layer in layers}
         self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
+        self.grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
         self.ranking: GlobalRanking | None = None
         self._units: dict[str, torch.Tensor] = {}
+        self.without_evidence: list[str] = []
         self.structures: StructureRanking | None = None
         if config.structures:
             _check_open_sizes(config)
-            grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
-            self.structures = StructureRanking(config, grids, model, share)
+            self.structures = StructureRanking(config, self.grids, model, share)
         elif config.sizes_from_data:
             total = _global_budget(model, config, layers, adapter_name)
-            self.ranking = GlobalRanking(max(len(layers), int(share * total)))
+            self.ranking = GlobalRanking(max(len(layers), int(share * total)), config.seed)
 
-    def add(self, scores: dict[str, Any]) -> None:
-        """Score chunks of more modules."""
+    def add(self, scores: dict[str, Any], kept: dict[str, torch.Tensor] | None = None) -> None:
+        """Take score chunks of more modules; the sorted units in `kept` are chosen before all others."""
+        without = [name for name, chunks in scores.items() if not is_evidence(chunks)]
+        self.without_evidence += without
         structured = [name for name in scores if self.config.structure_of(name) is not None]
         for name in structured:
-            self.structures.add(name, scores[name])
-        scores = {name: chunks for name, chunks in scores.items() if name not in structured}
+            self.structures.add(name, self._zeros(name) if name in without else scores[name])
+        kept = kept or {}
+        scores = {
+            name: raised(self._zeros(name) if name in without else chunks, kept[name]) if name in kept else chunks
+            for name, chunks in scores.items()
+            if name not in structured and (name not in without or kept.get(name, _NONE).numel())
+        }
+        for name in set(without) - set(structured) - set(scores):
+            self._units[name] = self._arbitrary(name)
         if self.ranking is not None:
             self.ranking.add(scores)
         else:
-            self._units |= {name: top_units(chunks, self.sizes[name]) for name, chunks in scores.items()}
+            seeds = {name: stream_seed(self.config.seed, name) for name in scores}
+            self._units |= {
+                name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()
+            }
+
+    def _zeros(self, name: str) -> Callable[[], Iterable[torch.Tensor]]:
+        zeros = torch.zeros(self.grids[name].num_units)
+        return lambda: iter((zeros,))
+
+    def _arbitrary(self, name: str) -> torch.Tensor:
+        grid = self.grids[name]
+        if self.ranking is not None:
+            return torch.empty(0, dtype=grid.index_dtype)
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, name))
+        return random_units(grid.num_units, self.sizes[name], generator).to(grid.index_dtype)
 
     def units(self) -> dict[str, torch.Tensor]:
         """Sorted units of every module."""
-        if self.ranking is not None:
-            return self.ranking.units()
-        return self._units | (self.structures.units() if self.structures is not None else {})
+        ranked = self.ranking.units() if self.ranking is not None else {}
+        return ranked | self._units | (self.structures.units() if self.structures is not None else {})
+
+    def check_evidence(self, what: str) -> None:
+        """Look whether the scores of `what` rank anything; warns of the modules where they do not.
+
+        Raises:
+            ValueError: they do in no module.
+        """
+        names = self.without_evidence
+        if len(names) == len(self.layers):
+            raise ValueError(
+                f"criterion='{what}' has nothing to choose a support by: the scores of all {len(names)} modules are 0 "
+                "or not finite. Check that the labels of the batches are not all masked (-100), that the loss is "
+                "finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
+            )
+        if names:
+            got = "none of the shared budget" if self.ranking is not None else "random units"
+            warnings.warn(
+                f"criterion='{what}' says nothing about {len(names)} of {len(self.layers)} modules, whose scores are "
+                f"all 0 or not finite; they get {got}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Did "
+                "the batches reach them? Use more or other data, or leave them out of target_modules.",
+                stacklevel=3,
+            )
+
+
+_NONE = torch.empty(0)
+
+
+@torch.no_grad()
+def is_evidence(chunks: Callable[[], Iterable[torch.Tensor]]) -> bool:
+    """Whether scores can rank: all are finite, and not all are 0."""
+    found = False
+    for chunk in chunks():
+        if not bool(torch.isfinite(chunk).all()):
+            return False
+        found = found or bool(chunk.any())
+    return found
 
 
 def _check_open_sizes(config: SparseLoraConfig) -> None:

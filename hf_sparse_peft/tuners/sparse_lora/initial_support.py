@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from ...sparsity import DataCriterion, UnitGrid, make_score, needs_data
-from ...sparsity.ranking import raised
 from ...sparsity.statistics import DeltaMagnitude
 from .adapter_file import support_sizes
 from .calibration_data import CalibrationData, random_state_kept
@@ -51,6 +51,9 @@ def initialize_support(
     there is an optimizer. Under torch.distributed every rank brings its share of the data, statistics are reduced, and
     supports are identical.
 
+    Readings that are not finite (an fp16 overflow) are left out. A module whose scores are all 0 or not finite (no
+    batch reached it, no label did) gets random units, or none where all modules compete, and is named in a warning.
+
     Args:
         model: has the adapter, active and trainable.
         dataloader: batches as mappings of the model's arguments, labels included; a DataLoader or a list.
@@ -66,7 +69,8 @@ def initialize_support(
 
     Raises:
         ValueError: a criterion that needs no data, an adapter that is unknown, frozen, merged or trained already, a
-            budget that leaves a module without a unit, no batch, no loss, or gradients that are not finite.
+            budget that leaves a module without a unit, no batch, no loss, or scores of all modules that are 0 or not
+            finite.
         TypeError: a dataloader that cannot be read twice, or batches that are no mappings.
     """
     layers, config = _layers_of(model, adapter_name)
@@ -94,7 +98,9 @@ def initialize_support(
             examples = max_examples or score.examples
             groups = groups_within(layers, score, accumulator_bytes)
             passes = estimate(model, groups, adapter_name, score, data, examples=examples, **options)
+            left_out: dict[str, int] = {}
             for readers in passes:
+                left_out |= {reader.layer.module_name: reader.left_out for reader in readers if reader.left_out}
                 ask.add(
                     {
                         reader.layer.module_name: score.scores(
@@ -105,6 +111,8 @@ def initialize_support(
                         for reader in readers
                     }
                 )
+            _report_left_out(score.name, left_out)
+            ask.check_evidence(score.name)
             units = ask.units()
     write_supports(model, units, adapter_name)
     if warmup is not None:
@@ -112,6 +120,16 @@ def initialize_support(
     config.criterion, config.criterion_options = score.name, asdict(score)
     if save_to is not None:
         save_support(model, save_to, adapter_name)
+
+
+def _report_left_out(criterion: str, left_out: dict[str, int]) -> None:
+    if left_out:
+        most = max(left_out, key=left_out.__getitem__)
+        warnings.warn(
+            f"criterion='{criterion}' leaves out readings that are not finite, in {len(left_out)} modules; most in "
+            f"'{most}': {left_out[most]}. Under fp16 use bf16 or fp32; else look at the loss of the first batches.",
+            stacklevel=3,
+        )
 
 
 def _by_warmup(
@@ -137,7 +155,8 @@ def _by_warmup(
                 layer.module_name: score.scores({"sum": delta.detach()}, layer.sparse_lora_grid[adapter_name])
                 for layer, delta in zip(layers, warmup.deltas, strict=True)
             }
-            share.add({name: raised(chunks, chosen[name]) if chosen else chunks for name, chunks in scores.items()})
+            share.add(scores, chosen)
+            share.check_evidence(score.name)
             chosen = share.units()
     except BaseException:
         warmup.reset()

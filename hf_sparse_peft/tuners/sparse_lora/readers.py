@@ -32,11 +32,16 @@ def on_every_rank(condition: bool, device: torch.device) -> bool:
 class Reader:
     """What is known of one layer by a criterion."""
 
-    what = ""
-
     def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
         self.layer, self.criterion = layer, criterion
         self.state = criterion.start(layer.out_features, layer.in_features, layer.get_base_layer_device())
+        self.left_out = 0
+        """Readings on this rank that were not finite (an fp16 overflow) and are not in the state."""
+
+    def _is_finite(self, *tensors: torch.Tensor) -> bool:
+        finite = all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors)
+        self.left_out += not finite
+        return finite
 
     def attach(self, adapter_name: str) -> None:
         """Begin to read."""
@@ -48,25 +53,13 @@ class Reader:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Add up the ranks' states.
-
-        Raises:
-            ValueError: what was read was not finite; names the module.
-        """
-        for tensor in self.state.values():
-            if not self.criterion.per_step:
-                all_reduce_sum(tensor)
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{self.what} of '{self.layer.module_name}' are not finite, so they rank nothing. Look at the loss "
-                    "of the first batches; under fp16 use bf16 or fp32."
-                )
+        """Add up the ranks' states."""
+        for tensor in self.state.values() if not self.criterion.per_step else ():
+            all_reduce_sum(tensor)
 
 
 class GradientReader(Reader):
     """Feeds a criterion's state of one layer with that layer's dense gradients; a sink of `sparse_linear`."""
-
-    what = "Gradients"
 
     def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
         super().__init__(layer, criterion)
@@ -100,6 +93,9 @@ class GradientReader(Reader):
     def _take(self, dense: torch.Tensor | None) -> None:
         if dense is None:
             return
+        # Where a step is read as a whole, all ranks must leave it out together: `finish_step` looks.
+        if not self.criterion.per_step and not self._is_finite(dense):
+            return
         gradient = dense.to(torch.float32, copy=True)
         if not self.criterion.per_example and self.items != 1:
             gradient = gradient.mul_(self.items)  # sums over examples do not depend on how they are batched
@@ -114,18 +110,21 @@ class GradientReader(Reader):
 
     @torch.no_grad()
     def finish_step(self, items: int) -> None:
-        """Close an optimizer step whose micro-batches were means over `items` on all ranks together."""
+        """Close an optimizer step whose micro-batches were means over `items` on all ranks together.
+
+        A step whose gradient is not finite is left out, and one without a gradient leaves averages as they are.
+        """
         gradient, self.pending = self.pending, None
         if gradient is None:
             device = self.layer.get_base_layer_device()
             gradient = torch.zeros(self.layer.out_features, self.layer.in_features, device=device)
-        self._update(all_reduce_sum(gradient).div_(items))
+        gradient = all_reduce_sum(gradient).div_(items)
+        if self._is_finite(gradient) and bool(gradient.any()):
+            self._update(gradient)
 
 
 class ActivationReader(Reader):
     """Feeds a criterion's state of one layer with that layer's inputs and outputs; a forward hook."""
-
-    what = "Activations"
 
     def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
         super().__init__(layer, criterion)
@@ -146,6 +145,8 @@ class ActivationReader(Reader):
     def __call__(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         """Take one forward pass's inputs `[..., in]` and outputs `[..., out]`."""
         inputs, outputs = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (args[0], output))
+        if not self._is_finite(inputs, outputs):
+            return
         # A layer that sees other tokens than the batch's (a pooled head, a vision tower) has no use for its mask.
         if self.visible is not None and self.visible.numel() == inputs.shape[0]:
             seen = self.visible.flatten()

@@ -141,7 +141,7 @@ class StructureRanking:
     """
 
     def __init__(self, config: SparseLoraConfig, grids: Grids, model: nn.Module, share: float = 1.0) -> None:
-        self._pools, self._grids, self._share = pools_of(config, grids, model), grids, share
+        self._pools, self._grids, self._share, self._seed = pools_of(config, grids, model), grids, share, config.seed
         self._scores: dict[str, torch.Tensor] = {}
         self._place = {name: (pool, b) for pool in self._pools for b, names in pool.members.items() for name in names}
 
@@ -162,7 +162,8 @@ class StructureRanking:
         for pool in self._pools:
             # In the order of the members: what is summed in another order may rank otherwise in the last bit.
             scores = [sum(self._scores[name] for name in names) for names in pool.members.values()]
-            best = top_units(torch.cat(scores), max(1, int(self._share * pool.wanted))).long()
+            seed = stream_seed(self._seed, "structures", pool.number, next(iter(pool.members)))
+            best = top_units(torch.cat(scores), max(1, int(self._share * pool.wanted)), seed=seed).long()
             chosen |= pool.units(best, self._grids)
         return chosen
 

@@ -2,6 +2,8 @@ r"""LT-SFT's first phase: a dense fine-tuning of the targeted weights from which
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,7 +55,7 @@ class DenseWarmup:
         """A warm-up of `warmup_steps` steps of `batches_per_step` batches from `data`, with a fresh optimizer.
 
         Raises:
-            ValueError: the loss of a step is not finite.
+            ValueError: the gradients of more than half of the steps are not finite; single ones are left out.
         """
         criterion = self.criterion
         self._open()
@@ -72,7 +74,7 @@ class DenseWarmup:
         """A sparse phase: rewind, then train `units` (module name -> sorted units) and the other parameters.
 
         Raises:
-            ValueError: the loss of a step is not finite.
+            ValueError: the gradients of more than half of the steps are not finite; single ones are left out.
         """
         criterion, grids = self.criterion, [layer.sparse_lora_grid[self.adapter_name] for layer in self.layers]
         self._open()
@@ -139,31 +141,40 @@ class DenseWarmup:
     ) -> None:
         optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=lr, weight_decay=0.0)
         curve = make_schedule("linear", lr, 0.0)
+        left_out = 0
         with modes_kept(self.model, training=True), torch.enable_grad():
             for step in tqdm(range(steps), desc=what, disable=not show_progress):
                 micro_batches = [next(data) for _ in range(batches_per_step)]
-                self._gradients(micro_batches, compute_loss)
+                norm = self._gradients(micro_batches, compute_loss)
+                left_out += not math.isfinite(norm)
+                if 2 * left_out > steps:
+                    raise ValueError(
+                        f"{what}: the gradient is not finite in {left_out} of {step + 1} steps. Lower warmup_lr="
+                        f"{self.criterion.warmup_lr} or sparse_lr={self.criterion.sparse_lr}; under fp16 use bf16 or "
+                        "fp32."
+                    )
                 for group in optimizer.param_groups:
                     group["lr"] = curve(step / steps)
-                optimizer.step()
+                if math.isfinite(norm) and norm > 0:  # without labels a step would only let moments decay
+                    optimizer.step()
                 optimizer.zero_grad()
+        if left_out:
+            warnings.warn(f"{what}: {left_out} of {steps} steps had no finite gradient and are left out.", stacklevel=2)
 
-    def _gradients(self, micro_batches: list[dict[str, Any]], compute_loss: Callable | None) -> None:
+    def _gradients(self, micro_batches: list[dict[str, Any]], compute_loss: Callable | None) -> float:
+        """Gradients of one step; returns the norm of the loss's, before penalty and clipping."""
         items = [items_in(batch, self.model) for batch in micro_batches]
         total = torch.tensor(sum(items), device=self.deltas[0].device)
         total = int(all_reduce_sum(total))
         for batch, count in zip(micro_batches, items, strict=True):
             loss = loss_of(self.model, batch, compute_loss)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"The loss of the warm-up is {loss.item()}. Lower warmup_lr={self.criterion.warmup_lr} or "
-                    f"sparse_lr={self.criterion.sparse_lr}."
-                )
             (loss * (count / total)).backward()
         trained = [p for p in (*self.deltas, *self.others) if p.grad is not None]
         if world_size() > 1:
             for parameter in trained:
                 all_reduce_sum(parameter.grad)
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
         self._add_l1()
         if self._masks is not None:
             for delta, mask in zip(self.deltas, self._masks, strict=True):
@@ -171,6 +182,7 @@ class DenseWarmup:
                     delta.grad.mul_(mask)
         if self.criterion.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, self.criterion.max_grad_norm)
+        return norm
 
     def _add_l1(self) -> None:
         # Once a step: no accumulation or rank scales it.
