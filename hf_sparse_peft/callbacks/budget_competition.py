@@ -9,6 +9,7 @@ import torch
 from ..sparsity import competition_counts, make_schedule
 from ..tuners.kernel_lora import KernelLoraConfig
 from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, whole_steps
+from .evidence import MissingEvidence, is_evidence
 from .no_effect import report_idle
 
 
@@ -33,17 +34,33 @@ class BudgetCompetitionCallback(ScheduleCallback):
     al., 2025).
 
     After every optimizer step each number w of P and Q updates its sensitivity
-    :math:`I = |w\,\partial L/\partial w|`,
-    :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, and uncertainty
+    :math:`I = |w\,\partial L/\partial w|`, :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, and uncertainty
     :math:`\bar U \leftarrow \beta_2 \bar U + (1-\beta_2)|I - \bar I|`. A matrix is worth
     :math:`\mathrm{mean}(\bar I_P \bar U_P) + \mathrm{mean}(\bar I_Q \bar U_Q)`, and gets its part of the budget
     (`living_entries`, `sparsity.competition_counts`). Up to :math:`t_i` importances are only collected, and every
     matrix keeps the `1 - initial_sparsity` of its entries that it started with, as in the official code. The gradients
     are those that the optimizer used: averaged over ranks, unscaled and clipped; the weights are those after its step,
     as in AdaLoRA.
+
+    A step whose gradients are not finite is left out. A matrix that never had a gradient keeps its entries and is named
+    in a warning; the others share the budget of their own sizes.
     """
 
     option = "budget_competition"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing = MissingEvidence("the budget was not shared out")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Find the layers."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.missing.start()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say if no layer could ever be judged."""
+        self.missing.finish()
+        super().on_train_end(args, state, control, **kwargs)
 
     def wants(self, layer, adapter: str) -> bool:
         """Layers whose points train."""

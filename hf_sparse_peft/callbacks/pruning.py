@@ -51,7 +51,7 @@ class PruningCallback(ScheduleCallback):
         self.missing.start()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Say if no layer was ever pruned for want of values."""
+        """Say if no layer could ever be judged."""
         self.missing.finish()
         super().on_train_end(args, state, control, **kwargs)
 
@@ -134,9 +134,7 @@ def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], t
         for part, worth in zip(parts, importance, strict=True)
     ]
     for mean in means:
-        mean[mean.argmax()] = (
-            torch.inf
-        )  # only the number of a layer's best is read off: which of equal ones is no matter
+        mean[mean.argmax()] = torch.inf  # which of equal ones is no matter: counts are read off
     sizes = torch.tensor([worth.numel() for worth in importance])
     kept = top_units(torch.cat(means), min(total, int(sizes.sum())), seed=seed)
     owner = torch.bucketize(kept.long(), sizes.cumsum(0), right=True)

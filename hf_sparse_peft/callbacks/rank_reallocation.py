@@ -9,6 +9,7 @@ import torch
 from ..sparsity import stream_seed, top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
 from .base import AdaptedLayer, whole_steps
+from .evidence import MissingEvidence, is_evidence
 from .no_effect import report_idle
 from .penalties import PenaltyCallback
 
@@ -44,9 +45,26 @@ class RankReallocationCallback(PenaltyCallback):
     :math:`t < T - t_f`; masks are due at multiples of the interval with :math:`t_i < t < T - t_f`, and the last one,
     at the target, at :math:`t = T - t_f` (the run's last step where :math:`t_f = 0`). From there on it is fixed and
     applied at every step.
+
+    A layer whose gates never had a gradient keeps its components and is named in a warning; the others share the budget
+    of their own number.
     """
 
     option = "rank_allocation"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing = MissingEvidence("components were not compared")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Find the layers."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.missing.start()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say if no layer could ever be judged."""
+        self.missing.finish()
+        super().on_train_end(args, state, control, **kwargs)
 
     def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
         """Layers with a trained gate."""
@@ -108,9 +126,10 @@ class RankReallocationCallback(PenaltyCallback):
             if due or step == fixed:
                 judged = [part for part in parts if has_evidence(part)]
                 self.missing.record(step + 1, [part.name for part in parts if part not in judged], len(judged))
-                start, target = self._budgets(judged)
-                budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
-                allocate(judged, budget if due else target, step)
+                if judged:
+                    start, target = self._budgets(judged)
+                    budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
+                    allocate(judged, budget if due else target, step)
             if due or step >= fixed:
                 for part in parts:
                     apply_mask(part)
@@ -155,8 +174,6 @@ def has_evidence(part: AdaptedLayer) -> bool:
 @torch.no_grad()
 def allocate(parts: list[AdaptedLayer], budget: int, step: int = 0) -> None:
     """Let the `budget` best components of all layers live; ties are drawn for from the config's seed and `step`."""
-    if not parts:
-        return
     scores = [component_scores(part) for part in parts]
     alive = torch.zeros(sum(score.numel() for score in scores), dtype=torch.uint8)
     seed = stream_seed(parts[0].config.seed, "rank allocation", step)
