@@ -10,8 +10,8 @@ import torch
 from ..sparsity import make_schedule, stream_seed, top_units
 from ..tuners.sparse_lora import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback, unit_sums
-from .no_effect import report_idle
 from .evidence import MissingEvidence, is_evidence
+from .no_effect import report_idle
 from .regrowth import moves_after
 from .support_moves import replace_units
 
