@@ -107,9 +107,15 @@ class ThresholdFreezingCallback(ScheduleCallback):
 def _is_past_already(part: AdaptedLayer) -> bool:
     base, values = support_weights(part)
     threshold = part.config.freezing.threshold
-    if threshold is None:  # each matrix's own: the largest weight, 0 where the support has only zeros
-        return not bool(base.any())
+    if threshold is None:  # each matrix's own, from which no entry starts further out
+        return False
     return bool(((base + values).abs() >= threshold).all())
+
+
+def smallest_beside_zero(weight: torch.Tensor) -> float:
+    """The smallest |w| > 0; infinity where there is none."""
+    rows = (part.abs().float() for part in weight.split(256))
+    return min(float(torch.where(part > 0, part, torch.inf).min()) for part in rows)
 
 
 @torch.no_grad()
@@ -117,7 +123,11 @@ def freeze_past_threshold(part: AdaptedLayer) -> int:
     """Mark the trained entries of one layer with |w + delta| at the threshold or above; returns how many."""
     base, values = support_weights(part)
     threshold = part.config.freezing.threshold
-    past = (base + values).abs() >= threshold if threshold is not None else (base + values).abs() > base.abs().max()
+    largest = base.abs().max()
+    if threshold is None and largest == 0:
+        # 9 % of an NF4 weight are exactly 0: a support of some of them would freeze whole at its first movement.
+        threshold = smallest_beside_zero(part.layer.dense_base_weight())
+    past = (base + values).abs() >= threshold if threshold is not None else (base + values).abs() > largest
     past &= part.trained
     part.layer.sparse_lora_frozen[part.adapter][: past.numel()][past] = 1
     return int(past.sum())

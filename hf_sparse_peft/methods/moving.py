@@ -241,7 +241,8 @@ def sara(
 ) -> Method:
     r"""Train the smallest entries of each matrix, pulled to low rank; those that outgrow the threshold freeze half-way.
 
-    Without `threshold` each matrix gets its smallest `density` of entries, and its threshold is the largest of them;
+    Without `threshold` each matrix gets its smallest `density` of entries, and its threshold is the largest of them
+    (the smallest weight beside 0 where they are all 0, as on NF4, of whose weights 9 % are);
     with it, all entries with :math:`|w| < \tau` (SaRA: 2e-3), whose number follows from the weights and is written to
     the config. SaRA's learning rate is :math:`10^{-3} e^{-350\tau}`. `nuclear_weight=0` leaves the norm out. Deltas are
     trained, so weight decay (SaRA: 0.01) pulls to the pretrained weights, where the official code's pulls to 0.

@@ -20,7 +20,8 @@ class FreezingConfig:
     """When, as a share of the run (SaRA: 2500 steps, about half of it)."""
     threshold: float | None = None
     r""":math:`\tau`; None: each matrix's own, the largest :math:`|w|` that its support began with, so that an entry
-    freezes once it is larger than any that was chosen."""
+    freezes once it is larger than any that was chosen; where that is 0, as on a 4-bit base with more zeros than the
+    support has entries, the smallest :math:`|w| > 0` of the matrix."""
     skip_step: bool = True
     """Whether the adjustment takes the place of its step's update, as published."""
 
