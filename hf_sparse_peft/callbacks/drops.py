@@ -42,7 +42,7 @@ def place_in_sign(sums: Tensor, magnitude: Tensor) -> Tensor:
     for side in (sums > 0, sums < 0):
         at = side.nonzero().squeeze(1)
         _, where, counts = torch.unique(magnitude[at], return_inverse=True, return_counts=True)
-        places[at] = ((counts.cumsum(0) - counts / 2.0) / max(at.numel(), 1)).double()[where]
+        places[at] = ((counts.cumsum(0) - counts.double() / 2) / max(at.numel(), 1))[where]
     return places.masked_fill_(~torch.isfinite(magnitude), torch.nan)
 
 

@@ -20,7 +20,7 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.callbacks.base import AdaptedLayer
 from hf_sparse_peft.callbacks.candidates import CandidateCollector
-from hf_sparse_peft.callbacks.drops import can_drop, importance
+from hf_sparse_peft.callbacks.drops import can_drop, importance, place_in_sign
 from hf_sparse_peft.callbacks.growth import Move
 from hf_sparse_peft.callbacks.rank_reallocation import allocate
 from hf_sparse_peft.callbacks.step_gradients import StepGradient
@@ -34,6 +34,7 @@ MOVES = {
     "rigl-accumulated": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, schedule="constant")},
     "sensitivity": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, drop="sensitivity")},
     "set": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, schedule="constant")},
+    "set-by-sign": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, drop="signed_magnitude")},
     "pruning": {"pruning": PruningConfig(final_fraction=0.5, begin=0.1, end=0.6, interval=2)},
     "pruning-global": {"pruning": PruningConfig(final_fraction=0.5, begin=0.1, end=0.6, interval=2, scope="global")},
 }
@@ -136,6 +137,14 @@ def test_equal_ages_and_magnitudes_are_equally_important():
     part.values.data[:6] = torch.tensor([0.0, 2.0, 0.0, 1.0, 2.0, 0.0])
     worth = importance(part, None)[:6].tolist()
     assert worth[0] == worth[2] == worth[5] < worth[3] < worth[1] == worth[4] < 1
+
+
+def test_equal_magnitudes_of_one_sign_share_a_place():
+    magnitude = torch.tensor([1.0, 2, 1, 3, 1, 2, 0, float("nan")])
+    sums = magnitude * torch.tensor([1.0, 1, 1, 1, -1, -1, 1, 1])
+    places = place_in_sign(sums, magnitude)
+    assert places[:7].tolist() == [0.25, 0.625, 0.25, 0.875, 0.25, 0.75, 0.0]
+    assert places[7].isnan()
 
 
 def collector(kind):
