@@ -23,5 +23,7 @@ def sparse_lora(r: int = 8, density: float = 0.005, values_ratio: float = 1.0, *
     learning rate, so `values_ratio`, that of the entries over that of the factors, is 1. Where `criterion="random"`
     chooses the entries instead, 3 does better.
     """
-    options = {"r": r, "lora_alpha": 2 * r, "density": density, "criterion": "gradient", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=partial(aged_adamw, values_ratio=values_ratio))
+    options = {"r": r, "lora_alpha": 2 * r, "density": density, "criterion": "gradient", "target_modules": "all-linear"}
+    return Method(
+        SparseLoraConfig(**{**options, **overrides}), make_optimizer=partial(aged_adamw, values_ratio=values_ratio)
+    )

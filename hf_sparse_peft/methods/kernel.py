@@ -19,7 +19,8 @@ def snell(r: int = 32, sparsity: float = 0.3, **overrides: Any) -> Method:
     """SNELL: the distance kernel, thinned inside each matrix. The authors train with lr 1e-3, AdamW, weight decay 0.01,
     `r` 8 to 32, all linears; `sparsity` (fraction of zeros) is tuned for each dataset. `mode="code"` is their code's
     squared update."""
-    return Method(KernelLoraConfig(**{"r": r, "kernel": "distance", "sparsity": sparsity, **overrides}))
+    options = {"r": r, "kernel": "distance", "sparsity": sparsity, "target_modules": "all-linear"}
+    return Method(KernelLoraConfig(**{**options, **overrides}))
 
 
 @register(
@@ -30,7 +31,8 @@ def snell(r: int = 32, sparsity: float = 0.3, **overrides: Any) -> Method:
     cost="as snell, and two moving averages per trained number while it trains",
 )
 def snella(r: int = 32, sparsity: float = 0.3, **overrides: Any) -> Method:
-    """SNELLA: the mixed kernel, and matrices that compete for the entries that live. The authors train with lr 1e-3,
-    AdamW, weight decay 0.05. In `mode="paper"` the softmax adds about 1/out to every entry at the start."""
+    """SNELLA: the mixed kernel, and matrices that compete for the entries that live. The authors train all linears with
+    lr 1e-3, AdamW, weight decay 0.05. In `mode="paper"` the softmax adds about 1/out to every entry at the start."""
     options = {"r": r, "kernel": "mixed", "sparsity": sparsity, "budget_competition": BudgetCompetitionConfig()}
+    options["target_modules"] = "all-linear"
     return Method(KernelLoraConfig(**{**options, **overrides}))

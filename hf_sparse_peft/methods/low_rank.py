@@ -16,6 +16,8 @@ from .registry import Method, register
     cost="two moving averages per low-rank number while it trains",
 )
 def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overrides: Any) -> Method:
-    """AdaLoRA's budget, importance and regulariser on the gate; the callback does what upstream leaves to you."""
+    """AdaLoRA's budget, importance and regulariser on the gate of every linear layer, as published; the callback does
+    what upstream leaves to you."""
     allocation = RankAllocationConfig(target_r=target_r, orthogonality=orthogonality)
-    return Method(SparseLoraConfig(**{"r": r, "density": 0.0, "rank_allocation": allocation, **overrides}))
+    options = {"r": r, "density": 0.0, "rank_allocation": allocation, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))

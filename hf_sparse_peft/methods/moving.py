@@ -159,21 +159,45 @@ def rigl(
 )
 def random_pruning(density: float = 0.01, **overrides: Any) -> Method:
     """A fixed random support whose layer densities follow Erdos-Renyi; exact counts where the code draws Bernoulli."""
-    options = {"r": 0, "density": density, "criterion": "random", "allocation": "erdos_renyi", **overrides}
-    return Method(SparseLoraConfig(**options))
+    options = {"r": 0, "density": density, "criterion": "random", "allocation": "erdos_renyi"}
+    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 
 @register(
     "apet",
-    paper="Liu et al., 2022",
+    paper="Su et al., 2023",
     moves="nothing",
-    use_when="random-pruning with the same density in every layer",
+    use_when="to know what a placement is worth: tensors at random places, as many numbers as another method trains",
     cost="none",
 )
-def apet(density: float = 0.01, **overrides: Any) -> Method:
-    """The uniform form of `random-pruning`: a fixed random support of equal density everywhere."""
-    options = {"r": 0, "density": density, "criterion": "random", "allocation": "uniform", **overrides}
-    return Method(SparseLoraConfig(**options))
+def apet(
+    budget: int | None = None,
+    unit: str = "tensor",
+    density: float | None = None,
+    budget_rank: int = 8,
+    r: int | None = None,
+    **overrides: Any,
+) -> Method:
+    """APET: tensors at arbitrary places train in full until `budget` numbers are spent (arXiv:2306.02320).
+
+    `unit="tensor"`, the released rule: half of the budget goes through the pairs of low-rank factors (rank `r`, by
+    default `budget_rank`) in a random order, half through the weight matrices; what fits into the rest of its half
+    trains, what does not is skipped. Two departures: a tensor never overshoots its half (the released code compares a
+    pair's first factor alone), and norms and biases, which it draws from too, stay as they are. `r=0` spends all on
+    matrices. Without `budget` it is `density` of the weights, or the numbers of a LoRA of rank `budget_rank`.
+
+    `unit="entry"`, the authors' random mask: a fixed random support over all matrices in proportion to their sizes, of
+    `budget` entries (rounded down in each matrix) or `density` (0.01) of them.
+    """
+    if unit not in ("tensor", "entry"):
+        raise ValueError(f"unit={unit!r} is unknown; choose 'tensor' (whole tensors) or 'entry' (a random mask).")
+    if unit == "tensor":
+        options = {"r": budget_rank if r is None else r, "allocation": "tensors", "granularity": "row"}
+        options |= {"density": density or 0.0, "budget_rank": None if density or budget else budget_rank}
+    else:
+        options = {"r": r or 0, "criterion": "random", "density": 0.01 if density is None else density}
+    options = {**options, "num_entries": budget, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))
 
 
 @register(

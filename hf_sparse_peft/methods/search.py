@@ -33,8 +33,8 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
             f"sparsity={sparsity} is not a share in (0, 1). Take essential_sparsity(model, evaluate).drop_point; at 0 "
             "the model misses every weight, and no entry is free."
         )
-    options = {"r": 0, "density": sparsity, "criterion": "smallest_magnitude", "allocation": "global", **overrides}
-    return Method(SparseLoraConfig(**options))
+    options = {"r": 0, "density": sparsity, "criterion": "smallest_magnitude", "allocation": "global"}
+    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 
 @register(
@@ -54,4 +54,5 @@ def random_search(
 ) -> Method:
     """Seeded random supports, each trained for some steps; training goes on with the one that has the smallest loss."""
     search = SupportSearchConfig(trials=trials, steps=steps, batches=batches, lr=search_lr)
-    return Method(SparseLoraConfig(**{"r": 0, "density": density, "support_search": search, **overrides}))
+    options = {"r": 0, "density": density, "support_search": search, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))

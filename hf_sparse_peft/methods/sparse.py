@@ -31,7 +31,8 @@ def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overri
 )
 def shira(density: float = 0.01, **overrides: Any) -> Method:
     """SHiRA's random mask, with a draw of its own for every layer (upstream draws one per shape)."""
-    return Method(SparseLoraConfig(**{"r": 0, "density": density, "criterion": "random", **overrides}))
+    options = {"r": 0, "density": density, "criterion": "random", "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))
 
 
 @register(
@@ -43,4 +44,5 @@ def shira(density: float = 0.01, **overrides: Any) -> Method:
 )
 def super_tuning(density: float = 0.01, r: int = 0, **overrides: Any) -> Method:
     """The largest weights as the support; `r > 0` adds the low-rank half of the paper's hybrid."""
-    return Method(SparseLoraConfig(**{"r": r, "density": density, "criterion": "magnitude", **overrides}))
+    options = {"r": r, "density": density, "criterion": "magnitude", "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))

@@ -17,7 +17,8 @@ from .registry import Method, register
     cost="the product of rank copies * r; a byte of mask beside each 4-byte factor entry",
 )
 def capaboost(r: int = 8, lora_alpha: float = 16, copies: int = 2, density: float = 0.5, **overrides: Any) -> Method:
-    """Parallel masked copies of one pair of factors; the LoRA form. `density` is that of the masks."""
+    """Parallel masked copies of one pair of factors; the LoRA form, on the query and value matrices (peft's default
+    targets). `density` is that of the masks."""
     masks = FactorMaskConfig("parallel", copies=copies, density=density)
     return Method(
         SparseLoraConfig(**{"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks, **overrides})
@@ -42,7 +43,8 @@ def mosa(
 ) -> Method:
     """Split factors, one expert a pass, two passes that should agree; merged for evaluation and by `compact()`.
 
-    The paper's bottleneck adapters have a nonlinearity; this is its LoRA form (MoSL).
+    The paper's bottleneck adapters have a nonlinearity; this is its LoRA form (MoSL), on the query and value matrices
+    (peft's default targets).
     """
     masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge, consistency=consistency)
     options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}

@@ -35,7 +35,8 @@ def s2ft(
     largest: bool = True,
     **overrides: Any,
 ) -> Method:
-    """Columns of `down_proj` drawn over all layers together, as published; `up`, `gate`, `v` choose rows, `o` columns.
+    """Columns of `down_proj` drawn over all layers together, as published; `up` and `gate` choose rows. `o` and `v`
+    choose whole heads: the columns of an attention head in `o_proj`, the rows of a key/value head in `v_proj`.
 
     Each ratio selects by itself. `channels` instead couples gate, up and down (row c, row c, column c), and `heads`
     couples q, k, v and o by key/value head; they replace the ratios of the same matrices. `criterion` and `largest` are
@@ -55,7 +56,8 @@ def s2ft(
         if density:
             structures.append(StructureConfig(list(names), unit, density, scope))
             ratios = {name: ratio for name, ratio in ratios.items() if name not in names}
-    structures += [StructureConfig([n], "channel", ratio, scope) for n, ratio in ratios.items() if ratio]
+    units = {"o_proj": "head", "v_proj": "head"}
+    structures += [StructureConfig([n], units.get(n, "channel"), ratio, scope) for n, ratio in ratios.items() if ratio]
     options = {
         "r": 0,
         "density": 0.0,
@@ -105,8 +107,9 @@ def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overr
     cost="a decomposition of each weight at injection: minutes for large models",
 )
 def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides: Any) -> Method:
-    """`(alpha / r)(U V + S2)`, with `num_sparse` entries a matrix where a low-rank + sparse decomposition of the
-    pretrained weight has its largest sparse entries. The paper's update; its pruned base is another matter."""
+    """`(alpha / r)(U V + S2)` on the query and value matrices (peft's default targets), with `num_sparse` entries where
+    a low-rank + sparse decomposition of the pretrained weight has its largest sparse entries. The paper's update; its
+    pruned base is another matter."""
     options = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -149,11 +152,13 @@ def ist(
     lora_alpha: float = 64,
     **overrides: Any,
 ) -> Method:
-    """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone."""
+    """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
+    paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
     sampling = LayerSamplingConfig(trained, suppressed, suppression, interval=interval)
     if adapter is None:
-        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "layer_sampling": sampling, **overrides}
-        return Method(SparseLoraConfig(**options))
+        targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "layer_sampling": sampling}
+        return Method(SparseLoraConfig(**{**options, "target_modules": targets, **overrides}))
     if overrides:
         raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
     if hasattr(adapter, "layer_sampling"):

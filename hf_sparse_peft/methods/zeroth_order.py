@@ -24,8 +24,9 @@ from .registry import Method, register
     cost="memory of an evaluation; two forwards a step, and many more steps than with gradients",
 )
 def mezo(r: int = 8, epsilon: float = 1e-2, perturbation: str = "in_place", **overrides: Any) -> Method:
-    """MeZO on LoRA, the paper's adapter and its epsilon for it. The paper trains LoRA at a constant learning rate of
-    5e-5 or 1e-4 (`lr_scheduler_type="constant"`), 16 examples a step, 20,000 steps.
+    """MeZO on LoRA, the paper's adapter and its epsilon for it, on the query and value matrices (peft's default
+    targets). The paper trains LoRA at a constant learning rate of 5e-5 or 1e-4 (`lr_scheduler_type="constant"`), 16
+    examples a step, 20,000 steps.
 
     Any field of the config changes what is trained: `density > 0` adds a support; `perturbation="layerwise"` restores
     bit for bit in every dtype.
@@ -58,6 +59,7 @@ def sparse_mezo(
         raise ValueError(
             f"sparsity={sparsity} is not a share in (0, 1): it is how much of each weight stays (paper: 0.75)."
         )
-    options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", **overrides}
+    options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", "target_modules": "all-linear"}
+    options |= overrides
     optimizer = partial(zeroth_order_optimizer, epsilon=epsilon, perturbation=perturbation)
     return Method(SparseLoraConfig(**options), make_optimizer=optimizer, trainer_class=ZerothOrderTrainer)

@@ -87,7 +87,8 @@ MODELS = {
     "bart-decoder": (bart, ["q_proj", "v_proj"], labels_of(), False),
     "seq2seq": (t5, ["q", "wo"], labels_of(), False),
     "tokens": (
-        lambda: tiny.llama(LlamaForTokenClassification, layers=1, num_labels=5, classifier_dropout=0.0), ["q_proj"], labels_of(5), False
+        lambda: tiny.llama(LlamaForTokenClassification, layers=1, num_labels=5, classifier_dropout=0.0),
+        ["q_proj"], labels_of(5), False,
     ),
     "sequence": (
         lambda: tiny.llama(LlamaForSequenceClassification, layers=1, num_labels=3), ["q_proj"], SEQUENCE, None

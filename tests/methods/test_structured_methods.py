@@ -135,7 +135,7 @@ def test_s2ft_keeps_the_chosen_columns_of_the_input_and_no_more():
     assert kept == {columns: 50 * columns for columns in kept}
 
 
-@pytest.mark.parametrize("options", [{"down": 0.1, "up": 0.1, "o": 0.2, "v": 0.2}, {"down": 0.0, "heads": 0.5}])
+@pytest.mark.parametrize("options", [{"down": 0.1, "up": 0.1, "o": 0.2, "v": 0.3}, {"down": 0.0, "heads": 0.5}])
 def test_s2ft_merges_into_the_chosen_rows_and_columns_only(options):
     model = adapted("s2ft", **options).eval()
     with torch.no_grad():

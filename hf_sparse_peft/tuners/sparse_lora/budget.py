@@ -23,6 +23,7 @@ from ...sparsity import (
 from ..target_checks import target_layers
 from .config import SparseLoraConfig
 from .structures import choose_structures, structure_counts
+from .whole_tensors import whole_tensor_counts
 
 
 def plan_supports(
@@ -142,6 +143,8 @@ def _counts(
             f"num_entries={config.num_entries} is more than the {entries} entries of the targeted weights. Lower it, "
             "or target more modules."
         )
+    if config.allocation == "tensors":
+        return whole_tensor_counts(config, grids)
     if config.budget_rank is not None:
         return counts_from_rank(grids, config.budget_rank)
     density = config.density if config.num_entries is None else config.num_entries / entries

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import SparseLoraConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
-ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold")
+ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold", "tensors")
 
 
 def check_config(config: SparseLoraConfig) -> None:
@@ -48,6 +48,12 @@ def _check_choices(config: SparseLoraConfig) -> None:
             "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
         )
 
+    if config.allocation == "tensors" and (config.granularity not in ("row", "column") or config.granularity_pattern):
+        raise ValueError(
+            f"allocation='tensors' trains whole matrices, and granularity={config.granularity!r} with "
+            f"granularity_pattern={config.granularity_pattern} would keep an index for each of their parts. Set "
+            "granularity='row' and granularity_pattern={}."
+        )
     if config.data_driven and config.support_init != "zeros":
         raise ValueError(
             f"criterion='{config.criterion}' chooses units after injection and starts them at zero, and "
@@ -87,7 +93,8 @@ def _check_numbers(config: SparseLoraConfig) -> None:
         raise ValueError(f"num_entries={config.num_entries} leaves no entry; give at least 1, or None to use density.")
     if config.budget_rank is not None and config.budget_rank < 1:
         raise ValueError(f"budget_rank={config.budget_rank} leaves no entry; give a rank >= 1, or None.")
-    if config.budget_rank is not None and (config.num_entries is not None or config.allocation != "uniform"):
+    shared = config.allocation not in ("uniform", "tensors")
+    if config.budget_rank is not None and (config.num_entries is not None or shared):
         raise ValueError(
             f"budget_rank={config.budget_rank} says how many entries each weight gets, and so does "
             f"num_entries={config.num_entries} or allocation={config.allocation!r}. Set one of them."

@@ -20,7 +20,8 @@ class StructureConfig:
 
     Structure j of a block is the j-th of `count` equal stretches of units in every matrix named: FFN channel j is row j
     of the gate and up projections and column j of the down projection; key/value head j is its rows of `k_proj` and
-    `v_proj`, the rows of all its query heads in `q_proj`, and the columns of these in `o_proj`. The granularity of the
+    `v_proj`, the rows of all its query heads in `q_proj`, and the columns of these in `o_proj`. Where only `q_proj` and
+    `o_proj` select together, or one of them alone, head j is one query head. The granularity of the
     matrices (`granularity`, `granularity_pattern`) must be `row` or `column`. A structure scores the sum of the
     criterion over all of its entries.
     """
@@ -28,7 +29,8 @@ class StructureConfig:
     modules: list[str] = field(default_factory=list)
     """Endings of the names of the matrices that select together, e.g. `["gate_proj", "up_proj", "down_proj"]`."""
     unit: Literal["channel", "head", "matrix"] = "channel"
-    """What is chosen: one unit of each matrix, one key/value head with its query heads, or the matrices as a whole."""
+    """What is chosen: one unit of each matrix, one head (a key/value head takes its query heads along), or the matrices
+    as a whole."""
     density: float = 0.03
     """Share of the structures that is chosen."""
     scope: Literal["model", "block"] = "model"

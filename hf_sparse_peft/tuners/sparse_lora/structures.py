@@ -188,6 +188,7 @@ def _count(structure: StructureConfig, names: list[str], grids: Grids, model: nn
             )
         return next(iter(sizes.values()))
     heads, groups, size = _heads(model, names[0])
+    shared = False
     for name in names:
         if grids[name].num_units not in (heads * size, groups * size):
             raise ValueError(
@@ -195,7 +196,9 @@ def _count(structure: StructureConfig, names: list[str], grids: Grids, model: nn
                 f"key/value heads of {size} that the model's config names. Fused projections cannot be cut into heads; "
                 "for the others, q, k, v take granularity 'row' and o takes 'column'."
             )
-    return groups
+        shared |= grids[name].num_units == groups * size
+    # Query heads that share keys and values go together only where keys or values do.
+    return groups if shared else heads
 
 
 def _heads(model: nn.Module, name: str) -> tuple[int, int, int]:

@@ -1,0 +1,35 @@
+"""The matrices that a method adapts when nobody names them: those of its paper."""
+
+import pytest
+import tiny
+from peft import get_peft_model
+
+from hf_sparse_peft import methods
+from hf_sparse_peft.tuners import adapter_layers
+
+ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# LoRA on query and value, as the released code of these has it.
+QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa"}
+OTHERS = {"s2ft": {"down_proj"}, "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}}
+
+
+def expected(name: str) -> set[str]:
+    return OTHERS.get(name, {"q_proj", "v_proj"} if name in QUERY_VALUE else {*ATTENTION, *FFN})
+
+
+def adapted(name: str, **options) -> set[str]:
+    sizes = {"dsee": {"num_sparse": 8}}.get(name, {})
+    model = get_peft_model(tiny.llama(layers=2), methods.get(name, **sizes, **options).config)
+    return {layer.module_name for layer in adapter_layers(model)}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_adapts_its_papers_matrices_in_every_block_and_no_head(name):
+    found = adapted(name)
+    assert {module.rpartition(".")[2] for module in found} == expected(name)
+    assert len(found) == 2 * len(expected(name))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_named_targets_take_the_place_of_the_default(name):
+    assert {module.rpartition(".")[2] for module in adapted(name, target_modules=["down_proj"])} == {"down_proj"}
