@@ -238,8 +238,8 @@ def updated_importance(
 ) -> list[float]:
     r""":math:`I_i + \eta \sum_{k: i \in S_k} (\rho_k - \bar\rho)\, p_i (1 - p_i)`, :math:`\rho_k = e^{-\ell_k}`,
     :math:`p = \sigma(I)`, in float64; unchanged where all losses are equal, or one is not a number (every reward
-    would be none)."""
-    if len(set(losses)) == 1 or any(math.isnan(loss) for loss in losses):
+    would be none) or below -700 (its reward would be infinite)."""
+    if len(set(losses)) == 1 or not all(loss > -700 for loss in losses):
         return list(importance)
     rewards = [math.exp(-loss) for loss in losses]
     mean = sum(rewards) / len(rewards)
