@@ -14,7 +14,7 @@ from .callbacks import (
     SupportTelemetryCallback,
     callbacks_for,
 )
-from .hub import register_cards
+from .hub import register_cards, register_saving
 from .tuners import (
     BudgetCompetitionConfig,
     FactorMaskConfig,
@@ -41,6 +41,7 @@ from .tuners import (
 )
 
 register_cards()
+register_saving()
 
 __version__ = "0.1.0"
 

@@ -11,18 +11,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from . import __version__
 from .hub import check_adapter, export_lora, export_shira, merge_to_dense
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+from .hub.base_model import load_base
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,8 +84,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> nn.Module:
-    import transformers
-
     config = json.loads((options.path / "adapter_config.json").read_text(encoding="utf-8"))
     base = options.base or config.get("base_model_name_or_path")
     if not base:
@@ -101,18 +92,18 @@ def _load(options: argparse.Namespace) -> nn.Module:
         raise ValueError("--double-quant says how --nf4 quantises; pass --nf4 too.")
     arguments = {"dtype": options.dtype if options.dtype == "auto" else _dtype(options.dtype)}
     if options.nf4:
-        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
+        arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=options.double_quant,
         )
-    found = transformers.AutoConfig.from_pretrained(base)
-    architectures = getattr(found, "architectures", None) or [None]
-    auto_class = _AUTO_CLASSES.get(config.get("task_type")) or (config.get("auto_mapping") or {}).get(
-        "base_model_class"
-    )
-    model_class = getattr(transformers, auto_class or architectures[0] or "AutoModel")
-    return PeftModel.from_pretrained(model_class.from_pretrained(base, **arguments), str(options.path)).eval()
+    trained = load_base(base, config, options.path, **arguments)
+    try:
+        model = PeftModel.from_pretrained(trained, str(options.path)).eval()
+    except RuntimeError as error:  # torch's word for tensors of another shape
+        raise ValueError(f"'{options.path}' does not fit '{base}': {error}") from error
+    model.peft_config["default"].base_model_name_or_path = base  # what was loaded, for the config of an export
+    return model
 
 
 def _dtype(name: str) -> torch.dtype:

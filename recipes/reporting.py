@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hf_sparse_peft.callbacks.support_picture import save_picture
+
 
 def print_table(rows: list[tuple[str, str, str]], title: str) -> None:
     """Print `(figure, before, after)` rows."""
@@ -32,7 +34,7 @@ def draw_report(path: Path, log_history: list[dict], support_history: list[dict]
     _draw_loss(top, log_history)
     _draw_heat_map(figure, middle, support_history, "density", "density of the support [% of the weight's units]", 100)
     _draw_heat_map(figure, bottom, support_history, "rank", "living components (rank)", 1)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
+
+from ..tuners.file_writing import whole_file
 
 _HEAT_MAPS = (
     ("density", "density of the support [% of the weight's units]", 100.0, None),
@@ -22,9 +25,11 @@ def draw_support_history(history: list[dict[str, Any]], path: str | Path, title:
     and the ages of the whole model's units as quantiles. An adapter with neither support nor rank gives a
     picture that says so.
 
+    A file that cannot be written is warned about and left out.
+
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: `history` is empty.
+        ValueError: `history` is empty, or matplotlib does not know the ending.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,8 +57,18 @@ def draw_support_history(history: list[dict[str, Any]], path: str | Path, title:
         axis.set_axis_off()
     if not panels:
         axes[0].text(0.5, 0.5, "This adapter has neither a support nor ranks to watch.", ha="center", va="center")
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, dpi=110)
     return Path(path)
+
+
+def save_picture(figure: Any, path: str | Path, dpi: int) -> None:
+    """Write a matplotlib figure, whole or not at all; a disk that has no room is warned about, not raised: a picture
+    is no reason to end the script that trained what it shows."""
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=dpi)
+    except OSError as error:
+        warnings.warn(f"The picture '{path}' could not be written ({error}).", stacklevel=3)
 
 
 def draw_heat_map(

@@ -27,7 +27,7 @@ class SupportTracker:
         self._seen = self._version()
         saved = {name: tensor.to(self.units.device) for name, tensor in (saved or {}).items()}
         # A file that was written for another support says nothing about this one.
-        known = bool(saved) and saved["entered"].shape == self.units.shape
+        known = _is_state(saved) and saved["entered"].shape == self.units.shape
         self.initial = saved["initial"] if known else self.units.clone()
         self.recorded = saved["recorded"] if known else self.units.clone()
         self.entered = saved["entered"] if known else torch.full_like(self.units, step, dtype=torch.int32)
@@ -72,6 +72,13 @@ class SupportTracker:
     def mark_recorded(self) -> None:
         """Churn counts from here."""
         self.recorded = self.units
+
+
+def _is_state(saved: dict[str, torch.Tensor]) -> bool:
+    return all(
+        name in saved and saved[name].dim() == 1 and saved[name].dtype in (torch.int32, torch.int64)
+        for name in ("initial", "recorded", "entered")
+    )
 
 
 def quantiles(values: torch.Tensor) -> list[float]:

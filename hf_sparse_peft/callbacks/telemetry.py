@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from ..tuners.file_writing import whole_file
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from .base import AdaptedLayer
+from .record_log import RecordLog
 from .support_tracker import GradientShare, SupportTracker, quantiles
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "support_telemetry.safetensors"
+_BY_MODULE = ("density", "rank", "churn", "overlap", "age", "gradient_share")
 
 
 class SupportTelemetryCallback(TrainerCallback):
@@ -41,6 +45,9 @@ class SupportTelemetryCallback(TrainerCallback):
 
     A resumed run appends after the step it resumed from. For that every checkpoint gets a file
     `support_telemetry.safetensors`: 12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
+
+    Files that cannot be written or read are warned about once; the run goes on and `history` stays complete. Records
+    that were missed are written as soon as that is possible. Damaged lines of the log are left out at a resume.
     """
 
     def __init__(self, every: int = 10, write: bool = True, gradient_share: bool = False) -> None:
@@ -65,15 +72,10 @@ class SupportTelemetryCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Forget records after the step that training starts from."""
         self._trackers, self._watched, self._started = {}, [], False
-        path, kept = self._path(args), []
-        if state.global_step and path.exists():
-            # A run that was killed may have left half a line at the end, which has no newline yet.
-            lines = path.read_text().split("\n")[:-1]
-            kept = [record for record in map(json.loads, lines) if record["step"] <= state.global_step]
-        self.history = kept
+        self._log = RecordLog(Path(args.output_dir) / "support_log.jsonl", _record_check(model))
+        self.history = self._log.read(state.global_step) if state.global_step else []
         if self.write and state.is_world_process_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self._log.begin(self.history)
         if args.report_to and not self._attached:
             logger.warning(
                 f"{args.report_to} will not show support figures: call telemetry.attach(trainer) before train(). "
@@ -116,10 +118,17 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Leave in the checkpoint what a resumed run needs."""
+        if not (self.write and self._trackers and state.is_world_process_zero):
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.write and self._trackers and state.is_world_process_zero and folder.exists():
-            tensors = {f"{key}/{name}": t for key, tr in self._trackers.items() for name, t in tr.state().items()}
-            save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / STATE_FILE)
+        tensors = {f"{key}/{name}": t for key, tr in self._trackers.items() for name, t in tr.state().items()}
+        try:
+            if not folder.exists():
+                return
+            with whole_file(folder / STATE_FILE) as file:
+                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, file)
+        except (OSError, SafetensorError) as error:
+            self._log.warn(f"has no state in checkpoints: {STATE_FILE} could not be written ({error})")
 
     def latest(self) -> dict[str, float]:
         """Figures of the whole model at the last record, under the keys of the Trainer's log."""
@@ -132,7 +141,7 @@ class SupportTelemetryCallback(TrainerCallback):
     def _start(self, args, state, model, optimizer) -> None:
         self._started = True
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-        saved = load_file(file) if state.global_step and file.exists() else {}
+        saved = self._read_state(file) if state.global_step else {}
         for layer, name, key in _parts(model):
             if name in layer.sparse_lora_values:
                 known = {n: saved[f"{key}/{n}"] for n in ("initial", "recorded", "entered") if f"{key}/{n}" in saved}
@@ -142,9 +151,15 @@ class SupportTelemetryCallback(TrainerCallback):
         if not self.history:
             self._record(args, state, model, optimizer)
 
+    def _read_state(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(file) if file.exists() else {}
+        except (OSError, SafetensorError) as error:
+            self._log.warn(f"goes on without the state in '{file}', which could not be read ({error})")
+            return {}
+
     def _record(self, args, state, model, optimizer) -> None:
-        record: dict[str, Any] = {"step": state.global_step, "density": {}, "rank": {}, "churn": {}, "overlap": {}}
-        record |= {"age": {}, "gradient_share": {}}
+        record: dict[str, Any] = {"step": state.global_step, **{field: {} for field in _BY_MODULE}}
         squares = {id(share.layer): dict(zip(["", *share.adapters], share.squares())) for share in self._watched}  # noqa: B905
         self._watched = []
         total = dict.fromkeys(("entries", "numel", "alive", "fresh", "initial", "seen", "square"), 0.0)
@@ -156,8 +171,7 @@ class SupportTelemetryCallback(TrainerCallback):
         record["model"] = _whole_model(record, total)
         self.history.append(record)
         if self.write and state.is_world_process_zero:
-            with self._path(args).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._log.add(self.history)
 
     def _record_support(self, record, total, key: str, squares: dict | None, step: int, optimizer: Any) -> None:
         tracker = self._trackers[key]
@@ -180,10 +194,6 @@ class SupportTelemetryCallback(TrainerCallback):
             total["square"] += squares[""]
         tracker.mark_recorded()
 
-    @staticmethod
-    def _path(args) -> Path:
-        return Path(args.output_dir) / "support_log.jsonl"
-
 
 class _FillsLogsFirst(TrainerCallback):
     def __init__(self, telemetry: SupportTelemetryCallback) -> None:
@@ -201,6 +211,24 @@ def _parts(model: torch.nn.Module) -> list[tuple[SparseLoraLayer, str, str]]:
         names = [name for name in layer.active_adapters if layer.holds(name)]
         found += [(layer, n, layer.module_name if len(names) == 1 else f"{layer.module_name}:{n}") for n in names]
     return found
+
+
+def _record_check(model: torch.nn.Module) -> Callable[[Any], bool]:
+    """Whether something that was read from a log is a record of this model's modules."""
+    known = {key for _, _, key in _parts(model)}
+
+    def is_record(record: Any) -> bool:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            return False
+        if not all(isinstance(record.get(field), dict) for field in (*_BY_MODULE, "model")):
+            return False
+        if not all(set(record[field]) <= known for field in _BY_MODULE):
+            return False
+        figures = [value for field in (*_BY_MODULE, "model") for value in record[field].values()]
+        figures = [one for value in figures for one in (value if isinstance(value, list) else [value])]
+        return all(type(one) in (int, float) for one in figures)
+
+    return is_record
 
 
 def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:

@@ -136,7 +136,10 @@ class ZerothOrderCallback(TrainerCallback):
                 "is written. Give every run a fresh optimizer, and resume from checkpoints with optimizer state."
             )
         elif self.replay_log and state.is_world_process_zero:
-            self.log = ZerothOrderLog(Path(args.output_dir) / LOG_NAME, optimizer)
+            try:
+                self.log = ZerothOrderLog(Path(args.output_dir) / LOG_NAME, optimizer)
+            except (ValueError, OSError) as error:
+                logger.warning(f"{error} Training goes on without a replay log.")
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Log the step; say once that one was skipped."""
@@ -147,7 +150,11 @@ class ZerothOrderCallback(TrainerCallback):
                 "learning rate if this goes on."
             )
         if self.log is not None:
-            self.log.append(update)
+            try:
+                self.log.append(update)
+            except OSError as error:
+                logger.warning(f"The replay log ends here, training goes on: '{self.log.path}': {error}")
+                self.log = None
 
 
 def zeroth_order_of(optimizer: Any) -> ZerothOrderSGD:

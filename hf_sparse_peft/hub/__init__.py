@@ -6,6 +6,7 @@ check_adapter                            every tensor of a folder, without its b
 export_lora, export_shira                formats of upstream peft
 merge_to_dense                           a model without adapters and quantisation
 register_cards                           lets peft's own save and push write our card
+register_saving                          lets peft's own save write whole files only
 """
 
 from .card import adapter_card, save_adapter, support_summary
@@ -13,6 +14,7 @@ from .check import AdapterReport, ModuleReport, check_adapter
 from .dense import merge_to_dense
 from .export import LoraExport, export_lora, export_shira
 from .push import push_to_hub, register_cards
+from .saving import register_saving
 
 __all__ = [
     "AdapterReport",
@@ -25,6 +27,7 @@ __all__ = [
     "merge_to_dense",
     "push_to_hub",
     "register_cards",
+    "register_saving",
     "save_adapter",
     "support_summary",
 ]

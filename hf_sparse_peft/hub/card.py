@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 
 from ..tuners import SparseLoraConfig
+from ..tuners.file_writing import whole_file
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from ..tuners.sparse_lora.config import SCHEDULES
 from .folders import ADAPTER_FILES, staged_folder
@@ -172,9 +174,9 @@ def save_adapter(
 ) -> Path:
     """Write `adapter_model.safetensors`, `adapter_config.json` and the card `README.md` into the folder `path`.
 
-    The folder appears whole or not at all. An adapter of this type that is there is replaced; other files beside it
-    stay. Files lie in `path` itself whatever the adapter's name. `card_arguments` are those of `adapter_card`. Returns
-    the folder.
+    A new folder appears whole or not at all. An adapter of this type that is there is replaced file by file; other
+    files beside it stay. Files lie in `path` itself whatever the adapter's name. `card_arguments` are those of
+    `adapter_card`. Returns the folder.
 
     Raises:
         ValueError: `model` is no PeftModel with a SPARSE_LORA adapter of that name, or `path` is a file or a folder
@@ -193,11 +195,20 @@ def save_adapter(
             for file in list(inner.iterdir()):
                 os.replace(file, stage / file.name)
             shutil.rmtree(inner)
-        missing = [name for name in ADAPTER_FILES[:1] + ADAPTER_FILES[2:3] if not (stage / name).is_file()]
+        missing = [name for name in ADAPTER_FILES if not (stage / name).is_file()]
         if missing:
             raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
-        card.save(stage / "README.md")
+        write_card(card, stage)
     return Path(path)
+
+
+def write_card(card: ModelCard, folder: Path) -> None:
+    """Write `README.md`; a disk that has no room for it costs the card, not the adapter beside it."""
+    try:
+        with whole_file(folder / "README.md") as file:
+            card.save(file)
+    except OSError as error:
+        warnings.warn(f"The adapter has no card: README.md could not be written ({error}).", stacklevel=3)
 
 
 def exported_card(config: PeftConfig) -> ModelCard:

@@ -14,6 +14,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
+from ..tuners.heads import head_owners
 from .folders import staged_folder
 
 
@@ -23,6 +24,7 @@ def merge_to_dense(
     path: str | os.PathLike | None = None,
     adapter_names: Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
+    modules_to_save_from: str | None = None,
 ) -> nn.Module:
     """A plain, dense model with the adapters (default: the active ones) merged in; `model` itself is left as it is.
 
@@ -31,9 +33,12 @@ def merge_to_dense(
     grid. A head that shared its weight with the embedding no longer does, and the config says so. With `path` the model
     is saved there by `save_pretrained`. Peak memory: one dense model beside `model`.
 
+    Heads (`modules_to_save`) are those of the one adapter that has them, equal ones, or those of the adapter
+    `modules_to_save_from`. Biases are the base model's own and come along.
+
     Raises:
-        ValueError: an adapter is unknown or merged, another tuner's layer lies underneath, a quantised layer cannot be
-            read, or `path` is not empty.
+        ValueError: an adapter is unknown or merged, two adapters have different heads, another tuner's layer lies
+            underneath, a quantised layer cannot be read, or `path` is not empty.
     """
     names = _active(model) if adapter_names is None else list(adapter_names)
     if not names:
@@ -42,10 +47,11 @@ def merge_to_dense(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if path is not None and not hasattr(base, "save_pretrained"):
         raise ValueError(f"{type(base).__name__} has no save_pretrained; pass path=None and save the result yourself.")
+    owners = head_owners(base, names, modules_to_save_from)
     if path is None:
-        return _merged_copy(base, names, dtype)
+        return _merged_copy(base, names, dtype, owners)
     with staged_folder(path) as stage:
-        dense = _merged_copy(base, names, dtype)
+        dense = _merged_copy(base, names, dtype, owners)
         dense.save_pretrained(stage)
     return dense
 
@@ -70,7 +76,7 @@ def _refuse_unreadable(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None) -> nn.Module:
+def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None, heads: dict[str, str]) -> nn.Module:
     owners: dict[int, int] = {}
     for _, parameter in base.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -80,7 +86,7 @@ def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None) -
     for name, module in base.named_modules():
         if done and name.startswith(done):
             continue
-        new = _replacement(name, module, names, kwargs)
+        new = _replacement(name, module, names, kwargs, heads)
         if new is not None:
             replaced[id(module)] = new
             done = (*done, f"{name}.")
@@ -102,13 +108,14 @@ def _original(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _replacement(name: str, module: nn.Module, names: list[str], kwargs: dict) -> nn.Module | None:
+def _replacement(
+    name: str, module: nn.Module, names: list[str], kwargs: dict, heads: dict[str, str]
+) -> nn.Module | None:
     """What stands in for `module` in the dense copy; None: a copy of itself."""
     if isinstance(module, AdapterLayer):
         return _merged_layer(name, module, names)
     if isinstance(module, ModulesToSaveWrapper):
-        chosen = [n for n in names if n in module.modules_to_save]
-        return copy.deepcopy(module.modules_to_save[chosen[0]] if chosen else module.original_module)
+        return copy.deepcopy(module.modules_to_save[heads[name]] if name in heads else module.original_module)
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         raise ValueError(f"'{name}' is a layer of another tuner ({type(module).__name__}); merge or unload that first.")
     backend = resolve_quantization_backend(module, **kwargs)

@@ -24,7 +24,7 @@ from ..tuners import SparseLoraConfig
 from ..tuners.sparse_lora import SparseLoraLayer
 from ..tuners.sparse_lora.factors import merged_factors
 from ..tuners.sparse_lora.operands import as_entries
-from .card import adapter_config, adapter_layers, exported_card
+from .card import adapter_config, adapter_layers, exported_card, write_card
 from .folders import staged_folder
 
 _ROUNDING = 1e-5  # relative error up to here is fp32's own
@@ -240,7 +240,7 @@ def _write(path: str | os.PathLike, config: LoraConfig | ShiraConfig, tensors: d
     with staged_folder(path, config.peft_type.value) as stage:
         config.save_pretrained(str(stage))
         save_file(tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
-        exported_card(config).save(stage / "README.md")
+        write_card(exported_card(config), stage)
         return (stage / "adapter_model.safetensors").stat().st_size
 
 

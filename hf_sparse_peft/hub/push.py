@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils.peft_types import PeftType
 
+from ..tuners.adapter_config import AdapterConfig
+from ..tuners.file_writing import whole_file
 from .card import GENERATED, adapter_card, save_adapter
 
 
@@ -67,13 +71,17 @@ def register_cards() -> None:
 
     @functools.wraps(original_card)
     def create_or_update_model_card(self, output_dir: str) -> None:
-        readme = Path(output_dir) / "README.md"
-        name = _only_sparse_adapter(self)
-        ours = name is not None and (not readme.exists() or GENERATED in readme.read_text(encoding="utf-8"))
-        if not ours:
+        if not any(isinstance(config, AdapterConfig) for config in self.peft_config.values()):
             original_card(self, output_dir)
             return
-        adapter_card(self, adapter_name=name, generated=True).save(readme)
+        try:
+            _write_card(self, Path(output_dir), original_card)
+        except Exception as error:  # a card is no reason to lose the adapter that is saved with it
+            warnings.warn(
+                f"No card was written: {type(error).__name__}: {error}. The adapter is saved without; delete or mend "
+                "the README.md that is there, or call hf_sparse_peft.hub.save_adapter afterwards.",
+                stacklevel=3,
+            )
 
     @functools.wraps(original_push)
     def push(self, repo_id: str, *, max_shard_size: Any = None, tags: list[str] | None = None, **kwargs: Any):
@@ -88,6 +96,15 @@ def register_cards() -> None:
     create_or_update_model_card._sparse_cards = True
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel.push_to_hub = push
+
+
+def _write_card(model: PeftModel, folder: Path, upstream: Callable) -> None:
+    readme, name = folder / "README.md", _only_sparse_adapter(model)
+    if name is None or (readme.exists() and GENERATED not in readme.read_text(encoding="utf-8")):
+        upstream(model, str(folder))
+        return
+    with whole_file(readme) as file:
+        adapter_card(model, adapter_name=name, generated=True).save(file)
 
 
 def _only_sparse_adapter(model: PeftModel) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..tuners.file_writing import whole_file
 from .one_shot import SCOPES, one_shot_pruned
 
 DEFAULT_SPARSITIES = tuple(step / 10 for step in range(10))
@@ -58,7 +59,8 @@ class EssentialSparsity:
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, `drop_point`, `knee` and `relative` included."""
         found = {"drop_point": self.drop_point, "knee": self.knee, "relative": self.relative}
-        Path(path).write_text(json.dumps({**asdict(self), **found}, indent=1) + "\n")
+        with whole_file(path) as file:
+            file.write_text(json.dumps({**asdict(self), **found}, indent=1) + "\n", encoding="utf-8")
 
     def plot(self, path: str | Path, *others: EssentialSparsity) -> None:
         """Draw the curve, those of `others` beside it, and what each matrix lost, into a picture file.

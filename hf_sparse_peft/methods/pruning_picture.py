@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..callbacks.support_picture import save_picture
+
 if TYPE_CHECKING:
     from .pruning_curve import EssentialSparsity
 
@@ -33,7 +35,7 @@ def draw(path: Path, main: EssentialSparsity, others: tuple[EssentialSparsity, .
     top, bottom = figure.subplots(2, 1, height_ratios=(5, max(2.5, 0.18 * rows)))
     _draw_curves(top, main, others)
     _draw_zero_shares(figure, bottom, main)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def _draw_curves(axis: Any, main: EssentialSparsity, others: tuple[EssentialSparsity, ...]) -> None:

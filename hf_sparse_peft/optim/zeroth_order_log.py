@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..tuners.file_writing import whole_file
 from .zeroth_order import ZerothOrderSGD
 
 LOG_NAME = "zeroth_order.log"
@@ -22,7 +23,12 @@ _FIELDS = ("seed", "epsilon", "sparsity", "perturbation", "groups")
 
 
 class ZerothOrderLog:
-    """Writes the log of a run; a resumed run goes on behind the last step that it still has."""
+    """Writes the log of a run; a resumed run goes on behind the last step that it still has.
+
+    Raises:
+        ValueError: the run goes on, and the file there is no log, another run's, or without some of its steps.
+        OSError: the file cannot be read or written.
+    """
 
     def __init__(self, path: Path, optimizer: ZerothOrderSGD) -> None:
         self.path, groups = path, optimizer.param_groups
@@ -34,16 +40,10 @@ class ZerothOrderLog:
             "groups": [{"weight_decay": g["weight_decay"], "names": g["param_names"]} for g in groups],
         }
         kept = b""
-        if optimizer.updates and path.exists():
-            known, body, size = _read(path)
-            if known != header:
-                raise ValueError(
-                    f"'{path}' is the log of another run: its seed, epsilon or parameters differ. Resume with the "
-                    "options the run was started with, or move the file away."
-                )
-            kept = body[: optimizer.updates * size]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(json.dumps(header).encode() + b"\n" + kept)
+        if optimizer.updates:
+            kept = _beginning(path, header, optimizer.updates)
+        with whole_file(path) as file:
+            file.write_bytes(json.dumps(header).encode() + b"\n" + kept)
 
     def append(self, update: dict[str, Any]) -> None:
         """Add `ZerothOrderSGD.last_update`."""
@@ -102,6 +102,24 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None) -> int:
             break
         optimizer.replay_step(passes, gradient, lrs)
     return optimizer.updates
+
+
+def _beginning(path: Path, header: dict[str, Any], steps: int) -> bytes:
+    """The first `steps` records of the log that a resumed run goes on with.
+
+    Raises:
+        ValueError: see `ZerothOrderLog`.
+    """
+    if not path.exists():
+        raise ValueError(f"There is no '{path}' to go on with.")
+    known, body, size = _read(path)
+    if known != header:
+        raise ValueError(f"'{path}' is the log of another run: its seed, epsilon or parameters differ.")
+    kept = body[: steps * size]
+    numbers = [int.from_bytes(kept[at : at + 4], "little") for at in range(0, len(kept), size)]
+    if len(kept) < steps * size or numbers != list(range(steps)):
+        raise ValueError(f"'{path}' is damaged, or lacks some of the {steps} steps that the run has taken.")
+    return kept
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes, int]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .file_length import check_file_length
+from .file_writing import replace_file, temporary_folder
 
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
@@ -45,6 +46,10 @@ class AdapterConfig(PeftConfig):
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
+    base_overrides: dict = field(
+        default_factory=dict,
+        metadata={"help": "Labels and vocabulary of the base that was trained. Written when the adapter is saved."},
+    )
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
@@ -71,6 +76,16 @@ class AdapterConfig(PeftConfig):
         if file.is_file():
             check_file_length(file)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` whole: a process that is killed leaves the file that was there."""
+        target = Path(save_directory) / CONFIG_NAME
+        if target.parent.is_file():
+            super().save_pretrained(save_directory, **kwargs)  # says that it is a file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(target.parent, CONFIG_NAME) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            replace_file(folder / CONFIG_NAME, target)
 
     @property
     def asked_schedules(self) -> list[str]:

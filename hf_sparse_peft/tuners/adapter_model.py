@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -17,9 +18,13 @@ from torch import nn
 
 from .adapter_copy import copy_adapter, copy_heads, tell_copy
 from .adapter_layer import AdapterLayer, is_supported, restore_fp32
+from .base_overrides import base_overrides
 from .base_weight import keep_4bit_weight_stable
+from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, use_heads
 from .idle_layers import belongs_to, stop_watching, watch_forwards
+from .state_dict import check_complete
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
+from .wrapped_names import plain_name, rename_to_modules
 
 
 class AdapterModel(BaseTuner):
@@ -118,7 +123,8 @@ class AdapterModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        options = self.layer_options(peft_config, current_key)
+        name = plain_name(current_key)  # configs and files know nothing of a compiled base
+        options = self.layer_options(peft_config, name)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **options)
             return
@@ -130,11 +136,26 @@ class AdapterModel(BaseTuner):
                 f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "
                 "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
             )
-        layer = self.linear_cls(target, adapter_name, current_key, options, **kwargs)
+        layer = self.linear_cls(target, adapter_name, name, options, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
         keep_forward(self.model, current_key)
+
+    # Files
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        rename_to_modules(state_dict, model)  # peft takes the heads from this dict afterwards
+        check_complete(state_dict, model, adapter_name)
+        config.base_overrides = base_overrides(model)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    # Layers
 
     def adapted_layers(self) -> list[AdapterLayer]:
         """All layers with an adapter of this tuner, in model order."""
@@ -174,10 +195,60 @@ class AdapterModel(BaseTuner):
         restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with all its parts. Where it was active, what else was active stays so, or else the first
+        adapter that is left becomes active, heads included.
+
+        Raises:
+            ValueError: no such adapter, it is merged, or it trained the base model's own biases.
+        """
+        merged = any(adapter_name in layer.merged_adapters for layer in self.adapted_layers())
+        if adapter_name in self.peft_config and not merged:  # else peft says so
+            stay = "they would stay when it is deleted. Load the base model again instead"
+            check_no_biases(self.peft_config, [adapter_name], stay)
+            if adapter_name in self.active_adapters:
+                self._activate_others(adapter_name)
+            drop_heads(self.model, adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _activate_others(self, adapter_name: str) -> None:
+        """Make others than that adapter active in every layer and head alike; peft would choose in each by itself."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        if active:
+            self.set_adapter(active)
+            for name, parameter in self.model.named_parameters():
+                if f".{adapter_name}" not in name:
+                    parameter.requires_grad_(flags[name])
+            return
+        left = [name for name in self.peft_config if name != adapter_name]
+        if left:
+            self.set_adapter(left[0], inference_mode=self.peft_config[left[0]].inference_mode)
+            warnings.warn(
+                f"Adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now.", stacklevel=4
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; see `MergeMixin.merge`.
+
+        Raises:
+            ValueError: an adapter has heads of its own that are not the active ones.
+        """
+        check_active_heads(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         layers = self.adapted_layers()
         stop_watching(self.model)
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        if merge and adapter_names is not None:
+            use_heads(self.model, head_owners(self.model, adapter_names))
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._unloaded_layers = layers  # merge_errors() is asked afterwards
         return unloaded
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -159,15 +160,15 @@ def test_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
 def test_failed_rename_puts_the_old_adapter_back(tmp_path, monkeypatch):
     place = hub.save_adapter(adapted(), tmp_path / "adapter")
     before = {p.name: p.read_bytes() for p in place.iterdir()}
-    real, seen = card_module.os.rename, []
+    real, failed = os.replace, []
 
-    def rename(source, target):
-        seen.append(Path(target))
-        if len(seen) == 2:
+    def replace(source, target):
+        if Path(target) == place / "adapter_model.safetensors" and not failed:
+            failed.append(target)
             raise OSError("no")
         real(source, target)
 
-    monkeypatch.setattr("hf_sparse_peft.hub.folders.os.rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="no"):
         hub.save_adapter(adapted(r=2), place)
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from ...sparsity import (
     uniform_counts,
 )
 from ..target_checks import target_layers
+from ..wrapped_names import plain_name
 from .config import SparseLoraConfig
 from .structures import choose_structures, structure_counts
 from .whole_tensors import whole_tensor_counts
@@ -42,7 +43,11 @@ def plan_supports(
     if not config.has_support:
         return {}, {}
     # Whatever else matched is refused by name when its layer is created.
-    layers = {n: base for n, base in target_layers(config, model, matches).items() if _is_linear(base, model)}
+    layers = {
+        plain_name(name): base
+        for name, base in target_layers(config, model, matches).items()
+        if _is_linear(base, model)
+    }
     given = dict(config.support_pattern)
     if given:
         missing = sorted(set(layers) - set(given))
@@ -104,8 +109,8 @@ def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.
     """
     share = config.regrowth.retired_share if config.regrowth and not config.training_finished else 0.0
     if share and not config.capacity_pattern:
-        for name, base in target_layers(config, model, matches).items():
-            if counts.get(name):
+        for wrapped_name, base in target_layers(config, model, matches).items():
+            if counts.get(name := plain_name(wrapped_name)):
                 cols, rows = _get_in_out_features(base)
                 units = UnitGrid(rows, cols, config.granularity_of(name), config.block_size).num_units
                 config.capacity_pattern[name] = min(units, counts[name] + int(share * counts[name]))

@@ -12,6 +12,7 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
 from ...sparsity import UnitGrid
+from ..heads import assign_heads, check_no_biases, head_owners
 from .config import SCHEDULES, SparseLoraConfig, exact_pattern
 from .factors import merged_factors
 from .layer import SparseLoraLayer
@@ -35,6 +36,7 @@ def add_weighted_adapter(
     svd_rank: int | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
+    modules_to_save_from: str | None = None,
 ) -> None:
     r"""Add the adapter `adapter_name` that combines `adapters` with `weights`.
 
@@ -43,11 +45,17 @@ def add_weighted_adapter(
     and `*_svd` fit rank `svd_rank` (default: the largest) to the combined update, the rest combine the factors one by
     one as upstream's `LoraModel.add_weighted_adapter` does.
 
+    Heads (`modules_to_save`) are whole modules and are copied as they are, whatever the weights: those of the one
+    adapter that has them, equal ones, or those of the adapter `modules_to_save_from`.
+
     Raises:
         ValueError: an unknown adapter or type, a name that is taken, weights of another number, a missing `density`,
-            or factors of different ranks where the type needs equal ones.
+            factors of different ranks where the type needs equal ones, different heads without
+            `modules_to_save_from`, or an adapter that trains biases.
     """
     _check(model, adapters, weights, adapter_name, combination_type, density)
+    check_no_biases(model.peft_config, adapters, "a combination has none of its own")
+    owners = head_owners(model.model, adapters, modules_to_save_from)
     base_type = combination_type.removesuffix("_svd") if combination_type != "svd" else "linear"
 
     def merge(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
@@ -72,6 +80,8 @@ def add_weighted_adapter(
     config = _new_config(model.peft_config[adapters[0]], results, granular)
     sizes = {g.block_size for layer in layers for g in _grids(layer, adapters) if g.granularity == "block"}
     config.block_size = sizes.pop() if len(sizes) == 1 else config.block_size
+    heads = (model.peft_config[owner].modules_to_save or () for owner in set(owners.values()))
+    config.modules_to_save = sorted({name for names in heads for name in names}) or None
     model.peft_config[adapter_name] = config
     try:
         model.inject_adapter(model.model, adapter_name)
@@ -80,6 +90,7 @@ def add_weighted_adapter(
         raise
     for layer in layers:
         _fill(layer, adapter_name, *results[layer.module_name])
+    assign_heads(model.model, owners, adapter_name)
 
 
 def _check(model, adapters, weights, adapter_name, combination_type, density) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
 from ..file_length import check_file_length
+from ..file_writing import whole_file
 
 FORMAT, VERSION = "hf_sparse_peft.support", "1"
 
@@ -19,10 +20,9 @@ def write_support_file(
     path: str | Path, units: dict[str, torch.Tensor], grids: dict[str, UnitGrid], about: dict[str, object]
 ) -> None:
     """Write the units of each module, gap-coded as in adapter files, and what they were chosen by."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     codes = {name: encode_support(u, grids[name], u.numel()).cpu().contiguous() for name, u in units.items()}
-    save_file(codes, path, metadata={"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
+    with whole_file(path) as file:
+        save_file(codes, file, metadata={"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
 
 
 def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dict[str, torch.Tensor], dict]:
