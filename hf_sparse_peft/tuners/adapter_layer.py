@@ -232,7 +232,7 @@ class AdapterLayer(BaseTunerLayer):
 
     def _notice_frozen(self, active: list[str]) -> None:
         configs = [self.adapter_configs[name] for name in active]
-        if any(not config.inference_mode or getattr(config, "_frozen_told", False) for config in configs):
+        if not active or any(not config.inference_mode or getattr(config, "_frozen_told", False) for config in configs):
             return
         held = [getattr(self, kind) for kind in self.adapter_layer_names]
         if any(one[name].requires_grad for one in held for name in active if name in one):
