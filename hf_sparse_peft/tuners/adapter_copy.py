@@ -33,6 +33,7 @@ def copy_adapter(layer: AdapterLayer, source: str, target: str) -> None:
             held[target].data = held[source].data.clone()
         else:
             held[target] = held[source].clone() if isinstance(held, BufferDict) else held[source]
+    layer.forget_decoded(target)
     layer.copied_from[target] = source
     (layer.any_dtype.add if source in layer.any_dtype else layer.any_dtype.discard)(target)
     if any(target in getattr(layer, name) for name in layer.training_state_names):
@@ -118,6 +119,7 @@ def follow_copied_parameters(layer: AdapterLayer, adapter_name: str) -> None:
                 for buffer in buffers:
                     if name in (held := getattr(layer, buffer)):
                         held[adapter_name] = held[name].clone()
+                layer.forget_decoded(adapter_name)
                 break
         else:
             _refuse_mixture(layer, adapter_name, others)

@@ -72,6 +72,9 @@ class AdapterLayer(BaseTunerLayer):
         if adapter_name not in state:
             state[adapter_name] = tensor.to(self.get_base_layer_device())
 
+    def forget_decoded(self, adapter_name: str) -> None:
+        """Forget what was derived from buffers of this adapter, which have been replaced."""
+
     def drop_training_state(self, adapter_name: str) -> None:
         """Free what only a running schedule needs, so that it is not shipped with the adapter."""
         for name in self.training_state_names:

@@ -118,7 +118,19 @@ def name_left_out(config: PeftConfig, asked: Any, model: nn.Module, targets: dic
     if missing:
         _warn(f"layers_to_transform has {missing}, and no targeted module is in a layer of that number", [], [])
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    if asked == "all-linear":
+        _name_attention(model)
     _name_experts(config, asked, [(name, module) for name, module in modules if module is not head])
+
+
+def _name_attention(model: nn.Module) -> None:
+    found = [name for name, one in model.named_modules() if isinstance(one, nn.MultiheadAttention)]
+    if found:
+        warnings.warn(
+            f"target_modules='all-linear' leaves the attention of {_some(found)} out: nn.MultiheadAttention keeps its "
+            "query, key and value weights in parameters of its own, which are no linear layers. They stay as they are.",
+            stacklevel=2,
+        )
 
 
 def _missing_layers(config: PeftConfig, targets: Iterable[str]) -> list[int]:
@@ -133,7 +145,7 @@ def _missing_layers(config: PeftConfig, targets: Iterable[str]) -> list[int]:
 
 
 def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Module]]) -> None:
-    experts = {f"{name}.{own}": tensor for name, module in modules for own, tensor in _expert_parameters(module)}
+    experts = {f"{name}.{own}": tensor for name, module in modules for own, tensor in _expert_parameters(name, module)}
     if not experts or not _asks_for_experts(config.target_modules if asked is None else asked, experts):
         return
     sizes = [_weight_size(module) for _, module in modules]
@@ -141,19 +153,20 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
     share = left_out / (left_out + sum(sizes))
     name, tensor = next(iter(experts.items()))
     warnings.warn(
-        f"The experts of this model are left out: {len(experts)} parameters with one matrix per expert, such as "
+        f"The experts of this model are left out: {len(experts)} parameters with the matrices of all experts, such as "
         f"'{name}' {tuple(tensor.shape)}, hold {share:.0%} of the layers' weights and stay as they are. Adapters of "
         "this package work on linear layers; peft's LoraConfig(target_parameters=[...]) adapts such parameters.",
         stacklevel=2,
     )
 
 
-def _expert_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    if isinstance(module, nn.modules.conv._ConvNd):
+def _expert_parameters(module_name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Conv1D)):
         return []
+    # One matrix per expert, or (DBRX) all of them below each other. Position embeddings begin with a dimension of 1.
+    named = "expert" in f"{module_name}.{type(module).__name__}".lower()
     own = module.named_parameters(recurse=False)
-    # A first dimension of 1 is that of position embeddings and class tokens.
-    return [(name, p) for name, p in own if p.ndim == 3 and min(p.shape) > 1]
+    return [(name, p) for name, p in own if (p.ndim == 3 or (named and p.ndim == 2)) and min(p.shape) > 1]
 
 
 def _asks_for_experts(asked: Any, experts: dict[str, nn.Parameter]) -> bool:

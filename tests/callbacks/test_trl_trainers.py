@@ -216,3 +216,24 @@ def test_the_reference_stays_while_the_supports_of_the_policy_move(tokenizer, tm
     layers = adapter_layers(trainer.model)
     assert all(torch.equal(layer.get_delta_weight("ref"), delta) for layer, delta in zip(layers, start, strict=True))
     assert any(layer.units("ref").tolist() != layer.units("default").tolist() for layer in layers)
+
+
+def test_a_resumed_dpo_run_has_the_reference_of_the_whole_one(tokenizer, tmp_path):
+    config = SparseLoraConfig(
+        r=2, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        regrowth=RegrowthConfig(interval=2, collect_steps=1),
+    )  # fmt: skip
+
+    def trained(resume=None):
+        model = adapted(tiny.llama(layers=1), config)
+        options = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": False, "learning_rate": 1e-2}
+        trainer = trainer_of("dpo", model, tmp_path, tokenizer, 4, callbacks_for(model), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        deltas = [
+            layer.get_delta_weight(name) for layer in adapter_layers(trainer.model) for name in ("default", "ref")
+        ]
+        return deltas, trainer.state.log_history[-2]["loss"]
+
+    (whole, loss), (resumed, loss_after) = trained(), trained(str(tmp_path / "checkpoint-2"))
+    assert loss == loss_after
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))

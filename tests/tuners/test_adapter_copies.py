@@ -1,11 +1,13 @@
 """Copies of an adapter inside one model are that adapter: supports, masks and heads come along."""
 
 import copy
+import warnings
 
 import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaForSequenceClassification
 
 from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, RankAllocationConfig, SparseLoraConfig
@@ -150,3 +152,45 @@ def test_heads_are_copied_too():
     policy = output(model, "default")
     model.add_adapter("twin", model.peft_config["default"])
     assert torch.equal(output(model, "twin"), policy)
+
+
+def averaged(model, moves, use_buffers=False, decay=0.5):
+    """An exponential average of `model` over three updates, its support moved before the second and third."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
+    values = []
+    for step in range(3):
+        fill(model, seed=step)
+        if moves and step:
+            move(model, seed=step)
+        values.append([layer.get_delta_weight("default").double() for layer in adapter_layers(model)])
+        average.update_parameters(model)
+    return average, values
+
+
+def test_an_average_by_torch_on_a_support_that_stays_is_the_average():
+    config = SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"])
+    average, values = averaged(get_peft_model(tiny.llama(layers=1), config), moves=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = adapter_layers(average)[0].get_delta_weight("default")
+    expected = 0.5 * (0.5 * values[0][0] + 0.5 * values[1][0]) + 0.5 * values[2][0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_by_torch_over_supports_that_moved_is_told_once():
+    config = SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj", "o_proj"])
+    model = get_peft_model(tiny.llama(layers=1), config)
+    output(model, "default")
+    average, _ = averaged(model, moves=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            average.module.eval()(input_ids=IDS)
+    assert len([w for w in caught if "was overwritten from outside" in str(w.message)]) == 1
+
+
+def test_averaged_support_codes_are_refused():
+    config = SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"])
+    average, _ = averaged(get_peft_model(tiny.llama(layers=1), config), moves=False, use_buffers=True, decay=0.9)
+    with pytest.raises(ValueError, match="sparse_lora_support"):
+        average.module(input_ids=IDS)

@@ -77,6 +77,28 @@ def test_experts_that_targets_ask_for_are_named_with_their_share_of_the_weights(
     assert abs(int(re.search(r"(\d+)%", found[0]).group(1)) - share) < 2  # the router, 2-D, is no linear layer
 
 
+def test_experts_below_each_other_in_one_matrix_are_named():
+    class ExpertMatrices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(4 * 32, 16))
+
+    def make_model():
+        return nn.ModuleDict({"proj": nn.Linear(16, 16), "mlp": ExpertMatrices(), "conv": nn.Conv1d(4, 4, 3)})
+
+    found = said(make_model, SparseLoraConfig(r=2, density=0.1, target_modules="all-linear"))
+    assert len(found) == 1
+    assert "'mlp.w1' (128, 16)" in found[0]
+    assert "89%" in found[0]
+
+
+def test_all_linear_names_the_attention_weights_that_are_no_linear_layers():
+    config = SparseLoraConfig(r=2, density=0.1, target_modules="all-linear", exclude_modules=["out_proj"])
+    found = said(Transformer, config)
+    assert len(found) == 1
+    assert "'block.self_attn', 'cross'" in found[0]
+
+
 @pytest.mark.parametrize("make_model", [mixtral, tiny.llama])
 def test_targets_without_experts_say_nothing(make_model):
     assert said(make_model, SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj", "v_proj"])) == []

@@ -150,6 +150,10 @@ class SparseLoraLayer(SupportState):
         self.sparse_lora_dense_delta.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
+    def forget_decoded(self, adapter_name: str) -> None:
+        """Forget the decoded units of this adapter, whose buffer has been replaced."""
+        self._units.pop(adapter_name, None)
+
     # What is held
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -137,10 +138,11 @@ class SupportState(AdapterLayer):
             return units
         return unpack_entries(units, row_ends, self.in_features).to(self.sparse_lora_grid[adapter_name].index_dtype)
 
-    def packed_units(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def packed_units(self, adapter_name: str, loading: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The living units as the engine takes them: entries packed into rows (`ops.pack_entries`), others as they are.
 
-        Decoded from the saved buffer once, and again whenever that buffer was replaced or rewritten.
+        Decoded from the saved buffer once, and again whenever that buffer was replaced or rewritten; a rewriting that
+        was neither `write_support` nor `loading` is told once.
 
         Raises:
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
@@ -162,7 +164,25 @@ class SupportState(AdapterLayer):
             return self.packed_units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
         capacity = self.sparse_lora_values[adapter_name].shape[0]
-        return self._remember(adapter_name, decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name))
+        units = decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name)
+        found = self._remember(adapter_name, units)
+        if cached is not None and not loading:
+            self._notice_overwritten_support(adapter_name, cached[3:], found)
+        return found
+
+    def _notice_overwritten_support(self, adapter_name: str, old: tuple, new: tuple) -> None:
+        config = self.sparse_lora_config[adapter_name]
+        changed = any(a is not None and not torch.equal(a.to(b.device), b) for a, b in zip(old, new, strict=True))
+        if not changed or getattr(config, "_overwriting_told", False):
+            return
+        config._overwriting_told = True
+        warnings.warn(
+            f"The support of adapter '{adapter_name}' in '{self.module_name}' was overwritten from outside, as by "
+            "torch.optim.swa_utils.AveragedModel, which copies buffers and averages parameters. Averages of values on "
+            "different supports belong to no weight: average after the last move, or combine adapters with "
+            "model.add_weighted_adapter(...).",
+            stacklevel=2,
+        )
 
     def _remember(self, adapter_name: str, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         codes = self.sparse_lora_support[adapter_name]
@@ -181,7 +201,7 @@ class SupportState(AdapterLayer):
         """
         for adapter_name, codes in self.sparse_lora_support.items():
             if not codes.is_meta and codes[:4].any():
-                self.packed_units(adapter_name)
+                self.packed_units(adapter_name, loading=True)
 
     @torch.no_grad()
     def write_support(self, adapter_name: str, units: torch.Tensor) -> None:
