@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ..tuners import KernelLoraConfig, SparseLoraConfig
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -88,8 +86,3 @@ class AdapterReport:
         )
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def tensor_key(name: str, kind: str) -> str:
-    """Name of a tensor of the module `name` in an adapter file."""
-    return ".".join(part for part in ("base_model.model", name, kind) if part)

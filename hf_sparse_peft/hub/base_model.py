@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..tuners.base_overrides import LABELS, embedding_rows
-from .adapter_report import WEIGHTS_FILE
+from ..tuners.file_check import WEIGHTS_FILE
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

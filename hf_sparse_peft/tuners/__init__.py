@@ -2,6 +2,7 @@
 
 from .adapter_layer import AdapterLayer, adapter_layers, restore_fp32
 from .kernel_lora import BudgetCompetitionConfig, KernelLoraConfig, KernelLoraLayer, KernelLoraModel
+from .loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
     FreezingConfig,
@@ -27,6 +28,8 @@ from .sparse_lora import (
     support_from_checkpoints,
     write_supports,
 )
+
+guard_loading()
 
 __all__ = [
     "AdapterLayer",

@@ -11,6 +11,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .file_length import check_file_length
 from .file_writing import replace_file, temporary_folder
+from .module_patterns import check_names, check_pattern
+from .option_types import check_types
 
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
@@ -46,16 +48,23 @@ class AdapterConfig(PeftConfig):
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
-    base_overrides: dict = field(
+    base_overrides: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Labels and vocabulary of the base that was trained. Written when the adapter is saved."},
+    )
+    saved_base_weights: list[str] | None = field(
+        default=None,
+        metadata={"help": "Written when saved: base weights in the file too, embeddings of a resized vocabulary."},
     )
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
+        self._make_nested()
+        check_types(self)
         super().__post_init__()
+        self._check_patterns()
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
         self.install_hint = INSTALL_HINT
         if isinstance(self.target_modules, str):
@@ -64,6 +73,16 @@ class AdapterConfig(PeftConfig):
                     raise ValueError(f"{name} cannot be used when target_modules is a str; pass a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: give the layer numbers to adapt.")
+
+    def _make_nested(self) -> None:
+        """Turn fields that hold a config of their own from dicts, as JSON has them, into that config."""
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_pattern(getattr(self, name), name)
+        for name in ("layers_pattern", "modules_to_save"):
+            check_names(getattr(self, name), name)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -38,6 +38,8 @@ class AdapterLayer(BaseTunerLayer):
     """What else than its parameters makes an adapter: buffers and numbers that a copy takes along."""
     kept_together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     """Parameters, and the buffers without which they mean nothing."""
+    saved_names: tuple[str, ...] = ()
+    """All tensors that a file holds whether or not a schedule runs."""
 
     def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         """Take `base_layer`'s place; the first thing a layer's constructor does."""

@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from .adapter_copy import copy_adapter, copy_heads, tell_copy
 from .adapter_layer import AdapterLayer, is_supported, restore_fp32
+from .adapter_name import check_adapter_name
 from .base_overrides import base_overrides
 from .base_weight import keep_4bit_weight_stable
+from .file_check import AdapterFile, file_being_loaded, tensor_key
 from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, use_heads
 from .idle_layers import belongs_to, stop_watching, watch_forwards
-from .state_dict import check_complete
+from .module_patterns import matches
+from .rollback import unchanged_on_error
+from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name, rename_to_modules
 
@@ -39,6 +43,7 @@ class AdapterModel(BaseTuner):
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, self.prefix, model)
         try:
             super().__init__(model, peft_config, adapter_name, **kwargs)
         except Exception:
@@ -59,8 +64,7 @@ class AdapterModel(BaseTuner):
         one config object serves several models and adapters. With the config that another adapter of this model has,
         `model.peft_config[name]` itself, it starts as that one's copy (`adapter_copy`).
         """
-        if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.Module(), adapter_name):
-            raise ValueError(f"adapter_name={adapter_name!r} is taken by torch's own modules; choose another name.")
+        check_adapter_name(adapter_name, self.prefix, model)
         given = self.peft_config[adapter_name]
         source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
         self.peft_config[adapter_name] = copy.deepcopy(given)
@@ -70,7 +74,7 @@ class AdapterModel(BaseTuner):
             self._targets_of_state_dict = {
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict
             }
-        try:
+        with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             for layer in self.adapted_layers():
                 belongs_to(layer, model)
@@ -80,20 +84,7 @@ class AdapterModel(BaseTuner):
                     copy_adapter(layer, source, adapter_name)
                 self._copied_from = MappingProxyType({**self._copied_from, adapter_name: source})
                 tell_copy(source, adapter_name)
-        except Exception:
-            self._take_out(model, adapter_name)
-            raise
-
-    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
-        """Undo an injection that failed half-way."""
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, self.tuner_layer_cls) or adapter_name not in module.adapter_configs:
-                continue
-            if set(module.adapter_configs) == {adapter_name}:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
-            else:
-                module.delete_adapter(adapter_name)
+            self._check_surplus(adapter_name)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
@@ -102,6 +93,16 @@ class AdapterModel(BaseTuner):
         refuse_unworkable(model, targets)
         if targets and not peft_config.inference_mode and self._targets_of_state_dict is None:
             name_left_out(peft_config, self._asked_targets, model, targets)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # Upstream matches patterns with `re`, which cannot be stopped: it is shown their outcome instead.
+        shown = copy.copy(peft_config)
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(peft_config, name)
+            if isinstance(pattern, str) and pattern:
+                setattr(shown, name, {key} if matches(pattern, key, name) else set())
+        return BaseTuner._check_target_module_exists(shown, key)
 
     def _is_target(self, peft_config: PeftConfig, key: str) -> bool:
         if self._targets_of_state_dict is not None:
@@ -125,6 +126,7 @@ class AdapterModel(BaseTuner):
     ) -> None:
         name = plain_name(current_key)  # configs and files know nothing of a compiled base
         options = self.layer_options(peft_config, name)
+        self._check_file_fits(options, name, target)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **options)
             return
@@ -144,12 +146,99 @@ class AdapterModel(BaseTuner):
 
     # Files
 
+    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
+        """Shapes of the tensors that a layer of that size has in a file."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_file(cls, file: AdapterFile) -> None:
+        """Check the tensors of every module of a file against its config.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
+        """Check the file's tensors of one layer against it.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
+        """Resize what only a file knows the size of; it was checked."""
+
+    def _check_file_fits(self, options: dict[str, Any], module_name: str, target: nn.Module) -> None:
+        """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
+        file = file_being_loaded()
+        if file is None:
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not is_supported(base, resolve_quantization_backend(base, **get_quantization_kwargs(self.model))):
+            return  # refused by name where the layer would be made
+        in_features, out_features = _get_in_out_features(base)
+        held = file.modules.get(module_name, {})
+        for kind, shape in self.file_shapes(options, module_name, out_features, in_features).items():
+            key = tensor_key(module_name, kind)
+            if kind not in held:
+                raise ValueError(
+                    f"'{key}' is missing from '{file.path}'; the file is incomplete, or its config targets other "
+                    "modules of this base than it was saved for."
+                )
+            if tuple(held[kind].shape) != shape:
+                raise ValueError(
+                    f"'{key}' in '{file.path}' has shape {tuple(held[kind].shape)}, and its config on this base makes "
+                    f"it {shape}. The file belongs to another base model or config."
+                )
+
+    def _check_surplus(self, adapter_name: str) -> None:
+        file = file_being_loaded()
+        if file is None:
+            return
+        made = {layer.module_name for layer in self.adapted_layers() if adapter_name in layer.adapter_configs}
+        surplus = sorted(set(file.modules) - made)
+        if surplus:
+            kind = next(iter(file.modules[surplus[0]]))
+            raise ValueError(
+                f"'{tensor_key(surplus[0], kind)}' in '{file.path}' has no place in this base: '{surplus[0]}' "
+                f"({len(surplus)} such modules) is not there or not targeted. Load the adapter on the base that it was "
+                "trained on."
+            )
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         rename_to_modules(state_dict, model)  # peft takes the heads from this dict afterwards
         check_complete(state_dict, model, adapter_name)
         config.base_overrides = base_overrides(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return SelectedTensors(selected, config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Name the file's tensors as the model does, all of them checked before any reaches a layer.
+
+        State of running schedules is dropped where the adapter does not train, allocated again where a finished run
+        freed it, and starts anew where a file has none.
+        """
+        restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
+        found = dict(super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
+        layers = [
+            (f"{name}." if name else "", module)
+            for name, module in model.named_modules()
+            if isinstance(module, cls.tuner_layer_cls)
+        ]
+        for prefix, layer in layers:
+            cls.check_loaded_layer(found, prefix, layer, config, adapter_name)
+        biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
+        check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
+        cls.take_sizes(found, model, config, adapter_name)
+        for prefix, layer in layers:
+            settle_training_state(found, prefix, layer, adapter_name)
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
@@ -189,11 +278,6 @@ class AdapterModel(BaseTuner):
                 if adapter_name in held and dtype is not None and dtype.is_floating_point:
                     cast = held[adapter_name].data.to(dtype)
                     held[adapter_name] = nn.Parameter(cast, requires_grad=held[adapter_name].requires_grad)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with all its parts. Where it was active, what else was active stays so, or else the first

@@ -11,9 +11,10 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from .module_patterns import pattern_key
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "granularity_pattern")
 _STATE_SPACE_READS = ("dt_proj", "out_proj")
@@ -111,7 +112,7 @@ def name_left_out(config: PeftConfig, asked: Any, model: nn.Module, targets: dic
             _warn(f"{option} has {_some(missing)}, which no module of {type(model).__name__} is called", names, missing)
     for option in _PATTERNS:
         pattern = getattr(config, option, None) or {}
-        missing = sorted(set(pattern) - {get_pattern_key(pattern.keys(), name) for name in targets})
+        missing = sorted(set(pattern) - {pattern_key(pattern, name, option) for name in targets})
         if missing:
             _warn(f"{option} has {_some(missing)}, which matches none of the targeted modules", list(targets), missing)
     missing = _missing_layers(config, targets)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ..adapter_config import AdapterConfig
+from ..option_types import check_types
 from ..sparse_lora.schedule_config import nested
 
 KERNELS = ("distance", "mixed")
@@ -38,6 +39,7 @@ class BudgetCompetitionConfig:
     """Smoothing of the uncertainty |I - I_mean|."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         total = self.initial_warmup + self.final_warmup
         checks = {
             "initial_sparsity": (0 <= self.initial_sparsity < 1, "a fraction of zeros in [0, 1)"),
@@ -110,7 +112,6 @@ class KernelLoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.KERNEL_LORA
-        self.budget_competition = nested(BudgetCompetitionConfig, self.budget_competition, "budget_competition")
         accepted = {"kernel": KERNELS, "mode": MODES, "bias": ("none", "all", "kernel_lora_only")}
         for name, choices in accepted.items():
             if getattr(self, name) not in choices:
@@ -125,6 +126,9 @@ class KernelLoraConfig(AdapterConfig):
             raise ValueError(f"drop_path={self.drop_path} is not a share; give a number from 0 to below 1.")
         if self.tile_entries < 1:
             raise ValueError(f"tile_entries={self.tile_entries} is not a size; give an integer >= 1, such as 4194304.")
+
+    def _make_nested(self) -> None:
+        self.budget_competition = nested(BudgetCompetitionConfig, self.budget_competition, "budget_competition")
 
     @property
     def competes(self) -> bool:

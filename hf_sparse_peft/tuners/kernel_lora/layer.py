@@ -30,6 +30,7 @@ class KernelLoraLayer(AdapterLayer):
     training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
     copied_state_names: tuple[str, ...] = ("kernel_lora_survivors",)
     kept_together = ((adapter_layer_names, copied_state_names),)
+    saved_names: tuple[str, ...] = (*adapter_layer_names, "kernel_lora_survivors")
     other_param_names: tuple[str, ...] = ("kernel_lora_survivors", *training_state_names, "kernel_lora_config")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapter_model import AdapterModel
-from ..state_dict import present, settle_training_state
+from ..file_check import AdapterFile
+from ..state_dict import SOURCE, check_layer
 from .config import KernelLoraConfig
+from .file_check import check_kernel_module, check_survivors
 from .layer import KernelLoraLayer, KernelLoraLinear
 
 
@@ -28,15 +29,28 @@ class KernelLoraModel(AdapterModel):
         """What `update_layer` takes for that module."""
         return {"config": peft_config, "inference_mode": peft_config.inference_mode}
 
+    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
+        """Shapes of the tensors that a layer of that size has in a file."""
+        r = options["config"].r
+        return {"kernel_lora_P": (2, in_features, r // 2), "kernel_lora_Q": (2, out_features, r // 2)}
+
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        remapped = dict(super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
-        for name, layer in model.named_modules():
-            if isinstance(layer, KernelLoraLayer):
-                prefix = f"{name}." if name else ""
-                _check_layer(remapped, prefix, layer, adapter_name)
-                settle_training_state(remapped, prefix, layer, adapter_name)
-        return remapped
+    def check_file(cls, file: AdapterFile) -> None:
+        """Check the tensors of every module of a file against its config.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        for name, held in sorted(file.modules.items()):
+            check_kernel_module(name, held, file.config, file.path)
+
+    @classmethod
+    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
+        """Check the file's tensors of one layer against it."""
+        found = check_layer(state_dict, prefix, layer, adapter_name)
+        if "kernel_lora_survivors" in found:
+            key = f"{prefix}kernel_lora_survivors.{adapter_name}"
+            check_survivors(found["kernel_lora_survivors"], layer.numel, key, SOURCE)
 
     def compact(self, adapter_name: str | None = None) -> None:
         """Free what only training needs and note in the config that it is over. Parameters keep their shapes."""
@@ -49,27 +63,3 @@ class KernelLoraModel(AdapterModel):
 def kernel_layers(model: nn.Module) -> list[KernelLoraLayer]:
     """All layers of `model` with a kernel adapter, in model order."""
     return [module for module in model.modules() if isinstance(module, KernelLoraLayer)]
-
-
-def _check_layer(state_dict: dict[str, Any], prefix: str, layer: KernelLoraLayer, adapter_name: str) -> None:
-    for kind in (*layer.adapter_layer_names, "kernel_lora_survivors"):
-        held = getattr(layer, kind)
-        if adapter_name not in held:
-            continue
-        key = f"{prefix}{kind}.{adapter_name}"
-        tensor, expected = present(state_dict, key), held[adapter_name]
-        if tensor.shape != expected.shape:
-            raise ValueError(
-                f"'{key}' in the adapter file has shape {tuple(tensor.shape)}, and its config on this base makes it "
-                f"{tuple(expected.shape)}. The file is truncated or belongs to another base model or config."
-            )
-        if kind == "kernel_lora_survivors":
-            if tensor.is_floating_point() or not 0 <= int(tensor) <= layer.numel:
-                raise ValueError(
-                    f"'{key}' in the adapter file is {tensor.tolist()}, no count of the {layer.numel} entries of this "
-                    "weight. The file is damaged or belongs to another base model."
-                )
-        elif not torch.isfinite(tensor).all():
-            raise ValueError(f"'{key}' in the adapter file has values that are not finite; the adapter is damaged.")
-        # A copy, because with low_cpu_mem_usage the layer would keep the mapped file itself.
-        state_dict[key] = tensor.to(expected.dtype, copy=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +19,7 @@ from ...sparsity import (
     stream_seed,
     uniform_counts,
 )
+from ..module_patterns import pattern_key
 from ..target_checks import target_layers
 from ..wrapped_names import plain_name
 from .config import SparseLoraConfig
@@ -184,7 +184,7 @@ def _check_global_budget(density: float, grids: dict[str, UnitGrid]) -> None:
 
 
 def _counts_by_module(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> dict[str, int]:
-    keys = {name: get_pattern_key(config.density_pattern.keys(), name) for name in grids}
+    keys = {name: pattern_key(config.density_pattern, name, "density_pattern") for name in grids}
     unused = sorted(set(config.density_pattern) - set(keys.values()))
     if unused:
         raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, needs_data
 from ..adapter_config import AdapterConfig
+from ..module_patterns import pattern_key
 from .config_checks import check_config
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .penalty_config import L1PenaltyConfig
@@ -56,8 +56,10 @@ class SparseLoraConfig(AdapterConfig):
         default=0.0,
         metadata={"help": "Dropout on the low-rank half's input. Above 0 it keeps a second copy of the input."},
     )
-    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."})
-    alpha_pattern: dict = field(
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."}
+    )
+    alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> alpha, instead of `lora_alpha`."}
     )
     factor_init: Literal["kaiming_uniform", "normal"] = field(
@@ -87,7 +89,7 @@ class SparseLoraConfig(AdapterConfig):
     granularity: Literal["entry", "block", "row", "column"] = field(
         default="entry", metadata={"help": "What a unit of the support is."}
     )
-    granularity_pattern: dict = field(
+    granularity_pattern: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> granularity, instead of `granularity`."}
     )
     structures: list[StructureConfig] = field(
@@ -105,7 +107,7 @@ class SparseLoraConfig(AdapterConfig):
     criterion: str = field(
         default="random", metadata={"help": f"How the first support is chosen: one of {sorted(CRITERIA)}."}
     )
-    criterion_options: dict = field(
+    criterion_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Options of the criterion, e.g. {'rank': 64} for low_rank_magnitude."}
     )
     allocation: Literal["uniform", "erdos_renyi", "global", "threshold", "tensors"] = field(
@@ -116,15 +118,15 @@ class SparseLoraConfig(AdapterConfig):
             "matrices and pairs of factors drawn at random (APET)."
         },
     )
-    density_pattern: dict = field(
+    density_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "Module name or regex -> density, instead of `density`; 0 leaves the support out there."},
     )
-    support_pattern: dict = field(
+    support_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
     )
-    capacity_pattern: dict = field(
+    capacity_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Module name -> units allocated, retired ones included. Written at injection."},
     )
@@ -179,10 +181,13 @@ class SparseLoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPARSE_LORA
+        check_config(self)
+
+    def _make_nested(self) -> None:
         for name, cls in SCHEDULES.items():
             setattr(self, name, nested(cls, getattr(self, name), name))
-        self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
-        check_config(self)
+        if isinstance(self.structures, (list, tuple)):
+            self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
 
     @property
     def has_support(self) -> bool:
@@ -215,8 +220,20 @@ class SparseLoraConfig(AdapterConfig):
 
     def granularity_of(self, module_name: str) -> str:
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""
-        key = get_pattern_key(self.granularity_pattern.keys(), module_name)
+        key = pattern_key(self.granularity_pattern, module_name, "granularity_pattern")
         return self.granularity_pattern.get(key, self.granularity)
+
+    def density_of(self, module_name: str) -> float:
+        """Density of the support in the module of that name: `density_pattern`'s first match, else `density`."""
+        return self.density_pattern.get(pattern_key(self.density_pattern, module_name, "density_pattern"), self.density)
+
+    def rank_of(self, module_name: str) -> int:
+        """Rank of the low-rank half in the module of that name: `rank_pattern`'s first match, else `r`."""
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, module_name, "rank_pattern"), self.r)
+
+    def alpha_of(self, module_name: str) -> float:
+        """Numerator of the scaling in the module of that name: `alpha_pattern`'s first match, else `lora_alpha`."""
+        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module_name, "alpha_pattern"), self.lora_alpha)
 
     def structure_of(self, module_name: str) -> StructureConfig | None:
         """The structure that the module of that name selects with, if any."""

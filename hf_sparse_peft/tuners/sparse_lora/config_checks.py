@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...sparsity import CRITERIA, make_score
+from ..module_patterns import check_names, check_pattern
+from ..option_types import check_options
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig
@@ -20,6 +22,7 @@ def check_config(config: SparseLoraConfig) -> None:
         ValueError: names the option, its value and the mend.
     """
     _check_choices(config)
+    _check_patterns(config)
     _check_numbers(config)
 
 
@@ -41,6 +44,7 @@ def _check_choices(config: SparseLoraConfig) -> None:
             raise ValueError(
                 f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
             )
+    check_options(CRITERIA[config.criterion], config.criterion_options, "criterion_options")
     make_score(config.criterion, **config.criterion_options)  # refuses unknown options and bad values by name
     if config.allocation == "global" and config.criterion == "random":
         raise ValueError(
@@ -79,6 +83,18 @@ def _check_choices(config: SparseLoraConfig) -> None:
             "density_pattern gives densities module by module, and num_entries, budget_rank, units_per_module, "
             "allocation='erdos_renyi' and 'global' share one budget out. Keep one of the two."
         )
+
+
+def _check_patterns(config: SparseLoraConfig) -> None:
+    for field in ("rank_pattern", "alpha_pattern", "granularity_pattern", "density_pattern"):
+        for pattern in getattr(config, field):
+            check_pattern(pattern, field)
+    for field in ("rank_pattern", "support_pattern", "capacity_pattern"):
+        for name, number in getattr(config, field).items():
+            if number < 0:
+                raise ValueError(f"{field}[{name!r}]={number} is negative; give an integer >= 0.")
+    if config.layer_sampling is not None:
+        check_names(config.layer_sampling.layers_pattern, "layer_sampling.layers_pattern")
 
 
 def _check_numbers(config: SparseLoraConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..option_types import check_types
 from .schedule_config import require
 
 
@@ -26,6 +27,7 @@ class FreezingConfig:
     """Whether the adjustment takes the place of its step's update, as published."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "FreezingConfig"
         require(0 < self.at < 1, name, "at", self.at, "a share of the run in (0, 1)")
         ok = self.threshold is None or self.threshold > 0
@@ -49,6 +51,7 @@ class NuclearNormConfig:
     """Optimizer steps between two additions (SaRA: 1). Each costs a full SVD of one matrix."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "NuclearNormConfig"
         require(self.weight > 0, name, "weight", self.weight, "a number > 0 (None as the option leaves it out)")
         require(self.min_side >= 0, name, "min_side", self.min_side, "an integer >= 0")

@@ -53,6 +53,12 @@ class SparseLoraLayer(SupportState):
         (("sparse_lora_values",), ("sparse_lora_support",)),
         (("sparse_lora_A", "sparse_lora_B", "sparse_lora_gate"), ("sparse_lora_rank_mask", *factor_map_names)),
     )
+    saved_names: tuple[str, ...] = (
+        *adapter_layer_names,
+        "sparse_lora_support",
+        "sparse_lora_rank_mask",
+        *factor_map_names,
+    )
     other_param_names: tuple[str, ...] = (
         "sparse_lora_support",
         "sparse_lora_rank_mask",

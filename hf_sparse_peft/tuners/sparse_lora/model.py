@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...sparsity import UnitGrid
 from ..adapter_model import AdapterModel
-from .adapter_file import for_file, from_file
+from ..file_check import CONFIG_FILE, AdapterFile, tensor_key
+from ..state_dict import SelectedTensors
+from .adapter_file import check_sparse_layer, for_file, take_sizes
 from .budget import plan_supports, unit_capacities
 from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
+from .file_check import check_sparse_module
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .support_state import undecided_message
@@ -45,12 +48,10 @@ class SparseLoraModel(AdapterModel):
 
     def layer_options(self, peft_config: SparseLoraConfig, module_name: str) -> dict[str, Any]:
         """What `update_layer` takes for that module."""
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), module_name)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), module_name)
         return {
             "config": peft_config,
-            "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
-            "lora_alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
+            "r": peft_config.rank_of(module_name),
+            "lora_alpha": peft_config.alpha_of(module_name),
             "num_units": self._unit_counts.get(module_name, 0),
             "capacity": self._capacities.get(module_name, 0),
             "units": self._chosen_units.get(module_name),
@@ -67,6 +68,44 @@ class SparseLoraModel(AdapterModel):
 
     # Files
 
+    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
+        """Shapes of the tensors that a layer of that size has in a file, those left out that only the file knows."""
+        config, r, shapes = options["config"], options["r"], {}
+        if r:
+            shapes |= {"sparse_lora_A": (r, in_features), "sparse_lora_B": (out_features, r)}
+        if options["num_units"] and not config.sizes_from_data:
+            grid = UnitGrid(out_features, in_features, config.granularity_of(module_name), config.block_size)
+            shapes["sparse_lora_values"] = grid.values_shape(max(options["num_units"], options["capacity"]))
+        return shapes
+
+    @classmethod
+    def check_file(cls, file: AdapterFile) -> None:
+        """Check the tensors of every module of a file against its config.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        for name, held in sorted(file.modules.items()):
+            check_sparse_module(name, held, file.config, file.path)
+        pattern = file.config.support_pattern
+        absent = sorted(name for name, count in pattern.items() if count and name not in file.modules)
+        if absent:
+            raise ValueError(
+                f"'{tensor_key(absent[0], 'sparse_lora_values')}' is missing from '{file.path}': support_pattern in "
+                f"{CONFIG_FILE} gives '{absent[0]}' {pattern[absent[0]]} units. The file is incomplete."
+            )
+
+    @classmethod
+    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
+        """Check the file's tensors of one layer against it."""
+        check_sparse_layer(state_dict, prefix, layer, config, adapter_name)
+
+    @classmethod
+    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
+        """Resize supports whose sizes only a file knows; it was checked."""
+        if config.sizes_from_data:
+            take_sizes(state_dict, model, config, adapter_name)
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         for layer in sparse_layers(model):
@@ -75,12 +114,7 @@ class SparseLoraModel(AdapterModel):
                     raise ValueError(f"Nothing to save: {undecided_message(adapter_name, config)}")
                 layer.units(adapter_name)  # a support that is still to be chosen is chosen now, not saved blank
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return for_file(selected, config)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return from_file(remapped, model, config, adapter_name)
+        return SelectedTensors(for_file(selected, config), config)
 
     # Adapters together, and at the end
 

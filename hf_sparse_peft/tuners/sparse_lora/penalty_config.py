@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..option_types import check_types
 from .schedule_config import require
 
 
@@ -24,6 +25,7 @@ class L1PenaltyConfig:
     """Whether heads of `modules_to_save` are pulled too, or the support's changes only."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "L1PenaltyConfig"
         require(self.weight > 0, name, "weight", self.weight, "a number > 0 (None as the option leaves it out)")
         require(self.scope in ("trained", "support"), name, "scope", self.scope, "'trained' or 'support'")

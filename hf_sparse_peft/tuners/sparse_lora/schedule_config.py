@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-from ...sparsity import make_score
+from ...sparsity import CRITERIA, make_score
+from ..option_types import check_options, check_types
 
 ConfigT = TypeVar("ConfigT")
 
@@ -21,10 +23,13 @@ def nested(cls: type[ConfigT], value: Any, option: str) -> ConfigT | None:
     known = {f.name for f in fields(cls)}
     if not isinstance(value, dict):
         raise ValueError(f"{option}={value!r} is not understood: pass None, a {cls.__name__} or a dict of its options.")
-    unknown = sorted(set(value) - known)
+    unknown = sorted(set(value) - known, key=str)
     if unknown:
         raise ValueError(f"{option} has no option {unknown}; it takes {sorted(known)}.")
-    return cls(**value)
+    try:
+        return cls(**value)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def require(condition: bool, owner: str, field: str, value: Any, accepted: str) -> None:
@@ -71,7 +76,7 @@ class RegrowthConfig:
     `optim.SparseSM3`); the largest |dense gradient| of the move's own step (`gradient`, RigL); any (`random`, SET), or
     first those that were never in the support (`random_unfired`); the largest entries of the current weight's rank-q
     approximation (`low_rank_magnitude`, LIFT)."""
-    grow_options: dict = field(default_factory=dict)
+    grow_options: dict[str, Any] = field(default_factory=dict)
     """`sm3`: `score`, 'product' (the paper's) or 'min' (SM3's own estimate). `gradient`: `candidates`, a factor: with
     gradient accumulation a dense fp32 gradient of every adapted weight is summed during the move's step; a factor c
     keeps the c x as many best units as the move grows from the first micro-batch instead. `low_rank_magnitude`: `rank`,
@@ -101,6 +106,7 @@ class RegrowthConfig:
     counted (`MaskRegrowthCallback.replaced`, `lost`) and warned of once."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.seed_moments is None:
             self.seed_moments = self.grow == "accumulated_gradient"
         self._check_timing()
@@ -161,6 +167,7 @@ class RegrowthConfig:
     def _check_grow_options(self) -> None:
         options, name = self.grow_options, "RegrowthConfig"
         if self.grow == "low_rank_magnitude":
+            check_options(CRITERIA["low_rank_magnitude"], options, f"{name}.grow_options")
             make_score("low_rank_magnitude", **options)  # refuses unknown options and bad values by name
             return
         accepted = _GROW_OPTIONS.get(self.grow, ())
@@ -168,7 +175,8 @@ class RegrowthConfig:
         score = options.get("score", "product")
         require(score in ("product", "min"), name, "grow_options['score']", score, "'product' or 'min'")
         factor = options.get("candidates", 1)
-        require(factor >= 1, name, "grow_options['candidates']", factor, "a factor >= 1")
+        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        require(number and 1 <= factor < math.inf, name, "grow_options['candidates']", factor, "a factor >= 1")
 
 
 @dataclass
@@ -188,6 +196,7 @@ class PruningConfig:
     """Whether every layer loses the same share, or units of all layers compete (by mean |value| of a unit)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "PruningConfig"
         require(0 < self.final_fraction <= 1, name, "final_fraction", self.final_fraction, "a number in (0, 1]")
         require(0 <= self.begin < self.end <= 1, name, "begin, end", (self.begin, self.end), "0 <= begin < end <= 1")
@@ -218,6 +227,7 @@ class RankAllocationConfig:
     added once per optimizer step, after clipping; it never shows in the loss."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "RankAllocationConfig"
         require(self.target_r >= 1, name, "target_r", self.target_r, "an integer >= 1")
         for option in ("initial_warmup", "final_warmup"):

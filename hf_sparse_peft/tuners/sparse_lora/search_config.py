@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..option_types import check_types
 from .schedule_config import require
 
 
@@ -25,6 +26,7 @@ class SupportSearchConfig:
     """Learning rate of the trials; None: the run's own."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "SupportSearchConfig"
         require(self.trials >= 2, name, "trials", self.trials, "an integer >= 2; one draw needs no search")
         require(self.steps >= 1, name, "steps", self.steps, "an integer >= 1")

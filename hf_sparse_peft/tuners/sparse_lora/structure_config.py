@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..option_types import check_types
 from .schedule_config import require
 
 
@@ -38,6 +39,7 @@ class StructureConfig:
     (S2FT), or every block has its share."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "StructureConfig"
         ok = isinstance(self.modules, (list, tuple)) and len(self.modules) > 0
         require(ok, name, "modules", self.modules, "a list of endings of module names, at least one")
@@ -75,6 +77,7 @@ class HalfRoundsConfig:
     """Category -> endings of module names. Every adapted module belongs to one."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "HalfRoundsConfig"
         ok = self.round_steps is None or self.round_steps >= 1
         require(ok, name, "round_steps", self.round_steps, "an integer >= 1, or None for an epoch")
@@ -110,6 +113,7 @@ class LayerSamplingConfig:
     """Seed of the draws, mixed with the step."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "LayerSamplingConfig"
         for share in ("trained", "suppressed"):
             require(0 < getattr(self, share) <= 1, name, share, getattr(self, share), "a share in (0, 1]")
@@ -149,6 +153,7 @@ class FactorMaskConfig:
     `hf_sparse_peft.callbacks.TwoPassTrainer` (what `methods.get("mosa").trainer_class` is). 0 trains with one pass."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "FactorMaskConfig"
         require(self.kind in ("parallel", "stochastic"), name, "kind", self.kind, "'parallel' or 'stochastic'")
         require(1 <= self.copies <= 8, name, "copies", self.copies, "an integer from 1 to 8")

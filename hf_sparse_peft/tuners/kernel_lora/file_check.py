@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 
-from ..tuners import KernelLoraConfig
-from .adapter_report import CONFIG_FILE, ModuleReport, tensor_key
+from ..file_check import CONFIG_FILE, tensor_key
+from .config import KernelLoraConfig
 
 
-def check_kernel_module(name: str, held: dict[str, torch.Tensor], config: KernelLoraConfig, file: Path) -> ModuleReport:
+def check_kernel_module(
+    name: str, held: dict[str, torch.Tensor], config: KernelLoraConfig, file: Path | str
+) -> tuple[int, int]:
     """Check the points of both sides, the mixed kernel's numbers and the survivors of one module.
+
+    Returns `(rows, cols)` of its weight.
 
     Raises:
         ValueError: a tensor is missing, surplus or of another shape than the config makes it; names it.
@@ -36,9 +40,19 @@ def check_kernel_module(name: str, held: dict[str, torch.Tensor], config: Kernel
                 f"it {wanted} (-1: as many as the weight has inputs or outputs)."
             )
     cols, rows = held["kernel_lora_P"].shape[1], held["kernel_lora_Q"].shape[1]
-    if "kernel_lora_survivors" in held and not 0 <= int(held["kernel_lora_survivors"]) <= rows * cols:
+    if "kernel_lora_survivors" in held:
+        check_survivors(held["kernel_lora_survivors"], rows * cols, tensor_key(name, "kernel_lora_survivors"), file)
+    return rows, cols
+
+
+def check_survivors(tensor: torch.Tensor, numel: int, key: str, file: Path | str) -> None:
+    """Refuse what is no int64 count of a weight's entries.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    if tensor.dtype != torch.int64 or tensor.numel() != 1 or not 0 <= int(tensor) <= numel:
         raise ValueError(
-            f"'{tensor_key(name, 'kernel_lora_survivors')}' in '{file}' is no count of {rows * cols} entries."
+            f"'{key}' in '{file}' is {tensor.tolist()} ({tensor.dtype}), no count of the {numel} entries of its "
+            "weight, which is int64. The file is damaged or belongs to another base model."
         )
-    size = sum(tensor.nbytes for tensor in held.values())
-    return ModuleReport(name, rows, cols, None, 0, 0, 0.0, config.r, config.r, size, 0.0)

@@ -1,0 +1,166 @@
+"""Regular expressions over module names, which may come from an adapter's config: none of them may run for ever.
+
+Two guards, because upstream matches some options with `re`, which cannot be stopped: expressions whose matching can
+take exponential time are refused when a config is made, and matching here is by `regex`, with a limit on the time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import regex
+
+try:
+    from re import _parser  # Python 3.11 and later
+except ImportError:
+    import sre_parse as _parser
+
+LONGEST_PATTERN = 10_000
+MOST_CHOICES = 32.0
+"""Choices, in bits, that one way through an expression may hold: a repeat counts as 5 (where it ends in a name), an
+optional part as 1, b alternatives as log2(b). Six times `.*` fits."""
+SECONDS = 1.0
+"""Time that matching the names of one option may take beyond what harmless expressions take."""
+_HARMLESS = 2e-3
+_PLAIN_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+
+
+def check_pattern(pattern: str, field: str) -> None:
+    """Refuse what is no regular expression, or one that can take exponential time.
+
+    Raises:
+        ValueError: names `field` and the pattern.
+    """
+    shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+    if len(pattern) > LONGEST_PATTERN:
+        raise ValueError(
+            f"{field}: the pattern '{shown}' has {len(pattern)} characters; at most {LONGEST_PATTERN} are "
+            "matched. Give the module names as a list."
+        )
+    try:
+        parsed = _parser.parse(pattern)
+        re.compile(pattern)
+        regex.compile(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{field}: '{shown}' is no valid regular expression: {error or type(error).__name__}. Mend it, or give "
+            "the module names as a list."
+        ) from error
+    reason = _dangerous(parsed)
+    if reason:
+        raise ValueError(
+            f"{field}: the pattern '{shown}' {reason}, so that matching a name may never end. Write it without, or "
+            "give the module names as a list."
+        )
+
+
+def check_names(names: Iterable[str] | str | None, field: str) -> None:
+    """Refuse names that are more than names: upstream puts them into regular expressions as they are.
+
+    Raises:
+        ValueError: names `field` and the name.
+    """
+    names = [names] if isinstance(names, str) and names else names or ()
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{field}: {name!r} is no module name; give names of letters, digits, '_', '-' and dots, such as "
+                "'layers' or 'model.layers'."
+            )
+
+
+def matches(pattern: str, module_name: str, field: str) -> bool:
+    """Whether `pattern` matches the whole name.
+
+    Raises:
+        ValueError: it takes too long; names `field` and the pattern.
+    """
+    return _patterns((pattern,), field, whole=True).first(module_name) is not None
+
+
+def pattern_key(patterns: dict[str, Any], module_name: str, field: str) -> str | None:
+    """The first key of `patterns` that matches the end of the name in whole parts, as upstream's `get_pattern_key`
+    does, or None.
+
+    Raises:
+        ValueError: it takes too long; names `field` and the pattern.
+    """
+    return _patterns(tuple(patterns), field, whole=False).first(module_name) if patterns else None
+
+
+@lru_cache(maxsize=256)
+def _patterns(keys: tuple[str, ...], field: str, whole: bool) -> _Patterns:
+    return _Patterns(keys, field, whole)
+
+
+class _Patterns:
+    """Compiled once for all modules: 5,000 patterns of a mixture of experts are more than `re` remembers."""
+
+    def __init__(self, keys: tuple[str, ...], field: str, whole: bool) -> None:
+        self.field, self.spent = field, 0.0
+        self.compiled = [(key, regex.compile(key if whole else rf"(?:.*\.)?(?:{key})$")) for key in keys]
+        self.whole = whole
+
+    def first(self, module_name: str) -> str | None:
+        for key, compiled in self.compiled:
+            match = compiled.fullmatch if self.whole else compiled.match
+            begin = time.thread_time()
+            try:
+                found = match(module_name, timeout=SECONDS)
+            except TimeoutError:
+                found, self.spent = None, SECONDS
+            took = time.thread_time() - begin
+            self.spent += took if took > _HARMLESS else 0.0
+            if self.spent >= SECONDS:
+                self.spent = 0.0
+                raise ValueError(
+                    f"{self.field}: matching the pattern '{key[:200]}' against module names such as "
+                    f"'{module_name[:200]}' takes longer than {SECONDS:g} s. Write it with fewer repeats, or give the "
+                    "module names as a list."
+                )
+            if found:
+                return key
+        return None
+
+
+def _dangerous(parsed: Any) -> str | None:
+    """What makes an expression take exponential time, or None."""
+    try:
+        return None if _choices(parsed, inside=False) <= MOST_CHOICES else "has too many repeats and alternatives"
+    except _Dangerous as error:
+        return str(error)
+
+
+class _Dangerous(Exception):
+    pass
+
+
+def _choices(parsed: Any, inside: bool) -> float:
+    """Choices of one way through the expression; `inside` a repeat no other one and no alternatives may stand."""
+    total = 0.0
+    for operation, argument in parsed:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            least, most, body = argument
+            varies = least != most
+            if inside and varies:
+                raise _Dangerous("repeats what has a repeat in it")
+            many = most > 3
+            total += _choices(body, inside or many) * (1 if many else most)
+            total += 0 if not varies else 5 if most > 1 else 1
+        elif name == "BRANCH":
+            if inside:
+                raise _Dangerous("repeats alternatives")
+            total += math.log2(len(argument[1])) + max(_choices(branch, inside) for branch in argument[1])
+        elif name in ("GROUPREF", "GROUPREF_EXISTS", "ATOMIC_GROUP"):
+            raise _Dangerous("refers back to a group or has an atomic one")
+        elif name == "SUBPATTERN":
+            total += _choices(argument[-1], inside)
+        elif name in ("ASSERT", "ASSERT_NOT"):
+            total += _choices(argument[1], inside)
+    return total
