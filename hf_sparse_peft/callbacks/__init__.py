@@ -24,9 +24,11 @@ from .support_search import SupportSearchCallback
 from .telemetry import SupportTelemetryCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
-# In the order they must act at one step: prune, then regrow what is left.
+# In the order they must act at one step: who trains, then prune, then regrow what is left.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
+    HalfRoundsCallback,
+    LayerSamplingCallback,
     PruningCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
@@ -34,8 +36,6 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     L1PenaltyCallback,
     NuclearNormCallback,
     ThresholdFreezingCallback,
-    HalfRoundsCallback,
-    LayerSamplingCallback,
     SplitFactorsCallback,
 )
 

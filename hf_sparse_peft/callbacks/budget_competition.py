@@ -8,7 +8,7 @@ import torch
 
 from ..sparsity import competition_counts, make_schedule
 from ..tuners.kernel_lora import KernelLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, whole_steps
+from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, budget_of_training, whole_steps
 from .evidence import MissingEvidence, is_evidence
 from .no_effect import report_idle
 
@@ -100,16 +100,20 @@ class BudgetCompetitionCallback(ScheduleCallback):
         """Update importances, then share the budget out where that is due."""
         update = state.global_step + 1
         for config in self.configs():
-            parts = [part for part in self.parts if part.config is config]
+            parts = self.parts_of(config)
             for part in parts:
                 update_sensitivity(part)
             first, last = _window(config, self.total_steps)
             if update > first and (update % config.budget_competition.interval == 0 or update == last):
-                judged = [part for part in parts if is_evidence(part.layer.kernel_lora_sensitivity[part.adapter])]
-                self.missing.record(update, [part.name for part in parts if part not in judged], len(judged))
-                sizes = [part.layer.numel for part in judged]
+                train = [part for part in parts if part.trains]
+                judged = [part for part in train if is_evidence(part.layer.kernel_lora_sensitivity[part.adapter])]
+                self.missing.record(update, [part.name for part in train if part not in judged], len(judged))
+                counted = [part for part in parts if part in judged or not part.trains]
+                sizes = [part.layer.numel for part in counted]
+                alive = [part.layer.survivors(part.adapter) for part in counted]
                 if judged:
-                    share_out(judged, living_entries(config, sizes, update, self.total_steps))
+                    budget = living_entries(config, sizes, update, self.total_steps)
+                    share_out(judged, budget_of_training(budget, counted, alive, sizes))
 
 
 @torch.no_grad()
@@ -139,6 +143,8 @@ def matrix_score(part: AdaptedLayer) -> torch.Tensor:
 
 def share_out(parts: list[AdaptedLayer], budget: int) -> None:
     """Give every matrix its part of `budget`, the same on all ranks."""
+    if not parts:
+        return
     device = parts[0].layer.kernel_lora_P[parts[0].adapter].device
     scores = all_reduce_mean(torch.stack([matrix_score(part).to(device) for part in parts])).tolist()
     names = [f"{part.name}.{number}" for number, part in enumerate(parts)]

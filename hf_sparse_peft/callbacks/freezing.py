@@ -12,7 +12,7 @@ from .base import AdaptedLayer, ScheduleCallback
 from .frozen_units import FrozenUnits
 from .no_effect import report_idle
 from .penalties import support_weights
-from .support_moves import refuse_unskippable, skip_update
+from .support_moves import leave_update_out, refuse_unskippable
 
 
 class ThresholdFreezingCallback(ScheduleCallback):
@@ -32,13 +32,13 @@ class ThresholdFreezingCallback(ScheduleCallback):
         self.frozen: list[dict[str, int]] = []
         """One record an adjustment: step, entries frozen, entries that go on."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Find the layers and check the step of the adjustment."""
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         self.guard.attach(self.parts)
         for config in self.configs():
             if config.freezing.skip_step:
-                refuse_unskippable(args, "freezing")
+                refuse_unskippable(args, "freezing", self.parts_of(config), optimizer)
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """There must be steps before and after the adjustment."""
@@ -63,9 +63,8 @@ class ThresholdFreezingCallback(ScheduleCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Keep frozen values aside, and leave out the update that an adjustment replaces."""
-        due = [config for config in self.configs() if self._update_of(config) == state.global_step + 1]
-        if any(config.freezing.skip_step for config in due):
-            skip_update(optimizer)
+        due = [part for part in self.parts if self._update_of(part.config) == state.global_step + 1]
+        leave_update_out([part for part in due if part.config.freezing.skip_step])
         self.guard.save()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -73,7 +72,7 @@ class ThresholdFreezingCallback(ScheduleCallback):
         self.guard.restore()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Freeze what grew past the threshold."""
+        """Freeze what grew past the threshold, at rest or not: values at rest are those it will wake up with."""
         due = [part for part in self.parts if self._update_of(part.config) == state.global_step]
         if not due:
             return
@@ -95,10 +94,9 @@ class ThresholdFreezingCallback(ScheduleCallback):
                 stacklevel=2,
             )
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Free the marks once the last step is done."""
+    def release(self) -> None:
+        """Let go of the frozen values."""
         self.guard.detach()
-        super().on_train_end(args, state, control, **kwargs)
 
     def _update_of(self, config: SparseLoraConfig) -> int:
         return round(config.freezing.at * self.total_steps)

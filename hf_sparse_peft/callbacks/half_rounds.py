@@ -14,7 +14,7 @@ from ..tuners.adapter_layer import AdapterLayer
 from ..tuners.sparse_lora import HalfRoundsConfig, SparseLoraConfig
 from ..tuners.sparse_lora.structure_config import ends_with
 from ..tuners.sparse_lora.structures import block_of
-from .base import AdaptedLayer, ScheduleCallback
+from .base import ScheduleCallback
 from .no_effect import report_idle
 
 
@@ -96,6 +96,7 @@ class HalfRoundsCallback(ScheduleCallback):
         """One record a round: `round`, `step`, `trains` (module names), `share` of the adapted weights that trains."""
         self._steps_per_epoch: int | None = None
         self._current: dict[int, int] = {}
+        self._resting: dict[int, list[torch.nn.Parameter]] = {}
 
     def wants(self, layer: AdapterLayer, adapter: str) -> bool:
         """Every layer of an adapter that is not for inference; frozen ones belong to it too."""
@@ -109,14 +110,14 @@ class HalfRoundsCallback(ScheduleCallback):
                 of an epoch without a known length, or DDP that waits for every gradient.
         """
         self._steps_per_epoch = _steps_per_epoch(train_dataloader, args)
-        self._current, self.records = {}, []
+        self._current, self._resting, self.records = {}, {}, []
         super().on_train_begin(args, state, control, model=model, **kwargs)
         refuse_fixed_ddp(args, "rounds")
         for part in self.parts:
-            if not all(p.requires_grad for p in trained_tensors(part)):
+            if not all(p.requires_grad for p in part.tensors):
                 raise ValueError(
-                    f"'{part.name}' is frozen at the start, so the optimizer was built without it; did a run with "
-                    f"rounds end in an error? Call model.set_adapter('{part.adapter}') before training."
+                    f"'{part.name}' is frozen at the start, so the optimizer was built without it. Call "
+                    f"model.set_adapter('{part.adapter}') before training."
                 )
 
     def check_length(self, config: SparseLoraConfig) -> None:
@@ -171,27 +172,19 @@ class HalfRoundsCallback(ScheduleCallback):
         for part in self.parts:
             if part.config is not config:
                 continue
-            for tensor in trained_tensors(part):
-                tensor.requires_grad_(part.name in chosen)
-                if part.name not in chosen:
-                    tensor.grad = None
+            for tensor in part.tensors:
                 kept.pop(tensor, None)
+        self._resting[id(config)] = [t for p in self.parts_of(config) if p.name not in chosen for t in p.tensors]
+        self.run.mask.rest(self, [tensor for tensors in self._resting.values() for tensor in tensors])
         sizes = {p.name: p.layer.in_features * p.layer.out_features for p in self.parts if p.config is config}
         share = sum(size for name, size in sizes.items() if name in chosen) / sum(sizes.values())
         self.records.append({"round": number, "step": step, "trains": sorted(chosen), "share": share})
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def release(self) -> None:
         """Let everything train again, for the next run's optimizer."""
-        for part in self.parts:
-            for tensor in trained_tensors(part):
-                tensor.requires_grad_(True)
-        super().on_train_end(args, state, control, **kwargs)
-
-
-def trained_tensors(part: AdaptedLayer) -> list[torch.nn.Parameter]:
-    """Parameters of one layer's share of an adapter."""
-    held = [getattr(part.layer, name) for name in part.layer.adapter_layer_names]
-    return [tensors[part.adapter] for tensors in held if part.adapter in tensors]
+        self._resting = {}
+        if self.run is not None:
+            self.run.mask.rest(self, [])
 
 
 def refuse_fixed_ddp(args: TrainingArguments, option: str) -> None:

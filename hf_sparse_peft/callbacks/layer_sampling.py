@@ -81,6 +81,7 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
         warn_of_best_model(args, state, model)
         refuse_fixed_ddp(args, self.option)
         self.total_steps = state.max_steps
+        self.join(model, kwargs.get("optimizer"))
         asking = {}
         for module in model.modules():
             keep_4bit_weight_stable(module)  # the probes run without gradients
@@ -97,7 +98,8 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
             )
         self.options = self.given or self.parts[0].config.layer_sampling
         for config in self.configs():
-            config._schedule_attended, config.training_finished = True, False
+            self.run.attend(config, self.option)
+            config.training_finished = False
         self.layers = _find_layers(model, self.options.layers_pattern)
         self._restore(state)
         if not state.global_step:
@@ -153,18 +155,13 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
             self._probe(model, args, step, train_dataloader)
         weights = torch.sigmoid(-torch.tensor(self.importance, dtype=torch.float64))
         self.trained = self._draw_in_stacks(weights, self.options.trained, step, "trained")
-        for number, layer in enumerate(self.layers.values()):
-            for parameter in layer.parameters:
-                parameter.requires_grad_(number in self.trained)
-                if number not in self.trained:
-                    parameter.grad = None
+        others = [layer for number, layer in enumerate(self.layers.values()) if number not in self.trained]
+        self.run.mask.rest(self, [parameter for layer in others for parameter in layer.parameters])
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def release(self) -> None:
         """Let every layer train again, for the next run's optimizer."""
-        for layer in self.layers.values():
-            for parameter in layer.parameters:
-                parameter.requires_grad_(True)
-        super().on_train_end(args, state, control, **kwargs)
+        if self.run is not None:
+            self.run.mask.rest(self, [])
 
     def _stacks(self) -> list[list[int]]:
         """Numbers of the layers of each stack: an encoder and a decoder, a vision and a text tower."""

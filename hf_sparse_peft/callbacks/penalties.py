@@ -125,7 +125,9 @@ class NuclearNormCallback(PenaltyCallback):
         """Draw a matrix and pull it to low rank."""
         if update % config.nuclear_norm.interval:
             return
-        parts = self._eligible(config)
+        parts = [part for part in self._eligible(config) if part.trains]
+        if not parts:
+            return
         seed = stream_seed(config.seed, "nuclear norm", update)
         drawn = int(torch.randint(len(parts), (), generator=torch.Generator().manual_seed(seed)))
         add_nuclear_norm_gradient(parts[drawn], scale)

@@ -9,7 +9,7 @@ import torch
 
 from ..sparsity import make_schedule, stream_seed, top_units
 from ..tuners.sparse_lora import SparseLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, unit_sums
+from .base import AdaptedLayer, ScheduleCallback, budget_of_training, unit_sums
 from .evidence import MissingEvidence, is_evidence
 from .no_effect import report_idle
 from .regrowth import moves_after
@@ -37,6 +37,7 @@ class PruningCallback(ScheduleCallback):
     regrowth's moves instead, before new ones enter: a fresh unit is never judged while its value is still 0. Where no
     move comes after the window's end, the last pruning is at its end all the same. Every layer keeps at least one unit.
     A layer whose values are all 0 (it never had a gradient) or not finite keeps its units and is named in a warning.
+    Layers at rest lose nothing; they follow every `interval` steps after the window, when they train again.
     """
 
     option = "pruning"
@@ -49,11 +50,6 @@ class PruningCallback(ScheduleCallback):
         """Find the layers."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self.missing.start()
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Say if no layer could ever be judged."""
-        self.missing.finish()
-        super().on_train_end(args, state, control, **kwargs)
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """The window must hold at least one step."""
@@ -97,34 +93,62 @@ class PruningCallback(ScheduleCallback):
         """Prune what is due."""
         for config in self.configs():
             if self._due(config, state.global_step):
-                parts = [part for part in self.parts if part.config is config]
-                judged = [part for part in parts if is_evidence(part.values.detach()[: part.units.numel()])]
-                without = [part.name for part in parts if part not in judged and part.values.requires_grad]
+                parts = self.parts_of(config)
+                train = [part for part in parts if part.trains]
+                judged = [part for part in train if is_evidence(part.values.detach()[: part.units.numel()])]
+                without = [part.name for part in train if part not in judged and part.values.requires_grad]
                 self.missing.record(state.global_step, without, len(judged))
+                self.missed = self.missed or len(train) < len(parts)
                 share = living_share(config, state.global_step, self.total_steps)
                 if judged:
-                    self._prune(judged, share, optimizer, state.global_step)
+                    resting = [part for part in parts if not part.trains]
+                    self._prune(judged, resting, share, optimizer, state.global_step)
 
     def _due(self, config: SparseLoraConfig, update: int) -> bool:
         begin, end = _window(config, self.total_steps)
         if config.regrowth is None:
-            return update == end or (begin < update < end and (update - begin) % config.pruning.interval == 0)
+            return update == end or (begin < update and (update - begin) % config.pruning.interval == 0)
         # Moves go on after the window; the share is constant there, so that pruning again does nothing.
         if begin < update < self.total_steps and moves_after(config.regrowth, update, self.total_steps):
             return True
         later = range(end, self.total_steps)
         return update == end and not any(moves_after(config.regrowth, step, self.total_steps) for step in later)
 
-    def _prune(self, parts: list[AdaptedLayer], share: float, optimizer: Any, step: int) -> None:
-        targets = [max(1, round(share * part.values.shape[0])) for part in parts]
+    def _prune(
+        self, parts: list[AdaptedLayer], resting: list[AdaptedLayer], share: float, optimizer: Any, step: int
+    ) -> None:
+        targets = [_target(part, share) for part in parts]
         importance = [unit_sums(part.values[: part.units.numel()]) for part in parts]
         seed = parts[0].config.seed
         if parts[0].config.pruning.scope == "global":
-            targets = _global_targets(parts, importance, sum(targets), stream_seed(seed, "pruning", step))
+            everybody = [*parts, *resting]
+            sizes = [_target(part, share) for part in everybody]
+            alive = [part.units.numel() for part in everybody]
+            total = budget_of_training(sum(sizes), everybody, alive, sizes)
+            targets = _global_targets(parts, importance, total, stream_seed(seed, "pruning", step))
         for part, target, worth in zip(parts, targets, importance, strict=True):
             if target < part.units.numel():
                 best = top_units(worth, target, seed=stream_seed(seed, "pruning", step, part.name))
                 replace_units(part, part.units[best.long()], optimizer)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say if no layer could ever be judged, and which ones rested whenever they were due."""
+        self.missing.finish()
+        if self.missed and state.global_step >= state.max_steps:
+            for config in self.configs():
+                parts, share = self.parts_of(config), config.pruning.final_fraction
+                over = [part.name for part in parts if part.units.numel() > _target(part, share)]
+                if sum(part.units.numel() for part in parts) > sum(_target(part, share) for part in parts):
+                    warnings.warn(
+                        f"pruning.final_fraction={share} was not reached: {len(over)} layers, such as '{over[0]}', "
+                        "rested whenever they were due. Shorten the rounds, or end the pruning earlier (pruning.end).",
+                        stacklevel=2,
+                    )
+        super().on_train_end(args, state, control, **kwargs)
+
+
+def _target(part: AdaptedLayer, share: float) -> int:
+    return max(1, round(share * part.values.shape[0]))
 
 
 def _global_targets(parts: list[AdaptedLayer], importance: list[torch.Tensor], total: int, seed: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 
 from ..sparsity import stream_seed, top_units
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
-from .base import AdaptedLayer, whole_steps
+from .base import AdaptedLayer, budget_of_training, whole_steps
 from .evidence import MissingEvidence, is_evidence
 from .no_effect import report_idle
 from .penalties import PenaltyCallback
@@ -61,11 +61,6 @@ class RankReallocationCallback(PenaltyCallback):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self.missing.start()
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Say if no layer could ever be judged."""
-        self.missing.finish()
-        super().on_train_end(args, state, control, **kwargs)
-
     def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
         """Layers with a trained gate."""
         return adapter in layer.sparse_lora_gate and layer.sparse_lora_gate[adapter].requires_grad
@@ -116,23 +111,50 @@ class RankReallocationCallback(PenaltyCallback):
         """Update importances from the weights after the step and the gradients before it, then mask what is due."""
         step = state.global_step
         for config in self.configs():
-            parts = [part for part in self.parts if part.config is config]
+            parts = self.parts_of(config)
             first, last = _window(config.rank_allocation, self.total_steps)
             fixed = min(last, self.total_steps - 1)
             if step < last:
                 for part in parts:
                     update_importance(part)
             due = first < step < fixed and step % config.rank_allocation.interval == 0
-            if due or step == fixed:
-                judged = [part for part in parts if has_evidence(part)]
-                self.missing.record(step + 1, [part.name for part in parts if part not in judged], len(judged))
+            train = [part for part in parts if part.trains]
+            # What rested at the last allocation follows when it trains again.
+            late = step > fixed and len(train) < len(parts)
+            if due or step == fixed or late:
+                self.missed = self.missed or len(train) < len(parts)
+                judged = [part for part in train if has_evidence(part)]
+                self.missing.record(step + 1, [part.name for part in train if part not in judged], len(judged))
                 if judged:
-                    start, target = self._budgets(judged)
+                    counted = [part for part in parts if part in judged or not part.trains]
+                    start, target = self._budgets(counted)
                     budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
-                    allocate(judged, budget if due else target, step)
+                    alive = [part.layer.alive_components(part.adapter) for part in counted]
+                    sizes = [part.layer.sparse_lora_r[part.adapter] for part in counted]
+                    budget = budget_of_training(budget if due else target, counted, alive, sizes)
+                    living = sum(part.layer.alive_components(part.adapter) for part in judged)
+                    if not late or budget < living:
+                        allocate(judged, budget, step)
             if due or step >= fixed:
-                for part in parts:
+                for part in train:
                     apply_mask(part)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say if no layer could ever be judged, or if layers at rest kept the budget from being reached."""
+        self.missing.finish()
+        if self.missed and state.global_step >= state.max_steps:
+            for config in self.configs():
+                parts = self.parts_of(config)
+                alive = sum(part.layer.alive_components(part.adapter) for part in parts)
+                target = config.rank_allocation.target_r * len(parts)
+                if alive > target:
+                    warnings.warn(
+                        f"rank_allocation.target_r={config.rank_allocation.target_r} was not reached: {alive} "
+                        f"components live instead of {target}, because layers rested when they were due. Shorten the "
+                        "rounds, or raise final_warmup.",
+                        stacklevel=2,
+                    )
+        super().on_train_end(args, state, control, **kwargs)
 
 
 def _tensors(part: AdaptedLayer) -> list[torch.nn.Parameter]:

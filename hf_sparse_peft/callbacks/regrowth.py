@@ -19,7 +19,7 @@ from .frozen_units import FrozenUnits, Settled, settle
 from .growth import GROWTH_RULES, Move, choose_units, mark_fired
 from .no_effect import report_idle
 from .step_gradients import StepGradient
-from .support_moves import refuse_unskippable, skip_update
+from .support_moves import leave_update_out, refuse_unskippable
 
 
 def is_collecting(config: RegrowthConfig, update: int) -> bool:
@@ -128,20 +128,18 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
                 without clipping cannot leave a step out.
         """
         self.replaces_start = {}
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.global_step:
             for parts in self._adapters():
                 self.replaces_start[parts[0].adapter] = restored_start(parts, state, type(self).__name__)
         self.collectors, self.readings, self.sensitivities = [], {}, {}
         self.missing.start()
-        for part in self.parts:
-            part.layer.sparse_lora_sink.pop(part.adapter, None)
         self.frozen.attach(self.parts)
         for config in self.configs():
             if config.regrowth.grow == "sm3":
                 _require_sm3(optimizer)
             if config.regrowth.skip_step:
-                refuse_unskippable(args, "regrowth")
+                refuse_unskippable(args, "regrowth", self.parts_of(config), optimizer)
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """At least one move, and an update after it, must fit into the run."""
@@ -185,9 +183,11 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
                 # The phase's place follows from the step number, so a resumed run knows where it stands.
                 starts = (config.first - update) % config.interval == config.collect_steps - 1
                 collector = CandidateCollector(part, starts)
+                if not part.trains:
+                    continue
                 part.layer.sparse_lora_sink[part.adapter] = collector
                 self.collectors.append(collector)
-            elif config.grow == "gradient" and moves_after(config, update, self.total_steps):
+            elif config.grow == "gradient" and part.trains and moves_after(config, update, self.total_steps):
                 count = self._count(part, update)
                 factor = config.grow_options.get("candidates")
                 reading = StepGradient(part, count, args.gradient_accumulation_steps, factor)
@@ -213,8 +213,7 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
         self.sensitivities = {
             part: step_sensitivity(part) for part in due if part.config.regrowth.drop == "sensitivity"
         }
-        if any(part.config.regrowth.skip_step for part in due):
-            skip_update(optimizer)
+        leave_update_out([part for part in due if part.config.regrowth.skip_step])
         self.frozen.save()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -240,16 +239,23 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
             self.missing.record(state.global_step, without, len(due) - len(without))
         self.readings, self.sensitivities = {}, {}
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Free the schedule's state once the last step is done."""
+    def release(self) -> None:
+        """Stop reading gradients and holding units."""
         self.frozen.detach()
+        for part in self.parts:
+            part.layer.sparse_lora_sink.pop(part.adapter, None)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Say so if no move had evidence, and free the schedule's state once the last step is done."""
         self.missing.finish()
         super().on_train_end(args, state, control, **kwargs)
 
     def _due(self, update: int) -> list[AdaptedLayer]:
+        """The layers that move after `update`: what rests at that step stays as it is."""
         if update >= self.total_steps:
             return []
-        return [part for part in self.parts if moves_after(part.config.regrowth, update, self.total_steps)]
+        due = [part for part in self.parts if moves_after(part.config.regrowth, update, self.total_steps)]
+        return [part for part in due if part.trains]
 
     def _count(self, part: AdaptedLayer, update: int) -> int:
         share = replaced_fraction(part.config.regrowth, update, self.total_steps, self.replaces_start.get(part.adapter))

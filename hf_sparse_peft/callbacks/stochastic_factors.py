@@ -41,7 +41,8 @@ class SplitFactorsCallback(ScheduleCallback):
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """Two passes need the trainer that makes them."""
-        if config.factor_masks.consistency and not getattr(config, "_two_passes", False):
+        trainer = self.run.trainer() if self.run.trainer is not None else None
+        if config.factor_masks.consistency and not isinstance(trainer, TwoPassTrainer):
             raise ValueError(
                 f"factor_masks.consistency={config.factor_masks.consistency} compares two passes of a batch, and this "
                 "Trainer makes one. Use hf_sparse_peft.callbacks.TwoPassTrainer (methods.get('mosa').trainer_class), "
@@ -88,11 +89,10 @@ class SplitFactorsCallback(ScheduleCallback):
             tensor[idle] = values
         self._kept = []
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def release(self) -> None:
         """From here on every forward pass uses the merge."""
         for config in self.configs():
             config._draw = None
-        super().on_train_end(args, state, control, **kwargs)
 
 
 def _entry_states(state: dict[str, Any], parameter: torch.Tensor) -> list[torch.Tensor]:
@@ -119,12 +119,7 @@ class TwoPassTrainer(Trainer):
     _shifts: bool | None = None
     """Whether the loss compares logits with the next token's label; None until a batch has told."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for config in self._configs(drawing=False):
-            config._two_passes = True
-
-    def _configs(self, drawing: bool = True) -> list[SparseLoraConfig]:
+    def _configs(self) -> list[SparseLoraConfig]:
         found = {}
         for layer in adapter_layers(self.model):
             for name in layer.active_adapters:
@@ -132,7 +127,7 @@ class TwoPassTrainer(Trainer):
                 masks = getattr(config, "factor_masks", None)
                 if masks is not None and masks.kind == "stochastic" and masks.consistency:
                     found[id(config)] = config
-        return [c for c in found.values() if not drawing or getattr(c, "_draw", None) is not None]
+        return [config for config in found.values() if getattr(config, "_draw", None) is not None]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of two passes in training, of one otherwise.

@@ -51,20 +51,23 @@ def replace_units(
     return int(at.numel())
 
 
-def skip_update(optimizer: Any) -> None:
-    """Leave the coming `optimizer.step()` without effect on any parameter: those without a gradient are not touched,
-    by momentum and weight decay neither."""
-    for group in innermost(optimizer).param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+def leave_update_out(parts: list[AdaptedLayer]) -> None:
+    """Let the coming `optimizer.step()` pass by the supports of `parts`: values without a gradient are not touched, by
+    momentum and weight decay neither. Everything else that trains takes its step."""
+    for part in parts:
+        part.values.grad = None
 
 
-def refuse_unskippable(args: TrainingArguments, option: str) -> None:
-    """Raises `ValueError` where a step cannot be left out."""
-    if getattr(args, "fp16", False) and not args.max_grad_norm:
+def refuse_unskippable(args: TrainingArguments, option: str, parts: list[AdaptedLayer], optimizer: Any) -> None:
+    """Raises `ValueError` where the update of `parts` cannot be left out."""
+    if not getattr(args, "fp16", False) or args.max_grad_norm:
+        return
+    left_out = {id(part.values) for part in parts}
+    groups = innermost(optimizer).param_groups if optimizer is not None else []
+    if all(id(parameter) in left_out for group in groups for parameter in group["params"]):
         raise ValueError(
-            f"{option}.skip_step leaves out an update, which fp16's gradient scaler refuses without clipping. Set "
-            "max_grad_norm above 0, train in bf16, or set skip_step=False."
+            f"{option}.skip_step leaves out an update, which fp16's gradient scaler refuses without clipping where "
+            "nothing else trains. Set max_grad_norm above 0, train in bf16, or set skip_step=False."
         )
 
 

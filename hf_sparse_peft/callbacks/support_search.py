@@ -83,10 +83,13 @@ class SupportSearchCallback(ScheduleCallback):
     ) -> None:
         search = config.support_search
         losses, own = [], [part.units.clone() for part in parts]
-        for trial in tqdm(range(search.trials), desc="Searching supports", disable=not show, delay=1):
-            if trial:  # the first is the adapter's own
-                _write(parts, [trial_units(part, trial) for part in parts])
-            losses.append(probe(model, parts, batches, search.steps, lr))
+        try:
+            for trial in tqdm(range(search.trials), desc="Searching supports", disable=not show, delay=1):
+                if trial:  # the first is the adapter's own
+                    _write(parts, [trial_units(part, trial) for part in parts])
+                losses.append(probe(model, parts, batches, search.steps, lr))
+        finally:  # an exception, Ctrl-C included, leaves the adapter with its own support
+            _write(parts, own)
         finite = [loss if loss == loss else float("inf") for loss in losses]
         best = min(range(len(finite)), key=finite.__getitem__)
         if finite[best] == float("inf"):
@@ -94,7 +97,8 @@ class SupportSearchCallback(ScheduleCallback):
                 f"support_search: the loss of all {search.trials} trials is not finite after {search.steps} steps at "
                 f"lr={lr:g}. Set support_search.lr lower."
             )
-        _write(parts, [trial_units(part, best) for part in parts] if best else own)
+        if best:
+            _write(parts, [trial_units(part, best) for part in parts])
         self.losses, self.best = losses, best
         logger.info(f"Support search: trial {best} of {search.trials} kept, losses {losses}.")
 

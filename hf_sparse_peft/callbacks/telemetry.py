@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from ..tuners import adapter_layers
 from ..tuners.file_writing import whole_file
+from ..tuners.live_run import LiveRun, begin_run
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from .base import AdaptedLayer
 from .record_log import RecordLog
@@ -58,6 +60,7 @@ class SupportTelemetryCallback(TrainerCallback):
         self._trackers: dict[str, SupportTracker] = {}
         self._watched: list[GradientShare] = []
         self._attached = self._started = False
+        self._run: LiveRun | None = None
 
     def attach(self, trainer: Trainer) -> SupportTelemetryCallback:
         """Join `trainer` so that its reporters (TensorBoard, W&B) show the figures too; returns self."""
@@ -71,6 +74,8 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Forget records after the step that training starts from."""
+        self._run = begin_run(model, adapter_layers(model))
+        self._run.join(self, self._stop_watching)
         self._trackers, self._watched, self._started = {}, [], False
         self._log = RecordLog(Path(args.output_dir) / "support_log.jsonl", _record_check(model))
         self.history = self._log.read(state.global_step) if state.global_step else []
@@ -102,7 +107,16 @@ class SupportTelemetryCallback(TrainerCallback):
         """Stop watching."""
         for share in self._watched:
             share.finish_micro_batch()
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        for share in self._watched:
             share.layer.sparse_lora_observer = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Take part in this run no more."""
+        if self._run is not None:
+            self._run.leave(self)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Follow the moves; take a record every `every` steps and at the last one."""

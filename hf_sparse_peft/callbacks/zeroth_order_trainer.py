@@ -70,6 +70,14 @@ class ZerothOrderTrainer(Trainer):
             self.optimizer = zeroth_order_optimizer(self.model if model is None else model, self.args)
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; where it is broken off, parameters come back from where the step under way had shifted them."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.optimizer is not None:
+                zeroth_order_of(self.optimizer).abandon()
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:

@@ -93,6 +93,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.last_update: dict[str, Any] | None = None
         """The last step: `update` (from 0), `passes`, `projected_gradient`, `lr` of each group, `perturbed_share`."""
         self._side = 0
+        self._sides: dict[str, int] = {}
         self._masks: dict[str, list[Tensor]] = {}
         self._difference, self._passes = 0.0, 0
 
@@ -125,13 +126,19 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Bring parameters back from where `in_place` shifted them; nothing to do otherwise."""
         self._move(0)
 
+    def abandon(self) -> None:
+        """Bring parameters back and forget the step that was under way; nothing to do between two steps."""
+        self.restore()
+        self._masks, self._difference, self._passes = {}, 0.0, 0
+
     @torch.no_grad()
     def _move(self, side: int) -> None:
         self._prepare()
-        if side == self._side:
-            return
         for name, parameter in self._named():
-            self._shift(name, parameter, (side - self._side) * self.epsilon)
+            away = side - self._sides.get(name, 0)
+            if away:
+                self._shift(name, parameter, away * self.epsilon)
+                self._sides[name] = side  # one by one: an interrupt may come between two of them
         self._side = side
 
     @torch.no_grad()
@@ -223,7 +230,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             "lr": [float(group["lr"]) for group in self.param_groups],
             "perturbed_share": moved / total,
         }
-        self._side, self._masks = 0, {}
+        self._side, self._sides, self._masks = 0, {}, {}
         self._difference, self._passes = 0.0, 0
         for group in self.param_groups:
             group["updates"] += 1

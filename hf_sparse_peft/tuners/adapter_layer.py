@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_copy import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
+from .live_run import first_warning, run_on
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -251,13 +252,15 @@ class AdapterLayer(BaseTunerLayer):
         )
 
     def _notice_missing_callbacks(self, active: list[str]) -> None:
+        run = run_on(self)  # also ends one that was broken off, before it could act on this one
         for name in active:
             config = self.adapter_configs[name]
-            # The flag sits on the config because every layer of the adapter shares that object.
-            if not config.has_schedule or getattr(config, "_schedule_attended", False):
+            if not config.has_schedule:
                 continue
-            config._schedule_attended = True
-            asked = config.asked_schedules
+            attended = set() if run is None else run.attended(config)
+            asked = [option for option in config.asked_schedules if option not in attended]
+            if not asked or not first_warning(config):
+                continue
             warnings.warn(
                 f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
                 f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "

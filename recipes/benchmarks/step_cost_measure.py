@@ -19,6 +19,7 @@ from hf_sparse_peft.callbacks.candidates import CandidateCollector
 from hf_sparse_peft.callbacks.regrowth import choose_units
 from hf_sparse_peft.callbacks.support_moves import replace_units
 from hf_sparse_peft.optim import AgedAdamW
+from hf_sparse_peft.tuners.live_run import begin_run
 from hf_sparse_peft.tuners.sparse_lora.layer import SparseLoraLayer
 
 REPLACED = 0.2
@@ -207,9 +208,10 @@ class Collection:
     def __init__(self, model: nn.Module):
         self.parts = [AdaptedLayer(layer, "default") for layer in sparse_layers(model)]
         self.steps = 0
+        self.run = begin_run(model, sparse_layers(model))
         for part in self.parts:
             part.config.regrowth = RegrowthConfig(interval=INTERVAL, collect_steps=COLLECT_STEPS, fraction=REPLACED)
-            part.config._schedule_attended = True  # no Trainer here, and no warning that its callback is missing
+            self.run.attend(part.config, "regrowth")  # no Trainer here, and no warning that its callback is missing
             part.layer.allocate_training_state("default")
 
     def step(self, trial: Trial) -> None:

@@ -29,7 +29,6 @@ def adapted(granularity: str, r: int):
     options = {"granularity": granularity, "block_size": 8, "regrowth": RegrowthConfig()}
     config = SparseLoraConfig(r=r, density=0.15, target_modules="all-linear", init_weights=False, **options)
     model = get_peft_model(base, config)
-    config._schedule_attended = True
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.mul_(0.1)

@@ -1,0 +1,181 @@
+"""The training run that is under way on a model: who attends to its adapters, who rests, and what ends with it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import Trainer
+
+_RUNS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LiveRun]] = weakref.WeakKeyDictionary()
+_WARNED: weakref.WeakValueDictionary[int, PeftConfig] = weakref.WeakValueDictionary()
+
+
+class UpdateMask:
+    """Who trains at this step: every parameter for which no rule asks for rest.
+
+    A parameter at rest has `requires_grad=False` and no gradient, so that neither clipping nor an optimizer touches it.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[Any, dict[int, nn.Parameter]] = {}
+        self._resting: dict[int, nn.Parameter] = {}
+
+    def rest(self, rule: Any, parameters: Iterable[nn.Parameter]) -> None:
+        """Let exactly these rest as far as `rule` is concerned; what it let rest before wakes unless another asks."""
+        self._asked[rule] = {id(parameter): parameter for parameter in parameters}
+        wanted = {key: parameter for asked in self._asked.values() for key, parameter in asked.items()}
+        for key in [key for key in self._resting if key not in wanted]:
+            self._resting.pop(key).requires_grad_(True)
+        for key, parameter in wanted.items():
+            if key in self._resting or parameter.requires_grad:  # what the user froze stays out of it
+                self._resting[key] = parameter
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def release(self) -> list[nn.Parameter]:
+        """Let everything train again; returns what rested."""
+        rested, self._asked, self._resting = list(self._resting.values()), {}, {}
+        for parameter in rested:
+            parameter.requires_grad_(True)
+        return rested
+
+
+class LiveRun:
+    """One call of a training loop, from the first `on_train_begin` of a callback of this package to the last
+    `on_train_end`, or to the exception that broke it off.
+
+    Marks that rules leave on a model (parameters at rest, hooks, readers of gradients, draws of experts) belong to the
+    run: `end` takes them away. No event tells a callback of an exception, so a run ends in one of four ways, whichever
+    comes first: its callbacks leave; `Trainer.train` returns or raises (`end_with_train`); somebody asks for the run
+    and its loop is no longer on its thread's stack; nobody holds it any more.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], loop: FrameType | None) -> None:
+        self.mask = UpdateMask()
+        self.woken: list[nn.Parameter] = []
+        """What an earlier run that was broken off had let rest when this one began."""
+        self.trainer = None if loop is None else weakref.ref(loop.f_locals["self"])
+        self._loop, self._thread = loop, threading.get_ident()
+        self._ended = False
+        self._undo: dict[Any, Callable[[], None]] = {}
+        self._attended: dict[int, tuple[PeftConfig, set[str]]] = {}
+        for module in (model, *layers):
+            _RUNS[module] = weakref.ref(self)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its loop goes on. A loop by hand, without a Trainer, goes on until its callbacks leave."""
+        if self._loop is not None and not self._ended:
+            frame = sys._current_frames().get(self._thread)
+            while frame is not None and frame is not self._loop:
+                frame = frame.f_back
+            if frame is None:
+                self.end()
+        return not self._ended
+
+    def attend(self, config: PeftConfig, option: str) -> None:
+        """Note that a callback carries out `option` of this adapter's config."""
+        _WARNED.pop(id(config), None)
+        self._attended.setdefault(id(config), (config, set()))[1].add(option)
+
+    def attended(self, config: PeftConfig) -> set[str]:
+        """Options of this adapter's config that a callback carries out."""
+        return self._attended.get(id(config), (config, set()))[1]
+
+    def join(self, callback: Any, undo: Callable[[], None]) -> None:
+        """`callback` takes part; `undo` takes its marks off the model, whenever the run ends."""
+        self._undo[callback] = undo
+
+    def leave(self, callback: Any) -> None:
+        """`callback` is done; with the last one the run ends."""
+        undo = self._undo.pop(callback, None)
+        if undo is not None:
+            undo()
+        if not self._undo:
+            self.end()
+
+    def end(self) -> list[nn.Parameter]:
+        """Take all marks off the model; returns the parameters that rested. Nothing to do a second time."""
+        if self._ended:
+            return []
+        self._ended, self._loop = True, None
+        undo, self._undo = self._undo, {}
+        for take_off in undo.values():
+            take_off()
+        for config, _ in self._attended.values():
+            _WARNED.pop(id(config), None)
+        return self.mask.release()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.end()
+
+
+def begin_run(model: nn.Module, layers: Iterable[nn.Module]) -> LiveRun:
+    """The run that the calling callback takes part in: the first begins it, and ends what was broken off before."""
+    loop, known, rested = _trainer_frame(), _run_of(model), []
+    if known is not None:
+        if known._loop is loop and not known._ended:
+            return known
+        rested = known.end()
+    run = LiveRun(model, layers, loop)
+    run.woken = rested
+    return run
+
+
+def run_on(module: nn.Module) -> LiveRun | None:
+    """The live run on an adapted layer or a whole model; one that was broken off is ended here."""
+    run = _run_of(module)
+    return run if run is not None and run.is_live else None
+
+
+def end_with_train() -> None:
+    """Called while a Trainer is built: let its `train` end the run however it ends itself.
+
+    Trainer tells callbacks of no exception, and the next Trainer's optimizer is built before any callback is asked.
+    """
+    frame = _trainer_frame()
+    if frame is None or "train" in vars(frame.f_locals["self"]):
+        return
+    trainer = frame.f_locals["self"]
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_end(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        finally:
+            run = _run_of(trainer.model)
+            if run is not None:
+                run.end()
+
+    trainer.train = train_and_end
+
+
+def first_warning(config: PeftConfig) -> bool:
+    """True once a run and adapter."""
+    if _WARNED.get(id(config)) is config:
+        return False
+    _WARNED[id(config)] = config
+    return True
+
+
+def _run_of(module: nn.Module) -> LiveRun | None:
+    reference = _RUNS.get(module)
+    return None if reference is None else reference()
+
+
+def _trainer_frame() -> FrameType | None:
+    """The innermost frame of a Trainer's method, among the callers."""
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return frame
