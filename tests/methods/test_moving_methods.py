@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from hf_sparse_peft import PruningConfig, SparseLoraConfig, methods
+from hf_sparse_peft import PruningConfig, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.callbacks.layer_sampling import updated_importance
 from hf_sparse_peft.callbacks.pruning import living_share
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
@@ -110,3 +110,32 @@ def test_ists_importance_moves_as_worked_out_by_hand():
 
 def test_a_probe_without_a_loss_leaves_ists_importance_alone():
     assert updated_importance([0.5, -0.5], [[0], [1]], [float("nan"), 1.0], 10.0) == [0.5, -0.5]
+
+
+def test_global_pruning_compares_units_of_unequal_size_by_their_mean(tmp_path):
+    # Rows of down_proj have twice the entries of q_proj's: by their sums they would all outlive q_proj's.
+    pruning = PruningConfig(final_fraction=0.5, begin=0.0, end=0.5, scope="global")
+    config = SparseLoraConfig(
+        r=0, density=0.5, granularity="row", target_modules=["q_proj", "down_proj"], pruning=pruning
+    )
+    model = get_peft_model(tiny.llama(layers=1), config)
+    layers = {layer.module_name.split(".")[-1]: layer for layer in sparse_layers(model)}
+    before = {}
+
+    def prepare(step, model, optimizer):
+        if step == 3:  # the only pruning, at the window's end
+            for number, (name, layer) in enumerate(layers.items()):
+                values = layer.sparse_lora_values["default"].data
+                values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(number)))
+                values *= torch.linspace(0.1, 1, len(values))[:, None]
+                before[name] = (layer.units("default").tolist(), values.double().abs().mean(1).tolist())
+
+    callbacks = [tiny.At(on_step_end=prepare), *callbacks_for(model)]
+    tiny.train(model, tmp_path, 6, callbacks=callbacks)
+    ranked = sorted(
+        ((m, name, u) for name, (units, means) in before.items() for u, m in zip(units, means, strict=True))
+    )
+    kept = ranked[len(ranked) // 2 :]
+    for name, layer in layers.items():
+        assert layer.units("default").tolist() == sorted(u for _, n, u in kept if n == name), name
+    assert {n for _, n, _ in kept} == set(layers)
