@@ -158,16 +158,12 @@ def _counts(layers: list[PrunableLayer], sources: dict[str, Source], sparsity: f
     if not sparsity:
         return dict.fromkeys(sizes, 0)
     if scope == "layer":
-        return {name: _floor(sparsity, size) for name, size in sizes.items()}
+        return {name: round(sparsity * size) for name, size in sizes.items()}
     if scope == "erdos_renyi":
         kept = erdos_renyi_counts({layer.name: layer.grid for layer in layers}, 1 - sparsity)
         return {name: size - kept[name] for name, size in sizes.items()}
-    cut = find_cut(list(sources.values()), _floor(sparsity, sum(sizes.values())), largest=False)
+    cut = find_cut(list(sources.values()), round(sparsity * sum(sizes.values())), largest=False)
     return {name: count_selected(source, cut, largest=False)[0] for name, source in sources.items()}
-
-
-def _floor(share: float, size: int) -> int:
-    return int(share * size + 1e-9)  # 0.29 * 100 is 28.999... in floats
 
 
 def _mask(layer: PrunableLayer, source: Source, count: int) -> Tensor:

@@ -108,6 +108,30 @@ def test_ists_importance_moves_as_worked_out_by_hand():
     assert updated == pytest.approx([0.10863, 0.0, 0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize("favoured", [0, 3])
+def test_ist_trains_and_suppresses_layers_by_their_importance(favoured, tmp_path):
+    # sigma(-I) of the favoured layer is 1, of the others e^-12: it trains at every step, and is not suppressed.
+    method = methods.get("ist", r=2, trained=0.25, suppressed=0.25, interval=100, target_modules=["q_proj"])
+    model = get_peft_model(tiny.llama(layers=4), method.config)
+    (callback,) = method.callbacks(model)
+    importance = [12.0] * 4
+    importance[favoured] = -12.0
+    drawn, suppressed = [], []
+
+    def set_importance(step, model, optimizer):
+        callback.importance = list(importance)
+        suppressed.append(callback._suppressed_sets(step)[0])
+
+    first, last = (
+        tiny.At(on_step_begin=set_importance),
+        tiny.At(on_step_begin=lambda *_: drawn.append(callback.trained)),
+    )
+    tiny.train(model, tmp_path, 6, callbacks=[first, callback, last])
+    assert drawn == [[favoured]] * 6
+    assert [favoured] not in suppressed
+    assert len(set(map(tuple, suppressed))) > 1
+
+
 def test_a_probe_without_a_loss_leaves_ists_importance_alone():
     assert updated_importance([0.5, -0.5], [[0], [1]], [float("nan"), 1.0], 10.0) == [0.5, -0.5]
 

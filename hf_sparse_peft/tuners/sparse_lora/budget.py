@@ -166,7 +166,8 @@ def _counts(
     if config.allocation == "global":
         _check_global_budget(density, grids)
         chunks = {name: _score_chunks(config, name, layers[name], grids[name], model) for name in grids}
-        total = int(density * sum(grid.num_units for grid in grids.values()))
+        # Rounded as torch.nn.utils.prune does, so that what one-shot pruning removes is what this chooses.
+        total = round(density * sum(grid.num_units for grid in grids.values()))
         return global_counts(chunks, grids, total, config.seed)
     return (
         uniform_counts(grids, density) if config.num_entries is None else counts_from_total(grids, config.num_entries)
