@@ -3,7 +3,7 @@
 from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .linear import sparse_linear
-from .sources import DenseSource, DequantizedSource, Source, Support, may_borrow
+from .sources import DenseSource, DequantizedSource, Source, Support
 from .units import add_units_, pack_entries, read_units, unit_gradient, unpack_entries, write_units_
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Source",
     "Support",
     "add_units_",
-    "may_borrow",
     "pack_entries",
     "read_units",
     "register_owner",

@@ -7,7 +7,6 @@ under an integer that the layer registers: turning collection on and off, or mov
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from typing import Any, Protocol
 
@@ -80,9 +79,7 @@ def _forward_node(
     collects: bool,
 ) -> torch.Tensor:
     plan = _plan(owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype)
-    y = forward_product(
-        x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends), threading.get_ident()
-    )
+    y = forward_product(x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends))
     return y.view(*x.shape[:-1], rows)
 
 
@@ -118,7 +115,7 @@ def _backward_node(
     dy = grad_output.reshape(-1, rows)
     x2d = None if x is None else x.reshape(-1, x.shape[-1])
     operands = Operands(values, units, A, B, gate, bias, row_ends)
-    grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only, threading.get_ident())
+    grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only)
     if grads.x is not None:
         grads = grads._replace(x=grads.x.view(*grad_output.shape[:-1], cols))
     # A node answers with tensors only: empty ones stand for gradients that nobody asked for.

@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .sources import Source, Support
-from .units import add_units_, column_gradient, read_units, unit_gradient, unpack_entries
+from .support_product import add_support_product_, add_transposed_support_product_, runs_beside
+from .units import column_gradient, read_units, unit_gradient, unpack_entries, write_units_
 
 
 class GradientSink(Protocol):
@@ -85,9 +86,9 @@ def keeps_columns_only(plan: Plan, operands: Operands) -> bool:
     return plan.granularity == "column" and operands.A is None and not plan.shows_gradient
 
 
-def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands, thread: int) -> torch.Tensor:
+def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands) -> torch.Tensor:
     """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype."""
-    y = _base_product(x2d, _support(plan, operands), operands.bias, plan, thread)
+    y = _base_product(x2d, _support(plan, operands), operands.bias, plan)
     if operands.A is not None:
         hidden = x2d @ operands.A.to(x2d.dtype).t()
         y.addmm_(_scaled(hidden, operands.gate, plan.scale), operands.B.to(x2d.dtype).t())
@@ -101,14 +102,13 @@ def backward_product(
     operands: Operands,
     needs: Gradients,
     columns_only: bool,
-    thread: int,
 ) -> Gradients:
     """Gradients for `dy` `[tokens, rows]`; `x2d` `[tokens, cols]`, or its columns of the support (`columns_only`).
 
     `needs` has True where a gradient is asked for.
     """
     A, B, gate, bias = operands.A, operands.B, operands.gate, operands.bias
-    grad_x = _input_gradient(dy, _support(plan, operands), plan, thread) if needs.x else None
+    grad_x = _input_gradient(dy, _support(plan, operands), plan) if needs.x else None
     grad_values = _values_gradient(dy, x2d, operands, plan, needs.values, columns_only)
     grad_A = grad_B = grad_gate = None
     if A is not None:
@@ -130,47 +130,37 @@ def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> to
     return hidden.mul_(scale) if gate is None else hidden.mul_((gate * scale).to(hidden.dtype))
 
 
-def _base_product(x2d, support, bias, plan, thread) -> torch.Tensor:
-    if plan.source is not None:
-        columns = support is not None and support.granularity == "column"
-        with plan.source.standing(None if columns else support, x2d.dtype, thread) as weight:
-            y = torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
-        # Columns of a weight lie one entry a row apart: a small product costs less than writing them there and back.
-        return y.addmm_(x2d.index_select(1, support.units), support.values.to(x2d.dtype)) if columns else y
-    if support is None:
-        return x2d.new_zeros(x2d.shape[0], plan.rows)
-    if support.granularity == "row":
+def _base_product(x2d: torch.Tensor, support: Support | None, bias: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+    weight, beside = _weight(plan, support, x2d)
+    if weight is None:
         y = x2d.new_zeros(x2d.shape[0], plan.rows)
-        return y.index_copy_(1, support.units.long(), x2d @ support.values.to(x2d.dtype).t())
-    if support.granularity == "column":
-        return x2d.index_select(1, support.units) @ support.values.to(x2d.dtype)
-    return x2d @ _dense_support(support, plan, x2d).t()
+    else:
+        y = torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
+    if beside is not None:
+        add_support_product_(y, x2d, beside)
+    return y
 
 
-def _input_gradient(dy, support, plan, thread) -> torch.Tensor:
-    if plan.source is not None:
-        columns = support is not None and support.granularity == "column"
-        with plan.source.standing(None if columns else support, dy.dtype, thread) as weight:
-            grad_x = dy @ weight
-        if columns:
-            units = support.units.long()
-            part = torch.addmm(grad_x.index_select(1, units), dy, support.values.to(dy.dtype).t())
-            grad_x.index_copy_(1, units, part)
-        return grad_x
-    if support is None:
-        return dy.new_zeros(dy.shape[0], plan.cols)
-    if support.granularity == "row":
-        return dy.index_select(1, support.units) @ support.values.to(dy.dtype)
-    if support.granularity == "column":
-        grad_x = dy.new_zeros(dy.shape[0], plan.cols)
-        return grad_x.index_copy_(1, support.units.long(), dy @ support.values.to(dy.dtype).t())
-    return dy @ _dense_support(support, plan, dy)
+def _input_gradient(dy: torch.Tensor, support: Support | None, plan: Plan) -> torch.Tensor:
+    weight, beside = _weight(plan, support, dy)
+    grad_x = dy.new_zeros(dy.shape[0], plan.cols) if weight is None else dy @ weight
+    if beside is not None:
+        add_transposed_support_product_(grad_x, dy, beside)
+    return grad_x
 
 
-def _dense_support(support: Support, plan: Plan, like: torch.Tensor) -> torch.Tensor:
-    dense = like.new_zeros(plan.rows, plan.cols)
-    add_units_(dense, support.units, support.values, support.granularity, support.block_size)
-    return dense
+def _weight(plan: Plan, support: Support | None, like: torch.Tensor) -> tuple[torch.Tensor | None, Support | None]:
+    """The `[rows, cols]` weight of the base's product, to be read only, and the support that runs beside it.
+
+    The support is in the weight, which is a copy then, where `runs_beside` says so.
+    """
+    if support is not None and not runs_beside(support, like.shape[0], plan.rows, plan.cols, like.dtype):
+        if plan.source is not None:
+            return plan.source.with_support(support, like.dtype), None
+        if support.granularity == "entry":
+            dense, values = like.new_zeros(plan.rows, plan.cols), support.values.to(like.dtype)
+            return write_units_(dense, support.units, values, "entry"), None
+    return None if plan.source is None else plan.source.read(like.dtype), support
 
 
 def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Tensor | None:

@@ -7,7 +7,6 @@ one layer when a `gradient_sink` asks for it.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .core import Gradients, Operands, Plan, backward_product, forward_product, keeps_columns_only
+from .sources import check_version, version_of
 
 
 def sparse_linear(
@@ -36,6 +36,14 @@ def sparse_linear(
     Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
+
+    Where `S` goes: nothing is written into the frozen weight. Rows, columns and blocks are products of their own, of
+    any size however large the weight is. Entries are too while there are few tokens (on CPUs); for more, one forward or
+    backward product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16 weight
+    `w` that copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
+
+    Raises:
+        RuntimeError: in the backward pass, where the frozen weight was written to since the forward pass.
     """
     return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, plan)
 
@@ -69,13 +77,13 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, units, A, B, gate, bias, row_ends, plan: Plan):
         operands = Operands(values, units, A, B, gate, bias, row_ends)
-        ctx.plan, ctx.thread, ctx.x_shape, ctx.x_dtype = plan, threading.get_ident(), x.shape, x.dtype
+        ctx.plan, ctx.weight_version, ctx.x_shape, ctx.x_dtype = plan, version_of(plan.source), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.shows_gradient
         ctx.columns_only = keeps_columns_only(plan, operands)
         with _without_autocast(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)
             x2d = x.reshape(-1, plan.cols)
-            y = forward_product(x2d, plan, operands, ctx.thread)
+            y = forward_product(x2d, plan, operands)
             kept = x2d.index_select(1, units) if needs_x and ctx.columns_only else x
         ctx.save_for_backward(kept if needs_x else None, *operands)
         return y.view(*ctx.x_shape[:-1], plan.rows)
@@ -87,9 +95,11 @@ class _SparseLinear(torch.autograd.Function):
         plan = ctx.plan
         wanted = ctx.needs_input_grad
         needs = Gradients(wanted[0], wanted[1], wanted[3], wanted[4], wanted[5], wanted[6])
+        if needs.x:
+            check_version(plan.source, ctx.weight_version)
         with _without_autocast(grad_output.device.type):
             dy = grad_output.reshape(-1, plan.rows).to(plan.compute_dtype)
             x2d = None if x is None else x.reshape(-1, x.shape[-1])
-            grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only, ctx.thread)
+            grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)
         return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None

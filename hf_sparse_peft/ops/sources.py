@@ -1,20 +1,13 @@
-"""Where the frozen weight of one product comes from, with a support standing on it for just that product.
-
-A dense weight is borrowed: `base + value` is written into the frozen weight itself and the overwritten entries are put
-back bit for bit before the product's caller goes on. A dequantised or cast weight, or a clone where the weight must not
-be touched, is a private buffer and simply gets the support added.
-"""
+"""Where the frozen weight of one product comes from. The weight itself is only ever read."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .units import add_units_, write_units_
+from .units import read_units, write_units_
 
 
 @dataclass(frozen=True)
@@ -27,53 +20,6 @@ class Support:
     block_size: int = 0
 
 
-class _BorrowState:
-    """Who may write into frozen weights for the length of a product.
-
-    The first thread (and, on a GPU, stream) that computes has that right while it lives. Once a second one computes as
-    well nobody borrows any more: a clone costs time, a weight that changes under another's product costs correctness.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.owner: tuple[int, int] | None = None
-        self.shared = False
-
-    def allows(self, worker: tuple[int, int]) -> bool:
-        if self.shared:
-            return False
-        if self.owner != worker:
-            if self.owner is not None and self.owner[0] in {thread.ident for thread in threading.enumerate()}:
-                with self.lock:  # a product in flight puts its weight back first
-                    self.shared = True
-                return False
-            self.owner = worker
-        return True
-
-
-_state = _BorrowState()
-
-
-def may_borrow(weight: torch.Tensor, thread: int) -> bool:
-    """Whether `weight`'s own memory may hold `base + value` while one product of thread `thread` runs.
-
-    No for memory that others may read meanwhile or that is not the weight's alone: subclasses that guard their storage
-    (DTensor), ZeRO's and FSDP's buffers, memory shared between processes, inference tensors, and anything at all once a
-    second thread or stream computes.
-    """
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or hasattr(weight, "ds_id"):
-        return False
-    if weight.is_inference() or weight.requires_grad:
-        return False
-    if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-        return False  # a slice of a larger buffer, such as FSDP's flat parameter
-    # CUDA tensors always report shared memory; on CPU it means that other processes read the same bytes.
-    if weight.device.type == "cpu" and weight.is_shared():
-        return False
-    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-    return (weight.is_contiguous() or weight.t().is_contiguous()) and _state.allows((thread, stream))
-
-
 @dataclass(frozen=True)
 class DenseSource:
     """A dense frozen weight of a layer, `[rows, cols]` or its transpose in memory (`transposed`)."""
@@ -81,26 +27,17 @@ class DenseSource:
     weight: torch.Tensor
     transposed: bool = False
 
-    @contextmanager
-    def standing(self, support: Support | None, dtype: torch.dtype, thread: int) -> Iterator[torch.Tensor]:
-        """The `[rows, cols]` weight in `dtype` with the support added, valid inside the `with` block only."""
-        # `.data` has its own version counter: graphs that saved this weight must not notice a borrow that was undone.
-        weight = self.weight.data.t() if self.transposed else self.weight.data
-        if support is None:
-            with _state.lock:
-                yield weight.to(dtype)
-        elif weight.dtype == dtype and may_borrow(self.weight, thread):
-            with _state.lock:
-                before = add_units_(weight, support.units, support.values, support.granularity, support.block_size)
-                try:
-                    yield weight
-                finally:
-                    write_units_(weight, support.units, before, support.granularity, support.block_size)
-        else:
-            with _state.lock:
-                private = weight.to(dtype, copy=True)
-            add_units_(private, support.units, support.values, support.granularity, support.block_size)
-            yield private
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """The `[rows, cols]` weight in `dtype`, in the layer's own memory where the dtypes agree: not to be changed."""
+        weight = self.weight.detach()
+        return (weight.t() if self.transposed else weight).to(dtype)
+
+    def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of the `[rows, cols]` weight with the support added, summed in fp32 or more, rounded once."""
+        weight = self.read(self.weight.dtype)
+        cut = support.granularity, support.block_size
+        total = read_units(weight, support.units, *cut) + support.values
+        return write_units_(weight.to(dtype, copy=True), support.units, total.to(dtype), *cut)
 
 
 @dataclass(frozen=True)
@@ -108,13 +45,40 @@ class DequantizedSource:
     """A quantised weight: `dequantize(dtype)` returns a fresh `[rows, cols]` buffer at every call."""
 
     dequantize: Callable[[torch.dtype], torch.Tensor]
+    weight: torch.Tensor | None = None
+    """What is dequantised, to notice when it changes between a forward and its backward pass."""
 
-    @contextmanager
-    def standing(self, support: Support | None, dtype: torch.dtype, thread: int) -> Iterator[torch.Tensor]:
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dequantised weight in `dtype`, in memory of its own."""
+        return self.dequantize(dtype)
+
+    def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
+        """The dequantised weight with the support added in fp32, rounded once."""
         weight = self.dequantize(dtype)
-        if support is not None:
-            add_units_(weight, support.units, support.values, support.granularity, support.block_size)
-        yield weight
+        cut = support.granularity, support.block_size
+        total = read_units(weight, support.units, *cut) + support.values
+        return write_units_(weight, support.units, total.to(dtype), *cut)
 
 
 Source = DenseSource | DequantizedSource
+
+
+def version_of(source: Source | None) -> int | None:
+    """How often the weight behind `source` was written to; None where nobody counts (inference tensors)."""
+    weight = None if source is None else source.weight
+    return None if weight is None or weight.is_inference() else weight._version
+
+
+def check_version(source: Source | None, version: int | None) -> None:
+    """Refuse a backward pass through a weight that is not the one of the forward pass.
+
+    Raises:
+        RuntimeError: the weight was changed in place since it had `version`, as autograd says it of saved tensors.
+    """
+    now = version_of(source)
+    if version is not None and now != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+            f"frozen weight [{', '.join(map(str, source.weight.shape))}] of an adapted layer is at version {now}; "
+            f"expected version {version} instead. Run backward() before the base weight is edited or merged into."
+        )

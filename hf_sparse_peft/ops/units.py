@@ -22,6 +22,8 @@ from . import triton_kernels
 
 # Bytes of dense gradient that may exist at once while an entry gradient is gathered from it.
 DENSE_TILE_BYTES = 1 << 25
+# Bytes of activations that are gathered at once for products with blocks. Larger buffers cost page faults.
+_GATHERED_BYTES = 1 << 20
 
 
 def pack_entries(units: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +76,8 @@ def block_view(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     )
 
 
-def _block_index(weight: torch.Tensor, units: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    per_row = weight.shape[1] // block_size
+def block_position(units: torch.Tensor, per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block row and block column (int64) of block `units`, of which a row of the weight crosses `per_row`."""
     units = units.long()
     block_row = torch.div(units, per_row, rounding_mode="floor")
     return block_row, units - block_row * per_row
@@ -93,7 +95,7 @@ def read_units(weight: torch.Tensor, units: torch.Tensor, granularity: str, bloc
         return weight.index_select(0, units)
     if granularity == "column":
         return weight.index_select(1, units).t()
-    return block_view(weight, block_size)[_block_index(weight, units, block_size)]
+    return block_view(weight, block_size)[block_position(units, weight.shape[1] // block_size)]
 
 
 def write_units_(
@@ -111,7 +113,7 @@ def write_units_(
     elif granularity == "column":
         weight.index_copy_(1, units.long(), values.t())
     else:
-        block_view(weight, block_size)[_block_index(weight, units, block_size)] = values
+        block_view(weight, block_size)[block_position(units, weight.shape[1] // block_size)] = values
     return weight
 
 
@@ -239,15 +241,19 @@ def _transposed(a: torch.Tensor) -> list[torch.Tensor]:
     return pieces
 
 
+def blocks_at_once(x: torch.Tensor, block_size: int) -> int:
+    """How many `[tokens, b]` slices of `x` to gather for one product: as many as a CPU's cache holds, or as a dense
+    tile has bytes."""
+    most = _GATHERED_BYTES if x.device.type == "cpu" else DENSE_TILE_BYTES // 2
+    return max(1, most // max(1, x.shape[0] * block_size * x.element_size()))
+
+
 def _block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, block_size: int) -> torch.Tensor:
-    tokens, rows, cols = x.shape[0], grad_output.shape[1], x.shape[1]
-    units = units.long()
-    block_row = torch.div(units, cols // block_size, rounding_mode="floor")
-    block_col = units - block_row * (cols // block_size)
+    rows, cols = grad_output.shape[1], x.shape[1]
+    block_row, block_col = block_position(units, cols // block_size)
     dy_blocks = grad_output.unflatten(1, (rows // block_size, block_size)).transpose(0, 1)
     x_blocks = x.unflatten(1, (cols // block_size, block_size)).transpose(0, 1)
-    # Gathered slices cost 2 * tokens * b elements a block: keep them under the same bound as a dense tile.
-    chunk = max(1, DENSE_TILE_BYTES // (2 * tokens * block_size * x.element_size()))
+    chunk = blocks_at_once(x, block_size)
     parts = [
         torch.bmm(
             dy_blocks.index_select(0, block_row[at : at + chunk]).transpose(1, 2),

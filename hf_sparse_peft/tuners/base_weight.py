@@ -35,7 +35,7 @@ def weight_source(layer: BaseTunerLayer) -> Source | None:
     if is_bnb_4bit(base):
         if getattr(base.weight, "quant_state", None) is None:
             return None
-        return DequantizedSource(partial(dequantize_4bit, base))
+        return DequantizedSource(partial(dequantize_4bit, base.weight), base.weight)
     if layer.quantization_backend is not None or type(base).forward not in _LINEAR_FORWARDS:
         return None
     transposed = isinstance(base, Conv1D)
@@ -63,11 +63,11 @@ def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None)
     return autocast or x.dtype
 
 
-def dequantize_4bit(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh `[out, in]` buffer with the 4-bit weight of `base` in `dtype`."""
+def dequantize_4bit(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh `[out, in]` buffer with the bitsandbytes 4-bit weight `packed` in `dtype`."""
     import bitsandbytes as bnb
 
-    weight = bnb.functional.dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state)
+    weight = bnb.functional.dequantize_4bit(packed.data.view(-1, 1), packed.quant_state)
     # The stored dtype may be the wider one; `.to` returns the fresh buffer itself when there is nothing to convert.
     return weight.to(dtype)
 

@@ -100,30 +100,6 @@ def relative(got, expected):
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("kind", ["dense", "transposed"])
-@pytest.mark.parametrize("granularity", list(UNIT_COUNT))
-def test_borrowed_weight_comes_back_bit_for_bit_and_unversioned(granularity, kind):
-    tensors, units, weight, grad = draw(granularity, RANK, torch.bfloat16, 0)
-    source = source_of(kind, weight)
-    before, version = source.weight.clone(), source.weight._version
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    plan = Plan(ROWS, COLS, torch.bfloat16, source, granularity, BLOCK)
-    y = sparse_linear(leaves["x"], plan, units=units, **{n: t for n, t in leaves.items() if n != "x"})
-    assert torch.equal(source.weight, before)
-    y.backward(grad)
-    assert torch.equal(source.weight, before)
-    assert source.weight._version == version
-
-
-def test_borrowed_weight_comes_back_when_the_product_raises():
-    tensors, units, weight, _ = draw("entry", 0, torch.float32, 0)
-    before = weight.clone()
-    plan = Plan(ROWS, COLS, torch.float32, DenseSource(weight))
-    with pytest.raises(RuntimeError):
-        sparse_linear(tensors["x"], plan, values=tensors["values"], units=units, bias=torch.zeros(ROWS + 1))
-    assert torch.equal(weight, before)
-
-
 @pytest.mark.parametrize("granularity", list(UNIT_COUNT))
 def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(granularity):
     tensors, units, weight, _ = draw(granularity, RANK, torch.bfloat16, 0)
