@@ -15,6 +15,7 @@ from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.heads import head_owners
+from ..tuners.merge import untie_embeddings
 from .folders import staged_folder
 
 
@@ -95,9 +96,7 @@ def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None, h
     dense = copy.deepcopy(base, dict(replaced))
     _forget_adapters_and_quantisation(dense)
     if untied and getattr(dense, "config", None) is not None:
-        for config in {id(c): c for c in (dense.config, dense.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        dense.all_tied_weights_keys = {}
+        untie_embeddings(dense)
     dense.requires_grad_(False)
     return dense if dtype is None else dense.to(dtype)
 

@@ -19,6 +19,7 @@ from ..sparsity.scores import Magnitude, Random
 from ..sparsity.selection import Source, count_selected, find_cut, tie_priority
 from ..tuners import SparseLoraConfig
 from ..tuners.base_weight import keep_4bit_weight_stable
+from ..tuners.rollback import uninterrupted
 from ..tuners.sparse_lora.budget import target_layers
 
 SCOPES = ("global", "layer", "random", "erdos_renyi", "n:m")
@@ -94,25 +95,27 @@ def one_shot_pruned(
     `random` any, over all matrices; `erdos_renyi` any, with `1 - sparsity` shared out by Erdos-Renyi; `n:m` the
     smallest of every `group` neighbours along the inputs. A larger sparsity removes what a smaller one does, and more.
 
-    Dense weights are zeroed in place, and what was there is kept: `sparsity` of their bytes plus a bit an entry. 4-bit
-    and other quantised layers compute with a dense copy of their weight, made anew in each forward, zeroed and thrown
-    away; they keep a bit an entry. At sparsity 0 nothing is touched.
+    No weight is written to. Dense layers hold a pruned copy of their weight inside, as many bytes once more; 4-bit and
+    other quantised layers compute with a dense copy of theirs, made anew in each forward, zeroed and thrown away, and
+    keep a bit an entry. At sparsity 0 nothing is touched.
 
     Yields: share of zeroed entries by module name.
 
     Raises:
-        ValueError: sparsity or scope out of range, `n:m` that does not fit, nothing to prune.
+        ValueError: sparsity or scope out of range, `n:m` that does not fit, nothing to prune, or a parametrized weight.
     """
     layers = prunable_layers(model, target_modules, exclude_modules)
     masks = pruning_masks(layers, sparsity, scope, group=group, seed=seed)
     undo: list[Callable[[], None]] = []
     try:
         for layer in layers if sparsity else ():
-            undo.append((_zero_in_place if layer.backend is None else _compute_pruned)(layer, masks[layer.name]))
+            with uninterrupted():  # what is pruned is known to whoever undoes it
+                undo.append((_hold_pruned_copy if layer.backend is None else _compute_pruned)(layer, masks[layer.name]))
         yield {layer.name: share_of(masks[layer.name], layer.grid) for layer in layers}
     finally:
-        for bring_back in reversed(undo):  # weights that two modules share come back in the order they were taken
-            bring_back()
+        with uninterrupted():
+            for bring_back in undo:
+                bring_back()
 
 
 @torch.no_grad()
@@ -199,16 +202,19 @@ def _smallest_of_group(layer: PrunableLayer, sparsity: float, group: int, seed: 
 
 
 @torch.no_grad()
-def _zero_in_place(layer: PrunableLayer, packed: Tensor) -> Callable[[], None]:
-    weight = layer.weight()
-    mask = unpack_bits(packed.to(weight.device), layer.grid.num_units).view(weight.shape)
-    kept = weight[mask]
-    weight.masked_fill_(mask, 0)
-    del mask
+def _hold_pruned_copy(layer: PrunableLayer, packed: Tensor) -> Callable[[], None]:
+    module, kept = layer.module, layer.module.weight
+    if module._parameters.get("weight") is not kept:
+        raise ValueError(
+            f"The weight of '{layer.name}' is computed at each forward (a parametrization), so it cannot be pruned. "
+            "Call torch.nn.utils.parametrize.remove_parametrizations first, or exclude the module."
+        )
+    mask = unpack_bits(packed.to(kept.device), layer.grid.num_units).view(layer.weight().shape)
+    mask = mask.t() if isinstance(module, Conv1D) else mask
+    module.weight = nn.Parameter(kept.masked_fill(mask, 0), requires_grad=kept.requires_grad)
 
-    @torch.no_grad()
     def bring_back() -> None:
-        weight[unpack_bits(packed.to(weight.device), layer.grid.num_units).view(weight.shape)] = kept
+        module.weight = kept
 
     return bring_back
 

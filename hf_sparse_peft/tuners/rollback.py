@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,14 +22,32 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, kept in attributes:
-            for name in [name for name in vars(module) if name not in kept]:
-                del vars(module)[name]
-            vars(module).update({name: value.restored() for name, value in kept.items()})
-        for parameter, flag in trained:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+        with uninterrupted():
+            for module, kept in attributes:
+                for name in [name for name in vars(module) if name not in kept]:
+                    del vars(module)[name]
+                vars(module).update({name: value.restored() for name, value in kept.items()})
+            for parameter, flag in trained:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
         raise
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is done. Python delivers it to the main thread alone."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        before(*pressed[0])
 
 
 class _Kept:

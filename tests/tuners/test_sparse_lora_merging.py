@@ -38,11 +38,8 @@ def test_merged_logits_equal_unmerged_ones(base_of, base, case, safe):
     before = logits(model)
     model.merge_adapter(safe_merge=safe)
     after = logits(model)
-    if case.startswith("sparse") and case != "sparse-column":  # columns are a product of their own until merged
-        assert torch.equal(after, before)
-    else:
-        tolerance = 0.15 if base == "bf16" else 1e-4
-        torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+    tolerance = 0.15 if base == "bf16" else 1e-4  # until merged, an update is a product beside the base's
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("base", DENSE)
