@@ -27,7 +27,7 @@ from .heads import check_active_heads, check_no_biases, drop_heads, head_owners,
 from .idle_layers import belongs_to, stop_watching, watch_forwards
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
 from .module_patterns import matches
-from .rollback import uninterrupted, unchanged_on_error
+from .rollback import unchanged_on_error, uninterrupted
 from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name, rename_to_modules
