@@ -15,7 +15,7 @@ from .penalties import PenaltyCallback
 
 
 def rank_budget(config: RankAllocationConfig, start: int, target: int, step: int, total_steps: int) -> int:
-    r"""Components that live from step `t` on, counted from 0: `start` up to :math:`t_i`, `target` after
+    r"""Components that live from step `t` on: `start` up to :math:`t_i`, `target` after
     :math:`T - t_f`, between them :math:`b_T + (b_0 - b_T)(1 - \frac{t - t_i}{T - t_i - t_f})^3` truncated (Zhang et
     al., 2023)."""
     first, last = _window(config, total_steps)
@@ -31,6 +31,11 @@ def _window(config: RankAllocationConfig, total_steps: int) -> tuple[int, int]:
     return whole_steps(config.initial_warmup, total_steps), total_steps - final
 
 
+def _fixed(config: RankAllocationConfig, total_steps: int) -> int:
+    """The step at which the mask is taken for the last time."""
+    return min(_window(config, total_steps)[1], total_steps - 1 + config.count_from)
+
+
 class RankReallocationCallback(PenaltyCallback):
     r"""Moves rank between the layers of adapters that set `rank_allocation` (AdaLoRA; Zhang et al., 2023).
 
@@ -41,10 +46,11 @@ class RankReallocationCallback(PenaltyCallback):
     budget's best over the whole model live, exactly as many as the budget says, and the others' gates are zeroed. While
     the budget falls a zeroed gate may come back.
 
-    Steps t are counted from 0, as in the official code and in peft's `RankAllocator`: importances are updated at
+    At step t, which is what peft's `RankAllocator` takes as `global_step`, importances are updated if
     :math:`t < T - t_f`; masks are due at multiples of the interval with :math:`t_i < t < T - t_f`, and the last one,
-    at the target, at :math:`t = T - t_f` (the run's last step where :math:`t_f = 0`). From there on it is fixed and
-    applied at every step.
+    at the target, at :math:`t = T - t_f` (or the run's last step). From there on it is fixed and applied at every step.
+    `count_from` says whether t runs from 1 to T, as in the paper's algorithm, or from 0 to T - 1, as in the official
+    training loop.
 
     A layer whose gates never had a gradient keeps its components and is named in a warning; the others share the budget
     of their own number.
@@ -88,7 +94,9 @@ class RankReallocationCallback(PenaltyCallback):
                 f"{len(parts)} layers start with: 0 components ever leave",
                 "Raise r (AdaLoRA: 1.5 x target_r), lower target_r, or set rank_allocation=None.",
             )
-        elif not any(step % allocation.interval == 0 for step in range(first + 1, min(last, self.total_steps - 1))):
+        elif not any(
+            step % allocation.interval == 0 for step in range(first + 1, _fixed(allocation, self.total_steps))
+        ):
             warnings.warn(
                 f"rank_allocation.interval={allocation.interval} leaves no allocation while the budget falls (steps "
                 f"{first + 1} to {last} of {self.total_steps}): all rank leaves at once at step {last}. Lower "
@@ -109,11 +117,11 @@ class RankReallocationCallback(PenaltyCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Update importances from the weights after the step and the gradients before it, then mask what is due."""
-        step = state.global_step
         for config in self.configs():
             parts = self.parts_of(config)
             first, last = _window(config.rank_allocation, self.total_steps)
-            fixed = min(last, self.total_steps - 1)
+            step = state.global_step + config.rank_allocation.count_from
+            fixed = _fixed(config.rank_allocation, self.total_steps)
             if step < last:
                 for part in parts:
                     update_importance(part)
@@ -124,7 +132,9 @@ class RankReallocationCallback(PenaltyCallback):
             if due or step == fixed or late:
                 self.missed = self.missed or len(train) < len(parts)
                 judged = [part for part in train if has_evidence(part)]
-                self.missing.record(step + 1, [part.name for part in train if part not in judged], len(judged))
+                self.missing.record(
+                    state.global_step + 1, [part.name for part in train if part not in judged], len(judged)
+                )
                 if judged:
                     counted = [part for part in parts if part in judged or not part.trains]
                     start, target = self._budgets(counted)

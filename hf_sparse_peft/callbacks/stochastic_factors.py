@@ -10,10 +10,10 @@ from transformers import Trainer
 from ..optim import innermost
 from ..tuners import adapter_layers
 from ..tuners.adapter_layer import AdapterLayer
+from ..tuners.label_shift import measured_shift, shift_by_class
 from ..tuners.sparse_lora import SparseLoraConfig
 from ..tuners.sparse_lora.factors import drawn_expert
 from .base import AdaptedLayer, ScheduleCallback
-from .label_shift import measured_shift, shift_by_class
 
 
 class SplitFactorsCallback(ScheduleCallback):

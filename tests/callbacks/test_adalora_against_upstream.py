@@ -61,53 +61,60 @@ class Upstream:
         ]
 
 
-def side_by_side(out, total: int, tinit: int, tfinal: int, interval: int, seed: int = 0):
+def side_by_side(out, total: int, tinit: int, tfinal: int, interval: int, count_from: int = 1, seed: int = 0):
     """Gates (ours, upstream's) after every step of one run, and both sensitivities before upstream drops its own."""
     method = methods.get(
         "adalora", r=R, target_r=TARGET, target_modules=["q_proj", "v_proj", "down_proj"],
         rank_allocation=RankAllocationConfig(
-            target_r=TARGET, initial_warmup=tinit / total, final_warmup=tfinal / total, interval=interval
+            target_r=TARGET, initial_warmup=tinit / total, final_warmup=tfinal / total, interval=interval,
+            count_from=count_from,
         ),
     )  # fmt: skip
     torch.manual_seed(seed)
     model = get_peft_model(tiny.llama(layers=1, seed=seed), method.config)
     layers = sparse_layers(model)
-    upstream, gates, averages = Upstream(layers, total, tinit, tfinal, interval), {}, {}
+    upstream, gates, averages, later = Upstream(layers, total, tinit, tfinal, interval), {}, {}, []
 
     def after(step, model, optimizer):
         ours = [layer.sparse_lora_gate["default"].detach().clone() for layer in layers]
-        gates[step - 1] = ours, upstream.gates()
-        if step - 1 < total - tfinal:
+        number = step - 1 + count_from
+        gates[number] = ours, upstream.gates()
+        if number < total - tfinal:
             own = [layer.sparse_lora_sensitivity["default"].clone() for layer in layers]
-            averages[step - 1] = own, upstream.sensitivity()
+            averages[number] = own, upstream.sensitivity()
+        elif step < total:  # the last step drops the state
+            later.append([layer.sparse_lora_sensitivity["default"].clone() for layer in layers])
 
     # Ours acts in the same event and zeroes gates: upstream looks first.
-    first = tiny.At(on_optimizer_step=lambda step, model, optimizer: upstream.step(step - 1))
+    first = tiny.At(on_optimizer_step=lambda step, model, optimizer: upstream.step(step - 1 + count_from))
     last = tiny.At(on_step_end=after)
     tiny.train(
         model, out, total, callbacks=[first, *callbacks_for(model), last], learning_rate=3e-2,
         per_device_train_batch_size=1, seed=seed,
     )  # fmt: skip
+    final = averages[total - tfinal - 1][0]
+    assert all(torch.equal(a, b) for one in later for a, b in zip(final, one, strict=True))
     return gates, averages
 
 
 SCHEDULES = [(20, 4, 5, 4), (20, 2, 6, 2), (19, 0, 7, 3), (16, 5, 1, 1), (12, 3, 4, 10)]
 
 
+@pytest.mark.parametrize("count_from", [0, 1])
 @pytest.mark.parametrize(("total", "tinit", "tfinal", "interval"), SCHEDULES)
-def test_gates_are_upstreams_after_every_step(total, tinit, tfinal, interval, tmp_path):
-    gates, averages = side_by_side(tmp_path, total, tinit, tfinal, interval)
-    assert sorted(gates) == list(range(total))
+def test_gates_are_upstreams_after_every_step(total, tinit, tfinal, interval, count_from, tmp_path):
+    gates, averages = side_by_side(tmp_path, total, tinit, tfinal, interval, count_from)
+    assert sorted(gates) == list(range(count_from, total + count_from))
     for step, (ours, theirs) in gates.items():
         assert all(map(torch.equal, ours, theirs)), step
-    assert sorted(averages) == list(range(total - tfinal))
+    assert sorted(averages) == list(range(count_from, total - tfinal))
     for own, theirs in averages.values():
         torch.testing.assert_close(own, theirs, rtol=1e-6, atol=0)
     alive = sum(int((gate != 0).sum()) for gate in gates[total - 1][0])
-    assert alive == TARGET * len(gates[0][0])
+    assert alive == TARGET * len(gates[total - 1][0])
 
 
-def test_importances_stop_at_t_minus_t_final_so_that_later_gradients_change_no_mask(tmp_path):
+def test_importances_stop_before_t_minus_t_final_so_that_later_gradients_change_no_mask(tmp_path):
     total, tfinal = 12, 4
     method = methods.get(
         "adalora", r=R, target_r=TARGET, target_modules=["q_proj", "down_proj"],
@@ -120,7 +127,7 @@ def test_importances_stop_at_t_minus_t_final_so_that_later_gradients_change_no_m
         layers = sparse_layers(model)
 
         def disturb(step, model, optimizer, factor=factor, layers=layers):
-            if step - 1 >= total - tfinal:
+            if step >= total - tfinal:
                 for layer in layers:
                     for name in ("gate", "A", "B"):
                         getattr(layer, f"sparse_lora_{name}")["default"].grad.mul_(factor).add_(factor - 1)
@@ -131,11 +138,12 @@ def test_importances_stop_at_t_minus_t_final_so_that_later_gradients_change_no_m
     assert masks[0] == masks[1]
 
 
-def test_without_final_phase_the_last_step_still_reaches_the_target(tmp_path):
-    gates, _ = side_by_side(tmp_path, 11, 2, 0, 4)  # the last multiple of the interval is 8, above the target
-    for step in range(10):
+@pytest.mark.parametrize("count_from", [0, 1])
+def test_without_final_phase_the_last_step_still_reaches_the_target(count_from, tmp_path):
+    gates, _ = side_by_side(tmp_path, 11, 2, 0, 4, count_from)  # the last multiple of the interval is above the target
+    for step in range(count_from, 10 + 2 * count_from):  # counted from 0, upstream's last step never comes
         assert all(map(torch.equal, *gates[step])), step
-    assert sum(int((gate != 0).sum()) for gate in gates[10][0]) == TARGET * 3
+    assert sum(int((gate != 0).sum()) for gate in gates[10 + count_from][0]) == TARGET * 3
 
 
 def test_the_budget_curve_of_the_official_code():

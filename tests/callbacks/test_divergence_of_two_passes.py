@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from hf_sparse_peft import callbacks_for, methods
-from hf_sparse_peft.callbacks.label_shift import measured_shift, shift_by_class
 from hf_sparse_peft.callbacks.stochastic_factors import TwoPassTrainer, symmetric_divergence
+from hf_sparse_peft.tuners.label_shift import measured_shift, shift_by_class
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 IDS = torch.randint(1, tiny.VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))

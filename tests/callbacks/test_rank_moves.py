@@ -96,15 +96,14 @@ def test_living_gates_follow_the_budget_and_end_at_target_times_layers(target, t
         alive[update] = (sum(map(sum, masks(model))), sum(map(sum, gates(model))))
 
     run(model, tmp_path, 20, after=[Hook(on_step_end=look)])
-    for step in range(20):  # counted from 0, as published
-        masked, nonzero = alive[step + 1]
-        if step <= 2:
+    for update, (masked, nonzero) in alive.items():
+        if update <= 2:
             assert masked == 4 * count
-        elif step < 14 and step % 2 == 0:
-            budget = int(target * count + (4 - target) * count * (1 - (step - 2) / 12) ** 3)
-            assert masked == nonzero == budget, step
-        elif step >= 14:
-            assert masked == nonzero == target * count, step
+        elif update < 14 and update % 2 == 0:
+            budget = int(target * count + (4 - target) * count * (1 - (update - 2) / 12) ** 3)
+            assert masked == nonzero == budget, update
+        elif update >= 14:
+            assert masked == nonzero == target * count, update
     assert sum(map(sum, gates(model))) == target * count
     # No two layers have to end alike, the average does.
     assert sum(layer.alive_components("default") for layer in layers_of(model)) == target * count
@@ -123,18 +122,18 @@ def test_zeroed_gates_train_on_in_the_middle_and_may_come_back_but_not_at_the_en
 
     run(model, tmp_path, 40, after=[Hook(on_step_end=look)], lr=3e-2, batch=1)
     back, moved_again = 0, 0
-    for update in range(4, 25, 3):  # steps 3, 6, ... counted from 0
-        for earlier, later in zip(history[update], history[min(update + 3, 25)], strict=True):
+    for update in range(3, 24, 3):
+        for earlier, later in zip(history[update], history[min(update + 3, 24)], strict=True):
             back += sum(not a and b for a, b in zip(earlier, later, strict=True))
         dead = [not alive for row in history[update] for alive in row]
         still_zero = [gate for row in zero[update + 1] for gate in row]
-        if update < 22:
+        if update < 21:
             moved_again += sum(d and not z for d, z in zip(dead, still_zero, strict=True))
     assert moved_again > 0
     assert back > 0
-    for update in range(25, 41):
-        assert history[update] == history[25]
-        assert zero[update] == [[not alive for alive in row] for row in history[25]]
+    for update in range(24, 41):
+        assert history[update] == history[24]
+        assert zero[update] == [[not alive for alive in row] for row in history[24]]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -67,3 +67,11 @@ def test_a_head_of_o_is_the_part_of_the_input_that_one_attention_head_makes():
     x[:, head * SIZE : (head + 1) * SIZE] = 0
     with torch.no_grad():
         assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_a_layer_without_a_chosen_head_has_no_units():
+    model = adapted(2, o=1 / 16)
+    sizes = [layer.units("default").numel() for layer in sparse_layers(model)]
+    assert sorted(sizes) == [0, 0, 0, SIZE]
+    with pytest.raises(KeyError):
+        next(layer for layer in sparse_layers(model)).units("other")

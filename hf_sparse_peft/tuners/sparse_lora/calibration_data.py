@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..label_shift import shift_by_class
+
 
 def _random_state() -> tuple:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -175,7 +177,7 @@ def items_in(batch: Mapping[str, Any], model: nn.Module) -> int:
     if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return batch_size(batch)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, "loss_type", None) == "ForCausalLM":
+    if shift_by_class(base):
         labels = labels[..., 1:]  # the first token is never predicted
     return max(1, int((labels != -100).sum()))
 

@@ -218,6 +218,9 @@ class RankAllocationConfig:
     """Share of the run at the end with the budget reached and the mask fixed (t_final / T)."""
     interval: int = 10
     """Optimizer steps between two allocations while the budget falls (delta T)."""
+    count_from: Literal[0, 1] = 1
+    """Number of the first optimizer step: 1, as in the paper's algorithm, or 0, as in the official training loop, where
+    all of the above comes one step later."""
     beta1: float = 0.85
     """Smoothing of the sensitivity |w g|."""
     beta2: float = 0.85
@@ -232,6 +235,7 @@ class RankAllocationConfig:
         require(self.target_r >= 1, name, "target_r", self.target_r, "an integer >= 1")
         for option in ("initial_warmup", "final_warmup"):
             require(0 <= getattr(self, option) < 1, name, option, getattr(self, option), "a share in [0, 1)")
+        require(self.count_from in (0, 1), name, "count_from", self.count_from, "0 or 1")
         total = self.initial_warmup + self.final_warmup
         require(total < 1, name, "initial_warmup + final_warmup", total, "less than 1")
         require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
