@@ -128,15 +128,15 @@ class SupportState(AdapterLayer):
     # What supports are
 
     def units(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's living units, sorted and distinct, int32 or int64 `[a]`; `values[:a]` belong to them. Empty where
-        the adapter has no support in this layer, as where structures are drawn over all layers and none fell here.
+        """The adapter's living units, sorted and distinct, int32 or int64 `[a]`; `values[:a]` belong to them. Empty
+        where the adapter has no support in this layer: structures may be drawn over all layers, and none fall here.
 
         Raises:
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
             KeyError: no such adapter.
         """
         if adapter_name not in self.sparse_lora_support and adapter_name in self.sparse_lora_config:
-            return torch.empty(0, dtype=torch.int32)
+            return torch.empty(0, dtype=torch.int32, device=self.get_base_layer().weight.device)
         units, row_ends = self.packed_units(adapter_name)
         if row_ends is None:
             return units
