@@ -55,7 +55,7 @@ class BudgetCompetitionCallback(ScheduleCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Find the layers."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        self.missing.start()
+        self.missing.start(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Say if no layer could ever be judged."""

@@ -21,8 +21,8 @@ class CandidateCollector:
     The chosen units, both sums and the number of steps in them live in the layer's buffers, `O(k)` numbers that a
     checkpoint carries; the gradient of the current step is kept apart until `finish_step`, so that squares are those
     of whole optimizer steps, whatever the accumulation. Micro-batches whose gradient is 0 everywhere or not finite
-    choose nothing, the next one does; steps with a gradient that is not finite, or with none, are in no sum and not
-    counted.
+    choose nothing, the next one does; steps with a gradient that is not finite, or with none but 0, are in no sum and
+    not counted.
     """
 
     def __init__(self, part: AdaptedLayer, starts: bool = False) -> None:
@@ -110,10 +110,12 @@ class CandidateCollector:
         """Fold the step's summed gradient into the sums; a step that overflowed is left out, as its update is."""
         self.finish_micro_batch()
         gradient, self.step_gradient = self.step_gradient, None
+        if gradient is None and is_distributed() and self._count:
+            gradient = torch.zeros_like(self.sums[0])  # this rank's batches did not reach the layer, another's may
         if gradient is None:
             return
         gradient = all_reduce_mean(gradient) / loss_scale
-        if torch.isfinite(gradient).all():
+        if torch.isfinite(gradient).all() and gradient.any():
             self.sums[0].add_(gradient)
             self.sums[1].add_(gradient.square())
             self._steps += 1

@@ -25,9 +25,9 @@ class MissingEvidence:
         self._named: set[str] = set()
         self._moved = self._looked = False
 
-    def start(self) -> None:
-        """Forget the last run."""
-        self.__init__(self.action)
+    def start(self, update: int) -> None:
+        """Forget the last run; one that is resumed after `update` steps may have moved before."""
+        self._named, self._looked, self._moved = set(), False, update > 0
 
     def record(self, step: int, without: list[str], judged: int) -> None:
         """Take one move: the layers `without` evidence, and how many had some."""
@@ -37,7 +37,7 @@ class MissingEvidence:
         if not new:
             return
         self._named |= set(new)
-        shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+        shown = ", ".join(new[:20]) + (", ..." if len(new) > 20 else "")
         who = f"in {len(new)} layers" if judged else f"in any of the {len(without)} layers"
         warnings.warn(
             f"Step {step}: {self.action} {who} ({shown}), because their scores are all 0 or not finite; the units stay "

@@ -49,7 +49,7 @@ class PruningCallback(ScheduleCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Find the layers."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        self.missing.start()
+        self.missing.start(state.global_step)
 
     def check_length(self, config: SparseLoraConfig) -> None:
         """The window must hold at least one step."""

@@ -65,7 +65,7 @@ class RankReallocationCallback(PenaltyCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Find the layers."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        self.missing.start()
+        self.missing.start(state.global_step)
 
     def wants(self, layer: SparseLoraLayer, adapter: str) -> bool:
         """Layers with a trained gate."""

@@ -133,7 +133,7 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
             for parts in self._adapters():
                 self.replaces_start[parts[0].adapter] = restored_start(parts, state, type(self).__name__)
         self.collectors, self.readings, self.sensitivities = [], {}, {}
-        self.missing.start()
+        self.missing.start(state.global_step)
         self.frozen.attach(self.parts)
         for config in self.configs():
             if config.regrowth.grow == "sm3":

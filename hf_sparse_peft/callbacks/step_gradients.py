@@ -71,6 +71,10 @@ class StepGradient:
     def finish(self) -> None:
         """Close the step's accumulation."""
         self.finish_micro_batch()
+        if self._dense is None and self.sums_dense and is_distributed():
+            # This rank's batches did not reach the layer, another's may.
+            layer = self.part.layer
+            self._dense = torch.zeros(layer.out_features, layer.in_features, device=self.part.values.device)
         if self._dense is not None:
             self._reduce(all_reduce_mean(self._dense))
             self._dense = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -90,12 +91,12 @@ class SupportSearchCallback(ScheduleCallback):
                 losses.append(probe(model, parts, batches, search.steps, lr))
         finally:  # an exception, Ctrl-C included, leaves the adapter with its own support
             _write(parts, own)
-        finite = [loss if loss == loss else float("inf") for loss in losses]
+        finite = [loss if math.isfinite(loss) else float("inf") for loss in losses]
         best = min(range(len(finite)), key=finite.__getitem__)
         if finite[best] == float("inf"):
             raise ValueError(
                 f"support_search: the loss of all {search.trials} trials is not finite after {search.steps} steps at "
-                f"lr={lr:g}. Set support_search.lr lower."
+                f"lr={lr:g}. Set support_search.lr lower, and check that no batch has all its labels masked (-100)."
             )
         if best:
             _write(parts, [trial_units(part, best) for part in parts])

@@ -27,6 +27,7 @@ CASES: dict[str, dict] = {
         "rank_allocation": {"target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.3},
     },
     "spiel-ma": MOVES,
+    "spiel-ma-with-ties": {"method": "spiel-ma", "score": "min", **MOVES},
     "set": {"density": 0.1, "interval": 3},
     "rigl": {"density": 0.1, "interval": 3},
     "lift": {"density": 0.1, "interval": 3},

@@ -56,7 +56,9 @@ class Choice:
             self.structures.add(name, self._zeros(name) if name in without else scores[name])
         kept = kept or {}
         scores = {
-            name: raised(self._zeros(name) if name in without else chunks, kept[name]) if name in kept else chunks
+            name: raised(self._zeros(name, kept[name].device) if name in without else chunks, kept[name])
+            if name in kept
+            else chunks
             for name, chunks in scores.items()
             if name not in structured and (name not in without or kept.get(name, _NONE).numel())
         }
@@ -70,8 +72,8 @@ class Choice:
                 name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()
             }
 
-    def _zeros(self, name: str) -> Callable[[], Iterable[torch.Tensor]]:
-        zeros = torch.zeros(self.grids[name].num_units)
+    def _zeros(self, name: str, device: torch.device | str = "cpu") -> Callable[[], Iterable[torch.Tensor]]:
+        zeros = torch.zeros(self.grids[name].num_units, device=device)
         return lambda: iter((zeros,))
 
     def _arbitrary(self, name: str) -> torch.Tensor:
@@ -101,10 +103,11 @@ class Choice:
             )
         if names:
             got = "none of the shared budget" if self.ranking is not None else "random units"
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             warnings.warn(
                 f"criterion='{what}' says nothing about {len(names)} of {len(self.layers)} modules, whose scores are "
-                f"all 0 or not finite; they get {got}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Did "
-                "the batches reach them? Use more or other data, or leave them out of target_modules.",
+                f"all 0 or not finite; they get {got}: {shown}. Did the batches "
+                "reach them? Use more or other data, or leave them out of target_modules.",
                 stacklevel=3,
             )
 
