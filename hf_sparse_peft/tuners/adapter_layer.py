@@ -96,6 +96,7 @@ class AdapterLayer(BaseTunerLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> AdapterLayer:
         nn.Module._apply(self, *args, **kwargs)  # other storage: moved, or cast
+        note_parameters(self, [name for name, _ in self.noted_parameters])
         remember_masters(self)
         return self
 
@@ -282,9 +283,8 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
 def restore_fp32(model: nn.Module) -> None:
     """Give trained adapters of `model` back the fp32 values that somebody cast to bf16 or fp16 since they were added.
 
-    `model.train()`, the first training forward and the callbacks of this package do so by themselves. Under
-    DistributedDataParallel without such a callback call it between the construction of the trainer and its `train()`.
-    Adapters that were added with `autocast_adapter_dtype=False` keep their dtype.
+    `model.train()`, the first training forward, DistributedDataParallel taking the model over and the callbacks of this
+    package do so by themselves. Adapters that were added with `autocast_adapter_dtype=False` keep their dtype.
     """
     for layer in adapter_layers(model):
         restore_masters(layer, wrapped=False)

@@ -23,6 +23,7 @@ from .adapter_name import check_adapter_name
 from .base_overrides import base_overrides
 from .base_weight import keep_4bit_weight_stable
 from .file_check import AdapterFile, file_being_loaded, tensor_key
+from .fp32_masters import restore_before_ddp
 from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, use_heads
 from .idle_layers import belongs_to, stop_watching, watch_forwards
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
@@ -81,6 +82,7 @@ class AdapterModel(BaseTuner):
             for layer in self.adapted_layers():
                 belongs_to(layer, model)
             watch_forwards(model)
+            restore_before_ddp()
             if source is not None and state_dict is None and not low_cpu_mem_usage:
                 for layer in self.adapted_layers():
                     copy_adapter(layer, source, adapter_name)

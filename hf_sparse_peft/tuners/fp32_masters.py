@@ -16,8 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .adapter_copy import note_parameters
 
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
@@ -32,6 +35,7 @@ _MASTERS: WeakKeyDictionary[AdapterLayer, dict[tuple[str, str], torch.Tensor]] =
 # Parameters brought back, with the dtype they had, until an optimizer that holds them steps.
 _RESTORED = WeakIdKeyDictionary()
 _step_hook: Any = None
+_ddp_hook: Any = None
 
 
 def _trained(layer: AdapterLayer) -> Iterable[tuple[str, str, nn.Parameter]]:
@@ -78,6 +82,7 @@ def restore_masters(layer: AdapterLayer, wrapped: bool = True) -> None:
         for name, buffer in held.items() if isinstance(held, BufferDict) else ():
             if buffer.dtype in _NARROW and name not in layer.any_dtype:
                 buffer.data = buffer.data.float()
+    note_parameters(layer, [name for _, name, _ in cast if name not in layer.active_adapters])
     remember_masters(layer)
 
 
@@ -97,6 +102,20 @@ def _in_several_processes() -> bool:
     # DistributedDataParallel has laid out its gradient buckets by dtype when the first forward comes.
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def restore_before_ddp() -> None:
+    """From now on, undo casts when DistributedDataParallel takes a model over, before it lays out its buckets."""
+    global _ddp_hook
+    if _ddp_hook is None:
+        _ddp_hook = register_module_module_registration_hook(_before_ddp)
+
+
+def _before_ddp(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(parent, nn.parallel.DistributedDataParallel) and child is not None:
+        for module in child.modules():
+            if hasattr(module, "any_dtype"):
+                restore_masters(module, wrapped=False)
 
 
 def _watch_optimizers(parameter: nn.Parameter, narrow: torch.dtype) -> None:
@@ -131,8 +150,7 @@ def _tell(layer: AdapterLayer, adapter_name: str, narrow: torch.dtype, outcome: 
     what = {
         "exact": "They are fp32 again, bit for bit as before the cast.",
         "rounded": "They are fp32 again, and start from what the cast rounded them to.",
-        "distributed": "Several processes train, where it is too late to change that: call "
-        "hf_sparse_peft.restore_fp32(trainer.model) after the trainer is built and before trainer.train().",
+        "distributed": "Several processes train, and it is too late to change that: cast before the model is wrapped.",
     }[outcome]
     warnings.warn(
         f"The values of adapter '{adapter_name}' were cast to {narrow} after it was added (trl does so on 4-bit "

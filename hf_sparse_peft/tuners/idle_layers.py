@@ -75,7 +75,7 @@ def _before_forward(model: nn.Module, args: tuple) -> None:
 def name_idle_layers(model: nn.Module) -> bool:
     """Warn, once for each adapter, of active layers that have not run in training; whether any has run."""
     layers = [module for module in model.modules() if hasattr(module, "ran_in_training")]
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+    if any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules()):
         return True  # compiled regions run without noting it
     begun = {name for layer in layers for name in layer.ran_in_training}
     for name in begun:

@@ -194,3 +194,23 @@ def test_averaged_support_codes_are_refused():
     average, _ = averaged(get_peft_model(tiny.llama(layers=1), config), moves=False, use_buffers=True, decay=0.9)
     with pytest.raises(ValueError, match="sparse_lora_support"):
         average.module(input_ids=IDS)
+
+
+@pytest.mark.filterwarnings("ignore:The values of adapter")
+def test_a_cast_of_the_whole_model_is_no_overwriting(model):
+    """trl's GRPO casts the model for its generation, between a step and the reference's forward."""
+    model.add_adapter("twin", model.peft_config["default"])
+    output(model, "twin")
+    output(model, "default")
+    fill(model, seed=3)
+    move(model, seed=2)
+    twin = [layer.get_delta_weight("twin") for layer in adapter_layers(model)]
+    model.to(torch.bfloat16)
+    output(model, "twin")
+    output(model, "default")
+    model.train()
+    output(model, "twin")
+    assert all(
+        torch.equal(layer.get_delta_weight("twin"), delta)
+        for layer, delta in zip(adapter_layers(model), twin, strict=True)
+    )

@@ -206,3 +206,19 @@ def test_evaluation_and_an_adapter_that_does_not_train_keep_the_dtype_they_were_
     layer = adapter_layers(model)[0]
     assert not messages(caught)
     assert layer.sparse_lora_values["default"].dtype == torch.bfloat16
+
+
+def test_a_cast_is_undone_before_ddp_lays_out_its_buckets():
+    """Afterwards a gradient of another dtype fits no bucket; nothing but the wrapping runs in between."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model = adapted()
+        before = snapshot(model)
+        CASTS["trl"](model)
+        with pytest.warns(UserWarning, match="bit for bit"):
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert same(model, before)
+        wrapped(input_ids=IDS, labels=IDS).loss.backward()
+        assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
+    finally:
+        torch.distributed.destroy_process_group()

@@ -299,3 +299,14 @@ def test_a_model_offloaded_after_its_adapter_says_so():
     cpu_offload(model)
     with pytest.raises(ValueError, match="offload"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_layers_in_compiled_parts_are_not_called_idle():
+    config = SparseLoraConfig(r=2, density=0.1, target_modules=["0", "1"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    model.base_model.model[0].compile(backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.train()(torch.randn(2, 8)).sum().backward()
+    assert not [w for w in caught if "did not run" in str(w.message)]
