@@ -23,6 +23,8 @@ def _quick():
     # Trainer collects garbage after every run: 0.2 s over a million objects of imported modules, more than the run.
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_report_header() -> list[str]:

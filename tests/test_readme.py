@@ -5,10 +5,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
 import torch
 import transformers
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_sparse_peft import methods
 
@@ -25,15 +26,7 @@ def blocks(language: str) -> list[str]:
 def reader(tmp_path, monkeypatch):
     """What a reader has before the first example: a model folder, arguments, data."""
     monkeypatch.chdir(tmp_path)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-    )
-    LlamaForCausalLM(config).save_pretrained("base")
+    tiny.llama(hidden=64, layers=1).save_pretrained("base")
     rows = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(0)).tolist()
     arguments = {"max_steps": 26, "per_device_train_batch_size": 1, "use_cpu": True, "report_to": "none"}
     return {

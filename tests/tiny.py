@@ -90,11 +90,11 @@ def llama(
     return model.to(dtype)
 
 
-def gpt2(*, seed: int = 0, hidden: int = 32, layers: int = 2) -> GPT2LMHeadModel:
+def gpt2(*, seed: int = 0, hidden: int = 32, layers: int = 2, vocab_size: int = VOCAB) -> GPT2LMHeadModel:
     """A GPT-2, whose linear layers are `Conv1D`: weights stored `[in, out]`."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+        vocab_size=vocab_size, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import tiny
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparse_peft import SparseLoraConfig, callbacks_for
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
@@ -16,17 +17,10 @@ VOCAB = 48
 
 
 def tiny_llama(seed: int = 0, hidden: int = 32, layers: int = 1, dtype: torch.dtype = torch.float32):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=VOCAB, max_position_embeddings=32,
+    return tiny.llama(
+        seed=seed, hidden=hidden, layers=layers, dtype=dtype, vocab_size=VOCAB, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype)
 
 
 def make_config(**overrides) -> SparseLoraConfig:

@@ -3,10 +3,10 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from callback_toolbox import Hook, TokenData, all_state, differences, layers_of, run, tiny_llama
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import HalfRoundsConfig, methods
 from hf_sparse_peft.callbacks.half_rounds import choose_half
@@ -50,17 +50,7 @@ def test_halves_of_blocks_and_models(level):
 
 
 def mha(layers=2):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            vocab_size=48,
-            max_position_embeddings=32,
-        )
-    )
+    return tiny.llama(layers=layers, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48, vocab_size=48)
 
 
 def test_the_resting_half_keeps_every_bit_and_no_optimizer_state(tmp_path):

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_sparse_peft import methods
 
@@ -120,17 +121,7 @@ def covering_methods() -> frozenset[str]:
 
 def save_base(folder: Path) -> None:
     """The tiny Llama that all courses start from."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:  # transformers' 0.02 makes a two-layer model too flat to tell adapters apart
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+    tiny.llama(vocab_size=VOCAB, pad_token_id=None).save_pretrained(folder)
 
 
 def load_base(folder: Path, kind: str):

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
 from ties import priority
-from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig, methods
 from hf_sparse_peft.methods import EssentialSparsity, essential_sparsity, one_shot_pruned
@@ -18,19 +19,10 @@ from hf_sparse_peft.sparsity import stream_seed
 IDS = torch.arange(12).view(1, 12)
 
 
-def tiny(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
-    tiny().save_pretrained(path)
+    tiny.llama().save_pretrained(path)
     return path
 
 

@@ -1,9 +1,10 @@
 """Methods by name: what the registry promises about each."""
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.methods import registry
@@ -11,16 +12,7 @@ from hf_sparse_peft.methods import registry
 
 @pytest.fixture
 def base():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=32,
-        )
-    )
+    return tiny.llama(layers=1)
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -3,9 +3,10 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
@@ -15,17 +16,10 @@ IDS = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS, vocab_size=VOCAB, max_position_embeddings=32,
+    return tiny.llama(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=HEADS, num_key_value_heads=GROUPS,
+        vocab_size=VOCAB, max_position_embeddings=32, pad_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model
 
 
 def adapted(name, seed=7, **options):

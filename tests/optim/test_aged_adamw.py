@@ -4,9 +4,10 @@ import io
 import math
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups, move_optimizer_state, move_rows
 
@@ -286,9 +287,7 @@ def test_groups_decay_what_trainer_decays_and_age_what_moves():
 
 
 def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForCausalLM(config)
+    return tiny.llama(hidden=8, layers=1, num_attention_heads=2, vocab_size=32)
 
 
 def factory():

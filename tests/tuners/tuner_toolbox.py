@@ -8,9 +8,10 @@ import struct
 import warnings
 from pathlib import Path
 
+import tiny
 import torch
 from peft import get_peft_model
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
 from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer, sparse_layers
@@ -24,40 +25,20 @@ CASES = [f"{half}-{unit}" for half in ("sparse", "hybrid") for unit in GRANULARI
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "hidden_size": HIDDEN,
-            "intermediate_size": INNER,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-            **overrides,
-        }
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:  # transformers' 0.02 makes a two-layer model too flat to tell adapters apart
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype)
-
-
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    options = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "vocab_size": VOCAB,
+        "pad_token_id": None,
+        **overrides,
+    }
+    return tiny.llama(seed=seed, dtype=dtype, **options)
 
 
 def make_base(kind: str, folder: Path | None = None):
     """A tiny model of a kind in `BASES`; `folder` holds the saved fp32 Llama that quantised ones are loaded from."""
     if kind == "conv1d":
-        return tiny_gpt2()
+        return tiny.gpt2(hidden=HIDDEN, vocab_size=VOCAB)
     if kind in ("fp32", "bf16"):
         return tiny_llama(dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
     return copy.deepcopy(_quantised(kind, folder))
