@@ -35,7 +35,8 @@ class FrozenUnits:
         self._hooks = [part.values.register_hook(partial(_zero_frozen, part)) for part in self.parts]
 
     def detach(self) -> None:
-        """Let go."""
+        """Let go; a step that was broken off half-way is undone where units are frozen."""
+        self.restore()
         for hook in self._hooks:
             hook.remove()
         self.parts, self._hooks, self._saved, self._at = [], [], [], {}

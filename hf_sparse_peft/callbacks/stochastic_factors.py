@@ -82,15 +82,19 @@ class SplitFactorsCallback(ScheduleCallback):
         found = {drawn_expert(part.layer, part.adapter, factor, (*draw, p)) for draw in self._draws for p in passes}
         return torch.tensor(sorted(found), dtype=torch.uint8)
 
-    @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Put it back."""
+        self._put_back()
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
         for tensor, idle, values in self._kept:
             tensor[idle] = values
         self._kept = []
 
     def release(self) -> None:
-        """From here on every forward pass uses the merge."""
+        """From here on every forward pass uses the merge; what a broken-off step may have moved is put back."""
+        self._put_back()
         for config in self.configs():
             config._draw = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,20 +37,35 @@ def replace_units(
     at = entered.nonzero().squeeze(1)
     goes_on = slice(None) if restarted is None else ~torch.isin(new_units[kept_new], restarted)
     seeded = _seeds_for(part, new_units[at], optimizer, seeds) if seeds is not None and at.numel() else None
-    move_optimizer_state(
-        optimizer,
-        part.values,
-        kept_old[goes_on],
-        kept_new[goes_on],
-        seeded=seeded,
-        seeded_new=at if seeded is not None else None,
-    )
-    move_rows(part.values.data, kept_old, kept_new)
-    for name in part.layer.unit_state_names:
-        if part.adapter in getattr(part.layer, name):
-            move_rows(getattr(part.layer, name)[part.adapter], kept_old, kept_new)
-    part.layer.write_support(part.adapter, new_units)
+    with _whole_or_not(part, old_units) as moving:
+        move_optimizer_state(
+            optimizer,
+            part.values,
+            kept_old[goes_on],
+            kept_new[goes_on],
+            seeded=seeded,
+            seeded_new=at if seeded is not None else None,
+        )
+        for tensor in moving:
+            move_rows(tensor, kept_old, kept_new)
+        part.layer.write_support(part.adapter, new_units)
     return int(at.numel())
+
+
+@contextmanager
+def _whole_or_not(part: AdaptedLayer, units: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The tensors with one row a unit; values and support go back where an exception, Ctrl-C included, comes between:
+    values under the units of others would be another adapter."""
+    state = [getattr(part.layer, name) for name in part.layer.unit_state_names]
+    tensors = [part.values.data, *(held[part.adapter] for held in state if part.adapter in held)]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield tensors
+    except BaseException:
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        part.layer.write_support(part.adapter, units)
+        raise
 
 
 def leave_update_out(parts: list[AdaptedLayer]) -> None:

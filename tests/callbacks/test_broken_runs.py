@@ -23,7 +23,7 @@ from hf_sparse_peft import (
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.callbacks import SupportTelemetryCallback, ZerothOrderTrainer, zeroth_order_optimizer
+from hf_sparse_peft.callbacks import SupportTelemetryCallback, ZerothOrderTrainer, support_moves, zeroth_order_optimizer
 from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -46,7 +46,7 @@ CONFIGS = {
     "unfired": lambda: sparse(
         regrowth=RegrowthConfig(interval=2, grow="random_unfired", drop="age", fraction=0.5, schedule="constant")
     ),
-    "freezing": lambda: sparse(freezing=FreezingConfig(at=0.34, threshold=0.05), criterion="smallest_magnitude"),
+    "freezing": lambda: sparse(freezing=FreezingConfig(at=0.34, threshold=0.025), criterion="smallest_magnitude"),
     "ranks": lambda: sparse(r=3, density=0.0, rank_allocation=RankAllocationConfig(target_r=1, interval=1)),
     "rounds": lambda: sparse(rounds=HalfRoundsConfig(round_steps=2)),
     "layer-sampling": lambda: sparse(layer_sampling=LayerSamplingConfig(trained=0.5, interval=2, suppressed=0.5)),
@@ -229,6 +229,61 @@ def test_telemetry_watches_no_gradient_after_an_interrupt(tmp_path):
     tiny.train(model, tmp_path, 1)
     # Nothing but telemetry ran, and its Trainer was given no schedule: the next look at the layer takes it away.
     assert all(layer.sparse_lora_observer is None for layer in sparse_layers(model))
+
+
+def test_an_interrupt_within_a_move_leaves_values_under_their_own_units(tmp_path, monkeypatch):
+    config = sparse(regrowth=RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant"))
+    model = get_peft_model(tiny.llama(layers=1), config)
+    layer, before, original = sparse_layers(model)[1], [], support_moves.move_rows
+
+    def interrupted_rows(tensor, *places):
+        original(tensor, *places)
+        if tensor.data_ptr() == layer.sparse_lora_values["default"].data_ptr():
+            raise KeyboardInterrupt
+
+    def look(step, model, optimizer):
+        before[:] = [layer.get_delta_weight("default")]
+
+    monkeypatch.setattr(support_moves, "move_rows", interrupted_rows)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, tmp_path, 4, callbacks=[tiny.At(on_step_end=look), *callbacks_for(model)])
+    assert before[0].any()
+    assert torch.equal(layer.get_delta_weight("default"), before[0])
+
+
+@pytest.mark.parametrize("name", ["freezing", "experts"])
+def test_an_interrupt_right_after_an_optimizer_step_leaves_what_it_must_not_move(name, tmp_path):
+    model, kept, seen = get_peft_model(tiny.llama(layers=1), CONFIGS[name]()), {}, []
+
+    def resting(layer):
+        if name == "freezing":
+            frozen = layer.sparse_lora_frozen["default"].bool()
+            return layer.sparse_lora_values["default"].detach()[frozen].clone()
+        owners = layer.sparse_lora_B_map["default"]
+        gradient = layer.sparse_lora_B["default"].grad
+        seen.append(int((gradient == 0).sum()))
+        return layer.sparse_lora_B["default"].detach().clone(), owners.clone(), gradient == 0
+
+    def pre(step, model, optimizer):
+        if step == 5:
+            kept.update({layer: resting(layer) for layer in sparse_layers(model)})
+
+    def stepped(step, model, optimizer):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    look = [tiny.At(on_pre_optimizer_step=pre, on_optimizer_step=stepped)]
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, tmp_path, 8, callbacks=[*look, *callbacks_for(model)], weight_decay=0.5)
+    for layer, old in kept.items():
+        if name == "freezing":
+            frozen = layer.sparse_lora_frozen["default"].bool()
+            assert frozen.any()
+            assert torch.equal(layer.sparse_lora_values["default"][frozen], old)
+        else:
+            values, _, idle = old
+            assert idle.any()
+            assert torch.equal(layer.sparse_lora_B["default"][idle], values[idle])
 
 
 @pytest.mark.parametrize("at", ["between-the-passes", "before-the-update", "while-parameters-shift"])
