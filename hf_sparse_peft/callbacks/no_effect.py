@@ -14,7 +14,7 @@ def some_of(names: list[str]) -> str:
     return f"{listed} and {more} more" if more > 0 else listed
 
 
-def report_idle(idle: list[str], layers: int, cause: str, mend: str, refuse: bool = False) -> None:
+def report_idle(idle: list[str], layers: int, cause: str, mend: str) -> None:
     """Warn that a schedule changes nothing in the layers `idle` of `layers`; nothing where there are none.
 
     Args:
@@ -22,16 +22,8 @@ def report_idle(idle: list[str], layers: int, cause: str, mend: str, refuse: boo
         layers: how many layers the schedule has.
         cause: the option, its value and what it comes to.
         mend: what to change.
-        refuse: whether a schedule that changes no layer at all is an error.
-
-    Raises:
-        ValueError: with `refuse`, if every layer is idle.
     """
     if not idle:
         return
-    every = len(idle) == layers
-    which = f"all {layers} layers" if every else f"{len(idle)} of {layers} layers"
-    message = f"{cause} in {which} ({some_of(idle)}). {mend}"
-    if every and refuse:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=4)
+    which = f"all {layers} layers" if len(idle) == layers else f"{len(idle)} of {layers} layers"
+    warnings.warn(f"{cause} in {which} ({some_of(idle)}). {mend}", stacklevel=4)

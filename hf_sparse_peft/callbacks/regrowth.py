@@ -50,11 +50,7 @@ def replaced_fraction(
 
 
 def check_moves(parts: list[AdaptedLayer], total_steps: int, replaces_start: bool) -> None:
-    """Name the layers of one adapter that no move of a run changes.
-
-    Raises:
-        ValueError: there is none that any move changes.
-    """
+    """Name the layers of one adapter that no move of a run changes."""
     config = parts[0].config.regrowth
     parts = [part for part in parts if part.units.numel()]  # the others wait for data
     full = [part for part in parts if part.units.numel() == part.layer.sparse_lora_grid[part.adapter].num_units]
@@ -63,7 +59,6 @@ def check_moves(parts: list[AdaptedLayer], total_steps: int, replaces_start: boo
         len(parts),
         "regrowth never moves a unit, because the support holds every unit of the weight,",
         "Lower density, or set regrowth=None or density_pattern for these layers.",
-        refuse=True,
     )
     if config.retired_share:
         cramped = [part.name for part in parts if part.values.shape[0] == part.units.numel()]
@@ -87,7 +82,6 @@ def check_moves(parts: list[AdaptedLayer], total_steps: int, replaces_start: boo
         f"regrowth.fraction={config.fraction} of {' or '.join(map(str, sizes[:3]))} units rounds to 0 units at every "
         f"move{' after the first' if once else ': no unit ever moves'}",
         "Raise fraction or density, choose a finer granularity, or set regrowth=None.",
-        refuse=not once,
     )
 
 
@@ -154,11 +148,7 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
             )
 
     def check_effect(self, config: SparseLoraConfig) -> None:
-        """Decide what the first move does to the start, and look whether any move changes anything.
-
-        Raises:
-            ValueError: every move rounds to 0 units in every layer, or no layer has a unit left to grow.
-        """
+        """Decide what the first move does to the start, and name the layers that no move changes."""
         for parts in self._adapters():
             if parts[0].config is config:
                 self.replaces_start[parts[0].adapter] = replaces_start(parts)

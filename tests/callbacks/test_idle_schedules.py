@@ -60,19 +60,6 @@ def ranks(**options):
 
 SPIEL = RegrowthConfig(interval=3, collect_steps=1)
 NEVER = {
-    # v_proj has 16 rows, q_proj 32: one unit and three
-    "moves of rows": (
-        rows(regrowth=regrowing(fraction=0.3)), r"fraction=0\.3 of 1 or 3 units.*no unit ever moves in all 2",
-    ),
-    "moves of a full support": (rows(density=1.0, regrowth=regrowing()), r"never moves a unit.*all 2 layers.*density"),
-    "moves of lift on a full support": (
-        sparse(density=1.0, criterion="low_rank_magnitude", criterion_options={"rank": 2},
-               regrowth=RegrowthConfig(interval=3, drop="none", grow="low_rank_magnitude", grow_options={"rank": 2})),
-        "never moves a unit",
-    ),
-    "moves after a falling share": (
-        rows(density=0.25, regrowth=regrowing(interval=6, fraction=0.25, schedule="linear")), "fraction=0.25",
-    ),
     "a round of halves without a matrix": (
         sparse(target_modules=Q, rounds=HalfRoundsConfig(round_steps=2)), r"rounds\.fraction=0\.5.*0 in round 0",
     ),
@@ -90,6 +77,19 @@ def test_a_schedule_that_cannot_do_anything_is_refused_with_the_mend(case, tmp_p
 
 
 IDLE = {
+    # v_proj has 16 rows, q_proj 32: one unit and three
+    "moves of rows": (
+        rows(regrowth=regrowing(fraction=0.3)), r"fraction=0\.3 of 1 or 3 units.*no unit ever moves in all 2",
+    ),
+    "moves of a full support": (rows(density=1.0, regrowth=regrowing()), r"never moves a unit.*all 2 layers.*density"),
+    "moves of lift on a full support": (
+        sparse(density=1.0, criterion="low_rank_magnitude", criterion_options={"rank": 2},
+               regrowth=RegrowthConfig(interval=3, drop="none", grow="low_rank_magnitude", grow_options={"rank": 2})),
+        "never moves a unit",
+    ),
+    "moves after a falling share": (
+        rows(density=0.25, regrowth=regrowing(interval=6, fraction=0.25, schedule="linear")), "fraction=0.25",
+    ),
     "moves after the first": (rows(regrowth=SPIEL), r"fraction=0\.2.*after the first in all 2 layers"),
     "pruning that keeps all": (sparse(pruning=PruningConfig(final_fraction=1.0)), r"final_fraction=1\.0.*0 units ever"),
     "pruning of one unit": (rows(density=0.07, pruning=PruningConfig(final_fraction=0.9)), "keeps all of 1 or 2 units"),
