@@ -34,8 +34,9 @@ def load_base(base: str, adapter_config: dict[str, Any], adapter: Path, **argume
     overrides = adapter_config.get("base_overrides") or {}
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         stored = {_base_name(key): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    config = AutoConfig.from_pretrained(base, **{k: v for k, v in overrides.items() if k in LABELS})
+    # Before a config is made of it: transformers writes out a name for every label.
     _check_size("num_labels", overrides, AutoConfig.from_pretrained(base).num_labels, stored)
+    config = AutoConfig.from_pretrained(base, **{k: v for k, v in overrides.items() if k in LABELS})
     model, info = _model_class(adapter_config, config).from_pretrained(
         base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
