@@ -152,3 +152,14 @@ def _refuse_mixture(layer: AdapterLayer, adapter_name: str, others: list[str]) -
             "copied from it: numbers at the same place belong to different weights. Combine adapters with "
             "model.add_weighted_adapter(...), copy all of it, or train without regrowth and rank_allocation."
         )
+    config = layer.adapter_configs[adapter_name]
+    if others and not getattr(config, "_writing_told", False):
+        config._writing_told = True
+        warnings.warn(
+            f"Parameters of adapter '{adapter_name}' were written while it was inactive, and its support or rank mask "
+            f"differs from that of '{others[0]}'. If they are an average or another mixture with those of "
+            f"'{others[0]}', numbers at the same place belong to different weights: use "
+            "model.add_weighted_adapter(...), or add the adapter with "
+            f"model.peft_config['{others[0]}'] itself, which makes it a copy, before averaging.",
+            stacklevel=3,
+        )

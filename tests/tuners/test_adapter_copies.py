@@ -130,6 +130,21 @@ def test_an_average_by_name_over_supports_that_went_apart_is_refused(model):
         model.set_adapter("twin")
 
 
+def test_an_average_in_an_adapter_of_another_support_is_told_once(model):
+    config = copy.deepcopy(model.peft_config["default"])
+    model.add_adapter("twin", config)
+    move(model, "twin", seed=3)
+    copy_by_name(model, share=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in ("twin", "default", "twin"):
+            model.set_adapter(name)
+    said = [str(w.message) for w in caught if "written while it was inactive" in str(w.message)]
+    assert len(said) == 1
+    assert "'default'" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:Parameters of adapter 'twin' were written")
 def test_values_that_a_user_writes_into_an_inactive_adapter_are_his(model):
     model.add_adapter("twin", copy.deepcopy(model.peft_config["default"]))
     before = [layer.state_dict() for layer in adapter_layers(model)]
