@@ -45,7 +45,10 @@ def _check_choices(config: SparseLoraConfig) -> None:
                 f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
             )
     check_options(CRITERIA[config.criterion], config.criterion_options, "criterion_options")
-    make_score(config.criterion, **config.criterion_options)  # refuses unknown options and bad values by name
+    try:
+        make_score(config.criterion, **config.criterion_options)  # refuses unknown options and bad values by name
+    except ValueError as error:
+        raise ValueError(f"criterion_options={config.criterion_options}: {error}") from error
     if config.allocation == "global" and config.criterion == "random":
         raise ValueError(
             "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "
