@@ -188,7 +188,8 @@ def check_numbers(tensor: torch.Tensor, key: str, source: Path | str, *, trained
     if tensor.dtype not in accepted:
         kind = "one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise ValueError(f"'{key}' in '{source}' is {tensor.dtype}; it takes {kind}. Save the adapter again.")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    wide = trained and tensor.dtype == torch.float64  # masters are fp32
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if wide else tensor).all():
         raise ValueError(f"'{key}' in '{source}' has values that are not finite; the adapter is damaged.")
 
 

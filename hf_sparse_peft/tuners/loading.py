@@ -101,10 +101,15 @@ def _load_into_transformers(original, self, peft_model_id=None, adapter_name=Non
     name = adapter_name or "default"
     check_adapter_name(name, model_class(file.config.peft_type).prefix, self)
     with _whole_or_not(self, file, None):
-        found = original(self, peft_model_id, adapter_name, *args, **kwargs)
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
+        try:
+            found = original(self, peft_model_id, adapter_name, *args, **kwargs)
+        except RuntimeError:  # a head of another shape, which the hooks name
+            if name in getattr(self, "peft_config", {}):
+                set_peft_model_state_dict(self, tensors, adapter_name=name)
+            raise
         # Assigned past peft's hooks until here: loaded again through them, so that all is checked, values are fp32
         # masters and heads are in their places.
-        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
         set_peft_model_state_dict(self, tensors, adapter_name=name)
         return found
 
