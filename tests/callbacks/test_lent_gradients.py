@@ -174,6 +174,42 @@ def test_a_reader_on_one_adapter_reads_its_own_units_beside_an_adapter_of_anothe
     torch.testing.assert_close(reading.gradients.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+class Sometimes(Recurrent):
+    """The layer runs where the first input is positive."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.other = nn.Linear(SIDE, SIDE)
+
+    def forward(self, x, labels=None):
+        reached = x[0, 0] > 0
+        return super().forward(x, labels) if reached else {"loss": self.other(x.requires_grad_()).square().mean()}
+
+
+@pytest.mark.parametrize("reader", ["rigl", "rigl-candidates", "spiel"])
+@pytest.mark.parametrize("reached", [(False, True), (True, False)])
+def test_a_micro_batch_that_does_not_reach_the_layer_adds_nothing(reader, reached):
+    model, layer, (part,) = built(Sometimes(), regrowth=RegrowthConfig(interval=4, collect_steps=2))
+    data = batches(2)
+    for batch, runs in zip(data, reached, strict=True):
+        batch["x"][0, 0] = 1.0 if runs else -1.0
+    expected = dense_gradient(layer, data[reached.index(True)], 2).flatten()
+    reading = {
+        "rigl": lambda: StepGradient(part, 4, 2, None),
+        "rigl-candidates": lambda: StepGradient(part, 4, 2, 1.0),
+        "spiel": lambda: CandidateCollector(part, starts=True),
+    }[reader]()
+    run_step(model, layer, {"default": reading}, data)
+    if reader == "spiel":
+        reading.finish_step()
+        units, found = reading.units, reading.sums[0]
+        assert set(units.tolist()) == set(expected.abs().topk(units.numel()).indices.tolist())
+    else:
+        reading.finish()
+        units, found = reading.units, reading.gradients
+    torch.testing.assert_close(found.double(), expected[units.long()], rtol=1e-4, atol=1e-6)
+
+
 def test_a_reader_that_ruins_what_it_was_lent_does_not_reach_the_gradient_of_the_values():
     model, layer, (part,) = built(Recurrent(1))
     (batch,) = batches(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 
 import pytest
 import tiny
@@ -23,6 +24,8 @@ from hf_sparse_peft import (
     callbacks_for,
     methods,
 )
+from hf_sparse_peft.callbacks.base import AdaptedLayer
+from hf_sparse_peft.callbacks.support_moves import refuse_unskippable
 from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig, adapter_layers
 from hf_sparse_peft.tuners.live_run import begin_run
 
@@ -241,6 +244,18 @@ def test_sara_leaves_out_the_update_of_its_entries_only(tmp_path):
     found = changed_at_moves(model, tmp_path, steps=8)  # step 4 is the adjustment's
     assert [seen for name, seen in found.items() if "values" in name] == [[True, False]]
     assert all(seen == [True, True] for name, seen in found.items() if "values" not in name)
+
+
+def test_fp16_without_clipping_is_refused_only_where_nothing_else_takes_the_step():
+    model = get_peft_model(tiny.llama(layers=1), rigl())
+    parts = [AdaptedLayer(layer, "default") for layer in adapter_layers(model)]
+    alone = torch.optim.SGD([part.values for part in parts], lr=0.1)
+    others = torch.optim.SGD([*(part.values for part in parts), torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scaled = types.SimpleNamespace(fp16=True, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"regrowth\.skip_step.*max_grad_norm above 0"):
+        refuse_unskippable(scaled, "regrowth", parts, alone)
+    refuse_unskippable(scaled, "regrowth", parts, others)
+    refuse_unskippable(types.SimpleNamespace(fp16=True, max_grad_norm=1.0), "regrowth", parts, alone)
 
 
 def test_two_rigl_adapters_on_one_layer_grow_by_the_same_summed_gradient(tmp_path):
