@@ -117,3 +117,12 @@ def test_a_size_in_the_config_that_no_tensor_has_allocates_nothing(field, value,
     file.write_text(json.dumps(config))
     assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 1
     assert field in capsys.readouterr().err
+
+
+def test_the_code_on_the_card_loads_a_classifier_with_its_labels(base, tmp_path):
+    expected = saved(classifier(base, num_labels=3), tmp_path / "adapter", task_type="SEQ_CLS")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("path/or/repo-of-this-adapter", "adapter")
+    names = {}
+    exec(code.replace('"adapter"', repr(str(tmp_path / "adapter"))), names)
+    assert torch.equal(logits(names["model"]), expected)

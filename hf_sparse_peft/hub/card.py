@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 
 from ..tuners import SparseLoraConfig
+from ..tuners.base_overrides import base_overrides
 from ..tuners.file_writing import whole_file
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from ..tuners.sparse_lora.config import SCHEDULES
@@ -143,7 +144,7 @@ def adapter_card(
         datasets=hub_datasets or None,
         tags=sorted(set(tags)),
     )
-    rows = support_summary(model, adapter_name)
+    rows, labels = support_summary(model, adapter_name), base_overrides(model).get("num_labels")
     shown = repo_id or "path/or/repo-of-this-adapter"
     return ModelCard.from_template(
         data,
@@ -151,7 +152,7 @@ def adapter_card(
         title=repo_id.rpartition("/")[2] if repo_id else f"Sparse adapter for {base_model or 'a model without a name'}",
         summary=_summary(rows, config, base_model, method, paper),
         # The fence comes with the code: formatters rewrite Python blocks of Markdown files, placeholders too.
-        load_code=f"```python\n{_load_code(auto_class, shown, base_model)}\n```",
+        load_code=f"```python\n{_load_code(auto_class, shown, base_model, labels)}\n```",
         leaving=_leaving(config),
         support_table=_support_table(rows),
         support_legend=_LEGEND,
@@ -276,10 +277,11 @@ def _base_link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{base_model}`"
 
 
-def _load_code(auto_class: str | None, shown: str, base_model: str | None) -> str:
+def _load_code(auto_class: str | None, shown: str, base_model: str | None, labels: int | None) -> str:
     remark = "import hf_sparse_peft  # registers the adapter type with peft"
     if auto_class:
-        return f'{remark}\nfrom peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{shown}")'
+        given = "" if labels is None else f", num_labels={labels}"  # goes on to the base model
+        return f'{remark}\nfrom peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{shown}"{given})'
     base = base_model or "name-of-the-base-model"
     return (
         f"{remark}\nfrom peft import PeftModel\nfrom transformers import AutoModel  # or the class the base needs\n\n"

@@ -29,7 +29,7 @@ def staged_folder(path: str | os.PathLike, peft_type: str | None = None) -> Iter
     """
     place = Path(path).expanduser().resolve()
     _check_place(place, peft_type)
-    if _content(place):
+    if _content(place) or (place.exists() and not os.access(place.parent, os.W_OK)):
         with staged_files(place) as stage:
             yield stage
         return
@@ -49,7 +49,10 @@ def staged_files(folder: Path) -> Iterator[Path]:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary_folder(folder, _INSIDE) as stage:
+        with temporary_folder(folder, _INSIDE) as outer:
+            # One level deeper: Trainer takes a checkpoint's subfolder with weights in it for one more adapter.
+            stage = outer / "new"
+            stage.mkdir()
             yield stage
             move_files(stage, folder)
     except BaseException:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import sys
 from contextlib import suppress
 
@@ -213,3 +214,17 @@ def test_a_whole_file_is_the_old_one_until_the_block_ends(tmp_path):
         raise KeyError
     assert target.read_text() == "old"
     assert no_leftovers(tmp_path)
+
+
+def test_a_half_written_save_in_a_checkpoint_is_no_further_adapter(tmp_path):
+    config = SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"])
+    tiny.train(get_peft_model(tiny.llama(layers=1), config), tmp_path, 2, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "checkpoint-1"
+    fails = lambda: get_peft_model(tiny.llama(layers=1), config).save_pretrained(checkpoint)  # noqa: E731
+    assert killed(fails, tmp_path, 10**6, lambda die: setattr(shutil, "rmtree", lambda *a, **k: die()))
+    left = [path for path in checkpoint.iterdir() if ".writing-" in path.name]
+    assert left
+    shutil.copyfile(checkpoint / "adapter_model.safetensors", left[0] / "new" / "adapter_model.safetensors")
+    model = get_peft_model(tiny.llama(layers=1), config)
+    tiny.train(model, tmp_path, 2, resume=str(checkpoint))
+    assert list(model.peft_config) == ["default"]
