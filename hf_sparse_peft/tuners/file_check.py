@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from .adapter_config import AdapterConfig
-from .file_length import check_file_length
+from .file_length import read_safetensors
 
 if TYPE_CHECKING:
     from .adapter_model import AdapterModel
@@ -130,18 +129,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         ValueError: the file is missing, truncated or unreadable. Pickled files are never read.
     """
     if not file.is_file():
-        pickled = (file.parent / "adapter_model.bin").is_file()
-        hint = (
-            "an adapter_model.bin is there, and pickled files are never read, because reading one runs what is in it: "
-            "have it saved again with safetensors" if pickled else "copy or save it again"
-        )  # fmt: skip
-        raise ValueError(f"'{file.parent}' has no {file.name} ({hint}).")
-    check_file_length(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in sorted(opened.keys())}
-    except (SafetensorError, TypeError, RuntimeError) as error:
-        raise ValueError(f"'{file}' is not readable as safetensors: {error}. Fetch or save it again.") from error
+        raise ValueError(
+            f"'{file.parent}' has no {file.name}: copy or save it again. An adapter_model.bin is pickled and never "
+            "read, because reading it runs what is in it; have it saved with safetensors."
+        )
+    return read_safetensors(file)[0]
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, source: Path | str) -> AdapterFile:

@@ -1,9 +1,12 @@
-"""Is an adapter file all there? Asked before anything is built for it."""
+"""Reading safetensors files: is one all there? Asked before anything is built for it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 
 def check_file_length(file: Path) -> None:
@@ -23,7 +26,7 @@ def check_file_length(file: Path) -> None:
         try:
             header = json.loads(stream.read(length))
             ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"'{file}' has no safetensors header: {error}. Fetch or save it again.") from error
     due = max(ends.values(), default=8 + length)
     if size < due:
@@ -34,3 +37,17 @@ def check_file_length(file: Path) -> None:
         )
     if size > due:
         raise ValueError(f"'{file}' has {size} bytes where its header accounts for {due}. Fetch or save it again.")
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of the file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: the file is cut or damaged; names it.
+    """
+    check_file_length(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in sorted(opened.keys())}, opened.metadata() or {}
+    except (SafetensorError, TypeError, RuntimeError) as error:
+        raise ValueError(f"'{file}' is not readable as safetensors: {error}. Fetch or save it again.") from error

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
-from ..file_length import check_file_length
+from ..file_length import read_safetensors
 from ..file_writing import whole_file
 
 FORMAT, VERSION = "hf_sparse_peft.support", "1"
@@ -36,15 +35,12 @@ def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no support file '{path}'. initialize_support(..., save_to=...) writes one.")
-    check_file_length(path)
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        if about.get("format") != FORMAT or about.get("version") != VERSION:
-            raise ValueError(
-                f"'{path}' is not a support file of version {VERSION}: its format is {about.get('format')!r}, version "
-                f"{about.get('version')!r}. initialize_support(..., save_to=...) writes them."
-            )
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored, about = read_safetensors(path)
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise ValueError(
+            f"'{path}' is not a support file of version {VERSION}: its format is {about.get('format')!r}, version "
+            f"{about.get('version')!r}. initialize_support(..., save_to=...) writes them."
+        )
     missing, extra = sorted(set(grids) - set(stored)), sorted(set(stored) - set(grids))
     if missing or extra:
         raise ValueError(
@@ -57,4 +53,14 @@ def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dic
         if not 0 <= capacity <= grid.num_units:
             raise ValueError(f"'{name}' in '{path}' has a support of another weight than {grid.rows}x{grid.cols}.")
         units[name] = decode_support(stored[name], grid, capacity, f"{name} in '{path}'")
-    return units, json.loads(about["about"])
+    return units, _chosen_by(about, path)
+
+
+def _chosen_by(about: dict[str, str], path: Path) -> dict:
+    try:
+        found = json.loads(about.get("about", ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' does not say what its units were chosen by: {error}. Write it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' says {found!r} where an object of what its units were chosen by is due.")
+    return found
