@@ -22,6 +22,7 @@ from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
 from .support_search import SupportSearchCallback
 from .telemetry import SupportTelemetryCallback
+from .trainer_checks import NamedAdapterCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 # In the order they must act at one step: who trains, then prune, then regrow what is left.
@@ -60,6 +61,8 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
     schedules = [cls() for cls in asked]
     if isinstance(model_or_config, nn.Module):
+        if any(name != "default" for layer in layers for name in layer.active_adapters):
+            schedules.append(NamedAdapterCallback())
         waits = any(
             layer.is_undecided(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
         )

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from ..tuners import restore_fp32
 from ..tuners.sparse_lora import initialize_support, sparse_layers
-from .trainer_checks import warn_of_best_model
+from .trainer_checks import sharding_switched_on, warn_of_best_model
 
 
 class InitialSupportCallback(TrainerCallback):
@@ -41,6 +41,12 @@ class InitialSupportCallback(TrainerCallback):
             if not waiting or not waiting[0].sparse_lora_values[name].requires_grad:
                 continue
             config = waiting[0].sparse_lora_config[name]
+            if sharded := sharding_switched_on(args):
+                raise ValueError(
+                    f"criterion='{config.criterion}' reads gradients of whole weights, and {sharded[0]}, switched on "
+                    f"by {sharded[1]}, has sharded them. Call hf_sparse_peft.initialize_support(model, dataloader) before "
+                    "creating the Trainer."
+                )
             if config.sizes_from_data and args.world_size > 1:
                 raise ValueError(
                     f"allocation='global' or a structure of scope='model' with criterion='{config.criterion}' changes "

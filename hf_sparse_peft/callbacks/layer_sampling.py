@@ -258,6 +258,7 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
     place = re.compile(rf"(?:^|\.)(?:{pattern or _COMMON})\.\d+(?=\.|$)")
     layers: dict[str, _Layer] = {}
     outside: set[str] = set()
+    frozen: str | None = None
     for name, module in model.named_modules():
         found = place.search(name)
         if not isinstance(module, BaseTunerLayer):
@@ -271,6 +272,7 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
             parameters = [p for one in tensors for p in ([one] if isinstance(one, nn.Parameter) else one.parameters())]
             parameters = [p for p in parameters if p.requires_grad]
             if not parameters:
+                frozen = frozen or (name if tensors else None)
                 continue
             scalings = [getattr(module, n) for n in module.other_param_names if n.endswith("scaling")]
             scalings = [(one, adapter) for one in scalings if isinstance(one, dict) and adapter in one]
@@ -282,6 +284,11 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
             layer = layers.setdefault(name[: found.end()], _Layer())
             layer.parameters += parameters
             layer.scalings += scalings
+    if frozen and not layers:
+        raise ValueError(
+            f"LayerSamplingCallback found no trained adapter: those of '{frozen}' are frozen. An adapter that is "
+            "loaded does not train by default; load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
     if not layers:
         raise ValueError(
             f"LayerSamplingCallback found no trained adapter inside numbered layers "

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
 
@@ -27,7 +27,7 @@ def refuse_sharded(args: TrainingArguments, option: str, model: nn.Module | None
         ValueError: DeepSpeed, FSDP or Megatron-LM by `TrainingArguments`, by the environment of `accelerate launch`, by
             an accelerator that exists already, or because the model is wrapped.
     """
-    found = _switched_on(args) or _wrapped(model)
+    found = sharding_switched_on(args) or _wrapped(model)
     if found is not None:
         name, where = found
         raise ValueError(
@@ -37,7 +37,8 @@ def refuse_sharded(args: TrainingArguments, option: str, model: nn.Module | None
         )
 
 
-def _switched_on(args: TrainingArguments) -> tuple[str, str] | None:
+def sharding_switched_on(args: TrainingArguments) -> tuple[str, str] | None:
+    """What shards the run, and where that was switched on; None where nothing does."""
     for name, field in (("DeepSpeed", "deepspeed"), ("DeepSpeed", "deepspeed_plugin"), ("FSDP", "fsdp")):
         if getattr(args, field, None):
             return name, f"TrainingArguments.{field}"
@@ -75,6 +76,14 @@ def warn_of_best_model(args: TrainingArguments, state: Any, model: nn.Module) ->
         f"trainer.state.best_model_checkpoint, '{lost[0]}'), '{lost[0]}').",
         stacklevel=3,
     )
+
+
+class NamedAdapterCallback(TrainerCallback):
+    """Says at the start of a run what Trainer does for an adapter called 'default' only."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Warn where `load_best_model_at_end` will not load the best state."""
+        warn_of_best_model(args, state, model)
 
 
 def why_nothing_trains(callback: str, option: str, model: nn.Module) -> str:

@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from ..optim.zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from ..optim.zeroth_order_log import LOG_NAME, ZerothOrderLog
-from ..tuners import adapter_layers
+from ..tuners import adapter_layers, restore_fp32
 from ..tuners.base_weight import keep_4bit_weight_stable
 from .base import all_reduce_mean
+from .trainer_checks import sharding_switched_on
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +61,7 @@ class ZerothOrderTrainer(Trainer):
     def __init__(self, *args: Any, replay_log: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _refuse_unsuited(self.args)
+        restore_fp32(self.model)
         if self.optimizer is not None:
             zeroth_order_of(self.optimizer)
         self.add_callback(ZerothOrderCallback(replay_log))
@@ -186,11 +188,11 @@ def _refuse_unsuited(args: TrainingArguments) -> None:
             "fp16=True scales a loss for its backward pass, and zeroth-order training has none. Set bf16=True, or "
             "load the model in torch.float16 and set fp16=False."
         )
-    for name, used in {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}.items():
-        if used:
-            raise ValueError(
-                f"{name} shards parameters, which are perturbed as wholes here. Train with DDP or one device."
-            )
+    if sharded := sharding_switched_on(args):
+        raise ValueError(
+            f"{sharded[0]} shards parameters, which are perturbed as wholes here; it is switched on by {sharded[1]}. "
+            "Train with DDP or one device."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"DataParallel over {args.n_gpu} GPUs copies parameters in every forward. Start with `accelerate launch` "

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_sparse_peft import KernelLoraConfig, LayerSamplingConfig, RegrowthConfig, SparseLoraConfig, callbacks_for
-from hf_sparse_peft.callbacks import SCHEDULE_CALLBACKS, LayerSamplingCallback, MaskRegrowthCallback
+from hf_sparse_peft.callbacks import SCHEDULE_CALLBACKS, LayerSamplingCallback, MaskRegrowthCallback, ZerothOrderTrainer
 
 NOT_SHARDED = {"deepspeed": None, "fsdp": None}
 
@@ -56,6 +56,16 @@ def test_an_environment_that_switches_it_off_is_fine(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "0")
     model = moving()
     tiny.train(model, tmp_path, 4, callbacks=callbacks_for(model))
+
+
+def test_zeroth_order_training_and_supports_from_data_are_refused_under_a_launched_fsdp(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"], criterion="gradient")
+    model = get_peft_model(tiny.llama(layers=1), config)
+    with pytest.raises(ValueError, match=r"gradient.*ACCELERATE_USE_FSDP.*initialize_support"):
+        tiny.train(model, tmp_path, 2, callbacks=callbacks_for(model))
+    with pytest.raises(ValueError, match=r"FSDP.*ACCELERATE_USE_FSDP"):
+        ZerothOrderTrainer(model=model, args=tiny.arguments(tmp_path, 2), train_dataset=tiny.TokenData())
 
 
 @pytest.mark.parametrize("how", ["plugin", "parallelism", "accelerator", "wrapped"])
@@ -103,6 +113,14 @@ def test_the_second_of_two_active_adapters_is_named(tmp_path):
     assert ["['more']" in text for text in best(model, tmp_path)] == [True]
 
 
+def test_a_named_adapter_without_any_schedule_is_named_too(tmp_path):
+    config = SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert ["['mine']" in text for text in best(get_peft_model(tiny.llama(layers=1), config, "mine"), tmp_path)] == [
+        True
+    ]
+    assert callbacks_for(get_peft_model(tiny.llama(layers=1), config)) == []
+
+
 def test_the_default_adapter_gets_its_best_state_and_no_warning(tmp_path):
     assert best(moving(), tmp_path) == []
 
@@ -133,6 +151,12 @@ def test_the_message_for_an_adapter_that_was_loaded_frozen_says_so(folder, tmp_p
     model = PeftModel.from_pretrained(tiny.llama(layers=1), folder)
     with pytest.raises(ValueError, match=r"regrowth.*'default'.*is_trainable=False.*is_trainable=True"):
         tiny.train(model, tmp_path, 4, callbacks=[MaskRegrowthCallback()])
+
+
+def test_layer_sampling_says_that_its_adapter_was_loaded_frozen(folder, tmp_path):
+    model = PeftModel.from_pretrained(tiny.llama(layers=1), folder)
+    with pytest.raises(ValueError, match=r"q_proj.*frozen.*is_trainable=True"):
+        tiny.train(model, tmp_path, 4, callbacks=[LayerSamplingCallback(LayerSamplingConfig())])
 
 
 def test_the_message_for_an_adapter_that_is_not_active_says_so(tmp_path):
