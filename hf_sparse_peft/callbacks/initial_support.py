@@ -44,8 +44,8 @@ class InitialSupportCallback(TrainerCallback):
             if sharded := sharding_switched_on(args):
                 raise ValueError(
                     f"criterion='{config.criterion}' reads gradients of whole weights, and {sharded[0]}, switched on "
-                    f"by {sharded[1]}, has sharded them. Call hf_sparse_peft.initialize_support(model, dataloader) before "
-                    "creating the Trainer."
+                    f"by {sharded[1]}, has sharded them. Call hf_sparse_peft.initialize_support(model, dataloader) "
+                    "before creating the Trainer."
                 )
             if config.sizes_from_data and args.world_size > 1:
                 raise ValueError(
