@@ -28,7 +28,9 @@ def spiel_ag(
     """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share.
 
     A support that was chosen otherwise, or trained before, is kept at the first move. With
-    `RegrowthConfig(schedule="cosine")` nothing is replaced whole, as in the released code.
+    `RegrowthConfig(schedule="cosine")` nothing is replaced whole, as in the released code. `density` is a share of the
+    adapted weights, where the released code's is one of all parameters; `num_entries` gives the number itself (the
+    paper: as many as a LoRA has, `budget_rank` per matrix).
     """
     regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
     options = {"r": 0, "density": density, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
