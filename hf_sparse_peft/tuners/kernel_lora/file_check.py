@@ -41,12 +41,17 @@ def check_kernel_module(
             )
     cols, rows = held["kernel_lora_P"].shape[1], held["kernel_lora_Q"].shape[1]
     if "kernel_lora_survivors" in held:
-        check_survivors(held["kernel_lora_survivors"], rows * cols, tensor_key(name, "kernel_lora_survivors"), file)
+        shapes = [
+            f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}"
+            for kind in ("kernel_lora_P", "kernel_lora_Q")
+        ]
+        key = tensor_key(name, "kernel_lora_survivors")
+        check_survivors(held["kernel_lora_survivors"], rows * cols, key, file, f" ({', '.join(shapes)})")
     return rows, cols
 
 
-def check_survivors(tensor: torch.Tensor, numel: int, key: str, file: Path | str) -> None:
-    """Refuse what is no int64 count of a weight's entries.
+def check_survivors(tensor: torch.Tensor, numel: int, key: str, file: Path | str, shapes: str = "") -> None:
+    """Refuse what is no int64 count of a weight's entries; `shapes` tells how many these are.
 
     Raises:
         ValueError: names the tensor.
@@ -54,5 +59,5 @@ def check_survivors(tensor: torch.Tensor, numel: int, key: str, file: Path | str
     if tensor.dtype != torch.int64 or tensor.numel() != 1 or not 0 <= int(tensor) <= numel:
         raise ValueError(
             f"'{key}' in '{file}' is {tensor.tolist()} ({tensor.dtype}), no count of the {numel} entries of its "
-            "weight, which is int64. The file is damaged or belongs to another base model."
+            f"weight{shapes}, which is int64. The file is damaged or belongs to another base model."
         )
