@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import regex
@@ -27,6 +27,7 @@ optional part as 1, b alternatives as log2(b). Six times `.*` fits."""
 SECONDS = 1.0
 """Time that matching the names of one option may take beyond what harmless expressions take."""
 _HARMLESS = 2e-3
+_EXACT_NAME = re.compile(r"\^[\w.\-]+")  # what compact() and combinations write, one for each module
 _PLAIN_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
@@ -36,6 +37,8 @@ def check_pattern(pattern: str, field: str) -> None:
     Raises:
         ValueError: names `field` and the pattern.
     """
+    if len(pattern) <= LONGEST_PATTERN and _EXACT_NAME.fullmatch(pattern):
+        return
     shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
     if len(pattern) > LONGEST_PATTERN:
         raise ValueError(
@@ -102,11 +105,17 @@ class _Patterns:
     """Compiled once for all modules: 5,000 patterns of a mixture of experts are more than `re` remembers."""
 
     def __init__(self, keys: tuple[str, ...], field: str, whole: bool) -> None:
-        self.field, self.spent = field, 0.0
-        self.compiled = [(key, regex.compile(key if whole else rf"(?:.*\.)?(?:{key})$")) for key in keys]
-        self.whole = whole
+        self.keys, self.field, self.whole, self.spent = keys, field, whole, 0.0
+        self.exact = set(keys) if not whole and all(_EXACT_NAME.fullmatch(key) for key in keys) else set()
+
+    @cached_property
+    def compiled(self) -> list[tuple[str, Any]]:
+        form = "{}" if self.whole else r"(?:.*\.)?(?:{})$"
+        return [(key, regex.compile(form.replace("{}", key))) for key in self.keys]
 
     def first(self, module_name: str) -> str | None:
+        if f"^{module_name}" in self.exact:
+            return f"^{module_name}"
         for key, compiled in self.compiled:
             match = compiled.fullmatch if self.whole else compiled.match
             begin = time.thread_time()

@@ -62,6 +62,15 @@ def test_harmless_patterns_match_what_pefts_own_matching_matches(pattern):
         assert {pattern: 1}.get(pattern_key({pattern: 1}, name, "rank_pattern")) == by_peft, name
 
 
+def test_one_exact_pattern_for_each_of_many_modules_stays_quick():
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(50) for expert in range(100)]
+    begin = time.thread_time()
+    config = SparseLoraConfig(rank_pattern={f"^{name}": 1 + place % 7 for place, name in enumerate(names)})
+    assert [config.rank_of(name) for name in names] == [1 + place % 7 for place in range(len(names))]
+    assert time.thread_time() - begin < 2
+    assert SparseLoraConfig(rank_pattern={"^lin": 3}).rank_of("block.lin") == 8
+
+
 def test_first_matching_key_counts():
     patterns = {"v_proj": 1, r".*\.0\..*": 2, "q_proj": 3}
     assert [pattern_key(patterns, name, "rank_pattern") for name in NAMES[:2]] == [r".*\.0\..*", "v_proj"]
