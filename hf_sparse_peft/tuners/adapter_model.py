@@ -179,7 +179,7 @@ class AdapterModel(BaseTuner):
     def _check_file_fits(self, options: dict[str, Any], module_name: str, target: nn.Module) -> None:
         """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
         file = file_being_loaded()
-        if file is None:
+        if file is None or file.renamed:
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not is_supported(base, resolve_quantization_backend(base, **get_quantization_kwargs(self.model))):
@@ -201,7 +201,7 @@ class AdapterModel(BaseTuner):
 
     def _check_surplus(self, adapter_name: str) -> None:
         file = file_being_loaded()
-        if file is None:
+        if file is None or file.renamed:
             return
         made = {layer.module_name for layer in self.adapted_layers() if adapter_name in layer.adapter_configs}
         surplus = sorted(set(file.modules) - made)

@@ -37,6 +37,8 @@ class AdapterFile:
     """Module name in the base -> name of the tuner's tensor -> the tensor."""
     others: dict[str, torch.Tensor]
     """By key: heads, biases, embeddings, state of running schedules."""
+    renamed: bool = False
+    """Whether upstream gives modules of an older architecture other names on the way into the model."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -197,8 +199,8 @@ def _travels_along(key: str, config: AdapterConfig, modules: Mapping[str, Any]) 
     name = path.removeprefix(PREFIX)
     if kind == "bias" and config.bias == "all":
         return True
-    if kind == "bias" and config.bias != "none":
-        return name.endswith("base_layer") and name.removesuffix("base_layer").removesuffix(".") in modules
+    if kind == "bias" and config.bias != "none" and name.endswith("base_layer"):
+        return name.removesuffix("base_layer").removesuffix(".") in modules
     if key in (config.saved_base_weights or ()):
         return True
     inside = {"original_module", "base_layer"} & set(key.split("."))

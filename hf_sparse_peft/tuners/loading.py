@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,9 @@ def _add_to_transformers(original, self, adapter_config, adapter_name=None):
 @contextmanager
 def _whole_or_not(model: nn.Module, file: AdapterFile, key_mapping: Mapping[str, str] | None) -> Iterator[None]:
     # Where upstream renames modules of older architectures, only the last check knows their names.
-    renamed = key_mapping or getattr(model, "_checkpoint_conversion_mapping", None)
+    renamed = bool(key_mapping or getattr(model, "_checkpoint_conversion_mapping", None))
     try:
-        with unchanged_on_error(model), loading(None if renamed else file):
+        with unchanged_on_error(model), loading(replace(file, renamed=renamed)):
             yield
     except KeyError as error:  # how upstream says that a head is not in the file
         key = error.args[0] if error.args else None

@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapter_config import AdapterConfig
 from .adapter_layer import AdapterLayer
-from .file_check import PREFIX, check_numbers, is_head
+from .file_check import PREFIX, check_numbers, file_being_loaded, is_head
 from .wrapped_names import plain_name
 
 SOURCE = "the adapter file"
@@ -81,7 +81,9 @@ def check_others(
         for target in module.adapter_state_dict_load_map(adapter_name).values()
     }
     trained_biases = set(biases(state))
-    embeddings = set(config.saved_base_weights or ())
+    file = file_being_loaded()
+    declared = (config, *([] if file is None else [file.config]))  # a resumed run's own config knows of none yet
+    embeddings = {key for one in declared for key in one.saved_base_weights or ()}
     own = (*layer_cls.saved_names, *layer_cls.training_state_names)
     by_plain_name = {plain_name(key): key for key in state}  # files know nothing of a compiled base
     for key, tensor in list(state_dict.items()):
@@ -91,11 +93,11 @@ def check_others(
         if set(parts[-2:]) & set(layer_cls.training_state_names):
             continue
         place = by_plain_name.get(plain_name(key), by_plain_name.get(plain_name(key).removeprefix(PREFIX), key))
-        if place not in state and config.bias == "all" and parts[-1] == "bias" and "modules_to_save" in parts:
+        if place not in heads and config.bias == "all" and parts[-1] == "bias" and "modules_to_save" in parts:
             del state_dict[key]
         elif place in state and (place in heads or place in trained_biases or _in_file(place) in embeddings):
-            _check_fit(tensor, state[place], key)
-            state_dict[place] = state_dict.pop(key)
+            del state_dict[key]
+            state_dict[place] = _fitting(tensor, state[place], key)  # a copy, as in check_layer
         else:
             raise ValueError(
                 f"'{key}' in {SOURCE} has no place in this model: it is not adapted there, or it is not the adapter's. "
@@ -112,14 +114,14 @@ def _in_file(key: str) -> str:
     return plain if plain.startswith(PREFIX) else PREFIX + plain
 
 
-def _check_fit(tensor: torch.Tensor, held: torch.Tensor, key: str) -> None:
+def _fitting(tensor: torch.Tensor, held: torch.Tensor, key: str) -> torch.Tensor:
     check_numbers(tensor, key, SOURCE, trained=held.is_floating_point())
     if tensor.is_floating_point() != held.is_floating_point() or tensor.shape != held.shape:
         raise ValueError(
             f"'{key}' in {SOURCE} is {tensor.dtype} of shape {tuple(tensor.shape)}, and the model's is {held.dtype} of "
             f"{tuple(held.shape)}. Load the adapter on the base that it was trained on."
         )
-    _cast(tensor, held.dtype, key)
+    return _cast(tensor, held.dtype, key)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
@@ -208,7 +210,7 @@ def settle_training_state(
         elif key not in state_dict:
             state_dict[key] = torch.zeros_like(held[adapter_name])
         else:
-            _check_fit(state_dict[key], held[adapter_name], key)
+            state_dict[key] = _fitting(state_dict[key], held[adapter_name], key)
 
 
 class SelectedTensors(dict):

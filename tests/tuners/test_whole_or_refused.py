@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, callbacks_for
 from hf_sparse_peft.cli import main as command_line
@@ -335,6 +335,40 @@ def test_biases_are_loaded_where_the_config_trains_them_and_missed_where_they_ar
     edit(tmp_path, lambda t: t.pop(f"{Q}.base_layer.bias"))
     with pytest.raises(ValueError, match=r"q_proj\.base_layer\.bias' is missing"):
         PeftModel.from_pretrained(biased(), tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "sparse_lora_only"])
+def test_heads_with_biases_are_loaded_on_every_path(tmp_path, bias):
+    def classifier():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+        return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes)).eval()
+
+    options = {"bias": bias, "target_modules": ["query"], "modules_to_save": ["pooler", "classifier"]}
+    model = save(tmp_path, classifier(), **options)
+    check_adapter(tmp_path)
+    resumed = get_peft_model(classifier(), config(**options))
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    loaded = [PeftModel.from_pretrained(classifier(), tmp_path, low_cpu_mem_usage=meta) for meta in (False, True)]
+    assert all(torch.equal(_logits(one), _logits(model)) for one in (resumed, *loaded))
+    bare = _through_transformers(classifier(), tmp_path).state_dict()
+    for key, tensor in model.state_dict().items():
+        assert bare[key.removeprefix("base_model.model.")].equal(tensor), key
+
+
+@pytest.mark.parametrize("path", ["fresh", "resumed"])
+def test_adapted_output_embedding_is_loaded_with_the_base_weight_that_peft_saves_beside_it(tmp_path, path):
+    targets = {"target_modules": ["q_proj", "lm_head"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = save(tmp_path, **targets)
+    check_adapter(tmp_path)
+    if path == "fresh":
+        loaded = PeftModel.from_pretrained(base(), tmp_path)
+    else:
+        loaded = get_peft_model(base(), config(**targets))
+        loaded.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(_logits(loaded), _logits(model))
 
 
 def _through_transformers(model, folder):
