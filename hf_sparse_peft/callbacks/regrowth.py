@@ -96,6 +96,9 @@ class MaskRegrowthCallback(ScheduleCallback, ExportableState):
     Dense gradients are read inside each layer's backward pass and reduced there: SpIEL-AG's in the `collect_steps`
     before a move (`CandidateCollector`), RigL's at the step of the move (`StepGradient`).
 
+    Where nothing says which units matter (gradients or values that are all 0 or not finite: masked labels, a layer that
+    the batches did not reach, an overflow) a layer keeps its units and is named in a warning, once a run.
+
     Two departures from SpIEL's official code, both its faults: squares are those of whole optimizer steps, not of
     micro-batches, and every phase collects `collect_steps` updates (the code: one more in all but the first).
     """

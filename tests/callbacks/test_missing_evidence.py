@@ -21,6 +21,7 @@ from hf_sparse_peft import (
 from hf_sparse_peft.callbacks.base import AdaptedLayer
 from hf_sparse_peft.callbacks.candidates import CandidateCollector
 from hf_sparse_peft.callbacks.drops import can_drop, importance, place_in_sign
+from hf_sparse_peft.callbacks.frozen_units import settle
 from hf_sparse_peft.callbacks.growth import Move
 from hf_sparse_peft.callbacks.rank_reallocation import allocate
 from hf_sparse_peft.callbacks.step_gradients import StepGradient
@@ -128,6 +129,24 @@ def test_units_of_equal_worth_leave_from_the_whole_support():
     part.values.data.zero_()
     assert not can_drop(part, importance(part, None), count)
     assert can_drop(part, importance(part, None), part.values.numel())  # all leave: nothing to judge
+
+
+def test_room_for_retired_units_of_equal_worth_is_drawn_for():
+    regrowth = RegrowthConfig(interval=3, grow="random", fraction=0.5, retired_share=0.5)
+    model = adapted(regrowth=regrowth)
+    part = AdaptedLayer(next(iter(layers(model).values())), "default")
+    part.layer.allocate_training_state("default")
+    old = part.units.clone()
+    part.values.data[: old.numel()] = 1.0
+    free = torch.tensor(sorted(set(range(1024)) - set(old.tolist())), dtype=old.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settled = settle(part, free[: old.numel()], torch.optim.SGD([part.values], lr=0.1))
+    kept = torch.isin(old, part.units)
+    assert settled.retired == int(kept.sum()) == old.numel() // 2
+    quarters = [int(quarter.sum()) for quarter in kept.chunk(4)]  # of about 25 units, half expected to stay
+    assert min(quarters) > 4
+    assert max(quarters) < 22
 
 
 def test_equal_ages_and_magnitudes_are_equally_important():
