@@ -12,29 +12,27 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from .adapter_copy import copy_adapter, copy_heads, tell_copy
-from .adapter_layer import AdapterLayer, is_supported, restore_fp32
+from .adapter_layer import AdapterLayer, is_supported
 from .adapter_name import check_adapter_name
-from .base_overrides import base_overrides
 from .base_weight import keep_4bit_weight_stable
-from .file_check import AdapterFile, file_being_loaded, tensor_key
 from .fp32_masters import restore_before_ddp
 from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, use_heads
 from .idle_layers import belongs_to, stop_watching, watch_forwards
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
+from .model_files import ModelFiles
 from .module_patterns import matches
 from .rollback import unchanged_on_error, uninterrupted
-from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
-from .wrapped_names import plain_name, rename_to_modules
+from .wrapped_names import plain_name
 
 
-class AdapterModel(BaseTuner):
+class AdapterModel(ModelFiles, BaseTuner):
     """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
 
     tuner_layer_cls: type[AdapterLayer]
@@ -147,106 +145,6 @@ class AdapterModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
         keep_forward(self.model, current_key)
-
-    # Files
-
-    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
-        """Shapes of the tensors that a layer of that size has in a file."""
-        raise NotImplementedError
-
-    @classmethod
-    def check_file(cls, file: AdapterFile) -> None:
-        """Check the tensors of every module of a file against its config.
-
-        Raises:
-            ValueError: names the tensor.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
-        """Check the file's tensors of one layer against it.
-
-        Raises:
-            ValueError: names the tensor.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
-        """Resize what only a file knows the size of; it was checked."""
-
-    def _check_file_fits(self, options: dict[str, Any], module_name: str, target: nn.Module) -> None:
-        """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
-        file = file_being_loaded()
-        if file is None or file.renamed:
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not is_supported(base, resolve_quantization_backend(base, **get_quantization_kwargs(self.model))):
-            return  # refused by name where the layer would be made
-        in_features, out_features = _get_in_out_features(base)
-        held = file.modules.get(module_name, {})
-        for kind, shape in self.file_shapes(options, module_name, out_features, in_features).items():
-            key = tensor_key(module_name, kind)
-            if kind not in held:
-                raise ValueError(
-                    f"'{key}' is missing from '{file.path}'; the file is incomplete, or its config targets other "
-                    "modules of this base than it was saved for."
-                )
-            if tuple(held[kind].shape) != shape:
-                raise ValueError(
-                    f"'{key}' in '{file.path}' has shape {tuple(held[kind].shape)}, and its config on this base makes "
-                    f"it {shape}. The file belongs to another base model or config."
-                )
-
-    def _check_surplus(self, adapter_name: str) -> None:
-        file = file_being_loaded()
-        if file is None or file.renamed:
-            return
-        made = {layer.module_name for layer in self.adapted_layers() if adapter_name in layer.adapter_configs}
-        surplus = sorted(set(file.modules) - made)
-        if surplus:
-            kind = next(iter(file.modules[surplus[0]]))
-            raise ValueError(
-                f"'{tensor_key(surplus[0], kind)}' in '{file.path}' has no place in this base: '{surplus[0]}' "
-                f"({len(surplus)} such modules) is not there or not targeted. Load the adapter on the base that it was "
-                "trained on."
-            )
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        rename_to_modules(state_dict, model)  # peft takes the heads from this dict afterwards
-        check_complete(state_dict, model, adapter_name)
-        config.base_overrides = base_overrides(model)
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return SelectedTensors(selected, config)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Name the file's tensors as the model does, all of them checked before any reaches a layer.
-
-        State of running schedules is dropped where the adapter does not train, allocated again where a finished run
-        freed it, and starts anew where a file has none.
-        """
-        restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
-        found = dict(super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
-        layers = [
-            (f"{name}." if name else "", module)
-            for name, module in model.named_modules()
-            if isinstance(module, cls.tuner_layer_cls)
-        ]
-        for prefix, layer in layers:
-            cls.check_loaded_layer(found, prefix, layer, config, adapter_name)
-        biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
-        check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
-        cls.take_sizes(found, model, config, adapter_name)
-        for prefix, layer in layers:
-            settle_training_state(found, prefix, layer, adapter_name)
-        return found
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key, adapter_name):
-        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     # Layers
 
