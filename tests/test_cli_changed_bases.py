@@ -5,11 +5,12 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from hf_sparse_peft import SparseLoraConfig, cli
+from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, cli
 
 IDS = torch.arange(1, 11)[None]
 
@@ -126,3 +127,28 @@ def test_the_code_on_the_card_loads_a_classifier_with_its_labels(base, tmp_path)
     names = {}
     exec(code.replace('"adapter"', repr(str(tmp_path / "adapter"))), names)
     assert torch.equal(logits(names["model"]), expected)
+
+
+@pytest.mark.parametrize("head", ["LlamaForTokenClassification", "LlamaForQuestionAnswering"])
+@pytest.mark.parametrize("config", [SparseLoraConfig, KernelLoraConfig])
+def test_heads_that_peft_adds_for_a_task_are_trained_saved_and_merged(head, config, tmp_path, capsys):
+    labels, task = (2, "QUESTION_ANS") if "Question" in head else (5, "TOKEN_CLS")
+    tiny.llama(getattr(transformers, head), layers=1).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, head).from_pretrained(
+        tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": task}
+    adapted = get_peft_model(model, config(**options))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad and "modules_to_save.default" in name]
+    assert trained
+    adapted.add_adapter("second", config(**options))
+    adapted.delete_adapter("second")
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    merged = getattr(transformers, head).from_pretrained(tmp_path / "out")
+    name = "score" if "Token" in head else "qa_outputs"
+    assert torch.equal(
+        getattr(merged, name).weight, getattr(adapted.base_model.model, name).modules_to_save["default"].weight
+    )

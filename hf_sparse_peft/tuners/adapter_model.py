@@ -22,7 +22,7 @@ from .adapter_layer import AdapterLayer, is_supported
 from .adapter_name import check_adapter_name
 from .base_weight import keep_4bit_weight_stable
 from .fp32_masters import restore_before_ddp
-from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, use_heads
+from .heads import check_active_heads, check_no_biases, drop_heads, head_owners, name_task_heads, use_heads
 from .idle_layers import belongs_to, stop_watching, watch_forwards
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
 from .model_files import ModelFiles
@@ -69,6 +69,7 @@ class AdapterModel(ModelFiles, BaseTuner):
         given = self.peft_config[adapter_name]
         source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
         self.peft_config[adapter_name] = copy.deepcopy(given)
+        name_task_heads(self.peft_config[adapter_name])
         self._asked_targets = given.target_modules
         self._targets_of_state_dict = None
         if state_dict is not None:

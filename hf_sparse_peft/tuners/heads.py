@@ -6,8 +6,19 @@ import copy
 from collections.abc import Iterable
 
 import torch
+from peft import PeftConfig, TaskType
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+
+# What peft's models for these tasks add to modules_to_save of the config they were given, after the injection.
+_TASK_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+
+def name_task_heads(config: PeftConfig) -> None:
+    """Name the head of the task in `config.modules_to_save`: the model's own config is saved, not the one given."""
+    heads = _TASK_HEADS.get(config.task_type, ())
+    held = list(config.modules_to_save or ())
+    config.modules_to_save = held + [name for name in heads if name not in held] or None
 
 
 def head_owners(model: nn.Module, adapter_names: Iterable[str], preferred: str | None = None) -> dict[str, str]:
