@@ -152,3 +152,15 @@ def test_heads_that_peft_adds_for_a_task_are_trained_saved_and_merged(head, conf
     assert torch.equal(
         getattr(merged, name).weight, getattr(adapted.base_model.model, name).modules_to_save["default"].weight
     )
+
+
+def test_a_resized_base_whose_embeddings_are_trained_whole_is_saved_once_and_merged(base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    heads = ["embed_tokens", "lm_head"]
+    expected = saved(model, tmp_path / "adapter", task_type="CAUSAL_LM", modules_to_save=heads)
+    keys = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "q_proj" not in key]
+    assert sorted(keys) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)

@@ -223,6 +223,8 @@ class SelectedTensors(dict):
         config.saved_base_weights = None
 
     def update(self, more: dict[str, torch.Tensor]) -> None:
+        # Upstream adds resized embeddings by name, and of those that are heads the parts of the wrapper once more.
+        more = {key: t for key, t in more.items() if not {"original_module", "modules_to_save"} & set(key.split("."))}
         base = [key for key in more if not is_head(key, self.config.modules_to_save)]
         if base:
             named = {_in_file(key) for key in base}
