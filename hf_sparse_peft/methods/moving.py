@@ -189,7 +189,7 @@ def apet(
     matrices. Without `budget` it is `density` of the weights, or the numbers of a LoRA of rank `budget_rank`.
 
     `unit="entry"`, the authors' random mask: a fixed random support over all matrices in proportion to their sizes, of
-    `budget` entries (rounded down in each matrix) or `density` (0.01) of them.
+    exactly `budget` entries or `density` (0.01) of them.
     """
     if unit not in ("tensor", "entry"):
         raise ValueError(f"unit={unit!r} is unknown; choose 'tensor' (whole tensors) or 'entry' (a random mask).")
@@ -197,7 +197,8 @@ def apet(
         options = {"r": budget_rank if r is None else r, "allocation": "tensors", "granularity": "row"}
         options |= {"density": density or 0.0, "budget_rank": None if density or budget else budget_rank}
     else:
-        options = {"r": r or 0, "criterion": "random", "density": 0.01 if density is None else density}
+        options = {"r": r or 0, "criterion": "random", "allocation": "proportional"}
+        options["density"] = 0.01 if density is None else density
     options = {**options, "num_entries": budget, "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**{**options, **overrides}))
 

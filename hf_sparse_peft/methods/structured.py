@@ -58,12 +58,15 @@ def s2ft(
             ratios = {name: ratio for name, ratio in ratios.items() if name not in names}
     units = {"o_proj": "head", "v_proj": "head"}
     structures += [StructureConfig([n], units.get(n, "channel"), ratio, scope) for n, ratio in ratios.items() if ratio]
+    targets, sides = [name for one in structures for name in one.modules], {**_ROWS, **_COLUMNS}
+    if not {"structures", "target_modules"} & set(overrides):
+        sides = {name: sides[name] for name in targets}
     options = {
         "r": 0,
         "density": 0.0,
         "structures": structures,
-        "granularity_pattern": {**_ROWS, **_COLUMNS},
-        "target_modules": [name for one in structures for name in one.modules],
+        "granularity_pattern": sides,
+        "target_modules": targets,
         "criterion": criterion,
         **overrides,
     }

@@ -17,6 +17,7 @@ from .allocation import (
     erdos_renyi_counts,
     erdos_renyi_densities,
     global_counts,
+    proportional_counts,
     uniform_counts,
 )
 from .bits import pack_bits, unpack_bits
@@ -82,6 +83,7 @@ __all__ = [
     "make_score",
     "needs_data",
     "pack_bits",
+    "proportional_counts",
     "random_units",
     "random_units_outside",
     "select_units",

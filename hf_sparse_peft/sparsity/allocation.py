@@ -47,6 +47,29 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
     return counts
 
 
+def proportional_counts(grids: dict[str, UnitGrid], num_entries: int) -> dict[str, int]:
+    r"""`num_entries` entries over all layers, in proportion to their sizes: exactly as many where all units have one
+    size, which entries do.
+
+    :math:`\lfloor N\,n_l / \sum n \rfloor` entries for a layer of :math:`n_l`, in whole units, and what is left goes,
+    one unit a layer, to the largest remainders (the earlier layer on a tie). A layer may get none.
+
+    Raises:
+        ValueError: no layers, or a budget below one unit or above all entries.
+    """
+    total = _total_entries(grids)
+    smallest = min(grid.unit_numel for grid in grids.values())
+    if not smallest <= num_entries <= total:
+        raise ValueError(
+            f"num_entries={num_entries} must be between {smallest}, the smallest unit, and the {total} entries of the "
+            "targeted weights."
+        )
+    # In integers: n_l / total as a float would lose entries of large models.
+    counts = {name: num_entries * grid.num_units // total for name, grid in grids.items()}
+    remainders = {name: num_entries * grid.num_units % total for name, grid in grids.items()}
+    return _filled_up(counts, remainders, grids, num_entries)
+
+
 def counts_from_rank(grids: dict[str, UnitGrid], rank: int) -> dict[str, int]:
     r"""As many entries as a LoRA of that rank has in each layer, :math:`\min(r(m+n), mn)` (LIFT; Liu et al., 2025), in
     whole units and at least one."""
@@ -96,14 +119,10 @@ def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, 
     densities = erdos_renyi_densities(grids, density)
     total = _total_entries(grids)
     # floor with the guard against float error that the grids have
-    spare = UnitGrid(1, total).count_for_density(density)
+    entries = UnitGrid(1, total).count_for_density(density)
     exact = {name: densities[name] * grid.num_units for name, grid in grids.items()}
     counts = {name: min(grids[name].num_units, math.floor(value + 1e-9)) for name, value in exact.items()}
-    spare -= sum(counts[name] * grid.unit_numel for name, grid in grids.items())
-    for name in sorted(grids, key=lambda n: counts[n] - exact[n]):
-        if grids[name].unit_numel <= spare and counts[name] < grids[name].num_units:
-            counts[name] += 1
-            spare -= grids[name].unit_numel
+    counts = _filled_up(counts, {name: exact[name] - counts[name] for name in grids}, grids, entries)
     for name, count in counts.items():
         if count == 0:
             grid = grids[name]
@@ -208,6 +227,20 @@ def _filled_shares(scores: dict[str, float], capacities: dict[str, int], budget:
             left -= capacities[name]
         open_layers = [name for name in open_layers if name not in shares]
     return shares
+
+
+def _filled_up(
+    counts: dict[str, int], remainders: dict[str, float], grids: dict[str, UnitGrid], entries: int
+) -> dict[str, int]:
+    """`counts` and, while the budget of `entries` has room, one unit more for the layers with the largest
+    remainders."""
+    counts = dict(counts)
+    spare = entries - sum(counts[name] * grid.unit_numel for name, grid in grids.items())
+    for name in sorted(grids, key=lambda n: -remainders[n]):
+        if grids[name].unit_numel <= spare and counts[name] < grids[name].num_units:
+            counts[name] += 1
+            spare -= grids[name].unit_numel
+    return counts
 
 
 def _total_entries(grids: dict[str, UnitGrid]) -> int:

@@ -8,7 +8,7 @@ import torch
 from hf_sparse_peft.callbacks.layer_sampling import updated_importance
 from hf_sparse_peft.optim.zeroth_order import ZerothOrderSGD
 from hf_sparse_peft.sparsity import competition_counts
-from hf_sparse_peft.tuners.kernel_lora.kernels import Competition
+from hf_sparse_peft.tuners.kernel_lora.kernels import Competition, Threshold
 
 
 @pytest.mark.parametrize("perturbation", ["in_place"])
@@ -56,10 +56,11 @@ def test_a_probe_without_a_reward_leaves_every_importance_as_it_was(loss):
 
 def test_winners_of_the_kernels_competition():
     w = torch.tensor([[0.5, -0.2], [0.1, -0.4]], dtype=torch.float64)
-    code, factor = Competition("code", (0.2, 0))(w)
+    threshold = Threshold(0.2, 0, source=None, priority=None)  # nobody wins at the threshold itself
+    code, factor = Competition("code", threshold)(w)
     assert code.flatten().tolist() == pytest.approx([0.25, 0.0, 0.0, -0.16])  # w |w| where |w| > tau
     assert factor.flatten().tolist() == pytest.approx([0.5, 0.0, 0.0, 0.4])  # the second factor is detached
-    paper, slope = Competition("paper", (0.2, 0))(w)
+    paper, slope = Competition("paper", threshold)(w)
     assert paper.flatten().tolist() == pytest.approx([0.15, 0.0, 0.0, -0.08])  # w (|w| - tau)
     assert slope.flatten().tolist() == pytest.approx([0.8, 0.0, 0.0, 0.6])  # 2 |w| - tau
 

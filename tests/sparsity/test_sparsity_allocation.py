@@ -1,6 +1,7 @@
 """Budgets: sums, fidelity to the papers, refusals."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_sparse_peft.sparsity import (
     erdos_renyi_counts,
     erdos_renyi_densities,
     global_counts,
+    proportional_counts,
     stream_seed,
     top_units,
     uniform_counts,
@@ -155,3 +157,22 @@ def test_budgets_that_cannot_be_met_name_the_module_and_the_mend(call, message):
 
 def test_the_advised_total_is_enough():
     assert counts_from_total(WORKED, 73)["a"] == 1
+
+
+@given(sizes=shapes, data=st.data())
+@settings(deadline=None)
+def test_a_proportional_budget_is_spent_to_the_last_entry(sizes, data):
+    grids = grids_of(sizes)
+    total = sum(m * n for m, n in sizes)
+    budget = data.draw(st.integers(1, total))
+    counts = proportional_counts(grids, budget)
+    assert sum(counts.values()) == budget
+    for name, count in counts.items():
+        assert abs(count - Fraction(budget * grids[name].num_units, total)) < 1
+
+
+def test_a_proportional_budget_in_blocks_stays_within_it_and_refuses_less_than_one():
+    grids = {"a": UnitGrid(8, 8, "block", 4), "b": UnitGrid(16, 8, "block", 4)}
+    assert proportional_counts(grids, 5 * 16 + 7) == {"a": 2, "b": 3}
+    with pytest.raises(ValueError, match="num_entries=15 must be between 16"):
+        proportional_counts(grids, 15)

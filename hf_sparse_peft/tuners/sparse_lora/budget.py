@@ -16,6 +16,7 @@ from ...sparsity import (
     erdos_renyi_counts,
     global_counts,
     make_score,
+    proportional_counts,
     stream_seed,
     uniform_counts,
 )
@@ -159,6 +160,9 @@ def _counts(
         return {name: max(1, int(density * grid.num_units)) for name, grid in grids.items()}
     if config.density_pattern:
         return _counts_by_module(config, grids)
+    if config.allocation == "proportional":
+        budget = config.num_entries or UnitGrid(1, entries).count_for_density(density)
+        return proportional_counts(grids, budget)
     if config.allocation == "erdos_renyi":
         return erdos_renyi_counts(grids, density)
     if config.allocation == "threshold":

@@ -110,12 +110,13 @@ class SparseLoraConfig(AdapterConfig):
     criterion_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Options of the criterion, e.g. {'rank': 64} for low_rank_magnitude."}
     )
-    allocation: Literal["uniform", "erdos_renyi", "global", "threshold", "tensors"] = field(
+    allocation: Literal["uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors"] = field(
         default="uniform",
         metadata={
-            "help": "How the units are shared out: the same density everywhere, Erdos-Renyi (Evci et al., 2020), or "
-            "one ranking of all units by the criterion, or every entry with |w| < freezing.threshold (SaRA), or whole "
-            "matrices and pairs of factors drawn at random (APET)."
+            "help": "How the units are shared out: the same density everywhere, rounded down in each weight or "
+            "(proportional) so that the whole budget is spent, Erdos-Renyi (Evci et al., 2020), or one ranking of all "
+            "units by the criterion, or every entry with |w| < freezing.threshold (SaRA), or whole matrices and pairs "
+            "of factors drawn at random (APET)."
         },
     )
     density_pattern: dict[str, float] = field(

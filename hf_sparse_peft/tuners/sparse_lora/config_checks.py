@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import SparseLoraConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
-ALLOCATIONS = ("uniform", "erdos_renyi", "global", "threshold", "tensors")
+ALLOCATIONS = ("uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors")
 
 
 def check_config(config: SparseLoraConfig) -> None:
@@ -84,7 +84,7 @@ def _check_choices(config: SparseLoraConfig) -> None:
     ):
         raise ValueError(
             "density_pattern gives densities module by module, and num_entries, budget_rank, units_per_module, "
-            "allocation='erdos_renyi' and 'global' share one budget out. Keep one of the two."
+            f"allocation={config.allocation!r} share one budget out. Keep one of the two."
         )
 
 
