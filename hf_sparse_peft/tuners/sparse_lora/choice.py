@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...sparsity import random_units, stream_seed, top_units
+from ...sparsity import UnitGrid, random_units, stream_seed, top_units
 from ...sparsity.ranking import GlobalRanking, raised
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
@@ -139,7 +139,8 @@ def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[Spar
     grids = [layer.sparse_lora_grid[adapter_name] for layer in layers]
     entries = sum(grid.rows * grid.cols for grid in grids)
     density = config.density if config.num_entries is None else config.num_entries / entries
-    total = int(density * sum(grid.num_units for grid in grids) + 1e-9)
+    # Within float error: num_entries of a large model must not lose one on its way through a density.
+    total = UnitGrid(1, sum(grid.num_units for grid in grids)).count_for_density(density)
     if not config.head_in_budget:
         return total
     head = sum(
