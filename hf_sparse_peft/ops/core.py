@@ -142,19 +142,22 @@ def _base_product(x2d: torch.Tensor, support: Support | None, bias: torch.Tensor
 
 
 def _input_gradient(dy: torch.Tensor, support: Support | None, plan: Plan) -> torch.Tensor:
-    weight, beside = _weight(plan, support, dy)
+    weight, beside = _weight(plan, support, dy, gradient=True)
     grad_x = dy.new_zeros(dy.shape[0], plan.cols) if weight is None else dy @ weight
     if beside is not None:
         add_transposed_support_product_(grad_x, dy, beside)
     return grad_x
 
 
-def _weight(plan: Plan, support: Support | None, like: torch.Tensor) -> tuple[torch.Tensor | None, Support | None]:
+def _weight(
+    plan: Plan, support: Support | None, like: torch.Tensor, gradient: bool = False
+) -> tuple[torch.Tensor | None, Support | None]:
     """The `[rows, cols]` weight of the base's product, to be read only, and the support that runs beside it.
 
     The support is in the weight, which is a copy then, where `runs_beside` says so.
     """
-    if support is not None and not runs_beside(support, like.shape[0], plan.rows, plan.cols, like.dtype):
+    shape = like.shape[0], plan.rows, plan.cols, like.dtype
+    if support is not None and not runs_beside(support, *shape, gradient=gradient):
         if plan.source is not None:
             return plan.source.with_support(support, like.dtype), None
         if support.granularity == "entry":

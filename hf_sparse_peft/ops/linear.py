@@ -37,10 +37,11 @@ def sparse_linear(
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
 
-    Where `S` goes: nothing is written into the frozen weight. Rows, columns and blocks are products of their own, of
-    any size however large the weight is. Entries are too while there are few tokens (on CPUs); for more, one forward or
-    backward product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16 weight
-    `w` that copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
+    Where `S` goes: nothing is written into the frozen weight. Over 16-bit products rows, columns and blocks have a
+    product of their own, which keeps the smallest values (the input gradient of blocks may round them, see
+    `ops.support_product`). Entries have one too while there are few tokens (on CPUs); for more, one forward or backward
+    product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16 weight `w` that
+    copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
 
     Raises:
         RuntimeError: in the backward pass, where the frozen weight was written to since the forward pass.

@@ -19,17 +19,22 @@ _ENTRY_TOKENS, _COPIED_NUMBERS_PER_ENTRY = 32, 2
 _COPY_OVER_PRODUCT = 8
 
 
-def runs_beside(support: Support, tokens: int, rows: int, cols: int, dtype: torch.dtype) -> bool:
-    """Whether :math:`X S^\\top` runs beside the base's product; otherwise `S` goes into a copy of the weight.
+def runs_beside(
+    support: Support, tokens: int, rows: int, cols: int, dtype: torch.dtype, *, gradient: bool = False
+) -> bool:
+    r"""Whether :math:`X S^\top` (`gradient`: :math:`dY\, S`) runs beside the base's product; otherwise `S` goes into a
+    copy of the weight.
 
-    16-bit weights never take rows, columns and blocks: the sum would be rounded to their grid. fp32 and fp64 take what
-    is cheaper. Entries have a product of their own on CPUs for few tokens only; a copy is the one way left elsewhere.
+    A 16-bit output never takes rows, columns and blocks from a copy: small values would be rounded away. fp32 and fp64
+    take what is cheaper, and so does the input gradient with blocks, which are the dearest: what it loses to a rounded
+    copy is below its own rounding. Entries have a product of their own on CPUs for few tokens; a copy elsewhere.
     """
     count = support.values.numel()
     if support.granularity == "entry":
         few = _ENTRY_TOKENS + rows * cols // (_COPIED_NUMBERS_PER_ENTRY * max(1, count))
         return support.values.device.type == "cpu" and tokens <= few
-    if support.granularity == "column" or dtype in (torch.bfloat16, torch.float16):
+    exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity == "block")
+    if support.granularity == "column" or exact:
         return True
     return tokens * count <= _COPY_OVER_PRODUCT * rows * cols
 

@@ -99,7 +99,7 @@ def assert_only_read(model):
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "conv1d"])
 def test_forward_and_backward_never_write_into_the_base(kind, granularity, r, copied, monkeypatch):
     if copied:  # what many tokens would choose
-        monkeypatch.setattr("hf_sparse_peft.ops.core.runs_beside", lambda *_: False)
+        monkeypatch.setattr("hf_sparse_peft.ops.core.runs_beside", lambda *_, **__: False)
     assert_only_read(adapted(kind, granularity, r))
 
 
