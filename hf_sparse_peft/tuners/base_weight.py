@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import lru_cache, partial
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import DenseSource, DequantizedSource, Source
+from .rollback import uninterrupted
 
 _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
@@ -100,7 +102,9 @@ def keep_4bit_weight_stable(base: nn.Module) -> None:
 
     _warn_rounded_scales()
     absmax = state.absmax.float().t().contiguous().view(-1)
+    state = copy.copy(state)  # the conversion writes into it
     state.original_nested = False  # re-nesting would quantise the scales again
-    base.weight.data, state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+    data, state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
     state.absmax = absmax
-    base.weight.quant_state = state
+    with uninterrupted():  # codes and the layout they are in change together
+        base.weight.data, base.weight.quant_state = data, state
