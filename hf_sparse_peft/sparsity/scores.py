@@ -71,8 +71,9 @@ class LowRankMagnitude:
     """Rank `q` of the approximation (LIFT's `filter_rank`); above `min(rows, cols)` the score is the magnitude."""
     oversampling: int | None = None
     """Extra random directions of the randomised SVD; None takes as many as `rank` (LIFT: `2q` in total)."""
-    power_iterations: int = 2
-    """Passes over the weight and its transpose that sharpen the randomised subspace (`torch.svd_lowrank`: 2)."""
+    power_iterations: int = 12
+    """Passes over the weight and its transpose that sharpen the randomised subspace. On matrices of MiniLM 12 choose
+    97 to 100 % of the entries that a full SVD does, at rank 16 and 64; 2, `torch.svd_lowrank`'s default, 59 to 96 %."""
     exact: bool = False
     """Full SVD in fp32 instead: one fp32 copy of the weight and seconds to minutes a matrix."""
 

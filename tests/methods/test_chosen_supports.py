@@ -53,6 +53,19 @@ def test_the_support_is_the_published_choice_in_every_matrix(name):
         assert set(units.tolist()) == expected(weight)
 
 
+def test_lifts_randomised_svd_chooses_what_a_full_one_does():
+    base, generator = tiny.llama(layers=1, hidden=96), torch.Generator().manual_seed(0)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Linear):  # singular values fall slowly, as those of pretrained weights do
+            U, S, V = torch.linalg.svd(torch.randn(module.weight.shape, generator=generator), full_matrices=False)
+            module.weight.data.copy_(U * torch.arange(1.0, S.numel() + 1) ** -0.5 @ V)
+    overlaps = []
+    for weight, units in chosen("lift", base, budget_rank=4, filter_rank=8).values():
+        best = largest(approximation(weight, 8), 4 * sum(weight.shape))
+        overlaps.append(len(best & set(units.tolist())) / len(best))
+    assert min(overlaps) > 0.95
+
+
 def test_sara_below_a_threshold_takes_every_entry_there():
     for weight, units in chosen("sara", threshold=0.02, nuclear_weight=0.0).values():
         assert set(units.tolist()) == set((weight.abs().flatten() < 0.02).nonzero().flatten().tolist())
