@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 
@@ -74,3 +75,34 @@ def count_living_parameters() -> None:
 
     get_nb_trainable_parameters._counts_living = True
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters
+
+
+def train_task_heads() -> None:
+    """Let peft's models for token classification and question answering add their heads to our configs in time.
+
+    peft's constructors add `modules_to_save` to the config that they were given after the tuner was made of it. Our
+    tuners keep a copy of that config, so that one object serves several models; the copy would name no head, and none
+    would be saved. Does nothing the second time.
+    """
+    from peft import PeftModelForQuestionAnswering, PeftModelForTokenClassification
+
+    _add_heads_first(PeftModelForTokenClassification, ["classifier", "score"])
+    _add_heads_first(PeftModelForQuestionAnswering, ["qa_outputs"])
+
+
+def _add_heads_first(model_cls: type, heads: list[str]) -> None:
+    from .adapter_config import AdapterConfig
+
+    original = model_cls.__init__
+    if getattr(original, "_adds_heads_first", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self, model, peft_config=None, adapter_name="default", **kwargs) -> None:
+        if isinstance(peft_config, AdapterConfig):
+            peft_config = copy.copy(peft_config)
+            peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
+        original(self, model, peft_config, adapter_name, **kwargs)
+
+    __init__._adds_heads_first = True
+    model_cls.__init__ = __init__

@@ -1,6 +1,6 @@
 """The flagship tuner: a support of entries, blocks, rows or columns, beside a low-rank half whose ranks can move."""
 
-from ..registration import add_peft_type, check_peft, count_living_parameters, register_tuner
+from ..registration import add_peft_type, check_peft, count_living_parameters, register_tuner, train_task_heads
 
 check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
@@ -20,6 +20,7 @@ from .subnetwork import UpdateSparsity, measure_update_sparsity, support_from_ch
 
 register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
+train_task_heads()
 
 __all__ = [
     "FactorMaskConfig",
