@@ -219,9 +219,10 @@ def test_kernel(device, name):
 
 
 @needs_triton
-def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
-    ptx, _ = in_own_process("compile", 80, 90, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(ptx) == 16
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
+    ptx, _ = in_own_process("compile", capability, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(ptx) == 8
     for name, found in ptx.items():
         if name.startswith("block") and "bf16" in name:
             assert found["tensor cores"], f"{name} does not multiply on the tensor cores"

@@ -78,7 +78,7 @@ def test_a_process_that_only_imports_the_package_loads_the_same_bits(base_of, tm
 import sys, torch, transformers, hf_sparse_peft
 from peft import AutoPeftModelForCausalLM
 torch.set_num_threads(1)
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(tiny.__file__)!r}]
 model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}{options})
 from tuner_toolbox import logits
 assert torch.equal(logits(model), torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
