@@ -226,8 +226,8 @@ def lift(
     `K` is that of a LoRA of `budget_rank`, or `density`'s. Entries that leave keep what they learned (retired, within
     `retired_share`); survivors keep their moments, newcomers start at zero moments. As published the step counter is
     one per matrix, so a newcomer's first step is :math:`(1-\beta_1)/\sqrt{1-\beta_2}` of the learning rate (0.45 with
-    these betas); `per_unit_age` corrects each entry's bias instead. `exact` takes full SVDs, as the released code
-    does unless told otherwise, instead of randomised ones. The published weight decay is 0 (`TrainingArguments`' default).
+    these betas); `per_unit_age` corrects each entry's bias instead. `exact` takes full SVDs, as the released code does
+    unless told otherwise, instead of randomised ones. The published weight decay is 0, `TrainingArguments`' default.
     """
     approximation = {"rank": filter_rank, "exact": exact}
     regrowth = RegrowthConfig(
