@@ -7,14 +7,14 @@ import torch
 from ..ops import read_units
 from ..sparsity import stream_seed, top_units
 from ..sparsity.scores import chunks_of
-from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
+from ..tuners.sparse_lora.lent_gradients import MicroBatchReader
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
 
 # Gradient entries that are scored at once.
 _CHUNK = 1 << 20
 
 
-class CandidateCollector:
+class CandidateCollector(MicroBatchReader):
     r"""SpIEL-AG's candidates (Ansell et al., 2024): the units with the largest |gradient| in the first micro-batch of a
     phase, and the sums of their gradients, and of the squares, over the optimizer steps of the phase.
 
@@ -26,10 +26,10 @@ class CandidateCollector:
     """
 
     def __init__(self, part: AdaptedLayer, starts: bool = False) -> None:
+        super().__init__()
         self.part = part
         self.step_gradient: torch.Tensor | None = None
         self.overflowed = False
-        self._uses = UsesOfLayer()
         layer, name = part.layer, part.adapter
         # The buffer holds unit + 1, and 0 where there is no candidate: pruning may shrink the support between the
         # choice and the move, and a phase may still be without candidates (an overflow, a file without them).
@@ -50,10 +50,6 @@ class CandidateCollector:
         """`[2, k, ...]`: sum of gradients, sum of squares."""
         return self._sums[:, : self._count]
 
-    def expect(self) -> None:
-        """The layer runs once more in this micro-batch."""
-        self._uses.expect()
-
     @property
     def steps(self) -> int:
         """Optimizer steps in the sums."""
@@ -63,20 +59,8 @@ class CandidateCollector:
         """The candidates once they are chosen: the rest of the dense gradient need not be computed then."""
         return self.units if self._count else None
 
-    @torch.no_grad()
-    def __call__(self, dense: torch.Tensor) -> None:
-        """Take the dense gradient `[rows, cols]` of one use of the layer."""
-        self._take_whole(self._uses.add(dense))
-
-    @torch.no_grad()
-    def finish_micro_batch(self) -> None:
-        """Close a micro-batch in which some use of the layer had no gradient."""
-        self._take_whole(self._uses.close())
-
-    def _take_whole(self, dense: torch.Tensor | None) -> None:
+    def take_whole(self, dense: torch.Tensor) -> None:
         """Take one micro-batch's dense gradient, and choose the candidates if that is still to do."""
-        if dense is None:
-            return
         grid = self.part.layer.sparse_lora_grid[self.part.adapter]
         if not self._count:
             # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.

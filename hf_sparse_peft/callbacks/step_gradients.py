@@ -8,14 +8,14 @@ from torch import Tensor
 from ..ops import read_units
 from ..sparsity import excluding, stream_seed, top_units
 from ..sparsity.scores import chunks_of
-from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
+from ..tuners.sparse_lora.lent_gradients import MicroBatchReader
 from .base import AdaptedLayer, all_reduce_mean, is_distributed
 
 # Gradient entries that are scored at once.
 _CHUNK = 1 << 20
 
 
-class StepGradient:
+class StepGradient(MicroBatchReader):
     r"""Reads one layer's dense gradient at the step of a move, summed over micro-batches and averaged over ranks.
 
     Kept: the gradients of all trained units, and of the `count` untrained ones where they are largest. Whatever the
@@ -26,6 +26,7 @@ class StepGradient:
     """
 
     def __init__(self, part: AdaptedLayer, count: int, micro_batches: int, factor: float | None) -> None:
+        super().__init__()
         self.part, self.count = part, count
         self.trained = part.trained_units
         self.sums_dense = micro_batches > 1 and factor is None
@@ -34,12 +35,7 @@ class StepGradient:
         """The units that can matter, sorted; None before they are chosen."""
         self.gradients: Tensor | None = None
         self._dense: Tensor | None = None
-        self._uses = UsesOfLayer()
         self._overflowed = False
-
-    def expect(self) -> None:
-        """The layer runs once more in this micro-batch."""
-        self._uses.expect()
 
     def wanted_units(self) -> Tensor | None:
         """The followed units once they are chosen: the rest of the dense gradient need not be computed then."""
@@ -51,21 +47,16 @@ class StepGradient:
         if self.sums_dense:
             self._dense = dense.to(torch.float32, copy=True) if self._dense is None else self._dense.add_(dense)
             return
-        self._take_whole(self._uses.add(dense))
+        super().__call__(dense)
 
-    def _take_whole(self, dense: Tensor | None) -> None:
-        if dense is not None:
-            self._reduce(all_reduce_mean(dense.clone()) if is_distributed() else dense)
+    def take_whole(self, dense: Tensor) -> None:
+        """Choose from one micro-batch's gradient, or add to what is followed."""
+        self._reduce(all_reduce_mean(dense.clone()) if is_distributed() else dense)
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
         """Take the gradient of the followed units, of one use of the layer."""
         self.gradients.add_(gradient)
-
-    @torch.no_grad()
-    def finish_micro_batch(self) -> None:
-        """Close a micro-batch in which some use of the layer had no gradient."""
-        self._take_whole(self._uses.close())
 
     @torch.no_grad()
     def finish(self) -> None:

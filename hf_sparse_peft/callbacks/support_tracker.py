@@ -8,7 +8,7 @@ import torch
 
 from ..ops import read_units
 from ..tuners.sparse_lora import SparseLoraLayer
-from ..tuners.sparse_lora.lent_gradients import UsesOfLayer
+from ..tuners.sparse_lora.lent_gradients import MicroBatchReader
 from .base import AdaptedLayer, all_reduce_mean
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -89,7 +89,7 @@ def quantiles(values: torch.Tensor) -> list[float]:
     return [float(ordered[int(q * (ordered.numel() - 1))]) for q in QUANTILES]
 
 
-class GradientShare:
+class GradientShare(MicroBatchReader):
     r"""Share of a layer's gradient that its support sees: :math:`\|G_S\|_F^2 / \|G\|_F^2`.
 
     `G` is the dense gradient `[out, in]` of one micro-batch, which lives inside this layer's backward pass only; with
@@ -97,27 +97,12 @@ class GradientShare:
     """
 
     def __init__(self, layer: SparseLoraLayer, adapters: list[str]) -> None:
+        super().__init__()
         self.layer, self.adapters = layer, adapters
         self._squares = torch.zeros(1 + len(adapters))
-        self._uses = UsesOfLayer()
 
-    def expect(self) -> None:
-        """The layer runs once more in this micro-batch."""
-        self._uses.expect()
-
-    @torch.no_grad()
-    def __call__(self, dense: torch.Tensor) -> None:
-        """Take the dense gradient of one use of the layer."""
-        self._take_whole(self._uses.add(dense))
-
-    @torch.no_grad()
-    def finish_micro_batch(self) -> None:
-        """Close a micro-batch in which some use of the layer had no gradient."""
-        self._take_whole(self._uses.close())
-
-    def _take_whole(self, dense: torch.Tensor | None) -> None:
-        if dense is None:
-            return
+    def take_whole(self, dense: torch.Tensor) -> None:
+        """Add the squares of one micro-batch."""
         seen = [dense]
         for name in self.adapters:
             grid = self.layer.sparse_lora_grid[name]

@@ -63,19 +63,8 @@ class StopAt(TrainerCallback):
             control.should_save, control.should_training_stop = True, self.stop
 
 
-class Hook(TrainerCallback):
-    """`Hook(on_step_end=f)` calls `f(update, model, optimizer)`, updates counted from 1 in every hook."""
-
-    def __init__(self, **functions) -> None:
-        for name, function in functions.items():
-            setattr(self, name, self._calls(function, 0 if name in ("on_step_end", "on_train_end") else 1))
-
-    @staticmethod
-    def _calls(function, shift):
-        def call(args, state, control, model=None, optimizer=None, **kwargs):
-            function(state.global_step + shift, model, optimizer)
-
-        return call
+Hook = tiny.At
+"""`Hook(on_step_end=f)` calls `f(update, model, optimizer)`, updates counted from 1 in every hook."""
 
 
 def run(

@@ -275,9 +275,7 @@ def test_s2ft_takes_the_papers_strategies_by_name():
 def test_strategies_that_cannot_be_carried_out_say_what_to_change():
     with pytest.raises(ValueError, match=r"largest=False turns a ranking round, and criterion='random'"):
         methods.get("s2ft", largest=False)
-    with pytest.raises(
-        ValueError, match=r"options\['largest'\]='no' is of the wrong type: it takes true or false"
-    ):
+    with pytest.raises(ValueError, match=r"options\['largest'\]='no' is of the wrong type: it takes true or false"):
         config_of("activation", options={"largest": "no"})
     with pytest.raises(ValueError, match="criterion='given' takes units from outside, and structures choose them"):
         config_of("given", criterion_options={})

@@ -45,6 +45,35 @@ class UsesOfLayer:
         return waiting
 
 
+class MicroBatchReader:
+    """Base of the readers that take one dense gradient a micro-batch, the sum over a layer's uses, in `take_whole`."""
+
+    def __init__(self) -> None:
+        self._uses = UsesOfLayer()
+
+    def expect(self) -> None:
+        """The layer runs once more in this micro-batch."""
+        self._uses.expect()
+
+    @torch.no_grad()
+    def __call__(self, dense: Tensor) -> None:
+        """Take the dense gradient `[rows, cols]` of one use of the layer."""
+        self._take(self._uses.add(dense))
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Close a micro-batch in which some use of the layer had no gradient."""
+        self._take(self._uses.close())
+
+    def _take(self, dense: Tensor | None) -> None:
+        if dense is not None:
+            self.take_whole(dense)
+
+    def take_whole(self, dense: Tensor) -> None:
+        """Take one micro-batch's gradient `[rows, cols]`, lent for the call: keep and change copies only."""
+        raise NotImplementedError
+
+
 class SharedSink:
     """The readers of one layer's gradient as one sink: a single product serves all of them, and none owns its result.
 
