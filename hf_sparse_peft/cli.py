@@ -97,6 +97,8 @@ def _load(options: argparse.Namespace) -> nn.Module:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=options.double_quant,
         )
+    if not options.base and config.get("revision"):
+        arguments["revision"] = config["revision"]  # of the base, as peft's own AutoPeftModel takes it
     trained = load_base(base, config, options.path, **arguments)
     try:
         model = PeftModel.from_pretrained(trained, str(options.path)).eval()
@@ -108,8 +110,8 @@ def _load(options: argparse.Namespace) -> nn.Module:
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"--dtype {name} is no torch dtype; give auto, float32, bfloat16 or float16.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"--dtype {name} is no dtype to load a model in; give auto, float32, bfloat16 or float16.")
     return dtype
 
 

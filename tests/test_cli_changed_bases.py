@@ -8,7 +8,12 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, cli
 
@@ -164,3 +169,38 @@ def test_a_resized_base_whose_embeddings_are_trained_whole_is_saved_once_and_mer
     assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"xx", b"\xff" * 64])
+def test_damaged_weights_of_the_base_are_named_and_nothing_is_written(damage, tmp_path, capsys):
+    saved(tiny.llama(layers=1), tmp_path / "adapter")
+    tiny.llama(layers=1).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(damage)
+    command = ["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    assert cli.main(command) == 1
+    assert f"'{tmp_path / 'base'}' are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bool", "complex64", "nn"])
+def test_a_dtype_that_no_model_is_loaded_in_is_refused(dtype, base, tmp_path, capsys):
+    saved(tiny.llama(layers=1), tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(base), "--dtype", dtype]
+    assert cli.main(command) == 1
+    assert f"--dtype {dtype} is no dtype" in capsys.readouterr().err
+
+
+def test_the_base_is_loaded_at_the_revision_that_was_trained(tmp_path, monkeypatch, capsys):
+    saved(tiny.llama(layers=1), tmp_path / "adapter", revision="v2")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/base"}))
+    asked = []
+
+    def no_network(kind, name, **options):
+        asked.append((name, options.get("revision")))
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", classmethod(no_network))
+    for more in ([], ["--base", "someone/other"]):  # what the user names has revisions of its own
+        assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), *more]) == 1
+    assert asked == [("someone/base", "v2"), ("someone/other", None)]

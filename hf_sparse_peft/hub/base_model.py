@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -29,17 +29,22 @@ def load_base(base: str, adapter_config: dict[str, Any], adapter: Path, **argume
     Weights that `base` does not have in these shapes must be in the adapter's file: nothing stays at random.
 
     Raises:
-        ValueError: the model's class is unknown, or a weight is in neither of the two; names it.
+        ValueError: the model's class is unknown, its weights are damaged, or a weight is in neither of the two; names
+            it.
     """
     overrides = adapter_config.get("base_overrides") or {}
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         stored = {_base_name(key): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     # Before a config is made of it: transformers writes out a name for every label.
-    _check_size("num_labels", overrides, AutoConfig.from_pretrained(base).num_labels, stored)
-    config = AutoConfig.from_pretrained(base, **{k: v for k, v in overrides.items() if k in LABELS})
-    model, info = _model_class(adapter_config, config).from_pretrained(
-        base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-    )
+    where = {"revision": arguments["revision"]} if "revision" in arguments else {}
+    _check_size("num_labels", overrides, AutoConfig.from_pretrained(base, **where).num_labels, stored)
+    config = AutoConfig.from_pretrained(base, **where, **{k: v for k, v in overrides.items() if k in LABELS})
+    try:
+        model, info = _model_class(adapter_config, config).from_pretrained(
+            base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of '{base}' are damaged ({error}); copy or download them again.") from error
     started = {str(key) for key in info["missing_keys"]}
     started |= {str(entry[0] if isinstance(entry, (tuple, list)) else entry) for entry in info["mismatched_keys"]}
     rows, before = overrides.get("vocab_size"), embedding_rows(model)

@@ -18,7 +18,8 @@ from .folders import staged_files
 def register_saving() -> None:
     """Let `PeftModel.save_pretrained` write adapters of this package into a temporary folder first and rename file by
     file: peft writes weights and config in place, and a run that is killed meanwhile leaves half a file in its newest
-    checkpoint. Other adapters are saved as before; the second call does nothing."""
+    checkpoint. Pickled weights (`safe_serialization=False`) are refused with a ValueError. Other adapters are saved as
+    before; the second call does nothing."""
     original = PeftModel.save_pretrained
     if getattr(original, "_whole_files", False):
         return
@@ -29,6 +30,11 @@ def register_saving() -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         selected = given.get("selected_adapters") or list(self.peft_config)
         ours = any(isinstance(self.peft_config.get(name), AdapterConfig) for name in selected)
+        if ours and not given.get("safe_serialization", True):
+            raise ValueError(
+                "safe_serialization=False writes adapter_model.bin, which is pickled: no loader of this package reads "
+                "it, because reading it runs what is in it. Leave safe_serialization at True."
+            )
         if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             original(self, save_directory, *args, **kwargs)
             return

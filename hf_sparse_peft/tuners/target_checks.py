@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .module_patterns import pattern_key
@@ -162,8 +163,8 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
 
 
 def _expert_parameters(module_name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Conv1D)):
-        return []
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Conv1D, parametrize.ParametrizationList)):
+        return []  # the last: the parts of some layer's weight, such as norm and direction of a convolution's
     # One matrix per expert, or (DBRX) all of them below each other. Position embeddings begin with a dimension of 1.
     named = "expert" in f"{module_name}.{type(module).__name__}".lower()
     own = module.named_parameters(recurse=False)

@@ -228,3 +228,16 @@ def test_a_half_written_save_in_a_checkpoint_is_no_further_adapter(tmp_path):
     model = get_peft_model(tiny.llama(layers=1), config)
     tiny.train(model, tmp_path, 2, resume=str(checkpoint))
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "kernel"])
+def test_pickled_weights_are_refused_before_a_folder_appears(kind, tmp_path):
+    options = {"target_modules": ["q_proj"]}
+    configs = {
+        "sparse": SparseLoraConfig(r=2, density=0.1, **options),
+        "kernel": KernelLoraConfig(r=4, sparsity=0.5, **options),
+    }
+    model = get_peft_model(tiny.llama(layers=1), configs[kind])
+    with pytest.raises(ValueError, match=r"safe_serialization=False.*pickled"):
+        model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    assert not (tmp_path / "adapter").exists()

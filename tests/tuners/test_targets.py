@@ -104,6 +104,16 @@ def test_targets_without_experts_say_nothing(make_model):
     assert said(make_model, SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj", "v_proj"])) == []
 
 
+def test_a_convolution_in_parts_is_no_expert():
+    class Speech(nn.Module):  # wav2vec 2, HuBERT and WavLM keep the norm of their positional convolution apart
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 4, groups=2), dim=2)
+            self.layer = nn.Linear(8, 8)
+
+    assert said(Speech, SparseLoraConfig(r=2, density=0.1, target_modules="all-linear")) == []
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
