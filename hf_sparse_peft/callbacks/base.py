@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..optim import innermost
 from ..tuners import AdapterLayer, adapter_layers, restore_fp32
+from ..tuners.best_model import warn_of_best_model
 from ..tuners.live_run import LiveRun, begin_run, end_with_train, run_on
-from .trainer_checks import refuse_sharded, warn_of_best_model, why_nothing_trains
+from .trainer_checks import refuse_sharded, why_nothing_trains
 
 _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun]]] = weakref.WeakKeyDictionary()
 """Layer -> adapter -> the run that last kept training state there."""

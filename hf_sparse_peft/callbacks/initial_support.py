@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import TrainerCallback
 
 from ..tuners import restore_fp32
+from ..tuners.best_model import warn_of_best_model
 from ..tuners.sparse_lora import initialize_support, sparse_layers
-from .trainer_checks import sharding_switched_on, warn_of_best_model
+from .trainer_checks import sharding_switched_on
 
 
 class InitialSupportCallback(TrainerCallback):

@@ -18,11 +18,12 @@ from transformers.trainer_callback import ExportableState
 from ..sparsity import random_units, stream_seed
 from ..tuners import AdapterLayer
 from ..tuners.base_weight import keep_4bit_weight_stable
+from ..tuners.best_model import warn_of_best_model
 from ..tuners.sparse_lora import LayerSamplingConfig
 from ..tuners.sparse_lora.schedule_config import nested
 from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
 from .half_rounds import refuse_fixed_ddp
-from .trainer_checks import refuse_sharded, warn_of_best_model
+from .trainer_checks import refuse_sharded
 
 _COMMON = "layers|h|block|blocks|layer"
 

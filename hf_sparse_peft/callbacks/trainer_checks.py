@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
-from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
+from ..tuners.best_model import warn_of_best_model
 
 _SWITCHES = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -58,24 +57,6 @@ def _wrapped(model: nn.Module | None) -> tuple[str, str] | None:
             if cls.__name__ in _WRAPPERS:
                 return _WRAPPERS[cls.__name__], f"the model, which contains a {cls.__name__}"
     return None
-
-
-def warn_of_best_model(args: TrainingArguments, state: Any, model: nn.Module) -> None:
-    """Say, once a run, that `load_best_model_at_end` will not bring the best state of these adapters back."""
-    if not getattr(args, "load_best_model_at_end", False) or getattr(state, "_best_model_told", False):
-        return
-    active = list(dict.fromkeys(name for layer in adapter_layers(model) for name in layer.active_adapters))
-    if active in ([], ["default"]):
-        return
-    state._best_model_told = True
-    lost = active if active[0] != "default" else active[1:]
-    warnings.warn(
-        f"load_best_model_at_end: Trainer loads the best checkpoint of an adapter called 'default' only, and "
-        f"{lost} will keep the values of the last step (or get those of another adapter). Name the adapter 'default', "
-        f"train one at a time, or load it yourself after training: model.load_adapter(os.path.join("
-        f"trainer.state.best_model_checkpoint, '{lost[0]}'), '{lost[0]}').",
-        stacklevel=3,
-    )
 
 
 class NamedAdapterCallback(TrainerCallback):

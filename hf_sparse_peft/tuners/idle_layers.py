@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .best_model import warn_within_trainer
+
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
 
@@ -37,6 +39,8 @@ def note_that_it_runs(layer: AdapterLayer, active: list[str]) -> None:
     layer.ran_in_training.update(active)
     model = _MODELS[layer]() if layer in _MODELS else None
     if model is not None:
+        if model not in _watched:
+            warn_within_trainer(model)
         _watched.add(model)
         if _step_hook is None:
             _step_hook = register_optimizer_step_post_hook(_after_step)

@@ -168,6 +168,12 @@ def first_warning(config: PeftConfig) -> bool:
     return True
 
 
+def trainer_on_stack() -> Trainer | None:
+    """The Trainer whose method this is called in, however deep."""
+    frame = _trainer_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
 def _run_of(module: nn.Module) -> LiveRun | None:
     reference = _RUNS.get(module)
     return None if reference is None else reference()
