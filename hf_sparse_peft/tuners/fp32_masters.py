@@ -15,12 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .adapter_copy import note_parameters
+from .idle_layers import model_of
 
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
@@ -84,6 +86,24 @@ def restore_masters(layer: AdapterLayer, wrapped: bool = True) -> None:
                 buffer.data = buffer.data.float()
     note_parameters(layer, [name for _, name, _ in cast if name not in layer.active_adapters])
     remember_masters(layer)
+    _restore_heads(layer, {name for _, name, _ in cast})
+
+
+def _restore_heads(layer: AdapterLayer, names: set[str]) -> None:
+    """Undo the same cast for the adapters' copies of whole modules (`modules_to_save`), where it spared the originals:
+    these say which dtype the copies had. After `model.half()` copy and original agree, and both stay."""
+    model = model_of(layer)
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)] if model is not None else []
+    for wrapper in wrappers:
+        originals = dict(wrapper.original_module.named_parameters())
+        for name in names & set(wrapper.modules_to_save.keys()):
+            for key, parameter in wrapper.modules_to_save[name].named_parameters():
+                narrow, original = parameter.dtype, originals.get(key)
+                if narrow not in _NARROW or original is None or original.dtype != torch.float32:
+                    continue
+                exact = _set_fp32(parameter, original.data.clone())  # an untrained copy is the original's
+                _watch_optimizers(parameter, narrow)
+                _tell(layer, name, narrow, "exact" if exact else "rounded")
 
 
 def _set_fp32(parameter: nn.Parameter, master: torch.Tensor | None) -> bool:

@@ -31,13 +31,18 @@ def belongs_to(layer: AdapterLayer, model: nn.Module) -> None:
     _MODELS[layer] = ref(model)
 
 
+def model_of(layer: AdapterLayer) -> nn.Module | None:
+    """The model that `layer` was injected into, while it is there; None for a copied layer."""
+    return _MODELS[layer]() if layer in _MODELS else None
+
+
 def note_that_it_runs(layer: AdapterLayer, active: list[str]) -> None:
     """Note that `layer` runs in training mode; the first one of a model has its first optimizer step watched."""
     global _step_hook
     if layer.ran_in_training.issuperset(active):
         return
     layer.ran_in_training.update(active)
-    model = _MODELS[layer]() if layer in _MODELS else None
+    model = model_of(layer)
     if model is not None:
         if model not in _watched:
             warn_within_trainer(model)

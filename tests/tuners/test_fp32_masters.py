@@ -208,6 +208,40 @@ def test_evaluation_and_an_adapter_that_does_not_train_keep_the_dtype_they_were_
     assert layer.sparse_lora_values["default"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "kernel"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_head_that_was_cast_alone_trains_in_fp32_again(kind, moved):
+    config = CONFIGS[kind]()
+    config.modules_to_save = ["lm_head"]
+    model = get_peft_model(tiny.llama(layers=1), config)
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    if moved:
+        head.data.mul_(1.1)
+    expected = head.detach().bfloat16().float() if moved else head.detach().clone()
+    CASTS["trl"](model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    with pytest.warns(UserWarning, match="were cast to torch.bfloat16"):
+        run(model, train_mode=True)
+    assert head.dtype == torch.float32
+    assert torch.equal(head, expected)
+    optimizer.step()
+    assert optimizer.state[head]["exp_avg"].dtype == torch.float32
+    assert (head != expected).float().mean() > 0.9  # in bf16 a step of 1e-5 is rounded away
+    assert model.base_model.model.lm_head.original_module.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cast", ["to", "half"])
+@pytest.mark.filterwarnings("ignore:The values of adapter 'default' were cast")
+def test_a_head_that_was_cast_with_its_model_keeps_the_dtype_of_the_model(cast):
+    model = get_peft_model(
+        tiny.llama(layers=1), SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    CASTS[cast](model)
+    run(model, train_mode=True)
+    lm_head = model.base_model.model.lm_head
+    assert lm_head.modules_to_save["default"].weight.dtype == lm_head.original_module.weight.dtype != torch.float32
+
+
 def test_a_cast_is_undone_before_ddp_lays_out_its_buckets():
     """Afterwards a gradient of another dtype fits no bucket; nothing but the wrapping runs in between."""
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
