@@ -150,6 +150,11 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, so
     others: dict[str, torch.Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         path, _, kind = key.rpartition(".")
+        if isinstance(source, Path) and not key.startswith(PREFIX):
+            raise ValueError(
+                f"'{key}' in '{source}' has no place in an adapter file, whose tensors are named '{PREFIX}...'. Save "
+                "the adapter again with save_pretrained."
+            )
         name = "" if path == "base_model.model" else path.removeprefix(PREFIX)
         if kind in layer_cls.saved_names:
             modules.setdefault(name, {})[kind] = tensor

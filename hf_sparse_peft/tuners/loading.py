@@ -18,6 +18,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -37,6 +39,7 @@ from .file_check import (
 )
 from .rollback import unchanged_on_error
 
+_PREFIXES = ("sparse_lora_", "kernel_lora_")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
@@ -152,10 +155,32 @@ def _open(model_id: Any, options: Mapping[str, Any], held: PeftConfig | None = N
         ours = held is not None and model_class(held.peft_type) is not None
         weights = _find(model_id, WEIGHTS_FILE, options) if ours else None
         return None if weights is None else check_tensors(read_tensors(weights), held, weights)
-    if model_class(read_json(config_file).get("peft_type")) is None:
+    found, weights = read_json(config_file).get("peft_type"), _find(model_id, WEIGHTS_FILE, options)
+    if model_class(found) is None:
+        _check_other(found, config_file, weights)
         return None
-    weights = _find(model_id, WEIGHTS_FILE, options)
     return read_adapter(config_file, weights or config_file.with_name(WEIGHTS_FILE))
+
+
+def _check_other(peft_type: Any, config_file: Path, weights: Path | None) -> None:
+    """Refuse a type that no tuner has, and tensors of this package's tuners under the type of another: upstream would
+    leave them out and load an adapter of random values."""
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"'{config_file}' has peft_type={peft_type!r}, and no tuner that is installed and imported has that name. "
+            "Use the config saved with the adapter."
+        )
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            keys = list(opened.keys())
+    except (SafetensorError, OSError, TypeError):  # none there, or one that upstream has its own words for
+        return
+    ours = [key for key in keys if key.rpartition(".")[2].startswith(_PREFIXES)]
+    if ours:
+        raise ValueError(
+            f"'{ours[0]}' in '{weights}' is no tensor of a {peft_type} adapter, which '{config_file}' says it is. Use "
+            "the config saved with the file."
+        )
 
 
 def _find(model_id: Any, name: str, options: Mapping[str, Any]) -> Path | None:

@@ -160,7 +160,8 @@ def _choices(parsed: Any, inside: bool) -> float:
             if inside and varies:
                 raise _Dangerous("repeats what has a repeat in it")
             many = most > 3
-            total += _choices(body, inside or many) * (1 if many else most)
+            if not (many and _has_one_way(body)):
+                total += _choices(body, inside or many) * (1 if many else most)
             total += 0 if not varies else 5 if most > 1 else 1
         elif name == "BRANCH":
             if inside:
@@ -173,3 +174,60 @@ def _choices(parsed: Any, inside: bool) -> float:
         elif name in ("ASSERT", "ASSERT_NOT"):
             total += _choices(argument[1], inside)
     return total
+
+
+def _has_one_way(body: Any) -> bool:
+    r"""Whether repeating `body` divides a name in one way only, as in `(\w+\.)*` or `(\.[a-z]+)*`: it begins or ends
+    with a mark that nothing else in it matches, and only one part of it varies in length."""
+    parts, varying = [], 0
+    for operation, argument in _flat(body):
+        if "REPEAT" in str(operation):
+            least, most, inner = argument
+            inner = _flat(inner)
+            if len(inner) != 1:
+                return False
+            varying += least != most
+            ((operation, argument),) = inner
+            parts.append((operation, argument, least))
+        else:
+            parts.append((operation, argument, None))
+    if varying > 1 or any(str(operation) not in _CHARACTERS for operation, *_ in parts):
+        return False
+    for first, others in ((parts[:1], parts[1:]), (parts[-1:], parts[:-1])):
+        for operation, code, repeated in first:
+            mark = str(operation) == "LITERAL" and repeated is None and not chr(code).isalpha()
+            if mark and not any(_may_match(one, what, code) for one, what, _ in others):
+                return True
+    return False
+
+
+_CHARACTERS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
+_CATEGORIES = {
+    f"CATEGORY_{negation}{name}": letter.upper() if negation else letter
+    for name, letter in (("WORD", "w"), ("DIGIT", "d"), ("SPACE", "s"))
+    for negation in ("", "NOT_")
+}
+
+
+def _flat(parsed: Any) -> list[tuple[Any, Any]]:
+    """The expression's parts, those of its groups in their place."""
+    found = []
+    for operation, argument in parsed:
+        found += _flat(argument[-1]) if str(operation) == "SUBPATTERN" else [(operation, argument)]
+    return found
+
+
+def _may_match(operation: Any, argument: Any, code: int) -> bool:
+    """Whether a part that stands for one character may be the character of that `code`."""
+    name = str(operation)
+    if name in ("LITERAL", "NOT_LITERAL"):
+        return (argument == code) == (name == "LITERAL")
+    if name == "RANGE":
+        return argument[0] <= code <= argument[1]
+    if name == "CATEGORY":
+        letter = _CATEGORIES.get(str(argument))
+        return letter is None or re.match(f"\\{letter}", chr(code)) is not None
+    if name == "IN":
+        negated = str(argument[0][0]) == "NEGATE"
+        return negated != any(_may_match(one, what, code) for one, what in argument[negated:])
+    return True

@@ -1,6 +1,7 @@
 """Patterns over module names come from files: none of them runs for ever, and harmless ones match what peft's do."""
 
 import json
+import re
 import threading
 import time
 
@@ -18,6 +19,7 @@ from hf_sparse_peft.tuners.module_patterns import check_pattern, matches, patter
 ENDLESS = [
     "(a+)+", "(a*)*", "(a|aa)+", "(.*)*x", r"(\w+\.?)+X", "(x+x+)+y", "(a?)+b", "((a|b)c|d)*e", "(?:(?:a+)b?)*c",
     "(a+){2,}b", r"(a)\1+", "a?" * 40 + "a" * 40, ".*" * 9 + "x", "(?:ab|a|)" * 30 + "x", "(?=(a+)+b)a",
+    r"(\w+_)*x", r"([\w.]+\.)*x", r"(\w*\w*\.)*x", r"((\w+\.)*y)*x", r"(\w+\.*)*x", r"([^a]+\.)*x", r"(\.?\w+)*x",
 ]  # fmt: skip
 FIELDS = [
     lambda pattern: {"rank_pattern": {pattern: 2}}, lambda pattern: {"alpha_pattern": {pattern: 2.0}},
@@ -49,7 +51,7 @@ HARMLESS = [
     "q_proj", r".*\.(q|v)_proj", r"^model\.layers\.\d+\.self_attn.*", "^(?!.*visual).*(?:proj|qkv)$", "lm_head|q_proj",
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$", r"h\.[0-3]\.mlp\.c_proj", "^q_proj", ".*", r"\w+",
     r"(?:.*?(?:visual|layers).*?(?:attn|mlp).*?(?:q_proj|v_proj|qkv|c_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.x)", "",
-    "model.layers.0", r"self_attn\.[qv]_proj",
+    "model.layers.0", r"self_attn\.[qv]_proj", r"(\w+\.)*q_proj", r"(?:[^.]+\.)*[qv]_proj", r"model(\.\w+)*\.v_proj",
 ]  # fmt: skip
 
 
@@ -60,6 +62,15 @@ def test_harmless_patterns_match_what_pefts_own_matching_matches(pattern):
         assert matches(pattern, name, "target_modules") == bool(match_target_against_key(pattern, name))
         by_peft = {pattern: 1}.get(get_pattern_key([pattern], name))
         assert {pattern: 1}.get(pattern_key({pattern: 1}, name, "rank_pattern")) == by_peft, name
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\.)*x", r"(\.\w*)*x", r"a(\.[^.]+)*(\.\w+)*x"])
+def test_repeated_parts_with_a_mark_between_them_are_matched_in_bounded_time_by_re_too(pattern):
+    check_pattern(pattern, "target_modules")
+    begin = time.thread_time()
+    for name in ("a." * 100 + "a", "." * 200, "a" * 200, ".".join(["layers_self_attn"] * 15)):
+        assert re.fullmatch(pattern, name) is None
+    assert time.thread_time() - begin < 0.5
 
 
 def test_one_exact_pattern_for_each_of_many_modules_stays_quick():

@@ -196,6 +196,20 @@ def _low_rank_shape(name: str, held: dict[str, torch.Tensor], config: SparseLora
                 f"'{tensor_key(name, kind)}' has shape {tuple(held[kind].shape)}; its factor takes "
                 f"{tuple(factor.shape)}."
             )
-    if config.factor_masks is not None and "sparse_lora_B_map" not in held:
-        raise ValueError(f"'{tensor_key(name, 'sparse_lora_B_map')}' is missing: the config asks for factor_masks.")
+    due = _map_names(config)
+    for kind in ("sparse_lora_B_map", "sparse_lora_A_map", "sparse_lora_A_start"):
+        if (kind in held) != (kind in due):
+            what = "is missing: the config asks for" if kind in due else "does not belong to the config's"
+            raise ValueError(f"'{tensor_key(name, kind)}' {what} factor_masks. Use the config saved with the file.")
     return B.shape[0], A.shape[1], rank
+
+
+def _map_names(config: SparseLoraConfig) -> tuple[str, ...]:
+    """The tensors that `factor_masks` keeps beside the factors, as `factors.py` allocates them."""
+    masks = config.factor_masks
+    if masks is None:
+        return ()
+    if masks.kind == "stochastic" and masks.split == "B":
+        return ("sparse_lora_B_map",)
+    maps = ("sparse_lora_A_map", "sparse_lora_B_map")
+    return maps if masks.kind == "parallel" else (*maps, "sparse_lora_A_start")
