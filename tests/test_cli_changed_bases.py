@@ -204,3 +204,10 @@ def test_the_base_is_loaded_at_the_revision_that_was_trained(tmp_path, monkeypat
     for more in ([], ["--base", "someone/other"]):  # what the user names has revisions of its own
         assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), *more]) == 1
     assert asked == [("someone/base", "v2"), ("someone/other", None)]
+
+
+@pytest.mark.parametrize("to", ["lora", "shira"])
+def test_a_kernel_adapter_is_refused_by_formats_it_does_not_have(to, tmp_path, capsys):
+    get_peft_model(tiny.llama(layers=1), KernelLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "out"), "--to", to, "--base", "nowhere"]) == 1
+    assert "KERNEL_LORA one, which has no such form. Use --to dense" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 trl casts every trained parameter to bf16 where the base is 4-bit; `model.to(torch.bfloat16)` and `model.half()` cast
 all that floats. An update smaller than 1/256 of a bf16 value is rounded away: parameters stop moving at small learning
 rates. So `train()` and the first training forward bring fp32 back, in the same `Parameter` object, which an optimizer
-may hold already. An adapter that was added with `autocast_adapter_dtype=False` keeps whatever dtype it is given.
+may hold already. Heads (`modules_to_save`) that were cast apart from their originals follow, from the rounded values
+where they had been trained. An adapter that was added with `autocast_adapter_dtype=False` keeps whatever dtype it is
+given.
 """
 
 from __future__ import annotations
