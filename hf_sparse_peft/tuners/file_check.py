@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_config import AdapterConfig
-from .file_length import read_safetensors
+from .file_length import each_name_once, read_safetensors
 
 if TYPE_CHECKING:
     from .adapter_model import AdapterModel
@@ -98,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"'{file.parent}' has no {file.name}; is this an adapter folder?")
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=each_name_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
     if not isinstance(given, dict):

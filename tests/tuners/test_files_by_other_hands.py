@@ -72,6 +72,22 @@ def test_file_that_says_it_is_lora_is_not_loaded_as_random_lora(tmp_path, cls):
 
 
 @TUNERS
+@pytest.mark.parametrize("where", [WEIGHTS, CONFIG])
+def test_name_that_comes_twice_is_refused_where_parsers_take_the_last(tmp_path, cls, where):
+    adapted(cls).save_pretrained(tmp_path)
+    content = (tmp_path / where).read_bytes()
+    if where == CONFIG:
+        (tmp_path / where).write_bytes(content.rstrip()[:-1] + b', "r": 2}')
+    else:
+        length = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + length].decode().rstrip()
+        name, entry = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
+        header = f"{header[:-1]},{json.dumps(name)}:{json.dumps(entry)}}}".encode()
+        (tmp_path / where).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    refused(tmp_path, f"{where}.*twice")
+
+
+@TUNERS
 def test_tensor_without_the_prefix_of_adapter_files_is_refused_alike_everywhere(tmp_path, cls):
     adapted(cls).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
