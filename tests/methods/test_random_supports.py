@@ -37,3 +37,14 @@ def test_a_random_support_is_spread_over_rows_and_columns_and_drawn_for_every_la
             assert torch.bincount(place, minlength=SIDE).max() < 20
         for other in found[number + 1 :]:  # chance shares a tenth
             assert torch.isin(units, other).double().mean() < 0.2
+
+
+def test_mosas_experts_own_entries_of_any_row_and_every_layer_has_a_split_of_its_own():
+    model = get_peft_model(tiny.llama(hidden=SIDE), methods.get("mosa", target_modules=["q_proj"]).config)
+    maps = [layer.sparse_lora_B_map["default"] for layer in sparse_layers(model)]
+    assert len(maps) == 2
+    for owners in maps:
+        for expert in range(4):
+            rows = (owners == expert).nonzero()[:, 0].double()
+            assert 24 < rows.mean() < 39  # 128 draws of 64 rows: 31.5 within 1.6
+    assert float((maps[0] == maps[1]).double().mean()) < 0.4  # chance: a quarter
