@@ -139,7 +139,7 @@ def pruning_masks(
         return {layer.name: pack_bits(_smallest_of_group(layer, sparsity, group, seed)) for layer in layers}
     scores = {layer.name: _scores(layer, scope, seed) for layer in layers}
     sources = {name: Source(name, chunks, stream_seed(seed, name)) for name, chunks in scores.items()}
-    counts = _counts(layers, sources, sparsity, scope)
+    counts = _counts(layers, sources, sparsity, scope, seed)
     return {layer.name: pack_bits(_mask(layer, sources[layer.name], counts[layer.name])) for layer in layers}
 
 
@@ -156,14 +156,16 @@ def _scores(layer: PrunableLayer, scope: str, seed: int) -> Callable[[], Iterabl
     return lambda: Magnitude()(layer.weight(), layer.grid)()
 
 
-def _counts(layers: list[PrunableLayer], sources: dict[str, Source], sparsity: float, scope: str) -> dict[str, int]:
+def _counts(
+    layers: list[PrunableLayer], sources: dict[str, Source], sparsity: float, scope: str, seed: int
+) -> dict[str, int]:
     sizes = {layer.name: layer.grid.num_units for layer in layers}
     if not sparsity:
         return dict.fromkeys(sizes, 0)
     if scope == "layer":
         return {name: round(sparsity * size) for name, size in sizes.items()}
     if scope == "erdos_renyi":
-        kept = erdos_renyi_counts({layer.name: layer.grid for layer in layers}, 1 - sparsity)
+        kept = erdos_renyi_counts({layer.name: layer.grid for layer in layers}, 1 - sparsity, seed)
         return {name: size - kept[name] for name, size in sizes.items()}
     cut = find_cut(list(sources.values()), round(sparsity * sum(sizes.values())), largest=False)
     return {name: count_selected(source, cut, largest=False)[0] for name, source in sources.items()}

@@ -47,12 +47,13 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
     return counts
 
 
-def proportional_counts(grids: dict[str, UnitGrid], num_entries: int) -> dict[str, int]:
+def proportional_counts(grids: dict[str, UnitGrid], num_entries: int, seed: int = 0) -> dict[str, int]:
     r"""`num_entries` entries over all layers, in proportion to their sizes: exactly as many where all units have one
     size, which entries do.
 
     :math:`\lfloor N\,n_l / \sum n \rfloor` entries for a layer of :math:`n_l`, in whole units, and what is left goes,
-    one unit a layer, to the largest remainders (the earlier layer on a tie). A layer may get none.
+    one unit a layer, to the largest remainders (a draw from `seed` and the layers' names on a tie). A layer may get
+    none.
 
     Raises:
         ValueError: no layers, or a budget below one unit or above all entries.
@@ -67,7 +68,7 @@ def proportional_counts(grids: dict[str, UnitGrid], num_entries: int) -> dict[st
     # In integers: n_l / total as a float would lose entries of large models.
     counts = {name: num_entries * grid.num_units // total for name, grid in grids.items()}
     remainders = {name: num_entries * grid.num_units % total for name, grid in grids.items()}
-    return _filled_up(counts, remainders, grids, num_entries)
+    return _filled_up(counts, remainders, grids, num_entries, seed)
 
 
 def counts_from_rank(grids: dict[str, UnitGrid], rank: int) -> dict[str, int]:
@@ -107,11 +108,12 @@ def erdos_renyi_densities(grids: dict[str, UnitGrid], density: float) -> dict[st
     return dict.fromkeys(grids, 1.0)
 
 
-def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, int]:
+def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float, seed: int = 0) -> dict[str, int]:
     """Units of each layer at its `erdos_renyi_densities`, rounded so that the whole stays on budget.
 
     Counts are rounded down, then the entries left of `floor(density * all entries)` go, one unit a layer, to the
-    layers with the largest remainders (the earlier layer on a tie). With units of one size the total is exact.
+    layers with the largest remainders (a draw from `seed` and the layers' names on a tie: among layers of one shape
+    the first would win otherwise). With units of one size the total is exact.
 
     Raises:
         ValueError: no layers, `density` outside (0, 1], or a layer left without a unit; names it.
@@ -122,7 +124,8 @@ def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float) -> dict[str, 
     entries = UnitGrid(1, total).count_for_density(density)
     exact = {name: densities[name] * grid.num_units for name, grid in grids.items()}
     counts = {name: min(grids[name].num_units, math.floor(value + 1e-9)) for name, value in exact.items()}
-    counts = _filled_up(counts, {name: exact[name] - counts[name] for name in grids}, grids, entries)
+    remainders = {name: exact[name] - counts[name] for name in grids}
+    counts = _filled_up(counts, remainders, grids, entries, seed)
     for name, count in counts.items():
         if count == 0:
             grid = grids[name]
@@ -172,14 +175,16 @@ def global_counts(
     return counts
 
 
-def competition_counts(scores: dict[str, float], capacities: dict[str, int], budget: int) -> dict[str, int]:
+def competition_counts(
+    scores: dict[str, float], capacities: dict[str, int], budget: int, seed: int = 0
+) -> dict[str, int]:
     r"""Shares of `budget` in proportion to scores, none above its capacity (SNELLA's outer competition; Shen et al.,
     2025): :math:`k_l = \min(N_l, B z_l)` with :math:`z = scores / \sum scores`, the surplus of full layers shared out
     again among the others in proportion to their scores, until it is used up.
 
     Layers that are left with a surplus and no score share it in proportion to their capacities; that is all of them
-    where all scores are 0. Fractions are rounded down and the rest goes to the largest remainders (the earlier layer on
-    a tie): the counts sum to `budget` exactly, and a layer whose score rises never gets less.
+    where all scores are 0. Fractions are rounded down and the rest goes to the largest remainders (a draw from `seed`
+    and the layers' names on a tie): the counts sum to `budget` exactly, and a layer whose score rises never gets less.
 
     Raises:
         ValueError: no layers, names that differ, a score that is negative or not finite, or a budget below 0 or above
@@ -196,7 +201,7 @@ def competition_counts(scores: dict[str, float], capacities: dict[str, int], bud
     exact = _filled_shares(scores, capacities, budget)
     counts = {name: min(capacities[name], math.floor(value)) for name, value in exact.items()}
     spare = budget - sum(counts.values())
-    order = sorted(scores, key=lambda name: counts[name] - exact[name])
+    order = _largest_first({name: exact[name] - counts[name] for name in scores}, seed)
     while spare > 0:  # once round as a rule; float error of huge budgets may leave more than one each
         for name in order:
             if spare > 0 and counts[name] < capacities[name]:
@@ -230,17 +235,22 @@ def _filled_shares(scores: dict[str, float], capacities: dict[str, int], budget:
 
 
 def _filled_up(
-    counts: dict[str, int], remainders: dict[str, float], grids: dict[str, UnitGrid], entries: int
+    counts: dict[str, int], remainders: dict[str, float], grids: dict[str, UnitGrid], entries: int, seed: int
 ) -> dict[str, int]:
     """`counts` and, while the budget of `entries` has room, one unit more for the layers with the largest
     remainders."""
     counts = dict(counts)
     spare = entries - sum(counts[name] * grid.unit_numel for name, grid in grids.items())
-    for name in sorted(grids, key=lambda n: -remainders[n]):
+    for name in _largest_first(remainders, seed):
         if grids[name].unit_numel <= spare and counts[name] < grids[name].num_units:
             counts[name] += 1
             spare -= grids[name].unit_numel
     return counts
+
+
+def _largest_first(remainders: dict[str, float], seed: int) -> list[str]:
+    """Names by falling remainder; equal ones in an order that `seed` draws, whatever the order of the layers."""
+    return sorted(remainders, key=lambda name: (-remainders[name], stream_seed(seed, "remainder", name)))
 
 
 def _total_entries(grids: dict[str, UnitGrid]) -> int:

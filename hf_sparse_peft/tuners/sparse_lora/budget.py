@@ -162,9 +162,9 @@ def _counts(
         return _counts_by_module(config, grids)
     if config.allocation == "proportional":
         budget = config.num_entries or UnitGrid(1, entries).count_for_density(density)
-        return proportional_counts(grids, budget)
+        return proportional_counts(grids, budget, config.seed)
     if config.allocation == "erdos_renyi":
-        return erdos_renyi_counts(grids, density)
+        return erdos_renyi_counts(grids, density, config.seed)
     if config.allocation == "threshold":
         return {name: _below_threshold(config, name, layers[name], grids[name], model) for name in grids}
     if config.allocation == "global":
