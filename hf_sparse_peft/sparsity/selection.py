@@ -215,7 +215,8 @@ def tie_priority(seed: int, units: Tensor) -> Tensor:
 
     A hash and not a stream: it does not depend on which units are asked for, in which order or on which device.
     """
-    z = (units.long() + 1) * _GOLDEN + (seed & (2**63 - 1))
+    signed = (seed + 2**63) % 2**64 - 2**63  # any integer, modulo 2**64
+    z = (units.long() + 1) * _GOLDEN + signed
     z = (z ^ _shifted(z, 30)) * _MIX_1
     z = (z ^ _shifted(z, 27)) * _MIX_2
     return z ^ _shifted(z, 31)

@@ -38,7 +38,9 @@ def test_tied_units_are_taken_from_the_whole_weight(largest):
 
 
 @given(
-    st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -3.0]), min_size=1, max_size=60), st.integers(0, 2**63), st.data()
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -3.0]), min_size=1, max_size=60),
+    st.integers(-(2**63), 2**64),
+    st.data(),
 )
 @settings(max_examples=200, deadline=None)
 def test_one_seed_draws_the_same_units_whatever_the_chunks_and_the_dtype(values, seed, data):
