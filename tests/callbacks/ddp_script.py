@@ -14,9 +14,11 @@ import traceback
 from pathlib import Path
 
 import torch
-from callback_toolbox import TokenData, tiny_llama
 from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
+from callback_toolbox import TokenData, tiny_llama
 
 from hf_sparse_peft import initialize_support, methods
 
