@@ -131,8 +131,8 @@ def test_seed_decides_and_the_global_generator_does_not():
 @pytest.mark.slow
 def test_another_process_draws_the_same_supports():
     script = (
-        "import sys; sys.path[:0] = ['tests', 'tests/tuners']; import tuner_toolbox as t; from peft import get_peft_model;"
-        "from test_sparse_lora_supports import supports;"
+        "import sys; sys.path[:0] = ['tests', 'tests/tuners']; import tuner_toolbox as t;"
+        "from peft import get_peft_model; from test_sparse_lora_supports import supports;"
         "print(hash(str(sorted(supports(get_peft_model(t.tiny_llama(), t.make_config(seed=3))).items()))))"
     )
     results = {
