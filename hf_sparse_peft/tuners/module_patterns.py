@@ -114,6 +114,7 @@ class _Patterns:
         return [(key, regex.compile(form.replace("{}", key))) for key in self.keys]
 
     def first(self, module_name: str) -> str | None:
+        """The first key that matches this module, an exact one before all others; None: none does."""
         if f"^{module_name}" in self.exact:
             return f"^{module_name}"
         for key, compiled in self.compiled:
