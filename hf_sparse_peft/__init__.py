@@ -1,7 +1,15 @@
 """Sparse and sparse + low-rank fine-tuning for peft and the Hugging Face Trainer. Importing registers every tuner."""
 
 from . import methods
-from .callbacks import (
+from .hub import register_cards, register_saving
+from .hub.analysis import (
+    MaskOverlap,
+    UpdateSparsity,
+    measure_mask_overlap,
+    measure_update_sparsity,
+    support_from_checkpoints,
+)
+from .training import (
     BudgetCompetitionCallback,
     HalfRoundsCallback,
     InitialSupportCallback,
@@ -13,8 +21,11 @@ from .callbacks import (
     SupportSearchCallback,
     SupportTelemetryCallback,
     callbacks_for,
+    initialize_support,
+    load_support,
+    save_support,
+    write_supports,
 )
-from .hub import register_cards, register_saving
 from .tuners import (
     BudgetCompetitionConfig,
     FactorMaskConfig,
@@ -29,15 +40,7 @@ from .tuners import (
     SparseLoraModel,
     StructureConfig,
     SupportSearchConfig,
-    UpdateSparsity,
-    initialize_support,
-    load_support,
-    measure_mask_overlap,
-    measure_update_sparsity,
     restore_fp32,
-    save_support,
-    support_from_checkpoints,
-    write_supports,
 )
 
 register_cards()
@@ -56,6 +59,7 @@ __all__ = [
     "KernelLoraModel",
     "LayerSamplingCallback",
     "LayerSamplingConfig",
+    "MaskOverlap",
     "MaskRegrowthCallback",
     "PruningCallback",
     "PruningConfig",

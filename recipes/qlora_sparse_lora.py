@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from hf_sparse_peft import SparseLoraConfig, SupportTelemetryCallback
-from hf_sparse_peft.callbacks import draw_support_history
 from hf_sparse_peft.hub import push_to_hub
+from hf_sparse_peft.training import draw_support_history
 
 HERE = Path(__file__).parent
 # Relative, so that the adapter names its base without naming the machine it was trained on.

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hf_sparse_peft.callbacks.support_picture import save_picture
+from hf_sparse_peft.training.support_picture import save_picture
 
 
 def print_table(rows: list[tuple[str, str, str]], title: str) -> None:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..tuners.base_overrides import LABELS, embedding_rows
-from ..tuners.file_check import WEIGHTS_FILE
+from ..tuners.shared.base_overrides import LABELS, embedding_rows
+from ..tuners.shared.file_check import WEIGHTS_FILE
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -16,10 +16,10 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 
 from ..tuners import SparseLoraConfig
-from ..tuners.base_overrides import base_overrides
-from ..tuners.file_writing import whole_file
+from ..tuners.shared.base_overrides import base_overrides
 from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from ..tuners.sparse_lora.config import SCHEDULES
+from ..utils.file_writing import whole_file
 from .folders import ADAPTER_FILES, staged_folder
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

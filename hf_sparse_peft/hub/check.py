@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from ..tuners import KernelLoraConfig
-from ..tuners.file_check import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
 from ..tuners.kernel_lora.file_check import check_kernel_module
+from ..tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
 from ..tuners.sparse_lora.file_check import check_sparse_module
 from .adapter_report import AdapterReport, ModuleReport
 

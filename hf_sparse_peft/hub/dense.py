@@ -14,8 +14,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
-from ..tuners.heads import head_owners
-from ..tuners.merge import untie_embeddings
+from ..tuners.shared.heads import head_owners
+from ..tuners.shared.merge import untie_embeddings
 from .folders import staged_folder
 
 

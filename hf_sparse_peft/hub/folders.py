@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..tuners.file_writing import is_temporary, remove_leftovers, replace_file, temporary_folder
+from ..utils.file_writing import is_temporary, remove_leftovers, replace_file, temporary_folder
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _INSIDE = "save"

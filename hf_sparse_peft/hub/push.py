@@ -13,8 +13,8 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils.peft_types import PeftType
 
-from ..tuners.adapter_config import AdapterConfig
-from ..tuners.file_writing import whole_file
+from ..tuners.shared.config import AdapterConfig
+from ..utils.file_writing import whole_file
 from .card import GENERATED, adapter_card, save_adapter
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..tuners.adapter_config import AdapterConfig
+from ..tuners.shared.config import AdapterConfig
 from .folders import staged_files
 
 

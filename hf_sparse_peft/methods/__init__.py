@@ -6,9 +6,11 @@ model = get_peft_model(base, m.config)
 m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers=(m.optimizer(model, args), None))
 """
 
-from . import (  # importing enters their methods
+from ..pruning.one_shot import one_shot_pruned
+from ..pruning.sparsity_curve import EssentialSparsity, essential_sparsity
+from . import (
     chosen,
-    house,
+    default,
     kernel,
     low_rank,
     moving,
@@ -18,9 +20,16 @@ from . import (  # importing enters their methods
     structured,
     zeroth_order,
 )
-from .one_shot import one_shot_pruned
-from .pruning_curve import EssentialSparsity, essential_sparsity
-from .registry import Method, MethodInfo, aged_adamw, describe, get, markdown_table, names, register
+from .registry import (
+    Method,
+    MethodInfo,
+    aged_adamw,
+    describe,
+    get,
+    markdown_table,
+    names,
+    register,
+)
 
 __all__ = [
     "EssentialSparsity",
@@ -28,10 +37,10 @@ __all__ = [
     "MethodInfo",
     "aged_adamw",
     "chosen",
+    "default",
     "describe",
     "essential_sparsity",
     "get",
-    "house",
     "kernel",
     "low_rank",
     "markdown_table",

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..tuners import L1PenaltyConfig, SparseLoraConfig, support_from_checkpoints
+from ..hub.analysis import support_from_checkpoints
+from ..tuners import L1PenaltyConfig, SparseLoraConfig
 from .registry import FirstRun, Method, register
 
 

@@ -13,9 +13,9 @@ from peft import PeftConfig
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..callbacks import callbacks_for
+from ..hub.analysis.checkpoints import Checkpoint
 from ..optim import AgedAdamW, aged_adamw_groups
-from ..tuners.sparse_lora.checkpoints import Checkpoint
+from ..training import callbacks_for
 
 OptimizerFactory = Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer]
 CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..callbacks import TwoPassTrainer
+from ..training import TwoPassTrainer
 from ..tuners import FactorMaskConfig, SparseLoraConfig
 from .registry import Method, register
 

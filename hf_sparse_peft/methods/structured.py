@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..callbacks import LayerSamplingCallback
 from ..sparsity import CRITERIA, needs_data
+from ..training import LayerSamplingCallback
 from ..tuners import HalfRoundsConfig, LayerSamplingConfig, SparseLoraConfig, StructureConfig
 from .registry import Method, register
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..callbacks import ZerothOrderTrainer, zeroth_order_optimizer
+from ..training import ZerothOrderTrainer, zeroth_order_optimizer
 from ..tuners import SparseLoraConfig
 from .registry import Method, register
 

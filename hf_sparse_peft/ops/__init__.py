@@ -4,7 +4,14 @@ from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support
-from .units import add_units_, pack_entries, read_units, unit_gradient, unpack_entries, write_units_
+from .units import (
+    add_units_,
+    pack_entries,
+    read_units,
+    unit_gradient,
+    unpack_entries,
+    write_units_,
+)
 
 __all__ = [
     "DenseSource",

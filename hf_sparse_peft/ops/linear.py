@@ -13,7 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd.function import once_differentiable
 
-from .core import Gradients, Operands, Plan, backward_product, forward_product, keeps_columns_only
+from .core import (
+    Gradients,
+    Operands,
+    Plan,
+    backward_product,
+    forward_product,
+    keeps_columns_only,
+)
 from .sources import check_version, version_of
 
 

@@ -34,7 +34,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     One optimizer step is, for each of its micro-batches, a forward inside `with optimizer.shifted(+1, model)`, one
     inside `shifted(-1, model)`, and `add_difference(loss_plus - loss_minus)`; then `step()`. All micro-batches of a
     step see the same `z`, so that `g` is that of the whole batch. `step(closure)` does it all for one batch.
-    `hf_sparse_peft.callbacks.ZerothOrderTrainer` does it under Trainer.
+    `hf_sparse_peft.training.ZerothOrderTrainer` does it under Trainer.
 
     How a parameter is shifted (`perturbation`):
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tuners.file_writing import whole_file
+from ..utils.file_writing import whole_file
 from .zeroth_order import ZerothOrderSGD
 
 LOG_NAME = "zeroth_order.log"

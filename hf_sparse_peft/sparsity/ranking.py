@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .selection import Source, find_cut, rereadable, selected, stream_seed, top_units
+from .selection import (
+    Source,
+    find_cut,
+    rereadable,
+    selected,
+    stream_seed,
+    top_units,
+)
 
 
 class GlobalRanking:

@@ -1,15 +1,14 @@
 """Floor 3: tuners, one package each; importing this package registers all of them with peft."""
 
-from .adapter_layer import AdapterLayer, adapter_layers, restore_fp32
 from .kernel_lora import BudgetCompetitionConfig, KernelLoraConfig, KernelLoraLayer, KernelLoraModel
-from .loading import guard_loading
+from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
+from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
     FreezingConfig,
     HalfRoundsConfig,
     L1PenaltyConfig,
     LayerSamplingConfig,
-    MaskOverlap,
     NuclearNormConfig,
     PruningConfig,
     RankAllocationConfig,
@@ -19,14 +18,6 @@ from .sparse_lora import (
     SparseLoraModel,
     StructureConfig,
     SupportSearchConfig,
-    UpdateSparsity,
-    initialize_support,
-    load_support,
-    measure_mask_overlap,
-    measure_update_sparsity,
-    save_support,
-    support_from_checkpoints,
-    write_supports,
 )
 
 guard_loading()
@@ -42,7 +33,6 @@ __all__ = [
     "KernelLoraModel",
     "L1PenaltyConfig",
     "LayerSamplingConfig",
-    "MaskOverlap",
     "NuclearNormConfig",
     "PruningConfig",
     "RankAllocationConfig",
@@ -52,14 +42,6 @@ __all__ = [
     "SparseLoraModel",
     "StructureConfig",
     "SupportSearchConfig",
-    "UpdateSparsity",
     "adapter_layers",
-    "initialize_support",
-    "load_support",
-    "measure_mask_overlap",
-    "measure_update_sparsity",
     "restore_fp32",
-    "save_support",
-    "support_from_checkpoints",
-    "write_supports",
 ]

@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_sparse_peft import RegrowthConfig
-from hf_sparse_peft.callbacks.base import AdaptedLayer, unit_sums
-from hf_sparse_peft.callbacks.candidates import CandidateCollector
-from hf_sparse_peft.callbacks.regrowth import choose_units
-from hf_sparse_peft.callbacks.support_moves import replace_units
 from hf_sparse_peft.optim import AgedAdamW
-from hf_sparse_peft.tuners.live_run import begin_run
+from hf_sparse_peft.training.base import AdaptedLayer, unit_sums
+from hf_sparse_peft.training.candidates import CandidateCollector
+from hf_sparse_peft.training.regrowth import choose_units
+from hf_sparse_peft.training.support_moves import replace_units
+from hf_sparse_peft.tuners.shared.live_run import begin_run
 from hf_sparse_peft.tuners.sparse_lora.layer import SparseLoraLayer
 
 REPLACED = 0.2

@@ -32,7 +32,7 @@ from torch import nn
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.optim import ZerothOrderSGD, zeroth_order_groups
-from hf_sparse_peft.tuners.base_weight import keep_4bit_weight_stable
+from hf_sparse_peft.tuners.shared.base_weight import keep_4bit_weight_stable
 
 TRAINED = ("lora", "support", "full")
 STEPS = ("inference", "mezo", "mezo-layerwise", "sparse-mezo", "adamw")

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, hub, save_support
-from hf_sparse_peft.tuners.file_writing import whole_file
+from hf_sparse_peft.utils.file_writing import whole_file
 
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 

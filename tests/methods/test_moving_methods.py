@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import PruningConfig, SparseLoraConfig, callbacks_for, methods
-from hf_sparse_peft.callbacks.layer_sampling import updated_importance
-from hf_sparse_peft.callbacks.pruning import living_share
+from hf_sparse_peft.training.layer_sampling import updated_importance
+from hf_sparse_peft.training.pruning import living_share
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 NAMES = ("spiel-ag", "spiel-ma", "set", "rigl", "sara", "gradual-pruning", "lift")

@@ -6,7 +6,7 @@ import pytest
 
 from hf_sparse_peft import SparseLoraConfig
 from hf_sparse_peft.sparsity import UnitGrid
-from hf_sparse_peft.tuners.sparse_lora.choice import _global_budget
+from hf_sparse_peft.training.calibrated_selection import _global_budget
 
 
 @pytest.mark.parametrize(("entries", "size"), [(29718331, 930718711), (14155776, 85054464), (7667712, 85054464)])

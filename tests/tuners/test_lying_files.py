@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig, SparseLoraModel, load_support, save_support
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners import loading
+from hf_sparse_peft.tuners.shared import loading
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse_peft import LayerSamplingConfig, SparseLoraConfig
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners import module_patterns
-from hf_sparse_peft.tuners.module_patterns import check_pattern, matches, pattern_key
+from hf_sparse_peft.tuners.shared import module_patterns
+from hf_sparse_peft.tuners.shared.module_patterns import check_pattern, matches, pattern_key
 
 ENDLESS = [
     "(a+)+", "(a*)*", "(a|aa)+", "(.*)*x", r"(\w+\.?)+X", "(x+x+)+y", "(a?)+b", "((a|b)c|d)*e", "(?:(?:a+)b?)*c",

@@ -13,7 +13,7 @@ from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_
 
 import hf_sparse_peft
 from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
-from hf_sparse_peft.tuners import registration
+from hf_sparse_peft.tuners.shared import registration
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 

@@ -88,7 +88,7 @@ def test_dense_merge_reports_no_error(base_of):
 
 
 def test_quantised_merge_warns_of_its_rounding(base_of):
-    from hf_sparse_peft.tuners.merge import _warn_requantised
+    from hf_sparse_peft.tuners.shared.merge import _warn_requantised
 
     _warn_requantised.cache_clear()
     model = adapted(base_of, "nf4")

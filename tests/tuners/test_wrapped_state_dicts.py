@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig
-from hf_sparse_peft.tuners.wrapped_names import plain_name
+from hf_sparse_peft.tuners.shared.wrapped_names import plain_name
 
 IDS = torch.arange(1, 11)[None]
 PREFIXES = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "module._orig_mod.", "_orig_mod.module.")

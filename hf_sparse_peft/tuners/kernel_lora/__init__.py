@@ -1,6 +1,6 @@
 """Kernel adapters: an update of high rank from two small point sets, thinned by competition (SNELL, SNELLA)."""
 
-from ..registration import add_peft_type, check_peft, register_tuner
+from ..shared.registration import add_peft_type, check_peft, register_tuner
 
 check_peft()
 add_peft_type("KERNEL_LORA")  # the config class names the member

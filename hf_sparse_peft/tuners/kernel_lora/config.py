@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
-from ..adapter_config import AdapterConfig
-from ..option_types import check_types
+from ...utils.option_types import check_types
+from ..shared.config import AdapterConfig
 from ..sparse_lora.schedule_config import nested
 
 KERNELS = ("distance", "mixed")

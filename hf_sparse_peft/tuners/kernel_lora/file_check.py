@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..file_check import CONFIG_FILE, tensor_key
+from ..shared.file_check import CONFIG_FILE, tensor_key
 from .config import KernelLoraConfig
 
 

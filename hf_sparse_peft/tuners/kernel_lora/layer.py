@@ -10,9 +10,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
-from ..adapter_layer import AdapterLayer
-from ..base_weight import compute_dtype, weight_source
-from ..merge import MergeMixin
+from ..shared.base_weight import compute_dtype, weight_source
+from ..shared.layer import AdapterLayer
+from ..shared.merge import MergeMixin
 from .config import KernelLoraConfig
 from .kernels import KernelPlan, update_tiles
 from .product import kernel_product

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_model import AdapterModel
-from ..file_check import AdapterFile
-from ..state_dict import SOURCE, check_layer
+from ..shared.file_check import AdapterFile
+from ..shared.model import AdapterModel
+from ..shared.state_dict import SOURCE, check_layer
 from .config import KernelLoraConfig
 from .file_check import check_kernel_module, check_survivors
 from .layer import KernelLoraLayer, KernelLoraLinear

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import Competition, KernelPlan, find_threshold, kernel_tile, masters, tile_rows, tiles_of
+from .kernels import (
+    Competition,
+    KernelPlan,
+    find_threshold,
+    kernel_tile,
+    masters,
+    tile_rows,
+    tiles_of,
+)
 
 
 @torch.compiler.disable

@@ -1,22 +1,19 @@
 """The flagship tuner: a support of entries, blocks, rows or columns, beside a low-rank half whose ranks can move."""
 
-from ..registration import add_peft_type, check_peft, count_living_parameters, register_tuner, train_task_heads
+from ..shared.registration import add_peft_type, check_peft, count_living_parameters, register_tuner, train_task_heads
 
 check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
 
 from .config import SparseLoraConfig  # noqa: E402
 from .freezing_config import FreezingConfig, NuclearNormConfig  # noqa: E402
-from .initial_support import initialize_support, load_support, save_support, write_supports  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
-from .mask_overlap import MaskOverlap, measure_mask_overlap  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .penalty_config import L1PenaltyConfig  # noqa: E402
 from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
-from .subnetwork import UpdateSparsity, measure_update_sparsity, support_from_checkpoints  # noqa: E402
 
 register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
@@ -28,7 +25,6 @@ __all__ = [
     "HalfRoundsConfig",
     "L1PenaltyConfig",
     "LayerSamplingConfig",
-    "MaskOverlap",
     "NuclearNormConfig",
     "PruningConfig",
     "RankAllocationConfig",
@@ -39,13 +35,5 @@ __all__ = [
     "SparseLoraModel",
     "StructureConfig",
     "SupportSearchConfig",
-    "UpdateSparsity",
-    "initialize_support",
-    "load_support",
-    "measure_mask_overlap",
-    "measure_update_sparsity",
-    "save_support",
     "sparse_layers",
-    "support_from_checkpoints",
-    "write_supports",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...sparsity import codes_length, decode_support
-from ..state_dict import check_layer
+from ..shared.state_dict import check_layer
 from .config import SparseLoraConfig
 from .file_check import check_codes
 from .layer import SparseLoraLayer

@@ -20,9 +20,9 @@ from ...sparsity import (
     stream_seed,
     uniform_counts,
 )
-from ..module_patterns import pattern_key
-from ..target_checks import target_layers
-from ..wrapped_names import plain_name
+from ..shared.module_patterns import pattern_key
+from ..shared.target_checks import target_layers
+from ..shared.wrapped_names import plain_name
 from .config import SparseLoraConfig
 from .structures import choose_structures, structure_counts
 from .whole_tensors import whole_tensor_counts

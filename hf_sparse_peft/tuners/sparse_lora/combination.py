@@ -12,7 +12,7 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
 from ...sparsity import UnitGrid
-from ..heads import assign_heads, check_no_biases, head_owners
+from ..shared.heads import assign_heads, check_no_biases, head_owners
 from .config import SCHEDULES, SparseLoraConfig, exact_pattern
 from .factors import merged_factors
 from .layer import SparseLoraLayer

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ...sparsity import CRITERIA, needs_data
-from ..adapter_config import AdapterConfig
-from ..module_patterns import pattern_key
+from ..shared.config import AdapterConfig
+from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .penalty_config import L1PenaltyConfig

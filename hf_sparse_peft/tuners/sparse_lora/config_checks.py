@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...sparsity import CRITERIA, make_score
-from ..module_patterns import check_names, check_pattern
-from ..option_types import check_options
+from ...utils.option_types import check_options
+from ..shared.module_patterns import check_names, check_pattern
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig

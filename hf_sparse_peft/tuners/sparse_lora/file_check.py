@@ -10,9 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ...sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, counts_from_rank, decode_support, uniform_counts
+from ...sparsity import (
+    GRANULARITIES,
+    HEADER_BYTES,
+    UnitGrid,
+    counts_from_rank,
+    decode_support,
+    uniform_counts,
+)
 from ...sparsity.codec import FORMAT_VERSION
-from ..file_check import CONFIG_FILE, tensor_key
+from ..shared.file_check import CONFIG_FILE, tensor_key
 from .config import SparseLoraConfig
 
 # As the codec's module docstring lays it out; granularity and block size of a file are known before any grid is.

@@ -8,12 +8,19 @@ import torch
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
-from ...ops import DenseSource, Plan, Source, register_owner, sparse_linear, sparse_linear_node
-from ..adapter_layer import AdapterLayer
-from ..base_weight import compute_dtype, weight_source
-from ..merge import MergeMixin
+from ...ops import (
+    DenseSource,
+    Plan,
+    Source,
+    register_owner,
+    sparse_linear,
+    sparse_linear_node,
+)
+from ...rules.gradient_readers import SharedSink
+from ..shared.base_weight import compute_dtype, weight_source
+from ..shared.layer import AdapterLayer
+from ..shared.merge import MergeMixin
 from .layer import SparseLoraLayer
-from .lent_gradients import SharedSink
 from .operands import Operands, combine
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...sparsity import UnitGrid
-from ..adapter_model import AdapterModel
-from ..file_check import CONFIG_FILE, AdapterFile, tensor_key
-from ..state_dict import SelectedTensors
+from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
+from ..shared.model import AdapterModel
+from ..shared.state_dict import SelectedTensors
 from .adapter_file import check_sparse_layer, for_file, take_sizes
 from .budget import plan_supports, unit_capacities
 from .combination import add_weighted_adapter

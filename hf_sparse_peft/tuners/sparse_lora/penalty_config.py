@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..option_types import check_types
+from ...utils.option_types import check_types
 from .schedule_config import require
 
 

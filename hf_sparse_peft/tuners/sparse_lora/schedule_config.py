@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from ...sparsity import CRITERIA, make_score
-from ..option_types import check_options, check_types
+from ...utils.option_types import check_options, check_types
 
 ConfigT = TypeVar("ConfigT")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..option_types import check_types
+from ...utils.option_types import check_types
 from .schedule_config import require
 
 
@@ -150,7 +150,7 @@ class FactorMaskConfig:
     or `joint`, each entry as its owner has it."""
     consistency: float = 1.0
     """`stochastic`: weight of the symmetric KL divergence between two passes with draws of their own; needs
-    `hf_sparse_peft.callbacks.TwoPassTrainer` (what `methods.get("mosa").trainer_class` is). 0 trains with one pass."""
+    `hf_sparse_peft.training.TwoPassTrainer` (what `methods.get("mosa").trainer_class` is). 0 trains with one pass."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from ...ops import pack_entries, unpack_entries
-from ...sparsity import UnitGrid, codes_length, decode_support, encode_support, select_units, stream_seed
-from ..adapter_layer import AdapterLayer
+from ...sparsity import (
+    UnitGrid,
+    codes_length,
+    decode_support,
+    encode_support,
+    select_units,
+    stream_seed,
+)
+from ..shared.layer import AdapterLayer
 from .config import SparseLoraConfig
 
 

@@ -1,0 +1,157 @@
+"""An adapter's budget, spent on the units that score best in data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sparsity import UnitGrid, random_units, stream_seed, top_units
+from ..sparsity.ranking import GlobalRanking, raised
+from ..tuners.sparse_lora.config import SparseLoraConfig
+from ..tuners.sparse_lora.layer import SparseLoraLayer
+from ..tuners.sparse_lora.structures import StructureRanking
+
+
+class Choice:
+    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model.
+
+    A module whose scores are all 0 or not finite has no evidence. Where a module's size is its own, it gets random
+    units; where all modules compete, it gets none (a structure's module: what its structures get). Ties and random
+    units are drawn from the config's seed and the module's name, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparseLoraConfig,
+        layers: list[SparseLoraLayer],
+        adapter_name: str,
+        share: float = 1.0,
+    ) -> None:
+        self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
+        sizes = {layer.module_name: layer.sparse_lora_start[adapter_name] for layer in layers}
+        self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
+        self.grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
+        self.ranking: GlobalRanking | None = None
+        self._units: dict[str, torch.Tensor] = {}
+        self.without_evidence: list[str] = []
+        self.structures: StructureRanking | None = None
+        if config.structures:
+            _check_open_sizes(config)
+            self.structures = StructureRanking(config, self.grids, model, share)
+        elif config.sizes_from_data:
+            total = _global_budget(model, config, layers, adapter_name)
+            self.ranking = GlobalRanking(max(len(layers), int(share * total)), config.seed)
+
+    def add(self, scores: dict[str, Any], kept: dict[str, torch.Tensor] | None = None) -> None:
+        """Take score chunks of more modules; the sorted units in `kept` are chosen before all others."""
+        without = [name for name, chunks in scores.items() if not is_evidence(chunks)]
+        self.without_evidence += without
+        structured = [name for name in scores if self.config.structure_of(name) is not None]
+        for name in structured:
+            self.structures.add(name, self._zeros(name) if name in without else scores[name])
+        kept = kept or {}
+        scores = {
+            name: raised(self._zeros(name, kept[name].device) if name in without else chunks, kept[name])
+            if name in kept
+            else chunks
+            for name, chunks in scores.items()
+            if name not in structured and (name not in without or kept.get(name, _NONE).numel())
+        }
+        for name in set(without) - set(structured) - set(scores):
+            self._units[name] = self._arbitrary(name)
+        if self.ranking is not None:
+            self.ranking.add(scores)
+        else:
+            seeds = {name: stream_seed(self.config.seed, name) for name in scores}
+            self._units |= {
+                name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()
+            }
+
+    def _zeros(self, name: str, device: torch.device | str = "cpu") -> Callable[[], Iterable[torch.Tensor]]:
+        zeros = torch.zeros(self.grids[name].num_units, device=device)
+        return lambda: iter((zeros,))
+
+    def _arbitrary(self, name: str) -> torch.Tensor:
+        grid = self.grids[name]
+        if self.ranking is not None:
+            return torch.empty(0, dtype=grid.index_dtype)
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, name))
+        return random_units(grid.num_units, self.sizes[name], generator).to(grid.index_dtype)
+
+    def units(self) -> dict[str, torch.Tensor]:
+        """Sorted units of every module."""
+        ranked = self.ranking.units() if self.ranking is not None else {}
+        return ranked | self._units | (self.structures.units() if self.structures is not None else {})
+
+    def check_evidence(self, what: str) -> None:
+        """Look whether the scores of `what` rank anything; warns of the modules where they do not.
+
+        Raises:
+            ValueError: they do in no module.
+        """
+        names = self.without_evidence
+        if len(names) == len(self.layers):
+            raise ValueError(
+                f"criterion='{what}' has nothing to choose a support by: the scores of all {len(names)} modules are 0 "
+                "or not finite. Check that the labels of the batches are not all masked (-100), that the loss is "
+                "finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
+            )
+        if names:
+            got = "none of the shared budget" if self.ranking is not None else "random units"
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            warnings.warn(
+                f"criterion='{what}' says nothing about {len(names)} of {len(self.layers)} modules, whose scores are "
+                f"all 0 or not finite; they get {got}: {shown}. Did the batches "
+                "reach them? Use more or other data, or leave them out of target_modules.",
+                stacklevel=3,
+            )
+
+
+_NONE = torch.empty(0)
+
+
+@torch.no_grad()
+def is_evidence(chunks: Callable[[], Iterable[torch.Tensor]]) -> bool:
+    """Whether scores can rank: all are finite, and not all are 0."""
+    found = False
+    for chunk in chunks():
+        if not bool(torch.isfinite(chunk).all()):
+            return False
+        found = found or bool(chunk.any())
+    return found
+
+
+def _check_open_sizes(config: SparseLoraConfig) -> None:
+    if any(one.scope == "model" for one in config.structures) and not config.sizes_from_data:
+        raise ValueError(
+            "Structures of scope='model' leave it to the criterion how many units each module has, and support_pattern "
+            f"has fixed that already (criterion='{config.criterion}'). Start from a fresh SparseLoraConfig with the "
+            "criterion that is estimated from data, e.g. criterion='activation', or set scope='block'."
+        )
+
+
+def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str) -> int:
+    grids = [layer.sparse_lora_grid[adapter_name] for layer in layers]
+    entries = sum(grid.rows * grid.cols for grid in grids)
+    density = config.density if config.num_entries is None else config.num_entries / entries
+    # Within float error: num_entries of a large model must not lose one on its way through a density.
+    total = UnitGrid(1, sum(grid.num_units for grid in grids)).count_for_density(density)
+    if not config.head_in_budget:
+        return total
+    head = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if f".modules_to_save.{adapter_name}." in name and parameter.requires_grad
+    )
+    if total - head < len(layers):
+        raise ValueError(
+            f"head_in_budget: the budget of {total} entries has to pay for {head} numbers of modules_to_save and one "
+            f"entry for each of {len(layers)} modules. Raise density to at least {(head + len(layers)) / entries:.1e}, "
+            "or set head_in_budget=False."
+        )
+    return total - head

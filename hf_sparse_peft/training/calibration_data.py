@@ -1,0 +1,212 @@
+"""Reading the training data before training without anybody noticing: on copies of samplers and random states."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..tuners.shared.label_shift import shift_by_class
+
+
+def _random_state() -> tuple:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state_all(state[3])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the global random states of Python, numpy and torch back at the end."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)
+
+
+@contextmanager
+def modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    """Switch `model` to training or evaluation, and every module back to its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class CalibrationData:
+    """The batches of `dataloader` in the order in which training will see them, as often as they are asked for.
+
+    A `DataLoader` (Accelerate's included) is never iterated itself: every pass reads its dataset through a deep copy of
+    its batch sampler, collate function and generator, from the random states of the moment of construction. Any other
+    iterable of batches must give the same ones at every pass. Use it inside `random_state_kept`.
+
+    Raises:
+        TypeError: `dataloader` is not an iterable, or is an iterator, which can be read only once.
+    """
+
+    def __init__(self, dataloader: Any, device: torch.device) -> None:
+        if isinstance(dataloader, Iterator) or not isinstance(dataloader, Iterable):
+            raise TypeError(
+                f"dataloader={type(dataloader).__name__} cannot be read again from its start. Pass a DataLoader or a "
+                "list of batches."
+            )
+        self._loader, self._device, self._state = dataloader, device, _random_state()
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """One pass over the batches, moved to the model's device.
+
+        Raises:
+            TypeError: a batch is not a mapping of the model's arguments.
+        """
+        _set_random_state(self._state)
+        return self._read(_copy_of(self._loader))
+
+    def epochs(self) -> Iterator[Iterator[dict[str, Any]]]:
+        """Pass after pass over the batches, shuffled anew where training would be."""
+        _set_random_state(self._state)
+        loader = _copy_of(self._loader)
+        while True:
+            yield self._read(loader)
+
+    def _read(self, loader: Iterable) -> Iterator[dict[str, Any]]:
+        for batch in loader:
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"The dataloader gives batches of {type(batch).__name__}; the model takes them as keyword "
+                    "arguments. Use a collate function that returns a dict."
+                )
+            yield {key: _moved(value, self._device) for key, value in batch.items()}
+
+    def examples(self, count: int) -> Iterator[dict[str, Any]]:
+        """Batches of `count` examples in all, the last one cut to fit.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        left = count
+        for batch in self.batches():
+            size = batch_size(batch)
+            yield batch if size <= left else rows_of(batch, 0, left)
+            left -= size
+            if left <= 0:
+                return
+        if left == count:
+            raise ValueError("The dataloader has no batch to choose a support from.")
+
+
+def _copy_of(loader: Any) -> Iterable:
+    if not isinstance(loader, DataLoader):
+        return loader
+    dataset = loader.dataset
+    shared = {id(dataset): dataset}
+    collate = copy.deepcopy(loader.collate_fn, shared)
+    generator = copy.deepcopy(loader.generator)
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+        options = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        return DataLoader(dataset, collate_fn=collate, generator=generator, **options)
+    sampler = copy.deepcopy(loader.batch_sampler, shared)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=generator)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Examples in a batch: the length of its first tensor."""
+    for value in batch.values():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    raise TypeError(f"The batch {sorted(batch)} has no tensor whose first dimension counts its examples.")
+
+
+def rows_of(batch: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
+    """Some examples of a batch, as a batch."""
+    size = batch_size(batch)
+    return {
+        key: value[begin:end]
+        if isinstance(value, (torch.Tensor, list, tuple))
+        and not (isinstance(value, torch.Tensor) and not value.ndim)
+        and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
+
+
+def loss_of(model: nn.Module, batch: dict[str, Any], compute_loss: Any = None) -> torch.Tensor:
+    """The mean loss of a batch, by `compute_loss(model, batch)` or the model's own `loss`.
+
+    Raises:
+        ValueError: the model gives no loss.
+    """
+    if compute_loss is not None:
+        return compute_loss(model, batch)
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"The model returns no loss for batches of {sorted(batch)}. Give the batches labels, or call "
+            "initialize_support(..., compute_loss=lambda model, batch: ...) before training."
+        )
+    return loss
+
+
+def items_in(batch: Mapping[str, Any], model: nn.Module) -> int:
+    """What the mean loss of a batch is a mean of: labelled tokens, or examples where labels are no tokens."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return batch_size(batch)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if shift_by_class(base):
+        labels = labels[..., 1:]  # the first token is never predicted
+    return max(1, int((labels != -100).sum()))
+
+
+def label_losses(model: nn.Module, example: Mapping[str, Any], max_labels: int) -> list[torch.Tensor]:
+    r""":math:`-\sqrt{p(y|x)} \log p(y|x)` for every label y of a batch of one example, the root held fixed.
+
+    The squares of their gradients add up to the example's Fisher information
+    :math:`\sum_y p(y|x) (\nabla -\log p(y|x))^2`.
+
+    Raises:
+        ValueError: the model does not give one probability to each of a few labels.
+    """
+    start = "mode='expect' of criterion='fisher' sums over the labels of a classifier of whole examples, and "
+    mend = "Set criterion_options={'mode': 'square'}, which goes by the data's own labels."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    problem, labels = getattr(getattr(base, "config", None), "problem_type", None), example.get("labels")
+    one_of_many = labels is None or not torch.is_floating_point(torch.as_tensor(labels))
+    if problem not in (None, "single_label_classification") or not one_of_many:
+        raise ValueError(f"{start}this one's problem is {problem or 'regression or several labels at once'}. {mend}")
+    output = model(**{key: value for key, value in example.items() if key != "labels"})
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else None
+    if shape is None or len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+        raise ValueError(f"{start}this model's logits for one example have shape {shape}, not (1, labels). {mend}")
+    if shape[1] > max_labels:
+        raise ValueError(
+            f"{start}takes a backward pass for each: this model has {shape[1]}, above max_labels={max_labels}. Raise "
+            f"criterion_options={{'max_labels': {shape[1]}}} if you can wait. {mend}"
+        )
+    log_p = logits[0].float().log_softmax(-1)
+    return list(-(log_p.detach().exp().sqrt() * log_p))

@@ -1,0 +1,260 @@
+"""`SupportTelemetryCallback`: what lives where, how old it is and how much of the gradient it sees, over time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+from ..tuners import adapter_layers
+from ..tuners.shared.live_run import LiveRun, begin_run
+from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from ..utils.file_writing import whole_file
+from .base import AdaptedLayer
+from .record_log import RecordLog
+from .support_tracker import GradientShare, SupportTracker, quantiles
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "support_telemetry.safetensors"
+_BY_MODULE = ("density", "rank", "churn", "overlap", "age", "gradient_share")
+
+
+class SupportTelemetryCallback(TrainerCallback):
+    """Records every layer's support and rank every `every` steps, in `history` and in `support_log.jsonl`.
+
+    List it behind the callbacks that move supports. The file lies in the Trainer's `output_dir`, one line a record:
+    `step`, and by module (`module:adapter` where several adapters are active)
+
+    - `density`: share of the weight's units that live; `rank`: living components;
+    - `churn`: share of the living units that did not live at the last record;
+    - `overlap`: share of the living units that lived when training began;
+    - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
+      unit (`AgedAdamW`), otherwise the updates since the unit entered; `age_source` says which;
+    - `gradient_share` (with `gradient_share=True`): share of the last update's squared gradient in the support
+      (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
+      input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
+
+    `model` holds the whole model's figures, and the Trainer's log has them as `support/density` and so on. Reporters
+    (TensorBoard, W&B) stand before this callback in the Trainer's list: `attach(trainer)` lets them see these too.
+
+    A resumed run appends after the step it resumed from. For that every checkpoint gets a file
+    `support_telemetry.safetensors`: 12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
+
+    Files that cannot be written or read are warned about once; the run goes on and `history` stays complete. Records
+    that were missed are written as soon as that is possible. Damaged lines of the log are left out at a resume.
+    """
+
+    def __init__(self, every: int = 10, write: bool = True, gradient_share: bool = False) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} is not a number of steps; give an integer >= 1.")
+        self.every, self.write, self.gradient_share = every, write, gradient_share
+        self.history: list[dict] = []
+        self._trackers: dict[str, SupportTracker] = {}
+        self._watched: list[GradientShare] = []
+        self._attached = self._started = False
+        self._run: LiveRun | None = None
+
+    def attach(self, trainer: Trainer) -> SupportTelemetryCallback:
+        """Join `trainer` so that its reporters (TensorBoard, W&B) show the figures too; returns self."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        if not self._attached:
+            # Reporters come first in the list and would have sent the log before this callback fills it in.
+            trainer.callback_handler.callbacks.insert(0, _FillsLogsFirst(self))
+            self._attached = True
+        return self
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Forget records after the step that training starts from."""
+        self._run = begin_run(model, adapter_layers(model))
+        self._run.join(self, self._stop_watching)
+        self._trackers, self._watched, self._started = {}, [], False
+        self._log = RecordLog(Path(args.output_dir) / "support_log.jsonl", _record_check(model))
+        self.history = self._log.read(state.global_step) if state.global_step else []
+        if self.write and state.is_world_process_zero:
+            self._log.begin(self.history)
+        if args.report_to and not self._attached:
+            logger.warning(
+                f"{args.report_to} will not show support figures: call telemetry.attach(trainer) before train(). "
+                "They are in trainer.state.log_history and support_log.jsonl."
+            )
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Take the first record, when all callbacks have chosen their supports; watch gradients of a recorded step."""
+        if not self._started:
+            self._start(args, state, model, optimizer)
+        if self.gradient_share and self._records_after(state.global_step + 1, state):
+            for layer in sparse_layers(model):
+                names = [name for name in layer.active_adapters if name in layer.sparse_lora_values]
+                if names:
+                    layer.sparse_lora_observer = GradientShare(layer, names)
+                    self._watched.append(layer.sparse_lora_observer)
+
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Close a micro-batch."""
+        for share in self._watched:
+            share.finish_micro_batch()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Stop watching."""
+        for share in self._watched:
+            share.finish_micro_batch()
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        for share in self._watched:
+            share.layer.sparse_lora_observer = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Take part in this run no more."""
+        if self._run is not None:
+            self._run.leave(self)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Follow the moves; take a record every `every` steps and at the last one."""
+        for tracker in self._trackers.values():
+            tracker.follow(state.global_step)
+        if self._records_after(state.global_step, state):
+            self._record(args, state, model, optimizer)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Put the last record's figures into the Trainer's history."""
+        if "loss" in (logs or {}) and state.log_history:
+            state.log_history[-1].update(self.latest())
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Leave in the checkpoint what a resumed run needs."""
+        if not (self.write and self._trackers and state.is_world_process_zero):
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        tensors = {f"{key}/{name}": t for key, tr in self._trackers.items() for name, t in tr.state().items()}
+        try:
+            if not folder.exists():
+                return
+            with whole_file(folder / STATE_FILE) as file:
+                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, file)
+        except (OSError, SafetensorError) as error:
+            self._log.warn(f"has no state in checkpoints: {STATE_FILE} could not be written ({error})")
+
+    def latest(self) -> dict[str, float]:
+        """Figures of the whole model at the last record, under the keys of the Trainer's log."""
+        figures = self.history[-1]["model"] if self.history else {}
+        return {f"support/{name}": value for name, value in figures.items() if value is not None}
+
+    def _records_after(self, update: int, state) -> bool:
+        return update % self.every == 0 or update == state.max_steps
+
+    def _start(self, args, state, model, optimizer) -> None:
+        self._started = True
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        saved = self._read_state(file) if state.global_step else {}
+        for layer, name, key in _parts(model):
+            if name in layer.sparse_lora_values:
+                known = {n: saved[f"{key}/{n}"] for n in ("initial", "recorded", "entered") if f"{key}/{n}" in saved}
+                self._trackers[key] = SupportTracker(AdaptedLayer(layer, name), state.global_step, known)
+        if state.global_step and self._trackers and not saved and state.is_world_process_zero:
+            logger.warning(f"No {file}: ages, churn and overlap count from step {state.global_step}.")
+        if not self.history:
+            self._record(args, state, model, optimizer)
+
+    def _read_state(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(file) if file.exists() else {}
+        except (OSError, SafetensorError) as error:
+            self._log.warn(f"goes on without the state in '{file}', which could not be read ({error})")
+            return {}
+
+    def _record(self, args, state, model, optimizer) -> None:
+        record: dict[str, Any] = {"step": state.global_step, **{field: {} for field in _BY_MODULE}}
+        squares = {id(share.layer): dict(zip(["", *share.adapters], share.squares())) for share in self._watched}  # noqa: B905
+        self._watched = []
+        total = dict.fromkeys(("entries", "numel", "alive", "fresh", "initial", "seen", "square"), 0.0)
+        for layer, name, key in _parts(model):
+            if key in self._trackers:
+                self._record_support(record, total, key, squares.get(id(layer)), state.global_step, optimizer)
+            if name in layer.sparse_lora_A:
+                record["rank"][key] = layer.alive_components(name)
+        record["model"] = _whole_model(record, total)
+        self.history.append(record)
+        if self.write and state.is_world_process_zero:
+            self._log.add(self.history)
+
+    def _record_support(self, record, total, key: str, squares: dict | None, step: int, optimizer: Any) -> None:
+        tracker = self._trackers[key]
+        grid, counts = tracker.part.layer.sparse_lora_grid[tracker.part.adapter], tracker.counts()
+        alive = counts["alive"]
+        record["density"][key] = alive / grid.num_units
+        record["churn"][key], record["overlap"][key] = (
+            counts["fresh"] / max(alive, 1),
+            counts["initial"] / max(alive, 1),
+        )
+        record["age_source"], ages = tracker.ages(step, optimizer)
+        record["age"][key] = quantiles(ages)
+        for name, count in counts.items():
+            total[name] += count
+        total["entries"] += alive * grid.unit_numel
+        total["numel"] += grid.rows * grid.cols
+        if squares and math.isfinite(squares[""]) and squares[""] > 0:
+            record["gradient_share"][key] = squares[tracker.part.adapter] / squares[""]
+            total["seen"] += squares[tracker.part.adapter]
+            total["square"] += squares[""]
+        tracker.mark_recorded()
+
+
+class _FillsLogsFirst(TrainerCallback):
+    def __init__(self, telemetry: SupportTelemetryCallback) -> None:
+        self.telemetry = telemetry
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in (logs or {}):
+            logs.update(self.telemetry.latest())
+
+
+def _parts(model: torch.nn.Module) -> list[tuple[SparseLoraLayer, str, str]]:
+    """Layer, active adapter and the key of the two in a record."""
+    found = []
+    for layer in sparse_layers(model):
+        names = [name for name in layer.active_adapters if layer.holds(name)]
+        found += [(layer, n, layer.module_name if len(names) == 1 else f"{layer.module_name}:{n}") for n in names]
+    return found
+
+
+def _record_check(model: torch.nn.Module) -> Callable[[Any], bool]:
+    """Whether something that was read from a log is a record of this model's modules."""
+    known = {key for _, _, key in _parts(model)}
+
+    def is_record(record: Any) -> bool:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            return False
+        if not all(isinstance(record.get(field), dict) for field in (*_BY_MODULE, "model")):
+            return False
+        if not all(set(record[field]) <= known for field in _BY_MODULE):
+            return False
+        figures = [value for field in (*_BY_MODULE, "model") for value in record[field].values()]
+        figures = [one for value in figures for one in (value if isinstance(value, list) else [value])]
+        return all(type(one) in (int, float) for one in figures)
+
+    return is_record
+
+
+def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    if total["numel"]:
+        figures["density"] = total["entries"] / total["numel"]
+        figures["churn"] = total["fresh"] / max(total["alive"], 1)
+        figures["overlap"] = total["initial"] / max(total["alive"], 1)
+        medians = [ages[2] for ages in record["age"].values() if ages]
+        figures["age_median"] = sum(medians) / max(len(medians), 1)
+    if total["square"]:
+        figures["gradient_share"] = total["seen"] / total["square"]
+    if record["rank"]:
+        figures["rank"] = sum(record["rank"].values()) / len(record["rank"])
+    return figures

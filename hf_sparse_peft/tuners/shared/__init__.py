@@ -1,0 +1,1 @@
+"""What every tuner shares: config, layer, model, merging, files."""

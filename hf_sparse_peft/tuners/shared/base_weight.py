@@ -1,0 +1,110 @@
+"""How one product reaches the frozen weight of the layer that an adapter wraps."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import lru_cache, partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...ops import DenseSource, DequantizedSource, Source
+from .rollback import uninterrupted
+
+_LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+
+
+def is_bnb_4bit(module: nn.Module) -> bool:
+    """Whether `module` is a bitsandbytes 4-bit linear layer."""
+    return (
+        type(module).__module__.startswith("bitsandbytes")
+        and type(getattr(module, "weight", None)).__name__ == "Params4bit"
+    )
+
+
+def weight_source(layer: BaseTunerLayer) -> Source | None:
+    """Where the engine gets the `[out, in]` weight of `layer`'s base, or None where the base must compute itself.
+
+    None keeps what a fused product would skip: hooks on the base layer, an overridden forward (offloading, custom
+    classes), another tuner's layer underneath, and quantisers whose own kernel defines the output (8-bit, GPTQ, ...).
+    """
+    base = layer.base_layer
+    if isinstance(base, BaseTunerLayer) or _observed(base):
+        return None
+    if is_bnb_4bit(base):
+        if getattr(base.weight, "quant_state", None) is None:
+            return None
+        return DequantizedSource(partial(dequantize_4bit, base.weight), base.weight)
+    if layer.quantization_backend is not None or type(base).forward not in _LINEAR_FORWARDS:
+        return None
+    transposed = isinstance(base, Conv1D)
+    return DenseSource(base.weight, transposed=transposed)
+
+
+def _observed(module: nn.Module) -> bool:
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None) -> torch.dtype:
+    """The dtype of the products: autocast's, else the base layer's own."""
+    base = layer.base_layer
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    if isinstance(source, DenseSource):
+        return autocast or source.weight.dtype
+    if isinstance(source, DequantizedSource) and getattr(base, "compute_dtype", None) is not None:
+        return base.compute_dtype
+    return autocast or x.dtype
+
+
+def dequantize_4bit(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh `[out, in]` buffer with the bitsandbytes 4-bit weight `packed` in `dtype`."""
+    import bitsandbytes as bnb
+
+    weight = bnb.functional.dequantize_4bit(packed.data.view(-1, 1), packed.quant_state)
+    # The stored dtype may be the wider one; `.to` returns the fresh buffer itself when there is nothing to convert.
+    return weight.to(dtype)
+
+
+@lru_cache(None)
+def _warn_rounded_scales() -> None:
+    warnings.warn(
+        "The 4-bit base ran without gradients on CPU before the adapter was added, and bitsandbytes rounded its block "
+        "scales to bf16 then. Training goes on with the rounded scales; outputs will differ slightly from the same "
+        "adapter on a freshly loaded base. Load the base again and add the adapter before the first evaluation (its "
+        "`disable_adapter()` context evaluates the base).",
+        stacklevel=2,
+    )
+
+
+def keep_4bit_weight_stable(base: nn.Module) -> None:
+    """Stop bitsandbytes from repacking a CPU 4-bit weight in place at the first forward without gradients.
+
+    The repacking rounds the block scales to bf16, its inverse quantises them anew, and its kernel has no gradient: a
+    model that was evaluated once would train on another base than the one it is saved with, or not at all. A weight
+    that was repacked before the adapter came is brought back to the common layout with the scales it has now.
+    """
+    if not hasattr(base, "support_avx512bf16_for_cpu"):
+        return
+    base.support_avx512bf16_for_cpu = False
+    state = getattr(base.weight, "quant_state", None)
+    if state is None or not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    _warn_rounded_scales()
+    absmax = state.absmax.float().t().contiguous().view(-1)
+    state = copy.copy(state)  # the conversion writes into it
+    state.original_nested = False  # re-nesting would quantise the scales again
+    data, state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+    state.absmax = absmax
+    with uninterrupted():  # codes and the layout they are in change together
+        base.weight.data, base.weight.quant_state = data, state

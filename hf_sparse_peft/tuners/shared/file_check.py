@@ -1,0 +1,212 @@
+"""Reading an adapter's files whole, and checking them against each other, before anything is built for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ...utils.file_length import each_name_once, read_safetensors
+from .config import AdapterConfig
+
+if TYPE_CHECKING:
+    from .model import AdapterModel
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", SAFETENSORS_WEIGHTS_NAME
+PREFIX = "base_model.model."
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that was read and found whole."""
+
+    path: Path | str
+    """What errors name: the weights' file."""
+    config: AdapterConfig
+    modules: dict[str, dict[str, torch.Tensor]]
+    """Module name in the base -> name of the tuner's tensor -> the tensor."""
+    others: dict[str, torch.Tensor]
+    """By key: heads, biases, embeddings, state of running schedules."""
+    renamed: bool = False
+    """Whether upstream gives modules of an older architecture other names on the way into the model."""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by the file's keys."""
+        own = {tensor_key(name, kind): t for name, held in self.modules.items() for kind, t in held.items()}
+        return {**own, **self.others}
+
+
+_LOADED: ContextVar[AdapterFile | None] = ContextVar("adapter file being loaded", default=None)
+
+
+def file_being_loaded() -> AdapterFile | None:
+    """The file that this thread is loading an adapter from: an injection for it makes what it holds, nothing else."""
+    return _LOADED.get()
+
+
+@contextmanager
+def loading(file: AdapterFile | None) -> Iterator[None]:
+    """Within the block, `file` is the one being loaded."""
+    token = _LOADED.set(file)
+    try:
+        yield
+    finally:
+        _LOADED.reset(token)
+
+
+def tensor_key(name: str, kind: str) -> str:
+    """Key of a tensor of the module `name` in an adapter file."""
+    return ".".join(part for part in ("base_model.model", name, kind) if part)
+
+
+def model_class(peft_type: Any) -> type[AdapterModel] | None:
+    """The tuner of this package with that `peft_type`, if it is one."""
+    from .model import AdapterModel
+
+    found = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) if isinstance(peft_type, str) else None
+    return found if isinstance(found, type) and issubclass(found, AdapterModel) else None
+
+
+def read_adapter(config_file: Path, weights_file: Path) -> AdapterFile:
+    """Read both files and check them, without a base model.
+
+    Raises:
+        ValueError: a file is missing, truncated, unreadable or damaged, or they do not belong together; names the file
+            and the option or tensor.
+    """
+    config = read_config(config_file)
+    return check_tensors(read_tensors(weights_file), config, weights_file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The options in `adapter_config.json`.
+
+    Raises:
+        ValueError: it is not there, or no JSON object.
+    """
+    if not file.is_file():
+        raise ValueError(f"'{file.parent}' has no {file.name}; is this an adapter folder?")
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=each_name_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"'{file}' holds a {type(given).__name__} where an object of options is due.")
+    return given
+
+
+def read_config(file: Path) -> AdapterConfig:
+    """The config in `adapter_config.json`; options that this release does not know are left out.
+
+    Raises:
+        ValueError: no such file, no JSON object, another tuner's, or an option out of range; names the file.
+    """
+    given = read_json(file)
+    found = given.get("peft_type")
+    if model_class(found) is None:
+        raise ValueError(f"'{file}' has peft_type={found!r}, no adapter of this package.")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[found]
+    known = {field.name for field in fields(cls)}
+    try:
+        return cls(**{key: value for key, value in given.items() if key in known and key != "peft_type"})
+    except ValueError as error:
+        raise ValueError(f"In '{file}': {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: the file is missing, truncated or unreadable. Pickled files are never read.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"'{file.parent}' has no {file.name}: copy or save it again. An adapter_model.bin is pickled and never "
+            "read, because reading it runs what is in it; have it saved with safetensors."
+        )
+    return read_safetensors(file)[0]
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, source: Path | str) -> AdapterFile:
+    """Check a file's tensors against its config: nothing that is not the adapter's, nothing missing or damaged.
+
+    Raises:
+        ValueError: names `source` and the tensor.
+    """
+    model_cls = model_class(config.peft_type)
+    layer_cls = model_cls.tuner_layer_cls
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        path, _, kind = key.rpartition(".")
+        if isinstance(source, Path) and not key.startswith(PREFIX):
+            raise ValueError(
+                f"'{key}' in '{source}' has no place in an adapter file, whose tensors are named '{PREFIX}...'. Save "
+                "the adapter again with save_pretrained."
+            )
+        name = "" if path == "base_model.model" else path.removeprefix(PREFIX)
+        if kind in layer_cls.saved_names:
+            modules.setdefault(name, {})[kind] = tensor
+        elif kind.startswith(model_cls.prefix) and kind not in layer_cls.training_state_names:
+            raise ValueError(f"'{key}' in '{source}' is no tensor that this release knows. Update hf-sparse-peft.")
+        else:
+            others[key] = tensor
+        check_numbers(tensor, key, source, trained=kind in layer_cls.adapter_layer_names)
+    if not modules:
+        raise ValueError(f"'{source}' holds no tensor of a {config.peft_type.value} adapter; is it another's file?")
+    for key in others:
+        if key.rpartition(".")[2] not in layer_cls.training_state_names and not _travels_along(key, config, modules):
+            raise ValueError(
+                f"'{key}' in '{source}' is not the adapter's: its config trains no such tensor (modules_to_save="
+                f"{config.modules_to_save}, bias={config.bias!r}), and loading it would replace a weight of the base. "
+                "Use the config saved with the file, or save the adapter again."
+            )
+    file = AdapterFile(source, config, modules, others)
+    model_cls.check_file(file)
+    return file
+
+
+def check_numbers(tensor: torch.Tensor, key: str, source: Path | str, *, trained: bool) -> None:
+    """Refuse dtypes that no adapter is saved in, and numbers that are not finite.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    accepted = _FLOATS if trained else (*_FLOATS, *_INTEGERS)
+    if tensor.dtype not in accepted:
+        kind = "one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        raise ValueError(f"'{key}' in '{source}' is {tensor.dtype}; it takes {kind}. Save the adapter again.")
+    wide = trained and tensor.dtype == torch.float64  # masters are fp32
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if wide else tensor).all():
+        raise ValueError(f"'{key}' in '{source}' has values that are not finite; the adapter is damaged.")
+
+
+def is_head(key: str, modules_to_save: list[str] | None) -> bool:
+    """Whether the key belongs to a module that `modules_to_save` names, as upstream looks for them."""
+    parts = key.removeprefix(PREFIX).split(".")
+    places = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(place.endswith(name) for place in places for name in modules_to_save or ())
+
+
+def _travels_along(key: str, config: AdapterConfig, modules: Mapping[str, Any]) -> bool:
+    path, _, kind = key.rpartition(".")
+    name = path.removeprefix(PREFIX)
+    if kind == "bias" and config.bias == "all":
+        return True
+    if kind == "bias" and config.bias != "none" and name.endswith("base_layer"):
+        return name.removesuffix("base_layer").removesuffix(".") in modules
+    if key in (config.saved_base_weights or ()):
+        return True
+    inside = {"original_module", "base_layer"} & set(key.split("."))
+    return not inside and is_head(key, config.modules_to_save)

@@ -1,0 +1,324 @@
+"""What the tuner models share: injection whole or not at all, dtypes, mixed batches, merge errors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from .base_weight import keep_4bit_weight_stable
+from .copies import copy_adapter, copy_heads, tell_copy
+from .fp32_masters import restore_before_ddp
+from .heads import (
+    check_active_heads,
+    check_no_biases,
+    drop_heads,
+    head_owners,
+    name_task_heads,
+    use_heads,
+)
+from .idle_layers import belongs_to, stop_watching, watch_forwards
+from .layer import AdapterLayer, is_supported
+from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
+from .model_files import ModelFiles
+from .module_patterns import matches
+from .names import check_adapter_name
+from .rollback import unchanged_on_error, uninterrupted
+from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
+from .wrapped_names import plain_name
+
+
+class AdapterModel(ModelFiles, BaseTuner):
+    """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
+
+    tuner_layer_cls: type[AdapterLayer]
+    linear_cls: type[AdapterLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _targets_of_state_dict: set[str] | None = None
+    _asked_targets: Any = None
+    _unloaded_layers: list[AdapterLayer] | None = None
+    _copied_from: MappingProxyType[str, str] = MappingProxyType({})
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, self.prefix, model)
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        except Exception:
+            getattr(model, "peft_config", {}).pop(adapter_name, None)
+            raise
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Inject the adapter into every target or, where one of them refuses it, into none.
+
+        The adapter gets a copy of its config: sizes and targets that follow from the model are written there, so that
+        one config object serves several models and adapters. With the config that another adapter of this model has,
+        `model.peft_config[name]` itself, it starts as that one's copy (`adapter_copy`).
+        """
+        check_adapter_name(adapter_name, self.prefix, model)
+        given = self.peft_config[adapter_name]
+        source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
+        self.peft_config[adapter_name] = copy.deepcopy(given)
+        name_task_heads(self.peft_config[adapter_name])
+        self._asked_targets = given.target_modules
+        self._targets_of_state_dict = None
+        if state_dict is not None:
+            self._targets_of_state_dict = {
+                key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict
+            }
+        with unchanged_on_error(model):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            for layer in self.adapted_layers():
+                belongs_to(layer, model)
+            watch_forwards(model)
+            restore_before_ddp()
+            if source is not None and state_dict is None and not low_cpu_mem_usage:
+                for layer in self.adapted_layers():
+                    copy_adapter(layer, source, adapter_name)
+                self._copied_from = MappingProxyType({**self._copied_from, adapter_name: source})
+                tell_copy(source, adapter_name)
+            self._check_surplus(adapter_name)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
+            keep_4bit_weight_stable(module)
+        targets = target_layers(peft_config, model, self._is_target)
+        refuse_unworkable(model, targets)
+        if targets and not peft_config.inference_mode and self._targets_of_state_dict is None:
+            name_left_out(peft_config, self._asked_targets, model, targets)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # Upstream matches patterns with `re`, which cannot be stopped: it is shown their outcome instead.
+        shown = copy.copy(peft_config)
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(peft_config, name)
+            if isinstance(pattern, str) and pattern:
+                setattr(shown, name, {key} if matches(pattern, key, name) else set())
+        return BaseTuner._check_target_module_exists(shown, key)
+
+    def _is_target(self, peft_config: PeftConfig, key: str) -> bool:
+        if self._targets_of_state_dict is not None:
+            return key in self._targets_of_state_dict
+        return bool(self._check_target_module_exists(peft_config, key))
+
+    def layer_options(self, peft_config: PeftConfig, module_name: str) -> dict[str, Any]:
+        """What the layer's `update_layer` takes for the module of that name."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        name = plain_name(current_key)  # configs and files know nothing of a compiled base
+        options = self.layer_options(peft_config, name)
+        self._check_file_fits(options, name, target)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, **options)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kwargs = get_quantization_kwargs(self.model)
+        if not is_supported(base, resolve_quantization_backend(base, **kwargs)):
+            tuner = self.linear_cls.__name__.removesuffix("Linear")
+            raise TypeError(
+                f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "
+                "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
+            )
+        layer = self.linear_cls(target, adapter_name, name, options, **kwargs)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+        keep_forward(self.model, current_key)
+
+    # Layers
+
+    def adapted_layers(self) -> list[AdapterLayer]:
+        """All layers with an adapter of this tuner, in model order."""
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if any(p.is_meta for p in new_module.parameters()):
+            # Upstream moves the whole layer around an 8-bit base, which tensors on meta refuse; loading moves them.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapter values are fp32 masters by construction; only the wish for the base's dtype needs work. It holds when
+        # a checkpoint is loaded into the adapter, which asks for fp32 whatever the adapter is.
+        if adapter_name in self._copied_from:  # the heads were added after the layers, just now
+            copied = dict(self._copied_from)
+            copy_heads(self.model, copied.pop(adapter_name), adapter_name)
+            self._copied_from = MappingProxyType(copied)
+        layers = [layer for layer in self.adapted_layers() if adapter_name in layer.adapter_configs]
+        if autocast_adapter_dtype and layers and all(adapter_name in layer.any_dtype for layer in layers):
+            return
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in layers:
+            layer.any_dtype.add(adapter_name)
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            for name in layer.adapter_layer_names:
+                held = getattr(layer, name)
+                if adapter_name in held and dtype is not None and dtype.is_floating_point:
+                    cast = held[adapter_name].data.to(dtype)
+                    held[adapter_name] = nn.Parameter(cast, requires_grad=held[adapter_name].requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with all its parts. Where it was active, what else was active stays so, or else the first
+        adapter that is left becomes active, heads included.
+
+        Raises:
+            ValueError: no such adapter, it is merged, or it trained the base model's own biases.
+        """
+        merged = any(adapter_name in layer.merged_adapters for layer in self.adapted_layers())
+        if adapter_name in self.peft_config and not merged:  # else peft says so
+            stay = "they would stay when it is deleted. Load the base model again instead"
+            check_no_biases(self.peft_config, [adapter_name], stay)
+            if adapter_name in self.active_adapters:
+                self._activate_others(adapter_name)
+            drop_heads(self.model, adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _activate_others(self, adapter_name: str) -> None:
+        """Make others than that adapter active in every layer and head alike; peft would choose in each by itself."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        if active:
+            self.set_adapter(active)
+            for name, parameter in self.model.named_parameters():
+                if f".{adapter_name}" not in name:
+                    parameter.requires_grad_(flags[name])
+            return
+        left = [name for name in self.peft_config if name != adapter_name]
+        if left:
+            self.set_adapter(left[0], inference_mode=self.peft_config[left[0]].inference_mode)
+            warnings.warn(
+                f"Adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now.", stacklevel=4
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) into all layers or, where it ends early, into none; see
+        `MergeMixin.merge`.
+
+        Raises:
+            ValueError: an adapter has heads of its own that are not the active ones, or a layer is used under a second
+                name without the adapter.
+        """
+        check_active_heads(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        with self._all_or_nothing():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of all layers, bit for bit, or, where it ends early, out of none."""
+        with self._all_or_nothing():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers, tied = self.adapted_layers(), embeddings_tied(self.model)
+        with self._all_or_nothing():
+            stop_watching(self.model)
+            if merge and adapter_names is not None:
+                use_heads(self.model, head_owners(self.model, adapter_names))
+            unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if tied and not embeddings_tied(unloaded):
+            untie_embeddings(unloaded)
+        self._unloaded_layers = layers  # merge_errors() is asked afterwards
+        return unloaded
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Bring weights, layers and modules back to what they are now if the block ends early, by Ctrl-C too."""
+        states = [(layer, layer.merge_state()) for layer in self.adapted_layers()]
+        with unchanged_on_error(self.model):
+            try:
+                yield
+            except BaseException:
+                with uninterrupted():
+                    for layer, state in states:
+                        layer.restore_merge_state(state)
+                raise
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_shared_modules(self.model)
+
+    def merge_errors(self) -> dict[str, float]:
+        """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
+        layers = self._unloaded_layers or self.adapted_layers()
+        return {layer.module_name: layer.merge_error for layer in layers if layer.merge_error is not None}
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self.adapted_layers() for name in layer.adapter_configs}
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = adapter_names
+        if isinstance(beams, int) and beams > 1:
+            repeated = [name for name in adapter_names for _ in range(beams)]
+        # Beam search repeats the decoder's inputs only: an encoder keeps one name a sample.
+        encoder = (
+            self.model.get_encoder()
+            if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            else None
+        )
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

@@ -1,0 +1,118 @@
+"""What a tuner model does with files: all of an adapter is written, and a file is checked before anything changes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from .base_overrides import base_overrides
+from .file_check import AdapterFile, file_being_loaded, tensor_key
+from .layer import is_supported, restore_fp32
+from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
+from .wrapped_names import plain_name, rename_to_modules
+
+
+class ModelFiles:
+    """The part of `AdapterModel` that upstream asks when it saves and loads; beside `BaseTuner`, before it."""
+
+    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
+        """Shapes of the tensors that a layer of that size has in a file."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_file(cls, file: AdapterFile) -> None:
+        """Check the tensors of every module of a file against its config.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
+        """Check the file's tensors of one layer against it.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
+        """Resize what only a file knows the size of; it was checked."""
+
+    def _check_file_fits(self, options: dict[str, Any], module_name: str, target: nn.Module) -> None:
+        """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
+        file = file_being_loaded()
+        if file is None or file.renamed:
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not is_supported(base, resolve_quantization_backend(base, **get_quantization_kwargs(self.model))):
+            return  # refused by name where the layer would be made
+        in_features, out_features = _get_in_out_features(base)
+        held = file.modules.get(module_name, {})
+        for kind, shape in self.file_shapes(options, module_name, out_features, in_features).items():
+            key = tensor_key(module_name, kind)
+            if kind not in held:
+                raise ValueError(
+                    f"'{key}' is missing from '{file.path}'; the file is incomplete, or its config targets other "
+                    "modules of this base than it was saved for."
+                )
+            if tuple(held[kind].shape) != shape:
+                raise ValueError(
+                    f"'{key}' in '{file.path}' has shape {tuple(held[kind].shape)}, and its config on this base makes "
+                    f"it {shape}. The file belongs to another base model or config."
+                )
+
+    def _check_surplus(self, adapter_name: str) -> None:
+        file = file_being_loaded()
+        if file is None or file.renamed:
+            return
+        made = {layer.module_name for layer in self.adapted_layers() if adapter_name in layer.adapter_configs}
+        surplus = sorted(set(file.modules) - made)
+        if surplus:
+            kind = next(iter(file.modules[surplus[0]]))
+            raise ValueError(
+                f"'{tensor_key(surplus[0], kind)}' in '{file.path}' has no place in this base: '{surplus[0]}' "
+                f"({len(surplus)} such modules) is not there or not targeted. Load the adapter on the base that it was "
+                "trained on."
+            )
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        rename_to_modules(state_dict, model)  # peft takes the heads from this dict afterwards
+        check_complete(state_dict, model, adapter_name)
+        config.base_overrides = base_overrides(model)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return SelectedTensors(selected, config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Name the file's tensors as the model does, all of them checked before any reaches a layer.
+
+        State of running schedules is dropped where the adapter does not train, allocated again where a finished run
+        freed it, and starts anew where a file has none.
+        """
+        restore_fp32(model)  # a resumed run must not round what it reads to a dtype that somebody cast to meanwhile
+        found = dict(super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
+        layers = [
+            (f"{name}." if name else "", module)
+            for name, module in model.named_modules()
+            if isinstance(module, cls.tuner_layer_cls)
+        ]
+        for prefix, layer in layers:
+            cls.check_loaded_layer(found, prefix, layer, config, adapter_name)
+        biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
+        check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
+        cls.take_sizes(found, model, config, adapter_name)
+        for prefix, layer in layers:
+            settle_training_state(found, prefix, layer, adapter_name)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))

@@ -1,0 +1,239 @@
+"""What the tuners share in writing and reading adapter files: all of an adapter is written, and what is read is checked
+against the model, every tensor before one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from .config import AdapterConfig
+from .file_check import PREFIX, check_numbers, file_being_loaded, is_head
+from .layer import AdapterLayer
+from .wrapped_names import plain_name
+
+SOURCE = "the adapter file"
+
+
+def check_layer(
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    layer: AdapterLayer,
+    adapter_name: str,
+    sizes: dict[str, tuple[int, ...] | None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Check the file's tensors of one layer against the layer's, and give `state_dict` copies in the layer's dtypes.
+
+    `sizes` has other shapes than the layer's for some of its tensors, None for one that must not be there. Returns the
+    tensors by their names in the layer.
+
+    Raises:
+        ValueError: a tensor is missing, surplus, of another dtype or shape, or not finite; names it.
+    """
+    found = {}
+    for kind in layer.saved_names:
+        held, key = getattr(layer, kind), f"{prefix}{kind}.{adapter_name}"
+        expected = (sizes or {}).get(kind, tuple(held[adapter_name].shape) if adapter_name in held else None)
+        if adapter_name not in held or expected is None:
+            surplus = [k for k in (key, f"{prefix}{kind}", f"{PREFIX}{prefix}{kind}") if k in state_dict]
+            if surplus:
+                raise ValueError(
+                    f"'{surplus[0]}' in {SOURCE} has no place in the layer that its config makes on this base. Use the "
+                    "config saved with the file."
+                )
+            continue
+        tensor = present(state_dict, key)
+        check_numbers(tensor, key, SOURCE, trained=kind in layer.adapter_layer_names)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"'{key}' in {SOURCE} has shape {tuple(tensor.shape)}, and its config on this base makes it {expected}."
+                " The file is truncated or belongs to another base model or config."
+            )
+        # The file may hold bf16, masters are fp32. A copy, because with low_cpu_mem_usage the layer would keep the
+        # mapped file itself, and BLAS rounds by how its operands are aligned.
+        state_dict[key] = found[kind] = _cast(tensor, held[adapter_name].dtype, key)
+    return found
+
+
+def check_others(
+    state_dict: dict[str, torch.Tensor],
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    layer_cls: type[AdapterLayer],
+    biases: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> None:
+    """Check what stands beside the layers' tensors, which were checked: heads, biases, embeddings; nothing else may.
+
+    `biases` picks those that train from a state dict. Biases of heads that `bias="all"` saves twice are taken out.
+
+    Raises:
+        ValueError: a tensor is not the adapter's, is missing, or does not fit the model's; names it.
+    """
+    state = model.state_dict()
+    heads = {
+        f"{name}.{target}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for target in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+    trained_biases = set(biases(state))
+    file = file_being_loaded()
+    declared = (config, *([] if file is None else [file.config]))  # a resumed run's own config knows of none yet
+    embeddings = {key for one in declared for key in one.saved_base_weights or ()}
+    own = (*layer_cls.saved_names, *layer_cls.training_state_names)
+    by_plain_name = {plain_name(key): key for key in state}  # files know nothing of a compiled base
+    for key, tensor in list(state_dict.items()):
+        parts = key.split(".")
+        if parts[-1] == adapter_name and parts[-2] in own and key in state:
+            continue
+        if set(parts[-2:]) & set(layer_cls.training_state_names):
+            continue
+        place = by_plain_name.get(plain_name(key), by_plain_name.get(plain_name(key).removeprefix(PREFIX), key))
+        if place not in heads and config.bias == "all" and parts[-1] == "bias" and "modules_to_save" in parts:
+            del state_dict[key]
+        elif place in state and (place in heads or place in trained_biases or _in_file(place) in embeddings):
+            del state_dict[key]
+            state_dict[place] = _fitting(tensor, state[place], key)  # a copy, as in check_layer
+        elif file is None and place in state and _equal(tensor, state[place]):
+            # Upstream adds the base's embedding under an adapted one, which configs of files alone declare.
+            del state_dict[key]
+        else:
+            raise ValueError(
+                f"'{key}' in {SOURCE} has no place in this model: it is not adapted there, or it is not the adapter's. "
+                "Load the adapter on the base that it was trained on, with the config saved with it."
+            )
+    for place in sorted(trained_biases):
+        inside_head = {"modules_to_save", "original_module"} & set(place.split("."))
+        if not inside_head and place not in state_dict:
+            raise ValueError(f"'{place}' is missing from {SOURCE}: its config has bias={config.bias!r}.")
+
+
+def _equal(tensor: torch.Tensor, held: torch.Tensor) -> bool:
+    return tensor.dtype == held.dtype and not held.is_meta and torch.equal(tensor.to(held.device), held)
+
+
+def _in_file(key: str) -> str:
+    plain = plain_name(key)
+    return plain if plain.startswith(PREFIX) else PREFIX + plain
+
+
+def _fitting(tensor: torch.Tensor, held: torch.Tensor, key: str) -> torch.Tensor:
+    check_numbers(tensor, key, SOURCE, trained=held.is_floating_point())
+    if tensor.is_floating_point() != held.is_floating_point() or tensor.shape != held.shape:
+        raise ValueError(
+            f"'{key}' in {SOURCE} is {tensor.dtype} of shape {tuple(tensor.shape)}, and the model's is {held.dtype} of "
+            f"{tuple(held.shape)}. Load the adapter on the base that it was trained on."
+        )
+    return _cast(tensor, held.dtype, key)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
+    if not dtype.is_floating_point and tensor.dtype != dtype:
+        raise ValueError(f"'{key}' in {SOURCE} is {tensor.dtype}; it takes {dtype}. Save the adapter again.")
+    cast = tensor.to(dtype, copy=True)
+    if dtype.is_floating_point and dtype != tensor.dtype and not torch.isfinite(cast).all():
+        raise ValueError(
+            f"'{key}' in {SOURCE} has values that are not finite in {dtype}, which the model keeps it in. Load the "
+            "base in a wider dtype."
+        )
+    return cast
+
+
+def check_complete(state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
+    """Refuse to save an adapter from a state dict that does not have all of it.
+
+    Raises:
+        ValueError: a tensor of the adapter's layers or heads is not in `state_dict`, or the adapter has none at all.
+    """
+    expected = []
+    for name, module in model.named_modules():
+        name = name.removeprefix("_fsdp_wrapped_module.")  # as peft does; the state dict of FSDP has no such names
+        if isinstance(module, AdapterLayer):
+            kinds = [kind for kind in _kinds(module) if adapter_name in getattr(module, kind)]
+            expected += [f"{name}.{kind}.{adapter_name}".removeprefix(".") for kind in kinds]
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            inside = f"{name}.modules_to_save.{adapter_name}."
+            expected += [inside + key for key in module.modules_to_save[adapter_name].state_dict()]
+    missing = [key for key in expected if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"The state dict to save adapter '{adapter_name}' from lacks {len(missing)} of its {len(expected)} "
+            f"tensors, '{missing[0]}' first; it has {sorted(state_dict)[:2]}. Pass the state dict of the whole model, "
+            "buffers included, or none (DeepSpeed ZeRO-3: stage3_gather_16bit_weights_on_model_save=true)."
+        )
+    if not expected:
+        raise ValueError(f"Adapter '{adapter_name}' has no tensor in any layer; there is nothing to save.")
+
+
+def _kinds(layer: AdapterLayer) -> list[str]:
+    names = (*layer.adapter_layer_names, *layer.other_param_names)
+    return [
+        name
+        for name in names
+        if isinstance(held := getattr(layer, name), nn.ParameterDict)
+        or (isinstance(held, BufferDict) and held.persistent)
+    ]
+
+
+def present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """The tensor of that key.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    if key not in state_dict:
+        raise ValueError(
+            f"'{key}' is missing from {SOURCE}; it is incomplete, or its config targets other modules now."
+        )
+    return state_dict[key]
+
+
+def settle_training_state(
+    state_dict: dict[str, torch.Tensor], prefix: str, layer: AdapterLayer, adapter_name: str
+) -> None:
+    """Fit the file's training state to the layer's: a run that goes on gets its own, nobody else does.
+
+    Raises:
+        ValueError: a tensor of it has another dtype or shape than the layer's, or is not finite; names it.
+    """
+    trained = any(
+        adapter_name in held and held[adapter_name].requires_grad
+        for held in (getattr(layer, kind) for kind in layer.adapter_layer_names)
+    )
+    for kind in layer.training_state_names:
+        key, held = f"{prefix}{kind}.{adapter_name}", getattr(layer, kind)
+        # The file's own names for a buffer that the layer does not have (any more), which upstream cannot map.
+        for unmapped in (f"{prefix}{kind}", plain_name(f"{prefix}{kind}"), _in_file(f"{prefix}{kind}")):
+            if unmapped in state_dict:
+                state_dict[key] = state_dict.pop(unmapped)
+        if adapter_name not in held and trained and key in state_dict:
+            layer.allocate_training_state(adapter_name)  # a finished run freed it, and goes on from a checkpoint
+        if adapter_name not in held:
+            state_dict.pop(key, None)
+        elif key not in state_dict:
+            state_dict[key] = torch.zeros_like(held[adapter_name])
+        else:
+            state_dict[key] = _fitting(state_dict[key], held[adapter_name], key)
+
+
+class SelectedTensors(dict):
+    """The tensors that an adapter is saved as. What upstream adds that is no head is a weight of the base, an embedding
+    whose vocabulary was resized: the config says so, or no loader would accept it."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], config: AdapterConfig) -> None:
+        super().__init__(tensors)
+        self.config = config
+        config.saved_base_weights = None
+
+    def update(self, more: dict[str, torch.Tensor]) -> None:
+        # Upstream adds resized embeddings by name, and of those that are heads the parts of the wrapper once more.
+        more = {key: t for key, t in more.items() if not {"original_module", "modules_to_save"} & set(key.split("."))}
+        base = [key for key in more if not is_head(key, self.config.modules_to_save)]
+        if base:
+            named = {_in_file(key) for key in base}
+            self.config.saved_base_weights = sorted(named | set(self.config.saved_base_weights or ()))
+        super().update(more)

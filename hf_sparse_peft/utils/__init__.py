@@ -1,0 +1,1 @@
+"""Floor 0: what knows neither torch models nor peft: options and their types, files written whole."""

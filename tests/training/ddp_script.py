@@ -1,0 +1,103 @@
+"""What every rank of `test_distributed.py` runs, and the single process it is compared with.
+
+    torchrun --nproc_per_node 2 tests/callbacks/ddp_script.py OUT '{"spiel-ag": {"density": 0.1}}'
+
+For every method it writes `OUT/<method>-rank<r>.pt`: the adapter's tensors after every step, or the error's text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
+from training_toolbox import TokenData, tiny_llama
+
+from hf_sparse_peft import initialize_support, methods
+
+STEPS, GLOBAL_BATCH = 10, 8
+
+
+class Recorder(TrainerCallback):
+    """Copies of what moves, after every step; ranks draw from different global streams, so that none agrees by luck."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        torch.manual_seed(100 * state.global_step + self.rank)  # after the sampler's draw of the epoch
+        self.before = self.tensors(model)
+
+    @staticmethod
+    def tensors(model) -> dict[str, torch.Tensor]:
+        named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        found = self.tensors(model)
+        for name, parameter in model.named_parameters():
+            name = name.removeprefix("module.")
+            if "lora_" in name:
+                found[f"trains.{name}"] = torch.tensor(parameter.requires_grad)
+            factor, _, adapter = name.rpartition(".")
+            if f"{factor}_map.{adapter}" in found:  # the entries of the experts that were drawn
+                found[f"moved.{name}"] = found[name] != self.before[name]
+        self.steps.append(found)
+
+
+def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """One short run; `options` of the method, its name where the case has another, and `layers` of the model."""
+    options = dict(options)
+    name = options.pop("method", name)
+    base = tiny_llama(layers=options.pop("layers", 1))
+    args = TrainingArguments(
+        str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
+        weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
+        seed=11, lr_scheduler_type="constant",
+    )  # fmt: skip
+    method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    torch.manual_seed(1)  # the draw of low-rank factors
+    model = get_peft_model(base, method.config)
+    if getattr(method.config, "sizes_from_data", False):
+        initialize_support(model, share_of(args, rank, world), show_progress=False)
+    recorder = Recorder(rank)
+    trainer = method.trainer_class(
+        model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],
+        optimizers=(method.optimizer(model, args), None),
+    )  # fmt: skip
+    trainer.train()
+    return recorder.steps
+
+
+def share_of(args: TrainingArguments, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """The rank's part of two global batches."""
+    assert args.device.type == "cpu"  # asking for it starts the process group
+    size = GLOBAL_BATCH // world
+    parts = [TokenData().ids[begin + rank * size :][:size] for begin in (0, GLOBAL_BATCH)]
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in parts]
+
+
+def main(out: Path, cases: dict[str, dict]) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)
+    for name, options in cases.items():
+        try:
+            result = course(name, options, out, rank, world)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, out / f"{name}-rank{rank}.pt")
+        if isinstance(result, str):
+            print(f"{name} on rank {rank}: {result}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

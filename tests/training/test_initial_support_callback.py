@@ -1,0 +1,148 @@
+"""Supports that the Trainer's own data chooses at the start of training."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training_toolbox import StopAt, TokenData, adapted, all_state, differences, layers_of, make_config, run, support_of
+from transformers import TrainerCallback
+
+from hf_sparse_peft import InitialSupportCallback, RegrowthConfig, StructureConfig, callbacks_for, initialize_support
+from hf_sparse_peft.training import initial_support
+
+WARMUP = {"warmup_steps": 3, "warmup_lr": 1e-3}
+
+
+def by_data(criterion="fisher", **overrides):
+    options = WARMUP if criterion == "delta_magnitude" else {"examples": 10}
+    return make_config(**{"criterion": criterion, "criterion_options": dict(options), **overrides})
+
+
+def supports(model):
+    return {layer.module_name: support_of(layer) for layer in layers_of(model)}
+
+
+class Batches(TrainerCallback):
+    """The order in which training sees its data, and the states of its random generators at every step."""
+
+    def __init__(self):
+        self.seen, self.states = [], []
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.sampler = train_dataloader.batch_sampler.sampler
+        self.handle = model.register_forward_pre_hook(self.see, with_kwargs=True)
+        self.states.append(torch.get_rng_state())
+
+    def see(self, module, args, kwargs):
+        self.seen.append(kwargs["input_ids"].clone())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        generator = getattr(self.sampler, "generator", None)
+        self.states.append(torch.get_rng_state())
+        self.states.append(generator.get_state() if generator is not None else torch.zeros(1))
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_sees_the_batches_it_would_have_seen_without_the_callback(criterion, workers, tmp_path):
+    tapes = []
+    for config in (by_data(criterion), make_config()):
+        model, tape = adapted(config), Batches()
+        callbacks = callbacks_for(model)
+        assert bool(callbacks) is config.data_driven
+        run(model, tmp_path, 30, callbacks=[*callbacks, tape], data=TokenData(20), dataloader_num_workers=workers)
+        tapes.append(tape)
+    with_it, without = tapes
+    assert len(with_it.seen) == 30  # 6 epochs of 5 batches
+    assert all(torch.equal(one, two) for one, two in zip(with_it.seen, without.seen, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(with_it.states, without.states, strict=True))
+    assert not torch.equal(torch.cat(with_it.seen[:5]), torch.cat(with_it.seen[5:10]))  # the order is a shuffled one
+
+
+def test_the_callback_chooses_from_the_first_batches_of_training(tmp_path):
+    model, tape = adapted(by_data(criterion_options={"examples": 8})), Batches()
+    run(model, tmp_path, 3, callbacks=[*callbacks_for(model), tape])
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in tape.seen]
+    by_hand = adapted(by_data(criterion_options={"examples": 8}))
+    initialize_support(by_hand, data, show_progress=False)
+    assert supports(model) == supports(by_hand)
+    assert any(layer.sparse_lora_values["default"].any() for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "fisher", "sensitivity", "delta_magnitude"])
+def test_gradient_accumulation_does_not_change_what_is_chosen(criterion, tmp_path):
+    options = WARMUP if criterion == "delta_magnitude" else {"examples": 12}
+    found = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        model = adapted(by_data(criterion, criterion_options=dict(options)))
+        run(model, tmp_path, 1, batch=batch, accumulation=accumulation)
+        found.append(supports(model))
+    one, two = found
+    shared = sum(len(set(one[name]) & set(two[name])) for name in one)
+    assert shared >= 0.99 * sum(map(len, one.values()))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
+def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocation, tmp_path, monkeypatch):
+    config = by_data(criterion, allocation=allocation, regrowth=RegrowthConfig(interval=4, collect_steps=2))
+    whole = adapted(config)
+    trainer = run(whole, tmp_path / "whole", 12)
+    expected = all_state(whole, trainer.optimizer)
+    run(adapted(config), tmp_path / "parts", 12, after=[StopAt(6)])
+    monkeypatch.setattr(initial_support, "initialize_support", lambda *args, **kwargs: pytest.fail("chosen again"))
+    resumed = adapted(config)
+    assert next(type(callback) for callback in callbacks_for(resumed)) is InitialSupportCallback
+    trainer = run(resumed, tmp_path / "parts", 12, resume=str(tmp_path / "parts" / "checkpoint-6"))
+    assert differences(expected, all_state(resumed, trainer.optimizer)) == []
+    assert resumed.peft_config["default"].support_pattern == whole.peft_config["default"].support_pattern
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+@pytest.mark.parametrize("criterion", ["activation", "gradient"])
+def test_structures_are_chosen_at_the_start_and_a_resumed_run_keeps_them(criterion, scope, tmp_path, monkeypatch):
+    config = by_data(
+        criterion, criterion_options={"examples": 8, "largest": False}, density=0.0, target_modules=["down_proj"],
+        granularity="column", structures=[StructureConfig(["down_proj"], density=0.1, scope=scope)],
+    )  # fmt: skip
+    whole, tape = adapted(config, layers=2), Batches()
+    trainer = run(whole, tmp_path / "whole", 6, callbacks=[*callbacks_for(whole), tape])
+    expected = all_state(whole, trainer.optimizer)
+    by_hand = adapted(config, layers=2)
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in tape.seen]
+    initialize_support(by_hand, data, show_progress=False)
+    assert supports(whole) == supports(by_hand)
+    run(adapted(config, layers=2), tmp_path / "parts", 6, after=[StopAt(3)])
+    monkeypatch.setattr(initial_support, "initialize_support", lambda *args, **kwargs: pytest.fail("chosen again"))
+    resumed = adapted(config, layers=2)
+    trainer = run(resumed, tmp_path / "parts", 6, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert differences(expected, all_state(resumed, trainer.optimizer)) == []
+
+
+def test_training_with_neither_call_nor_callback_is_an_error_that_shows_both(tmp_path):
+    with pytest.raises(ValueError, match=r"initialize_support\(model, dataloader\).*callbacks_for\(model\)"):
+        run(adapted(by_data()), tmp_path, 2, callbacks=[])
+
+
+def test_the_callback_is_given_where_a_support_waits_for_data():
+    config = by_data()
+    assert [type(callback) for callback in callbacks_for(config)] == [InitialSupportCallback]
+    model = adapted(by_data(regrowth=RegrowthConfig()))
+    assert next(type(callback) for callback in callbacks_for(model)) is InitialSupportCallback
+    ids = torch.randint(48, (2, 8))
+    initialize_support(model, [{"input_ids": ids, "labels": ids}], show_progress=False)
+    assert InitialSupportCallback not in [type(callback) for callback in callbacks_for(model)]
+
+
+def test_sizes_do_not_change_under_a_wrapped_model():
+    model = adapted(by_data(allocation="global"))
+    args = SimpleNamespace(world_size=2, disable_tqdm=True, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="before creating the Trainer"):
+        InitialSupportCallback().on_train_begin(args, None, None, model=model, train_dataloader=[])
+
+
+def test_a_trainer_that_hands_out_no_data_is_told_so():
+    model = adapted(by_data())
+    args = SimpleNamespace(world_size=1, disable_tqdm=True, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="hands its callbacks no dataloader"):
+        InitialSupportCallback().on_train_begin(args, None, None, model=model)
