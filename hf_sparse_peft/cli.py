@@ -16,7 +16,6 @@ from transformers import BitsAndBytesConfig
 from . import __version__
 from .hub import check_adapter, export_lora, export_shira, merge_to_dense
 from .hub.base_model import load_base
-from .tuners import SparseLoraConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +69,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     if options.to != "lora" and (options.rank or options.pad_rank):
         raise ValueError(f"--rank and --pad-rank belong to --to lora, got --to {options.to}.")
-    report = check_adapter(options.path)
-    if options.to != "dense" and not isinstance(report.config, SparseLoraConfig):
-        raise ValueError(
-            f"--to {options.to} takes sparse_lora adapters; '{options.path}' is a {report.config.peft_type.value} one, "
-            "which has no such form. Use --to dense."
-        )
+    check_adapter(options.path)
     model = _load(options)
     if options.to == "lora":
         done = export_lora(model, options.out, pad_rank=options.pad_rank, rank=options.rank)

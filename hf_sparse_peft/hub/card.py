@@ -212,8 +212,8 @@ def write_card(card: ModelCard, folder: Path) -> None:
         warnings.warn(f"The adapter has no card: README.md could not be written ({error}).", stacklevel=3)
 
 
-def exported_card(config: PeftConfig) -> ModelCard:
-    """The short card of an adapter that was exported to a format of upstream's."""
+def exported_card(config: PeftConfig, source: PeftConfig) -> ModelCard:
+    """The short card of an adapter that was exported from `source` to a format of upstream's."""
     base, kind = config.base_model_name_or_path, config.peft_type.value
     data = ModelCardData(
         library_name="peft",
@@ -222,7 +222,8 @@ def exported_card(config: PeftConfig) -> ModelCard:
     )
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {kind} export\n\nA {kind} adapter for {_base_link(base)}, exported from a "
-        "SPARSE_LORA adapter by hf-sparse-peft. It loads with plain peft:\n\n```python\nfrom peft import PeftModel\n\n"
+        f"{source.peft_type.value} adapter by hf-sparse-peft. It loads with plain peft:\n\n"
+        "```python\nfrom peft import PeftModel\n\n"
         'model = PeftModel.from_pretrained(base, "path/or/repo-of-this-adapter")\n```\n'
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.heads import head_owners
-from ..tuners.shared.merge import untie_embeddings
+from ..tuners.shared.merge import refuse_merged, untie_embeddings
 from .folders import staged_folder
 
 
@@ -24,35 +24,43 @@ def merge_to_dense(
     model: nn.Module,
     path: str | os.PathLike | None = None,
     adapter_names: Iterable[str] | None = None,
+    weights: Iterable[float] | None = None,
     dtype: torch.dtype | None = None,
     modules_to_save_from: str | None = None,
 ) -> nn.Module:
-    """A plain, dense model with the adapters (default: the active ones) merged in; `model` itself is left as it is.
+    r"""A plain, dense model with the adapters (default: the active ones) merged in; `model` itself is left as it is.
 
-    Quantised layers become `nn.Linear` with their dequantised weight; base + deltas are added in fp32 and rounded once,
-    to `dtype` (default: what the layer holds or dequantises to). Nothing is quantised again, so nothing is lost to a
-    grid. A head that shared its weight with the embedding no longer does, and the config says so. With `path` the model
-    is saved there by `save_pretrained`. Peak memory: one dense model beside `model`.
+    Merged weights are :math:`W + \sum_i w_i \Delta W_i` with `weights` w, one an adapter (default: ones), added in fp32
+    and rounded once, to `dtype` (default: what the layer holds or dequantises to). Quantised layers become `nn.Linear`
+    with their dequantised weight. Nothing is quantised again, so nothing is lost to a grid. A head that shared its
+    weight with the embedding no longer does, and the config says so. With `path` the model is saved there by
+    `save_pretrained`. Peak memory: one dense model beside `model`.
 
     Heads (`modules_to_save`) are those of the one adapter that has them, equal ones, or those of the adapter
     `modules_to_save_from`. Biases are the base model's own and come along.
 
     Raises:
-        ValueError: an adapter is unknown or merged, two adapters have different heads, another tuner's layer lies
-            underneath, a quantised layer cannot be read, or `path` is not empty.
+        ValueError: an adapter is unknown or merged, `weights` has another length, two adapters have different heads,
+            another tuner's layer lies underneath, a quantised layer cannot be read, or `path` is not empty.
     """
     names = _active(model) if adapter_names is None else list(adapter_names)
     if not names:
         raise ValueError("No adapter of this package is active; pass adapter_names=, or call set_adapter first.")
-    _refuse_unreadable(model, names)
+    given = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(names):
+        raise ValueError(f"weights has {len(given)} numbers for {len(names)} adapters; give one each.")
+    terms = list(zip(names, given, strict=True))
+    for name in names:
+        adapter_layers(model, name)  # refuses unknown names
+    refuse_merged(adapter_layers(model))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if path is not None and not hasattr(base, "save_pretrained"):
         raise ValueError(f"{type(base).__name__} has no save_pretrained; pass path=None and save the result yourself.")
     owners = head_owners(base, names, modules_to_save_from)
     if path is None:
-        return _merged_copy(base, names, dtype, owners)
+        return _merged_copy(base, terms, dtype, owners)
     with staged_folder(path) as stage:
-        dense = _merged_copy(base, names, dtype, owners)
+        dense = _merged_copy(base, terms, dtype, owners)
         dense.save_pretrained(stage)
     return dense
 
@@ -62,22 +70,9 @@ def _active(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(held))
 
 
-def _refuse_unreadable(model: nn.Module, names: list[str]) -> None:
-    layers = adapter_layers(model)
-    known = sorted({name for layer in layers for name in layer.adapter_configs})
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"adapter_name={name!r} is no adapter of this package on this model; it has {known or 'none'}."
-            )
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                f"{layer.merged_adapters} is merged into '{layer.module_name}'; call unmerge_adapter() first."
-            )
-
-
-def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None, heads: dict[str, str]) -> nn.Module:
+def _merged_copy(
+    base: nn.Module, terms: list[tuple[str, float]], dtype: torch.dtype | None, heads: dict[str, str]
+) -> nn.Module:
     owners: dict[int, int] = {}
     for _, parameter in base.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -87,7 +82,7 @@ def _merged_copy(base: nn.Module, names: list[str], dtype: torch.dtype | None, h
     for name, module in base.named_modules():
         if done and name.startswith(done):
             continue
-        new = _replacement(name, module, names, kwargs, heads)
+        new = _replacement(name, module, terms, kwargs, heads)
         if new is not None:
             replaced[id(module)] = new
             done = (*done, f"{name}.")
@@ -108,11 +103,11 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 def _replacement(
-    name: str, module: nn.Module, names: list[str], kwargs: dict, heads: dict[str, str]
+    name: str, module: nn.Module, terms: list[tuple[str, float]], kwargs: dict, heads: dict[str, str]
 ) -> nn.Module | None:
     """What stands in for `module` in the dense copy; None: a copy of itself."""
     if isinstance(module, AdapterLayer):
-        return _merged_layer(name, module, names)
+        return _merged_layer(name, module, terms)
     if isinstance(module, ModulesToSaveWrapper):
         return copy.deepcopy(module.modules_to_save[heads[name]] if name in heads else module.original_module)
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -123,7 +118,7 @@ def _replacement(
     return _linear(module, _dequantised(name, backend, module))
 
 
-def _merged_layer(name: str, layer: AdapterLayer, names: list[str]) -> nn.Module:
+def _merged_layer(name: str, layer: AdapterLayer, terms: list[tuple[str, float]]) -> nn.Module:
     base, backend = layer.base_layer, layer.quantization_backend
     if isinstance(base, BaseTunerLayer):
         raise ValueError(
@@ -131,9 +126,9 @@ def _merged_layer(name: str, layer: AdapterLayer, names: list[str]) -> nn.Module
         )
     stored = base.weight.data if backend is None else _dequantised(name, backend, base)
     merged = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
-    for adapter_name in names:
+    for adapter_name, scale in terms:
         if layer.holds(adapter_name):
-            merged += layer.get_delta_weight(adapter_name)
+            merged += layer.get_delta_weight(adapter_name) * scale
     merged = merged.to(stored.dtype)
     if backend is not None:
         return _linear(base, merged)

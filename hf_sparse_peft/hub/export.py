@@ -1,7 +1,7 @@
-"""Leaving the house: adapters as files that engines without this package load.
+"""Export of adapters to formats that engines without this package load. Reads an adapter's pieces, whatever its tuner.
 
-rows, columns, gates, low-rank   -> plain LoRA, lossless
-entries, blocks                  -> upstream SHiRA, lossless; or LoRA by SVD, with the error measured
+low-rank pieces, rows, columns   -> plain LoRA, exactly
+entries, blocks, sparse tiles    -> upstream SHiRA, exactly; or LoRA by SVD, with the error measured
 anything                         -> dense model (dense.py)
 """
 
@@ -20,11 +20,12 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
-from ..tuners import SparseLoraConfig
-from ..tuners.sparse_lora import SparseLoraLayer
-from ..tuners.sparse_lora.factors import merged_factors
-from ..tuners.sparse_lora.operands import as_entries
-from .card import adapter_config, adapter_layers, exported_card, write_card
+from ..tuners import AdapterLayer, adapter_layers
+from ..tuners.shared.config import AdapterConfig
+from ..tuners.shared.merge import refuse_merged
+from ..tuners.shared.pieces import Entries, LowRank, Piece
+from ..tuners.shared.wrapped_names import plain_name
+from .card import exported_card, write_card
 from .folders import staged_folder
 
 _ROUNDING = 1e-5  # relative error up to here is fp32's own
@@ -53,7 +54,7 @@ def export_lora(
     pad_rank: int | None = None,
     rank: int | None = None,
 ) -> LoraExport:
-    r"""Write the adapter as a plain peft LoRA that loads without this package.
+    r"""Write an adapter of any tuner of this package as a plain peft LoRA that loads without this package.
 
     `k` rows are a LoRA of rank k whose `B` has one-hot columns, `k` columns one whose `A` has one-hot rows; gate and
     scaling are multiplied into `B`, components whose gate is 0 are left out. All of this is exact:
@@ -61,14 +62,14 @@ def export_lora(
     `rank_pattern` and `alpha_pattern` hold equal numbers, so LoRA's scaling is 1.
 
     `pad_rank` fills every module with zeros up to one rank, for engines that want that. `rank` allows updates whose
-    exact rank is higher (entries, blocks) to be cut to `rank` by SVD of the whole update: the measured errors are
-    returned, and the largest is warned about.
+    exact rank is higher (entries, blocks, kernels) to be cut to `rank` by SVD of the whole update: the measured errors
+    are returned, and the largest is warned about.
 
     Raises:
-        ValueError: entries or blocks without `rank`, `pad_rank` below a module's rank, an adapter that changes nothing
-            or is merged, or a `path` that holds something else than a LoRA.
+        ValueError: entries, blocks or kernels without `rank`, `pad_rank` below a module's rank, an adapter that is
+            unknown, changes nothing or is merged, or a `path` that holds something else than a LoRA.
     """
-    config, layers = exportable(model, adapter_name)
+    config, layers = _exportable(model, adapter_name)
     for option, value in (("rank", rank), ("pad_rank", pad_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value} is no rank; give an integer >= 1, or None.")
@@ -90,7 +91,7 @@ def export_lora(
         factors = {name: _padded(*halves, pad_rank) for name, halves in factors.items()}
         ranks = dict.fromkeys(ranks, pad_rank)
     default = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = _rank_pattern(ranks, default)
+    pattern, bias = _rank_pattern(ranks, default), getattr(config, "bias", "none")
     lora = LoraConfig(
         r=default,
         lora_alpha=default,
@@ -98,14 +99,14 @@ def export_lora(
         alpha_pattern=dict(pattern),
         target_modules=_target_modules(model, set(ranks)),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers if layer.module_name in ranks),
-        bias={"sparse_lora_only": "lora_only"}.get(config.bias, config.bias),
+        bias="lora_only" if bias.endswith("_only") else bias,
         **_shared_options(config),
     )
-    tensors = _other_tensors(model, adapter_name, set(ranks))
+    tensors = _other_tensors(model, adapter_name, layers, set(ranks))
     for name, (A, B) in factors.items():
         tensors[f"{_prefix(name)}lora_A.weight"] = A.contiguous().cpu()
         tensors[f"{_prefix(name)}lora_B.weight"] = B.contiguous().cpu()
-    size = _write(path, lora, tensors)
+    size = _write(path, lora, tensors, config)
     worst = max(errors, key=errors.get)
     if errors[worst] > _ROUNDING:
         warnings.warn(
@@ -119,33 +120,37 @@ def export_lora(
 
 @torch.no_grad()
 def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> int:
-    """Write a purely sparse adapter in upstream peft's SHiRA format, without loss. Returns SHiRA's `r`.
+    """Write an adapter without low-rank pieces in upstream peft's SHiRA format, without loss. Returns SHiRA's `r`.
 
     SHiRA's loader wants `r * (rows + cols)` entries in every module, of one `r` for the whole model: the smallest `r`
     that fits is taken and the rest filled with zeros at free places. Blocks, rows and columns are written as their
-    entries. Read it with `PeftModel.from_pretrained`: transformers' own `load_adapter` ignores SHiRA's indices, so the
-    config names a mask type that makes it fail there instead of running with random ones.
+    entries, kernels as the entries that are not zero. Read it with `PeftModel.from_pretrained`: transformers' own
+    `load_adapter` ignores SHiRA's indices, so the config names a mask type that makes it fail there instead of running
+    with random ones.
 
     Raises:
-        ValueError: the adapter has a low-rank half or trains biases, adapts Conv1D layers, is too dense for any `r`,
-            changes nothing or is merged, or `path` holds something else than a SHiRA adapter.
+        ValueError: the adapter has low-rank pieces or trains biases, adapts Conv1D layers, is too dense for any `r`, is
+            unknown, changes nothing or is merged, or `path` holds something else than a SHiRA adapter.
     """
-    config, layers = exportable(model, adapter_name)
-    ranked = [layer for layer in layers if adapter_name in layer.sparse_lora_A]
-    if ranked:
-        raise ValueError(
-            f"SHiRA has no low-rank half, and '{ranked[0].module_name}' has rank "
-            f"{ranked[0].sparse_lora_r[adapter_name]}. Use merge_to_dense, or export_lora with rank=."
-        )
-    if config.bias != "none":
+    config, layers = _exportable(model, adapter_name)
+    pieces = {layer.module_name: layer.pieces(adapter_name) for layer in layers}
+    for name, found in pieces.items():
+        for piece in found:
+            if isinstance(piece, LowRank):
+                raise ValueError(
+                    f"SHiRA has no low-rank half, and '{name}' has rank {piece.A.shape[0]}. Use merge_to_dense, or "
+                    "export_lora with rank=."
+                )
+    if getattr(config, "bias", "none") != "none":
         raise ValueError(f"SHiRA saves no biases, and this adapter has bias='{config.bias}'. Use merge_to_dense.")
-    layers = [m for m in layers if adapter_name in m.sparse_lora_values and m.units(adapter_name).numel()]
+    entries = {name: _entries(found) for name, found in pieces.items()}
+    entries = {name: found for name, found in entries.items() if found is not None}
+    layers = [layer for layer in layers if layer.module_name in entries]
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no living unit; there is nothing to export.")
     transposed = [layer.module_name for layer in layers if layer.fan_in_fan_out]
     if transposed:
         raise ValueError(f"SHiRA adapts no Conv1D layers, and '{transposed[0]}' is one. Use merge_to_dense.")
-    entries = {layer.module_name: _entries(layer, adapter_name) for layer in layers}
     needed = {
         layer.module_name: -(-entries[layer.module_name][0].numel() // (layer.out_features + layer.in_features))
         for layer in layers
@@ -165,7 +170,7 @@ def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         target_modules=_target_modules(model, set(entries)),
         **_shared_options(config),
     )
-    tensors = _other_tensors(model, adapter_name, set(entries))
+    tensors = _other_tensors(model, adapter_name, layers, set(entries))
     for layer in layers:
         positions, values = entries[layer.module_name]
         count = r * (layer.out_features + layer.in_features)
@@ -173,29 +178,25 @@ def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         indices = torch.stack((positions // layer.in_features, positions % layer.in_features)).to(torch.int32)
         tensors[f"{_prefix(layer.module_name)}shira_weight"] = values.cpu()
         tensors[f"{_prefix(layer.module_name)}shira_indices"] = indices.cpu()
-    _write(path, shira, tensors)
+    _write(path, shira, tensors, config)
     return r
 
 
 # What both formats share
 
 
-def exportable(model: nn.Module, adapter_name: str) -> tuple[SparseLoraConfig, list[SparseLoraLayer]]:
+def _exportable(model: nn.Module, adapter_name: str) -> tuple[AdapterConfig, list[AdapterLayer]]:
     """Config and layers of an adapter that may be read out.
 
     Raises:
         ValueError: `model` has no such adapter, or something is merged into its base weights.
     """
     layers = adapter_layers(model, adapter_name)
-    merged = [layer for layer in layers if layer.merged]
-    if merged:
-        raise ValueError(
-            f"{merged[0].merged_adapters} is merged into '{merged[0].module_name}'; call unmerge_adapter() first."
-        )
-    return adapter_config(model, adapter_name), layers
+    refuse_merged(layers)
+    return layers[0].adapter_configs[adapter_name], layers
 
 
-def _shared_options(config: SparseLoraConfig) -> dict:
+def _shared_options(config: AdapterConfig) -> dict:
     return {
         "task_type": config.task_type,
         "auto_mapping": config.auto_mapping,
@@ -210,14 +211,17 @@ def _prefix(name: str) -> str:
     return f"base_model.model.{name}."
 
 
-def _other_tensors(model: nn.Module, adapter_name: str, adapted: set[str]) -> dict[str, torch.Tensor]:
+def _other_tensors(
+    model: nn.Module, adapter_name: str, layers: list[AdapterLayer], adapted: set[str]
+) -> dict[str, torch.Tensor]:
     """Biases and modules_to_save under the names that the exported adapter gives them."""
+    owned = {layer.module_name for layer in layers}
     found = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        if ".sparse_lora_" in key:
-            continue
-        key = key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+        key = f"base_model.model.{plain_name(key).removeprefix('base_model.model.')}"
         owner, inside, rest = key.partition(".base_layer.")
+        if not inside and key.removeprefix("base_model.model.").rpartition(".")[0] in owned:
+            continue  # a tensor of the adapter itself
         if inside and owner.removeprefix("base_model.model.") not in adapted:
             key = f"{owner}.{rest}"  # nothing wraps that module any more
         found[key] = tensor.detach().clone().contiguous().cpu()
@@ -227,7 +231,7 @@ def _other_tensors(model: nn.Module, adapter_name: str, adapted: set[str]) -> di
 def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
     """The shortest way to name exactly `adapted`: last parts of names, whole names, or else a regex."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    inside = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, SparseLoraLayer))
+    inside = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, AdapterLayer))
     everything = [name for name, _ in base.named_modules() if name and not name.startswith(inside)]
     for names in ({name.rpartition(".")[2] for name in adapted}, adapted):
         endings = tuple(f".{name}" for name in names)
@@ -236,11 +240,16 @@ def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in sorted(adapted))
 
 
-def _write(path: str | os.PathLike, config: LoraConfig | ShiraConfig, tensors: dict[str, torch.Tensor]) -> int:
+def _write(
+    path: str | os.PathLike,
+    config: LoraConfig | ShiraConfig,
+    tensors: dict[str, torch.Tensor],
+    source: AdapterConfig,
+) -> int:
     with staged_folder(path, config.peft_type.value) as stage:
         config.save_pretrained(str(stage))
         save_file(tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_card(exported_card(config), stage)
+        write_card(exported_card(config, source), stage)
         return (stage / "adapter_model.safetensors").stat().st_size
 
 
@@ -248,39 +257,30 @@ def _write(path: str | os.PathLike, config: LoraConfig | ShiraConfig, tensors: d
 
 
 def _lora_factors(
-    layer: SparseLoraLayer, adapter_name: str, rank: int | None
+    layer: AdapterLayer, adapter_name: str, rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """`A` `[r, in]`, `B` `[out, r]`, both fp32, and the relative error of `BA`; None for an update that is zero."""
-    parts = []
-    if adapter_name in layer.sparse_lora_A:
-        A, B = (factor.float() for factor in merged_factors(layer, adapter_name))
-        B = B * layer.sparse_lora_scaling[adapter_name]
-        if adapter_name in layer.sparse_lora_gate:
-            gate = layer.sparse_lora_gate[adapter_name].float()
-            A, B = A[gate != 0], (B * gate)[:, gate != 0]
-        parts.append((A, B))
-    grid = layer.sparse_lora_grid.get(adapter_name)
-    units = layer.units(adapter_name) if adapter_name in layer.sparse_lora_values else None
-    structured = units is None or not units.numel() or grid.granularity in ("row", "column")
-    if not structured and rank is None:
+    pieces = layer.pieces(adapter_name)
+    inexact = [piece for piece in pieces if piece.exact_rank is None]
+    if inexact and rank is None:
         raise ValueError(
-            f"'{layer.module_name}' has a support of {grid.granularity} units, which has no exact low-rank form. Pass "
-            "rank= to fit a LoRA by SVD (its error is measured), or use export_shira or merge_to_dense, which lose "
-            "nothing."
+            f"'{layer.module_name}' has {_described(inexact[0])}, which has no exact low-rank form. Pass rank= to fit "
+            "a LoRA by SVD (its error is measured), or use export_shira or merge_to_dense, which lose nothing."
         )
-    if structured:
-        if units is not None and units.numel():
-            values = layer.living_values(adapter_name).float()
-            ones = torch.zeros(units.numel(), grid.num_units, device=values.device)
-            ones.scatter_(1, units.long().unsqueeze(1), 1.0)
-            parts.append((values, ones.t()) if grid.granularity == "row" else (ones, values.t()))
-        exact = sum(A.shape[0] for A, _ in parts)
-        if exact == 0:
-            return None
-        if rank is None or exact <= rank:
-            return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1), 0.0
+    exact = sum(piece.exact_rank or 0 for piece in pieces)
+    if not inexact and exact == 0:
+        return None
+    if not inexact and (rank is None or exact <= rank):
+        factors = [piece.factors() for piece in pieces if piece.exact_rank]
+        return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], dim=1), 0.0
     delta = layer.get_delta_weight(adapter_name)
     return _svd_factors(delta.t() if layer.fan_in_fan_out else delta, rank)
+
+
+def _described(piece: Piece) -> str:
+    if isinstance(piece, Entries):
+        return f"a support of {piece.grid.granularity} units"
+    return "a dense update"
 
 
 def _svd_factors(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -318,12 +318,15 @@ def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
 # SHiRA
 
 
-def _entries(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted flat positions and values of the support's entries."""
-    units, grid = layer.units(adapter_name), layer.sparse_lora_grid[adapter_name]
-    values = layer.living_values(adapter_name).float()
-    values, positions = as_entries(values, units, grid)
-    return positions, values
+def _entries(pieces: list[Piece]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Sorted flat positions and fp32 values of the sum of the pieces; None where there are none."""
+    found = [piece.entries() for piece in pieces]
+    found = [(positions, values) for positions, values in found if positions.numel()]
+    if len(found) < 2:
+        return found[0] if found else None
+    united, at = torch.unique(torch.cat([positions for positions, _ in found]), return_inverse=True)
+    values = torch.cat([values for _, values in found])
+    return united, values.new_zeros(united.numel()).index_add_(0, at, values)
 
 
 def _filled(positions: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

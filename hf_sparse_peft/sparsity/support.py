@@ -106,6 +106,12 @@ class UnitGrid:
         side = torch.arange(size, device=u.device)
         return corner + (side[:, None] * self.cols + side).reshape(-1)
 
+    def as_entries(self, units: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same update with single entries as its units: sorted flat positions (int64) and values, both
+        `[k * unit_numel]`, of `units` `[k]` and `values` `values_shape(k)`. Differentiable in `values`."""
+        positions, order = self.entry_positions(units).reshape(-1).sort()
+        return positions, values.reshape(-1)[order]
+
     def gather(self, dense: Tensor, units: Tensor) -> Tensor:
         """The values of `units` (`[k]`, any integer dtype, in range) in `dense` (`[rows, cols]`, any strides).
 

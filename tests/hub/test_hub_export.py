@@ -379,7 +379,7 @@ def test_exports_refuse_merged_adapters_and_folders_of_others(tmp_path):
 
 def test_exports_refuse_models_without_our_adapter(tmp_path):
     lora = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="is no SPARSE_LORA adapter of this model; it has none"):
+    with pytest.raises(ValueError, match="is no adapter of this package on this model; it has none"):
         hub.export_lora(lora, tmp_path / "x")
     with pytest.raises(ValueError, match="No adapter of this package is active"):
         hub.merge_to_dense(lora)

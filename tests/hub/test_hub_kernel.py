@@ -61,10 +61,3 @@ def test_the_command_line_merges_a_kernel_adapter_into_a_dense_model(tmp_path, c
     torch.testing.assert_close(logits(dense), logits(model), rtol=1e-3, atol=1e-3)
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     assert "down_proj" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("export", ["export_lora", "export_shira"])
-def test_exports_of_low_rank_and_of_supports_refuse_kernels_by_name(export, tmp_path):
-    with pytest.raises(ValueError, match="no SPARSE_LORA adapter of this model"):
-        getattr(hub, export)(adapted(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
+from ..shared.pieces import Piece, Tiles
 from .config import KernelLoraConfig
 from .kernels import KernelPlan, update_tiles
 from .product import kernel_product
@@ -121,10 +123,17 @@ class KernelLoraLayer(AdapterLayer):
         survivors = self.survivors(adapter_name)
         return KernelPlan(config.scale, config.mode, survivors, config.tile_entries, dtype, self.module_name)
 
-    @torch.no_grad()
-    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
-        for rows, update in update_tiles(*self._factors(adapter_name), self._plan(adapter_name)):
-            weight[:, rows] += update.t().to(weight.dtype)
+    def pieces(self, adapter_name: str) -> list[Piece]:
+        """The kernel's winners, in tiles of some input columns."""
+        if not self.holds(adapter_name):
+            return []
+        factors, plan = self._factors(adapter_name), self._plan(adapter_name)
+
+        def tiles() -> Iterator[tuple[slice, slice, torch.Tensor]]:
+            for columns, update in update_tiles(*factors, plan):
+                yield slice(None), columns, update.t()
+
+        return [Tiles((self.out_features, self.in_features), tiles)]
 
 
 class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):

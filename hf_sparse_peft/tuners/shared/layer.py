@@ -17,6 +17,7 @@ from .copies import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
+from .pieces import Piece
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -31,7 +32,7 @@ class AdapterLayer(BaseTunerLayer):
 
     A tuner's layer names its tensors in `adapter_layer_names` (trained), `other_param_names` (everything else that is
     keyed by adapter) and `training_state_names` (buffers that only a running schedule needs), and says what an adapter
-    is by `adapter_configs`, `holds`, `_add_delta_` and `_adapted`.
+    is by `adapter_configs`, `holds`, `pieces` and `_adapted`.
     """
 
     training_state_names: tuple[str, ...] = ()
@@ -147,7 +148,18 @@ class AdapterLayer(BaseTunerLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
-        """Add the adapter's update to the fp32 `[out, in]` matrix `weight`, in place."""
+        """Add the adapter's update to the `[out, in]` matrix `weight`, fp32 or wider, in place."""
+        for piece in self.pieces(adapter_name):
+            piece.add_(weight)
+
+    def pieces(self, adapter_name: str) -> list[Piece]:
+        """What the adapter adds to this layer's `[out, in]` weight: its update is the sum of the pieces, in this order.
+        Their tensors may be the adapter's own and are only read. Empty where the adapter has no part of this layer.
+        """
+        raise NotImplementedError
+
+    def write_pieces(self, adapter_name: str, pieces: list[Piece]) -> None:
+        """Fill an adapter that was allocated by the model's `config_of_pieces` for these pieces."""
         raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -275,9 +287,23 @@ def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:
     remember_masters(layer)
 
 
-def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
-    """All layers of `model` with an adapter of this package, of whichever tuner, in model order."""
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[AdapterLayer]:
+    """All layers of `model` with an adapter of this package, of whichever tuner, in model order; with `adapter_name`
+    those that this adapter reaches.
+
+    Raises:
+        ValueError: `model` has no adapter of that name.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    if adapter_name is None:
+        return layers
+    reached = [layer for layer in layers if adapter_name in layer.adapter_configs]
+    if not reached:
+        known = sorted({name for layer in layers for name in layer.adapter_configs})
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is no adapter of this package on this model; it has {known or 'none'}."
+        )
+    return reached
 
 
 def restore_fp32(model: nn.Module) -> None:

@@ -175,6 +175,19 @@ def refuse_shared_modules(model: nn.Module) -> None:
                 )
 
 
+def refuse_merged(layers: list[AdapterLayer]) -> None:
+    """Refuse to read updates while some are part of the base weights.
+
+    Raises:
+        ValueError: something is merged into one of the layers.
+    """
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"{layer.merged_adapters} is merged into '{layer.module_name}'; call unmerge_adapter() first."
+            )
+
+
 def embeddings_tied(model: nn.Module) -> bool:
     """Whether a transformers model's head and input embedding are one weight."""
     try:

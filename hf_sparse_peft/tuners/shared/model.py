@@ -18,6 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 
 from .base_weight import keep_4bit_weight_stable
+from .combination import add_weighted_adapter, no_combination
 from .copies import copy_adapter, copy_heads, tell_copy
 from .fp32_masters import restore_before_ddp
 from .heads import (
@@ -34,6 +35,7 @@ from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
 from .model_files import ModelFiles
 from .module_patterns import matches
 from .names import check_adapter_name
+from .pieces import Piece
 from .rollback import unchanged_on_error, uninterrupted
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name
@@ -221,6 +223,26 @@ class AdapterModel(ModelFiles, BaseTuner):
             warnings.warn(
                 f"Adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now.", stacklevel=4
             )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Add an adapter that combines others; see `combination.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    def config_of_pieces(self, like: PeftConfig, pieces: dict[str, list[Piece]]) -> PeftConfig:
+        """Config of an adapter of this tuner whose update is `pieces`, by module name: at most one `LowRank` of scale 1
+        and one `Entries` each. `like` is the config of one of the adapters that it combines, and stays as it is.
+
+        Raises:
+            ValueError: this tuner has no such adapter; that is so unless a tuner says how.
+        """
+        raise no_combination(like.peft_type.value)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (default: the active ones) into all layers or, where it ends early, into none; see

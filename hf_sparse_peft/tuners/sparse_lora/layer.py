@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from ...sparsity import UnitGrid
+from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
 from .factors import allocate_factors, merged_factors
 from .support_state import SupportState, undecided_message
@@ -202,13 +203,25 @@ class SparseLoraLayer(SupportState):
         return int(self.sparse_lora_frozen[adapter_name].sum()) * self.sparse_lora_grid[adapter_name].unit_numel
 
     @torch.no_grad()
-    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
+    def pieces(self, adapter_name: str) -> list[Piece]:
+        r"""The low-rank half :math:`s\,B\,\mathrm{diag}(g)\,A`, merged factors, then the support, as far as the layer
+        has them."""
+        found: list[Piece] = []
         if adapter_name in self.sparse_lora_A:
             A, B = merged_factors(self, adapter_name)
-            B = B * self.sparse_lora_scaling[adapter_name]
-            if adapter_name in self.sparse_lora_gate:
-                B = B * self.sparse_lora_gate[adapter_name]
-            weight.copy_((weight + B @ A).to(weight.dtype))
+            found.append(LowRank(B, A, self.sparse_lora_gate.get(adapter_name), self.sparse_lora_scaling[adapter_name]))
         if adapter_name in self.sparse_lora_values:
             units, values = self.units(adapter_name), self.living_values(adapter_name)
-            self.sparse_lora_grid[adapter_name].scatter_add_(weight, units, values)
+            found.append(Entries(units, values, self.sparse_lora_grid[adapter_name]))
+        return found
+
+    @torch.no_grad()
+    def write_pieces(self, adapter_name: str, pieces: list[Piece]) -> None:
+        """Fill an adapter that was allocated for these pieces, at most one `LowRank` of scale 1 and one `Entries`."""
+        for piece in pieces:
+            if isinstance(piece, Entries):
+                self.write_support(adapter_name, piece.units)
+                self.sparse_lora_values[adapter_name].data.copy_(piece.values)
+            else:
+                self.sparse_lora_A[adapter_name].data.copy_(piece.A)
+                self.sparse_lora_B[adapter_name].data.copy_(piece.B)

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from ...sparsity import UnitGrid
 from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
 from ..shared.model import AdapterModel
+from ..shared.pieces import Piece
 from ..shared.state_dict import SelectedTensors
 from .adapter_file import check_sparse_layer, for_file, take_sizes
 from .budget import plan_supports, unit_capacities
-from .combination import add_weighted_adapter
 from .compaction import compact
 from .config import SparseLoraConfig
 from .file_check import check_sparse_module
+from .from_pieces import config_of_pieces
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .support_state import undecided_message
@@ -118,9 +119,9 @@ class SparseLoraModel(AdapterModel):
 
     # Adapters together, and at the end
 
-    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", **options) -> None:
-        """Add an adapter that combines others; see `combination.add_weighted_adapter`."""
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+    def config_of_pieces(self, like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> SparseLoraConfig:
+        """Config of an adapter whose update is `pieces`, by module name."""
+        return config_of_pieces(like, pieces)
 
     def compact(
         self, adapter_name: str | None = None, values_dtype: str | None = None, drop_within: float | None = None

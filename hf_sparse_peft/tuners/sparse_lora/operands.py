@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...sparsity import UnitGrid
 from .factors import forward_factors
 from .layer import SparseLoraLayer
 
@@ -55,7 +54,7 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     parts = [(layer.living_values(name), units) for name, units in zip(names, everything, strict=True)]
     if any(grid != grids[0] for grid in grids):
         # Units of different kinds only add up as entries.
-        parts = [as_entries(values, units, grid) for (values, units), grid in zip(parts, grids, strict=True)]
+        parts = [grid.as_entries(units, values)[::-1] for (values, units), grid in zip(parts, grids, strict=True)]
         cut = {"granularity": "entry", "block_size": 0}
     # Units that several adapters hold become one unit with the sum of their values; autograd splits it again.
     united, owner = torch.unique(torch.cat([units for _, units in parts]), return_inverse=True)
@@ -79,18 +78,12 @@ def _with_dense_deltas(layer: SparseLoraLayer, names: list[str]) -> dict:
         part = layer.sparse_lora_dense_delta.get(name)
         if part is None:
             units, grid = layer.units(name), layer.sparse_lora_grid[name]
-            values, positions = as_entries(layer.living_values(name), units, grid)
+            positions, values = grid.as_entries(units, layer.living_values(name))
             flat = values.new_zeros(layer.out_features * layer.in_features).index_add(0, positions, values)
             part = flat.view(layer.out_features, layer.in_features)
         total = part if total is None else total + part
     rows = torch.arange(layer.out_features, device=total.device, dtype=torch.int32)
     return {"values": total, "units": rows, "granularity": "row", "block_size": 0}
-
-
-def as_entries(values: torch.Tensor, units: torch.Tensor, grid: UnitGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same update with entries as its units: `[k * unit_numel]` values and their sorted positions."""
-    positions, order = grid.entry_positions(units).reshape(-1).sort()
-    return values.reshape(-1)[order], positions
 
 
 def _low_rank_half(layer: SparseLoraLayer, names: list[str]) -> dict:

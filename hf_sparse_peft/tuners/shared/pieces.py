@@ -1,0 +1,159 @@
+r"""Pieces: what an adapter adds to one weight, in forms that merging, export, combination and cards read.
+
+:math:`\Delta W = \sum_p \Delta_p`, `[out, in]`, over the pieces that `AdapterLayer.pieces` returns:
+
+| piece | update | leaves as |
+|---|---|---|
+| `LowRank` | :math:`s\,B\,\mathrm{diag}(g)\,A` | LoRA, exactly |
+| `Entries` | values at the units of a support | rows and columns: LoRA, exactly; all: SHiRA, exactly |
+| `Tiles` | a dense matrix that is built tile after tile | SHiRA where most of it is zero, else LoRA by SVD |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...sparsity import UnitGrid
+
+
+class Piece:
+    """One summand of an adapter's update of one weight."""
+
+    @property
+    def exact_rank(self) -> int | None:
+        """Rank of a LoRA that equals this piece; None where only the piece's numbers could tell."""
+        return None
+
+    def add_(self, weight: Tensor) -> None:
+        """Add the piece to `weight` `[out, in]`, any float dtype and strides, in place and without gradients."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        r""":math:`A` `[k, in]` and :math:`B` `[out, k]`, fp32, with :math:`BA` equal to the piece and k its
+        `exact_rank`.
+
+        Raises:
+            ValueError: the piece has no exact low-rank form.
+        """
+        raise ValueError(f"{type(self).__name__} has no exact low-rank form.")
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Sorted, distinct flat positions (row-major, int64 `[n]`) and fp32 values `[n]` of the piece's entries.
+
+        Raises:
+            ValueError: the piece is a product of factors: all of its entries may differ from zero.
+        """
+        raise ValueError(f"{type(self).__name__} has no list of entries.")
+
+
+@dataclass(frozen=True)
+class LowRank(Piece):
+    r""":math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A`."""
+
+    B: Tensor
+    """`[out, r]`."""
+    A: Tensor
+    """`[r, in]`."""
+    gate: Tensor | None = None
+    """`[r]`, g; None: ones. A component whose gate is 0 is dead."""
+    scale: float = 1.0
+    """s."""
+
+    @property
+    def exact_rank(self) -> int:
+        """Number of living components."""
+        return self.A.shape[0] if self.gate is None else int((self.gate != 0).sum())
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the piece to `weight`: the product in the factors' dtype, one rounding to the weight's."""
+        B = self.B * self.scale
+        if self.gate is not None:
+            B = B * self.gate
+        weight.copy_((weight + B @ self.A).to(weight.dtype))
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The living components of A, and of B with scale and gate multiplied in."""
+        A, B = self.A.float(), self.B.float() * self.scale
+        if self.gate is not None:
+            gate = self.gate.float()
+            A, B = A[gate != 0], (B * gate)[:, gate != 0]
+        return A, B
+
+
+@dataclass(frozen=True)
+class Entries(Piece):
+    """Values at the units of a support."""
+
+    units: Tensor
+    """`[k]` sorted, distinct units of `grid`, any integer dtype."""
+    values: Tensor
+    """`grid.values_shape(k)`, any float dtype."""
+    grid: UnitGrid
+    """How the weight is cut into units."""
+
+    @property
+    def exact_rank(self) -> int | None:
+        """k rows or columns have rank k, an empty support has rank 0; entries and blocks: None."""
+        count = self.units.numel()
+        return count if not count or self.grid.granularity in ("row", "column") else None
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the values to `weight` at their places, in fp32, rounded once."""
+        self.grid.scatter_add_(weight, self.units, self.values)
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Values and one-hot vectors: k rows are `A`, k columns are `B`.
+
+        Raises:
+            ValueError: a support of entries or blocks.
+        """
+        if self.exact_rank is None:
+            return super().factors()
+        grid, values = self.grid, self.values.float()
+        if not self.units.numel():
+            return values.new_zeros(0, grid.cols), values.new_zeros(grid.rows, 0)
+        one_hot = torch.zeros(self.units.numel(), grid.num_units, device=values.device)
+        one_hot.scatter_(1, self.units.long().unsqueeze(1), 1.0)
+        return (values, one_hot.t()) if grid.granularity == "row" else (one_hot, values.t())
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Every entry of every unit, zeros too."""
+        return self.grid.as_entries(self.units, self.values.float())
+
+
+@dataclass(frozen=True)
+class Tiles(Piece):
+    """A dense update that exists one tile at a time."""
+
+    shape: tuple[int, int]
+    """`(out, in)`."""
+    tiles: Callable[[], Iterator[tuple[slice, slice, Tensor]]]
+    """A fresh pass over tiles that cover the weight, each once: its rows, its columns, and the update there, detached
+    and in any float dtype."""
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add tile after tile to `weight`, each in the weight's dtype."""
+        for rows, columns, tile in self.tiles():
+            weight[rows, columns] += tile.to(weight.dtype)
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The entries that are not zero."""
+        positions, values = [], []
+        for rows, columns, tile in self.tiles():
+            row, column = tile.nonzero(as_tuple=True)
+            values.append(tile[row, column].float())
+            positions.append((row + rows.indices(self.shape[0])[0]) * self.shape[1])
+            positions[-1] += column + columns.indices(self.shape[1])[0]
+        order = torch.cat(positions).sort()
+        return order.values, torch.cat(values)[order.indices]

@@ -1,0 +1,182 @@
+"""What every tuner's adapters get from their pieces alone: LoRA, SHiRA, a dense model, and combination."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hub_toolbox import TARGETS, fill, logits, tiny_base
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, RankAllocationConfig, SparseLoraConfig, hub
+from hf_sparse_peft.tuners import adapter_layers
+
+EXACT = {"atol": 2e-5, "rtol": 1e-5}  # fp32 sums in another order
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of update, and how it leaves."""
+
+    tuner: type
+    options: dict = field(default_factory=dict)
+    lora: bool = False
+    """Is a LoRA, exactly."""
+    shira: bool = True
+    """Is a list of entries."""
+    combines: bool = True
+    """A weighted sum of two is one more of its kind."""
+
+    def config(self, **options):
+        return self.tuner(**{"target_modules": TARGETS, "task_type": "CAUSAL_LM", **self.options, **options})
+
+    def model(self, base=None):
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_base() if base is None else base, self.config())
+        return self.filled(model, "default")
+
+    def filled(self, model, name):
+        if self.tuner is SparseLoraConfig:
+            fill(model, name)
+        return model.eval()
+
+
+FORMS = {
+    "low-rank": Form(SparseLoraConfig, {"r": 3, "density": 0.0}, lora=True, shira=False),
+    "gated": Form(
+        SparseLoraConfig,
+        {"r": 3, "density": 0.0, "rank_allocation": RankAllocationConfig(target_r=2)},
+        lora=True,
+        shira=False,
+    ),
+    "entries": Form(SparseLoraConfig, {"r": 0, "density": 0.02}),
+    "blocks": Form(SparseLoraConfig, {"r": 0, "density": 0.1, "granularity": "block", "block_size": 8}),
+    "rows": Form(SparseLoraConfig, {"r": 0, "density": 0.05, "granularity": "row"}, lora=True),
+    "columns": Form(SparseLoraConfig, {"r": 0, "density": 0.05, "granularity": "column"}, lora=True),
+    "entries+low-rank": Form(SparseLoraConfig, {"r": 2, "density": 0.02}, shira=False),
+    "columns+low-rank": Form(
+        SparseLoraConfig, {"r": 2, "density": 0.05, "granularity": "column"}, lora=True, shira=False
+    ),
+    "snell": Form(KernelLoraConfig, {"r": 4, "init_weights": False, "sparsity": 0.9}, combines=False),
+    "snella": Form(
+        KernelLoraConfig,
+        {
+            "r": 4,
+            "init_weights": False,
+            "kernel": "mixed",
+            "budget_competition": BudgetCompetitionConfig(initial_sparsity=0.5),
+        },
+        combines=False,
+    ),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request) -> Form:
+    return FORMS[request.param]
+
+
+def deltas(model, name="default"):
+    return {layer.module_name: layer.get_delta_weight(name) for layer in adapter_layers(model)}
+
+
+def products(folder):
+    """B @ A of each module, from the file alone."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    assert 2 * len(names) == len(tensors)
+    return {
+        name.removeprefix("base_model.model."): tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        for name in names
+    }
+
+
+def test_what_is_a_lora_leaves_as_one_exactly_and_the_rest_asks_for_a_rank(form, tmp_path):
+    model = form.model()
+    if not form.lora:
+        with pytest.raises(
+            ValueError, match=r"has no exact low-rank form\. Pass rank=.*export_shira or merge_to_dense"
+        ):
+            hub.export_lora(model, tmp_path / "lora")
+        assert not (tmp_path / "lora").exists()
+        return
+    done = hub.export_lora(model, tmp_path / "lora")
+    assert set(done.errors.values()) == {0.0}
+    found = products(tmp_path / "lora")
+    for name, delta in deltas(model).items():
+        torch.testing.assert_close(found[name], delta, atol=1e-6, rtol=1e-6)
+    loaded = PeftModel.from_pretrained(tiny_base(), tmp_path / "lora")
+    torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
+    assert model.peft_config["default"].peft_type.value in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_lora_by_svd_is_the_best_of_its_rank_and_says_how_far_off_it_is(form, tmp_path):
+    model = form.model()
+    with pytest.warns(UserWarning, match="cut updates to rank 1 by SVD: relative error"):
+        done = hub.export_lora(model, tmp_path / "lora", rank=1)
+    found = products(tmp_path / "lora")
+    for name, delta in deltas(model).items():
+        singular = torch.linalg.svdvals(delta.double())
+        best = (singular[1:].norm() / singular.norm()).item()  # Eckart and Young
+        measured = ((found[name] - delta).norm() / delta.norm()).item()
+        assert done.errors[name] == pytest.approx(measured, rel=1e-3, abs=1e-6)
+        assert measured == pytest.approx(best, rel=1e-3, abs=1e-6)
+
+
+def test_what_is_a_list_of_entries_leaves_as_shira_to_the_last_bit(form, tmp_path):
+    model = form.model()
+    if not form.shira:
+        with pytest.raises(ValueError, match=r"SHiRA has no low-rank half, and '.*' has rank \d"):
+            hub.export_shira(model, tmp_path / "shira")
+        return
+    hub.export_shira(model, tmp_path / "shira")
+    loaded = PeftModel.from_pretrained(tiny_base(), tmp_path / "shira")
+    for name, delta in deltas(model).items():
+        found = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        assert torch.equal(found.to_dense(), delta)
+    torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
+
+
+def test_a_dense_model_holds_base_and_update(form):
+    model = form.model()
+    dense = hub.merge_to_dense(model)
+    for layer in adapter_layers(model):
+        expected = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+        torch.testing.assert_close(dense.get_submodule(layer.module_name).weight.double(), expected, **EXACT)
+    torch.testing.assert_close(logits(dense), logits(model), **EXACT)
+    assert not adapter_layers(dense)
+
+
+def two_adapters(form):
+    model = form.model()
+    torch.manual_seed(7)
+    options = {} if form.tuner is KernelLoraConfig else {"seed": 5}
+    model.add_adapter("other", form.config(**options))
+    form.filled(model, "other")
+    return model
+
+
+def test_a_weighted_sum_of_two_is_one_more_adapter_or_is_refused_by_name_with_the_mend(form):
+    model = two_adapters(form)
+    first, second = deltas(model), deltas(model, "other")
+    keys, configs = set(model.state_dict()), set(model.peft_config)
+    if form.combines:
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "mix", "cat")
+        for name, delta in deltas(model, "mix").items():
+            torch.testing.assert_close(delta, 0.7 * first[name] - 0.4 * second[name], rtol=1e-5, atol=1e-6)
+        return
+    with pytest.raises(ValueError, match=r"sum of KERNEL_LORA updates is no KERNEL_LORA.*merge_to_dense.*export_lora"):
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "mix", "cat")
+    assert (set(model.state_dict()), set(model.peft_config)) == (keys, configs)
+
+
+def test_a_dense_model_is_the_weighted_sum_of_any_two(form):
+    model = two_adapters(form)
+    first, second = deltas(model), deltas(model, "other")
+    dense = hub.merge_to_dense(model, adapter_names=["default", "other"], weights=[0.7, -0.4])
+    for layer in adapter_layers(model):
+        name = layer.module_name
+        expected = layer.base_layer.weight + 0.7 * first[name] - 0.4 * second[name]
+        torch.testing.assert_close(dense.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="weights has 1 numbers for 2 adapters"):
+        hub.merge_to_dense(model, adapter_names=["default", "other"], weights=[1.0])
