@@ -9,6 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
+from .rules import Prune, Rule
 from .training import (
     BudgetCompetitionCallback,
     HalfRoundsCallback,
@@ -33,7 +34,6 @@ from .tuners import (
     KernelLoraConfig,
     KernelLoraModel,
     LayerSamplingConfig,
-    PruningConfig,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -61,11 +61,12 @@ __all__ = [
     "LayerSamplingConfig",
     "MaskOverlap",
     "MaskRegrowthCallback",
+    "Prune",
     "PruningCallback",
-    "PruningConfig",
     "RankAllocationConfig",
     "RankReallocationCallback",
     "RegrowthConfig",
+    "Rule",
     "SparseLoraConfig",
     "SparseLoraModel",
     "SplitFactorsCallback",

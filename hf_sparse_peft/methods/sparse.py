@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import PruningConfig, SparseLoraConfig
+from ..rules import Prune
+from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
 
@@ -17,7 +18,7 @@ from .registry import Method, register
 )
 def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
     """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
-    options = {"r": 0, "density": density, "pruning": PruningConfig(final_fraction=final_fraction)}
+    options = {"r": 0, "density": density, "schedule": [Prune(final_fraction=final_fraction)]}
     options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options))
 

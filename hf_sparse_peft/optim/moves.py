@@ -51,6 +51,7 @@ def move_optimizer_state(
     *,
     seeded: dict[str, Tensor] | None = None,
     seeded_new: Tensor | None = None,
+    axis: int = 0,
 ) -> None:
     r"""Let the state of `parameter` follow its units: :math:`s'_{new_i} = s_{old_i}`, and 0 wherever nothing arrives.
 
@@ -66,12 +67,13 @@ def move_optimizer_state(
 
     Args:
         optimizer: any torch-like optimizer, also inside Accelerate's wrapper.
-        parameter: `[k]` or `[k, ...]`, units along dim 0, one of the optimizer's parameters.
+        parameter: `[k]` or `[k, ...]`, one of the optimizer's parameters.
         kept_old, kept_new: `[n]`, integer: the unit that was at `kept_old[i]` is now at `kept_new[i]`.
         seeded: start values of new units, `{"exp_avg": [s, ...], "exp_avg_sq": [s, ...], "step": [s]}`, cast to the
             dtype of the state (see `adam_seeds`). `step` is left out, with one warning, if the optimizer has only a
             scalar one.
         seeded_new: `[s]`, integer, positions of the seeds; none of them in `kept_new`.
+        axis: the dimension of `parameter` that its units lie along; 1 for the columns of `B` `[out, r]`.
 
     Raises:
         ValueError: bad indices or seeds; a parameter the optimizer does not hold; state that cannot be edited unit by
@@ -84,8 +86,8 @@ def move_optimizer_state(
     where = locate(optimizer, parameter)
     refuse_partitioned(parameter, where)
     if parameter.dim() == 0:
-        raise ValueError(f"{where} is a scalar and has no units. Only parameters with units along dim 0 can move.")
-    units = parameter.shape[0]
+        raise ValueError(f"{where} is a scalar and has no units. Only parameters with an axis of units can move.")
+    units = parameter.shape[axis]
     old, new = _check_kept(kept_old, kept_new, units)
     if (seeded is None) != (seeded_new is None):
         raise ValueError(f"seeded and seeded_new go together: got only one of them for {where}. Pass both or neither.")
@@ -95,7 +97,7 @@ def move_optimizer_state(
         if seeded:
             _warn_once("Seeds were dropped: the optimizer has no state before its first step. Move after a step.")
         return
-    views = unit_views(optimizer, parameter, state, where)
+    views = unit_views(optimizer, parameter, state, where, axis)
     seeds, at = _check_seeds(optimizer, views, seeded, seeded_new, new, units, where)
 
     for name, view in views.items():

@@ -86,9 +86,12 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
 
 
-def unit_views(optimizer: Any, parameter: Tensor, state: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """State name -> a view with the parameter's units along dim 0, for all state that follows units."""
-    kind, shape, k = type(optimizer).__name__, tuple(parameter.shape), parameter.shape[0]
+def unit_views(
+    optimizer: Any, parameter: Tensor, state: dict[str, Any], where: str, axis: int = 0
+) -> dict[str, Tensor]:
+    """State name -> a view with the parameter's units, which lie along its `axis`, along dim 0, for all state that
+    follows units."""
+    kind, shape, k = type(optimizer).__name__, tuple(parameter.shape), parameter.shape[axis]
     free = frozenset(getattr(optimizer, "state_not_per_unit", ()))
     _refuse_quantised(parameter, state, where, kind)
     views: dict[str, Tensor] = {}
@@ -104,13 +107,15 @@ def unit_views(optimizer: Any, parameter: Tensor, state: dict[str, Any], where: 
             continue
         got = tuple(value.shape)
         if len(shape) > 1 and name in _ROW_FACTORS | _COLUMN_FACTORS:
-            # The leading dims of a stack of matrices are batch dims of both halves.
-            if got[:1] == (k,) and (name in _ROW_FACTORS or len(shape) > 2):
-                views[name] = value
-        elif got == shape or (name == "step" and got in ((k,), (k, *[1] * (len(shape) - 1)))):
+            view = _factor_view(name, value, shape, axis)
+            if view is not None:
+                views[name] = view
+        elif got == shape:
+            views[name] = value.movedim(axis, 0)
+        elif axis == 0 and name == "step" and got in ((k,), (k, *[1] * (len(shape) - 1))):
             views[name] = value
         elif name == "state1" and got == (2, *shape):  # bitsandbytes' AdEMAMix stacks its two first moments
-            views[name] = value.movedim(1, 0)
+            views[name] = value.movedim(1 + axis, 0)
         elif value.numel() > 1:
             raise ValueError(
                 f"State '{name}' of {where} in {kind} has shape {got}, which is neither the parameter's nor a known "
@@ -119,6 +124,17 @@ def unit_views(optimizer: Any, parameter: Tensor, state: dict[str, Any], where: 
                 "follows no unit."
             )
     return views
+
+
+def _factor_view(name: str, value: Tensor, shape: tuple[int, ...], axis: int) -> Tensor | None:
+    """The half of a factored second moment that has one slice a unit; None for the half that averages over units."""
+    if axis == 0:
+        # The leading dims of a stack of matrices are batch dims of both halves.
+        return value if value.shape[:1] == shape[:1] and (name in _ROW_FACTORS or len(shape) > 2) else None
+    if value.dim() == len(shape):  # torch keeps the averaged dimension, of size 1
+        return value.movedim(axis, 0) if value.shape[axis] == shape[axis] else None
+    averaged = len(shape) - 1 if name in _ROW_FACTORS else len(shape) - 2
+    return None if axis == averaged else value.movedim(axis - (axis > averaged), 0)
 
 
 def _refuse_quantised(parameter: Tensor, state: dict[str, Any], where: str, kind: str) -> None:

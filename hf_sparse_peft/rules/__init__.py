@@ -1,1 +1,31 @@
-"""Floor 4: what happens to the units of an adapter while it trains."""
+"""Floor 4: what happens to the units of an adapter while it trains. One file a rule.
+
+space.py         what a rule sees of a layer          moves.py         the one way that units change
+run.py           what a rule sees of a training run   update_mask.py   who is updated
+rule.py          the base of all rules, and which pairs compose
+prune.py         units leave along a curve
+"""
+
+from .moves import MoveResult, move_units
+from .prune import Prune
+from .rule import Rule, check_schedule, conflict
+from .run import Run, Training, leave_update_out, refuse_unskippable
+from .space import Follower, ModuleSpace, UnitSpace
+from .update_mask import UpdateMask
+
+__all__ = [
+    "Follower",
+    "ModuleSpace",
+    "MoveResult",
+    "Prune",
+    "Rule",
+    "Run",
+    "Training",
+    "UnitSpace",
+    "UpdateMask",
+    "check_schedule",
+    "conflict",
+    "leave_update_out",
+    "move_units",
+    "refuse_unskippable",
+]

@@ -6,7 +6,7 @@ DataCriterion                    what a unit is worth by gradients: the criteria
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
 *_counts                         how a budget is split over layers
-SCHEDULES, make_schedule         how a number moves during training
+Curve, make_curve             how a number moves during training
 """
 
 from .activations import Activation, WeightedActivation
@@ -22,16 +22,16 @@ from .allocation import (
 )
 from .bits import pack_bits, unpack_bits
 from .codec import HEADER_BYTES, codes_length, decode_support, encode_support
-from .schedules import (
-    SCHEDULES,
+from .curves import (
     Constant,
     Cosine,
     Cubic,
+    Curve,
     Exponential,
     Linear,
-    Schedule,
     Window,
-    make_schedule,
+    make_curve,
+    whole_steps,
 )
 from .scores import (
     CRITERIA,
@@ -51,11 +51,11 @@ __all__ = [
     "CRITERIA",
     "GRANULARITIES",
     "HEADER_BYTES",
-    "SCHEDULES",
     "Activation",
     "Constant",
     "Cosine",
     "Cubic",
+    "Curve",
     "DataCriterion",
     "DecompositionResidual",
     "Exponential",
@@ -64,7 +64,6 @@ __all__ = [
     "LowRankMagnitude",
     "Magnitude",
     "Random",
-    "Schedule",
     "SmallestMagnitude",
     "UnitGrid",
     "WeightedActivation",
@@ -79,7 +78,7 @@ __all__ = [
     "erdos_renyi_densities",
     "excluding",
     "global_counts",
-    "make_schedule",
+    "make_curve",
     "make_score",
     "needs_data",
     "pack_bits",
@@ -91,4 +90,5 @@ __all__ = [
     "top_units",
     "uniform_counts",
     "unpack_bits",
+    "whole_steps",
 ]

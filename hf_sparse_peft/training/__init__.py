@@ -11,14 +11,15 @@ from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
+from .callbacks import PruningCallback
 from .freezing import ThresholdFreezingCallback
 from .half_rounds import HalfRoundsCallback
 from .initial_support import InitialSupportCallback
 from .layer_sampling import LayerSamplingCallback
 from .penalties import L1PenaltyCallback, NuclearNormCallback
-from .pruning import PruningCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
+from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
 from .support_search import SupportSearchCallback
@@ -31,7 +32,6 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
     HalfRoundsCallback,
     LayerSamplingCallback,
-    PruningCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,
@@ -61,6 +61,8 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
         )
     asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
     schedules = [cls() for cls in asked]
+    if any(config.schedule for config in configs):
+        schedules.insert(0, RuleRunner())
     if isinstance(model_or_config, nn.Module):
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())
@@ -84,6 +86,7 @@ __all__ = [
     "NuclearNormCallback",
     "PruningCallback",
     "RankReallocationCallback",
+    "RuleRunner",
     "ScheduleCallback",
     "SplitFactorsCallback",
     "SupportSearchCallback",

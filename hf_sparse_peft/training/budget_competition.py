@@ -6,11 +6,13 @@ import warnings
 
 import torch
 
-from ..sparsity import competition_counts, make_schedule
+from ..rules.budgets import budget_of_training
+from ..rules.collectives import all_reduce_mean
+from ..rules.evidence import MissingEvidence, is_evidence
+from ..rules.no_effect import report_idle
+from ..sparsity import competition_counts, make_curve, whole_steps
 from ..tuners.kernel_lora import KernelLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean, budget_of_training, whole_steps
-from .evidence import MissingEvidence, is_evidence
-from .no_effect import report_idle
+from .base import AdaptedLayer, ScheduleCallback
 
 
 def living_entries(config: KernelLoraConfig, sizes: list[int], update: int, total_steps: int) -> int:
@@ -20,7 +22,7 @@ def living_entries(config: KernelLoraConfig, sizes: list[int], update: int, tota
     start, target = (sum(n - round(s * n) for n in sizes) for s in (config.initial_sparsity, config.sparsity))
     first, last = _window(config, total_steps)
     progress = (update - first) / (last - first)
-    return round(make_schedule("cubic", start, target)(min(max(progress, 0.0), 1.0)))
+    return round(make_curve("cubic", start, target)(min(max(progress, 0.0), 1.0)))
 
 
 def _window(config: KernelLoraConfig, total_steps: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
 from ..sparsity import DataCriterion
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.sparse_lora.layer import SparseLoraLayer
@@ -21,14 +22,7 @@ from .calibration_data import (
     modes_kept,
     rows_of,
 )
-from .statistic_readers import (
-    ActivationReader,
-    GradientReader,
-    Reader,
-    all_reduce_sum,
-    on_every_rank,
-    world_size,
-)
+from .statistic_readers import ActivationReader, GradientReader, Reader
 
 Groups = list[list[SparseLoraLayer]]
 

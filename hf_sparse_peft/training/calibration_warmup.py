@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..sparsity import make_schedule
+from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ..sparsity import make_curve
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.l1 import add_l1_gradient, model_numbers
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from .calibration_data import CalibrationData, items_in, loss_of, modes_kept
-from .statistic_readers import all_reduce_sum, on_every_rank, world_size
 
 
 class DenseWarmup:
@@ -140,7 +140,7 @@ class DenseWarmup:
         show_progress: bool,
     ) -> None:
         optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=lr, weight_decay=0.0)
-        curve = make_schedule("linear", lr, 0.0)
+        curve = make_curve("linear", lr, 0.0)
         left_out = 0
         with modes_kept(self.model, training=True), torch.enable_grad():
             for step in tqdm(range(steps), desc=what, disable=not show_progress):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import AdaptedLayer, unit_sums
+from ..rules.budgets import unit_sums
+from .base import AdaptedLayer
 
 
 def importance(part: AdaptedLayer, sensitivity: Tensor | None) -> Tensor | None:

@@ -7,10 +7,10 @@ import warnings
 import torch
 
 from ..optim import restart_optimizer_state
+from ..rules.no_effect import report_idle
 from ..tuners.sparse_lora import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
 from .frozen_units import FrozenUnits
-from .no_effect import report_idle
 from .penalties import support_weights
 from .support_moves import leave_update_out, refuse_unskippable
 

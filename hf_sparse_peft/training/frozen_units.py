@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..rules.budgets import unit_sums
 from ..sparsity import stream_seed, top_units
-from .base import AdaptedLayer, unit_sums
+from .base import AdaptedLayer
 from .support_moves import replace_units
 
 

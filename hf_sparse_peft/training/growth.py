@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..optim import innermost
+from ..rules.budgets import unit_sums
+from ..rules.collectives import from_first_rank
+from ..rules.evidence import is_evidence
 from ..sparsity import excluding, make_score, random_units_outside, stream_seed, top_units
 from ..sparsity.scores import chunks_of
 from ..sparsity.selection import chunk_size
-from .base import AdaptedLayer, from_first_rank, unit_sums
-from .evidence import is_evidence
+from .base import AdaptedLayer
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import torch
 from transformers import TrainingArguments
 
 from ..optim import innermost
+from ..rules.no_effect import report_idle
 from ..sparsity import random_units, stream_seed
 from ..tuners.shared.layer import AdapterLayer
 from ..tuners.sparse_lora import HalfRoundsConfig, SparseLoraConfig
 from ..tuners.sparse_lora.structure_config import ends_with
 from ..tuners.sparse_lora.structures import block_of
 from .base import ScheduleCallback
-from .no_effect import report_idle
 
 
 def choose_half(config: HalfRoundsConfig, names: list[str], number: int, seed: int) -> set[str]:
@@ -175,7 +175,7 @@ class HalfRoundsCallback(ScheduleCallback):
             for tensor in part.tensors:
                 kept.pop(tensor, None)
         self._resting[id(config)] = [t for p in self.parts_of(config) if p.name not in chosen for t in p.tensors]
-        self.run.mask.rest(self, [tensor for tensors in self._resting.values() for tensor in tensors])
+        self.run.mask.hold(self, [tensor for tensors in self._resting.values() for tensor in tensors])
         sizes = {p.name: p.layer.in_features * p.layer.out_features for p in self.parts if p.config is config}
         share = sum(size for name, size in sizes.items() if name in chosen) / sum(sizes.values())
         self.records.append({"round": number, "step": step, "trains": sorted(chosen), "share": share})
@@ -184,7 +184,7 @@ class HalfRoundsCallback(ScheduleCallback):
         """Let everything train again, for the next run's optimizer."""
         self._resting = {}
         if self.run is not None:
-            self.run.mask.rest(self, [])
+            self.run.mask.hold(self, [])
 
 
 def refuse_fixed_ddp(args: TrainingArguments, option: str) -> None:

@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
+from ..rules.collectives import all_reduce_mean
 from ..sparsity import random_units, stream_seed
 from ..tuners import AdapterLayer
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.sparse_lora import LayerSamplingConfig
 from ..tuners.sparse_lora.schedule_config import nested
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
+from .base import AdaptedLayer, ScheduleCallback
 from .half_rounds import refuse_fixed_ddp
 from .trainer_checks import refuse_sharded
 
@@ -157,12 +158,12 @@ class LayerSamplingCallback(ScheduleCallback, ExportableState):
         weights = torch.sigmoid(-torch.tensor(self.importance, dtype=torch.float64))
         self.trained = self._draw_in_stacks(weights, self.options.trained, step, "trained")
         others = [layer for number, layer in enumerate(self.layers.values()) if number not in self.trained]
-        self.run.mask.rest(self, [parameter for layer in others for parameter in layer.parameters])
+        self.run.mask.hold(self, [parameter for layer in others for parameter in layer.parameters])
 
     def release(self) -> None:
         """Let every layer train again, for the next run's optimizer."""
         if self.run is not None:
-            self.run.mask.rest(self, [])
+            self.run.mask.hold(self, [])
 
     def _stacks(self) -> list[list[int]]:
         """Numbers of the layers of each stack: an encoder and a decoder, a vision and a text tower."""

@@ -10,11 +10,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from ..rules.collectives import all_reduce_mean
+from ..rules.no_effect import report_idle
 from ..sparsity import stream_seed
 from ..tuners.sparse_lora import SparseLoraConfig
 from ..tuners.sparse_lora.l1 import add_l1_gradient, model_numbers
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
-from .no_effect import report_idle
+from .base import AdaptedLayer, ScheduleCallback
 
 
 class PenaltyCallback(ScheduleCallback):

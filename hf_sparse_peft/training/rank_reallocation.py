@@ -6,11 +6,12 @@ import warnings
 
 import torch
 
-from ..sparsity import stream_seed, top_units
+from ..rules.budgets import budget_of_training
+from ..rules.evidence import MissingEvidence, is_evidence
+from ..rules.no_effect import report_idle
+from ..sparsity import stream_seed, top_units, whole_steps
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
-from .base import AdaptedLayer, budget_of_training, whole_steps
-from .evidence import MissingEvidence, is_evidence
-from .no_effect import report_idle
+from .base import AdaptedLayer
 from .penalties import PenaltyCallback
 
 

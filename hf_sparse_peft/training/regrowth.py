@@ -8,16 +8,16 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from ..optim import SparseSM3, innermost
-from ..sparsity import make_schedule
+from ..rules.evidence import MissingEvidence
+from ..rules.no_effect import report_idle
+from ..sparsity import make_curve
 from ..tuners.sparse_lora import RegrowthConfig, SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
 from .candidates import CandidateCollector
 from .drops import can_drop, importance, step_sensitivity
-from .evidence import MissingEvidence
 from .first_move import replaces_start, restored_start
 from .frozen_units import FrozenUnits, Settled, settle
 from .growth import GROWTH_RULES, Move, choose_units, mark_fired
-from .no_effect import report_idle
 from .step_gradients import StepGradient
 from .support_moves import leave_update_out, refuse_unskippable
 
@@ -28,12 +28,8 @@ def is_collecting(config: RegrowthConfig, update: int) -> bool:
 
 
 def moves_after(config: RegrowthConfig, update: int, total_steps: int | None = None) -> bool:
-    """Whether the support moves after the `update`-th optimizer step: after `config.first` and every `interval` on, as
-    long as `update` is less than `stop_at` of `total_steps`. Never after the last update, where units would enter
-    untrained."""
-    if update < config.first or (update - config.first) % config.interval:
-        return False
-    return total_steps is None or update < config.stop_at * total_steps
+    """`config.moves_after`."""
+    return config.moves_after(update, total_steps)
 
 
 def replaced_fraction(
@@ -45,7 +41,7 @@ def replaced_fraction(
     random start unless it is given."""
     if update == config.first and (config.replaces_random_start if replaces_start is None else replaces_start):
         return 1.0
-    schedule = make_schedule(config.schedule, config.fraction, config.final_fraction)
+    schedule = make_curve(config.schedule, config.fraction, config.final_fraction)
     return schedule(min(update / (config.stop_at * total_steps), 1.0))
 
 

@@ -6,27 +6,10 @@ from typing import Any
 
 import torch
 
+from ..rules.collectives import all_reduce_sum
 from ..rules.gradient_readers import UsesOfLayer
 from ..sparsity import DataCriterion
 from ..tuners.sparse_lora.layer import SparseLoraLayer
-
-
-def world_size() -> int:
-    """Ranks that take part, 1 where nothing is distributed."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` added up over all ranks, in place."""
-    if world_size() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def on_every_rank(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds on all ranks."""
-    return int(all_reduce_sum(torch.tensor(int(condition), device=device))) == world_size()
 
 
 class Reader:

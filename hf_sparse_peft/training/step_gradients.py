@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..ops import read_units
+from ..rules.collectives import all_reduce_mean, is_distributed
 from ..rules.gradient_readers import MicroBatchReader
 from ..sparsity import excluding, stream_seed, top_units
 from ..sparsity.scores import chunks_of
-from .base import AdaptedLayer, all_reduce_mean, is_distributed
+from .base import AdaptedLayer
 
 # Gradient entries that are scored at once.
 _CHUNK = 1 << 20

@@ -11,9 +11,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..rules.collectives import all_reduce_mean
 from ..sparsity import random_units, stream_seed
 from ..tuners import SparseLoraConfig
-from .base import AdaptedLayer, ScheduleCallback, all_reduce_mean
+from .base import AdaptedLayer, ScheduleCallback
 from .calibration_data import CalibrationData, items_in, loss_of, modes_kept, random_state_kept
 
 logger = logging.get_logger(__name__)

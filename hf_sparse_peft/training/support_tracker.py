@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..ops import read_units
+from ..rules.collectives import all_reduce_mean
 from ..rules.gradient_readers import MicroBatchReader
 from ..tuners.sparse_lora import SparseLoraLayer
-from .base import AdaptedLayer, all_reduce_mean
+from .base import AdaptedLayer
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -87,3 +87,28 @@ def why_nothing_trains(callback: str, option: str, model: nn.Module) -> str:
         name = next(iter(asking))
         return f"{start}: '{name}' sets it, and is not active. Call model.set_adapter('{name}') before training."
     return f"{start}. Set {option}, or leave the callback out (callbacks_for(model) picks the right ones)."
+
+
+def why_no_rule_runs(callback: str, rule_class: type, model: nn.Module) -> str:
+    """The message for a runner that found no rule of `rule_class` on any trained adapter."""
+    asking = {
+        name: config
+        for layer in adapter_layers(model)
+        for name, config in layer.adapter_configs.items()
+        if any(isinstance(rule, rule_class) for rule in config.schedule)
+    }
+    active = {name for layer in adapter_layers(model) for name in layer.active_adapters}
+    frozen = [name for name, config in asking.items() if name in active and config.inference_mode]
+    what = "a rule" if rule_class.__name__ == "Rule" else rule_class.__name__
+    start = f"{callback} found no trained adapter whose schedule has {what}"
+    if frozen:
+        return (
+            f"{start}: that of '{frozen[0]}' has, and is frozen, because it was loaded with is_trainable=False (peft's "
+            "default). Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    if asking and not active & set(asking):
+        name = next(iter(asking))
+        return f"{start}: that of '{name}' has, and is not active. Call model.set_adapter('{name}') before training."
+    return (
+        f"{start}. Set schedule in its config, or leave the callback out (callbacks_for(model) picks the right ones)."
+    )

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from ..optim.zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from ..optim.zeroth_order_log import LOG_NAME, ZerothOrderLog
+from ..rules.collectives import all_reduce_mean
 from ..tuners import adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
-from .base import all_reduce_mean
 from .trainer_checks import sharding_switched_on
 
 logger = logging.get_logger(__name__)

@@ -49,7 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ist": {"trained": 0.5},
     "mosa": {"experts": 2},
     "capaboost": {"density": 0.5},
-    "gradual-pruning": {"pruning": {"final_fraction": 0.5, "interval": 2, "begin": 0.0, "end": 0.7}},
+    "gradual-pruning": {
+        "schedule": [{"type": "prune", "final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7}]
+    },
 }  # fmt: skip
 """What a method needs beyond `TINY` to move within eight steps."""
 

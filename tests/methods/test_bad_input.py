@@ -71,7 +71,7 @@ RUN_MISTAKES = {
         ["collect_steps=9", "6 steps", "Train longer"],
     ),
     "a pruning window without a step": (
-        {"density": 0.1, "pruning": {"begin": 0.5, "end": 0.52}},
+        {"density": 0.1, "schedule": [{"type": "prune", "start": 0.5, "end": 0.52}]},
         ["pruning.begin=0.5", "pruning.end=0.52", "Train longer"],
     ),
 }

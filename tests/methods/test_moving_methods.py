@@ -8,9 +8,8 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from hf_sparse_peft import PruningConfig, SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft import Prune, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.training.layer_sampling import updated_importance
-from hf_sparse_peft.training.pruning import living_share
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 NAMES = ("spiel-ag", "spiel-ma", "set", "rigl", "sara", "gradual-pruning", "lift")
@@ -96,8 +95,8 @@ def test_rigl_has_the_papers_defaults_and_the_released_codes_as_options():
 
 
 def test_the_cubic_curve_has_the_published_values():
-    config = SparseLoraConfig(density=0.1, pruning=PruningConfig(final_fraction=0.2, begin=0.0, end=1.0, interval=10))
-    sparsity = [1 - living_share(config, step, 100) for step in range(0, 101, 10)]
+    rule = Prune(final_fraction=0.2, start=0.0, end=1.0, interval=10)
+    sparsity = [1 - rule.living_fraction(step, 100) for step in range(0, 101, 10)]
     expected = [0, 0.2168, 0.3904, 0.5256, 0.6272, 0.7, 0.7488, 0.7784, 0.7936, 0.7992, 0.8]
     assert sparsity == pytest.approx(expected, abs=1e-12)
 
@@ -138,9 +137,9 @@ def test_a_probe_without_a_loss_leaves_ists_importance_alone():
 
 def test_global_pruning_compares_units_of_unequal_size_by_their_mean(tmp_path):
     # Rows of down_proj have twice the entries of q_proj's: by their sums they would all outlive q_proj's.
-    pruning = PruningConfig(final_fraction=0.5, begin=0.0, end=0.5, scope="global")
+    pruning = Prune(final_fraction=0.5, start=0.0, end=0.5, scope="global")
     config = SparseLoraConfig(
-        r=0, density=0.5, granularity="row", target_modules=["q_proj", "down_proj"], pruning=pruning
+        r=0, density=0.5, granularity="row", target_modules=["q_proj", "down_proj"], schedule=[pruning]
     )
     model = get_peft_model(tiny.llama(layers=1), config)
     layers = {layer.module_name.split(".")[-1]: layer for layer in sparse_layers(model)}

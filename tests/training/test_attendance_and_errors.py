@@ -10,24 +10,27 @@ from training_toolbox import adapted, make_config, run, tiny_llama
 
 from hf_sparse_peft import (
     MaskRegrowthCallback,
+    Prune,
     PruningCallback,
-    PruningConfig,
     RankAllocationConfig,
     RankReallocationCallback,
     RegrowthConfig,
     callbacks_for,
 )
 from hf_sparse_peft.optim import use_32bit_states
+from hf_sparse_peft.training import RuleRunner
 
 IDS = torch.arange(18).view(2, 9)
 SCHEDULES = {
     "regrowth": (MaskRegrowthCallback, {"regrowth": RegrowthConfig(interval=4, collect_steps=2)}),
-    "pruning": (PruningCallback, {"pruning": PruningConfig(interval=2)}),
+    "pruning": (PruningCallback, {"schedule": [Prune(interval=2)]}),
     "rank_allocation": (
         RankReallocationCallback,
         {"r": 4, "density": 0.0, "rank_allocation": RankAllocationConfig(target_r=2, interval=2)},
     ),
 }
+NAMED = {"pruning": "Prune"}
+IN_CONFIG = {"pruning": "schedule"}
 ALL = {key: value for _, options in SCHEDULES.values() for key, value in options.items() if key != "density"}
 
 
@@ -44,14 +47,14 @@ def train_steps(model, steps: int = 3) -> list[str]:
 @pytest.mark.parametrize("option", SCHEDULES)
 def test_training_without_the_callback_warns_once_and_names_the_mend(option):
     (message,) = train_steps(adapted(make_config(**SCHEDULES[option][1])))
-    assert option in message
+    assert {"pruning": "prune"}.get(option, option) in message
     assert "callbacks=hf_sparse_peft.callbacks_for(model)" in message
-    assert f"{option} to None" in message
+    assert ("schedule=[]" if option == "pruning" else f"{option} to None") in message
 
 
 def test_several_schedules_are_named_in_one_warning():
     (message,) = train_steps(adapted(make_config(**ALL)))
-    assert all(option in message for option in SCHEDULES)
+    assert all({"pruning": "prune"}.get(option, option) in message for option in SCHEDULES)
 
 
 def test_no_warning_without_a_schedule_in_eval_or_without_gradients():
@@ -77,7 +80,7 @@ def test_no_warning_with_the_callbacks_nor_after_the_end(tmp_path):
 
 
 def test_callbacks_for_picks_what_the_config_asks_for_in_the_order_they_must_act():
-    expected = [PruningCallback, MaskRegrowthCallback, RankReallocationCallback]
+    expected = [RuleRunner, MaskRegrowthCallback, RankReallocationCallback]
     config = make_config(**ALL)
     assert [type(c) for c in callbacks_for(config)] == expected
     assert [type(c) for c in callbacks_for(adapted(config))] == expected
@@ -94,7 +97,7 @@ def test_callbacks_for_refuses_what_has_no_schedule_to_read(wrong):
 
 TOO_SHORT = {
     "regrowth": ({"regrowth": RegrowthConfig(interval=20, collect_steps=6)}, 6, "collect_steps=6"),
-    "pruning": ({"pruning": PruningConfig(begin=0.5, end=0.51)}, 10, "leave no step in a run of 10"),
+    "pruning": ({"schedule": [Prune(start=0.5, end=0.51)]}, 10, "leave no step in a run of 10"),
     "rank_allocation": (
         {"r": 4, "rank_allocation": RankAllocationConfig(target_r=2, initial_warmup=0.5, final_warmup=0.4)},
         100,
@@ -109,14 +112,14 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused_before_the_first_step(o
     model = adapted(make_config(**options))
     if option == "rank_allocation":  # the config refuses this at once; a window may still close by rounding
         model.peft_config["default"].rank_allocation.final_warmup = 0.5
-    with pytest.raises(ValueError, match=f"{option}.*{message}.*[Tt]rain longer"):
+    with pytest.raises(ValueError, match=f"{NAMED.get(option, option)}.*{message}.*[Tt]rain longer"):
         run(model, tmp_path, steps)
 
 
 @pytest.mark.parametrize("option", SCHEDULES)
 def test_a_callback_without_any_adapter_that_asks_for_it_is_refused(option, tmp_path):
     callback = SCHEDULES[option][0]
-    with pytest.raises(ValueError, match=f"{callback.__name__} found no trained adapter.*Set {option}"):
+    with pytest.raises(ValueError, match=f"{callback.__name__} found no trained adapter.*Set {IN_CONFIG.get(option, option)}"):
         run(adapted(make_config(r=2)), tmp_path, 8, callbacks=[callback()])
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=f"Set {option}"):

@@ -15,7 +15,7 @@ from hf_sparse_peft import (
     FactorMaskConfig,
     HalfRoundsConfig,
     LayerSamplingConfig,
-    PruningConfig,
+    Prune,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -377,7 +377,7 @@ def test_a_copy_made_during_a_run_is_attended_by_nobody(tmp_path):
 
 
 def test_a_schedule_whose_callback_alone_is_missing_is_named_alone(tmp_path):
-    config = sparse(regrowth=RegrowthConfig(interval=1, grow="random"), pruning=PruningConfig(interval=1))
+    config = sparse(regrowth=RegrowthConfig(interval=1, grow="random"), schedule=[Prune(interval=1)])
     model = get_peft_model(tiny.llama(layers=1), config)
     callbacks = [c for c in callbacks_for(model) if c.option == "regrowth"]
     (message,) = asks(model, tmp_path, callbacks, steps=4)

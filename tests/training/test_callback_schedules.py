@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ties import best
 
-from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig
 from hf_sparse_peft.sparsity import stream_seed
-from hf_sparse_peft.training.pruning import living_share
 from hf_sparse_peft.training.rank_reallocation import rank_budget
 from hf_sparse_peft.training.regrowth import choose_units, is_collecting, moves_after, replaced_fraction
 
@@ -45,21 +44,21 @@ def test_replaced_fraction_is_one_at_the_first_linear_move_and_its_schedule_late
 
 
 def test_living_share_is_one_before_the_window_cubic_inside_and_final_from_its_end_on():
-    config = SparseLoraConfig(density=0.1, pruning=PruningConfig(final_fraction=0.2, begin=0.25, end=0.75))
+    rule = Prune(final_fraction=0.2, start=0.25, end=0.75)
     for update, share in {0: 1.0, 25: 1.0, 50: 0.2 + 0.8 * 0.125, 75: 0.2, 90: 0.2, 100: 0.2}.items():
-        assert living_share(config, update, 100) == pytest.approx(share, abs=1e-12)
+        assert rule.living_fraction(update, 100) == pytest.approx(share, abs=1e-12)
     for update in range(26, 75):
         by_hand = 0.2 + 0.8 * (1 - (update - 25) / 50) ** 3
-        assert living_share(config, update, 100) == pytest.approx(by_hand, abs=1e-12)
+        assert rule.living_fraction(update, 100) == pytest.approx(by_hand, abs=1e-12)
 
 
 @pytest.mark.parametrize("total", [7, 10, 13, 33, 101])
 @pytest.mark.parametrize(("begin", "end"), [(0.0, 1.0), (0.25, 0.74), (0.1, 0.36), (0.49, 0.51)])
 def test_living_share_is_exactly_final_at_the_step_nearest_to_the_windows_end(begin, end, total):
-    config = SparseLoraConfig(density=0.1, pruning=PruningConfig(final_fraction=0.3, begin=begin, end=end))
+    rule = Prune(final_fraction=0.3, start=begin, end=end)
     if round(end * total) > round(begin * total):
-        assert living_share(config, round(end * total), total) == 0.3
-        assert living_share(config, round(begin * total), total) == 1.0
+        assert rule.living_fraction(round(end * total), total) == 0.3
+        assert rule.living_fraction(round(begin * total), total) == 1.0
 
 
 def test_rank_budget_has_the_papers_integers_at_t_init_in_the_middle_and_at_t_minus_t_final():

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from training_toolbox import StopAt
 
-from hf_sparse_peft import PruningConfig, SparseLoraConfig, SupportTelemetryCallback, callbacks_for
+from hf_sparse_peft import Prune, SparseLoraConfig, SupportTelemetryCallback, callbacks_for
 from hf_sparse_peft.optim.zeroth_order_log import LOG_NAME, read_log
 from hf_sparse_peft.training import ZerothOrderTrainer, draw_support_history, zeroth_order_optimizer
 
@@ -22,8 +22,8 @@ STEPS = 6
 
 def run(out, *callbacks, resume=None, **options):
     """Train a thinning support with telemetry; returns trained values, telemetry and the distinct warnings."""
-    pruning = PruningConfig(final_fraction=0.5, begin=0.0, end=0.8, interval=1)
-    config = SparseLoraConfig(r=0, density=0.2, target_modules=["q_proj"], pruning=pruning)
+    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, interval=1)
+    config = SparseLoraConfig(r=0, density=0.2, target_modules=["q_proj"], schedule=[pruning])
     model, telemetry = get_peft_model(tiny.llama(layers=1), config), SupportTelemetryCallback(1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

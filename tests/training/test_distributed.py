@@ -21,7 +21,10 @@ HERE = Path(__file__).parent
 MOVES = {"density": 0.1, "interval": 3, "collect_steps": 2}
 CASES: dict[str, dict] = {
     "spiel-ag": MOVES,
-    "gradual-pruning": {"density": 0.1, "pruning": {"final_fraction": 0.5, "interval": 2, "begin": 0.0, "end": 0.7}},
+    "gradual-pruning": {
+        "density": 0.1,
+        "schedule": [{"type": "prune", "final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7}],
+    },
     "adalora": {
         "r": 4,
         "rank_allocation": {"target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.3},

@@ -237,5 +237,7 @@ def test_capacity_never_exceeds_the_weight():
 
 
 def test_pruning_and_retiring_contradict_each_other():
-    with pytest.raises(ValueError, match=r"retired_share.*pruning"):
-        make_config(regrowth=RegrowthConfig(grow="random", retired_share=1.0), pruning={"begin": 0.1})
+    with pytest.raises(ValueError, match="Prune takes units away"):
+        make_config(
+            regrowth=RegrowthConfig(grow="random", retired_share=1.0), schedule=[{"type": "prune", "start": 0.1}]
+        )

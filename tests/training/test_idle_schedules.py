@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from hf_sparse_peft import (
     HalfRoundsConfig,
     LayerSamplingConfig,
-    PruningConfig,
+    Prune,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -91,12 +91,12 @@ IDLE = {
         rows(density=0.25, regrowth=regrowing(interval=6, fraction=0.25, schedule="linear")), "fraction=0.25",
     ),
     "moves after the first": (rows(regrowth=SPIEL), r"fraction=0\.2.*after the first in all 2 layers"),
-    "pruning that keeps all": (sparse(pruning=PruningConfig(final_fraction=1.0)), r"final_fraction=1\.0.*0 units ever"),
-    "pruning of one unit": (rows(density=0.07, pruning=PruningConfig(final_fraction=0.9)), "keeps all of 1 or 2 units"),
+    "pruning that keeps all": (sparse(schedule=[Prune(final_fraction=1.0)]), r"final_fraction=1\.0.*0 units ever"),
+    "pruning of one unit": (rows(density=0.07, schedule=[Prune(final_fraction=0.9)]), "keeps all of 1 or 2 units"),
     "global pruning of nothing": (
-        sparse(pruning=PruningConfig(final_fraction=1.0, scope="global")), "0 units ever leave in all 2",
+        sparse(schedule=[Prune(final_fraction=1.0, scope="global")]), "0 units ever leave in all 2",
     ),
-    "pruning at one step": (sparse(pruning=PruningConfig(interval=10)), r"pruning\.interval=10 .* 4 steps"),
+    "pruning at one step": (sparse(schedule=[Prune(interval=10)]), r"Prune\.interval=10 .* 4 steps"),
     "ranks that all stay": (ranks(rank_allocation=RankAllocationConfig(target_r=4)), r"target_r=4 .* 0 components"),
     "ranks that leave at once": (
         ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=50)), r"rank_allocation\.interval=50",
@@ -175,7 +175,7 @@ def test_a_threshold_that_nothing_outgrew_is_said_when_it_is_due(tmp_path):
 
 
 def test_pruning_a_pruned_support_again_says_that_it_is_done(tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), sparse(pruning=PruningConfig(interval=1)))
+    model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[Prune(interval=1)]))
     assert not said_at_start(None, tmp_path, model=model)
     assert "0 units ever leave" in said_at_start(None, tmp_path, model=model)[0]
 
@@ -188,8 +188,8 @@ def test_sampling_over_upstreams_lora_says_it_too(tmp_path):
 
 WORKING = {
     "regrowth": sparse(regrowth=SPIEL),
-    "regrowth and pruning": sparse(regrowth=regrowing(interval=1), pruning=PruningConfig()),
-    "pruning": sparse(pruning=PruningConfig(interval=1)),
+    "regrowth and pruning": sparse(regrowth=regrowing(interval=1), schedule=[Prune()]),
+    "pruning": sparse(schedule=[Prune(interval=1)]),
     "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
     "rounds": sparse(rounds=HalfRoundsConfig(round_steps=2)),
     "layer_sampling": ranks(layer_sampling=LayerSamplingConfig(interval=2)),

@@ -11,7 +11,7 @@ from ties import priority
 from hf_sparse_peft import (
     BudgetCompetitionConfig,
     KernelLoraConfig,
-    PruningConfig,
+    Prune,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -36,8 +36,8 @@ MOVES = {
     "sensitivity": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, drop="sensitivity")},
     "set": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, schedule="constant")},
     "set-by-sign": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, drop="signed_magnitude")},
-    "pruning": {"pruning": PruningConfig(final_fraction=0.5, begin=0.1, end=0.6, interval=2)},
-    "pruning-global": {"pruning": PruningConfig(final_fraction=0.5, begin=0.1, end=0.6, interval=2, scope="global")},
+    "pruning": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2)]},
+    "pruning-global": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2, scope="global")]},
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_toolbox import Hook, adapted, layers_of, make_config, positions_of, run, snapshot, support_of
 
-from hf_sparse_peft import PruningConfig, RegrowthConfig
+from hf_sparse_peft import Prune, RegrowthConfig
 
 
 def watched(model, out, steps, **options):
@@ -24,9 +24,9 @@ def magnitudes(side: dict) -> list[float]:
 @pytest.mark.parametrize("optimizer", ["aged", "default"])
 @pytest.mark.parametrize("granularity", ["entry", "block", "row", "column"])
 def test_layers_follow_the_cubic_curve_and_keep_the_largest_units(granularity, optimizer, tmp_path):
-    pruning = PruningConfig(final_fraction=0.3, begin=0.25, end=0.74, interval=3)
+    pruning = Prune(final_fraction=0.3, start=0.25, end=0.74, interval=3)
     density = 0.05 if granularity == "entry" else 0.5
-    model = adapted(make_config(granularity=granularity, density=density, pruning=pruning))
+    model = adapted(make_config(granularity=granularity, density=density, schedule=[pruning]))
     steps, begin, end = 20, 5, 15
     due = {8, 11, 14, 15}
     for update, (old, new) in watched(model, tmp_path, steps, optimizer=optimizer).items():
@@ -52,7 +52,7 @@ def test_layers_follow_the_cubic_curve_and_keep_the_largest_units(granularity, o
 
 
 def test_the_dead_stay_dead_and_out_of_the_forward_pass(tmp_path):
-    model = adapted(make_config(r=2, pruning=PruningConfig(final_fraction=0.4, begin=0.1, end=0.5, interval=2)))
+    model = adapted(make_config(r=2, schedule=[Prune(final_fraction=0.4, start=0.1, end=0.5, interval=2)]))
     for update, (_, new) in watched(model, tmp_path, 14, decay=0.5).items():
         if update >= 7:
             for side in new:
@@ -81,9 +81,9 @@ def test_the_dead_stay_dead_and_out_of_the_forward_pass(tmp_path):
 
 @pytest.mark.parametrize("granularity", ["entry", "block"])
 def test_compact_after_pruning_keeps_the_logits_and_drops_the_dead(granularity, tmp_path):
-    pruning = PruningConfig(final_fraction=0.4, begin=0.1, end=0.6, interval=2)
+    pruning = Prune(final_fraction=0.4, start=0.1, end=0.6, interval=2)
     density = 0.05 if granularity == "entry" else 0.5
-    model = adapted(make_config(r=2, granularity=granularity, density=density, pruning=pruning))
+    model = adapted(make_config(r=2, granularity=granularity, density=density, schedule=[pruning]))
     run(model, tmp_path, 8)
     ids = torch.arange(18).view(2, 9)
     model.eval()
@@ -98,9 +98,9 @@ def test_compact_after_pruning_keeps_the_logits_and_drops_the_dead(granularity, 
 
 @pytest.mark.parametrize("granularity", ["entry", "block"])
 def test_global_scope_keeps_the_units_of_largest_mean_magnitude_of_the_whole_model(granularity, tmp_path):
-    pruning = PruningConfig(final_fraction=0.3, begin=0.25, end=0.75, interval=4, scope="global")
+    pruning = Prune(final_fraction=0.3, start=0.25, end=0.75, interval=4, scope="global")
     density = 0.05 if granularity == "entry" else 0.5
-    model = adapted(make_config(granularity=granularity, density=density, pruning=pruning))
+    model = adapted(make_config(granularity=granularity, density=density, schedule=[pruning]))
     total = 0
     for update, (old, new) in watched(model, tmp_path, 16).items():
         total = sum(round(0.3 * side["values"].shape[0]) for side in old)
@@ -129,8 +129,8 @@ def test_global_scope_keeps_the_units_of_largest_mean_magnitude_of_the_whole_mod
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_every_layer_keeps_a_unit_however_hard_the_pruning(scope, tmp_path):
-    pruning = PruningConfig(final_fraction=1e-4, begin=0.0, end=0.5, interval=2, scope=scope)
-    model = adapted(make_config(density=0.01, pruning=pruning))
+    pruning = Prune(final_fraction=1e-4, start=0.0, end=0.5, interval=2, scope=scope)
+    model = adapted(make_config(density=0.01, schedule=[pruning]))
     run(model, tmp_path, 6)
     assert all(len(support_of(layer)) >= 1 for layer in layers_of(model))
     if scope == "layer":
@@ -140,8 +140,8 @@ def test_every_layer_keeps_a_unit_however_hard_the_pruning(scope, tmp_path):
 @pytest.mark.parametrize(("end", "last"), [(0.5, 14), (0.95, 19)])
 def test_with_regrowth_units_leave_at_moves_only_and_the_final_count_is_exact(end, last, tmp_path):
     # end=0.5: the move after the window's end (step 14) prunes last. end=0.95: no move follows, so step 19 itself does.
-    pruning = PruningConfig(final_fraction=0.4, begin=0.1, end=end, interval=1)
-    model = adapted(make_config(pruning=pruning, regrowth=RegrowthConfig(interval=6, collect_steps=2)))
+    pruning = Prune(final_fraction=0.4, start=0.1, end=end, interval=1)
+    model = adapted(make_config(schedule=[pruning], regrowth=RegrowthConfig(interval=6, collect_steps=2)))
     counts, fresh = {}, {}
     for update, (old, new) in watched(model, tmp_path, 20).items():
         counts[update] = [len(side["units"]) for side in new]

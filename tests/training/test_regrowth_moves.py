@@ -17,7 +17,7 @@ from training_toolbox import (
     support_of,
 )
 
-from hf_sparse_peft import PruningConfig, RegrowthConfig
+from hf_sparse_peft import Prune, RegrowthConfig
 
 BETAS = (0.9, 0.999)
 
@@ -197,9 +197,9 @@ def test_no_support_moves_after_the_last_update(schedule, tmp_path):
 def test_candidates_that_were_chosen_before_a_pruning_all_compete_after_it(tmp_path):
     # Pruning comes first at a move and shrinks the support; cutting the candidates to its size would drop those with
     # the highest numbers, that is, the last rows of every matrix.
-    pruning = PruningConfig(final_fraction=0.3, begin=0.0, end=0.9)
+    pruning = Prune(final_fraction=0.3, start=0.0, end=0.9)
     regrowth = RegrowthConfig(interval=4, collect_steps=2, replace_all_first=True)
-    model = adapted(make_config(density=0.1, regrowth=regrowth, pruning=pruning))
+    model = adapted(make_config(density=0.1, regrowth=regrowth, schedule=[pruning]))
     watch = Watch(model, 0, 4, 2)
     run(model, tmp_path, 8, before=watch.before, after=watch.after)
     for number, layer in enumerate(layers_of(model)):

@@ -20,7 +20,7 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
 
 STEPS = 20
 STATE = ("sparse_lora_sensitivity", "sparse_lora_uncertainty", "sparse_lora_candidates", "sparse_lora_candidate_sums")
@@ -32,7 +32,7 @@ def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfi
         "density": 0.05 if granularity == "entry" else 0.5,
         "granularity": granularity,
         "regrowth": RegrowthConfig(interval=4, collect_steps=2, fraction=0.9),
-        "pruning": PruningConfig(begin=0.1, end=0.9, interval=2),
+        "schedule": [Prune(start=0.1, end=0.9, interval=2)],
         "rank_allocation": RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.1, final_warmup=0.2),
     }
     return make_config(**{**options, **overrides})

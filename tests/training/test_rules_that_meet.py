@@ -17,13 +17,15 @@ from hf_sparse_peft import (
     HalfRoundsConfig,
     KernelLoraConfig,
     LayerSamplingConfig,
-    PruningConfig,
+    Prune,
     RankAllocationConfig,
     RegrowthConfig,
+    Rule,
     SparseLoraConfig,
     callbacks_for,
     methods,
 )
+from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.training.base import AdaptedLayer
 from hf_sparse_peft.training.support_moves import refuse_unskippable
 from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig, adapter_layers
@@ -33,7 +35,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12
 RULES = {
     "regrowth": RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant"),
-    "pruning": PruningConfig(begin=0.1, end=0.5, interval=2),
+    "pruning": Prune(start=0.1, end=0.5, interval=2),
     "rank_allocation": RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.5),
     "rounds": HalfRoundsConfig(round_steps=3),
     "layer_sampling": LayerSamplingConfig(trained=0.5, interval=5, probes=2),
@@ -45,7 +47,7 @@ RULES = {
 REFUSED = {
     frozenset(pair): words
     for pair, words in {
-        ("pruning", "freezing"): "pruning takes units",
+        ("pruning", "freezing"): "Prune takes units",
         ("regrowth", "freezing"): "regrowth moves it",
         ("rank_allocation", "factor_masks"): "factor_masks and rank_allocation",
     }.items()
@@ -54,7 +56,10 @@ REFUSED = {
 
 def config_of(*rules: str, **options) -> SparseLoraConfig:
     fields = {"r": 4, "density": 0.1, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    return SparseLoraConfig(**{**fields, **{rule: RULES[rule] for rule in rules}, **options})
+    asked = {name: RULES[name] for name in rules}
+    schedule = [rule for rule in asked.values() if isinstance(rule, Rule)]
+    asked = {name: rule for name, rule in asked.items() if not isinstance(rule, Rule)}
+    return SparseLoraConfig(**{**fields, **asked, "schedule": schedule, **options})
 
 
 def held_by(layer, name) -> dict[str, torch.Tensor]:
@@ -113,7 +118,9 @@ def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp
             config_of(*pair)
         return
     model, trains, rules = watched(config_of(*pair), tmp_path)
-    assert {rule.option for rule in rules} == set(pair)
+    options = {rule.option for rule in rules if not isinstance(rule, RuleRunner)}
+    ran = {run.rule for rule in rules if isinstance(rule, RuleRunner) for run in rule.runs}
+    assert options | {name for name in RULES if RULES[name] in ran} == set(pair)
     everything = set(adapter_layers(model))
     if {"rounds", "layer_sampling"} & set(pair):
         assert any(step < everything for step in trains)
@@ -135,8 +142,8 @@ def test_who_trains_under_rounds_and_layer_sampling_is_who_both_let_train(tmp_pa
 
 def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_again(tmp_path):
     for scope in ("layer", "global"):
-        pruning = PruningConfig(begin=0.0, end=0.25, interval=2, final_fraction=0.5, scope=scope)
-        config = config_of("rounds", pruning=pruning, r=0)
+        pruning = Prune(start=0.0, end=0.25, interval=2, final_fraction=0.5, scope=scope)
+        config = config_of("rounds", schedule=[pruning], r=0)
         model, _, _ = watched(config, tmp_path)
         layers = adapter_layers(model)
         left = sum(layer.units("default").numel() for layer in layers)
@@ -145,9 +152,7 @@ def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_ag
 
 
 def test_pruning_that_layers_slept_through_is_named(tmp_path):
-    config = config_of(
-        "rounds", pruning=PruningConfig(begin=0.1, end=0.9), r=0, rounds=HalfRoundsConfig(round_steps=12)
-    )
+    config = config_of("rounds", schedule=[Prune(start=0.1, end=0.9)], r=0, rounds=HalfRoundsConfig(round_steps=12))
     with pytest.warns(UserWarning, match=r"final_fraction=0\.5 was not reached: \d layers"):
         watched(config, tmp_path)
 
@@ -166,11 +171,11 @@ class RestInTurns(tiny.TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.layers = adapter_layers(model)
         self.run = begin_run(model, self.layers)
-        self.run.join(self, lambda: self.run.mask.rest(self, []))
+        self.run.join(self, lambda: self.run.mask.hold(self, []))
 
     def on_step_begin(self, args, state, control, **kwargs):
         resting = self.layers[state.global_step % 2 :: 2]
-        self.run.mask.rest(self, [p for layer in resting for p in layer.parameters() if p.requires_grad])
+        self.run.mask.hold(self, [p for layer in resting for p in layer.parameters() if p.requires_grad])
 
     def on_train_end(self, args, state, control, **kwargs):
         self.run.leave(self)

@@ -20,14 +20,14 @@ from training_toolbox import (
 )
 from transformers import TrainerCallback
 
-from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SupportTelemetryCallback
+from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SupportTelemetryCallback
 from hf_sparse_peft.training import draw_support_history
 
 
 def a_model():
-    pruning = PruningConfig(final_fraction=0.5, begin=0.0, end=0.8, interval=1)
+    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, interval=1)
     ranks = RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.0, final_warmup=0.2)
-    return adapted(make_config(r=4, pruning=pruning, rank_allocation=ranks))
+    return adapted(make_config(r=4, schedule=[pruning], rank_allocation=ranks))
 
 
 def records(folder) -> list[dict]:

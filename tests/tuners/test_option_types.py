@@ -15,7 +15,7 @@ from hf_sparse_peft import (
     HalfRoundsConfig,
     KernelLoraConfig,
     LayerSamplingConfig,
-    PruningConfig,
+    Prune,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -27,7 +27,7 @@ from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormCo
 
 NESTED = [
     BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, HalfRoundsConfig, L1PenaltyConfig, LayerSamplingConfig,
-    NuclearNormConfig, PruningConfig, RankAllocationConfig, RegrowthConfig, StructureConfig, SupportSearchConfig,
+    NuclearNormConfig, Prune, RankAllocationConfig, RegrowthConfig, StructureConfig, SupportSearchConfig,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}
 JUNK = [

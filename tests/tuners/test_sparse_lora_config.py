@@ -12,7 +12,7 @@ from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
 
 import hf_sparse_peft
-from hf_sparse_peft import PruningConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
 from hf_sparse_peft.tuners.shared import registration
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -81,22 +81,23 @@ BAD = [
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"r": 0, "density": 0.0}, "r=0 and density=0"),
     ({"density": 0.0, "regrowth": {}}, "regrowth"),
-    ({"density": 0.0, "pruning": {}}, "pruning"),
+    ({"density": 0.0, "schedule": [{"type": "prune"}]}, "density=0 leaves it out"),
     ({"rank_allocation": {"target_r": 99}}, "rank_allocation.target_r=99"),
     ({"r": 0, "rank_allocation": {"target_r": 1}}, "rank_allocation.target_r=1"),
     ({"regrowth": {"every": 3}}, "regrowth has no option"),
     ({"regrowth": 3}, "regrowth=3"),
-    ({"pruning": "cubic"}, "pruning='cubic'"),
+    ({"schedule": "prune"}, "schedule='prune'"),
+    ({"schedule": [3]}, r"schedule\[0\]=3"),
     ({"regrowth": {"interval": 0}}, "RegrowthConfig.interval=0"),
     ({"regrowth": {"interval": 3, "collect_steps": 4}}, "RegrowthConfig.collect_steps=4"),
     ({"regrowth": {"drop": "random"}}, "RegrowthConfig.drop='random'"),
     ({"regrowth": {"grow": "gradients"}}, "RegrowthConfig.grow='gradients'"),
     ({"regrowth": {"fraction": 0.0}}, "RegrowthConfig.fraction=0.0"),
     ({"regrowth": {"schedule": "step"}}, "RegrowthConfig.schedule='step'"),
-    ({"pruning": {"final_fraction": 0}}, "PruningConfig.final_fraction=0"),
-    ({"pruning": {"begin": 0.8, "end": 0.5}}, "PruningConfig.begin, end"),
-    ({"pruning": {"interval": 0}}, "PruningConfig.interval=0"),
-    ({"pruning": {"scope": "model"}}, "PruningConfig.scope='model'"),
+    ({"schedule": [{"type": "prune", "final_fraction": 0}]}, "Prune.final_fraction=0"),
+    ({"schedule": [{"type": "prune", "start": 0.8, "end": 0.5}]}, "Prune.start=0.8"),
+    ({"schedule": [{"type": "prune", "interval": 0}]}, "Prune.interval=0"),
+    ({"schedule": [{"type": "prune", "scope": "model"}]}, "Prune.scope='model'"),
     ({"rank_allocation": {"target_r": 0}}, "RankAllocationConfig.target_r=0"),
     ({"rank_allocation": {"initial_warmup": 0.6, "final_warmup": 0.6}}, "initial_warmup [+] final_warmup"),
     ({"rank_allocation": {"beta1": 1.0}}, "RankAllocationConfig.beta1=1.0"),
@@ -114,9 +115,11 @@ def test_bad_value_is_refused_by_the_name_of_its_field(options, message):
 
 
 def test_schedules_may_be_given_as_dicts():
-    config = SparseLoraConfig(regrowth={"interval": 8}, pruning={"final_fraction": 0.3}, rank_allocation={})
+    config = SparseLoraConfig(
+        regrowth={"interval": 8}, schedule=[{"type": "prune", "final_fraction": 0.3}], rank_allocation={}
+    )
     assert config.regrowth == RegrowthConfig(interval=8)
-    assert config.pruning == PruningConfig(final_fraction=0.3)
+    assert config.schedule == [Prune(final_fraction=0.3)]
     assert config.rank_allocation == RankAllocationConfig()
     assert config.has_schedule
     assert not dataclasses.replace(config, training_finished=True).has_schedule

@@ -28,6 +28,7 @@ class KernelLoraLayer(AdapterLayer):
     win; and while the schedule runs `sensitivity` and `uncertainty`, fp32 `[r (in + out)]`, of P then Q.
     """
 
+    prefix: str = "kernel_lora_"
     adapter_layer_names: tuple[str, ...] = ("kernel_lora_P", "kernel_lora_Q", "kernel_lora_mix")
     training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
     copied_state_names: tuple[str, ...] = ("kernel_lora_survivors",)
@@ -81,13 +82,14 @@ class KernelLoraLayer(AdapterLayer):
             self.kernel_lora_mix[adapter_name] = nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
         if config.budget_competition is not None:
             self.kernel_lora_survivors[adapter_name] = torch.tensor([first], dtype=torch.int64)
-            if config.has_schedule and not config.inference_mode:
-                self.allocate_training_state(adapter_name)
+        if config.has_schedule and not config.inference_mode:
+            self.allocate_training_state(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate both moving averages of an adapter whose matrices compete."""
+        super().allocate_training_state(adapter_name)
         if adapter_name in self.kernel_lora_survivors:
             size = self.kernel_lora_P[adapter_name].numel() + self.kernel_lora_Q[adapter_name].numel()
             for name in self.training_state_names:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ...rules import Rule
 from ...utils.file_length import check_file_length
 from ...utils.file_writing import replace_file, temporary_folder
 from ...utils.option_types import check_types
+from ...utils.parts import UnknownPart, load_part, plain
 from .module_patterns import check_names, check_pattern
 
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
@@ -45,6 +47,10 @@ class AdapterConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
     )
+    schedule: list[Rule | UnknownPart] = field(
+        default_factory=list,
+        metadata={"help": "Rules: what happens to the adapter while it trains, in the order in which they act."},
+    )
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
@@ -59,6 +65,9 @@ class AdapterConfig(PeftConfig):
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, (list, tuple)):
+            raise ValueError(f"schedule={self.schedule!r} is not a list: pass schedule=[...], e.g. [Prune()].")
+        self.schedule = [load_part(Rule, one, f"schedule[{at}]") for at, one in enumerate(self.schedule)]
         self._make_nested()
         check_types(self)
         super().__post_init__()
@@ -106,10 +115,33 @@ class AdapterConfig(PeftConfig):
             super().save_pretrained(str(folder), **kwargs)
             replace_file(folder / CONFIG_NAME, target)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON takes them."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The rules of `schedule` that can run here."""
+        return [rule for rule in self.schedule if isinstance(rule, Rule)]
+
+    def check_runnable(self) -> None:
+        """Refuse to train with rules that this installation does not have.
+
+        Raises:
+            ValueError: names the rule.
+        """
+        for at, rule in enumerate(self.schedule):
+            if isinstance(rule, UnknownPart):
+                raise ValueError(
+                    f"schedule[{at}]={rule.data} cannot run here: {rule.reason}. Import the package that registers it, "
+                    "or update hf-sparse-peft; without training the adapter works as it is."
+                )
+
     @property
     def asked_schedules(self) -> list[str]:
-        """Names of the options that ask for a schedule."""
-        return [name for name in self.schedules if getattr(self, name) is not None]
+        """Names of the options that ask for a schedule, and types of the rules."""
+        rules = [rule.part_type if isinstance(rule, Rule) else str(rule.data.get("type")) for rule in self.schedule]
+        return [name for name in self.schedules if getattr(self, name) is not None] + rules
 
     @property
     def has_schedule(self) -> bool:

@@ -158,7 +158,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, so
         name = "" if path == "base_model.model" else path.removeprefix(PREFIX)
         if kind in layer_cls.saved_names:
             modules.setdefault(name, {})[kind] = tensor
-        elif kind.startswith(model_cls.prefix) and kind not in layer_cls.training_state_names:
+        elif kind.startswith(model_cls.prefix) and not layer_cls.is_training_state(kind):
             raise ValueError(f"'{key}' in '{source}' is no tensor that this release knows. Update hf-sparse-peft.")
         else:
             others[key] = tensor
@@ -166,7 +166,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, so
     if not modules:
         raise ValueError(f"'{source}' holds no tensor of a {config.peft_type.value} adapter; is it another's file?")
     for key in others:
-        if key.rpartition(".")[2] not in layer_cls.training_state_names and not _travels_along(key, config, modules):
+        if not layer_cls.is_training_state(key.rpartition(".")[2]) and not _travels_along(key, config, modules):
             raise ValueError(
                 f"'{key}' in '{source}' is not the adapter's: its config trains no such tensor (modules_to_save="
                 f"{config.modules_to_save}, bias={config.bias!r}), and loading it would replace a weight of the base. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...rules import Follower, ModuleSpace, Rule, UnitSpace
+from ...utils.tensors import TensorSpec
 from .copies import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
@@ -35,6 +38,8 @@ class AdapterLayer(BaseTunerLayer):
     is by `adapter_configs`, `holds`, `pieces` and `_adapted`.
     """
 
+    prefix: str = ""
+    """What the names of the tuner's tensors begin with."""
     training_state_names: tuple[str, ...] = ()
     copied_state_names: tuple[str, ...] = ()
     """What else than its parameters makes an adapter: buffers and numbers that a copy takes along."""
@@ -54,6 +59,7 @@ class AdapterLayer(BaseTunerLayer):
         self.ran_in_training: set[str] = set()
         self.copied_from: dict[str, str] = {}
         self.noted_parameters: dict[tuple[str, tuple[str, ...]], torch.Tensor | None] = {}
+        self._rule_specs: dict[str, dict[str, TensorSpec]] = {}
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
@@ -68,8 +74,65 @@ class AdapterLayer(BaseTunerLayer):
         """Whether this layer has a part of that adapter."""
         raise NotImplementedError
 
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The unit spaces of an adapter that this layer holds; the module itself is one."""
+        return [ModuleSpace(self, adapter_name)]
+
+    def add_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
+        """Show `reader` the weight's dense gradient in every backward pass until it is removed.
+
+        Raises:
+            ValueError: the tuner's backward pass has none to show.
+        """
+        raise ValueError(f"{type(self).__name__} computes no dense gradient of '{self.module_name}'.")
+
+    def remove_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
+        """Show it no more."""
+
+    # State of rules
+
     def allocate_training_state(self, adapter_name: str) -> None:
-        """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
+        """Allocate, at fixed shapes, what the rules of this adapter keep between steps and across a resume."""
+        self.allocate_rule_state(adapter_name, self.adapter_configs[adapter_name].rules)
+
+    def allocate_rule_state(self, adapter_name: str, rules: Iterable[Rule]) -> None:
+        """Allocate the tensors that `rules` declare for this adapter, as zeros; what is there stays.
+
+        Raises:
+            ValueError: two rules declare a tensor of one name and different shapes.
+        """
+        specs = self._rule_specs.setdefault(adapter_name, {})
+        spaces = self.unit_spaces(adapter_name)
+        for rule in rules:
+            for spec in (s for space in spaces if space.kind in rule.acts_on for s in rule.state(space)):
+                known = specs.setdefault(spec.name, spec)
+                if (known.shape, known.dtype) != (spec.shape, spec.dtype):
+                    raise ValueError(
+                        f"{type(rule).__name__} keeps '{spec.name}' of shape {spec.shape} in '{self.module_name}', and "
+                        f"another rule keeps one of {known.shape}. Give it another name."
+                    )
+                kind = f"{self.prefix}rule_{spec.name}"
+                if not hasattr(self, kind):
+                    setattr(self, kind, BufferDict({}, persistent=True))
+                    self.training_state_names = (*self.training_state_names, kind)
+                    self.other_param_names = (*self.other_param_names, kind)
+                self._add_state(kind, adapter_name, torch.zeros(spec.shape, dtype=spec.dtype))
+
+    @classmethod
+    def is_training_state(cls, kind: str) -> bool:
+        """Whether a tensor of that name is state that only a running rule needs."""
+        return kind in cls.training_state_names or kind.startswith(f"{cls.prefix}rule_")
+
+    def rule_state(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The state that rules keep for this adapter here, by the names of their specs."""
+        held = {name: getattr(self, f"{self.prefix}rule_{name}") for name in self._rule_specs.get(adapter_name, {})}
+        return {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
+
+    def rule_followers(self, adapter_name: str, kind: str) -> list[Follower]:
+        """The part of it that follows the units of spaces of that kind."""
+        specs = self._rule_specs.get(adapter_name, {})
+        state = self.rule_state(adapter_name)
+        return [Follower(state[name], specs[name].axis) for name in state if specs[name].space == kind]
 
     def _add_state(self, name: str, adapter_name: str, tensor: torch.Tensor) -> None:
         state = getattr(self, name)
@@ -84,6 +147,7 @@ class AdapterLayer(BaseTunerLayer):
         for name in self.training_state_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
+        self._rule_specs.pop(adapter_name, None)
 
     # Dtype of what trains
 
@@ -272,14 +336,21 @@ class AdapterLayer(BaseTunerLayer):
                 continue
             attended = set() if run is None else run.attended(config)
             asked = [option for option in config.asked_schedules if option not in attended]
+            config.check_runnable()
             if not asked or not first_warning(config):
                 continue
             warnings.warn(
                 f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
                 f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "
-                f"{' and '.join(asked)} to None in its {type(config).__name__}.",
+                f"{_without(asked, config)} in its {type(config).__name__}.",
                 stacklevel=2,
             )
+
+
+def _without(asked: list[str], config: PeftConfig) -> str:
+    fields = [name for name in asked if hasattr(config, name)]
+    said = [f"{name} to None" for name in fields] + (["schedule=[]"] if len(fields) < len(asked) else [])
+    return " and ".join(said)
 
 
 def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:

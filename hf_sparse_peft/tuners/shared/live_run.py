@@ -1,4 +1,4 @@
-"""The training run that is under way on a model: who attends to its adapters, who rests, and what ends with it."""
+"""The training run that is under way on a model: which callbacks take part, and what ends with it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,17 @@ from peft import PeftConfig
 from torch import nn
 from transformers import Trainer
 
+from ...rules import UpdateMask
+
 _RUNS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LiveRun]] = weakref.WeakKeyDictionary()
 _WARNED: weakref.WeakValueDictionary[int, PeftConfig] = weakref.WeakValueDictionary()
-
-
-class UpdateMask:
-    """Who trains at this step: every parameter for which no rule asks for rest.
-
-    A parameter at rest has `requires_grad=False` and no gradient, so that neither clipping nor an optimizer touches it.
-    """
-
-    def __init__(self) -> None:
-        self._asked: dict[Any, dict[int, nn.Parameter]] = {}
-        self._resting: dict[int, nn.Parameter] = {}
-
-    def rest(self, rule: Any, parameters: Iterable[nn.Parameter]) -> None:
-        """Let exactly these rest as far as `rule` is concerned; what it let rest before wakes unless another asks."""
-        self._asked[rule] = {id(parameter): parameter for parameter in parameters}
-        wanted = {key: parameter for asked in self._asked.values() for key, parameter in asked.items()}
-        for key in [key for key in self._resting if key not in wanted]:
-            self._resting.pop(key).requires_grad_(True)
-        for key, parameter in wanted.items():
-            if key in self._resting or parameter.requires_grad:  # what the user froze stays out of it
-                self._resting[key] = parameter
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-    def release(self) -> list[nn.Parameter]:
-        """Let everything train again; returns what rested."""
-        rested, self._asked, self._resting = list(self._resting.values()), {}, {}
-        for parameter in rested:
-            parameter.requires_grad_(True)
-        return rested
 
 
 class LiveRun:
     """One call of a training loop, from the first `on_train_begin` of a callback of this package to the last
     `on_train_end`, or to the exception that broke it off.
 
-    Marks that rules leave on a model (parameters at rest, hooks, readers of gradients, draws of experts) belong to the
+    Marks that rules leave on a model (parameters held still, hooks, gradient readers, draws of experts) belong to the
     run: `end` takes them away. No event tells a callback of an exception, so a run ends in one of four ways, whichever
     comes first: its callbacks leave; `Trainer.train` returns or raises (`end_with_train`); somebody asks for the run
     and its loop is no longer on its thread's stack; nobody holds it any more.
@@ -61,7 +33,7 @@ class LiveRun:
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module], loop: FrameType | None) -> None:
         self.mask = UpdateMask()
         self.woken: list[nn.Parameter] = []
-        """What an earlier run that was broken off had let rest when this one began."""
+        """What an earlier run that was broken off had held still when this one began."""
         self.trainer = None if loop is None else weakref.ref(loop.f_locals["self"])
         self._loop, self._thread = loop, threading.get_ident()
         self._ended = False
@@ -103,7 +75,7 @@ class LiveRun:
             self.end()
 
     def end(self) -> list[nn.Parameter]:
-        """Take all marks off the model; returns the parameters that rested. Nothing to do a second time."""
+        """Take all marks off the model; returns the parameters that were held still. Nothing to do a second time."""
         if self._ended:
             return []
         self._ended, self._loop = True, None

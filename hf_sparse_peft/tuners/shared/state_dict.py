@@ -84,13 +84,13 @@ def check_others(
     file = file_being_loaded()
     declared = (config, *([] if file is None else [file.config]))  # a resumed run's own config knows of none yet
     embeddings = {key for one in declared for key in one.saved_base_weights or ()}
-    own = (*layer_cls.saved_names, *layer_cls.training_state_names)
     by_plain_name = {plain_name(key): key for key in state}  # files know nothing of a compiled base
     for key, tensor in list(state_dict.items()):
         parts = key.split(".")
-        if parts[-1] == adapter_name and parts[-2] in own and key in state:
+        own = parts[-2] in layer_cls.saved_names or layer_cls.is_training_state(parts[-2])
+        if parts[-1] == adapter_name and own and key in state:
             continue
-        if set(parts[-2:]) & set(layer_cls.training_state_names):
+        if any(layer_cls.is_training_state(part) for part in parts[-2:]):
             continue
         place = by_plain_name.get(plain_name(key), by_plain_name.get(plain_name(key).removeprefix(PREFIX), key))
         if place not in heads and config.bias == "all" and parts[-1] == "bias" and "modules_to_save" in parts:
@@ -204,20 +204,36 @@ def settle_training_state(
         adapter_name in held and held[adapter_name].requires_grad
         for held in (getattr(layer, kind) for kind in layer.adapter_layer_names)
     )
-    for kind in layer.training_state_names:
-        key, held = f"{prefix}{kind}.{adapter_name}", getattr(layer, kind)
+    for kind in _state_names(state_dict, prefix, layer):
+        key = f"{prefix}{kind}.{adapter_name}"
         # The file's own names for a buffer that the layer does not have (any more), which upstream cannot map.
         for unmapped in (f"{prefix}{kind}", plain_name(f"{prefix}{kind}"), _in_file(f"{prefix}{kind}")):
             if unmapped in state_dict:
                 state_dict[key] = state_dict.pop(unmapped)
+        held = getattr(layer, kind, {})
         if adapter_name not in held and trained and key in state_dict:
             layer.allocate_training_state(adapter_name)  # a finished run freed it, and goes on from a checkpoint
+            held = getattr(layer, kind, {})
         if adapter_name not in held:
             state_dict.pop(key, None)
         elif key not in state_dict:
             state_dict[key] = torch.zeros_like(held[adapter_name])
         else:
             state_dict[key] = _fitting(state_dict[key], held[adapter_name], key)
+
+
+def _state_names(state_dict: dict[str, torch.Tensor], prefix: str, layer: AdapterLayer) -> list[str]:
+    """Names of state that the layer has, or that the file has for it."""
+    here = (prefix, plain_name(prefix), _in_file(prefix))
+    found = {
+        part
+        for key in state_dict
+        for start in here
+        if key.startswith(start)
+        for part in [key.removeprefix(start).partition(".")[0]]
+        if layer.is_training_state(part)
+    }
+    return list(dict.fromkeys([*layer.training_state_names, *sorted(found)]))
 
 
 class SelectedTensors(dict):

@@ -11,7 +11,7 @@ from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .penalty_config import L1PenaltyConfig  # noqa: E402
-from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig  # noqa: E402
+from .schedule_config import RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
 
@@ -26,7 +26,6 @@ __all__ = [
     "L1PenaltyConfig",
     "LayerSamplingConfig",
     "NuclearNormConfig",
-    "PruningConfig",
     "RankAllocationConfig",
     "RegrowthConfig",
     "SparseLoraConfig",

@@ -7,20 +7,20 @@ from typing import Any, ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
+from ...rules import check_schedule
 from ...sparsity import CRITERIA, needs_data
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
 from .freezing_config import FreezingConfig, NuclearNormConfig
 from .penalty_config import L1PenaltyConfig
-from .schedule_config import PruningConfig, RankAllocationConfig, RegrowthConfig, nested
+from .schedule_config import RankAllocationConfig, RegrowthConfig, nested
 from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig
 
 SCHEDULES = {
     "support_search": SupportSearchConfig,
     "regrowth": RegrowthConfig,
-    "pruning": PruningConfig,
     "rank_allocation": RankAllocationConfig,
     "rounds": HalfRoundsConfig,
     "layer_sampling": LayerSamplingConfig,
@@ -135,7 +135,6 @@ class SparseLoraConfig(AdapterConfig):
         default=None, metadata={"help": "Random supports tried before training, the best kept; None: one draw."}
     )
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
-    pruning: PruningConfig | None = field(default=None, metadata={"help": "Thinning of the support; None: it stays."})
     rank_allocation: RankAllocationConfig | None = field(
         default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
     )
@@ -183,6 +182,7 @@ class SparseLoraConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPARSE_LORA
         check_config(self)
+        check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
         for name, cls in SCHEDULES.items():
@@ -217,7 +217,8 @@ class SparseLoraConfig(AdapterConfig):
     def asked_schedules(self) -> list[str]:
         """Names of the fields that a callback has to carry out."""
         asked = [name for name in SCHEDULES if getattr(self, name) is not None]
-        return [name for name in asked if name != "factor_masks" or self.factor_masks.kind == "stochastic"]
+        asked = [name for name in asked if name != "factor_masks" or self.factor_masks.kind == "stochastic"]
+        return asked + super().asked_schedules
 
     def granularity_of(self, module_name: str) -> str:
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""

@@ -130,8 +130,8 @@ def _check_numbers(config: SparseLoraConfig) -> None:
         raise ValueError(f"block_size={config.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
     if not config.has_support and config.r == 0 and not config.rank_pattern:
         raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
-    if (config.regrowth or config.pruning) and not config.has_support:
-        raise ValueError("regrowth and pruning move the sparse half, and density=0 leaves it out. Set density > 0.")
+    if config.regrowth and not config.has_support:
+        raise ValueError("regrowth moves the sparse half, and density=0 leaves it out. Set density > 0.")
     _check_entries_only(config)
     _check_freezing(config)
     if config.regrowth and config.regrowth.retired_share and config.sizes_from_data:
@@ -193,11 +193,6 @@ def _check_freezing(config: SparseLoraConfig) -> None:
         raise ValueError(
             "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
             f"criterion='smallest_magnitude'; got freezing={config.freezing} and criterion={config.criterion!r}."
-        )
-    if config.freezes_units and config.pruning:
-        raise ValueError(
-            "regrowth.retired_share and freezing keep units that stopped training, and pruning takes units away. "
-            "Set pruning=None or leave them out."
         )
     if config.freezing and config.regrowth:
         raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")

@@ -10,10 +10,12 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from ...rules import UnitSpace
 from ...sparsity import UnitGrid
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
 from .factors import allocate_factors, merged_factors
+from .spaces import spaces_of
 from .support_state import SupportState, undecided_message
 
 
@@ -26,6 +28,7 @@ class SparseLoraLayer(SupportState):
     callback must find again after a resume.
     """
 
+    prefix: str = "sparse_lora_"
     adapter_layer_names: tuple[str, ...] = ("sparse_lora_values", "sparse_lora_A", "sparse_lora_B", "sparse_lora_gate")
     training_state_names: tuple[str, ...] = (
         "sparse_lora_sensitivity",
@@ -143,6 +146,7 @@ class SparseLoraLayer(SupportState):
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
+        super().allocate_training_state(adapter_name)
         config = self.sparse_lora_config[adapter_name]
         if config.rank_allocation and adapter_name in self.sparse_lora_gate:
             size = self.sparse_lora_r[adapter_name] * (self.in_features + self.out_features + 1)
@@ -160,6 +164,19 @@ class SparseLoraLayer(SupportState):
     def forget_decoded(self, adapter_name: str) -> None:
         """Forget the decoded units of this adapter, whose buffer has been replaced."""
         self._units.pop(adapter_name, None)
+
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The support, the components of the low-rank half, and the module itself."""
+        return [*spaces_of(self, adapter_name), *super().unit_spaces(adapter_name)]
+
+    def add_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
+        """Show `reader` the weight's dense gradient `[out, in]` in every backward pass until it is removed."""
+        self.sparse_lora_sink[adapter_name] = reader
+
+    def remove_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
+        """Show it no more."""
+        if self.sparse_lora_sink.get(adapter_name) is reader:
+            del self.sparse_lora_sink[adapter_name]
 
     # What is held
 

@@ -126,6 +126,14 @@ class RegrowthConfig:
             return self.grow in _SPIEL and self.schedule == "linear"
         return self.replace_all_first
 
+    def moves_after(self, update: int, total_steps: int | None = None) -> bool:
+        """Whether the support moves after the `update`-th optimizer step: after `first` and every `interval` on, as
+        long as `update` is less than `stop_at` of `total_steps`. Never after the last update, where units would enter
+        untrained."""
+        if update < self.first or (update - self.first) % self.interval:
+            return False
+        return total_steps is None or update < self.stop_at * total_steps
+
     @property
     def collects(self) -> bool:
         """Whether candidate gradients are summed over several steps."""
@@ -177,31 +185,6 @@ class RegrowthConfig:
         factor = options.get("candidates", 1)
         number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         require(number and 1 <= factor < math.inf, name, "grow_options['candidates']", factor, "a factor >= 1")
-
-
-@dataclass
-class PruningConfig:
-    """How the support thins out during training: the living share falls from 1 to `final_fraction` along a cubic curve
-    (Zhu and Gupta, 2017), the units with the smallest sum of |value| leaving first."""
-
-    final_fraction: float = 0.5
-    """Share of the injected units that live at the end: a density d ends as `final_fraction * d`."""
-    begin: float = 0.25
-    """Where pruning starts, as a share of the run."""
-    end: float = 0.75
-    """Where pruning has reached `final_fraction`, as a share of the run."""
-    interval: int = 10
-    """Optimizer steps between two prunings."""
-    scope: Literal["layer", "global"] = "layer"
-    """Whether every layer loses the same share, or units of all layers compete (by mean |value| of a unit)."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        name = "PruningConfig"
-        require(0 < self.final_fraction <= 1, name, "final_fraction", self.final_fraction, "a number in (0, 1]")
-        require(0 <= self.begin < self.end <= 1, name, "begin, end", (self.begin, self.end), "0 <= begin < end <= 1")
-        require(self.interval >= 1, name, "interval", self.interval, "an integer >= 1")
-        require(self.scope in ("layer", "global"), name, "scope", self.scope, "'layer' or 'global'")
 
 
 @dataclass

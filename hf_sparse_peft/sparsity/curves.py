@@ -1,5 +1,4 @@
-r"""What share, rate or count holds at a given progress of training. Every schedule is a frozen dataclass, `p ->
-value`.
+r"""Curves: what fraction, rate or count holds at a given progress of training; frozen dataclasses, `p -> value`.
 
 `p` is progress in `[0, 1]`, a step over the number of steps. At `p = 0` and `p = 1` the end points come out exactly.
 """
@@ -7,14 +6,26 @@ value`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-Schedule = Callable[[float], float]
+from ..utils.parts import Part, part_types, register_part
 
 
 @dataclass(frozen=True)
-class Constant:
+class Curve(Part):
+    """Base of the curves: a value over progress."""
+
+    part_kind: ClassVar[str] = "curve"
+
+    def __call__(self, progress: float) -> float:
+        """The value at `progress` in [0, 1]. Raises `ValueError` outside."""
+        raise NotImplementedError
+
+
+@register_part("constant")
+@dataclass(frozen=True)
+class Constant(Curve):
     """`value` at every progress. Raises `ValueError` for progress outside [0, 1]."""
 
     value: float
@@ -25,8 +36,9 @@ class Constant:
         return self.value
 
 
+@register_part("linear")
 @dataclass(frozen=True)
-class Linear:
+class Linear(Curve):
     r""":math:`(1-p)\,start + p\,end`. Raises `ValueError` for progress outside [0, 1]."""
 
     start: float
@@ -38,8 +50,9 @@ class Linear:
         return _between(self.start, self.end, 1.0 - _progress(progress))
 
 
+@register_part("cosine")
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Curve):
     r""":math:`end + (start-end)(1+\cos \pi p)/2` (RigL's, with `end = 0`; Evci et al., 2020).
 
     Raises `ValueError` for progress outside [0, 1].
@@ -54,8 +67,9 @@ class Cosine:
         return _between(self.start, self.end, (1.0 + math.cos(math.pi * _progress(progress))) / 2.0)
 
 
+@register_part("cubic")
 @dataclass(frozen=True)
-class Cubic:
+class Cubic(Curve):
     r""":math:`end + (start-end)(1-p)^3` (Zhu & Gupta, 2017). Raises `ValueError` for progress outside [0, 1]."""
 
     start: float
@@ -67,8 +81,9 @@ class Cubic:
         return _between(self.start, self.end, (1.0 - _progress(progress)) ** 3)
 
 
+@register_part("exponential")
 @dataclass(frozen=True)
-class Exponential:
+class Exponential(Curve):
     r""":math:`start\,(end/start)^p`, a constant factor per step.
 
     Raises:
@@ -81,9 +96,10 @@ class Exponential:
     """Value at progress 1, of the sign of `start`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.start * self.end > 0:
             raise ValueError(
-                f"An exponential schedule from {self.start} to {self.end} does not exist: both must be non-zero and "
+                f"An exponential curve from {self.start} to {self.end} does not exist: both must be non-zero and "
                 f"of one sign. Use linear, cosine or cubic to reach 0."
             )
 
@@ -94,8 +110,9 @@ class Exponential:
         return self.start * (self.end / self.start) ** progress
 
 
+@register_part("window")
 @dataclass(frozen=True)
-class Window:
+class Window(Curve):
     r"""`inner` squeezed into `[begin, end]`: `inner(0)` before, `inner(1)` after, `inner((p-begin)/(end-begin))`
     between.
 
@@ -103,14 +120,15 @@ class Window:
         ValueError: unless `0 <= begin < end <= 1`; progress outside [0, 1].
     """
 
-    inner: Schedule
-    """The schedule that runs inside the window."""
+    inner: Curve
+    """The curve that runs inside the window."""
     begin: float
     """Progress at which `inner` starts to move."""
     end: float
     """Progress at which it has arrived."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.begin < self.end <= 1.0:
             raise ValueError(f"A window from {self.begin} to {self.end} must satisfy 0 <= begin < end <= 1.")
 
@@ -119,29 +137,20 @@ class Window:
         return self.inner(min(1.0, max(0.0, inside)))
 
 
-SCHEDULES: dict[str, type] = {
-    "constant": Constant,
-    "linear": Linear,
-    "cosine": Cosine,
-    "cubic": Cubic,
-    "exponential": Exponential,
-}
-"""Schedule name -> class; all but `constant` take a start and an end."""
-
-
-def make_schedule(name: str, start: float, end: float, begin: float = 0.0, end_at: float = 1.0) -> Schedule:
-    """The schedule `name` from `start` to `end`, moving between progress `begin` and `end_at` and still outside.
+def make_curve(name: str, start: float, end: float, begin: float = 0.0, end_at: float = 1.0) -> Curve:
+    """The curve `name` from `start` to `end`, moving between progress `begin` and `end_at` and still outside.
 
     `constant` holds `start`; `end`, `begin` and `end_at` say nothing about it.
 
     Raises:
-        ValueError: unknown name, unless `0 <= begin < end_at <= 1`, or end points that the schedule cannot join.
+        ValueError: unknown name, unless `0 <= begin < end_at <= 1`, or end points that the curve cannot join.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule='{name}' is unknown. Accepted: {', '.join(sorted(SCHEDULES))}.")
+    known = {key: cls for key, cls in part_types(Curve).items() if key != "window"}
+    if name not in known:
+        raise ValueError(f"schedule='{name}' is unknown. Accepted: {', '.join(sorted(known))}.")
     if name == "constant":
         return Constant(start)
-    inner = SCHEDULES[name](start, end)
+    inner = known[name](start, end)
     return inner if (begin, end_at) == (0.0, 1.0) else Window(inner, begin, end_at)
 
 
@@ -154,3 +163,8 @@ def _progress(progress: float) -> float:
 
 def _between(start: float, end: float, weight: float) -> float:
     return start * weight + end * (1.0 - weight)
+
+
+def whole_steps(fraction: float, total_steps: int) -> int:
+    """`floor(fraction * total_steps)`; 0.29 of 100 steps are 29, though the product of the floats is 28.999...."""
+    return int(fraction * total_steps + 1e-9)

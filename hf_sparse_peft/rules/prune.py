@@ -1,0 +1,197 @@
+"""`Prune`: units leave along a curve, those with the smallest values first."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..sparsity import Cubic, stream_seed, top_units
+from ..utils.parts import register_part, require
+from .budgets import budget_of_training, unit_sums
+from .evidence import MissingEvidence, is_evidence
+from .moves import move_units
+from .no_effect import report_idle
+from .rule import Rule
+from .run import Run
+from .space import UnitSpace
+
+
+@register_part("prune")
+@dataclass(frozen=True)
+class Prune(Rule):
+    r"""Gradual magnitude pruning of supports (Zhu and Gupta, 2017): after step `t` of a window of the run the fraction
+    :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3` of the injected units lives, the units with the smallest
+    :math:`\sum|\delta|` leaving first.
+
+    Every `interval` steps of the window, and once at its end, units leave until the curve's fraction is left; capacity
+    stays allocated until `compact()`. Beside a rule that regrows supports, units leave at its moves instead, before new
+    ones enter: a fresh unit is never judged while its value is still 0. Where no move comes after the window's end, the
+    last pruning is at its end all the same. Every layer keeps at least one unit. A layer whose values are all 0 (it
+    never had a gradient) or not finite keeps its units and is named in a warning. Layers that are held still lose
+    nothing; they follow every `interval` steps after the window, when they train again.
+    """
+
+    final_fraction: float = 0.5
+    """Fraction of the injected units that lives at the end: a density d ends as `final_fraction * d`."""
+    start: float = 0.25
+    """Where pruning starts, as a fraction of the run."""
+    end: float = 0.75
+    """Where pruning has reached `final_fraction`, as a fraction of the run."""
+    interval: int = 10
+    """Optimizer steps between two prunings."""
+    scope: Literal["layer", "global"] = "layer"
+    """Whether every layer loses the same fraction, or units of all layers compete (by mean |value| of a unit)."""
+
+    acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
+    writes: ClassVar[frozenset[str]] = frozenset({"units"})
+    within: ClassVar[frozenset[str]] = frozenset({"regrow"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.final_fraction <= 1, self, "final_fraction", "a number in (0, 1]")
+        require(0 <= self.start < self.end <= 1, self, "start", f"a fraction of the run from 0 to below end={self.end}")
+        require(self.end <= 1, self, "end", "a fraction of the run up to 1")
+        require(self.interval >= 1, self, "interval", "an integer >= 1")
+        require(self.scope in ("layer", "global"), self, "scope", "'layer' or 'global'")
+
+    def check(self, config: Any) -> None:
+        """Refuse an adapter without a support, or with units that stopped training."""
+        if not config.has_support:
+            raise ValueError("Prune thins the support, and density=0 leaves it out. Set density > 0.")
+        if config.freezes_units:
+            raise ValueError(
+                "Prune takes units away, and another rule keeps units that stopped training (retired or frozen ones). "
+                "Keep one of the two."
+            )
+
+    def living_fraction(self, update: int, total_steps: int) -> float:
+        """Fraction of the injected units that lives after `update` of `total_steps` steps."""
+        first, last = self._window(total_steps)
+        progress = (update - first) / (last - first)
+        return Cubic(1.0, self.final_fraction)(min(max(progress, 0.0), 1.0))
+
+    def _window(self, total_steps: int) -> tuple[int, int]:
+        # Whole steps, or the fraction at the step nearest to `end` would not be the final one.
+        return round(self.start * total_steps), round(self.end * total_steps)
+
+    # In training
+
+    def begin(self, run: Run) -> None:
+        """The window must hold at least one step."""
+        first, last = self._window(run.total_steps)
+        if last <= first:
+            raise ValueError(
+                f"Prune.start={self.start} and Prune.end={self.end} leave no step in a run of {run.total_steps}. Train "
+                "longer, widen the window, or leave the rule out."
+            )
+        run.memory.missing = MissingEvidence("the support was not pruned")
+        run.memory.missing.start(run.step)
+        run.memory.missed = False
+        if not run.resumed:  # a resumed run said it at its start
+            self._check_effect(run)
+
+    def _check_effect(self, run: Run) -> None:
+        """Name the layers that lose no unit, and a curve of one step."""
+        spaces = [space for space in run.spaces() if space.count]  # the others wait for data
+        targets = [self._target(space, self.final_fraction) for space in spaces]
+        if self.scope == "global":
+            idle = spaces if sum(targets) >= sum(space.count for space in spaces) else []
+        else:
+            idle = [space for space, target in zip(spaces, targets, strict=True) if target >= space.count]
+        sizes = sorted({space.count for space in idle})
+        report_idle(
+            [space.name for space in idle],
+            len(spaces),
+            f"Prune.final_fraction={self.final_fraction} keeps all of {' or '.join(map(str, sizes[:3]))} units: 0 "
+            "units ever leave",
+            "Lower final_fraction, raise density, or leave the rule out.",
+        )
+        first, last = self._window(run.total_steps)
+        steps = sum(self._due(run, update) for update in range(first, last + 1))
+        if steps == 1 and last - first > 1 and len(idle) < len(spaces):
+            warnings.warn(
+                f"Prune.interval={self.interval} is not below the window's {last - first} steps (start={self.start}, "
+                f"end={self.end} of {run.total_steps}): all units leave at once, not along a curve. Lower interval (or "
+                "Regrow's, where supports regrow), widen the window or train longer.",
+                stacklevel=2,
+            )
+
+    def after_step(self, run: Run) -> None:
+        """Prune what is due."""
+        if not self._due(run, run.step):
+            return
+        spaces = run.spaces(training=False)
+        training = [space for space in spaces if space.trains]
+        judged = [space for space in training if is_evidence(space.living_values())]
+        run.memory.missing.record(run.step, [s.name for s in training if s not in judged], len(judged))
+        run.memory.missed = run.memory.missed or len(training) < len(spaces)
+        if judged:
+            self._prune(run, judged, [space for space in spaces if not space.trains])
+
+    def _due(self, run: Run, update: int) -> bool:
+        first, last = self._window(run.total_steps)
+        moves_after = _moves_of(run.config)
+        if moves_after is None:
+            return update == last or (first < update and (update - first) % self.interval == 0)
+        # Moves go on after the window; the fraction is constant there, so that pruning again does nothing.
+        if first < update < run.total_steps and moves_after(update, run.total_steps):
+            return True
+        return update == last and not any(moves_after(step, run.total_steps) for step in range(last, run.total_steps))
+
+    def _prune(self, run: Run, spaces: list[UnitSpace], held_still: list[UnitSpace]) -> None:
+        fraction = self.living_fraction(run.step, run.total_steps)
+        targets = [self._target(space, fraction) for space in spaces]
+        importance = [unit_sums(space.living_values()) for space in spaces]
+        if self.scope == "global":
+            everybody = [*spaces, *held_still]
+            sizes = [self._target(space, fraction) for space in everybody]
+            total = budget_of_training(sum(sizes), everybody, [space.count for space in everybody], sizes)
+            targets = _global_targets(spaces, importance, total, stream_seed(run.seed, "pruning", run.step))
+        left = 0
+        for space, target, scores in zip(spaces, targets, importance, strict=True):
+            if target < space.count:
+                best = top_units(scores, target, seed=stream_seed(run.seed, "pruning", run.step, space.name))
+                left += move_units(space, space.alive()[best.long()], run.optimizer).left
+        run.record(pruned=left, alive=sum(space.count for space in spaces))
+
+    @staticmethod
+    def _target(space: UnitSpace, fraction: float) -> int:
+        return max(1, round(fraction * space.capacity))
+
+    def finish(self, run: Run) -> None:
+        """Say if no layer could ever be judged, and which ones were held still whenever they were due."""
+        run.memory.missing.finish()
+        if not run.memory.missed:
+            return
+        spaces = run.spaces(training=False)
+        targets = [self._target(space, self.final_fraction) for space in spaces]
+        over = [space.name for space, target in zip(spaces, targets, strict=True) if space.count > target]
+        if sum(space.count for space in spaces) > sum(targets):
+            warnings.warn(
+                f"Prune.final_fraction={self.final_fraction} was not reached: {len(over)} layers, such as '{over[0]}', "
+                "were held still by another rule whenever they were due. Let modules take turns more often, or end the "
+                "pruning earlier (Prune.end).",
+                stacklevel=2,
+            )
+
+
+def _moves_of(config: Any) -> Any:
+    """`moves_after(update, total_steps)` of the rule that regrows the same supports, if there is one."""
+    regrows = [rule for rule in config.rules if rule.part_type in Prune.within] if config is not None else []
+    regrows += [config.regrowth] if getattr(config, "regrowth", None) else []
+    return regrows[0].moves_after if regrows else None
+
+
+def _global_targets(spaces: list[UnitSpace], importance: list[Tensor], total: int, seed: int) -> list[int]:
+    """Units each space keeps when its best one and the best of all others, by mean |value|, stay: `total` together."""
+    means = [scores.cpu() / space.unit_numel for space, scores in zip(spaces, importance, strict=True)]
+    for mean in means:
+        mean[mean.argmax()] = torch.inf  # which of equal ones is no matter: counts are read off
+    sizes = torch.tensor([scores.numel() for scores in importance])
+    kept = top_units(torch.cat(means), min(total, int(sizes.sum())), seed=seed)
+    owner = torch.bucketize(kept.long(), sizes.cumsum(0), right=True)
+    return torch.bincount(owner, minlength=len(spaces)).tolist()

@@ -1,0 +1,121 @@
+"""Rules: what happens to the units of an adapter while it trains; options, behaviour and state in one class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..utils.parts import Part, UnknownPart
+from ..utils.tensors import TensorSpec
+from .run import Run
+from .space import UnitSpace
+
+WRITES = frozenset({"units", "trains", "values", "gradient", "forward"})
+
+
+@dataclass(frozen=True)
+class Rule(Part):
+    r"""Base of the rules of `config.schedule`; a subclass is a registered frozen dataclass, its fields are its options.
+
+    A rule object is never changed and knows no model: what it needs is in the `Run` that each of its methods is given,
+    in this order at every optimizer step:
+
+        before_step          before the first micro-batch's forward pass
+        after_micro_batch    after each but the last micro-batch's backward pass
+        gradients            gradients are summed, averaged over ranks and clipped; the optimizer has not stepped
+        after_update         the optimizer has stepped (or skipped the step); gradients are still there
+        after_step           the step is counted, gradients are gone
+
+    What a resumed run must find again are tensors that `state` declares, and JSON in `run.saved`; everything else
+    follows from the step number or lives in `run.memory`.
+    """
+
+    part_kind: ClassVar[str] = "rule"
+    acts_on: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of the unit spaces that it works on."""
+    writes: ClassVar[frozenset[str]] = frozenset()
+    """What it changes: `units` (which ones live), `trains` (who is updated), `values`, `gradient`, `forward`. Two rules
+    that write the units of one space are refused; see `conflict`."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it relies on: `gate` (rank components with a trained gate), `fixed_units` (no other rule moves them),
+    `entries` (units that are single weight entries), `batches` (a dataloader at the start)."""
+    within: ClassVar[frozenset[str]] = frozenset()
+    """Types of the rules that may write the same units: this one acts at their moves, before them."""
+
+    def check(self, config: Any) -> None:
+        """Refuse a config that the rule cannot work with, when the config is made.
+
+        Raises:
+            ValueError: names the option and the mend.
+        """
+
+    def state(self, space: UnitSpace) -> list[TensorSpec]:
+        """The tensors (role "rule") to keep for one space: allocated at injection as zeros, saved in checkpoints, moved
+        with the units that they follow, dropped when the last step is done."""
+        return []
+
+    def begin(self, run: Run) -> None:
+        """Training begins (`run.resumed`: goes on).
+
+        Raises:
+            ValueError: the run is too short or lacks something.
+        """
+
+    def before_step(self, run: Run) -> None:
+        """Before the first micro-batch of a step."""
+
+    def after_micro_batch(self, run: Run) -> None:
+        """After a micro-batch that is not the step's last."""
+
+    def gradients(self, run: Run) -> None:
+        """Before the optimizer's step."""
+
+    def after_update(self, run: Run) -> None:
+        """After the optimizer's step."""
+
+    def after_step(self, run: Run) -> None:
+        """After the step is counted: `run.step` steps are done."""
+
+    def finish(self, run: Run) -> None:
+        """The run's last step is done."""
+
+    def release(self, run: Run) -> None:
+        """The run is over, however it ended: take everything off the model that is not part of the adapter."""
+
+
+def conflict(first: Rule, second: Rule) -> str | None:
+    """Why two rules of one adapter cannot be combined, as a sentence with its mend; None where they compose.
+
+    Rules that write the units of the same spaces are refused, unless one is meant to act within the other. A rule that
+    needs fixed units is refused beside any that writes them. `trains` masks are combined, `values`, `gradient` and
+    `forward` act in the order of the list.
+    """
+    names = f"{type(first).__name__} and {type(second).__name__}"
+    if type(first) is type(second):
+        return f"schedule has {type(first).__name__} twice; keep one of them."
+    spaces = first.acts_on & second.acts_on
+    both = "units" in first.writes and "units" in second.writes
+    if both and spaces and second.part_type not in first.within and first.part_type not in second.within:
+        return f"{names} both decide which units of {sorted(spaces)} live. Keep one of them."
+    for one, other in ((first, second), (second, first)):
+        if spaces and "fixed_units" in one.needs and "units" in other.writes:
+            return (
+                f"{type(one).__name__} needs the units that training began with, and {type(other).__name__} moves "
+                "them. Keep one of them."
+            )
+    return None
+
+
+def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:
+    """Refuse rules that cannot be combined, or cannot work with `config`.
+
+    Raises:
+        ValueError: names both rules, or the rule's option.
+    """
+    known = [rule for rule in schedule if isinstance(rule, Rule)]
+    for number, rule in enumerate(known):
+        rule.check(config)
+        for other in known[:number]:
+            if (reason := conflict(other, rule)) is not None:
+                raise ValueError(reason)

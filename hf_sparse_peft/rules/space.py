@@ -1,0 +1,149 @@
+"""Unit spaces: what a rule sees of an adapted layer: living units, the tensors that follow them, a way to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A tensor with one slice a unit along `axis`, in the order of the living units; slices of new units become
+    `fill`. The optimizer's state of a parameter follows with it."""
+
+    tensor: Tensor
+    axis: int = 0
+    fill: float = 0.0
+
+
+class AdaptedLayer(Protocol):
+    """What a space asks of the layer that it belongs to (`tuners.shared.layer.AdapterLayer`)."""
+
+    module_name: str
+    adapter_configs: dict[str, Any]
+
+    def rule_state(self, adapter_name: str) -> dict[str, Tensor]: ...
+
+    def rule_followers(self, adapter_name: str, kind: str) -> list[Follower]: ...
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """Units of one kind of one adapter in one layer.
+
+    `size` units exist, `capacity` of them have tensors allocated, `alive()` are in use, and each that is costs
+    `unit_numel` trained numbers, which is all that a budget over several kinds of spaces needs to know.
+    """
+
+    layer: Any
+    adapter: str
+    kind: ClassVar[str] = ""
+    """"support", "rank", "kernel", "module", ..."""
+
+    @property
+    def name(self) -> str:
+        """Name of the adapted module."""
+        return self.layer.module_name
+
+    @property
+    def config(self) -> Any:
+        """The adapter's config, one object for all of its layers."""
+        return self.layer.adapter_configs[self.adapter]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the adapter's random draws."""
+        return getattr(self.config, "seed", 0)
+
+    @property
+    def size(self) -> int:
+        """Units that the weight has."""
+        raise NotImplementedError
+
+    @property
+    def capacity(self) -> int:
+        """Units that there is room for."""
+        raise NotImplementedError
+
+    @property
+    def unit_numel(self) -> int:
+        """Trained numbers of one unit."""
+        raise NotImplementedError
+
+    def alive(self) -> Tensor:
+        """Living units, sorted, `[a]`."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Living units."""
+        return self.alive().numel()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the space's units."""
+        raise NotImplementedError
+
+    def followers(self) -> list[Follower]:
+        """Everything that has one slice a unit: parameters, and the state of rules."""
+        own = [Follower(parameter, axis) for parameter, axis in self.parameter_axes()]
+        return own + self.layer.rule_followers(self.adapter, self.kind)
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """Each parameter with the axis that its units lie along."""
+        return [(parameter, 0) for parameter in self.parameters()]
+
+    def write(self, units: Tensor) -> None:
+        """Make `units` (sorted, distinct, at most `capacity`) the living ones, in place; their tensors are the
+        caller's (`move_units`)."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """State that rules keep for this adapter in this layer, by name."""
+        return self.layer.rule_state(self.adapter)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the space takes part in the current step: some parameter of it is updated."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+
+@dataclass(frozen=True)
+class ModuleSpace(UnitSpace):
+    """A whole adapted module as one unit: all parameters of one adapter there, of whichever peft tuner."""
+
+    kind: ClassVar[str] = "module"
+
+    size = capacity = 1
+
+    @property
+    def name(self) -> str:
+        """Name of the module; "" for layers of upstream tuners, which do not know theirs."""
+        return getattr(self.layer, "module_name", "")
+
+    @property
+    def unit_numel(self) -> int:
+        """Numbers of the adapter in the module."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def alive(self) -> Tensor:
+        """The one unit."""
+        return torch.zeros(1, dtype=torch.int32)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of the adapter in this module."""
+        return list(self._parameters())
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for attribute in self.layer.adapter_layer_names:
+            held = getattr(self.layer, attribute)
+            if self.adapter in held:
+                one = held[self.adapter]
+                yield from [one] if isinstance(one, nn.Parameter) else one.parameters()
+
+    def write(self, units: Tensor) -> None:
+        """Refused: a module neither dies nor grows."""
+        raise ValueError(f"'{self.name}' is a whole module; rules may hold it still, not move it.")

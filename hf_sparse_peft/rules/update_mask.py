@@ -1,0 +1,153 @@
+"""Who is updated at a step: parameters, or parts of them, that rules hold still keep value and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optim import innermost
+
+Mask = Callable[[], Tensor | None]
+
+
+class UpdateMask:
+    """The update mask of one training run; what several rules ask for is combined: a number is updated if no rule holds
+    it still.
+
+    Whole parameters (`hold`) get `requires_grad=False` and lose their gradient, so that none is computed and neither
+    clipping nor the optimizer sees them. Parts of a parameter (`hold_part`) lose their gradient as it arrives, before
+    clipping, and value and optimizer state are put back bit for bit after the step, whatever weight decay or momentum
+    did to them. That hangs on the optimizer's own step hooks (`attach`): it holds in any loop, and a step that a
+    gradient scaler skips does nothing. `release` ends all of it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, dict[int, nn.Parameter]] = {}
+        self._still: dict[int, nn.Parameter] = {}
+        self._parts: dict[Hashable, list[tuple[nn.Parameter, Mask, bool]]] = {}
+        self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._hooks: dict[int, Any] = {}
+        self._optimizer: Any = None
+        self._optimizer_hooks: list[Any] = []
+        self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def hold(self, rule: Hashable, parameters: Iterable[nn.Parameter]) -> None:
+        """Hold exactly these still as far as `rule` is concerned; what it held before is updated again unless another
+        rule holds it. Parameters that the user froze stay out of it."""
+        self._held[rule] = {id(parameter): parameter for parameter in parameters}
+        wanted = {key: parameter for held in self._held.values() for key, parameter in held.items()}
+        for key in [key for key in self._still if key not in wanted]:
+            self._still.pop(key).requires_grad_(True)
+        for key, parameter in wanted.items():
+            if key in self._still or parameter.requires_grad:
+                self._still[key] = parameter
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def hold_part(self, rule: Hashable, parts: Iterable[tuple[nn.Parameter, Mask]], keep_state: bool = True) -> None:
+        """Hold parts of these parameters still, and of no others as far as `rule` is concerned.
+
+        Args:
+            parts: parameters, each with a function that gives what to hold at this step: numbers (nonzero in a tensor
+                of the parameter's shape), slices along axis 0 (nonzero in `[k]`), or None.
+            keep_state: whether the optimizer's state there is put back too; False where it is of no use any more.
+        """
+        self._parts[rule] = [(parameter, mask, keep_state) for parameter, mask in parts]
+        wanted = {id(parameter): parameter for held in self._parts.values() for parameter, *_ in held}
+        for key in [key for key in self._hooks if key not in wanted]:
+            self._hooks.pop(key).remove()
+        for key, parameter in wanted.items():
+            if key not in self._hooks:
+                self._hooks[key] = parameter.register_hook(partial(self._zero, parameter))
+
+    def _zero(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        for mask, _ in self._masks_of(parameter):
+            held = mask.bool() if mask.shape == gradient.shape else mask.bool().view(-1, *[1] * (gradient.dim() - 1))
+            gradient = gradient.masked_fill(held, 0)
+        return gradient
+
+    def _masks_of(self, parameter: nn.Parameter) -> list[tuple[Tensor, bool]]:
+        held = [(mask(), keep) for parts in self._parts.values() for one, mask, keep in parts if one is parameter]
+        return [(mask, keep) for mask, keep in held if mask is not None]
+
+    def attach(self, optimizer: Any) -> None:
+        """Hang on `optimizer`'s step hooks (the innermost one's, behind wrappers).
+
+        Raises:
+            ValueError: an optimizer without step hooks, which nothing of torch is.
+        """
+        inner = innermost(optimizer)
+        if inner is self._optimizer:
+            return
+        if not hasattr(inner, "register_step_pre_hook"):
+            raise ValueError(
+                f"{type(inner).__name__} has no step hooks, so that nothing can be held still in its steps. Derive it "
+                "from torch.optim.Optimizer."
+            )
+        self._detach()
+        self._optimizer = inner
+        self._optimizer_hooks = [
+            inner.register_step_pre_hook(lambda *_: self._save()),
+            inner.register_step_post_hook(lambda *_: self.restore()),
+        ]
+
+    @torch.no_grad()
+    def _save(self) -> None:
+        self._saved = []
+        for parameter in self._still.values():
+            parameter.grad = None  # a closure, or a second backward pass, may have brought one
+        for parameter in {id(p): p for held in self._parts.values() for p, *_ in held}.values():
+            if parameter.grad is None:
+                continue
+            for mask, keep_state in self._masks_of(parameter):
+                place = self._place(parameter, mask)
+                states = _entry_states(self._optimizer.state.get(parameter, {}), parameter) if keep_state else []
+                for tensor in (parameter.data, *states):
+                    self._saved.append((tensor, place, tensor[place].clone()))
+
+    def _place(self, parameter: nn.Parameter, mask: Tensor) -> Tensor:
+        """Where the numbers or slices of a mask are; read anew only when rewritten, as reading waits for a GPU."""
+        if mask.shape == parameter.shape and mask.dim() > 1:
+            return mask.bool()
+        known = self._places.get(id(parameter))
+        if known is None or known[0] is not mask or known[1] != mask._version:
+            known = self._places[id(parameter)] = (mask, mask._version, mask.nonzero().squeeze(1))
+        return known[2]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what the last step must not have changed; also what a step that was broken off half-way did."""
+        for tensor, place, values in self._saved:
+            tensor[place] = values
+        self._saved = []
+
+    def release(self) -> list[nn.Parameter]:
+        """Let everything be updated again; returns the whole parameters that were held still."""
+        self.restore()
+        self._detach()
+        for hook in self._hooks.values():
+            hook.remove()
+        still = list(self._still.values())
+        self._held, self._still, self._parts, self._hooks, self._places = {}, {}, {}, {}, {}
+        for parameter in still:
+            parameter.requires_grad_(True)
+        return still
+
+    def _detach(self) -> None:
+        for hook in self._optimizer_hooks:
+            hook.remove()
+        self._optimizer, self._optimizer_hooks = None, []
+
+
+def _entry_states(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    found = [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+    if any(not tensor.is_floating_point() for tensor in found):
+        raise ValueError(
+            "Parts of a parameter keep their optimizer state while they are held still, and 8-bit state cannot be "
+            "edited entry by entry. Use a 32-bit optimizer, or hf_sparse_peft.optim.use_32bit_states."
+        )
+    return found

@@ -1,0 +1,14 @@
+"""Callbacks that carry one rule each: for a rule that is given in place, or a run that lists its callbacks itself."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..rules import Prune, Rule
+from .runner import RuleRunner
+
+
+class PruningCallback(RuleRunner):
+    """Runs `Prune`, the config's or the one that is given."""
+
+    rule_class: ClassVar[type[Rule]] = Prune

@@ -1,0 +1,240 @@
+"""`RuleRunner`: the one callback that carries out the rules of `config.schedule` in a `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..optim import innermost
+from ..rules import Rule, Run, Training
+from ..tuners import AdapterLayer, adapter_layers, restore_fp32
+from ..tuners.shared.best_model import warn_of_best_model
+from ..tuners.shared.live_run import LiveRun, begin_run, end_with_train, run_on
+from ..utils.parts import UnknownPart, load_part
+from .trainer_checks import refuse_sharded, why_no_rule_runs
+
+_LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun]]] = weakref.WeakKeyDictionary()
+"""Layer -> adapter -> the run that last kept rule state there."""
+
+
+class RuleRunner(TrainerCallback, ExportableState):
+    """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list.
+
+    `callbacks_for(model)` gives it; a subclass with a `rule_class` carries the rules of that class only.
+
+    Args:
+        rule: run this rule on all trained adapters instead of those that their configs name.
+
+    Raises:
+        ValueError: `rule` is not one, or not of the subclass's `rule_class`.
+    """
+
+    rule_class: ClassVar[type[Rule]] = Rule
+
+    def __init__(self, rule: Rule | dict[str, Any] | None = None) -> None:
+        if rule is not None:
+            rule = load_part(Rule, rule, f"{type(self).__name__}(rule)")
+            if isinstance(rule, UnknownPart):
+                raise ValueError(f"{type(self).__name__}({rule.data}) cannot run here: {rule.reason}.")
+            if not isinstance(rule, self.rule_class):
+                raise ValueError(f"{type(self).__name__} carries a {self.rule_class.__name__}, not {rule!r}.")
+        self.rule = rule
+        self.runs: list[Run] = []
+        """One view of the current (or last) training run for each rule of each adapter."""
+        self.training: Training | None = None
+        self._live: LiveRun | None = None
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the rules did: dicts with `step`, `rule`, `adapter` and what the rule says of it, in order."""
+        found = [
+            {"rule": run.rule.part_type, "adapter": run.adapter, **event} for run in self.runs for event in run.events
+        ]
+        return sorted(found, key=lambda event: event["step"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries (`trainer_state.json`)."""
+        saved = {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
+        return {"args": {"rule": None if self.rule is None else self.rule.to_dict()}, "attributes": {"saved": saved}}
+
+    # Events of the Trainer
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a sharded run before any process wraps the model, undo the casts of the trainer's constructor, end a
+        run on this model that was broken off, and let this trainer's own runs end however they end.
+
+        Raises:
+            ValueError: DeepSpeed or FSDP is switched on, by whatever means.
+        """
+        refuse_sharded(args, "schedule")
+        end_with_train()
+        if model is not None:
+            run_on(model)
+            restore_fp32(model)
+            for layer, adapter in _trained_adapters(model) if self.rule is not None else ():
+                layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Find the spaces of every rule, prepare their state, and let the rules check themselves against the run.
+
+        Raises:
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, or the
+                run is sharded in a way that hides gradients and optimizer state.
+        """
+        refuse_sharded(args, "schedule", model)
+        warn_of_best_model(args, state, model)
+        self.training = Training(
+            model=model,
+            total_steps=state.max_steps,
+            step=state.global_step,
+            optimizer=kwargs.get("optimizer"),
+            accumulation=args.gradient_accumulation_steps,
+            learning_rate=args.learning_rate,
+            clips=bool(args.max_grad_norm),
+            fp16=bool(args.fp16),
+            dataloader=kwargs.get("train_dataloader"),
+            arguments=args,
+            show_progress=not args.disable_tqdm and state.is_world_process_zero,
+            resumed=bool(state.global_step),
+        )
+        self._join(model)
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        saved = saved[0] if isinstance(saved, list) else saved
+        self.begin((saved or {}).get("attributes", {}).get("saved", {}))
+
+    def begin(self, saved: dict[str, dict[str, Any]]) -> None:
+        """Make the runs and begin them; `saved` is what a checkpoint brought."""
+        self.runs = list(self._make_runs())
+        if not self.runs:
+            raise ValueError(why_no_rule_runs(type(self).__name__, self.rule_class, self.training.model))
+        for run in self.runs:
+            run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
+        if any("trains" in run.rule.writes for run in self.runs) and self.training.optimizer is not None:
+            self.training.updates.attach(self.training.optimizer)
+        for run in self.runs:
+            run.rule.begin(run)
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Before the first micro-batch."""
+        self.training.step, self.training.optimizer = state.global_step, optimizer or self.training.optimizer
+        for run in self.runs:
+            run.rule.before_step(run)
+
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Between micro-batches."""
+        for run in self.runs:
+            run.rule.after_micro_batch(run)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Before the update."""
+        self.training.optimizer = optimizer or self.training.optimizer
+        for run in self.runs:
+            run.rule.gradients(run)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """After the update."""
+        for run in self.runs:
+            run.rule.after_update(run)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """After the step is counted."""
+        self.training.step = state.global_step
+        for run in self.runs:
+            run.rule.after_step(run)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Free the rules' state once the last step is done, so that the shipped adapter is small."""
+        if state.global_step >= state.max_steps:  # else stopped early: a resumed run needs its state
+            for run in self.runs:
+                run.rule.finish(run)
+        self._leave()
+        if state.global_step < state.max_steps:
+            return
+        for run in self.runs:
+            for space in run.all_spaces:
+                space.layer.drop_training_state(space.adapter)
+            if run.config is not None:
+                run.config.training_finished = True
+
+    # Runs
+
+    def _join(self, model: nn.Module) -> None:
+        self._live = begin_run(model, adapter_layers(model))
+        self._live.join(self, self._release)
+        self.training.updates = self._live.mask
+        optimizer = self.training.optimizer
+        groups = innermost(optimizer).param_groups if optimizer is not None else []
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        if known and any(id(parameter) not in known for parameter in self._live.woken):
+            raise ValueError(
+                "A run that was broken off held parameters still, and this optimizer was built before they were "
+                "released, without them. They train again now: make a new Trainer (or optimizer) and call train()."
+            )
+
+    def _leave(self) -> None:
+        if self._live is not None:
+            self._live.leave(self)
+
+    def _release(self) -> None:
+        """Called when the run ends, however it does."""
+        for run in self.runs:
+            run.rule.release(run)
+
+    def _make_runs(self) -> Iterator[Run]:
+        layers: dict[str, list[AdapterLayer]] = {}
+        for layer, adapter in _trained_adapters(self.training.model):
+            layers.setdefault(adapter, []).append(layer)
+        for adapter, held in layers.items():
+            config = held[0].adapter_configs[adapter]
+            config.check_runnable()
+            rules = [self.rule] if self.rule is not None else config.rules
+            for rule in (rule for rule in rules if isinstance(rule, self.rule_class)):
+                spaces = [s for layer in held for s in layer.unit_spaces(adapter) if s.kind in rule.acts_on]
+                spaces = [space for space in spaces if space.trains or space.kind == "module"]
+                if spaces:
+                    self._take_charge(rule, config)
+                    for layer in held:
+                        _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
+                    yield Run(self.training, rule, adapter, config, spaces)
+
+    def _take_charge(self, rule: Rule, config: Any) -> None:
+        if rule.part_type in self._live.attended(config):
+            raise ValueError(
+                f"{type(rule).__name__} is run by two callbacks of this Trainer, {type(self).__name__} and another. "
+                "Pass callbacks_for(model), or the callback of that one rule, not both."
+            )
+        self._live.attend(config, rule.part_type)
+        config.training_finished = False
+
+
+def _trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:
+    """Layers with the active adapters that they hold and that are not for inference."""
+    for layer in adapter_layers(model):
+        for name in layer.active_adapters:
+            if layer.holds(name) and not layer.adapter_configs[name].inference_mode:
+                yield layer, name
+
+
+def _allocate_state(layer: AdapterLayer, adapter: str, rule: Rule, live: LiveRun, fresh: bool) -> None:
+    """State for `live`; where it starts afresh, not what an earlier run that did not end left behind."""
+    runs = _LAST_RUN.setdefault(layer, {})
+    if fresh and adapter in runs and runs[adapter]() is not live:
+        layer.drop_training_state(adapter)
+    runs[adapter] = weakref.ref(live)
+    layer.allocate_rule_state(adapter, [rule])

@@ -1,0 +1,180 @@
+"""The unit spaces of a sparse + low-rank layer: the units of its support, the components of its low-rank half."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...rules import UnitSpace
+from ...sparsity import UnitGrid
+
+
+@dataclass(frozen=True)
+class SupportSpace(UnitSpace):
+    """Entries, blocks, rows or columns of one weight: the support of one adapter."""
+
+    kind: ClassVar[str] = "support"
+
+    @property
+    def grid(self) -> UnitGrid:
+        """How the weight is cut into units."""
+        return self.layer.sparse_lora_grid[self.adapter]
+
+    @property
+    def values(self) -> nn.Parameter:
+        """Values of the support, living units first."""
+        return self.layer.sparse_lora_values[self.adapter]
+
+    @property
+    def size(self) -> int:
+        """Units of the weight."""
+        return self.grid.num_units
+
+    @property
+    def capacity(self) -> int:
+        """Units that values and support have room for."""
+        return self.values.shape[0]
+
+    @property
+    def unit_numel(self) -> int:
+        """Entries of a unit."""
+        return self.grid.unit_numel
+
+    def alive(self) -> Tensor:
+        """Living units, sorted; `values[:a]` belong to them."""
+        return self.layer.units(self.adapter)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The values."""
+        return [self.values]
+
+    def write(self, units: Tensor) -> None:
+        """Make `units` the support."""
+        self.layer.write_support(self.adapter, units)
+
+    # Frozen units: excluded from the update, still part of the weight
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """uint8 `[capacity]`, 1 where a living unit is frozen; None where no rule freezes units."""
+        return self.state().get("frozen")
+
+    def trained(self) -> Tensor:
+        """Bool `[a]`: which living units are updated, that is, are not frozen."""
+        count, frozen = self.count, self.frozen
+        if frozen is None:
+            return torch.ones(count, dtype=torch.bool, device=self.values.device)
+        return frozen[:count] == 0
+
+    def trained_units(self) -> Tensor:
+        """Units that are updated, sorted."""
+        return self.alive()[self.trained()]
+
+    # Weights
+
+    def living_values(self) -> Tensor:
+        """Values of the living units, `[a, ...]`, detached."""
+        return self.values.detach()[: self.count]
+
+    @property
+    def scaling(self) -> float:
+        """What a value is multiplied by in the update."""
+        return self.layer.sparse_lora_support_scaling[self.adapter]
+
+    def base_weight(self) -> Tensor:
+        """The base weight `[out, in]`, dequantised if need be; not to be written to."""
+        return self.layer.dense_base_weight()
+
+    def current_weight(self) -> Tensor:
+        """A new fp32 tensor `[out, in]`: the base weight plus the adapter's update."""
+        weight = self.base_weight().detach().to(torch.float32, copy=True)
+        self.layer._add_delta_(weight, self.adapter)
+        return weight
+
+
+@dataclass(frozen=True)
+class RankSpace(UnitSpace):
+    """Components of the low-rank half: component i is row i of `A`, column i of `B` and number i of the gate."""
+
+    kind: ClassVar[str] = "rank"
+
+    @property
+    def size(self) -> int:
+        """Components that there is room for."""
+        return self.layer.sparse_lora_r[self.adapter]
+
+    capacity = size
+
+    @property
+    def unit_numel(self) -> int:
+        """Numbers of a component: its row of `A`, its column of `B`, its gate."""
+        return self.layer.in_features + self.layer.out_features + (self.gate is not None)
+
+    @property
+    def A(self) -> nn.Parameter:
+        """`[r, in]`."""
+        return self.layer.sparse_lora_A[self.adapter]
+
+    @property
+    def B(self) -> nn.Parameter:
+        """`[out, r]`."""
+        return self.layer.sparse_lora_B[self.adapter]
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """`[r]`, or None without one."""
+        return self.layer.sparse_lora_gate.get(self.adapter)
+
+    @property
+    def mask(self) -> Tensor:
+        """uint8 `[r]`: which components live; all of them where there is no gate."""
+        held = self.layer.sparse_lora_rank_mask
+        return held[self.adapter] if self.adapter in held else torch.ones(self.size, dtype=torch.uint8)
+
+    def alive(self) -> Tensor:
+        """Living components, sorted."""
+        return self.mask.nonzero().squeeze(1)
+
+    @property
+    def count(self) -> int:
+        """Living components."""
+        return self.layer.alive_components(self.adapter)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Gate (if any), A, B."""
+        return [parameter for parameter in (self.gate, self.A, self.B) if parameter is not None]
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """Components lie along the rows of A, the columns of B, and the gate."""
+        return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
+
+    def write(self, units: Tensor) -> None:
+        """Let the components `units` live: the others' gates are zero from now on, in place, and their mask is 0.
+
+        Raises:
+            ValueError: without a gate no component can die.
+        """
+        if self.gate is None:
+            raise ValueError(f"The components of '{self.name}' have no gate, so that none can be switched off.")
+        mask = torch.zeros_like(self.mask)
+        mask[units.long()] = 1
+        self.mask.copy_(mask)
+        self.apply_mask()
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Zero the gates of components that do not live; an optimizer may have moved them."""
+        self.gate.data.mul_(self.mask)
+
+
+def spaces_of(layer: Any, adapter: str) -> list[UnitSpace]:
+    """The spaces of one adapter of a sparse + low-rank layer."""
+    found: list[UnitSpace] = []
+    if adapter in layer.sparse_lora_values:
+        found.append(SupportSpace(layer, adapter))
+    if adapter in layer.sparse_lora_A:
+        found.append(RankSpace(layer, adapter))
+    return found

@@ -1,0 +1,209 @@
+"""Parts: frozen dataclasses that a config file names by their type, and that anybody can register.
+
+    @register_part("prune")
+    @dataclass(frozen=True)
+    class Prune(Rule):               # Rule sets part_kind = "rule"
+        final_fraction: float = 0.5
+
+    Prune(0.25).to_dict()                                            {"type": "prune", "final_fraction": 0.25}
+    load_part(Rule, {"type": "prune", "final_fraction": 0.25}, "schedule[0]")       Prune(0.25)
+
+A field whose value is the default is left out, so that files stay short. A part of a plugin that is not installed, or
+of a newer release, loads as an `UnknownPart`: it is kept as it was, written back as it was, and whoever needs to run it
+refuses it by name.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .option_types import check_types
+
+PartT = TypeVar("PartT", bound="Part")
+
+_PARTS: dict[tuple[str, str], type[Part]] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Base of the parts of a config. A kind of parts is a subclass that sets `part_kind`."""
+
+    part_kind: ClassVar[str] = ""
+    """What may stand where: "rule", "curve", "score", ..."""
+    part_type: ClassVar[str] = ""
+    """Its name in files; set by `register_part`."""
+
+    def __post_init__(self) -> None:
+        # JSON gives dicts and names for nested parts; frozen fields are set as dataclasses themselves do.
+        for name, base in _nested_bases(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, (dict, str)) or (isinstance(value, (list, tuple)) and _is_list(type(self), name)):
+                object.__setattr__(self, name, _load_field(base, value, f"{type(self).__name__}.{name}"))
+        check_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`type` and every option that is not at its default, nested parts included."""
+        found = {"type": self.part_type}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if value != default:
+                found[field.name] = plain(value)
+        return found
+
+
+@dataclass(frozen=True)
+class UnknownPart:
+    """A part that cannot be made here: kept as the file has it."""
+
+    kind: str
+    data: dict[str, Any]
+    reason: str
+    """Why, as the end of a sentence: "its type 'x' is not registered"."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file had."""
+        return dict(self.data)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, str(self.data)))
+
+
+def register_part(name: str) -> Callable[[type[PartT]], type[PartT]]:
+    """Class decorator: enter a frozen dataclass under `name` among the parts of its kind.
+
+    Raises:
+        TypeError: no frozen dataclass, or of no kind.
+        ValueError: the name is taken, or is not lower case with underscores.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"part type {name!r} must be lower case with underscores, as in 'aged_adamw'.")
+
+    def enter(cls: type[PartT]) -> type[PartT]:
+        if not (isinstance(cls, type) and issubclass(cls, Part) and cls.part_kind):
+            raise TypeError(f"{cls!r} is no part: derive it from one of the kinds, e.g. hf_sparse_peft.Rule.")
+        if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
+            raise TypeError(
+                f"{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) below the decorator."
+            )
+        held = _PARTS.setdefault((cls.part_kind, name), cls)
+        if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"{cls.part_kind} {name!r} is taken by {held.__module__}.{held.__qualname__}; choose another name."
+            )
+        _PARTS[cls.part_kind, name] = cls  # a module that is reloaded brings its class anew
+        cls.part_type = name
+        return cls
+
+    return enter
+
+
+def part_types(base: type[Part]) -> dict[str, type[Part]]:
+    """Registered types of the kind of `base`, by name."""
+    return {name: cls for (kind, name), cls in sorted(_PARTS.items()) if kind == base.part_kind}
+
+
+def load_part(base: type[PartT], value: Any, where: str) -> PartT | UnknownPart:
+    """`value` (a part, a dict with `type` as files have it, or the bare type) as a part of the kind of `base`.
+
+    A type that is not registered and an option that its class does not have give an `UnknownPart`.
+
+    Args:
+        where: the option, for messages.
+
+    Raises:
+        ValueError: neither of these, or an option out of range.
+    """
+    if isinstance(value, Part) and value.part_kind == base.part_kind:
+        return value
+    if isinstance(value, UnknownPart) and value.kind == base.part_kind:
+        return value
+    data = {"type": value} if isinstance(value, str) else value
+    if not isinstance(data, Mapping) or not isinstance(data.get("type"), str):
+        raise ValueError(
+            f"{where}={value!r} is not understood: pass a {base.part_kind} (one of "
+            f"{[cls.__name__ for cls in part_types(base).values()]}), or a dict with its 'type' and options."
+        )
+    cls = _PARTS.get((base.part_kind, data["type"]))
+    if cls is None:
+        return UnknownPart(base.part_kind, dict(data), f"its type {data['type']!r} is not registered")
+    options = {name: option for name, option in data.items() if name != "type"}
+    surplus = sorted(set(options) - {field.name for field in fields(cls)})
+    if surplus:
+        return UnknownPart(base.part_kind, dict(data), f"{cls.__name__} has no option {surplus}")
+    try:
+        made = cls(**options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    unknown = unknown_within(made)
+    return made if unknown is None else UnknownPart(base.part_kind, dict(data), unknown.reason)
+
+
+def unknown_within(value: Any) -> UnknownPart | None:
+    """The first unknown part in a part's options, at any depth."""
+    if isinstance(value, UnknownPart):
+        return value
+    held = value if isinstance(value, (list, tuple)) else []
+    if isinstance(value, Part):
+        held = [getattr(value, field.name) for field in fields(value)]
+    return next((found for one in held if (found := unknown_within(one)) is not None), None)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON takes it."""
+    if isinstance(value, (Part, UnknownPart)):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return value
+
+
+def require(condition: bool, owner: Any, field: str, accepted: str) -> None:
+    """Raise `ValueError` naming the field of the part `owner`, its value and what it accepts, unless `condition`."""
+    if not condition:
+        value = getattr(owner, field)
+        raise ValueError(f"{type(owner).__name__}.{field}={value!r} is out of range: it takes {accepted}.")
+
+
+def _load_field(base: type[Part], value: Any, where: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(load_part(base, one, f"{where}[{number}]") for number, one in enumerate(value))
+    if isinstance(value, str) and (base.part_kind, value) not in _PARTS:
+        raise ValueError(f"{where}={value!r} is unknown; choose one of {sorted(part_types(base))}.")
+    return load_part(base, value, where)
+
+
+@cache
+def _nested_bases(cls: type) -> dict[str, type[Part]]:
+    """Field -> kind of part, for the fields whose annotation names one."""
+    found = {}
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kinds = [one for one in _leaves(hints[field.name]) if isinstance(one, type) and issubclass(one, Part)]
+        if kinds:
+            found[field.name] = kinds[0]
+    return found
+
+
+@cache
+def _is_list(cls: type, name: str) -> bool:
+    return any(get_origin(one) in (list, tuple) for one in _alternatives(get_type_hints(cls)[name]))
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _leaves(hint: Any) -> list[Any]:
+    inner = get_args(hint)
+    return [leaf for one in inner for leaf in _leaves(one)] if inner else [hint]
