@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_sparse_peft import SparseLoraConfig, hub, methods
 from hf_sparse_peft.methods import Method, aged_adamw
 
-SCHEDULE_METHODS = {"regrowth": "spiel-ag", "pruning": "gradual-pruning", "rank_allocation": "adalora"}
+SCHEDULE_METHODS = {"regrowth": "spiel-ag", "prune": "gradual-pruning", "rank_allocation": "adalora"}
 FIRST_RUN_RATE = 0.01
 """Learning rate of full fine-tuning, as a share of an adapter's."""
 
@@ -35,7 +35,7 @@ def method_card(method: Method) -> dict[str, str | None]:
     """`method` and `paper` of the card: what was asked for by name, or what the adapter's schedules are."""
     if method.info:
         return {"method": method.info.name, "paper": method.paper}
-    used = [name for field, name in SCHEDULE_METHODS.items() if getattr(method.config, field) is not None]
+    used = [name for field, name in SCHEDULE_METHODS.items() if field in method.config.asked_schedules]
     papers = [methods.describe(name).paper for name in used]
     return {"method": " + ".join(used) or "sparse-lora", "paper": "; ".join(papers) or None}
 

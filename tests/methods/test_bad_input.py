@@ -72,7 +72,7 @@ RUN_MISTAKES = {
     ),
     "a pruning window without a step": (
         {"density": 0.1, "schedule": [{"type": "prune", "start": 0.5, "end": 0.52}]},
-        ["pruning.begin=0.5", "pruning.end=0.52", "Train longer"],
+        ["Prune.start=0.5", "Prune.end=0.52", "Train longer"],
     ),
 }
 

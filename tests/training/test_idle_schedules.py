@@ -41,7 +41,7 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
     options = ("regrowth", "pruning", "rank_allocation", "rounds", "layer_sampling", "freezing", "nuclear_norm",
-               "budget_competition")  # fmt: skip
+               "budget_competition", "Prune.")  # fmt: skip
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
 
