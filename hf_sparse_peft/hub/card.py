@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -15,12 +16,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 
-from ..tuners import SparseLoraConfig
+from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import base_overrides
-from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
-from ..tuners.sparse_lora.config import SCHEDULES
+from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
 from .folders import ADAPTER_FILES, staged_folder
+from .summary import adapter_summary
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 GENERATED = "<!-- Written by hf-sparse-peft at every save while this line is here; delete it to keep your edits. -->"
@@ -34,70 +35,6 @@ _AUTO_CLASSES = {
     TaskType.FEATURE_EXTRACTION: ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
 }
 _PACKAGES = ("hf-sparse-peft", "peft", "transformers", "torch", "bitsandbytes")
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> list[SparseLoraLayer]:
-    """The layers of `model` that the adapter `adapter_name` reaches, in model order.
-
-    Raises:
-        ValueError: `model` has no SPARSE_LORA adapter of that name.
-    """
-    layers = [layer for layer in sparse_layers(model) if adapter_name in layer.sparse_lora_config]
-    if not layers:
-        known = sorted({name for layer in sparse_layers(model) for name in layer.sparse_lora_config})
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is no SPARSE_LORA adapter of this model; it has {known or 'none'}."
-        )
-    return layers
-
-
-def adapter_config(model: nn.Module, adapter_name: str) -> SparseLoraConfig:
-    """The config of the adapter `adapter_name`.
-
-    Raises:
-        ValueError: `model` has no SPARSE_LORA adapter of that name.
-    """
-    return adapter_layers(model, adapter_name)[0].sparse_lora_config[adapter_name]
-
-
-def support_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
-    """What an adapter changes, a row for each group of equally named modules of one shape, in model order.
-
-    Keys: `group` (last part of the module names), `modules`, `rows`, `cols`, `granularity` (None without a sparse
-    half), `units` (living) of `capacity`, `density` (share of the weights' entries that live), `components` (living) of
-    `rank` (allocated), summed over the group, and `parameters` (living trained numbers). Only living units and
-    components are counted.
-
-    Raises:
-        ValueError: `model` has no SPARSE_LORA adapter of that name, or a support is damaged.
-    """
-    groups: dict[tuple, dict[str, Any]] = {}
-    for layer in adapter_layers(model, adapter_name):
-        rows, cols = layer.out_features, layer.in_features
-        name = layer.module_name.rpartition(".")[2]
-        kind = layer.sparse_lora_grid[adapter_name].granularity if adapter_name in layer.sparse_lora_grid else None
-        row = groups.setdefault(
-            (name, rows, cols, kind),
-            {"group": name, "modules": 0, "rows": rows, "cols": cols, "granularity": None, "units": 0, "capacity": 0}
-            | {"density": 0.0, "components": 0, "rank": 0, "parameters": 0},
-        )
-        row["modules"] += 1
-        entries = 0
-        if adapter_name in layer.sparse_lora_values:
-            grid, units = layer.sparse_lora_grid[adapter_name], layer.units(adapter_name).numel()
-            row["granularity"] = grid.granularity
-            row["units"] += units
-            row["capacity"] += layer.sparse_lora_values[adapter_name].shape[0]
-            entries = units * grid.unit_numel
-        components = layer.alive_components(adapter_name)
-        row["components"] += components
-        row["rank"] += layer.sparse_lora_r.get(adapter_name, 0)
-        gate = int(adapter_name in layer.sparse_lora_gate)
-        row["parameters"] += entries + components * (rows + cols + gate)
-        row["density"] += entries / (rows * cols)  # a mean in the end: all weights of a group have one size
-    for row in groups.values():
-        row["density"] /= row["modules"]
-    return list(groups.values())
 
 
 def adapter_card(
@@ -115,7 +52,7 @@ def adapter_card(
     tags: Sequence[str] | None = None,
     generated: bool = False,
 ) -> ModelCard:
-    """The model card of an adapter, filled in from its layers and config.
+    """The model card of an adapter of any tuner of this package, filled in from its unit spaces, pieces and config.
 
     `base_model` defaults to the name that the adapter's config holds; it becomes Hub metadata only where it can be a
     Hub id, since the Hub refuses cards that name a local path. `metrics` maps names to numbers, shown as a table.
@@ -124,16 +61,18 @@ def adapter_card(
     saves may rewrite.
 
     Raises:
-        ValueError: `model` has no SPARSE_LORA adapter of that name, or `metrics` is not a mapping.
+        ValueError: `model` has no adapter of this package of that name, or `metrics` is not a mapping.
     """
-    config = adapter_config(model, adapter_name)
+    layers = adapter_layers(model, adapter_name)
+    config = layers[0].adapter_configs[adapter_name]
     base_model = base_model or config.base_model_name_or_path or None
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ValueError(f"metrics={metrics!r} is not a mapping; pass names and numbers, e.g. {{'accuracy': 0.91}}.")
     datasets = [training_data] if isinstance(training_data, str) else list(training_data or ())
     hub_datasets = [] if isinstance(training_data, str) else [name for name in datasets if _is_hub_id(name)]
     auto_class, pipeline_tag = _AUTO_CLASSES.get(config.task_type, (None, None))
-    tags = ["hf-sparse-peft", "peft", "sparse_lora", *([method] if method else []), *(tags or ())]
+    kind = config.peft_type.value
+    tags = ["hf-sparse-peft", "peft", kind.lower(), *([method] if method else []), *(tags or ())]
     if _is_hub_id(base_model):
         tags.append(f"base_model:adapter:{base_model}")
     data = ModelCardData(
@@ -144,7 +83,7 @@ def adapter_card(
         datasets=hub_datasets or None,
         tags=sorted(set(tags)),
     )
-    rows, labels = support_summary(model, adapter_name), base_overrides(model).get("num_labels")
+    rows, labels = adapter_summary(model, adapter_name), base_overrides(model).get("num_labels")
     shown = repo_id or "path/or/repo-of-this-adapter"
     return ModelCard.from_template(
         data,
@@ -153,9 +92,10 @@ def adapter_card(
         summary=_summary(rows, config, base_model, method, paper),
         # The fence comes with the code: formatters rewrite Python blocks of Markdown files, placeholders too.
         load_code=f"```python\n{_load_code(auto_class, shown, base_model, labels)}\n```",
-        leaving=_leaving(config),
-        support_table=_support_table(rows),
-        support_legend=_LEGEND,
+        peft_type=kind,
+        leaving=_leaving(layers, adapter_name),
+        summary_table=_summary_table(rows),
+        summary_legend=_legend(rows),
         config_table=_table(("option", "value"), _config_rows(config)),
         metrics=_table(("metric", "value"), [(k, _number(v)) for k, v in metrics.items()])
         if metrics
@@ -180,8 +120,8 @@ def save_adapter(
     `adapter_card`. Returns the folder.
 
     Raises:
-        ValueError: `model` is no PeftModel with a SPARSE_LORA adapter of that name, or `path` is a file or a folder
-            that holds something else than such an adapter.
+        ValueError: `model` is no PeftModel with an adapter of this package of that name, or `path` is a file or a
+            folder that holds something else than an adapter of its type.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -189,7 +129,7 @@ def save_adapter(
             "plain transformers model are saved by its own save_pretrained."
         )
     card = adapter_card(model, adapter_name=adapter_name, **card_arguments)
-    with staged_folder(path, "SPARSE_LORA") as stage:
+    with staged_folder(path, model.peft_config[adapter_name].peft_type.value) as stage:
         model.save_pretrained(str(stage), selected_adapters=[adapter_name])
         if adapter_name != "default":  # peft puts other names into a folder of their own
             inner = stage / adapter_name
@@ -230,12 +170,6 @@ def exported_card(config: PeftConfig, source: PeftConfig) -> ModelCard:
 
 # Parts of the card
 
-_LEGEND = (
-    "Units are what the sparse half is made of (entries, blocks, rows or columns of a weight), components the ranks of "
-    "the low-rank half; only living ones are counted. Density is the share of a weight's entries that the sparse half "
-    "changes."
-)
-
 
 def _is_hub_id(name: str | None) -> bool:
     if not name or os.path.exists(name):
@@ -249,21 +183,25 @@ def _is_hub_id(name: str | None) -> bool:
 
 def _summary(
     rows: list[dict[str, Any]],
-    config: SparseLoraConfig,
+    config: AdapterConfig,
     base_model: str | None,
     method: str | None,
     paper: str | None,
 ) -> str:
     parameters, modules = sum(row["parameters"] for row in rows), sum(row["modules"] for row in rows)
+    spaces = [space for row in rows for space in row["spaces"] if space["alive"]]
     shape = []
-    if any(row["units"] for row in rows):
-        kinds = dict.fromkeys(row["granularity"] for row in rows if row["units"])
-        shape.append(f"a support of {' and '.join(kinds)} units")
-    if any(row["components"] for row in rows):
+    if units := dict.fromkeys(space["unit"] for space in spaces if space["kind"] == "support"):
+        shape.append(f"a support of {' and '.join(units)} units")
+    if any(space["kind"] == "rank" for space in spaces):
         shape.append("a low-rank half")
+    others = dict.fromkeys(space["kind"] for space in spaces if space["kind"] not in ("support", "rank"))
+    shape += [f"a {kind} update" for kind in others]
+    has_units = any(row["spaces"] for row in rows)
+    form = " and ".join(shape) or ("nothing yet" if has_units else f"a {config.peft_type.value} update")
     text = (
-        f"An adapter of {parameters:,} parameters for {_base_link(base_model)}: {' and '.join(shape) or 'nothing yet'}"
-        f", in {modules} linear layers. Made with hf-sparse-peft, a package of tuners for peft."
+        f"An adapter of {parameters:,} parameters for {_base_link(base_model)}: {form}, in {modules} linear layers. "
+        "Made with hf-sparse-peft, a package of tuners for peft."
     )
     if method:
         text += f" Method: `{method}`" + (f" ({paper})." if paper else ".")
@@ -290,69 +228,101 @@ def _load_code(auto_class: str | None, shown: str, base_model: str | None, label
     )
 
 
-def _leaving(config: SparseLoraConfig) -> str:
-    kinds = {config.granularity, *config.granularity_pattern.values()}
-    lossless = not config.has_support or kinds <= {"row", "column"}
-    if lossless:
+def _leaving(layers: list[AdapterLayer], adapter_name: str) -> str:
+    exact = all(piece.exact_rank is not None for layer in layers for piece in layer.pieces(adapter_name))
+    if exact:
         return "`sparse-peft export` turns it into a plain LoRA without loss, for engines that know only LoRA."
     return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
 
 
-def _support_table(rows: list[dict[str, Any]]) -> str:
-    header = ("layers", "shape", "living units", "density", "living components", "parameters")
+def _summary_table(rows: list[dict[str, Any]]) -> str:
+    kinds = list(dict.fromkeys(space["kind"] for row in rows for space in row["spaces"]))
+    weights = sum(row["modules"] * row["rows"] * row["cols"] for row in rows)
+    changed = sum(row["density"] * row["modules"] * row["rows"] * row["cols"] for row in rows)
+    totals = {key: sum(row[key] for row in rows) for key in ("modules", "parameters")}
     body = [
         (
             f"{row['modules']} x `{row['group']}`",
             f"{row['rows']} x {row['cols']}",
-            f"{row['units']:,} {row['granularity']}" if row["granularity"] else "none",
+            *(_living(row["spaces"], kind) for kind in kinds),
             f"{row['density']:.4%}",
-            f"{row['components']:,}" + (f" of {row['rank']:,}" if row["rank"] != row["components"] else ""),
             f"{row['parameters']:,}",
         )
         for row in rows
     ]
-    weights = sum(row["modules"] * row["rows"] * row["cols"] for row in rows)
-    living = sum(row["density"] * row["modules"] * row["rows"] * row["cols"] for row in rows)
-    totals = {key: sum(row[key] for row in rows) for key in ("modules", "units", "components", "parameters")}
+    in_all = (sum(s["alive"] for row in rows for s in row["spaces"] if s["kind"] == kind) for kind in kinds)
     body.append(
         (
             f"{totals['modules']} in all",
             "",
-            f"{totals['units']:,}",
-            f"{living / weights:.4%}",
-            f"{totals['components']:,}",
+            *(f"{count:,}" for count in in_all),
+            f"{changed / weights:.4%}",
             f"{totals['parameters']:,}",
         )
     )
-    return _table(header, body)
+    return _table(("layers", "shape", *(f"living units: {kind}" for kind in kinds), "density", "parameters"), body)
 
 
-def _config_rows(config: SparseLoraConfig) -> list[tuple[str, str]]:
-    shown: dict[str, Any] = {}
-    if config.has_support:
-        shown |= {"granularity": config.granularity, "density": config.density}
-        for name in ("num_entries", "units_per_module", "granularity_pattern", "structures"):
-            shown |= {name: getattr(config, name)} if getattr(config, name) else {}
-        shown |= {"block_size": config.block_size} if config.granularity == "block" else {}
-        shown |= {"criterion": config.criterion, "allocation": config.allocation}
-    if config.r or config.rank_pattern:
-        shown |= {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-    for name in SCHEDULES:
-        schedule = getattr(config, name)
-        if schedule is not None:
-            shown[name] = ", ".join(f"{key}={value}" for key, value in vars(schedule).items())
+def _living(spaces: list[dict[str, Any]], kind: str) -> str:
+    found = [space for space in spaces if space["kind"] == kind]
+    if not found:
+        return "none"
+    alive, capacity = (sum(space[key] for space in found) for key in ("alive", "capacity"))
+    unit = found[0]["unit"]
+    plural = f"{unit.removesuffix('y')}ies" if unit.endswith("y") else f"{unit}s"
+    return f"{alive:,}" + (f" of {capacity:,}" if alive != capacity else "") + f" {unit if alive == 1 else plural}"
+
+
+_MEANING = {
+    "support": "a support's are entries, blocks, rows or columns of a weight",
+    "rank": "a rank's are components of the low-rank half",
+    "kernel": "a kernel's are the entries of the update that are not zero",
+}
+
+
+def _legend(rows: list[dict[str, Any]]) -> str:
+    kinds = dict.fromkeys(space["kind"] for row in rows for space in row["spaces"])
+    meanings = "; ".join(_MEANING[kind] for kind in kinds if kind in _MEANING)
+    units = f"Units are what the update is made of: {meanings}. Only living ones are counted. " if meanings else ""
+    return f"{units}Density is the share of a weight's entries that living units change one by one."
+
+
+_ALWAYS_SHOWN = ("r", "lora_alpha", "density", "granularity", "criterion", "seed")
+_NOT_SHOWN = {
+    *(field.name for field in dataclasses.fields(PeftConfig)),
+    *("base_overrides", "exclude_modules", "install_hint", "saved_base_weights", "training_finished"),
+}
+
+
+def _config_rows(config: AdapterConfig) -> list[tuple[str, str]]:
+    """The options that are not at their defaults, and those that everybody asks for."""
+    written, shown = config.to_dict(), {}
+    for option in dataclasses.fields(config):
+        factory = option.default_factory
+        default = option.default if factory is dataclasses.MISSING else factory()
+        if option.name in _ALWAYS_SHOWN or (
+            option.name not in _NOT_SHOWN and getattr(config, option.name) not in (default, None)
+        ):
+            shown[option.name] = _option_value(written[option.name])
     targets = config.target_modules
     if targets is not None:  # peft expands "all-linear" to one whole name a module: the last parts tell as much
         names = targets if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
         shown["target_modules"] = names if isinstance(names, str) else ", ".join(sorted(names))
-    if config.modules_to_save:
-        shown["modules_to_save"] = ", ".join(sorted(config.modules_to_save))
-    shown |= {"bias": config.bias} if config.bias != "none" else {}
-    shown |= {"seed": config.seed, "values_dtype": config.values_dtype}
     return [(f"`{key}`", f"`{value}`") for key, value in shown.items()]
 
 
-def _training(model: nn.Module, config: SparseLoraConfig, datasets: list[str], notes: str | None) -> str:
+def _option_value(value: Any) -> str:
+    """A JSON value as a reader of a table takes it: `{"type": "cosine", "start": 0.3}` -> `cosine(start=0.3)`."""
+    if isinstance(value, dict):
+        kind, rest = value.get("type"), {key: inner for key, inner in value.items() if key != "type"}
+        inside = ", ".join(f"{key}={_option_value(inner)}" for key, inner in rest.items() if inner is not None)
+        return f"{kind}({inside})" if kind and inside else kind or inside
+    if isinstance(value, (list, tuple, set)):
+        return ", ".join(_option_value(inner) for inner in (sorted(value) if isinstance(value, set) else value))
+    return _number(value)
+
+
+def _training(model: nn.Module, config: AdapterConfig, datasets: list[str], notes: str | None) -> str:
     parts = [f"Data: {', '.join(datasets)}." if datasets else "The training data was not given with this card."]
     base_config = getattr(model, "config", None)
     quantization = getattr(base_config, "quantization_config", None)

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
-from peft.utils.peft_types import PeftType
 
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
@@ -37,7 +36,7 @@ def push_to_hub(
     all files are written. Returns what `HfApi.upload_folder` returns.
 
     Raises:
-        ValueError: `model` is no PeftModel with a SPARSE_LORA adapter of that name.
+        ValueError: `model` is no PeftModel with an adapter of this package of that name.
     """
     api = HfApi(token=token, library_name="hf-sparse-peft")
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +58,7 @@ def push_to_hub(
 
 
 def register_cards() -> None:
-    """Let `PeftModel.save_pretrained` and `PeftModel.push_to_hub` write our card for SPARSE_LORA adapters.
+    """Let `PeftModel.save_pretrained` and `PeftModel.push_to_hub` write our card for adapters of this package.
 
     Without it both leave upstream's empty card, which says neither what the adapter is nor that this package is needed
     to load it. A README.md that somebody wrote stays. Models with other adapters, or several, keep upstream's ways; the
@@ -85,7 +84,7 @@ def register_cards() -> None:
 
     @functools.wraps(original_push)
     def push(self, repo_id: str, *, max_shard_size: Any = None, tags: list[str] | None = None, **kwargs: Any):
-        name = _only_sparse_adapter(self)
+        name = _only_adapter(self)
         if name is None:
             sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
             return original_push(self, repo_id, tags=tags, **sizes, **kwargs)
@@ -99,7 +98,7 @@ def register_cards() -> None:
 
 
 def _write_card(model: PeftModel, folder: Path, upstream: Callable) -> None:
-    readme, name = folder / "README.md", _only_sparse_adapter(model)
+    readme, name = folder / "README.md", _only_adapter(model)
     if name is None or (readme.exists() and GENERATED not in readme.read_text(encoding="utf-8")):
         upstream(model, str(folder))
         return
@@ -107,8 +106,7 @@ def _write_card(model: PeftModel, folder: Path, upstream: Callable) -> None:
         adapter_card(model, adapter_name=name, generated=True).save(file)
 
 
-def _only_sparse_adapter(model: PeftModel) -> str | None:
-    types = {name: config.peft_type for name, config in model.peft_config.items()}
-    if len(types) != 1 or next(iter(types.values())) != PeftType.SPARSE_LORA:
-        return None
-    return next(iter(types))
+def _only_adapter(model: PeftModel) -> str | None:
+    """Name of the model's one adapter; None where it has several or the one is upstream's."""
+    (name, config), *others = model.peft_config.items()
+    return name if not others and isinstance(config, AdapterConfig) else None

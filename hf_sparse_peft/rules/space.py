@@ -74,6 +74,16 @@ class UnitSpace:
         """Trained numbers of one unit."""
         raise NotImplementedError
 
+    @property
+    def unit(self) -> str:
+        """What one unit is called: "entry", "row", "component"."""
+        return self.kind
+
+    @property
+    def unit_entries(self) -> int:
+        """Entries of the weight that belong to one unit alone; 0 where units are no parts of it, as components."""
+        return 0
+
     def alive(self) -> Tensor:
         """Living units, sorted, `[a]`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What every tuner's adapters get from their pieces alone: LoRA, SHiRA, a dense model, and combination."""
+"""What every tuner's adapters get from pieces and unit spaces alone: LoRA, SHiRA, a dense model, a sum, a card."""
 
 from dataclasses import dataclass, field
 
@@ -180,3 +180,40 @@ def test_a_dense_model_is_the_weighted_sum_of_any_two(form):
         torch.testing.assert_close(dense.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="weights has 1 numbers for 2 adapters"):
         hub.merge_to_dense(model, adapter_names=["default", "other"], weights=[1.0])
+
+
+def test_the_summary_counts_every_trained_number_and_every_entry_that_may_change(form):
+    model = form.model()
+    rows = hub.adapter_summary(model)
+    assert [row["group"] for row in rows] == TARGETS
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(row["parameters"] for row in rows) == trained
+    for row in rows:
+        layers = [layer for layer in adapter_layers(model) if layer.module_name.endswith(row["group"])]
+        assert (row["modules"], row["rows"], row["cols"]) == (2, layers[0].out_features, layers[0].in_features)
+        if {space["kind"] for space in row["spaces"]} == {"rank"}:
+            assert row["density"] == 0
+        elif form.shira:
+            changed = sum(int((layer.get_delta_weight("default") != 0).sum()) for layer in layers)
+            assert row["density"] * 2 * row["rows"] * row["cols"] == pytest.approx(changed)
+
+
+def test_the_card_names_type_units_options_and_how_to_load(form, tmp_path):
+    model = form.model()
+    place = hub.save_adapter(model, tmp_path / "adapter", method="a-method")
+    text, kind = (place / "README.md").read_text(), model.peft_config["default"].peft_type.value
+    for row in hub.adapter_summary(model):
+        for space in row["spaces"]:
+            assert f"living units: {space['kind']}" in text
+            assert f"{space['alive']:,}" in text
+        assert f"{row['parameters']:,} |" in text
+    for part in (f"KeyError: '{kind}'", f"- {kind.lower()}\n", "`a-method`", "| `target_modules` | `down_proj, q_proj"):
+        assert part in text, part
+    assert ("turns it into a plain LoRA without loss" in text) == form.lora
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_base(), place)), logits(model))
+
+
+def test_pefts_own_save_writes_the_card(form, tmp_path):
+    model = form.model()
+    model.save_pretrained(tmp_path)
+    assert "## What it changes" in (tmp_path / "README.md").read_text()

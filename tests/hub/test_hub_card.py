@@ -15,13 +15,16 @@ from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 def test_summary_counts_what_lives_in_each_group():
     model = adapted(r=3, density=0.02)
-    rows = {row["group"]: row for row in hub.support_summary(model)}
+    rows = {row["group"]: row for row in hub.adapter_summary(model)}
     assert list(rows) == ["q_proj", "v_proj", "down_proj"]
     q = rows["q_proj"]
-    assert (q["modules"], q["rows"], q["cols"], q["granularity"]) == (2, 64, 64, "entry")
-    assert q["units"] == q["capacity"] == 2 * int(0.02 * 64 * 64)
+    assert (q["modules"], q["rows"], q["cols"]) == (2, 64, 64)
+    count = 2 * int(0.02 * 64 * 64)
+    assert q["spaces"] == [
+        {"kind": "support", "unit": "entry", "alive": count, "capacity": count},
+        {"kind": "rank", "unit": "component", "alive": 6, "capacity": 6},
+    ]
     assert q["density"] == pytest.approx(81 / 4096)
-    assert q["components"] == q["rank"] == 6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(row["parameters"] for row in rows.values()) == trained
 
@@ -29,14 +32,13 @@ def test_summary_counts_what_lives_in_each_group():
 def test_summary_leaves_out_dead_units_and_components():
     model = adapted(r=4, granularity="row", density=0.1, rank_allocation=RankAllocationConfig(target_r=2))
     layer = sparse_layers(model)[0]
-    before = hub.support_summary(model)[0]
+    before = hub.adapter_summary(model)[0]
     layer.write_support("default", layer.units("default")[:-2])
     layer.sparse_lora_rank_mask["default"][1] = 0
-    after = hub.support_summary(model)[0]
-    assert before["units"] - after["units"] == 2
-    assert before["components"] - after["components"] == 1
-    assert after["capacity"] == before["capacity"]
-    assert after["rank"] == before["rank"]
+    after = hub.adapter_summary(model)[0]
+    lost = [one["alive"] - two["alive"] for one, two in zip(before["spaces"], after["spaces"], strict=True)]
+    assert lost == [2, 1]
+    assert [space["capacity"] for space in after["spaces"]] == [space["capacity"] for space in before["spaces"]]
     assert before["parameters"] - after["parameters"] == 2 * 64 + (64 + 64 + 1)
 
 
@@ -64,7 +66,7 @@ def test_card_tells_base_method_numbers_and_how_to_load():
         "| accuracy | 0.91 |",
         "a\\|b",
         "Two epochs {{ not a template }}.",
-        "| 2 x `q_proj` | 64 x 64 | 162 entry | 1.9775% | 4 |",
+        "| 2 x `q_proj` | 64 x 64 | 162 entries | 4 components | 1.9775% | 674 |",
         "- hf-sparse-peft ",
     ):
         assert part in text, part
@@ -86,7 +88,7 @@ def test_local_base_path_stays_out_of_hub_metadata(tmp_path):
 
 
 def test_card_refuses_an_adapter_that_is_not_there():
-    with pytest.raises(ValueError, match=r"adapter_name='other' is no SPARSE_LORA adapter.*default"):
+    with pytest.raises(ValueError, match=r"adapter_name='other' is no adapter of this package.*default"):
         hub.adapter_card(adapted(), adapter_name="other")
     with pytest.raises(ValueError, match=r"metrics=0\.9 is not a mapping"):
         hub.adapter_card(adapted(), metrics=0.9)

@@ -91,7 +91,8 @@ def parts_of(name: str) -> frozenset[str]:
     method = build(name)
     config = method.config
     asked = list(getattr(config, "asked_schedules", ()))
-    grown = [f"grows by {getattr(config, field).grow}" for field in asked if hasattr(getattr(config, field), "grow")]
+    schedules = [getattr(config, field, None) for field in asked]  # rules of `schedule` are no fields
+    grown = [f"grows by {schedule.grow}" for schedule in schedules if hasattr(schedule, "grow")]
     return frozenset(
         [
             f"tuner {type(config).__name__}",

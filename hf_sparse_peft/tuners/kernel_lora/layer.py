@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
+from ...rules import UnitSpace
 from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
@@ -18,6 +19,7 @@ from ..shared.pieces import Piece, Tiles
 from .config import KernelLoraConfig
 from .kernels import KernelPlan, update_tiles
 from .product import kernel_product
+from .spaces import KernelSpace
 
 
 class KernelLoraLayer(AdapterLayer):
@@ -52,6 +54,10 @@ class KernelLoraLayer(AdapterLayer):
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has a part of that adapter."""
         return adapter_name in self.kernel_lora_P
+
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The entries of the adapter's update, and the module itself."""
+        return [KernelSpace(self, adapter_name), *super().unit_spaces(adapter_name)]
 
     @property
     def numel(self) -> int:

@@ -39,9 +39,16 @@ class SupportSpace(UnitSpace):
         return self.values.shape[0]
 
     @property
+    def unit(self) -> str:
+        """The granularity: "entry", "block", "row" or "column"."""
+        return self.grid.granularity
+
+    @property
     def unit_numel(self) -> int:
         """Entries of a unit."""
         return self.grid.unit_numel
+
+    unit_entries = unit_numel
 
     def alive(self) -> Tensor:
         """Living units, sorted; `values[:a]` belong to them."""
@@ -100,6 +107,7 @@ class RankSpace(UnitSpace):
     """Components of the low-rank half: component i is row i of `A`, column i of `B` and number i of the gate."""
 
     kind: ClassVar[str] = "rank"
+    unit: ClassVar[str] = "component"
 
     @property
     def size(self) -> int:
