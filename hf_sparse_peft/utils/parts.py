@@ -15,11 +15,10 @@ refuses it by name.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from .option_types import check_types
 
@@ -38,11 +37,18 @@ class Part:
     """Its name in files; set by `register_part`."""
 
     def __post_init__(self) -> None:
-        # JSON gives dicts and names for nested parts; frozen fields are set as dataclasses themselves do.
-        for name, base in _nested_bases(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, (dict, str)) or (isinstance(value, (list, tuple)) and _is_list(type(self), name)):
-                object.__setattr__(self, name, _load_field(base, value, f"{type(self).__name__}.{name}"))
+        # JSON gives dicts, names and lists; frozen fields are set as dataclasses themselves do.
+        nested = _nested_bases(type(self))
+        for field in fields(self):
+            value, place = getattr(self, field.name), f"{type(self).__name__}.{field.name}"
+            if field.name in nested and not isinstance(value, (Part, int, float, type(None))):
+                value = _load_field(nested[field.name], value, place)
+            elif isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, field.name, value)
+            unknown = next((one for one in _flat(value) if isinstance(one, UnknownPart)), None)
+            if unknown is not None:
+                raise _HoldsUnknownPart(unknown.reason)
         check_types(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +79,10 @@ class UnknownPart:
         return hash((self.kind, str(self.data)))
 
 
+class _HoldsUnknownPart(ValueError):
+    """A part that would be made of an unknown one; says why that is unknown."""
+
+
 def register_part(name: str) -> Callable[[type[PartT]], type[PartT]]:
     """Class decorator: enter a frozen dataclass under `name` among the parts of its kind.
 
@@ -87,9 +97,7 @@ def register_part(name: str) -> Callable[[type[PartT]], type[PartT]]:
         if not (isinstance(cls, type) and issubclass(cls, Part) and cls.part_kind):
             raise TypeError(f"{cls!r} is no part: derive it from one of the kinds, e.g. hf_sparse_peft.Rule.")
         if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
-            raise TypeError(
-                f"{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) below the decorator."
-            )
+            raise TypeError(f"{cls.__name__} is no frozen dataclass: put @dataclass(frozen=True) below the decorator.")
         held = _PARTS.setdefault((cls.part_kind, name), cls)
         if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
@@ -136,21 +144,11 @@ def load_part(base: type[PartT], value: Any, where: str) -> PartT | UnknownPart:
     if surplus:
         return UnknownPart(base.part_kind, dict(data), f"{cls.__name__} has no option {surplus}")
     try:
-        made = cls(**options)
+        return cls(**options)
+    except _HoldsUnknownPart as error:
+        return UnknownPart(base.part_kind, dict(data), str(error))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    unknown = unknown_within(made)
-    return made if unknown is None else UnknownPart(base.part_kind, dict(data), unknown.reason)
-
-
-def unknown_within(value: Any) -> UnknownPart | None:
-    """The first unknown part in a part's options, at any depth."""
-    if isinstance(value, UnknownPart):
-        return value
-    held = value if isinstance(value, (list, tuple)) else []
-    if isinstance(value, Part):
-        held = [getattr(value, field.name) for field in fields(value)]
-    return next((found for one in held if (found := unknown_within(one)) is not None), None)
 
 
 def plain(value: Any) -> Any:
@@ -195,13 +193,8 @@ def _nested_bases(cls: type) -> dict[str, type[Part]]:
     return found
 
 
-@cache
-def _is_list(cls: type, name: str) -> bool:
-    return any(get_origin(one) in (list, tuple) for one in _alternatives(get_type_hints(cls)[name]))
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _flat(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _leaves(hint: Any) -> list[Any]:
