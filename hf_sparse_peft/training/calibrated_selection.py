@@ -33,7 +33,7 @@ class Choice:
         share: float = 1.0,
     ) -> None:
         self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
-        sizes = {layer.module_name: layer.sparse_lora_start[adapter_name] for layer in layers}
+        sizes = {layer.module_name: layer.sizes[adapter_name].units for layer in layers}
         self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
         self.grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
         self.ranking: GlobalRanking | None = None

@@ -237,7 +237,7 @@ def load_support(model: nn.Module, path: str | Path, adapter_name: str = "defaul
 
 
 def _size(layer: SparseLoraLayer, adapter_name: str) -> int:
-    return layer.sparse_lora_start[adapter_name] if adapter_name in layer.sparse_lora_values else 0
+    return layer.sizes[adapter_name].units if adapter_name in layer.sparse_lora_values else 0
 
 
 def _grids(layers: list[SparseLoraLayer], adapter_name: str) -> dict[str, UnitGrid]:

@@ -33,15 +33,15 @@ class TensorSpec:
     space: str | None = None
     """Kind of the units along `axis` ("support", "rank"): moving or dropping units moves or drops these slices."""
 
-    axis: int = 0
-    """Axis along which the units of `space` lie."""
+    axis: int | None = 0
+    """Axis along which the units of `space` lie; None: the tensor codes all of them and is written anew."""
 
     start: Callable[[torch.Generator | None], torch.Tensor] | None = None
     """Returns the first content, drawn from the generator (None: torch's own); absent = zeros."""
 
-    check: Callable[[torch.Tensor], None] | None = None
-    """Raises ValueError when the content is not valid: codes, ranges. The message continues a sentence that begins
-    with the tensor's name. Shape, dtype and finiteness are checked without it."""
+    check: Callable[[torch.Tensor, str], None] | None = None
+    """Called with a tensor and its key in a file; raises ValueError, naming the key, where the content is not valid:
+    codes, ranges. Shape, dtype and finiteness are checked without it."""
 
     def allocate(
         self, generator: torch.Generator | None = None, device: torch.device | str | None = None

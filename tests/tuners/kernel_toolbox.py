@@ -65,7 +65,7 @@ def reference_of(layer: KernelLoraLayer, adapter: str = "default") -> torch.Tens
     """The update of one adapter of a layer, `[out, in]` float64."""
     held = [getattr(layer, f"kernel_lora_{name}") for name in ("P", "Q", "mix")]
     P, Q, mix = (tensors[adapter].detach().double() if adapter in tensors else None for tensors in held)
-    config, numel = layer.kernel_lora_config[adapter], layer.in_features * layer.out_features
+    config, numel = layer.adapter_configs[adapter], layer.in_features * layer.out_features
     survivors = numel - round(config.sparsity * numel) if config.sparsity else None
     if adapter in layer.kernel_lora_survivors:
         survivors = int(layer.kernel_lora_survivors[adapter])

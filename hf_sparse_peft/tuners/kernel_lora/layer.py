@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from ...rules import UnitSpace
+from ...utils.tensors import TensorSpec
 from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
@@ -23,37 +25,60 @@ from .spaces import KernelSpace
 
 
 class KernelLoraLayer(AdapterLayer):
-    """What every adapted layer holds per adapter, keyed by adapter name.
-
-    Parameters (trained, fp32 masters): `P` `[2, in, r/2]`, `Q` `[2, out, r/2]`, and for the mixed kernel `mix` `[3]`,
-    the numbers a, g, b. Buffers (saved, only with `budget_competition`): `survivors` int64 `[1]`, the entries that
-    win; and while the schedule runs `sensitivity` and `uncertainty`, fp32 `[r (in + out)]`, of P then Q.
-    """
+    """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
 
     prefix: str = "kernel_lora_"
-    adapter_layer_names: tuple[str, ...] = ("kernel_lora_P", "kernel_lora_Q", "kernel_lora_mix")
+    kernel_lora_P: nn.ParameterDict
+    """`[2, in, r/2]`."""
+    kernel_lora_Q: nn.ParameterDict
+    """`[2, out, r/2]`."""
+    kernel_lora_mix: nn.ParameterDict
+    """`[3]`, the numbers a, g, b of the mixed kernel."""
+    kernel_lora_survivors: BufferDict
+    """int64 `[1]`, the entries that win; only with `budget_competition`."""
     training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
-    copied_state_names: tuple[str, ...] = ("kernel_lora_survivors",)
-    kept_together = ((adapter_layer_names, copied_state_names),)
-    saved_names: tuple[str, ...] = (*adapter_layer_names, "kernel_lora_survivors")
-    other_param_names: tuple[str, ...] = ("kernel_lora_survivors", *training_state_names, "kernel_lora_config")
+    """fp32 `[r (in + out)]`, of P then Q, while the schedule runs."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict({}))
-        for name in ("kernel_lora_survivors", *self.training_state_names):
-            setattr(self, name, BufferDict({}, persistent=True))
-        self.kernel_lora_config: dict[str, KernelLoraConfig] = {}
 
-    @property
-    def adapter_configs(self) -> dict[str, KernelLoraConfig]:
-        """Config of each adapter of this layer, one object for all of its layers."""
-        return self.kernel_lora_config
+    @classmethod
+    def tensor_specs(
+        cls, config: KernelLoraConfig, module_name: str, rows: int, cols: int, sizes: None = None
+    ) -> list[TensorSpec]:
+        """Points drawn Kaiming-uniform (a = sqrt 5) on the whole tensors as the authors do, the mixed kernel's numbers,
+        and the count of survivors."""
+        numel = rows * cols
 
-    def holds(self, adapter_name: str) -> bool:
-        """Whether this layer has a part of that adapter."""
-        return adapter_name in self.kernel_lora_P
+        def points(generator: torch.Generator | None, count: int) -> torch.Tensor:
+            tensor = torch.empty(2, count, config.r // 2, dtype=torch.float32)
+            if config.init_weights:
+                return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+            return nn.init.normal_(tensor, generator=generator)
+
+        def check_survivors(tensor: torch.Tensor, key: str) -> None:
+            if tensor.dtype != torch.int64 or tensor.numel() != 1 or not 0 <= int(tensor) <= numel:
+                raise ValueError(
+                    f"'{key}' is {tensor.tolist()} ({tensor.dtype}), no count of the {numel} entries of its "
+                    f"{rows}x{cols} weight, which is int64. The file is damaged or belongs to another base model."
+                )
+
+        half = config.r // 2
+        found = [
+            TensorSpec("kernel_lora_P", (2, cols, half), start=partial(points, count=cols)),
+            TensorSpec("kernel_lora_Q", (2, rows, half), start=partial(points, count=rows)),
+        ]
+        if config.kernel == "mixed":
+            found.append(TensorSpec("kernel_lora_mix", (3,), start=lambda _: torch.tensor([1.0, 1.0, 0.0])))
+        if config.budget_competition is not None:
+            first = numel - round(config.initial_sparsity * numel)
+            start = partial(torch.full, (1,), first, dtype=torch.int64)
+            found.append(
+                TensorSpec(
+                    "kernel_lora_survivors", (1,), torch.int64, "saved", start=lambda _: start(), check=check_survivors
+                )
+            )
+        return found
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
         """The entries of the adapter's update, and the module itself."""
@@ -64,34 +89,19 @@ class KernelLoraLayer(AdapterLayer):
         """Entries of the weight."""
         return self.in_features * self.out_features
 
-    def update_layer(self, adapter_name: str, config: KernelLoraConfig, inference_mode: bool = False) -> None:
-        """Allocate an adapter, points drawn Kaiming-uniform (a = sqrt 5) on the whole tensors as the authors do.
+    def set_sizes(self, adapter_name: str, sizes: None) -> None:
+        """Check that the adapter has an entry in this layer.
 
         Raises:
             ValueError: `sparsity` leaves no entry of this weight.
         """
-        first = self.numel - round(config.initial_sparsity * self.numel)
-        if config.budget_competition is None and first == 0:
+        config = self.adapter_configs[adapter_name]
+        if config.budget_competition is None and self.numel == round(config.sparsity * self.numel):
             raise ValueError(
                 f"sparsity={config.sparsity} leaves no entry in '{self.module_name}' ({self.out_features}x"
                 f"{self.in_features}). Lower sparsity, or leave the module out of target_modules."
             )
-        self.kernel_lora_config[adapter_name] = config
-        for name, points in (("kernel_lora_P", self.in_features), ("kernel_lora_Q", self.out_features)):
-            tensor = torch.empty(2, points, config.r // 2, dtype=torch.float32)
-            if config.init_weights:
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-            else:
-                nn.init.normal_(tensor)
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
-        if config.kernel == "mixed":
-            self.kernel_lora_mix[adapter_name] = nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
-        if config.budget_competition is not None:
-            self.kernel_lora_survivors[adapter_name] = torch.tensor([first], dtype=torch.int64)
-        if config.has_schedule and not config.inference_mode:
-            self.allocate_training_state(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        super().set_sizes(adapter_name, sizes)
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate both moving averages of an adapter whose matrices compete."""
@@ -105,7 +115,7 @@ class KernelLoraLayer(AdapterLayer):
         """Entries of the update that are not zero by competition; None where nothing competes."""
         if adapter_name in self.kernel_lora_survivors:
             return int(self.kernel_lora_survivors[adapter_name])
-        config = self.kernel_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         return self.numel - round(config.sparsity * self.numel) if config.competes else None
 
     def write_survivors(self, adapter_name: str, count: int) -> None:
@@ -127,7 +137,7 @@ class KernelLoraLayer(AdapterLayer):
         return self.kernel_lora_P[adapter_name], self.kernel_lora_Q[adapter_name], mix
 
     def _plan(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> KernelPlan:
-        config = self.kernel_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         survivors = self.survivors(adapter_name)
         return KernelPlan(config.scale, config.mode, survivors, config.tile_entries, dtype, self.module_name)
 
@@ -161,7 +171,7 @@ class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):
         dtype = compute_dtype(self, x, weight_source(self))
         for name in names:
             update = kernel_product(x, *self._factors(name), self._plan(name, dtype))
-            update = self._drop_path(update, self.kernel_lora_config[name].drop_path)
+            update = self._drop_path(update, self.adapter_configs[name].drop_path)
             # Out of place: some 4-bit kernels return views that must not be written to.
             result = result + update.to(result.dtype)
         return result

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..shared.file_check import AdapterFile
 from ..shared.model import AdapterModel
 from ..shared.state_dict import SOURCE, check_layer
-from .config import KernelLoraConfig
 from .file_check import check_kernel_module, check_survivors
 from .layer import KernelLoraLayer, KernelLoraLinear
 
@@ -24,15 +21,6 @@ class KernelLoraModel(AdapterModel):
     prefix: str = "kernel_lora_"
     tuner_layer_cls = KernelLoraLayer
     linear_cls = KernelLoraLinear
-
-    def layer_options(self, peft_config: KernelLoraConfig, module_name: str) -> dict[str, Any]:
-        """What `update_layer` takes for that module."""
-        return {"config": peft_config, "inference_mode": peft_config.inference_mode}
-
-    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
-        """Shapes of the tensors that a layer of that size has in a file."""
-        r = options["config"].r
-        return {"kernel_lora_P": (2, in_features, r // 2), "kernel_lora_Q": (2, out_features, r // 2)}
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:

@@ -8,21 +8,19 @@ parameters were overwritten with another one's while it was inactive takes that 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
+from .tensors import AdapterTensors
 
 
 @torch.no_grad()
-def copy_adapter(layer: AdapterLayer, source: str, target: str) -> None:
+def copy_adapter(layer: AdapterTensors, source: str, target: str) -> None:
     """Make `target` in this layer what `source` is: parameters, supports, masks and scalings, in storage of its own."""
-    for name in (*layer.adapter_layer_names, *layer.copied_state_names):
+    layer.set_sizes(target, layer.sizes[source])
+    for name in layer.saved_names:
         held = getattr(layer, name)
         if source not in held:
             if target in held:
@@ -32,7 +30,7 @@ def copy_adapter(layer: AdapterLayer, source: str, target: str) -> None:
                 held[target] = nn.Parameter(held[source].data.clone(), requires_grad=False)
             held[target].data = held[source].data.clone()
         else:
-            held[target] = held[source].clone() if isinstance(held, BufferDict) else held[source]
+            held[target] = held[source].clone()
     layer.forget_decoded(target)
     layer.copied_from[target] = source
     (layer.any_dtype.add if source in layer.any_dtype else layer.any_dtype.discard)(target)
@@ -71,7 +69,7 @@ def tell_copy(source: str, target: str) -> None:
 # Parameters that were overwritten
 
 
-def _parameters(layer: AdapterLayer, kinds: tuple[str, ...], adapter_name: str) -> list[torch.Tensor]:
+def _parameters(layer: AdapterTensors, kinds: tuple[str, ...], adapter_name: str) -> list[torch.Tensor]:
     return [getattr(layer, kind)[adapter_name].data for kind in kinds if adapter_name in getattr(layer, kind)]
 
 
@@ -84,26 +82,26 @@ def _fingerprint(tensors: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def note_parameters(layer: AdapterLayer, names: list[str]) -> None:
+def note_parameters(layer: AdapterTensors, names: list[str]) -> None:
     """Note the parameters of adapters that are not active, to see later whether somebody has written into them."""
     if len(layer.adapter_configs) < 2:
         return
     for name in names:
-        for parameters, _ in layer.kept_together:
-            layer.noted_parameters[name, parameters] = _fingerprint(_parameters(layer, parameters, name))
+        for space, (parameters, _) in layer.kept_together(name).items():
+            layer.noted_parameters[name, space] = _fingerprint(_parameters(layer, parameters, name))
 
 
 @torch.no_grad()
-def follow_copied_parameters(layer: AdapterLayer, adapter_name: str) -> None:
+def follow_copied_parameters(layer: AdapterTensors, adapter_name: str) -> None:
     """Give an adapter that is about to be activated the buffers of the one whose parameters it was overwritten with.
 
     Raises:
         ValueError: it was a copy of another adapter, was overwritten with something else, for instance an average, and
             the two have different supports or masks by now.
     """
-    for parameters, buffers in layer.kept_together:
+    for space, (parameters, buffers) in layer.kept_together(adapter_name).items():
         mine = _parameters(layer, parameters, adapter_name)
-        noted = layer.noted_parameters.get((adapter_name, parameters))
+        noted = layer.noted_parameters.get((adapter_name, space))
         if noted is None or torch.equal(noted, _fingerprint(mine)):
             continue
         others = [
@@ -125,25 +123,25 @@ def follow_copied_parameters(layer: AdapterLayer, adapter_name: str) -> None:
             _refuse_mixture(layer, adapter_name, others)
 
 
-def _comparable(layer: AdapterLayer, kinds: tuple[str, ...], name: str, other: str, mine: list[torch.Tensor]) -> bool:
+def _comparable(layer: AdapterTensors, kinds: tuple[str, ...], name: str, other: str, mine: list[torch.Tensor]) -> bool:
     theirs = _parameters(layer, kinds, other)
-    grids = getattr(layer, "sparse_lora_grid", {})
+    grids = [getattr(layer.sizes[one], "grid", None) for one in (name, other)]
     return (
         bool(mine)
         and [tensor.shape for tensor in mine] == [tensor.shape for tensor in theirs]
         and [tensor.dtype for tensor in mine] == [tensor.dtype for tensor in theirs]
-        and grids.get(name) == grids.get(other)
+        and grids[0] == grids[1]
     )
 
 
-def _same_buffers(layer: AdapterLayer, kinds: tuple[str, ...], name: str, other: str) -> bool:
+def _same_buffers(layer: AdapterTensors, kinds: tuple[str, ...], name: str, other: str) -> bool:
     for held in (getattr(layer, kind) for kind in kinds):
         if (name in held) != (other in held) or (name in held and not torch.equal(held[name], held[other])):
             return False
     return True
 
 
-def _refuse_mixture(layer: AdapterLayer, adapter_name: str, others: list[str]) -> None:
+def _refuse_mixture(layer: AdapterTensors, adapter_name: str, others: list[str]) -> None:
     source = layer.copied_from.get(adapter_name)
     if source in others:
         raise ValueError(

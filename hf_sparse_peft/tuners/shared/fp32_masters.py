@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,16 +25,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .copies import note_parameters
 from .idle_layers import model_of
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
+from .tensors import AdapterTensors
 
 _NARROW = (torch.bfloat16, torch.float16)
 
 # A second reference to the storage of each parameter, by layer: `p.data = p.data.to(torch.bfloat16)` drops the first
 # one only, and the values come back bit for bit. It costs no memory until somebody casts. Kept outside the layers, so
 # that neither copies nor files of a model contain it.
-_MASTERS: WeakKeyDictionary[AdapterLayer, dict[tuple[str, str], torch.Tensor]] = WeakKeyDictionary()
+_MASTERS: WeakKeyDictionary[AdapterTensors, dict[tuple[str, str], torch.Tensor]] = WeakKeyDictionary()
 
 # Parameters brought back, with the dtype they had, until an optimizer that holds them steps.
 _RESTORED = WeakIdKeyDictionary()
@@ -42,7 +40,7 @@ _step_hook: Any = None
 _ddp_hook: Any = None
 
 
-def _trained(layer: AdapterLayer) -> Iterable[tuple[str, str, nn.Parameter]]:
+def _trained(layer: AdapterTensors) -> Iterable[tuple[str, str, nn.Parameter]]:
     """Kind, adapter and parameter of whatever may train in this layer and is not free to have any dtype."""
     for kind in layer.adapter_layer_names:
         for name, parameter in getattr(layer, kind).items():
@@ -50,7 +48,7 @@ def _trained(layer: AdapterLayer) -> Iterable[tuple[str, str, nn.Parameter]]:
                 yield kind, name, parameter
 
 
-def remember_masters(layer: AdapterLayer) -> None:
+def remember_masters(layer: AdapterTensors) -> None:
     """Refer to the storage of this layer's fp32 parameters once more, so that a cast does not free it."""
     known = _MASTERS.setdefault(layer, {})
     held = {}
@@ -63,7 +61,7 @@ def remember_masters(layer: AdapterLayer) -> None:
 
 
 @torch.no_grad()
-def restore_masters(layer: AdapterLayer, wrapped: bool = True) -> None:
+def restore_masters(layer: AdapterTensors, wrapped: bool = True) -> None:
     """Give parameters and floating-point state of this layer that were cast to bf16 or fp16 back their fp32.
 
     Values come back bit for bit where nothing but the cast has happened to them, else as the cast rounded them. Says
@@ -91,7 +89,7 @@ def restore_masters(layer: AdapterLayer, wrapped: bool = True) -> None:
     _restore_heads(layer, {name for _, name, _ in cast})
 
 
-def _restore_heads(layer: AdapterLayer, names: set[str]) -> None:
+def _restore_heads(layer: AdapterTensors, names: set[str]) -> None:
     """Undo the same cast for the adapters' copies of whole modules (`modules_to_save`), where it spared the originals:
     these say which dtype the copies had. After `model.half()` copy and original agree, and both stay."""
     model = model_of(layer)
@@ -163,7 +161,7 @@ def _widen_state(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         _step_hook = None
 
 
-def _tell(layer: AdapterLayer, adapter_name: str, narrow: torch.dtype, outcome: str) -> None:
+def _tell(layer: AdapterTensors, adapter_name: str, narrow: torch.dtype, outcome: str) -> None:
     config = layer.adapter_configs[adapter_name]
     told = config.__dict__.setdefault("_casts_told", set())  # every layer of the adapter shares the config
     if outcome in told:

@@ -8,7 +8,7 @@ an optimizer, whichever comes first.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -16,27 +16,25 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .best_model import warn_within_trainer
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
+from .tensors import AdapterTensors
 
 # Kept outside the layers: copies of a model must not point at the original.
-_MODELS: WeakKeyDictionary[AdapterLayer, ref] = WeakKeyDictionary()
+_MODELS: WeakKeyDictionary[AdapterTensors, ref] = WeakKeyDictionary()
 _watched: WeakSet[nn.Module] = WeakSet()
 _step_hook: Any = None
 
 
-def belongs_to(layer: AdapterLayer, model: nn.Module) -> None:
+def belongs_to(layer: AdapterTensors, model: nn.Module) -> None:
     """Note which model the layer was injected into."""
     _MODELS[layer] = ref(model)
 
 
-def model_of(layer: AdapterLayer) -> nn.Module | None:
+def model_of(layer: AdapterTensors) -> nn.Module | None:
     """The model that `layer` was injected into, while it is there; None for a copied layer."""
     return _MODELS[layer]() if layer in _MODELS else None
 
 
-def note_that_it_runs(layer: AdapterLayer, active: list[str]) -> None:
+def note_that_it_runs(layer: AdapterTensors, active: list[str]) -> None:
     """Note that `layer` runs in training mode; the first one of a model has its first optimizer step watched."""
     global _step_hook
     if layer.ran_in_training.issuperset(active):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...rules import Follower, ModuleSpace, Rule, UnitSpace
-from ...utils.tensors import TensorSpec
+from .config import AdapterConfig
 from .copies import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
 from .pieces import Piece
+from .tensors import AdapterTensors
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -30,23 +28,11 @@ def is_supported(base: nn.Module, backend: Any) -> bool:
     return isinstance(base, (nn.Linear, Conv1D))
 
 
-class AdapterLayer(BaseTunerLayer):
+class AdapterLayer(AdapterTensors):
     r"""A linear layer with additive adapters, :math:`W + \sum \Delta W`, keyed by adapter name.
 
-    A tuner's layer names its tensors in `adapter_layer_names` (trained), `other_param_names` (everything else that is
-    keyed by adapter) and `training_state_names` (buffers that only a running schedule needs), and says what an adapter
-    is by `adapter_configs`, `holds`, `pieces` and `_adapted`.
+    A tuner's layer declares its tensors (`AdapterTensors`) and says what an adapter does by `pieces` and `_adapted`.
     """
-
-    prefix: str = ""
-    """What the names of the tuner's tensors begin with."""
-    training_state_names: tuple[str, ...] = ()
-    copied_state_names: tuple[str, ...] = ()
-    """What else than its parameters makes an adapter: buffers and numbers that a copy takes along."""
-    kept_together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
-    """Parameters, and the buffers without which they mean nothing."""
-    saved_names: tuple[str, ...] = ()
-    """All tensors that a file holds whether or not a schedule runs."""
 
     def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         """Take `base_layer`'s place; the first thing a layer's constructor does."""
@@ -58,25 +44,39 @@ class AdapterLayer(BaseTunerLayer):
         """Adapters whose dtype is the user's choice: no cast of theirs is undone."""
         self.ran_in_training: set[str] = set()
         self.copied_from: dict[str, str] = {}
-        self.noted_parameters: dict[tuple[str, tuple[str, ...]], torch.Tensor | None] = {}
-        self._rule_specs: dict[str, dict[str, TensorSpec]] = {}
+        self.noted_parameters: dict[tuple[str, str | None], torch.Tensor | None] = {}
+        self._make_containers()
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
         self.register_load_state_dict_post_hook(_after_loading)
 
-    @property
-    def adapter_configs(self) -> dict[str, PeftConfig]:
-        """Config of each adapter of this layer, one object for all of its layers."""
-        raise NotImplementedError
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: AdapterConfig,
+        sizes: Any = None,
+        first: Any = None,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter to this layer.
 
-    def holds(self, adapter_name: str) -> bool:
-        """Whether this layer has a part of that adapter."""
-        raise NotImplementedError
+        `sizes` and `first` are what the tuner's plan says of the module: its sizes, and what it starts with.
 
-    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
-        """The unit spaces of an adapter that this layer holds; the module itself is one."""
-        return [ModuleSpace(self, adapter_name)]
+        Raises:
+            ValueError: they do not fit the weight.
+        """
+        self.adapter_configs[adapter_name] = config
+        self.set_sizes(adapter_name, sizes)
+        self.allocate(adapter_name)
+        self._begin(adapter_name, first)
+        if config.has_schedule and not config.inference_mode:
+            self.allocate_training_state(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _begin(self, adapter_name: str, first: Any) -> None:
+        """Write what the new adapter starts with, where that is more than its tensors' first content."""
 
     def add_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
         """Show `reader` the weight's dense gradient in every backward pass until it is removed.
@@ -88,66 +88,6 @@ class AdapterLayer(BaseTunerLayer):
 
     def remove_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
         """Show it no more."""
-
-    # State of rules
-
-    def allocate_training_state(self, adapter_name: str) -> None:
-        """Allocate, at fixed shapes, what the rules of this adapter keep between steps and across a resume."""
-        self.allocate_rule_state(adapter_name, self.adapter_configs[adapter_name].rules)
-
-    def allocate_rule_state(self, adapter_name: str, rules: Iterable[Rule]) -> None:
-        """Allocate the tensors that `rules` declare for this adapter, as zeros; what is there stays.
-
-        Raises:
-            ValueError: two rules declare a tensor of one name and different shapes.
-        """
-        specs = self._rule_specs.setdefault(adapter_name, {})
-        spaces = self.unit_spaces(adapter_name)
-        for rule in rules:
-            for spec in (s for space in spaces if space.kind in rule.acts_on for s in rule.state(space)):
-                known = specs.setdefault(spec.name, spec)
-                if (known.shape, known.dtype) != (spec.shape, spec.dtype):
-                    raise ValueError(
-                        f"{type(rule).__name__} keeps '{spec.name}' of shape {spec.shape} in '{self.module_name}', and "
-                        f"another rule keeps one of {known.shape}. Give it another name."
-                    )
-                kind = f"{self.prefix}rule_{spec.name}"
-                if not hasattr(self, kind):
-                    setattr(self, kind, BufferDict({}, persistent=True))
-                    self.training_state_names = (*self.training_state_names, kind)
-                    self.other_param_names = (*self.other_param_names, kind)
-                self._add_state(kind, adapter_name, torch.zeros(spec.shape, dtype=spec.dtype))
-
-    @classmethod
-    def is_training_state(cls, kind: str) -> bool:
-        """Whether a tensor of that name is state that only a running rule needs."""
-        return kind in cls.training_state_names or kind.startswith(f"{cls.prefix}rule_")
-
-    def rule_state(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The state that rules keep for this adapter here, by the names of their specs."""
-        held = {name: getattr(self, f"{self.prefix}rule_{name}") for name in self._rule_specs.get(adapter_name, {})}
-        return {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
-
-    def rule_followers(self, adapter_name: str, kind: str) -> list[Follower]:
-        """The part of it that follows the units of spaces of that kind."""
-        specs = self._rule_specs.get(adapter_name, {})
-        state = self.rule_state(adapter_name)
-        return [Follower(state[name], specs[name].axis) for name in state if specs[name].space == kind]
-
-    def _add_state(self, name: str, adapter_name: str, tensor: torch.Tensor) -> None:
-        state = getattr(self, name)
-        if adapter_name not in state:
-            state[adapter_name] = tensor.to(self.get_base_layer_device())
-
-    def forget_decoded(self, adapter_name: str) -> None:
-        """Forget what was derived from buffers of this adapter, which have been replaced."""
-
-    def drop_training_state(self, adapter_name: str) -> None:
-        """Free what only a running schedule needs, so that it is not shipped with the adapter."""
-        for name in self.training_state_names:
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
-        self._rule_specs.pop(adapter_name, None)
 
     # Dtype of what trains
 
@@ -191,10 +131,6 @@ class AdapterLayer(BaseTunerLayer):
 
     # Base weights and deltas
 
-    def get_base_layer_device(self) -> torch.device | None:
-        """Device of the base layer's weight."""
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-
     def dense_base_weight(self) -> torch.Tensor:
         """The base weight as `[out, in]`, dequantised if need be; for dense layers it shares the layer's memory."""
         weight = self.get_base_weight()
@@ -229,20 +165,6 @@ class AdapterLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is additive, so peft may fit a LoRA to it."""
         return True
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike upstream's, this keeps the dtype: values are fp32 masters, also over bf16 and 4-bit bases.
-        target = device if device is not None else self.get_base_layer_device()
-        if target is None:
-            return
-        for name in self.adapter_layer_names + self.other_param_names:
-            held = getattr(self, name)
-            if (
-                isinstance(held, (nn.ParameterDict, BufferDict))
-                and adapter_name in held
-                and not held[adapter_name].is_meta
-            ):
-                held[adapter_name] = held[adapter_name].to(target)
 
     # Forward
 
@@ -303,10 +225,6 @@ class AdapterLayer(BaseTunerLayer):
             result = result.index_copy(0, rows, y)
         return result
 
-    def _is_away(self, adapter_name: str) -> bool:
-        held = (getattr(self, kind) for kind in self.adapter_layer_names)
-        return next((one[adapter_name].is_meta for one in held if adapter_name in one), False)
-
     def _before_training(self, active: list[str]) -> None:
         """Asked in every training forward: may these adapters train as they are?"""
         restore_masters(self)
@@ -317,8 +235,7 @@ class AdapterLayer(BaseTunerLayer):
         configs = [self.adapter_configs[name] for name in active]
         if not active or any(not config.inference_mode or getattr(config, "_frozen_told", False) for config in configs):
             return
-        held = [getattr(self, kind) for kind in self.adapter_layer_names]
-        if any(one[name].requires_grad for one in held for name in active if name in one):
+        if any(parameter.requires_grad for name in active for parameter in self.trained_parameters(name)):
             return
         for config in configs:
             config._frozen_told = True
@@ -347,7 +264,7 @@ class AdapterLayer(BaseTunerLayer):
             )
 
 
-def _without(asked: list[str], config: PeftConfig) -> str:
+def _without(asked: list[str], config: AdapterConfig) -> str:
     fields = [name for name in asked if hasattr(config, name)]
     said = [f"{name} to None" for name in fields] + (["schedule=[]"] if len(fields) < len(asked) else [])
     return " and ".join(said)

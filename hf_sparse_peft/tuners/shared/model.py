@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
@@ -121,9 +121,9 @@ class AdapterModel(ModelFiles, BaseTuner):
             return key in self._targets_of_state_dict
         return bool(self._check_target_module_exists(peft_config, key))
 
-    def layer_options(self, peft_config: PeftConfig, module_name: str) -> dict[str, Any]:
-        """What the layer's `update_layer` takes for the module of that name."""
-        raise NotImplementedError
+    def planned(self, peft_config: PeftConfig, module_name: str, rows: int, cols: int) -> tuple[Any, Any]:
+        """What was decided for the module of that name: its sizes, and what it starts with (`update_layer`)."""
+        return None, None
 
     def _create_and_replace(
         self,
@@ -137,11 +137,6 @@ class AdapterModel(ModelFiles, BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         name = plain_name(current_key)  # configs and files know nothing of a compiled base
-        options = self.layer_options(peft_config, name)
-        self._check_file_fits(options, name, target)
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, **options)
-            return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kwargs = get_quantization_kwargs(self.model)
         if not is_supported(base, resolve_quantization_backend(base, **kwargs)):
@@ -150,7 +145,14 @@ class AdapterModel(ModelFiles, BaseTuner):
                 f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "
                 "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
             )
-        layer = self.linear_cls(target, adapter_name, name, options, **kwargs)
+        cols, rows = _get_in_out_features(base)
+        sizes, first = self.planned(peft_config, name, rows, cols)
+        self._check_file_fits(peft_config, name, rows, cols, sizes)
+        update = {"config": peft_config, "sizes": sizes, "first": first, "inference_mode": peft_config.inference_mode}
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, **update)
+            return
+        layer = self.linear_cls(target, adapter_name, name, update, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -5,23 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
-
 from .base_overrides import base_overrides
+from .config import AdapterConfig
 from .file_check import AdapterFile, file_being_loaded, tensor_key
-from .layer import is_supported, restore_fp32
+from .layer import restore_fp32
 from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
 from .wrapped_names import plain_name, rename_to_modules
 
 
 class ModelFiles:
     """The part of `AdapterModel` that upstream asks when it saves and loads; beside `BaseTuner`, before it."""
-
-    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
-        """Shapes of the tensors that a layer of that size has in a file."""
-        raise NotImplementedError
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:
@@ -45,27 +38,24 @@ class ModelFiles:
     def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
         """Resize what only a file knows the size of; it was checked."""
 
-    def _check_file_fits(self, options: dict[str, Any], module_name: str, target: nn.Module) -> None:
+    def _check_file_fits(self, config: AdapterConfig, module_name: str, rows: int, cols: int, sizes: Any) -> None:
         """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
         file = file_being_loaded()
         if file is None or file.renamed:
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not is_supported(base, resolve_quantization_backend(base, **get_quantization_kwargs(self.model))):
-            return  # refused by name where the layer would be made
-        in_features, out_features = _get_in_out_features(base)
         held = file.modules.get(module_name, {})
-        for kind, shape in self.file_shapes(options, module_name, out_features, in_features).items():
-            key = tensor_key(module_name, kind)
-            if kind not in held:
+        sizes = self.tuner_layer_cls.sizes_to_load(config, module_name, sizes, held)
+        for spec in self.tuner_layer_cls.tensor_specs(config, module_name, rows, cols, sizes):
+            key = tensor_key(module_name, spec.name)
+            if spec.role != "rule" and spec.name not in held:
                 raise ValueError(
                     f"'{key}' is missing from '{file.path}'; the file is incomplete, or its config targets other "
                     "modules of this base than it was saved for."
                 )
-            if tuple(held[kind].shape) != shape:
+            if spec.role != "rule" and tuple(held[spec.name].shape) != spec.shape:
                 raise ValueError(
-                    f"'{key}' in '{file.path}' has shape {tuple(held[kind].shape)}, and its config on this base makes "
-                    f"it {shape}. The file belongs to another base model or config."
+                    f"'{key}' in '{file.path}' has shape {tuple(held[spec.name].shape)}, and its config on this base "
+                    f"makes it {spec.shape}. The file belongs to another base model or config."
                 )
 
     def _check_surplus(self, adapter_name: str) -> None:

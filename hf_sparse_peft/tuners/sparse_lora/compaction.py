@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -80,7 +82,9 @@ def _compact_support(layer: SparseLoraLayer, adapter_name: str, drop_within: flo
     alive = units.numel()
     if alive == 0:
         del layer.sparse_lora_values[adapter_name], layer.sparse_lora_support[adapter_name]
+        layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], units=0, capacity=0))
         return 0
+    layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], units=alive, capacity=alive))
     old = layer.sparse_lora_values[adapter_name]
     if alive < old.shape[0]:
         kept = values.clone()
@@ -114,7 +118,7 @@ def _compact_rank(layer: SparseLoraLayer, adapter_name: str) -> int:
         layer.sparse_lora_rank_mask[adapter_name] = torch.ones(rank, dtype=torch.uint8, device=alive.device)
     else:
         del layer.sparse_lora_rank_mask[adapter_name]
-    layer.sparse_lora_r[adapter_name] = rank
+    layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], rank=rank))
     return rank
 
 

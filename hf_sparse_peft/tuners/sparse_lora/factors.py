@@ -11,12 +11,15 @@ drawn from the config's seed and the module's name, and saved with the adapter s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...sparsity import stream_seed
+from ...utils.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig
@@ -24,46 +27,78 @@ if TYPE_CHECKING:
     from .structure_config import FactorMaskConfig
 
 
-def allocate_factors(layer: SparseLoraLayer, adapter_name: str, config: SparseLoraConfig, r: int) -> None:
-    """Allocate `A` `[r, in]`, `B` `[out, r]`, and with `rank_allocation` the gate and its mask, with `factor_masks` the
-    maps."""
-    A = torch.empty(r, layer.in_features, dtype=torch.float32)
-    B = torch.zeros(layer.out_features, r, dtype=torch.float32)
-    gated = config.rank_allocation is not None
-    if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
-        nn.init.normal_(A, std=0.02)
-        nn.init.normal_(B, std=0.02)
-    elif config.factor_init == "normal":
-        nn.init.normal_(A, std=0.02)
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    if not config.init_weights and not gated:
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-    layer.sparse_lora_A[adapter_name] = nn.Parameter(A)
-    layer.sparse_lora_B[adapter_name] = nn.Parameter(B)
+def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: int, r: int) -> list[TensorSpec]:
+    """`A` `[r, in]`, `B` `[out, r]`, and with `rank_allocation` the gate and its mask, with `factor_masks` the maps."""
+    if not r:
+        return []
+    gated, masks = config.rank_allocation is not None, config.factor_masks
+    split = masks is not None and masks.kind == "stochastic"
+    A_drawn: list[torch.Tensor] = []
+
+    def start_A(generator: torch.Generator | None) -> torch.Tensor:
+        A = torch.empty(r, cols, dtype=torch.float32)
+        if gated or config.factor_init == "normal":
+            nn.init.normal_(A, std=0.02, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        if split and masks.split == "both":
+            # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
+            A_drawn.append(A.clone())
+        return A
+
+    def start_B(generator: torch.Generator | None) -> torch.Tensor:
+        B = torch.zeros(rows, r, dtype=torch.float32)
+        if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
+            nn.init.normal_(B, std=0.02, generator=generator)
+        elif not config.init_weights:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
+        return B
+
+    def start_gate(generator: torch.Generator | None) -> torch.Tensor:
+        return torch.zeros(r) if config.init_weights else torch.randn(r, generator=generator) / 0.02**2
+
+    rank = partial(TensorSpec, space="rank")
+    found = [
+        rank("sparse_lora_A", (r, cols), start=start_A),
+        rank("sparse_lora_B", (rows, r), axis=1, start=start_B),
+    ]
     if gated:
-        gate = torch.zeros(r) if config.init_weights else torch.randn(r) / 0.02**2
-        layer.sparse_lora_gate[adapter_name] = nn.Parameter(gate)
-        layer.sparse_lora_rank_mask[adapter_name] = torch.ones(r, dtype=torch.uint8)
-    if config.factor_masks is not None:
-        _allocate_maps(layer, adapter_name, config, A)
-
-
-def _allocate_maps(layer: SparseLoraLayer, adapter_name: str, config: SparseLoraConfig, A: torch.Tensor) -> None:
-    masks = config.factor_masks
-    split = masks.kind == "stochastic"
-    shapes = {"A": (A.shape[0], layer.in_features), "B": (layer.out_features, A.shape[0])}
-    for factor, shape in shapes.items():
-        if split and factor == "A" and masks.split == "B":
-            continue
-        generator = torch.Generator().manual_seed(stream_seed(config.seed, layer.module_name, "factor_masks", factor))
-        numel = shape[0] * shape[1]
-        _check_maps(layer.module_name, factor, numel, masks)
-        drawn = _owners(numel, masks, generator) if split else _mask_bits(numel, masks, generator)
-        getattr(layer, f"sparse_lora_{factor}_map")[adapter_name] = drawn.view(shape)
+        ones = partial(torch.ones, r, dtype=torch.uint8)
+        found += [
+            rank("sparse_lora_gate", (r,), start=start_gate),
+            rank("sparse_lora_rank_mask", (r,), torch.uint8, "saved", start=lambda _: ones(), check=_upto(1)),
+        ]
+    if masks is None:
+        return found
+    top = masks.experts - 1 if split else 2**masks.copies - 1
+    for factor, shape, axis in (("A", (r, cols), 0), ("B", (rows, r), 1)):
+        if not (split and factor == "A" and masks.split == "B"):
+            start = partial(_drawn_map, config, module_name, factor, shape)
+            found.append(
+                rank(f"sparse_lora_{factor}_map", shape, torch.uint8, "saved", axis=axis, start=start, check=_upto(top))
+            )
     if split and masks.split == "both":
-        # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
-        layer.sparse_lora_A_start[adapter_name] = A.clone()
+        found.append(rank("sparse_lora_A_start", (r, cols), role="saved", start=lambda _: A_drawn.pop()))
+    return found
+
+
+def _upto(largest: int) -> Callable[[torch.Tensor, str], None]:
+    def check(tensor: torch.Tensor, key: str) -> None:
+        if tensor.dtype != torch.uint8 or (tensor.numel() and int(tensor.max()) > largest):
+            numbers = "of 0 and 1" if largest == 1 else f"from 0 to {largest}"
+            raise ValueError(f"'{key}' must be uint8 {numbers}; the file is damaged.")
+
+    return check
+
+
+def _drawn_map(
+    config: SparseLoraConfig, module_name: str, factor: str, shape: tuple[int, int], _: torch.Generator | None
+) -> torch.Tensor:
+    masks, numel = config.factor_masks, shape[0] * shape[1]
+    _check_maps(module_name, factor, numel, masks)
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, module_name, "factor_masks", factor))
+    drawn = (_owners if masks.kind == "stochastic" else _mask_bits)(numel, masks, generator)
+    return drawn.view(shape)
 
 
 def _check_maps(module: str, factor: str, numel: int, masks: FactorMaskConfig) -> None:
@@ -148,6 +183,6 @@ def fold_experts(layer: SparseLoraLayer, adapter_name: str) -> None:
     A, B = merged_factors(layer, adapter_name)
     layer.sparse_lora_A[adapter_name].data.copy_(A)
     layer.sparse_lora_B[adapter_name].data.copy_(B)
-    for name in layer.factor_map_names:
-        if adapter_name in getattr(layer, name):
-            del getattr(layer, name)[adapter_name]
+    for held in (layer.sparse_lora_A_map, layer.sparse_lora_B_map, layer.sparse_lora_A_start):
+        if adapter_name in held:
+            del held[adapter_name]

@@ -2,8 +2,8 @@ r"""State of one adapted layer: :math:`\Delta W = s\,B\,\mathrm{diag}(g)\,A + S`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +12,46 @@ from torch import nn
 
 from ...rules import UnitSpace
 from ...sparsity import UnitGrid
+from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
-from .factors import allocate_factors, merged_factors
+from .factors import factor_specs, merged_factors
+from .plan import ModuleSizes
 from .spaces import spaces_of
-from .support_state import SupportState, undecided_message
+from .support_state import SupportState, support_specs, undecided_message
 
 
 class SparseLoraLayer(SupportState):
-    """What every adapted layer holds per adapter, keyed by adapter name.
-
-    Parameters (trained): `values` (see `UnitGrid.values_shape`), `A` `[r, in]`, `B` `[out, r]`, `gate` `[r]` (only with
-    `rank_allocation`), fp32 masters. Buffers (saved): `support` uint8, the gap-coded units; `rank_mask` uint8 `[r]`,
-    the living components; with `factor_masks` the maps of A and B (`factors.py`); and, while a schedule runs, what its
-    callback must find again after a resume.
-    """
+    """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
 
     prefix: str = "sparse_lora_"
-    adapter_layer_names: tuple[str, ...] = ("sparse_lora_values", "sparse_lora_A", "sparse_lora_B", "sparse_lora_gate")
+    sparse_lora_values: nn.ParameterDict
+    """`UnitGrid.values_shape(capacity)`."""
+    sparse_lora_A: nn.ParameterDict
+    """`[r, in]`."""
+    sparse_lora_B: nn.ParameterDict
+    """`[out, r]`."""
+    sparse_lora_gate: nn.ParameterDict
+    """`[r]`, only with `rank_allocation`."""
+    sparse_lora_support: BufferDict
+    """uint8, the gap-coded units."""
+    sparse_lora_rank_mask: BufferDict
+    """uint8 `[r]`, 1 for living components; only with the gate."""
+    sparse_lora_A_map: BufferDict
+    """uint8 `[r, in]`, with `factor_masks` (`factors.py`)."""
+    sparse_lora_B_map: BufferDict
+    """uint8 `[out, r]`."""
+    sparse_lora_A_start: BufferDict
+    """fp32 `[r, in]`, A's first content."""
+    sparse_lora_grid: dict[str, UnitGrid]
+    sparse_lora_r: dict[str, int]
+    sparse_lora_scaling: dict[str, float]
+    sparse_lora_support_scaling: dict[str, float]
+    sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]]
+    """Dense-gradient readers that a callback sets while it collects candidates."""
+    sparse_lora_dense_delta: dict[str, torch.Tensor]
+    """Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
+    neither an optimizer nor a file of the run sees them."""
     training_state_names: tuple[str, ...] = (
         "sparse_lora_sensitivity",
         "sparse_lora_uncertainty",
@@ -42,107 +64,43 @@ class SparseLoraLayer(SupportState):
     )
     unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
     """Training state with one number a unit, in the order of the values: it moves with them."""
-    factor_map_names: tuple[str, ...] = ("sparse_lora_A_map", "sparse_lora_B_map", "sparse_lora_A_start")
-    copied_state_names: tuple[str, ...] = (
-        "sparse_lora_support",
-        "sparse_lora_rank_mask",
-        *factor_map_names,
-        "sparse_lora_grid",
-        "sparse_lora_start",
-        "sparse_lora_r",
-        "sparse_lora_scaling",
-        "sparse_lora_support_scaling",
-    )
-    kept_together = (
-        (("sparse_lora_values",), ("sparse_lora_support",)),
-        (("sparse_lora_A", "sparse_lora_B", "sparse_lora_gate"), ("sparse_lora_rank_mask", *factor_map_names)),
-    )
-    saved_names: tuple[str, ...] = (
-        *adapter_layer_names,
-        "sparse_lora_support",
-        "sparse_lora_rank_mask",
-        *factor_map_names,
-    )
-    other_param_names: tuple[str, ...] = (
-        "sparse_lora_support",
-        "sparse_lora_rank_mask",
-        *factor_map_names,
-        *training_state_names,
-        "sparse_lora_grid",
-        "sparse_lora_config",
-        "sparse_lora_start",
-        "sparse_lora_r",
-        "sparse_lora_scaling",
-        "sparse_lora_support_scaling",
-        "sparse_lora_sink",
-        "sparse_lora_dense_delta",
-    )
     sparse_lora_observer: Callable[[torch.Tensor], None] | None = None
     """Shown the layer's dense gradient `[out, in]` in every eager backward pass, without any effect on training."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict({}))
-        for name in (
-            "sparse_lora_support",
-            "sparse_lora_rank_mask",
-            *self.factor_map_names,
-            *self.training_state_names,
-        ):
-            setattr(self, name, BufferDict({}, persistent=True))
-        self.sparse_lora_grid: dict[str, UnitGrid] = {}
-        self.sparse_lora_config: dict[str, SparseLoraConfig] = {}
-        # Units that the first support has; the capacity (of values and support) may leave room for retired ones.
-        self.sparse_lora_start: dict[str, int] = {}
-        self.sparse_lora_r: dict[str, int] = {}
-        self.sparse_lora_scaling: dict[str, float] = {}
-        self.sparse_lora_support_scaling: dict[str, float] = {}
-        # Dense-gradient readers that a callback sets while it collects candidates.
-        self.sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]] = {}
-        # Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
-        # neither an optimizer nor a file of the run sees them.
-        self.sparse_lora_dense_delta: dict[str, torch.Tensor] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: SparseLoraConfig,
-        *,
-        r: int,
-        lora_alpha: float,
-        num_units: int,
-        capacity: int = 0,
-        units: torch.Tensor | None = None,
-        inference_mode: bool = False,
-    ) -> None:
-        """Allocate an adapter: `num_units` units of the support and `r` components; either may be 0.
+    @classmethod
+    def tensor_specs(
+        cls, config: SparseLoraConfig, module_name: str, rows: int, cols: int, sizes: ModuleSizes
+    ) -> list[TensorSpec]:
+        """Tensors of the factors, then of the support, as far as the module has them."""
+        return [*factor_specs(config, module_name, rows, cols, sizes.rank), *support_specs(config, module_name, sizes)]
 
-        `capacity` above `num_units` leaves room in values and support for units that retire. `units` are the support
-        where it was chosen with other layers' (`config.structures`).
+    @classmethod
+    def sizes_to_load(
+        cls, config: SparseLoraConfig, module_name: str, sizes: ModuleSizes, held: Mapping[str, torch.Tensor]
+    ) -> ModuleSizes:
+        """As many units as the file has values, where the file's run chose them from data."""
+        if not config.sizes_from_data or not sizes.capacity:
+            return sizes
+        values = held.get("sparse_lora_values")
+        if values is None and (config.criterion == "given" or config.structure_of(module_name)):
+            return replace(sizes, units=0, capacity=0)
+        count = values.shape[0] if values is not None and values.ndim else 0
+        return replace(sizes, units=count, capacity=count) if 0 < count <= sizes.grid.num_units else sizes
 
-        Raises:
-            ValueError: `num_units` or `r` does not fit the weight.
-        """
-        self.sparse_lora_config[adapter_name] = config
-        scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r) if r else None
-        if num_units:
-            if config.scale_support and scaling is None:
-                raise ValueError(
-                    f"scale_support multiplies the support of '{self.module_name}' by lora_alpha / r, and rank_pattern "
-                    "gives it rank 0. Give it a rank, or set scale_support=False."
-                )
-            self.sparse_lora_support_scaling[adapter_name] = scaling if config.scale_support else 1.0
-            self._allocate_support(adapter_name, config, num_units, max(capacity, num_units), units)
-        self.sparse_lora_r[adapter_name] = r
-        if r:
-            allocate_factors(self, adapter_name, config, r)
-            self.sparse_lora_scaling[adapter_name] = scaling
-        if config.has_schedule and not config.inference_mode:
-            self.allocate_training_state(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+    def set_sizes(self, adapter_name: str, sizes: ModuleSizes) -> None:
+        """Note what was decided for the adapter in this layer."""
+        super().set_sizes(adapter_name, sizes)
+        self.sparse_lora_r[adapter_name] = sizes.rank
+        found = {"grid": sizes.grid, "scaling": sizes.scaling, "support_scaling": sizes.support_scaling}
+        for name, value in found.items():
+            held = getattr(self, f"sparse_lora_{name}")
+            held.pop(adapter_name, None)
+            if value is not None:
+                held[adapter_name] = value
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
@@ -181,13 +139,9 @@ class SparseLoraLayer(SupportState):
     # What is held
 
     @property
-    def adapter_configs(self) -> dict[str, SparseLoraConfig]:
+    def sparse_lora_config(self) -> dict[str, SparseLoraConfig]:
         """Config of each adapter of this layer, one object for all of its layers."""
-        return self.sparse_lora_config
-
-    def holds(self, adapter_name: str) -> bool:
-        """Whether this layer has a part of that adapter."""
-        return adapter_name in self.sparse_lora_values or adapter_name in self.sparse_lora_A
+        return self.adapter_configs
 
     def _before_training(self, active: list[str]) -> None:
         waiting = [name for name in active if name not in self.sparse_lora_dense_delta]

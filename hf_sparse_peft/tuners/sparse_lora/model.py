@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...sparsity import UnitGrid
 from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
 from ..shared.model import AdapterModel
 from ..shared.pieces import Piece
@@ -21,6 +20,7 @@ from .file_check import check_sparse_module
 from .from_pieces import config_of_pieces
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
+from .plan import module_sizes
 from .support_state import undecided_message
 
 
@@ -47,17 +47,11 @@ class SparseLoraModel(AdapterModel):
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
 
-    def layer_options(self, peft_config: SparseLoraConfig, module_name: str) -> dict[str, Any]:
-        """What `update_layer` takes for that module."""
-        return {
-            "config": peft_config,
-            "r": peft_config.rank_of(module_name),
-            "lora_alpha": peft_config.alpha_of(module_name),
-            "num_units": self._unit_counts.get(module_name, 0),
-            "capacity": self._capacities.get(module_name, 0),
-            "units": self._chosen_units.get(module_name),
-            "inference_mode": peft_config.inference_mode,
-        }
+    def planned(self, peft_config: SparseLoraConfig, module_name: str, rows: int, cols: int) -> tuple[Any, Any]:
+        """Sizes of the module, and the units that its support starts with where they are chosen already."""
+        units, capacity = self._unit_counts.get(module_name, 0), self._capacities.get(module_name, 0)
+        sizes = module_sizes(peft_config, module_name, rows, cols, units, capacity)
+        return sizes, self._chosen_units.get(module_name)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         super()._create_and_replace(*args, **kwargs)
@@ -68,16 +62,6 @@ class SparseLoraModel(AdapterModel):
                 self._selection_bar = None
 
     # Files
-
-    def file_shapes(self, options: dict[str, Any], module_name: str, out_features: int, in_features: int) -> dict:
-        """Shapes of the tensors that a layer of that size has in a file, those left out that only the file knows."""
-        config, r, shapes = options["config"], options["r"], {}
-        if r:
-            shapes |= {"sparse_lora_A": (r, in_features), "sparse_lora_B": (out_features, r)}
-        if options["num_units"] and not config.sizes_from_data:
-            grid = UnitGrid(out_features, in_features, config.granularity_of(module_name), config.block_size)
-            shapes["sparse_lora_values"] = grid.values_shape(max(options["num_units"], options["capacity"]))
-        return shapes
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:

@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ...ops import pack_entries, unpack_entries
 from ...sparsity import (
-    UnitGrid,
     codes_length,
     decode_support,
     encode_support,
     select_units,
     stream_seed,
 )
+from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from .config import SparseLoraConfig
+from .plan import ModuleSizes
+
+
+def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes) -> list[TensorSpec]:
+    """`values` and `support` of a module that has units."""
+    if not sizes.capacity:
+        return []
+    grid, capacity = sizes.grid, sizes.capacity
+
+    def check_codes(codes: torch.Tensor, key: str) -> None:
+        decode_support(codes, grid, capacity, key)
+
+    return [
+        TensorSpec(
+            "sparse_lora_values",
+            grid.values_shape(capacity),
+            space="support",
+            start=lambda generator: _first_values(config, module_name, sizes),
+        ),
+        TensorSpec(
+            "sparse_lora_support",
+            (codes_length(grid, capacity),),
+            torch.uint8,
+            "saved",
+            space="support",
+            axis=None,
+            check=check_codes,
+        ),
+    ]
+
+
+def _first_values(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes) -> torch.Tensor:
+    shape = sizes.grid.values_shape(sizes.capacity)
+    if config.support_init == "uniform":
+        generator = torch.Generator().manual_seed(stream_seed(config.seed, module_name, "values"))
+        drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(sizes.grid.cols))
+        drawn[sizes.units :] = 0
+        return drawn.to(torch.empty(0).device)
+    # Values of a support that is still to be chosen are zero, whatever init_weights says.
+    at_zero = config.init_weights or config.data_driven
+    return (torch.zeros if at_zero else torch.randn)(shape, dtype=torch.float32)
 
 
 class SupportState(AdapterLayer):
@@ -26,46 +67,21 @@ class SupportState(AdapterLayer):
 
     # Where supports begin
 
-    def _allocate_support(
-        self,
-        adapter_name: str,
-        config: SparseLoraConfig,
-        num_units: int,
-        capacity: int,
-        units: torch.Tensor | None,
-    ) -> None:
-        granularity = config.granularity_of(self.module_name)
-        grid = UnitGrid(self.out_features, self.in_features, granularity, config.block_size)
-        if num_units > grid.num_units:
-            raise ValueError(
-                f"The support of '{self.module_name}' wants {num_units} {granularity} units, and its "
-                f"{grid.rows}x{grid.cols} weight has {grid.num_units}. Lower density or num_entries."
-            )
-        self.sparse_lora_grid[adapter_name] = grid
-        self.sparse_lora_start[adapter_name] = num_units
-        self.sparse_lora_values[adapter_name] = nn.Parameter(self._first_values(config, grid, num_units, capacity))
-        self.sparse_lora_support[adapter_name] = torch.zeros(codes_length(grid, capacity), dtype=torch.uint8)
-        # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
-        on_meta = self.sparse_lora_values[adapter_name].is_meta
-        if on_meta or self.get_base_layer_device() == torch.device("meta"):
+    def _begin(self, adapter_name: str, first: torch.Tensor | None) -> None:
+        """Write the first support: `first`, the units that were chosen together with other modules', or those that the
+        criterion chooses without data."""
+        if adapter_name not in self.sparse_lora_values:
             return
-        if units is not None:
-            self.write_support(adapter_name, units.to(self.sparse_lora_values[adapter_name].device))
-        elif not config.data_driven and not (config.inference_mode and config.init_weights):
-            if config.structure_of(self.module_name) is not None:
-                return
+        config, values = self.adapter_configs[adapter_name], self.sparse_lora_values[adapter_name]
+        # A file is about to fill the support of an adapter that is loaded: choosing one first would be wasted work.
+        if values.is_meta or self.get_base_layer_device() == torch.device("meta"):
+            return
+        if first is not None:
+            self.write_support(adapter_name, first.to(values.device))
+            return
+        waits = config.data_driven or (config.inference_mode and config.init_weights)
+        if not waits and config.structure_of(self.module_name) is None:
             self.select_support(adapter_name)
-
-    def _first_values(self, config: SparseLoraConfig, grid: UnitGrid, num_units: int, capacity: int) -> torch.Tensor:
-        shape = grid.values_shape(capacity)
-        if config.support_init == "uniform":
-            generator = torch.Generator().manual_seed(stream_seed(config.seed, self.module_name, "values"))
-            drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(grid.cols))
-            drawn[num_units:] = 0
-            return drawn.to(torch.empty(0).device)
-        # Values of a support that is still to be chosen are zero, whatever init_weights says.
-        at_zero = config.init_weights or config.data_driven
-        return (torch.zeros if at_zero else torch.randn)(shape, dtype=torch.float32)
 
     def select_support(self, adapter_name: str) -> None:
         """Choose the adapter's first support by its config's criterion and write it.
@@ -91,7 +107,7 @@ class SupportState(AdapterLayer):
             config.criterion,
             weight,
             self.sparse_lora_grid[adapter_name],
-            self.sparse_lora_start[adapter_name],
+            self.sizes[adapter_name].units,
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             name=self.module_name,
             **config.criterion_options,
@@ -113,9 +129,7 @@ class SupportState(AdapterLayer):
         config, values = self.sparse_lora_config[adapter_name], self.sparse_lora_values[adapter_name].detach()
         if config.support_init == "zeros":
             return not bool(values.any())
-        first = self._first_values(
-            config, self.sparse_lora_grid[adapter_name], self.sparse_lora_start[adapter_name], values.shape[0]
-        )
+        first = _first_values(config, self.module_name, self.sizes[adapter_name])
         return torch.equal(values, first.to(values.device, values.dtype))
 
     def _allocate_unit_state(self, adapter_name: str, config: SparseLoraConfig) -> None:
@@ -258,7 +272,7 @@ class SupportState(AdapterLayer):
                 f"'{self.module_name}' has {grid.num_units} units of granularity '{grid.granularity}', not {count}."
             )
         self._units.pop(adapter_name, None)
-        self.sparse_lora_start[adapter_name] = count
+        self.set_sizes(adapter_name, replace(self.sizes[adapter_name], units=count, capacity=count))
         had_state = any(adapter_name in getattr(self, name) for name in self.training_state_names)
         if had_state:
             self.drop_training_state(adapter_name)
