@@ -20,6 +20,7 @@ from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import base_overrides
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
+from ..utils.parts import plain
 from .folders import ADAPTER_FILES, staged_folder
 from .summary import adapter_summary
 
@@ -290,20 +291,16 @@ def _legend(rows: list[dict[str, Any]]) -> str:
 _ALWAYS_SHOWN = ("r", "lora_alpha", "density", "granularity", "criterion", "seed")
 _NOT_SHOWN = {
     *(field.name for field in dataclasses.fields(PeftConfig)),
-    *("base_overrides", "exclude_modules", "install_hint", "saved_base_weights", "training_finished"),
+    *("base_overrides", "exclude_modules", "install_hint", "saved_base_weights", "training_finished", "target_modules"),
 }
 
 
 def _config_rows(config: AdapterConfig) -> list[tuple[str, str]]:
     """The options that are not at their defaults, and those that everybody asks for."""
-    written, shown = config.to_dict(), {}
-    for option in dataclasses.fields(config):
-        factory = option.default_factory
-        default = option.default if factory is dataclasses.MISSING else factory()
-        if option.name in _ALWAYS_SHOWN or (
-            option.name not in _NOT_SHOWN and getattr(config, option.name) not in (default, None)
-        ):
-            shown[option.name] = _option_value(written[option.name])
+    always = {name: plain(getattr(config, name)) for name in _ALWAYS_SHOWN if hasattr(config, name)}
+    written = {**always, **{name: value for name, value in config.to_dict().items() if name not in _NOT_SHOWN}}
+    order = [field.name for field in dataclasses.fields(config)] + sorted(config.unknown_options)
+    shown = {name: _option_value(written[name]) for name in order if name in written}
     targets = config.target_modules
     if targets is not None:  # peft expands "all-linear" to one whole name a module: the last parts tell as much
         names = targets if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}

@@ -69,7 +69,8 @@ SPARSE = [
     ("layers_to_transform", "1"), ("layers_to_transform", [True]), ("modules_to_save", "score"),
     ("modules_to_save", ["(a+)+"]), ("inference_mode", "yes"), ("training_finished", "no"), ("drop_within", "0"),
     ("values_dtype", "int8"), ("bias", True), ("regrowth", "rigl"), ("regrowth", {"interval": "20"}),
-    ("regrowth", {"fraction": math.nan}), ("pruning", {"scope": "all"}), ("rank_allocation", {"target_r": 2.0}),
+    ("regrowth", {"fraction": math.nan}), ("schedule", [{"type": "prune", "scope": "all"}]),
+    ("rank_allocation", {"target_r": 2.0}),
     ("layer_sampling", {"layers_pattern": "(a+)+"}), ("saved_base_weights", "lm_head"), ("base_overrides", [64]),
 ]  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,39 @@ from ...utils.option_types import check_types
 from ...utils.parts import UnknownPart, load_part, plain
 from .module_patterns import check_names, check_pattern
 
+ALWAYS_IN_FILE = frozenset(
+    {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "target_modules", "install_hint"}
+)
+"""Written to `adapter_config.json` also at their defaults: what peft, transformers, the Hub and readers look for."""
 INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
 
 
+class _FromFiles(type):
+    """Sorts out what a file says that a config class does not know, before peft drops it.
+
+    `PeftConfig.from_peft_type` filters options by the signature of `__init__`, so that no method of the class ever sees
+    the others. Files name their `peft_type`; a misspelt option in code still is a `TypeError`.
+    """
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if "peft_type" in options:
+            known = {field.name for field in fields(cls)}
+            unknown = {name: options.pop(name) for name in sorted(set(options) - known)}
+            if unknown:
+                options["unknown_options"] = {**options.get("unknown_options", {}), **unknown}
+                warnings.warn(
+                    f"{cls.__name__}: the file has options that this installation does not know: {sorted(unknown)}. "
+                    "They are kept and saved again, and the adapter is used without them; it cannot be trained here.",
+                    stacklevel=1,  # one place, so that a file that is read twice is warned of once
+                )
+        return super().__call__(*args, **options)
+
+
 @dataclass
-class AdapterConfig(PeftConfig):
-    """Base of the configs: which modules, what else is trained and saved, whether schedules run.
+class AdapterConfig(PeftConfig, metaclass=_FromFiles):
+    """Base of the configs: which modules, what else is trained and saved, which rules act during training.
+
+    In `adapter_config.json` an absent option is at its default.
 
     Raises:
         ValueError: options about targets contradict each other.
@@ -63,6 +91,10 @@ class AdapterConfig(PeftConfig):
         metadata={"help": "Written when saved: base weights in the file too, embeddings of a resized vocabulary."},
     )
     install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
+    unknown_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Read from a file: options of a newer release or a plugin, saved again as they were."},
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, (list, tuple)):
@@ -116,8 +148,15 @@ class AdapterConfig(PeftConfig):
             replace_file(folder / CONFIG_NAME, target)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON takes them."""
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        """The options as `adapter_config.json` has them: what is not at its default, what a reader looks for
+        (`ALWAYS_IN_FILE`), and options of the file that this release does not know, as they were."""
+        known = {
+            one.name: plain(getattr(self, one.name))
+            for one in fields(self)
+            if one.name in ALWAYS_IN_FILE or getattr(self, one.name) != _default(one)
+        }
+        unknown = known.pop("unknown_options", {})
+        return {**known, **unknown}
 
     @property
     def rules(self) -> list[Rule]:
@@ -125,11 +164,16 @@ class AdapterConfig(PeftConfig):
         return [rule for rule in self.schedule if isinstance(rule, Rule)]
 
     def check_runnable(self) -> None:
-        """Refuse to train with rules that this installation does not have.
+        """Refuse to train with rules or options that this installation does not have.
 
         Raises:
-            ValueError: names the rule.
+            ValueError: names the rule or the option.
         """
+        if self.unknown_options:
+            raise ValueError(
+                f"The adapter's config has {self.unknown_options}, which this installation does not know. Update "
+                "hf-sparse-peft, or import the package that adds it; without training the adapter works as it is."
+            )
         for at, rule in enumerate(self.schedule):
             if isinstance(rule, UnknownPart):
                 raise ValueError(
@@ -147,3 +191,7 @@ class AdapterConfig(PeftConfig):
     def has_schedule(self) -> bool:
         """Whether something happens during training that a callback has to do."""
         return not self.training_finished and bool(self.asked_schedules)
+
+
+def _default(option: Field) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(file: Path) -> AdapterConfig:
-    """The config in `adapter_config.json`; options that this release does not know are left out.
+    """The config in `adapter_config.json`; options that this release does not know are its `unknown_options`.
 
     Raises:
         ValueError: no such file, no JSON object, another tuner's, or an option out of range; names the file.
@@ -117,9 +117,8 @@ def read_config(file: Path) -> AdapterConfig:
     if model_class(found) is None:
         raise ValueError(f"'{file}' has peft_type={found!r}, no adapter of this package.")
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[found]
-    known = {field.name for field in fields(cls)}
     try:
-        return cls(**{key: value for key, value in given.items() if key in known and key != "peft_type"})
+        return cls(**given)
     except ValueError as error:
         raise ValueError(f"In '{file}': {error}") from error
 

@@ -249,11 +249,12 @@ class AdapterLayer(AdapterTensors):
         run = run_on(self)  # also ends one that was broken off, before it could act on this one
         for name in active:
             config = self.adapter_configs[name]
+            if not config.inference_mode:
+                config.check_runnable()
             if not config.has_schedule:
                 continue
             attended = set() if run is None else run.attended(config)
             asked = [option for option in config.asked_schedules if option not in attended]
-            config.check_runnable()
             if not asked or not first_warning(config):
                 continue
             warnings.warn(
