@@ -9,10 +9,9 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
-from .rules import Prune, Rule
+from .rules import AlternateModules, Prune, Rule
 from .training import (
     BudgetCompetitionCallback,
-    HalfRoundsCallback,
     InitialSupportCallback,
     LayerSamplingCallback,
     MaskRegrowthCallback,
@@ -30,7 +29,6 @@ from .training import (
 from .tuners import (
     BudgetCompetitionConfig,
     FactorMaskConfig,
-    HalfRoundsConfig,
     KernelLoraConfig,
     KernelLoraModel,
     LayerSamplingConfig,
@@ -49,11 +47,10 @@ register_saving()
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlternateModules",
     "BudgetCompetitionCallback",
     "BudgetCompetitionConfig",
     "FactorMaskConfig",
-    "HalfRoundsCallback",
-    "HalfRoundsConfig",
     "InitialSupportCallback",
     "KernelLoraConfig",
     "KernelLoraModel",

@@ -6,9 +6,10 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..rules import AlternateModules
 from ..sparsity import CRITERIA, needs_data
 from ..training import LayerSamplingCallback
-from ..tuners import HalfRoundsConfig, LayerSamplingConfig, SparseLoraConfig, StructureConfig
+from ..tuners import LayerSamplingConfig, SparseLoraConfig, StructureConfig
 from .registry import Method, register
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
@@ -127,14 +128,14 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
 @register(
     "hft",
     paper="Hui et al., 2024",
-    moves="which half of the matrices trains, every round",
+    moves="which half of the matrices is updated, anew every period",
     use_when="full fine-tuning that forgets less is wanted and half of its optimizer state fits",
     cost="a dense fp32 delta of every adapted matrix; optimizer state of half of them",
 )
-def hft(round_steps: int | None = None, fraction: float = 0.5, level: str = "category", **overrides: Any) -> Method:
-    """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a round (an epoch)."""
-    rounds = HalfRoundsConfig(round_steps, fraction, level)
-    options = {"r": 0, "density": 1.0, "granularity": "row", "rounds": rounds, "target_modules": "all-linear"}
+def hft(period_steps: int | None = None, fraction: float = 0.5, level: str = "category", **overrides: Any) -> Method:
+    """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a period (an epoch)."""
+    options = {"r": 0, "density": 1.0, "granularity": "row", "target_modules": "all-linear"}
+    options["schedule"] = [AlternateModules(period_steps, fraction, level)]
     return Method(SparseLoraConfig(**{**options, **overrides}))
 
 

@@ -4,8 +4,10 @@ space.py         what a rule sees of a layer          moves.py         the one w
 run.py           what a rule sees of a training run   update_mask.py   who is updated
 rule.py          the base of all rules, and which pairs compose
 prune.py         units leave along a curve
+alternate_modules.py    a fraction of the modules is updated per period
 """
 
+from .alternate_modules import AlternateModules
 from .moves import MoveResult, move_units
 from .prune import Prune
 from .rule import Rule, check_schedule, conflict
@@ -14,6 +16,7 @@ from .space import Follower, ModuleSpace, UnitSpace
 from .update_mask import UpdateMask
 
 __all__ = [
+    "AlternateModules",
     "Follower",
     "ModuleSpace",
     "MoveResult",

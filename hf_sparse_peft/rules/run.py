@@ -43,6 +43,15 @@ class Training:
     resumed: bool = False
     """Whether the run goes on from a checkpoint."""
 
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; None where the training data has no length."""
+        try:
+            batches = len(self.dataloader)
+        except TypeError:
+            return None
+        return max(1, -(-batches // self.accumulation))
+
 
 @dataclass(eq=False)
 class Run:
@@ -166,4 +175,14 @@ def refuse_unskippable(run: Run, option: str) -> None:
         raise ValueError(
             f"{option} leaves out an update, which fp16's gradient scaler refuses without clipping where nothing else "
             f"trains. Set max_grad_norm above 0, train in bf16, or set {option}=False."
+        )
+
+
+def refuse_fixed_ddp(run: Run, rule: str) -> None:
+    """Raises `ValueError` where DDP would wait for gradients of parameters that `rule` holds still."""
+    args = run.training.arguments
+    if getattr(args, "world_size", 1) > 1 and getattr(args, "ddp_find_unused_parameters", None) is False:
+        raise ValueError(
+            f"{rule} freezes parameters in turns, and ddp_find_unused_parameters=False makes DDP wait for their "
+            "gradients. Set it to True, or leave it out."
         )

@@ -125,14 +125,17 @@ class UnitSpace:
 class ModuleSpace(UnitSpace):
     """A whole adapted module as one unit: all parameters of one adapter there, of whichever peft tuner."""
 
+    module_name: str | None = None
+    """Name of the module, for layers of upstream tuners, which do not know theirs."""
+
     kind: ClassVar[str] = "module"
 
     size = capacity = 1
 
     @property
     def name(self) -> str:
-        """Name of the module; "" for layers of upstream tuners, which do not know theirs."""
-        return getattr(self.layer, "module_name", "")
+        """Name of the module."""
+        return self.layer.module_name if self.module_name is None else self.module_name
 
     @property
     def unit_numel(self) -> int:

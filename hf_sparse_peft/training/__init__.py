@@ -13,7 +13,6 @@ from .budget_competition import BudgetCompetitionCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
 from .callbacks import PruningCallback
 from .freezing import ThresholdFreezingCallback
-from .half_rounds import HalfRoundsCallback
 from .initial_support import InitialSupportCallback
 from .layer_sampling import LayerSamplingCallback
 from .penalties import L1PenaltyCallback, NuclearNormCallback
@@ -30,7 +29,6 @@ from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zerot
 # In the order they must act at one step: who trains, then prune, then regrow what is left.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
-    HalfRoundsCallback,
     LayerSamplingCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
@@ -78,7 +76,6 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 __all__ = [
     "SCHEDULE_CALLBACKS",
     "BudgetCompetitionCallback",
-    "HalfRoundsCallback",
     "InitialSupportCallback",
     "L1PenaltyCallback",
     "LayerSamplingCallback",

@@ -23,7 +23,6 @@ from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.sparse_lora import LayerSamplingConfig
 from ..tuners.sparse_lora.schedule_config import nested
 from .base import AdaptedLayer, ScheduleCallback
-from .half_rounds import refuse_fixed_ddp
 from .trainer_checks import refuse_sharded
 
 _COMMON = "layers|h|block|blocks|layer"
@@ -303,6 +302,15 @@ def _find_layers(model: nn.Module, pattern: str | None) -> dict[str, _Layer]:
             stacklevel=4,
         )
     return layers
+
+
+def refuse_fixed_ddp(args: Any, option: str) -> None:
+    """Raises `ValueError` where DDP would wait for gradients of frozen parameters."""
+    if args.world_size > 1 and getattr(args, "ddp_find_unused_parameters", None) is False:
+        raise ValueError(
+            f"{option} freezes parameters in turns, and ddp_find_unused_parameters=False makes DDP wait for their "
+            "gradients. Set it to True, or leave it out."
+        )
 
 
 @contextmanager

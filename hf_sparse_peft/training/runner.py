@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..optim import innermost
-from ..rules import Rule, Run, Training
+from ..rules import ModuleSpace, Rule, Run, Training
 from ..tuners import AdapterLayer, adapter_layers, restore_fp32
 from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.shared.live_run import LiveRun, begin_run, end_with_train, run_on
@@ -25,10 +26,12 @@ _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun
 class RuleRunner(TrainerCallback, ExportableState):
     """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list.
 
-    `callbacks_for(model)` gives it; a subclass with a `rule_class` carries the rules of that class only.
+    `callbacks_for(model)` gives it; a subclass with a `rule_class` carries the rules of that class only. Who is updated
+    at a step (rules that write `trains`) is settled before the others look.
 
     Args:
-        rule: run this rule on all trained adapters instead of those that their configs name.
+        rule: run this rule on all trained adapters instead of those that their configs name. One that acts on whole
+            modules runs on adapters of upstream peft too, such as `LoraConfig`'s.
 
     Raises:
         ValueError: `rule` is not one, or not of the subclass's `rule_class`.
@@ -131,7 +134,7 @@ class RuleRunner(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Before the first micro-batch."""
         self.training.step, self.training.optimizer = state.global_step, optimizer or self.training.optimizer
-        for run in self.runs:
+        for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
             run.rule.before_step(run)
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
@@ -166,11 +169,10 @@ class RuleRunner(TrainerCallback, ExportableState):
         self._leave()
         if state.global_step < state.max_steps:
             return
-        for run in self.runs:
+        for run in (run for run in self.runs if run.config is not None):
             for space in run.all_spaces:
                 space.layer.drop_training_state(space.adapter)
-            if run.config is not None:
-                run.config.training_finished = True
+            run.config.training_finished = True
 
     # Runs
 
@@ -212,6 +214,14 @@ class RuleRunner(TrainerCallback, ExportableState):
                     for layer in held:
                         _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
                     yield Run(self.training, rule, adapter, config, spaces)
+        if self.rule is not None and "module" in self.rule.acts_on:
+            for adapter, spaces in _upstream_modules(self.training.model).items():
+                if any(self.rule.state(space) for space in spaces):
+                    raise ValueError(
+                        f"{type(self.rule).__name__} keeps tensors in the layers, and those of '{adapter}' are "
+                        "upstream peft's, which have no room for them. Use an adapter of hf_sparse_peft."
+                    )
+                yield Run(self.training, self.rule, adapter, None, spaces)
 
     def _take_charge(self, rule: Rule, config: Any) -> None:
         if rule.part_type in self._live.attended(config):
@@ -229,6 +239,18 @@ def _trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:
         for name in layer.active_adapters:
             if layer.holds(name) and not layer.adapter_configs[name].inference_mode:
                 yield layer, name
+
+
+def _upstream_modules(model: nn.Module) -> dict[str, list[ModuleSpace]]:
+    """Modules with active adapters of upstream peft, by adapter and in model order."""
+    found: dict[str, list[ModuleSpace]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AdapterLayer):
+            for adapter in layer.active_adapters:
+                space = ModuleSpace(layer, adapter, name.removeprefix("base_model.model."))
+                if space.parameters():
+                    found.setdefault(adapter, []).append(space)
+    return found
 
 
 def _allocate_state(layer: AdapterLayer, adapter: str, rule: Rule, live: LiveRun, fresh: bool) -> None:

@@ -6,7 +6,6 @@ from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
     FreezingConfig,
-    HalfRoundsConfig,
     L1PenaltyConfig,
     LayerSamplingConfig,
     NuclearNormConfig,
@@ -26,7 +25,6 @@ __all__ = [
     "BudgetCompetitionConfig",
     "FactorMaskConfig",
     "FreezingConfig",
-    "HalfRoundsConfig",
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",

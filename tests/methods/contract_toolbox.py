@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
     "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
     "dsee": {"num_sparse": 24},
-    "hft": {"round_steps": 3},
+    "hft": {"period_steps": 3},
     "ist": {"trained": 0.5},
     "mosa": {"experts": 2},
     "capaboost": {"density": 0.5},

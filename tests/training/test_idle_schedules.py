@@ -9,7 +9,7 @@ import tiny
 from peft import LoraConfig, get_peft_model
 
 from hf_sparse_peft import (
-    HalfRoundsConfig,
+    AlternateModules,
     LayerSamplingConfig,
     Prune,
     RankAllocationConfig,
@@ -40,8 +40,8 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         warnings.simplefilter("always")
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
-    options = ("regrowth", "pruning", "rank_allocation", "rounds", "layer_sampling", "freezing", "nuclear_norm",
-               "budget_competition", "Prune.")  # fmt: skip
+    options = ("regrowth", "pruning", "rank_allocation", "layer_sampling", "freezing", "nuclear_norm",
+               "budget_competition", "Prune.", "AlternateModules.")  # fmt: skip
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
 
@@ -60,8 +60,9 @@ def ranks(**options):
 
 SPIEL = RegrowthConfig(interval=3, collect_steps=1)
 NEVER = {
-    "a round of halves without a matrix": (
-        sparse(target_modules=Q, rounds=HalfRoundsConfig(round_steps=2)), r"rounds\.fraction=0\.5.*0 in round 0",
+    "a period without a module": (
+        sparse(target_modules=Q, schedule=[AlternateModules(period_steps=2)]),
+        r"AlternateModules\.fraction=0\.5.*0 in period 0",
     ),
     "a nuclear norm after the end": (
         sparse(nuclear_norm=NuclearNormConfig(interval=9, min_side=8)), r"nuclear_norm\.interval=9",
@@ -159,12 +160,12 @@ def test_layers_that_never_move_are_named_among_those_that_do(tmp_path):
 
 
 def test_matrices_that_never_train_are_named(tmp_path):
-    # One block: 0.34 of 3 FFN matrices is one; of the only attention matrix it is none, in even and in odd rounds.
-    rounds = HalfRoundsConfig(round_steps=2, fraction=0.34)
-    config = sparse(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], rounds=rounds)
+    # One block: 0.34 of 3 FFN matrices is one; of the only attention matrix it is none, in even and in odd periods.
+    turns = AlternateModules(period_steps=2, fraction=0.34)
+    config = sparse(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], schedule=[turns])
     said = said_at_start(config, tmp_path)
     assert len(said) == 1
-    assert "rounds.fraction=0.34" in said[0]
+    assert "AlternateModules.fraction=0.34" in said[0]
     assert "in 1 of 4 layers ('model.layers.0.self_attn.q_proj')" in said[0]
 
 
@@ -191,7 +192,7 @@ WORKING = {
     "regrowth and pruning": sparse(regrowth=regrowing(interval=1), schedule=[Prune()]),
     "pruning": sparse(schedule=[Prune(interval=1)]),
     "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
-    "rounds": sparse(rounds=HalfRoundsConfig(round_steps=2)),
+    "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
     "layer_sampling": ranks(layer_sampling=LayerSamplingConfig(interval=2)),
     "freezing": sparse(freezing=FreezingConfig(), criterion="smallest_magnitude"),
     "nuclear_norm": sparse(nuclear_norm=NuclearNormConfig(min_side=8)),

@@ -12,9 +12,9 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import (
+    AlternateModules,
     BudgetCompetitionConfig,
     FactorMaskConfig,
-    HalfRoundsConfig,
     KernelLoraConfig,
     LayerSamplingConfig,
     Prune,
@@ -37,7 +37,7 @@ RULES = {
     "regrowth": RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant"),
     "pruning": Prune(start=0.1, end=0.5, interval=2),
     "rank_allocation": RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.5),
-    "rounds": HalfRoundsConfig(round_steps=3),
+    "alternate_modules": AlternateModules(period_steps=3),
     "layer_sampling": LayerSamplingConfig(trained=0.5, interval=5, probes=2),
     "freezing": FreezingConfig(at=0.5, threshold=0.05),
     "nuclear_norm": NuclearNormConfig(interval=1, min_side=8),
@@ -119,22 +119,22 @@ def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp
         return
     model, trains, rules = watched(config_of(*pair), tmp_path)
     options = {rule.option for rule in rules if not isinstance(rule, RuleRunner)}
-    ran = {run.rule for rule in rules if isinstance(rule, RuleRunner) for run in rule.runs}
+    ran = [run.rule for rule in rules if isinstance(rule, RuleRunner) for run in rule.runs]
     assert options | {name for name, rule in RULES.items() if isinstance(rule, Rule) and rule in ran} == set(pair)
     everything = set(adapter_layers(model))
-    if {"rounds", "layer_sampling"} & set(pair):
+    if {"alternate_modules", "layer_sampling"} & set(pair):
         assert any(step < everything for step in trains)
         assert set().union(*trains) == everything
     else:
         assert all(step == everything for step in trains)
 
 
-def test_who_trains_under_rounds_and_layer_sampling_is_who_both_let_train(tmp_path):
-    model, trains, rules = watched(config_of("rounds", "layer_sampling"), tmp_path, layers=4)
-    rounds, sampling = ({rule.option: rule for rule in rules}[name] for name in ("rounds", "layer_sampling"))
+def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(tmp_path):
+    model, trains, rules = watched(config_of("alternate_modules", "layer_sampling"), tmp_path, layers=4)
+    runner, sampling = rules
     names = [{layer.module_name for layer in step} for step in trains]
     for step, found in enumerate(names):
-        assert found <= set(rounds.records[step // 3]["trains"])
+        assert found <= set(runner.events[step // 3]["trains"])
         assert len({name.split("layers.")[1][0] for name in found}) <= len(sampling.trained)
     assert any(names)
     assert all(p.requires_grad for n, p in model.named_parameters() if "sparse_lora_" in n)
@@ -143,7 +143,7 @@ def test_who_trains_under_rounds_and_layer_sampling_is_who_both_let_train(tmp_pa
 def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_again(tmp_path):
     for scope in ("layer", "global"):
         pruning = Prune(start=0.0, end=0.25, interval=2, final_fraction=0.5, scope=scope)
-        config = config_of("rounds", schedule=[pruning], r=0)
+        config = config_of(schedule=[pruning, RULES["alternate_modules"]], r=0)
         model, _, _ = watched(config, tmp_path)
         layers = adapter_layers(model)
         left = sum(layer.units("default").numel() for layer in layers)
@@ -152,15 +152,15 @@ def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_ag
 
 
 def test_pruning_that_layers_slept_through_is_named(tmp_path):
-    config = config_of("rounds", schedule=[Prune(start=0.1, end=0.9)], r=0, rounds=HalfRoundsConfig(round_steps=12))
+    config = config_of(schedule=[Prune(start=0.1, end=0.9), AlternateModules(period_steps=12)], r=0)
     with pytest.warns(UserWarning, match=r"final_fraction=0\.5 was not reached: \d layers"):
         watched(config, tmp_path)
 
 
 def test_ranks_reach_their_budget_although_half_of_the_matrices_rest(tmp_path):
     allocation = RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.7)
-    rounds = HalfRoundsConfig(round_steps=2)
-    model, _, _ = watched(config_of(rounds=rounds, rank_allocation=allocation, density=0.0), tmp_path, steps=24)
+    turns = AlternateModules(period_steps=2)
+    model, _, _ = watched(config_of(schedule=[turns], rank_allocation=allocation, density=0.0), tmp_path, steps=24)
     alive = [layer.alive_components("default") for layer in adapter_layers(model)]
     assert sum(alive) == 2 * len(alive)
 
@@ -308,8 +308,8 @@ def test_two_rigl_adapters_on_one_layer_grow_by_the_same_summed_gradient(tmp_pat
 
 def test_registered_rigl_still_moves_with_half_of_the_matrices_at_rest(tmp_path):
     method = methods.get("rigl", interval=2, density=0.1, fraction=0.5, target_modules=TARGETS)
-    method.config.rounds = HalfRoundsConfig(round_steps=3)
+    method.config.schedule = [AlternateModules(period_steps=3)]
     _, trains, rules = watched(method.config, tmp_path)
-    moves = next(rule for rule in rules if rule.option == "regrowth").replaced
+    moves = next(rule for rule in rules if not isinstance(rule, RuleRunner)).replaced
     assert sum(move["replaced"] for move in moves) > 0
     assert all(len(step) < 6 for step in trains)

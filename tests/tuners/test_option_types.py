@@ -10,9 +10,9 @@ import tiny
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import (
+    AlternateModules,
     BudgetCompetitionConfig,
     FactorMaskConfig,
-    HalfRoundsConfig,
     KernelLoraConfig,
     LayerSamplingConfig,
     Prune,
@@ -26,7 +26,7 @@ from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig
 
 NESTED = [
-    BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, HalfRoundsConfig, L1PenaltyConfig, LayerSamplingConfig,
+    BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, AlternateModules, L1PenaltyConfig, LayerSamplingConfig,
     NuclearNormConfig, Prune, RankAllocationConfig, RegrowthConfig, StructureConfig, SupportSearchConfig,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}

@@ -13,7 +13,7 @@ from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .penalty_config import L1PenaltyConfig  # noqa: E402
 from .schedule_config import RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
-from .structure_config import FactorMaskConfig, HalfRoundsConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
+from .structure_config import FactorMaskConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
 
 register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
@@ -22,7 +22,6 @@ train_task_heads()
 __all__ = [
     "FactorMaskConfig",
     "FreezingConfig",
-    "HalfRoundsConfig",
     "L1PenaltyConfig",
     "LayerSamplingConfig",
     "NuclearNormConfig",

@@ -1,4 +1,4 @@
-"""Whole structures as units, halves of the matrices in turns, sampled layers, masked factors: what `SparseLoraConfig`
+"""Whole structures as units, sampled layers, masked factors: what `SparseLoraConfig`
 says of them, as plain data that survives the round trip of `adapter_config.json`."""
 
 from __future__ import annotations
@@ -6,13 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...utils.module_names import ends_with
 from ...utils.option_types import check_types
 from .schedule_config import require
-
-
-def ends_with(module_name: str, ending: str) -> bool:
-    """Whether `ending` ends the module's name in whole parts: "c_proj" and "mlp.c_proj" of "h.0.mlp.c_proj"."""
-    return module_name == ending or module_name.endswith(f".{ending}")
 
 
 @dataclass
@@ -52,40 +48,6 @@ class StructureConfig:
     def covers(self, module_name: str) -> bool:
         """Whether the module of that name belongs to the structure."""
         return any(ends_with(module_name, ending) for ending in self.modules)
-
-
-def _llama_categories() -> dict[str, list[str]]:
-    return {
-        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "ffn": ["gate_proj", "up_proj", "down_proj"],
-    }
-
-
-@dataclass
-class HalfRoundsConfig:
-    """Half of the matrices train, the other half waits with what it has learned; a new half every round (HFT; Hui et
-    al., 2024). At a round's start all optimizer state of the adapter is dropped."""
-
-    round_steps: int | None = None
-    """Optimizer steps of a round; None: an epoch."""
-    fraction: float = 0.5
-    """Share of the matrices that trains (the paper finds 0.5 best)."""
-    level: Literal["category", "block", "model"] = "category"
-    """Among which matrices the share is drawn: those of one category in one block; all of one block; all of the model.
-    An odd number of them is rounded up in a random half of the places and down in the others."""
-    categories: dict[str, list[str]] = field(default_factory=_llama_categories)
-    """Category -> endings of module names. Every adapted module belongs to one."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        name = "HalfRoundsConfig"
-        ok = self.round_steps is None or self.round_steps >= 1
-        require(ok, name, "round_steps", self.round_steps, "an integer >= 1, or None for an epoch")
-        require(0 < self.fraction < 1, name, "fraction", self.fraction, "a share in (0, 1)")
-        levels = ("category", "block", "model")
-        require(self.level in levels, name, "level", self.level, f"one of {levels}")
-        ok = isinstance(self.categories, dict) and bool(self.categories) and all(self.categories.values())
-        require(ok, name, "categories", self.categories, "a dict of category -> list of module name endings")
 
 
 @dataclass

@@ -6,7 +6,6 @@ block 1: ...                                 ranked or drawn within a block, or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,17 +13,12 @@ import torch
 from torch import nn
 
 from ...sparsity import UnitGrid, random_units, stream_seed, top_units
+from ...utils.module_names import block_of
 from .config import SparseLoraConfig
 from .structure_config import StructureConfig
 
 Grids = dict[str, UnitGrid]
 Chunks = Callable[[], Iterable[torch.Tensor]]
-
-
-def block_of(module_name: str) -> str:
-    """The transformer block that a module lies in: its name up to the last number, or "" without one."""
-    found = re.match(r"(.*\.)?\d+(?=\.|$)", module_name)
-    return found.group(0) if found else ""
 
 
 @dataclass(frozen=True)
