@@ -12,7 +12,7 @@ from .moves import MoveResult, move_units
 from .prune import Prune
 from .rule import Rule, check_schedule, conflict
 from .run import Run, Training, leave_update_out, refuse_unskippable
-from .space import Follower, ModuleSpace, UnitSpace
+from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
 from .update_mask import UpdateMask
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Prune",
     "Rule",
     "Run",
+    "TensorSpace",
     "Training",
     "UnitSpace",
     "UpdateMask",

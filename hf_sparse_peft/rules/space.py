@@ -122,6 +122,52 @@ class UnitSpace:
 
 
 @dataclass(frozen=True)
+class TensorSpace(UnitSpace):
+    """Units that are slices of an adapter's tensors and all live: what a tuner declares by `TensorSpec.space` alone."""
+
+    kind: str = ""
+    axes: tuple[tuple[str, int], ...] = ()
+    """Names of the parameters, each with the axis that the units lie along."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors."""
+        return [parameter for parameter, _ in self.parameter_axes()]
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """The tensors, each with the axis that the units lie along."""
+        return [(getattr(self.layer, name)[self.adapter], axis) for name, axis in self.axes]
+
+    @property
+    def size(self) -> int:
+        """Units."""
+        parameter, axis = self.parameter_axes()[0]
+        return parameter.shape[axis]
+
+    capacity = size
+
+    @property
+    def unit_numel(self) -> int:
+        """Numbers of a unit."""
+        return sum(parameter.numel() // parameter.shape[axis] for parameter, axis in self.parameter_axes())
+
+    def alive(self) -> Tensor:
+        """All units."""
+        return torch.arange(self.size)
+
+    def write(self, units: Tensor) -> None:
+        """Refused, unless it is all of them: nothing records that a unit died.
+
+        Raises:
+            ValueError: `units` are not all units.
+        """
+        if units.numel() != self.size:
+            raise ValueError(
+                f"Units of kind '{self.kind}' of '{self.name}' cannot leave: its tuner does not record which ones live. "
+                "Give it a UnitSpace of its own."
+            )
+
+
+@dataclass(frozen=True)
 class ModuleSpace(UnitSpace):
     """A whole adapted module as one unit: all parameters of one adapter there, of whichever peft tuner."""
 

@@ -30,7 +30,7 @@ def test_peft_knows_the_method_under_every_name():
 def test_registering_again_changes_nothing():
     members = list(PeftType)
     registration.add_peft_type("SPARSE_LORA")
-    registration.register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
+    registration.register_tuner(SparseLoraConfig, SparseLoraModel)
     counting = PeftModel.get_nb_trainable_parameters
     registration.count_living_parameters()
     importlib.reload(hf_sparse_peft)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from peft.utils.peft_types import PeftType
-
 from ...utils.option_types import check_types
 from ..shared.config import AdapterConfig
 from ..sparse_lora.schedule_config import nested
@@ -78,6 +76,7 @@ class KernelLoraConfig(AdapterConfig):
         ValueError: an option is out of range; the message names the option and the mend.
     """
 
+    tuner: ClassVar[str] = "kernel_lora"
     schedules: ClassVar[tuple[str, ...]] = ("budget_competition",)
     unattended: ClassVar[str] = "every matrix keeps its first share of the budget."
 
@@ -111,7 +110,6 @@ class KernelLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.KERNEL_LORA
         accepted = {"kernel": KERNELS, "mode": MODES, "bias": ("none", "all", "kernel_lora_only")}
         for name, choices in accepted.items():
             if getattr(self, name) not in choices:

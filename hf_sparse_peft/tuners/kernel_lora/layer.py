@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
-from ...rules import UnitSpace
+from ...rules import ModuleSpace, UnitSpace
 from ...utils.tensors import TensorSpec
-from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
-from ..shared.merge import MergeMixin
+from ..shared.linear import AdditiveLinear
 from ..shared.pieces import Piece, Tiles
 from .config import KernelLoraConfig
 from .kernels import KernelPlan, update_tiles
@@ -38,9 +35,6 @@ class KernelLoraLayer(AdapterLayer):
     """int64 `[1]`, the entries that win; only with `budget_competition`."""
     training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
     """fp32 `[r (in + out)]`, of P then Q, while the schedule runs."""
-
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
-        self.place_over(base_layer, module_name, **kwargs)
 
     @classmethod
     def tensor_specs(
@@ -82,7 +76,7 @@ class KernelLoraLayer(AdapterLayer):
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
         """The entries of the adapter's update, and the module itself."""
-        return [KernelSpace(self, adapter_name), *super().unit_spaces(adapter_name)]
+        return [KernelSpace(self, adapter_name), ModuleSpace(self, adapter_name)]
 
     @property
     def numel(self) -> int:
@@ -154,37 +148,16 @@ class KernelLoraLayer(AdapterLayer):
         return [Tiles((self.out_features, self.in_features), tiles)]
 
 
-class KernelLoraLinear(nn.Module, MergeMixin, KernelLoraLayer):
-    r""":math:`Y = X W^\top + b + X\,\Delta W^\top` for the active adapters, the base layer running as it is."""
+class KernelLoraLinear(AdditiveLinear, KernelLoraLayer):
+    r""":math:`Y = X W^\top + b + X\,\Delta W^\top`, the kernel built tile by tile inside the product."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict, **kwargs: Any) -> None:
-        super().__init__()
-        KernelLoraLayer.__init__(self, base_layer, module_name, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **update)
+    def update(self, x: torch.Tensor, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
+        r""":math:`X\,\Delta W^\top` of one adapter, with its drop path."""
+        update = kernel_product(x, *self._factors(adapter_name), self._plan(adapter_name, dtype))
+        return self._drop_path(update, self.adapter_configs[adapter_name].drop_path)
 
-    # nn.Module comes first, with a forward that only raises.
-    forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply
-
-    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = compute_dtype(self, x, weight_source(self))
-        for name in names:
-            update = kernel_product(x, *self._factors(name), self._plan(name, dtype))
-            update = self._drop_path(update, self.adapter_configs[name].drop_path)
-            # Out of place: some 4-bit kernels return views that must not be written to.
-            result = result + update.to(result.dtype)
-        return result
-
-    def _drop_path(self, update: torch.Tensor, share: float) -> torch.Tensor:
-        if not share or not self.training:
+    def _drop_path(self, update: torch.Tensor, fraction: float) -> torch.Tensor:
+        if not fraction or not self.training:
             return update
-        kept = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share
-        return update * (kept / (1 - share)).to(update.dtype)
-
-    def extra_repr(self) -> str:
-        """Name of the quantisation backend, as upstream's layers show it."""
-        return quantization_extra_repr(self)
-
-    def __repr__(self) -> str:
-        return "kernel_lora." + super().__repr__()
+        kept = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= fraction
+        return update * (kept / (1 - fraction)).to(update.dtype)

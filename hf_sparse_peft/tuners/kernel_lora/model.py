@@ -18,7 +18,6 @@ class KernelLoraModel(AdapterModel):
     Args: as every peft tuner (`model`, `peft_config`, `adapter_name`, `low_cpu_mem_usage`).
     """
 
-    prefix: str = "kernel_lora_"
     tuner_layer_cls = KernelLoraLayer
     linear_cls = KernelLoraLinear
 

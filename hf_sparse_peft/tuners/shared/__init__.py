@@ -1,1 +1,24 @@
-"""What every tuner shares: config, layer, model, merging, files."""
+# ruff: noqa: E402, I001 (a peft that is too old is named before anything of it is missed)
+"""What every tuner shares, and what a tuner of somebody else is made of: config, layer, tensors, pieces, model."""
+
+from .registration import check_peft, register_tuner
+
+check_peft()
+
+from .config import AdapterConfig
+from .layer import AdapterLayer
+from .linear import AdditiveLinear
+from .model import AdapterModel
+from .pieces import Entries, LowRank, Piece, Tiles
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterModel",
+    "AdditiveLinear",
+    "Entries",
+    "LowRank",
+    "Piece",
+    "Tiles",
+    "register_tuner",
+]

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ...rules import Rule
@@ -55,6 +55,8 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         ValueError: options about targets contradict each other.
     """
 
+    tuner: ClassVar[str] = ""
+    """Name of the tuner, lower case: "sparse_lora"; its `peft_type` is the same in capitals."""
     schedules: ClassVar[tuple[str, ...]] = ()
     """Options that a callback carries out."""
     unattended: ClassVar[str] = ""
@@ -103,6 +105,8 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         self._make_nested()
         check_types(self)
         super().__post_init__()
+        if self.tuner:
+            self.peft_type = PeftType[self.tuner.upper()]
         self._check_patterns()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):

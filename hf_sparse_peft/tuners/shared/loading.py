@@ -39,7 +39,6 @@ from .file_check import (
 from .names import check_adapter_name
 from .rollback import unchanged_on_error
 
-_PREFIXES = ("sparse_lora_", "kernel_lora_")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
@@ -175,7 +174,8 @@ def _check_other(peft_type: Any, config_file: Path, weights: Path | None) -> Non
             keys = list(opened.keys())
     except (SafetensorError, OSError, TypeError):  # none there, or one that upstream has its own words for
         return
-    ours = [key for key in keys if key.rpartition(".")[2].startswith(_PREFIXES)]
+    prefixes = tuple(cls.prefix for name in PEFT_TYPE_TO_CONFIG_MAPPING if (cls := model_class(name)) is not None)
+    ours = [key for key in keys if key.rpartition(".")[2].startswith(prefixes)]
     if ours:
         raise ValueError(
             f"'{ours[0]}' in '{weights}' is no tensor of a {peft_type} adapter, which '{config_file}' says it is. Use "

@@ -45,12 +45,19 @@ class AdapterModel(ModelFiles, BaseTuner):
     """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
 
     tuner_layer_cls: type[AdapterLayer]
+    """By default `linear_cls` itself."""
     linear_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
     _asked_targets: Any = None
     _unloaded_layers: list[AdapterLayer] | None = None
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "linear_cls" in vars(cls):
+            cls.tuner_layer_cls = vars(cls).get("tuner_layer_cls", cls.linear_cls)
+            cls.prefix = cls.tuner_layer_cls.prefix
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         check_adapter_name(adapter_name, self.prefix, model)

@@ -42,11 +42,20 @@ def add_peft_type(name: str) -> None:
         aenum.extend_enum(PeftType, name, name)
 
 
-def register_tuner(name: str, config_cls: type, model_cls: type) -> None:
-    """Register one tuner under the lower-case `name`, with prefix `name + "_"`; does nothing the second time."""
+def register_tuner(config_cls: type, model_cls: type) -> None:
+    """Register one tuner with peft under its config's name, `config_cls.tuner`, with prefix `tuner + "_"`; does nothing
+    the second time.
+
+    Raises:
+        ValueError: the config has no name.
+    """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
+    name = config_cls.tuner
+    if not name or name != name.lower():
+        raise ValueError(f'{config_cls.__name__}.tuner={name!r}: set a lower-case name, such as "sparse_lora".')
+    add_peft_type(name.upper())
     if name.upper() not in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 

@@ -12,7 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...rules import Follower, ModuleSpace, Rule, UnitSpace
+from ...rules import Follower, ModuleSpace, Rule, TensorSpace, UnitSpace
 from ...utils.tensors import TensorSpec
 
 
@@ -129,8 +129,14 @@ class AdapterTensors(BaseTunerLayer):
     # Units, and the state that rules keep of them
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
-        """The unit spaces of an adapter that this layer holds; the module itself is one."""
-        return [ModuleSpace(self, adapter_name)]
+        """The unit spaces of an adapter that this layer holds: one for every kind of unit that its trained tensors
+        declare, and the module itself."""
+        axes: dict[str, list[tuple[str, int]]] = {}
+        for name, spec in self.specs(adapter_name).items():
+            if spec.role == "trained" and spec.space is not None and adapter_name in getattr(self, name):
+                axes.setdefault(spec.space, []).append((name, spec.axis))
+        found = [TensorSpace(self, adapter_name, kind, tuple(held)) for kind, held in axes.items()]
+        return [*found, ModuleSpace(self, adapter_name)]
 
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate, at fixed shapes, what the rules of this adapter keep between steps and across a resume."""

@@ -15,7 +15,7 @@ from .schedule_config import RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
 
-register_tuner("sparse_lora", SparseLoraConfig, SparseLoraModel)
+register_tuner(SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
 train_task_heads()
 

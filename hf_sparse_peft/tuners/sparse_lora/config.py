@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from peft.utils.peft_types import PeftType
-
 from ...rules import check_schedule
 from ...sparsity import CRITERIA, needs_data
 from ..shared.config import AdapterConfig
@@ -48,6 +46,7 @@ class SparseLoraConfig(AdapterConfig):
         ValueError: an option is out of range or both halves are absent; the message names the option and the mend.
     """
 
+    tuner: ClassVar[str] = "sparse_lora"
     r: int = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
@@ -176,7 +175,6 @@ class SparseLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SPARSE_LORA
         check_config(self)
         check_schedule(self.schedule, self)
 

@@ -10,7 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from ...rules import UnitSpace
+from ...rules import ModuleSpace, UnitSpace
 from ...sparsity import UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
@@ -125,7 +125,7 @@ class SparseLoraLayer(SupportState):
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
         """The support, the components of the low-rank half, and the module itself."""
-        return [*spaces_of(self, adapter_name), *super().unit_spaces(adapter_name)]
+        return [*spaces_of(self, adapter_name), ModuleSpace(self, adapter_name)]
 
     def add_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
         """Show `reader` the weight's dense gradient `[out, in]` in every backward pass until it is removed."""

@@ -30,7 +30,6 @@ class SparseLoraModel(AdapterModel):
     Args: as every peft tuner (`model`, `peft_config`, `adapter_name`, `low_cpu_mem_usage`).
     """
 
-    prefix: str = "sparse_lora_"
     tuner_layer_cls = SparseLoraLayer
     linear_cls = SparseLoraLinear
     _selection_bar: tqdm | None = None
