@@ -162,7 +162,7 @@ class TensorSpace(UnitSpace):
         """
         if units.numel() != self.size:
             raise ValueError(
-                f"Units of kind '{self.kind}' of '{self.name}' cannot leave: its tuner does not record which ones live. "
+                f"Units of kind '{self.kind}' of '{self.name}' cannot leave: its tuner records no deaths. "
                 "Give it a UnitSpace of its own."
             )
 

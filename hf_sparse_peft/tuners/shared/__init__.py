@@ -1,4 +1,4 @@
-# ruff: noqa: E402, I001 (a peft that is too old is named before anything of it is missed)
+# ruff: noqa: E402 (a peft that is too old is named before anything of it is missed)
 """What every tuner shares, and what a tuner of somebody else is made of: config, layer, tensors, pieces, model."""
 
 from .registration import check_peft, register_tuner
