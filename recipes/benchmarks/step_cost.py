@@ -1,193 +1,243 @@
-"""What one training step costs in time and memory, method beside method, in one process.
+"""What one training step costs in time and memory, candidate beside candidate, in one process.
 
     python recipes/benchmarks/step_cost.py                                          # CPU: bf16 and fp32
-    python recipes/benchmarks/step_cost.py --base nf4                               # CPU, 4-bit base
-    python recipes/benchmarks/step_cost.py --device cuda --preset llama-3b          # GPU: bf16 and NF4
+    python recipes/benchmarks/step_cost.py --bases nf4                              # CPU, 4-bit base
+    python recipes/benchmarks/step_cost.py --device cuda --preset llama-3b --bases bf16 nf4
     python recipes/benchmarks/step_cost.py --check                                  # exit 1 where a bar is missed
+    python recipes/benchmarks/step_cost.py --candidates lora entry adalora:r=16     # any method, see harness.py
 
-Methods take turns: a round runs one step of each, starting at another one each time, and every ratio is a median over
-rounds of times measured seconds apart. So a machine that slows down for a minute moves no ratio. Run it on a quiet
-machine all the same; where others compute too, `--clock cpu --threads 1` counts this process's CPU time instead.
+Candidates take turns: a round runs one step of each, starting at another one each time, and every ratio is a median
+over rounds of times measured seconds apart. So a machine that slows down for a minute moves no ratio. Run it on a quiet
+machine all the same; where others compute too, `--clock cpu --threads 1` counts this process's CPU time instead. A base
+that was measured with this setting, machine and source is not measured again. Two checkouts in one sitting:
+
+    PYTHONPATH=BEFORE python BEFORE/recipes/benchmarks/step_cost.py --output runs/before
+    PYTHONPATH=AFTER python AFTER/recipes/benchmarks/step_cost.py --against runs/before/step_cost.json --check
+
 A table goes to the terminal, `step_cost.json` and `step_cost.png` to `--output`.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import sys
 import time
-import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start on stderr otherwise
+from typing import Any, Literal
 
 import torch
-from step_cost_measure import (
-    COLLECT_STEPS,
-    INTERVAL,
-    Collection,
-    Trial,
-    file_bytes,
-    first_step,
-    move_supports,
-    peak_bytes,
-)
-from step_cost_methods import METHODS, OURS, PRESETS, RANK, Preset, build, build_base, sized, targets
-from step_cost_report import check, draw, print_tables
+from harness import Column, Rows, adapter_indices, draw, option, parse, print_table
+from llama import LlamaOptions, adapt, build_base, targets
+from step_cost_bars import check, compare
+from trial import Trial, file_bytes, first_step, optimizer_bytes, peak_bytes
 
+RANK = 16
+PEERS = {
+    "frozen": "frozen",
+    "lora": "lora:r=$rank,lora_alpha=$alpha",
+    "lora_lean": "lora:r=$rank,lora_alpha=$alpha",
+    "shira": "peft-shira:r=$rank,random_seed=0",
+    "supertuning": "peft-supertuning:sparsity=$sparsity",
+    "full": "full",
+    "spiel": "spiel",
+}
+OURS = {
+    "entry": "shira:budget_rank=$rank",
+    "block32": "shira:budget_rank=$rank,granularity=block,block_size=32",
+    "row": "shira:budget_rank=$rank,granularity=row",
+    "column": "shira:budget_rank=$rank,granularity=column",
+    "hybrid": "shira:budget_rank=$half,r=$half,lora_alpha=$rank",
+}
+CANDIDATES = PEERS | OURS
+MOVING = "spiel-ag:interval=3,collect_steps=2,"
+"""Prefix of the method whose moves are timed: a plain step, two that collect, the second of which ends in a move."""
+INTERVAL, COLLECT_STEPS = 20, 5
+"""SpIEL's defaults, for which the shares are computed: 5 of 20 steps collect, and then a fifth of the support moves."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+STATE = "gradient_optimizer_bytes"
+
+
+@dataclass
+class StepCostOptions(LlamaOptions):
+    """Options of this benchmark."""
+
+    bases: list[str] = option(["bf16", "fp32"], "of bf16, fp32 and nf4")
+    candidates: list[str] = option(list(CANDIDATES), f"of {', '.join(CANDIDATES)}, or methods")
+    rounds: int = option(9, "rounds of one step of each candidate")
+    warmup: int = option(2, "rounds that are not counted")
+    clock: Literal["wall", "cpu"] = option("wall", "cpu: time of this process alone")
+    check: bool = option(False, "exit with 1 when a bar is missed")
+    against: Path | None = option(None, "step_cost.json of another checkout, to be no slower or larger than")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, report, and return the exit status."""
-    args = _arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", message=".*Sparse invariant checks|.*`is_gradient_checkpointing` is deprecated")
-    preset = sized(PRESETS[args.preset], args.layers, args.hidden, args.tokens)
-    report = {"settings": _settings(args, preset), "machine": _machine(args.device), "bases": {}}
-    for base in args.bases:
-        report["bases"][base] = measure_base(args, preset, base)
-    report["bars"] = check(report)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "step_cost.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_tables(report)
-    draw(report, args.output / "step_cost.png")
-    print(f"\nWritten: {args.output / 'step_cost.json'}, {args.output / 'step_cost.png'}")
-    missed = [bar for bar in report["bars"] if not bar["met"]]
+    options = parse(StepCostOptions, __doc__, argv)
+    setting = {name: getattr(options, name) for name in ("preset", "clock", "rounds", "warmup")}
+    rows = Rows(options, "step_cost", {**setting, "rank": RANK, "model": asdict(options.sizes())}, timed=True)
+    names, bars, panels = options.candidates, [], {}
+    for base in options.bases:
+        row = rows.measure(partial(measure_base, options, base), base=base, candidates=names)
+        bars += check(base, options.device, row["figures"])
+        if options.against:
+            bars += compare(base, row, json.loads(options.against.read_text())["rows"])
+        measured = [{"candidate": name, **row["figures"][name]} for name in names if name in row["figures"]]
+        print_table(f"{base}: time of a step", TIMES, measured)
+        print_table(f"{base}: MiB (files: KiB)", BYTES, measured)
+        for name, reason in row["skipped"].items():
+            print(f"  {name}: left out. {reason}")
+        if "lora" in row["figures"]:
+            over = {name: found["over"]["lora"] for name, found in row["figures"].items()}
+            panels[f"{base} base"] = {name: [[ratios["time"]], [ratios["saved"]]] for name, ratios in over.items()}
+    rows.save(bars=bars)
+    if panels:
+        sizes = f"{options.sizes().layers} x {options.sizes().hidden}, {options.sizes().tokens} tokens"
+        title = f"Cost of a training step, LoRA r={RANK} = 1\nLlama of {sizes}, {rows.machine['device']}"
+        series = ("step time", "bytes kept for the backward pass")
+        draw(rows.folder / "step_cost.png", title, panels, series, "LoRA with its defaults", cut=3.0)
+    print(f"\nWritten: {rows.path} and its picture")
+    missed = [bar for bar in bars if not bar["met"]]
     for bar in missed:
         print(f"MISSED {bar['name']}: got {bar['got']:.3f}, wanted <= {bar['wanted']:.2f}")
-    print(f"{len(report['bars']) - len(missed)} of {len(report['bars'])} bars met.")
-    return 1 if args.check and missed else 0
+    print(f"{len(bars) - len(missed)} of {len(bars)} bars met.")
+    return 1 if options.check and missed else 0
 
 
-def measure_base(args: argparse.Namespace, preset: Preset, base_name: str) -> dict[str, Any]:
-    """All figures over one base: `rows` by method, and `skipped` with the reason."""
-    base = build_base(preset, base_name, args.device)
+def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str, Any]]:
+    """`figures` of each candidate over one base, and why others were `skipped`."""
+    preset = options.sizes()
+    base = build_base(preset, base_name, options.device)
     torch.manual_seed(1)
-    input_ids = torch.randint(preset.vocab, (preset.batch, preset.tokens), device=args.device)
-    shapes = {shape for shape in targets(base).values() if preset.tokens * preset.batch not in shape}
-    trials, rows, skipped = {}, {}, {}
-    for method in args.methods:
+    input_ids = torch.randint(preset.vocab, (preset.batch, preset.tokens), device=options.device)
+    shapes = set(targets(base).values())
+    if any(preset.tokens * preset.batch in shape for shape in shapes):
+        shapes = set()  # activations have the shape of weights here, and nothing can be told apart
+
+    def trial_of(name: str, candidate: str) -> Trial:
+        model, method = adapt(base, candidate, RANK, lean=name == "lora_lean")
+        return Trial(model, input_ids, method, CLOCKS[options.clock])
+
+    trials, figures, skipped = {}, {}, {}
+    for name in options.candidates:
         try:
-            trial = Trial(build(method, base), input_ids, CLOCKS[args.clock])
-            rows[method] = first_step(trial, shapes) | {"peak_bytes": peak_bytes(trial)}
-            if not shapes:  # activations have the shape of weights here, and nothing can be told apart
-                rows[method]["saved_tensors_of_weight_shape"] = None
+            trial = trial_of(name, CANDIDATES.get(name, name))
+            figures[name] = first_step(trial, shapes)
+            figures[name]["peak_bytes"] = peak_bytes(trial.model, trial.optimizer, trial.step, options.device)
+            trials[name] = trial
         except (NotImplementedError, torch.OutOfMemoryError) as error:
-            skipped[method] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            rows.pop(method, None)
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            figures.pop(name, None)
             trial = None
-            _free(args.device)
-            continue
-        trials[method] = trial
-        _note(f"{base_name}: {method} ready")
-    times = _time_rounds(trials, args.rounds, args.warmup)
-    for method, row in rows.items():
-        row["seconds"] = statistics.median(times[method])
-        row["seconds_by_round"] = times[method]
-        row["time_over"] = {other: _paired(times[method], times[other]) for other in times if other != method}
-    for method in [m for m in trials if m in OURS]:
-        rows[method] |= _moves(trials[method], max(3, args.rounds // 2))
-        _note(f"{base_name}: {method} moved")
-    for method, trial in trials.items():
-        rows[method] |= file_bytes(trial.model)
+            _free()
+    times = _time_rounds(trials, options.rounds, options.warmup)
+    for name in OURS.keys() & trials.keys():
+        figures[name] |= _moves(trial_of(name, MOVING + OURS[name].removeprefix("shira:")), max(3, options.rounds // 2))
+    for name, trial in trials.items():
+        figures[name] |= {"seconds": statistics.median(times[name]), "seconds_by_round": times[name]}
+        figures[name] |= file_bytes(trial.model)
+    for name, row in figures.items():
+        paired = {other: {"time": _paired(times[name], times[other])} for other in trials}
+        row["over"] = {other: paired[other] | _bytes_over(row, figures[other]) for other in trials}
     trials.clear()
-    del base
-    _free(args.device)
-    return {"rows": rows, "skipped": skipped}
+    _free()
+    return {"figures": figures, "skipped": skipped}
 
 
 def _time_rounds(trials: dict[str, Trial], rounds: int, warmup: int) -> dict[str, list[float]]:
-    order, times = list(trials), {method: [] for method in trials}
+    order, times = list(trials), {name: [] for name in trials}
     for number in range(warmup + rounds):
         start = number % len(order)
-        for method in order[start:] + order[:start]:
-            seconds = trials[method].seconds()
-            if number >= warmup:
-                times[method].append(seconds)
-        _note(f"round {number + 1 - warmup} of {rounds}" if number >= warmup else "warm-up round")
-    return times
+        for name in order[start:] + order[:start]:
+            times[name].append(trials[name].seconds())
+    return {name: measured[warmup:] for name, measured in times.items()}
 
 
 def _paired(times: list[float], reference: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
+def _bytes_over(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Bytes over those of another candidate. All but saved and peak bytes are for one trained number: whole blocks and
+    rows cannot match its count exactly."""
+    ratios = {"saved": row["saved_bytes"] / other["saved_bytes"], "peak": row["peak_bytes"] / other["peak_bytes"]}
+    with_index = row[STATE] + row["index_bytes"]
+    kept = {"state": row[STATE], "index": with_index, "ages": with_index + row.get("age_bytes", 0)}
+    files = {"file": row.get("file_bytes"), "file_bf16": row.get("file_bytes_bf16")}
+    if row["trained_numbers"] and other["trained_numbers"]:
+        scale = other["trained_numbers"] / row["trained_numbers"]
+        ratios |= {key: scale * value / other[STATE] for key, value in kept.items()}
+        ratios |= {
+            key: scale * value / other["file_bytes"] for key, value in files.items() if value and "file_bytes" in other
+        }
+    return ratios
+
+
 def _moves(trial: Trial, rounds: int) -> dict[str, float]:
-    """Times of collecting steps and of the move that ends a phase, against plain steps beside them."""
-    plain, opening, adding, moving = [], [], [], []
+    """Times of collecting steps and of the move that ends a phase, against plain steps beside them, and what the
+    callbacks take of a plain step."""
+    before = adapter_indices(trial.model)
+    trial.step()
+    trial.step()  # the first move replaces the random start whole
+    plain, opening, adding, moving, callbacks = [], [], [], [], []
     for _ in range(rounds):
-        collection = Collection(trial.model)
+        trial.callback_seconds = 0.0
         plain.append(trial.seconds())
-        opening.append(trial.seconds(lambda c=collection: c.step(trial)))
-        adding.append(trial.seconds(lambda c=collection: c.step(trial)))
-        moving.append(trial.seconds(lambda c=collection: move_supports(c, trial.optimizer)))
+        callbacks.append(trial.callback_seconds)
+        opening.append(trial.seconds())
+        adding.append(trial.seconds(trial.step_without_end))
+        moving.append(trial.seconds(trial.end))
+        after = adapter_indices(trial.model)
+        if all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+            raise RuntimeError(f"the support did not move after step {trial.state.global_step}: nothing to time")
+        before = after
     phase = [(a + (COLLECT_STEPS - 1) * b) / COLLECT_STEPS for a, b in zip(opening, adding, strict=True)]
-    rest = [(INTERVAL - COLLECT_STEPS) * seconds for seconds in plain]
     return {
+        "age_bytes": optimizer_bytes(trial.optimizer) - 2 * sum(p.nbytes for p in trial.trained),
+        "callback_share": _paired(callbacks, plain),
         "move_seconds": statistics.median(moving),
-        "move_share": _paired(moving, rest),
+        "move_share": _paired(moving, [(INTERVAL - COLLECT_STEPS) * seconds for seconds in plain]),
         "collect_over_plain": _paired(phase, plain),
         "collect_first_over_plain": _paired(opening, plain),
         "collect_next_over_plain": _paired(adding, plain),
     }
 
 
-def _free(device: str) -> None:
+def _free() -> None:
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def _note(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:<40}", end="", file=sys.stderr, flush=True)
+def _over(key: str, digits: int) -> list[Column]:
+    titles = {"frozen": "/ floor", "lora": "/ LoRA", "lora_lean": "/ lean"}
+    return [
+        Column(title, lambda row, other=other: row["over"].get(other, {}).get(key), f"{{:.{digits}f}}")
+        for other, title in titles.items()
+    ]
 
 
-def _settings(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    chosen = {name: getattr(args, name) for name in ("device", "preset", "clock", "rounds", "warmup", "methods")}
-    return chosen | {"rank": RANK, "model": vars(preset)}
+def _scaled(title: str, form: str, factor: float, *keys: str) -> Column:
+    """Sum of the figures that a row has, times `factor`; nothing where the first is missing."""
+    return Column(title, lambda row: factor * sum(row.get(k, 0) for k in keys) if keys[0] in row else None, form)
 
 
-def _machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" and _has_cpuinfo() else []:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _has_cpuinfo() -> bool:
-    return Path("/proc/cpuinfo").exists()
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
-    parser.add_argument("--base", choices=("bf16", "fp32", "nf4", "all"), help="default: bf16 and fp32; cuda: and nf4")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--hidden", type=int, help="multiple of 32")
-    parser.add_argument("--tokens", type=int, help="tokens of a sequence")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time of this process alone")
-    parser.add_argument("--output", type=Path, default=Path("runs/step_cost"))
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
-    args = parser.parse_args(argv)
-    usual = ("bf16", "fp32") if args.device == "cpu" else ("bf16", "nf4")
-    args.bases = {None: usual, "all": ("bf16", "fp32", "nf4")}.get(args.base, (args.base,))
-    return args
+TIMES = (
+    Column("candidate", "candidate"), Column("trained", "trained_numbers", "{:,}"),
+    _scaled("ms", "{:.0f}", 1e3, "seconds"), *_over("time", 2),
+    _scaled("move ms", "{:.1f}", 1e3, "move_seconds"), _scaled("share", "{:.1f} %", 100, "move_share"),
+    _scaled("callbacks", "{:.2f} %", 100, "callback_share"), Column("collecting", "collect_over_plain", "{:.2f}"),
+    Column("first", "collect_first_over_plain", "{:.2f}"), Column("next", "collect_next_over_plain", "{:.2f}"),
+)  # fmt: skip
+BYTES = (
+    Column("candidate", "candidate"), _scaled("saved", "{:,.1f}", 2**-20, "saved_bytes"), *_over("saved", 3),
+    _scaled("grad + opt", "{:,.1f}", 2**-20, STATE), _scaled("+ index", "{:,.1f}", 2**-20, STATE, "index_bytes"),
+    _scaled("+ ages", "{:,.1f}", 2**-20, STATE, "index_bytes", "age_bytes"),
+    _scaled("peak", "{:,.1f}", 2**-20, "peak_bytes"), _scaled("file", "{:,.0f}", 2**-10, "file_bytes"),
+    _scaled("bf16", "{:,.0f}", 2**-10, "file_bytes_bf16"),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

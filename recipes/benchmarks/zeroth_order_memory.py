@@ -12,71 +12,54 @@ both repeat exactly. Nothing here is timed. A table goes to the terminal, `zerot
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start on stderr otherwise
-
 import torch
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
-from step_cost_measure import peak_bytes
-from step_cost_methods import PRESETS, build_base, sized
+from harness import Column, Rows, build_method, option, parse, print_table
+from llama import LlamaOptions, build_base
+from peft import get_peft_model
 from torch import nn
+from trial import peak_bytes
 
-from hf_sparse_peft import methods
 from hf_sparse_peft.optim import ZerothOrderSGD, zeroth_order_groups
 from hf_sparse_peft.tuners.shared.base_weight import keep_4bit_weight_stable
 
-TRAINED = ("lora", "support", "full")
+TRAINED = {"lora": "lora:r=8", "support": "sparse-mezo", "full": None}
+"""What is trained: candidates, and the base's own tensors."""
 STEPS = ("inference", "mezo", "mezo-layerwise", "sparse-mezo", "adamw")
 LARGEST_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @dataclass
-class Work:
-    """One kind of step of one model, as `peak_bytes` measures it."""
+class MemoryOptions(LlamaOptions):
+    """Options of this benchmark."""
 
-    kind: str
-    model: nn.Module
-    input_ids: torch.Tensor
-    optimizer: torch.optim.Optimizer | None = None
+    bases: list[str] = option(["bf16", "nf4"], "of bf16, fp32 and nf4")
 
-    @property
-    def device(self) -> str:
-        """Device type."""
-        return self.input_ids.device.type
 
-    def loss(self) -> torch.Tensor:
-        """The model's loss on the batch."""
-        return self.model(input_ids=self.input_ids, labels=self.input_ids).loss
+def step(model: nn.Module, input_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """One step with everything that belongs to it: an evaluation, MeZO's or AdamW's."""
 
-    def step(self) -> None:
-        """One step, with everything that belongs to it."""
-        if self.optimizer is None:
-            with torch.no_grad():
-                self.loss()
-        elif isinstance(self.optimizer, ZerothOrderSGD):
-            self._zeroth_order_step()
-        else:
-            self.loss().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+    def loss() -> torch.Tensor:
+        return model(input_ids=input_ids, labels=input_ids).loss
 
-    @torch.no_grad()
-    def _zeroth_order_step(self) -> None:
+    if isinstance(optimizer, torch.optim.AdamW):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return
+    with torch.no_grad():
+        if optimizer is None:
+            loss()
+            return
         losses = []
         for sign in (1, -1):
-            with self.optimizer.shifted(sign, self.model):
-                losses.append(float(self.loss()))
-        self.optimizer.add_difference(losses[0] - losses[1])
-        self.optimizer.step()
+            with optimizer.shifted(sign, model):
+                losses.append(float(loss()))
+        optimizer.add_difference(losses[0] - losses[1])
+        optimizer.step()
 
 
 def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer | None:
@@ -90,35 +73,30 @@ def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer | None:
     return ZerothOrderSGD(zeroth_order_groups(model), lr=0.0, sparsity=sparsity, **options)
 
 
-def build(trained: str, base: nn.Module) -> nn.Module:
-    """The model with what is trained on it. `full` trains the base's own tensors."""
-    if trained == "full":
-        return base.requires_grad_(True)
-    if trained == "lora":
-        return get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
-    return get_peft_model(base, methods.get("sparse-mezo", target_modules="all-linear").config)
-
-
-def measure(trained: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(trained: str, base: str, options: MemoryOptions) -> dict[str, Any]:
     """Peak bytes of every kind of step of one model; each is taken at its second step, when its state exists."""
-    preset = sized(PRESETS[args.preset], args.layers, args.hidden, args.tokens)
-    frozen = build_base(preset, base, args.device)
-    for module in frozen.modules():  # the evaluation comes first, and would repack 4-bit weights for good
+    preset = options.sizes()
+    model = build_base(preset, base, options.device)
+    for module in model.modules():  # the evaluation comes first, and would repack 4-bit weights for good
         keep_4bit_weight_stable(module)
-    model = build(trained, frozen)
+    if TRAINED[trained]:
+        model = get_peft_model(model, build_method(TRAINED[trained], target_modules="all-linear").config)
+    else:
+        model.requires_grad_(True)
     torch.manual_seed(1)
-    input_ids = torch.randint(preset.vocab, (preset.batch, preset.tokens), device=args.device)
+    input_ids = torch.randint(preset.vocab, (preset.batch, preset.tokens), device=options.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     peaks = {}
     for kind in STEPS:
         if kind == "sparse-mezo" and trained != "full":
             continue  # adapters: the support is the mask, and the step is MeZO's
         model.train(kind == "adamw")
-        work = Work(kind, model, input_ids, optimizer_of(kind, model))
-        work.step()
-        peaks[kind] = peak_bytes(work)
-        del work
-    chunk = min(max(p.numel() for p in parameters), LARGEST_CHUNK[args.device])
+        optimizer = optimizer_of(kind, model)
+        work = partial(step, model, input_ids, optimizer)
+        work()
+        peaks[kind] = peak_bytes(model, optimizer, work, options.device)
+        del work, optimizer
+    chunk = min(max(p.numel() for p in parameters), LARGEST_CHUNK[options.device])
     wide = 4 * chunk if any(p.dtype != torch.float32 for p in parameters) else 0  # sums of 16-bit weights, in fp32
     return {
         "trained_numbers": sum(p.numel() for p in parameters),
@@ -133,46 +111,34 @@ def _largest_module(model: nn.Module) -> int:
     return max(sum(p.nbytes for p in module.parameters(recurse=False) if p.requires_grad) for module in model.modules())
 
 
-def print_table(report: dict[str, dict[str, Any]]) -> None:
-    """Peaks in MiB, and over inference's."""
-    table = Table(title="peak memory of a step, MiB (times that of inference)")
-    table.add_column("trained, base")
-    table.add_column("numbers", justify="right")
-    for kind in STEPS:
-        table.add_column(kind, justify="right")
-    table.add_column("chunk", justify="right")
-    for name, row in report.items():
-        cells = [
-            f"{row['peak_bytes'][kind] / 2**20:.1f} ({row['over_inference'][kind]:.3f})"
-            if kind in row["peak_bytes"]
-            else ""
-            for kind in STEPS
-        ]
-        table.add_row(name, f"{row['trained_numbers']:,}", *cells, f"{row['chunk_bytes'] / 2**20:.1f}")
-    Console(width=140).print(table)
+def _peak(kind: str) -> Column:
+    def cell(row: dict[str, Any]) -> str | None:
+        found = row["peak_bytes"].get(kind)
+        return None if found is None else f"{found / 2**20:.1f} ({row['over_inference'][kind]:.3f})"
+
+    return Column(kind, cell)
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
-    parser.add_argument("--base", dest="bases", nargs="+", default=["bf16", "nf4"], choices=("bf16", "fp32", "nf4"))
-    for name in ("layers", "hidden", "tokens"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--output", type=Path, default=Path("runs/zeroth_order_memory"), help="folder of the JSON file")
-    args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated")
-    report = {
-        f"{trained}, {base}": measure(trained, base, args)
-        for base in args.bases
+COLUMNS = (
+    Column("trained, base", lambda row: f"{row['trained']}, {row['base']}"),
+    Column("numbers", "trained_numbers", "{:,}"),
+    *(_peak(kind) for kind in STEPS),
+    Column("chunk", lambda row: row["chunk_bytes"] / 2**20, "{:.1f}"),
+)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure and report; returns the rows."""
+    options = parse(MemoryOptions, __doc__, argv)
+    rows = Rows(options, "zeroth_order_memory", {"model": asdict(options.sizes())}, timed=True)
+    found = [
+        rows.measure(partial(measure, trained, base, options), trained=trained, base=base)
+        for base in options.bases
         for trained in TRAINED
         if (trained, base) != ("full", "nf4")  # 4-bit weights cannot move
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "zeroth_order_memory.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_table(report)
-    return report
+    ]
+    print_table("peak memory of a step, MiB (times that of inference)", COLUMNS, found)
+    return found
 
 
 if __name__ == "__main__":

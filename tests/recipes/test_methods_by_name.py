@@ -15,7 +15,7 @@ def recipes(monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     for folder in (RECIPES / "benchmarks", RECIPES):
         monkeypatch.syspath_prepend(str(folder))
-    for name in ("demo_data", "evaluation", "reporting", "chosen_method", "qlora_sparse_lora", "method_table"):
+    for name in ("demo_data", "evaluation", "reporting", "chosen_method", "qlora_sparse_lora", "harness", "method_table"):
         sys.modules.pop(name, None)
 
 
@@ -48,17 +48,17 @@ def test_a_yaml_file_names_a_method_too(recipes, tmp_path):
 def test_the_method_table_keeps_what_it_has_and_says_what_each_method_did(recipes, tmp_path, capsys):
     import method_table
 
-    short = ["--methods", "spiel-ag", "--bases", "nf4", "--steps", "6", "--examples", "32", "--test_examples", "4"]
+    short = ["--candidates", "spiel-ag", "--bases", "nf4", "--steps", "6", "--examples", "32", "--test_examples", "4"]
     (row,) = method_table.main([*short, "--output", str(tmp_path)])
     assert row["moves"] == 1  # after step 5 of 20
     assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
     assert row["trainable"] > 0
     table = (tmp_path / "method_table.md").read_text()
     assert "| spiel-ag | nf4 |" in table
-    assert json.loads((tmp_path / "method_table.json").read_text()) == [row]
+    assert json.loads((tmp_path / "method_table.json").read_text()) == {"rows": [row]}
     assert method_table.main([*short, "--output", str(tmp_path)]) == [row]
     with pytest.raises(ValueError, match="unknown"):
-        method_table.main(["--methods", "no-such-method", "--output", str(tmp_path)])
+        method_table.main(["--candidates", "no-such-method", "--output", str(tmp_path)])
 
 
 def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_path):
@@ -68,7 +68,7 @@ def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_pa
     figures = qlora_sparse_lora.main([*SHORT, "--method", "rl-subnetwork", "--output_dir", str(tmp_path / "recipe")])
     assert figures["trainable"] > 0
     assert figures["train_loss"] > 0
-    short = ["--methods", "rl-subnetwork", "--bases", "nf4", "--steps", "4", "--examples", "32", "--test_examples", "4"]
+    short = ["--candidates", "rl-subnetwork", "--bases", "nf4", "--steps", "4", "--examples", "32", "--test_examples", "4"]
     (row,) = method_table.main([*short, "--output", str(tmp_path / "table")])
     assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
     assert row["trainable"] > 0

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
-SIZES = ["--hidden", "64", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+SIZES = ["--hidden", "128", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
 OURS = ("entry", "block32", "row", "column", "hybrid")
 PEERS = ("frozen", "lora", "lora_lean", "shira", "supertuning", "full", "spiel")
-# Shapes of the one layer: hidden 64, two heads of 32 over one key-value head, feed-forward 192.
-WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192))
+# Shapes of the one layer: hidden 128, four heads of 32 over one key-value head, feed-forward 352. The largest weights
+# have seven blocks, of which a fifth is one that moves.
+WEIGHTS = ((128, 128), (32, 128), (32, 128), (128, 128), (352, 128), (352, 128), (128, 352))
 LORA_NUMBERS = sum(16 * (rows + cols) for rows, cols in WEIGHTS)
 
 
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
 def run(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("step_cost")
-    command = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--base", request.param, "--output", output]
+    command = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--bases", request.param, "--output", output]
     if request.param == "nf4":
         command.append("--check")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -33,13 +34,13 @@ def run(request, tmp_path_factory):
 
 
 def rows_of(run):
-    base, report, _, _ = run
-    return report["bases"][base]["rows"]
+    (row,) = run[1]["rows"]
+    return row["figures"]
 
 
 def test_every_method_has_a_row_or_a_reason(run):
     base, report, _, _ = run
-    skipped = report["bases"][base]["skipped"]
+    skipped = report["rows"][0]["skipped"]
     assert set(rows_of(run)) | set(skipped) == {*PEERS, *OURS}
     assert set(skipped) == ({"supertuning", "full"} if base == "nf4" else set())
 
@@ -49,9 +50,10 @@ def test_every_row_has_its_figures(run):
     for method, row in rows.items():
         assert row["seconds"] > 0
         assert len(row["seconds_by_round"]) == 2
-        assert set(row["time_over"]) == set(rows) - {method}
+        assert set(row["over"]) == set(rows)
+        assert row["over"][method]["time"] == row["over"][method]["saved"] == 1
         assert row["peak_bytes"] > row["saved_bytes"] > 0
-        assert ("move_seconds" in row) == (method in OURS)
+        assert ("move_seconds" in row) == ("callback_share" in row) == (method in OURS)
         assert ("file_bytes_bf16" in row) == (method in OURS)
 
 
@@ -91,5 +93,29 @@ def test_bars_table_and_picture_are_there(run):
     assert {"name", "got", "wanted", "met"} == set(report["bars"][0])
     assert any(bar["name"].startswith(f"[{base}] step time: entry") for bar in report["bars"])
     assert all(f"MISSED {bar['name']}:" in printed for bar in report["bars"] if not bar["met"])
-    assert "columns" in printed
+    assert "column" in printed
     assert (output / "step_cost.png").stat().st_size > 10_000
+
+
+def test_a_base_is_measured_once_and_compared_with_another_checkout(run):
+    base, report, output, _ = run
+    again = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--bases", base, "--output", output]
+    done = subprocess.run([*again, "--against", output / "step_cost.json"], capture_output=True, text=True, check=True)
+    after = json.loads((output / "step_cost.json").read_text())
+    assert after["rows"] == report["rows"]
+    compared = [bar for bar in after["bars"] if "now / before" in bar["name"]]
+    assert len(after["bars"]) == len(report["bars"]) + len(compared)
+    assert f"[{base}] step time, now / before: entry" in {bar["name"] for bar in compared}
+    assert all(bar["met"] and bar["got"] == 1 for bar in compared), done.stdout
+    other = [*again, "--rounds", "3", "--candidates", "lora", "--against", output / "step_cost.json"]
+    done = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert "in this setting on this machine" in done.stderr
+
+
+def test_any_method_is_a_candidate(tmp_path):
+    named = ["--candidates", "lora", "adalora:r=16,target_r=8", "mezo", "--bases", "bf16", "--output", tmp_path]
+    subprocess.run([sys.executable, SCRIPTS / "step_cost.py", *SIZES, *named], capture_output=True, check=True)
+    (row,) = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
+    # r (rows + cols) numbers and a gate a component
+    assert row["figures"]["adalora:r=16,target_r=8"]["trained_numbers"] == LORA_NUMBERS + 16 * len(WEIGHTS)
+    assert row["skipped"] == {"mezo": "NotImplementedError: its step is that of ZerothOrderTrainer"}

@@ -13,9 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "zeroth_order_me
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("memory")
-    sizes = ["--hidden", "64", "--layers", "2", "--tokens", "64", "--base", "fp32", "bf16", "nf4"]
+    sizes = ["--hidden", "64", "--layers", "2", "--tokens", "64", "--bases", "fp32", "bf16", "nf4"]
     subprocess.run([sys.executable, SCRIPT, *sizes, "--output", output], check=True, capture_output=True)
-    return json.loads((output / "zeroth_order_memory.json").read_text())
+    rows = json.loads((output / "zeroth_order_memory.json").read_text())["rows"]
+    return {f"{row['trained']}, {row['base']}": row for row in rows}
 
 
 def test_every_row_is_there(report):

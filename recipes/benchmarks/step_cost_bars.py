@@ -1,0 +1,95 @@
+"""The bars that `step_cost.py` holds its figures to, and the comparison of two checkouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Figures = dict[str, Any]
+SPARSE = ("entry", "block32", "row", "column")
+EVERY = (*SPARSE, "hybrid")
+ALL, BF16, FP32, NF4 = ("bf16", "fp32", "nf4"), ("bf16",), ("fp32",), ("nf4",)
+CPU, CUDA, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
+
+
+def _all(candidates: tuple[str, ...], limit: float) -> dict[str, float]:
+    return dict.fromkeys(candidates, limit)
+
+
+BARS = (
+    ("saved", "lora_lean", BF16, BOTH, {**_all(EVERY, 1.02), "column": 0.82}),
+    ("saved", "lora", BF16, BOTH, _all(("entry", "block32", "row", "hybrid"), 0.68)),
+    ("time", "lora_lean", BF16, CPU, {"entry": 1.12, "block32": 1.05, "row": 0.88, "column": 0.93, "hybrid": 1.20}),
+    ("time", "lora", BF16, CPU, _all(SPARSE, 0.86)),
+    ("time", "lora", FP32, CPU, {"entry": 1.18, "block32": 1.00, "row": 0.88, "column": 0.93}),
+    ("time", "lora", NF4, BOTH, {"entry": 1.05, "block32": 1.00, "row": 1.00, "column": 1.00}),
+    ("time", "lora", BF16, CUDA, {"block32": 1.00}),
+    ("time", "shira", ALL, BOTH, {"entry": 0.85}),
+    ("time", "supertuning", ALL, BOTH, {"entry": 0.85}),
+    ("peak", "lora", NF4, BOTH, _all(SPARSE, 1.00)),
+    ("peak", "lora", BF16, CUDA, {"block32": 0.85}),
+    ("state", "lora", ALL, BOTH, _all(EVERY, 1.00)),
+    ("index", "lora", ALL, BOTH, _all(EVERY, 1.40)),
+    ("ages", "lora", ALL, BOTH, _all(EVERY, 1.55)),
+    ("file", "lora", ALL, BOTH, _all(EVERY, 1.45)),
+    ("file_bf16", "lora", ALL, BOTH, _all(EVERY, 0.90)),
+    ("move_share", None, ALL, BOTH, _all(EVERY, 0.05)),
+    ("collect_over_plain", None, ALL, BOTH, _all(EVERY, 1.60)),
+    ("callback_share", None, ALL, BOTH, _all(EVERY, 0.01)),
+)
+"""Figure, reference (None: the candidate's own figure), bases, devices, and the highest value that each may have."""
+NAMES = {
+    "time": "step time",
+    "saved": "saved bytes",
+    "peak": "peak bytes",
+    "state": "gradient + optimizer bytes a number",
+    "index": "the same with index buffers",
+    "ages": "the same with index buffers and ages",
+    "file": "adapter file, fp32, a number",
+    "file_bf16": "adapter file, bf16, a number",
+    "move_share": "move, share of the plain steps' time",
+    "collect_over_plain": "collecting step over plain step",
+    "callback_share": "callbacks, share of a plain step",
+}
+CHANGE = 1.03
+"""What a figure may grow to from one checkout to the other: ratios of times repeat within a few percent."""
+
+
+def check(base: str, device: str, figures: Figures) -> list[dict[str, Any]]:
+    """Every bar that applies to what was measured over `base`: name, what was got and wanted, whether it is met."""
+    results = []
+    for key, reference, bases, devices, limits in BARS:
+        if base not in bases or device not in devices:
+            continue
+        for candidate in (name for name in limits if name in figures):
+            row, over = figures[candidate], f" / {reference}" if reference else ""
+            got = row["over"].get(reference, {}).get(key) if reference else row.get(key)
+            if got is not None:
+                results.append(_result(f"[{base}] {NAMES[key]}: {candidate}{over}", got, limits[candidate]))
+    return results
+
+
+def compare(base: str, row: Figures, earlier: list[Figures]) -> list[dict[str, Any]]:
+    """Bars against another checkout's `rows`: every figure over LoRA's of the same process, now over before.
+
+    Raises:
+        ValueError: `earlier` holds no run of this base in the same setting on the same machine.
+    """
+    same = [old for old in earlier if old["base"] == base and _setting(old) == _setting(row)]
+    if not same:
+        raise ValueError(f"--against has no run of {base} in this setting on this machine: use the same options.")
+    before, results = same[-1]["figures"], []
+    for candidate in (name for name in row["figures"] if name in before):
+        old = before[candidate].get("over", {}).get("lora", {})
+        for key, now in row["figures"][candidate].get("over", {}).get("lora", {}).items():
+            if old.get(key):
+                name = f"[{base}] {NAMES[key]}, now / before: {candidate}"
+                results.append(_result(name, now / old[key], CHANGE))
+    return results
+
+
+def _setting(row: Figures) -> dict[str, Any]:
+    return {name: value for name, value in row["setting"].items() if name != "code"}
+
+
+def _result(name: str, got: float, wanted: float) -> dict[str, Any]:
+    return {"name": name, "got": got, "wanted": wanted, "met": round(got, 3) <= wanted}
