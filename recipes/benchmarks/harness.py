@@ -167,10 +167,15 @@ def make_trainer(
     return trainer
 
 
-def adapter_indices(model: nn.Module) -> list[torch.Tensor]:
-    """Copies of the integers in an adapter's file: they say which units and components are alive."""
-    shipped = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    return [tensor.clone() for tensor in shipped.values() if not tensor.is_floating_point()]
+def living_units(model: nn.Module) -> list[torch.Tensor]:
+    """Copies of the living units of every support, rank and other space of units of the adapter."""
+    layers = [module for module in model.modules() if hasattr(module, "unit_spaces")]
+    return [space.alive().clone() for layer in layers for space in layer.unit_spaces("default")]
+
+
+def same_units(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    """Whether nothing moved between two calls of `living_units`."""
+    return all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 @dataclass(frozen=True)

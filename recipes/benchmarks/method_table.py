@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Column, Options, Rows, adapter_indices, build_method, make_trainer, markdown, option, parse
+from harness import Column, Options, Rows, build_method, living_units, make_trainer, markdown, option, parse, same_units
 from peft import PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
 
@@ -72,9 +72,9 @@ class MoveCounter(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Compare with the step before; list it behind the callbacks that move."""
-        before, self._seen = self._seen, adapter_indices(model)
+        before, self._seen = self._seen, living_units(model)
         if before is not None:
-            self.moves += any(not torch.equal(*pair) for pair in zip(before, self._seen, strict=True))
+            self.moves += not same_units(before, self._seen)
 
 
 def measure(name: str, base: str, options: TableOptions, folder: str) -> dict[str, Any]:

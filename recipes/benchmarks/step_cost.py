@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from harness import Column, Rows, adapter_indices, draw, option, parse, print_table
+from harness import Column, Rows, draw, living_units, option, parse, print_table, same_units
 from llama import LlamaOptions, adapt, build_base, targets
 from step_cost_bars import check, compare
 from trial import Trial, file_bytes, first_step, optimizer_bytes, peak_bytes
@@ -78,13 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, report, and return the exit status."""
     options = parse(StepCostOptions, __doc__, argv)
     setting = {name: getattr(options, name) for name in ("preset", "clock", "rounds", "warmup")}
+    earlier = json.loads(options.against.read_text())["rows"] if options.against else None
     rows = Rows(options, "step_cost", {**setting, "rank": RANK, "model": asdict(options.sizes())}, timed=True)
     names, bars, panels = options.candidates, [], {}
     for base in options.bases:
         row = rows.measure(partial(measure_base, options, base), base=base, candidates=names)
         bars += check(base, options.device, row["figures"])
-        if options.against:
-            bars += compare(base, row, json.loads(options.against.read_text())["rows"])
+        if earlier is not None:
+            bars += compare(base, row, earlier)
         measured = [{"candidate": name, **row["figures"][name]} for name in names if name in row["figures"]]
         print_table(f"{base}: time of a step", TIMES, measured)
         print_table(f"{base}: MiB (files: KiB)", BYTES, measured)
@@ -179,9 +180,11 @@ def _bytes_over(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def _moves(trial: Trial, rounds: int) -> dict[str, float]:
     """Times of collecting steps and of the move that ends a phase, against plain steps beside them, and what the
     callbacks take of a plain step."""
-    before = adapter_indices(trial.model)
+    before = living_units(trial.model)
     trial.step()
     trial.step()  # the first move replaces the random start whole
+    if same_units(before, living_units(trial.model)):
+        raise RuntimeError("the support did not move: nothing to time")
     plain, opening, adding, moving, callbacks = [], [], [], [], []
     for _ in range(rounds):
         trial.callback_seconds = 0.0
@@ -190,10 +193,6 @@ def _moves(trial: Trial, rounds: int) -> dict[str, float]:
         opening.append(trial.seconds())
         adding.append(trial.seconds(trial.step_without_end))
         moving.append(trial.seconds(trial.end))
-        after = adapter_indices(trial.model)
-        if all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
-            raise RuntimeError(f"the support did not move after step {trial.state.global_step}: nothing to time")
-        before = after
     phase = [(a + (COLLECT_STEPS - 1) * b) / COLLECT_STEPS for a, b in zip(opening, adding, strict=True)]
     return {
         "age_bytes": optimizer_bytes(trial.optimizer) - 2 * sum(p.nbytes for p in trial.trained),

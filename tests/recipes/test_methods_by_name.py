@@ -15,7 +15,15 @@ def recipes(monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     for folder in (RECIPES / "benchmarks", RECIPES):
         monkeypatch.syspath_prepend(str(folder))
-    for name in ("demo_data", "evaluation", "reporting", "chosen_method", "qlora_sparse_lora", "harness", "method_table"):
+    for name in (
+        "demo_data",
+        "evaluation",
+        "reporting",
+        "chosen_method",
+        "qlora_sparse_lora",
+        "harness",
+        "method_table",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -68,7 +76,18 @@ def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_pa
     figures = qlora_sparse_lora.main([*SHORT, "--method", "rl-subnetwork", "--output_dir", str(tmp_path / "recipe")])
     assert figures["trainable"] > 0
     assert figures["train_loss"] > 0
-    short = ["--candidates", "rl-subnetwork", "--bases", "nf4", "--steps", "4", "--examples", "32", "--test_examples", "4"]
+    short = [
+        "--candidates",
+        "rl-subnetwork",
+        "--bases",
+        "nf4",
+        "--steps",
+        "4",
+        "--examples",
+        "32",
+        "--test_examples",
+        "4",
+    ]
     (row,) = method_table.main([*short, "--output", str(tmp_path / "table")])
     assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
     assert row["trainable"] > 0

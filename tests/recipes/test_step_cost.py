@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
-SIZES = ["--hidden", "128", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+SIZES = ["--hidden", "64", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
 OURS = ("entry", "block32", "row", "column", "hybrid")
 PEERS = ("frozen", "lora", "lora_lean", "shira", "supertuning", "full", "spiel")
-# Shapes of the one layer: hidden 128, four heads of 32 over one key-value head, feed-forward 352. The largest weights
-# have seven blocks, of which a fifth is one that moves.
-WEIGHTS = ((128, 128), (32, 128), (32, 128), (128, 128), (352, 128), (352, 128), (128, 352))
+# Shapes of the one layer: hidden 64, two heads of 32 over one key-value head, feed-forward 192.
+WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192))
 LORA_NUMBERS = sum(16 * (rows + cols) for rows, cols in WEIGHTS)
 
 
@@ -107,9 +106,22 @@ def test_a_base_is_measured_once_and_compared_with_another_checkout(run):
     assert len(after["bars"]) == len(report["bars"]) + len(compared)
     assert f"[{base}] step time, now / before: entry" in {bar["name"] for bar in compared}
     assert all(bar["met"] and bar["got"] == 1 for bar in compared), done.stdout
-    other = [*again, "--rounds", "3", "--candidates", "lora", "--against", output / "step_cost.json"]
-    done = subprocess.run(other, capture_output=True, text=True, check=False)
-    assert "in this setting on this machine" in done.stderr
+
+
+def test_another_setting_is_not_compared(run, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from step_cost_bars import compare
+
+    base, report, _, _ = run
+    (row,) = report["rows"]
+    other = {**row, "setting": {**row["setting"], "rounds": 3}}
+    with pytest.raises(ValueError, match="in this setting on this machine"):
+        compare(base, row, [other])
+    slower = json.loads(json.dumps(row))
+    slower["figures"]["entry"]["over"]["lora"]["time"] *= 1.1
+    slower["setting"]["code"] = "another checkout's"
+    missed = [bar["name"] for bar in compare(base, slower, [row]) if not bar["met"]]
+    assert missed == [f"[{base}] step time, now / before: entry"]
 
 
 def test_any_method_is_a_candidate(tmp_path):

@@ -1,0 +1,92 @@
+"""`recipes/benchmarks/harness.py`: candidates are methods with options, and no row is measured twice; and the sweep of
+`learning.py` in tiny form."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def programs(monkeypatch):
+    for folder in (BENCHMARKS.parent, BENCHMARKS):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(BENCHMARKS.parents[1])
+
+
+@pytest.fixture
+def new_rows(programs, tmp_path):
+    from harness import Options, Rows
+
+    return lambda steps=3, **options: Rows(Options(output=tmp_path, device="cpu", **options), "test", {"steps": steps})
+
+
+def test_a_candidate_is_a_method_with_options_of_every_kind():
+    from harness import build_method
+
+    text = "shira:density=0.02,granularity=row,criterion=low_rank_magnitude,criterion_options={rank: $half}"
+    config = build_method(text, {"half": 4}, seed=3, target_modules=["q_proj"], density=0.5).config
+    assert (config.density, config.granularity, config.criterion_options) == (0.02, "row", {"rank": 4})
+    assert (config.target_modules, config.seed) == ({"q_proj"}, 3)
+    assert build_method("shira:seed=1", seed=3).config.seed == 1
+    assert build_method("lora:r=2").config.peft_type == "LORA"
+    with pytest.raises(ValueError, match="unknown"):
+        build_method("no-such-method")
+
+
+def test_every_named_candidate_is_one_that_the_package_takes():
+    import learning
+    import step_cost
+    from harness import build_method
+
+    numbers = {"rank": 4, "alpha": 8, "half": 2, "numbers": 400, "rest": 200, "sparsity": 0.9}
+    adapters = {name: text for name, text in step_cost.CANDIDATES.items() if text not in ("frozen", "full", "spiel")}
+    moving = {name: step_cost.MOVING + text.removeprefix("shira:") for name, text in step_cost.OURS.items()}
+    for candidates in (adapters, moving, learning.CANDIDATES):
+        for text in candidates.values():
+            assert build_method(text, numbers, target_modules=["q_proj"]).config.peft_type
+
+
+def test_a_row_is_measured_once_in_each_setting_and_an_error_again(new_rows):
+    assert new_rows().measure(lambda: {"score": 1}, candidate="a")["score"] == 1
+    assert new_rows().measure(lambda: {"score": 2}, candidate="a")["score"] == 1
+    assert new_rows().measure(lambda: {"score": 2}, candidate="b")["score"] == 2
+    assert new_rows(steps=4).measure(lambda: {"score": 3}, candidate="a")["score"] == 3
+    assert new_rows(again=True).measure(lambda: {"score": 4}, candidate="a")["score"] == 4
+    assert new_rows().measure(lambda: 1 // 0, go_on=True, candidate="c")["error"].startswith("ZeroDivisionError")
+    assert new_rows().measure(lambda: {"score": 5}, candidate="c")["score"] == 5
+    with pytest.raises(ZeroDivisionError):
+        new_rows().measure(lambda: 1 // 0, candidate="d")
+    rows = json.loads(new_rows().path.read_text())["rows"]
+    assert sorted(row["score"] for row in rows) == [2, 3, 4, 5]
+    assert all(row["machine"]["threads"] >= 1 and row["machine"]["code"] for row in rows)
+
+
+def test_a_sweep_chooses_a_rate_and_trains_equally_many_numbers(tmp_path):
+    import learning
+
+    sizes = ["--steps", "2", "--batch_size", "4", "--rank", "2", "--seeds", "0", "1", "--output", str(tmp_path)]
+    best = learning.main([*sizes, "--candidates", "lora", "hybrid", "--learning_rates", "1e-3"])
+    assert {row["candidate"] for row in best} == {"lora", "hybrid"}
+    assert {row["trained"] for row in best} == {27136}
+    assert [len(row["runs"]) for row in best] == [2, 2]
+    rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
+    assert learning.main([*sizes, "--candidates", "hybrid", "--learning_rates", "1e-3"])[0]["runs"] == rows[2:]
+    assert (tmp_path / "learning_demo.png").stat().st_size > 10_000
+
+
+def test_a_new_head_learns_at_a_rate_of_its_own():
+    import learning
+    import torch
+    from transformers import TrainingArguments
+
+    model = torch.nn.ModuleDict({"modules_to_save": torch.nn.Linear(2, 2), "rest": torch.nn.Linear(2, 2)})
+    args = TrainingArguments("runs", learning_rate=0.5, weight_decay=0.25, use_cpu=True)
+    own = torch.optim.SGD([{"params": list(model.parameters()), "momentum": 0.5}], lr=0.5)
+    for optimizer in (None, own):
+        groups = learning.with_head_rate(optimizer, model, args, 0.125).param_groups
+        assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.125, 2)]
+    assert own.param_groups[1]["momentum"] == 0.5
+    assert learning.with_head_rate(None, model["rest"], args, 0.125) is None
