@@ -1,4 +1,4 @@
-"""The house default, chosen by `recipes/benchmarks/learning_sweep.py`."""
+"""The house default, chosen by `recipes/benchmarks/learning.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .registry import Method, aged_adamw, register
 
 @register(
     "sparse-lora",
-    paper="this project's sweep (recipes/benchmarks/learning_sweep.py)",
+    paper="this project's sweep (recipes/benchmarks/learning.py)",
     moves="nothing",
     use_when="you want one adapter that is good without looking: start here, at LoRA's learning rate or a third of it",
     cost="gradients of 128 examples before training, 4 bytes a targeted entry while they are read, or more passes",
