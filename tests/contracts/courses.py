@@ -1,0 +1,191 @@
+"""One short course of real training for a combination of parts: a parametrization, a kind of base, a rule.
+
+A rule that is new is covered by being registered: it gets its options from `RULES`, and a test fails where it has none.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+
+from hf_sparse_peft import KernelLoraConfig, Rule, SparseLoraConfig, callbacks_for
+from hf_sparse_peft.utils.parts import part_types
+
+STEPS, SAVE_AT = 8, 4
+TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+SPARSE = {"r": 0, "density": 0.2, "block_size": 4}
+
+PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
+    "entries": (SparseLoraConfig, SPARSE),
+    "blocks": (SparseLoraConfig, {**SPARSE, "granularity": "block"}),
+    "rows": (SparseLoraConfig, {**SPARSE, "granularity": "row"}),
+    "columns": (SparseLoraConfig, {**SPARSE, "granularity": "column"}),
+    "low rank": (SparseLoraConfig, {"r": 4, "density": 0.0}),
+    "low rank + entries": (SparseLoraConfig, {"r": 2, "density": 0.05}),
+    "kernel": (KernelLoraConfig, {"r": 4, "kernel": "mixed", "sparsity": 0.5}),
+}
+KINDS = {
+    "entries": {"support", "module"},
+    "blocks": {"support", "module"},
+    "rows": {"support", "module"},
+    "columns": {"support", "module"},
+    "low rank": {"rank", "module"},
+    "low rank + entries": {"support", "rank", "module"},
+    "kernel": {"kernel", "module"},
+}
+"""Kinds of unit spaces that each has."""
+BASES = ("fp32", "bf16", "nf4", "conv1d")
+
+RULES: dict[str, dict[str, Any]] = {
+    "prune": {"final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7},
+    "alternate_modules": {
+        "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
+    },
+}  # fmt: skip
+"""Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
+CONFIG: dict[str, dict[str, Any]] = {}
+"""What a rule wants of the config beside itself."""
+
+EXCEPTIONS = {
+    ("identity", "kernel"): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
+}
+"""(contract, parametrization or rule) -> why it is not kept; the tests hold these to be true too."""
+
+
+def rule_names() -> list[str]:
+    """The package's own rules; what tests register is theirs."""
+    return sorted(n for n, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft."))
+
+
+def fits(parametrization: str, rule: str | None) -> bool:
+    """Whether the rule has something to act on there."""
+    if rule is None:
+        return True
+    cls, options = part_types(Rule)[rule], RULES.get(rule, {})
+    only = options.get("only", tuple(PARAMETRIZATIONS))
+    return parametrization in only and bool(cls.acts_on & KINDS[parametrization])
+
+
+def combinations() -> list[Any]:
+    """Every parametrization with every rule that fits; bases are dealt out in turns, the rest is slow."""
+    pairs = [(p, rule) for p in PARAMETRIZATIONS for rule in (None, *rule_names()) if fits(p, rule)]
+    cases = []
+    for number, (parametrization, rule) in enumerate(pairs):
+        for place, base in enumerate(BASES):
+            marks = () if place == number % len(BASES) else (pytest.mark.slow,)
+            cases.append(pytest.param(parametrization, base, rule, marks=marks, id=f"{parametrization}-{base}-{rule}"))
+    return cases
+
+
+EVERY_COMBINATION = pytest.mark.parametrize(("parametrization", "base", "rule"), combinations())
+
+
+def config_of(parametrization: str, base: str, rule: str | None):
+    """A fresh config."""
+    cls, options = PARAMETRIZATIONS[parametrization]
+    targets = {**TARGETS, "target_modules": ["c_attn", "c_proj"]} if base == "conv1d" else TARGETS
+    schedule = []
+    if rule is not None:
+        schedule = [part_types(Rule)[rule](**{k: v for k, v in RULES[rule].items() if k != "only"})]
+    return cls(**{**options, **targets, **CONFIG.get(rule, {}), "schedule": schedule})
+
+
+def adapted(parametrization: str, base: str, rule: str | None):
+    """The base with a fresh adapter."""
+    model = tiny.base(base)
+    torch.manual_seed(1)  # the draw of factors
+    return get_peft_model(model, config_of(parametrization, base, rule))
+
+
+def all_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor of model and optimizer, by name."""
+    found = {f"model.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in getattr(optimizer, "optimizer", optimizer).state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor | int | float):
+                found[f"optimizer.{names[parameter]}.{key}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are missing on one side or differ in a bit."""
+    changed = [key for key in sorted(set(left) & set(right)) if not torch.equal(left[key], right[key])]
+    return sorted(set(left) ^ set(right)) + changed
+
+
+def train(model, out, *, resume=None, save_at=None, **options) -> dict[str, torch.Tensor]:
+    """Eight steps; returns everything that trains after the last one."""
+    state: dict[str, torch.Tensor] = {}
+
+    class Watch(tiny.TrainerCallback):
+        def on_step_end(self, args, trainer_state, control, model=None, optimizer=None, **kwargs):
+            control.should_save = trainer_state.global_step == save_at
+            if trainer_state.global_step == trainer_state.max_steps:
+                state.update(all_state(model, optimizer))
+
+    options = {"weight_decay": 0.01, "lr_scheduler_type": "constant", **options}
+    steps = options.pop("steps", STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = tiny.TokenData(32, repeated=options.pop("repeated", 1))
+        callbacks = [*callbacks_for(model), Watch()]
+        tiny.train(model, out, steps, callbacks=callbacks, data=data, resume=resume, **options)
+    return state
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """Scores of fixed tokens in evaluation mode."""
+    training = model.training
+    model.eval()
+    result = model(input_ids=torch.arange(36).view(3, 12) % tiny.VOCAB).logits
+    model.train(training)
+    return result
+
+
+def base_bits(model) -> dict[str, torch.Tensor]:
+    """Copies of what is saved of the model without its adapter, by the base's own names."""
+    named = {k.replace(".base_layer", "").removeprefix("base_model.model."): v for k, v in model.state_dict().items()}
+    return {k: v.detach().clone() for k, v in named.items() if "_lora_" not in k}
+
+
+@dataclass
+class Course:
+    """What one combination did."""
+
+    folder: Path
+    logits: dict[str, torch.Tensor]
+    """`base`, `start`, `trained`, `disabled`."""
+    bits: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+    """The base before and after."""
+    start: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    config: Any
+
+
+def take_course(folder: Path, parametrization: str, base: str, rule: str | None) -> Course:
+    """Build, look, train eight steps with a checkpoint in the middle, look again, save."""
+    model, seen = adapted(parametrization, base, rule), {}
+    with model.disable_adapter():
+        seen["base"] = logits(model)
+    seen["start"] = logits(model)
+    before, start = base_bits(model), {k: v.detach().clone() for k, v in model.state_dict().items()}
+    state = train(model, folder, save_at=SAVE_AT)
+    after, seen["trained"] = base_bits(model), logits(model)
+    with model.disable_adapter():
+        seen["disabled"] = logits(model)
+    model.save_pretrained(folder / "adapter")
+    return Course(folder, seen, (before, after), start, state, model.peft_config["default"])
+
+
+def reloaded(course: Course, base: str):
+    """The saved adapter over a fresh base."""
+    return PeftModel.from_pretrained(tiny.base(base), str(course.folder / "adapter"))
