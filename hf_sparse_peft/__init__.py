@@ -12,6 +12,7 @@ from .hub.analysis import (
 from .rules import AlternateModules, Prune, Rule
 from .training import (
     BudgetCompetitionCallback,
+    Controller,
     InitialSupportCallback,
     LayerSamplingCallback,
     MaskRegrowthCallback,
@@ -50,6 +51,7 @@ __all__ = [
     "AlternateModules",
     "BudgetCompetitionCallback",
     "BudgetCompetitionConfig",
+    "Controller",
     "FactorMaskConfig",
     "InitialSupportCallback",
     "KernelLoraConfig",

@@ -34,6 +34,8 @@ class Training:
     """Whether gradients are clipped (and, under fp16, unscaled) before `gradients`."""
     fp16: bool = False
     """Whether a gradient scaler may skip steps."""
+    scaler: Any = None
+    """That scaler, where the optimizer does not hold it (accelerate's does)."""
     dataloader: Iterable | None = None
     """The training data, where the loop hands it out."""
     arguments: Any = None
@@ -114,7 +116,7 @@ class Run:
     @property
     def loss_scale(self) -> float:
         """What gradients are multiplied by while they are summed (fp16's loss scale, else 1)."""
-        scaler = getattr(self.optimizer, "scaler", None)
+        scaler = self.training.scaler or getattr(self.optimizer, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
     @property

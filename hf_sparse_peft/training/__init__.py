@@ -15,6 +15,7 @@ from .callbacks import PruningCallback
 from .freezing import ThresholdFreezingCallback
 from .initial_support import InitialSupportCallback
 from .layer_sampling import LayerSamplingCallback
+from .loop import Controller
 from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .rank_reallocation import RankReallocationCallback
 from .regrowth import MaskRegrowthCallback
@@ -76,6 +77,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 __all__ = [
     "SCHEDULE_CALLBACKS",
     "BudgetCompetitionCallback",
+    "Controller",
     "InitialSupportCallback",
     "L1PenaltyCallback",
     "LayerSamplingCallback",

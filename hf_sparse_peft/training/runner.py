@@ -1,4 +1,4 @@
-"""`RuleRunner`: the one callback that carries out the rules of `config.schedule` in a `transformers.Trainer`."""
+"""The rules of `config.schedule` in a training run: `RuleExecutor` for any loop, `RuleRunner` for a Trainer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun
 """Layer -> adapter -> the run that last kept rule state there."""
 
 
-class RuleRunner(TrainerCallback, ExportableState):
-    """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list.
-
-    `callbacks_for(model)` gives it; a subclass with a `rule_class` carries the rules of that class only. Who is updated
-    at a step (rules that write `trains`) is settled before the others look.
+class RuleExecutor:
+    """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list; a subclass with a
+    `rule_class` carries the rules of that class only. Who is updated at a step (rules that write `trains`) is decided
+    before the others look. Whoever trains calls its phases (`RuleRunner`, `Controller`).
 
     Args:
         rule: run this rule on all trained adapters instead of those that their configs name. One that acts on whole
             modules runs on adapters of upstream peft too, such as `LoraConfig`'s.
+        owner: what runs them, for messages; None: the class's name.
 
     Raises:
         ValueError: `rule` is not one, or not of the subclass's `rule_class`.
@@ -39,13 +39,14 @@ class RuleRunner(TrainerCallback, ExportableState):
 
     rule_class: ClassVar[type[Rule]] = Rule
 
-    def __init__(self, rule: Rule | dict[str, Any] | None = None) -> None:
+    def __init__(self, rule: Rule | dict[str, Any] | None = None, owner: str | None = None) -> None:
+        self.owner = owner or type(self).__name__
         if rule is not None:
-            rule = load_part(Rule, rule, f"{type(self).__name__}(rule)")
+            rule = load_part(Rule, rule, f"{self.owner}(rule)")
             if isinstance(rule, UnknownPart):
-                raise ValueError(f"{type(self).__name__}({rule.data}) cannot run here: {rule.reason}.")
+                raise ValueError(f"{self.owner}({rule.data}) cannot run here: {rule.reason}.")
             if not isinstance(rule, self.rule_class):
-                raise ValueError(f"{type(self).__name__} carries a {self.rule_class.__name__}, not {rule!r}.")
+                raise ValueError(f"{self.owner} carries a {self.rule_class.__name__}, not {rule!r}.")
         self.rule = rule
         self.runs: list[Run] = []
         """One view of the current (or last) training run for each rule of each adapter."""
@@ -60,124 +61,81 @@ class RuleRunner(TrainerCallback, ExportableState):
         ]
         return sorted(found, key=lambda event: event["step"])
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint carries (`trainer_state.json`)."""
-        saved = {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
-        return {"args": {"rule": None if self.rule is None else self.rule.to_dict()}, "attributes": {"saved": saved}}
+    @property
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint carries beside the tensors."""
+        return {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
 
-    # Events of the Trainer
+    def begin(self, training: Training, saved: dict[str, dict[str, Any]], alone: bool = False) -> None:
+        """Take part in `training`: find the spaces of every rule, prepare their state, begin.
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Refuse a sharded run before any process wraps the model, undo the casts of the trainer's constructor, end a
-        run on this model that was broken off, and let this trainer's own runs end however they end.
+        Args:
+            training: what the loop knows of the run.
+            saved: what a checkpoint brought.
+            alone: whether nobody else takes part; a run that goes on on this model is broken off.
 
         Raises:
-            ValueError: DeepSpeed or FSDP is switched on, by whatever means.
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run.
         """
-        refuse_sharded(args, "schedule")
-        end_with_train()
-        if model is not None:
-            run_on(model)
-            restore_fp32(model)
-            for layer, adapter in _trained_adapters(model) if self.rule is not None else ():
-                layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Find the spaces of every rule, prepare their state, and let the rules check themselves against the run.
-
-        Raises:
-            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, or the
-                run is sharded in a way that hides gradients and optimizer state.
-        """
-        refuse_sharded(args, "schedule", model)
-        warn_of_best_model(args, state, model)
-        self.training = Training(
-            model=model,
-            total_steps=state.max_steps,
-            step=state.global_step,
-            optimizer=kwargs.get("optimizer"),
-            accumulation=args.gradient_accumulation_steps,
-            learning_rate=args.learning_rate,
-            clips=bool(args.max_grad_norm),
-            fp16=bool(args.fp16),
-            dataloader=kwargs.get("train_dataloader"),
-            arguments=args,
-            show_progress=not args.disable_tqdm and state.is_world_process_zero,
-            resumed=bool(state.global_step),
-        )
-        self._join(model)
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        saved = saved[0] if isinstance(saved, list) else saved
-        self.begin((saved or {}).get("attributes", {}).get("saved", {}))
-
-    def begin(self, saved: dict[str, dict[str, Any]]) -> None:
-        """Make the runs and begin them; `saved` is what a checkpoint brought."""
+        self.training = training
+        self._join(training.model, alone)
         self.runs = list(self._make_runs())
         if not self.runs:
-            raise ValueError(why_no_rule_runs(type(self).__name__, self.rule_class, self.training.model))
+            raise ValueError(why_no_rule_runs(self.owner, self.rule_class, training.model))
         for run in self.runs:
             run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
-        if any("trains" in run.rule.writes for run in self.runs) and self.training.optimizer is not None:
-            self.training.updates.attach(self.training.optimizer)
+        if any("trains" in run.rule.writes for run in self.runs) and training.optimizer is not None:
+            training.updates.attach(training.optimizer)
         for run in self.runs:
             run.rule.begin(run)
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def before_step(self) -> None:
         """Before the first micro-batch."""
-        self.training.step, self.training.optimizer = state.global_step, optimizer or self.training.optimizer
         for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
             run.rule.before_step(run)
 
-    def on_substep_end(self, args, state, control, **kwargs) -> None:
+    def after_micro_batch(self) -> None:
         """Between micro-batches."""
         for run in self.runs:
             run.rule.after_micro_batch(run)
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def gradients(self) -> None:
         """Before the update."""
-        self.training.optimizer = optimizer or self.training.optimizer
         for run in self.runs:
             run.rule.gradients(run)
 
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def after_update(self) -> None:
         """After the update."""
         for run in self.runs:
             run.rule.after_update(run)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def after_step(self) -> None:
         """After the step is counted."""
-        self.training.step = state.global_step
         for run in self.runs:
             run.rule.after_step(run)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Free the rules' state once the last step is done, so that the shipped adapter is small."""
-        if state.global_step >= state.max_steps:  # else stopped early: a resumed run needs its state
+    def end(self) -> None:
+        """Take everything off the model. If the last step is done, free the rules' state too, so that the shipped
+        adapter is small; a run that stopped early needs it when it is resumed."""
+        done = self.training.step >= self.training.total_steps
+        if done:
             for run in self.runs:
                 run.rule.finish(run)
-        self._leave()
-        if state.global_step < state.max_steps:
-            return
-        for run in (run for run in self.runs if run.config is not None):
+        self.leave()
+        for run in (run for run in self.runs if done and run.config is not None):
             for space in run.all_spaces:
                 space.layer.drop_training_state(space.adapter)
             run.config.training_finished = True
 
+    def leave(self) -> None:
+        """Take everything off the model; nothing to do a second time."""
+        if self._live is not None:
+            self._live.leave(self)
+
     # Runs
 
-    def _join(self, model: nn.Module) -> None:
-        self._live = begin_run(model, adapter_layers(model))
+    def _join(self, model: nn.Module, alone: bool) -> None:
+        self._live = begin_run(model, adapter_layers(model), alone)
         self._live.join(self, self._release)
         self.training.updates = self._live.mask
         optimizer = self.training.optimizer
@@ -186,12 +144,8 @@ class RuleRunner(TrainerCallback, ExportableState):
         if known and any(id(parameter) not in known for parameter in self._live.woken):
             raise ValueError(
                 "A run that was broken off held parameters still, and this optimizer was built before they were "
-                "released, without them. They train again now: make a new Trainer (or optimizer) and call train()."
+                "released, without them. They train again now: make a new Trainer (or optimizer) and train with that."
             )
-
-    def _leave(self) -> None:
-        if self._live is not None:
-            self._live.leave(self)
 
     def _release(self) -> None:
         """Called when the run ends, however it does."""
@@ -226,11 +180,101 @@ class RuleRunner(TrainerCallback, ExportableState):
     def _take_charge(self, rule: Rule, config: Any) -> None:
         if rule.part_type in self._live.attended(config):
             raise ValueError(
-                f"{type(rule).__name__} is run by two callbacks of this Trainer, {type(self).__name__} and another. "
+                f"{type(rule).__name__} is run by two callbacks of this Trainer, {self.owner} and another. "
                 "Pass callbacks_for(model), or the callback of that one rule, not both."
             )
         self._live.attend(config, rule.part_type)
         config.training_finished = False
+
+
+class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
+    """The callback that runs the rules in a `transformers.Trainer`; `callbacks_for(model)` gives it."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries (`trainer_state.json`)."""
+        rule = None if self.rule is None else self.rule.to_dict()
+        return {"args": {"rule": rule}, "attributes": {"saved": self.saved}}
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a sharded run before any process wraps the model, undo the casts of the trainer's constructor, end a
+        run on this model that was broken off, and let this trainer's own runs end however they end.
+
+        Raises:
+            ValueError: DeepSpeed or FSDP is switched on, by whatever means.
+        """
+        refuse_sharded(args, "schedule")
+        end_with_train()
+        if model is not None:
+            run_on(model)
+            restore_fp32(model)
+            for layer, adapter in _trained_adapters(model) if self.rule is not None else ():
+                layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Find the spaces of every rule, prepare their state, and let the rules check themselves against the run.
+
+        Raises:
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, or the
+                run is sharded in a way that hides gradients and optimizer state.
+        """
+        refuse_sharded(args, "schedule", model)
+        warn_of_best_model(args, state, model)
+        training = Training(
+            model=model,
+            total_steps=state.max_steps,
+            step=state.global_step,
+            optimizer=kwargs.get("optimizer"),
+            accumulation=args.gradient_accumulation_steps,
+            learning_rate=args.learning_rate,
+            clips=bool(args.max_grad_norm),
+            fp16=bool(args.fp16),
+            dataloader=kwargs.get("train_dataloader"),
+            arguments=args,
+            show_progress=not args.disable_tqdm and state.is_world_process_zero,
+            resumed=bool(state.global_step),
+        )
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        saved = saved[0] if isinstance(saved, list) else saved
+        self.begin(training, (saved or {}).get("attributes", {}).get("saved", {}))
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Before the first micro-batch."""
+        self.training.step, self.training.optimizer = state.global_step, optimizer or self.training.optimizer
+        self.before_step()
+
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Between micro-batches."""
+        self.after_micro_batch()
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Before the update."""
+        self.training.optimizer = optimizer or self.training.optimizer
+        self.gradients()
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """After the update."""
+        self.after_update()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """After the step is counted."""
+        self.training.step = state.global_step
+        self.after_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The run is over."""
+        self.training.step = state.global_step
+        self.end()
 
 
 def _trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:

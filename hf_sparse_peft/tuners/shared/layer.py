@@ -259,7 +259,8 @@ class AdapterLayer(AdapterTensors):
                 continue
             warnings.warn(
                 f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
-                f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, or set "
+                f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, use "
+                "hf_sparse_peft.Controller in a loop of your own, or set "
                 f"{_without(asked, config)} in its {type(config).__name__}.",
                 stacklevel=2,
             )

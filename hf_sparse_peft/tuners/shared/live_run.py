@@ -91,10 +91,17 @@ class LiveRun:
             self.end()
 
 
-def begin_run(model: nn.Module, layers: Iterable[nn.Module]) -> LiveRun:
-    """The run that the calling callback takes part in: the first begins it, and ends what was broken off before."""
+def begin_run(model: nn.Module, layers: Iterable[nn.Module], alone: bool = False) -> LiveRun:
+    """The run that the calling callback takes part in: the first begins it, and ends what was broken off before.
+
+    Args:
+        alone: begin a run of one's own and end any other on these layers, as a loop without a Trainer does.
+    """
     loop, known, rested = _trainer_frame(), _run_of(model), []
-    if known is not None:
+    if alone:
+        layers = list(layers)
+        rested = [one for run in {_run_of(module) for module in (model, *layers)} - {None} for one in run.end()]
+    elif known is not None:
         if known._loop is loop and not known._ended:
             return known
         rested = known.end()

@@ -1,0 +1,283 @@
+"""`Controller`: a loop of one's own gives the adapter that a Trainer gives, and leaves nothing behind."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from training_toolbox import TokenData, adapted, make_config, tiny_llama
+from transformers import Trainer, TrainingArguments
+
+from hf_sparse_peft import Controller, Prune, callbacks_for
+from hf_sparse_peft.tuners.shared.live_run import run_on
+
+STEPS = 12
+PRUNE = Prune(final_fraction=0.4, start=0.1, end=0.8, interval=3)
+CASES = {
+    "Prune": {"schedule": [PRUNE]},
+    "Prune-global-blocks": {
+        "schedule": [Prune(final_fraction=0.4, start=0.1, end=0.8, interval=2, scope="global")], "granularity": "block",
+        "density": 0.3, "r": 2,
+    },
+    "no rule": {},
+}  # fmt: skip
+
+
+class Recorder(Trainer):
+    """Keeps what each micro-batch was, and the learning rate of its step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.seen.append((copy.deepcopy(inputs), num_items_in_batch, self.optimizer.param_groups[0]["lr"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def trained_by_trainer(config, out, accumulation: int = 1, **arguments):
+    model = adapted(config)
+    args = TrainingArguments(
+        out, max_steps=STEPS, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2, weight_decay=0.0, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        optim="adamw_torch", **arguments,
+    )  # fmt: skip
+    trainer = Recorder(model, args, train_dataset=TokenData(), callbacks=callbacks_for(model))
+    trainer.seen = []
+    trainer.train()
+    return model, trainer.seen
+
+
+def optimizer_for(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+
+
+def steps_of(seen, accumulation: int = 1):
+    return [seen[at : at + accumulation] for at in range(0, len(seen), accumulation)]
+
+
+def step_by_hand(rules, model, optimizer, micro_batches) -> None:
+    model.train()
+    for number, (inputs, items, _) in enumerate(micro_batches, 1):
+        rules.before_step()
+        model(**inputs, num_items_in_batch=items).loss.backward()
+        if number < len(micro_batches):
+            rules.after_micro_batch()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = micro_batches[-1][2]
+    optimizer.step()
+    rules.after_step()
+    optimizer.zero_grad()
+
+
+def assert_same(first, second) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def a_batch():
+    ids = TokenData()[0]["input_ids"][None]
+    return [({"input_ids": ids, "labels": ids}, None, 1e-2)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_a_loop_by_hand_gives_the_trainers_adapter_to_the_bit(case, accumulation, tmp_path):
+    config = make_config(**CASES[case])
+    expected, seen = trained_by_trainer(config, tmp_path, accumulation)
+    model = adapted(config)
+    optimizer = optimizer_for(model)
+    with Controller(model, optimizer, STEPS, accumulation=accumulation) as rules:
+        for micro_batches in steps_of(seen, accumulation):
+            step_by_hand(rules, model, optimizer, micro_batches)
+    assert_same(model, expected)
+    assert model.peft_config["default"].training_finished == bool(config.schedule)
+    assert [event["rule"] for event in rules.events] == ["prune"] * len(rules.events)
+    assert bool(rules.events) == bool(config.schedule)
+
+
+def test_an_accelerate_loop_with_accumulation_gives_the_trainers_adapter_to_the_bit(tmp_path):
+    config = make_config(**CASES["Prune"])
+    expected, seen = trained_by_trainer(config, tmp_path, 2)
+    GradientState._reset_state()  # the Trainer's is at the end of its data
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2))
+    plain = adapted(config)
+    model, optimizer = accelerator.prepare(plain, optimizer_for(plain))
+    model.train()
+    with Controller(model, optimizer, STEPS, accumulation=2) as rules:
+        for inputs, items, lr in seen:
+            with accelerator.accumulate(model):
+                rules.before_step()
+                # accelerate divides by 2, and the loss is a share of the step's already, as in Trainer
+                accelerator.backward(2 * model(**inputs, num_items_in_batch=items).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                rules.after_step() if accelerator.sync_gradients else rules.after_micro_batch()
+                optimizer.zero_grad()
+    assert rules.step == STEPS
+    assert_same(plain, expected)
+
+
+def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
+    config = make_config(**CASES["Prune"])
+    expected, seen = trained_by_trainer(config, tmp_path)
+    model = adapted(config)
+    optimizer = optimizer_for(model)
+    with Controller(model, optimizer, STEPS) as rules:
+        for micro_batches in steps_of(seen)[:5]:
+            step_by_hand(rules, model, optimizer, micro_batches)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), rules.state_dict()))
+    again = adapted(config)
+    again.load_state_dict(saved[0])
+    optimizer = optimizer_for(again)
+    optimizer.load_state_dict(saved[1])
+    with Controller(again, optimizer, STEPS, state=saved[2]) as rules:
+        for micro_batches in steps_of(seen)[5:]:
+            step_by_hand(rules, again, optimizer, micro_batches)
+    assert_same(again, expected)
+
+
+class Overflow:
+    """A gradient scaler that skips the steps in `skipped`."""
+
+    def __init__(self, skipped):
+        self.skipped, self.calls = skipped, 0
+
+    def get_scale(self):
+        return 1.0
+
+    def step(self, optimizer):
+        self.calls += 1
+        if self.calls not in self.skipped:
+            optimizer.step()
+
+
+def test_a_step_that_the_scaler_skips_counts_and_moves_nothing():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer, scaler = optimizer_for(model), Overflow({3})
+    calls = []
+    with Controller(model, optimizer, STEPS, scaler=scaler) as rules:
+        (run,) = rules._steps.rules.runs
+        run.rule = Watched(calls)
+        for _ in range(4):
+            inputs, items, _ = a_batch()[0]
+            rules.before_step()
+            model(**inputs, num_items_in_batch=items).loss.backward()
+            scaler.step(optimizer)
+            rules.after_step()
+            optimizer.zero_grad()
+        assert rules.step == 4
+    assert calls == ["before_step", "gradients", "after_update", "after_step"] * 4
+
+
+class Watched(Prune):
+    """Notes its phases in a list that is no option of it."""
+
+    def __init__(self, calls):
+        super().__init__()
+        object.__setattr__(self, "calls", calls)
+
+    def before_step(self, run):
+        self.calls.append("before_step")
+
+    def gradients(self, run):
+        self.calls.append("gradients")
+
+    def after_update(self, run):
+        self.calls.append("after_update")
+
+    def after_step(self, run):
+        self.calls.append("after_step")
+
+
+def hooks_on(optimizer) -> int:
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+@pytest.mark.parametrize("way", ["exception", "dropped", "closed", "next controller"])
+def test_however_a_loop_ends_nothing_stays_on_model_and_optimizer(way):
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer = optimizer_for(model)
+    before = hooks_on(optimizer)
+    if way == "exception":
+        with pytest.raises(RuntimeError, match="embedding"), Controller(model, optimizer, STEPS) as rules:
+            step_by_hand(rules, model, optimizer, [({"input_ids": torch.ones(2, 3, 4, 5)}, None, 1e-2)])
+    elif way == "dropped":
+        rules = Controller(model, optimizer, STEPS)
+        rules.before_step()
+        del rules
+        gc.collect()
+    else:
+        rules = Controller(model, optimizer, STEPS)
+        rules.before_step()
+        if way == "closed":
+            rules.close()
+            rules.close()
+        else:
+            other = optimizer_for(model)
+            after = Controller(model, other, STEPS)
+            step_by_hand(after, model, other, a_batch())
+            after.close()
+            rules.close()
+    assert hooks_on(optimizer) == before
+    assert run_on(model) is None
+    assert not model.peft_config["default"].training_finished
+
+
+def test_layers_warn_where_nobody_runs_the_rules_and_not_where_a_controller_does():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer = optimizer_for(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Controller(model, optimizer, STEPS) as rules:
+            step_by_hand(rules, model, optimizer, a_batch())
+        assert not [w for w in caught if "asks for" in str(w.message)]
+        model(**a_batch()[0][0]).loss.backward()
+    (message,) = [str(w.message) for w in caught if "asks for" in str(w.message)]
+    assert "Controller" in message
+
+
+def test_steps_out_of_order_are_refused_with_the_mend():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer = optimizer_for(model)
+    with Controller(model, optimizer, 2) as rules:
+        with pytest.raises(ValueError, match=r"optimizer\.step\(\) without Controller\.before_step"):
+            optimizer.step()
+        with pytest.raises(ValueError, match=r"after_step\(\) without Controller\.before_step"):
+            rules.after_step()
+        rules.before_step()
+        with pytest.raises(ValueError, match="without a step of the optimizer"):
+            rules.after_step()
+        optimizer.step()
+        with pytest.raises(ValueError, match=r"call Controller\.after_step\(\) before the next"):
+            rules.before_step()
+        with pytest.raises(ValueError, match="steps twice"):
+            optimizer.step()
+        rules.after_step()
+        step_by_hand(rules, model, optimizer, a_batch())
+        with pytest.raises(ValueError, match="closed after 2 of 2 steps"):
+            rules.before_step()
+
+
+def test_what_cannot_run_is_refused_when_the_controller_is_made():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer = optimizer_for(model)
+    with pytest.raises(ValueError, match=r"total_steps=0.*integer >= 1"):
+        Controller(model, optimizer, 0)
+    with pytest.raises(ValueError, match="no step left"):
+        Controller(model, optimizer, 5, state={"step": 5, "saved": {}})
+    with pytest.raises(TypeError, match="no step hooks"):
+        Controller(model, object(), 5)
+    with pytest.raises(ValueError, match="leave no step in a run of 1"):
+        Controller(model, optimizer, 1, rule=Prune(start=0.1, end=0.2))
+    assert run_on(model) is None
+    unknown = adapted(make_config(schedule=[{"type": "from_a_plugin"}]))
+    with pytest.raises(ValueError, match="from_a_plugin"):
+        Controller(unknown, optimizer_for(unknown), 5)
+    Controller(tiny_llama(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 5).close()
