@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -92,6 +92,14 @@ class UnitSpace:
     def count(self) -> int:
         """Living units."""
         return self.alive().numel()
+
+    def version(self) -> Hashable | None:
+        """Equal as long as the living units are surely the same; None where only `alive` can tell."""
+        return None
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """A copy of what a dense `[out, in]` tensor holds at the living units, if these are parts of the weight."""
+        raise ValueError(f"Units of '{self.kind}' are no parts of the weight of '{self.name}'.")
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the space's units."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..utils.file_writing import whole_file
 
 _HEAT_MAPS = (
-    ("density", "density of the support [% of the weight's units]", 100.0, None),
+    ("density", "density: living units [% of the weight's]", 100.0, None),
     ("churn", "churn: units that were not there at the last record [% of the living]", 100.0, 100.0),
     ("overlap", "units left from the start [% of the living]", 100.0, 100.0),
     ("rank", "rank: living components", 1.0, None),
@@ -21,9 +21,9 @@ _HEAT_MAPS = (
 def draw_support_history(history: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
     """Write a picture (PNG, PDF, SVG by the ending of `path`) of a `SupportTelemetryCallback.history`; returns `path`.
 
-    Heat maps, layers over steps, of density, churn, overlap with the start, rank, gradient share, as far as recorded,
-    and the ages of the whole model's units as quantiles. An adapter with neither support nor rank gives a
-    picture that says so.
+    Heat maps, layers over steps, of density, churn, overlap with the start, rank, gradient share and living units of
+    other kinds, as far as recorded, and the ages of the whole model's units as quantiles. An adapter without units
+    gives a picture that says so.
 
     A file that cannot be written is warned about and left out.
 
@@ -38,7 +38,7 @@ def draw_support_history(history: list[dict[str, Any]], path: str | Path, title:
         raise ImportError("draw_support_history needs matplotlib: pip install 'hf-sparse-peft[recipes]'.") from error
     if not history:
         raise ValueError("history is empty: pass the history of a SupportTelemetryCallback that took part in a run.")
-    maps = [panel for panel in _HEAT_MAPS if any(record.get(panel[0]) for record in history)]
+    maps = [panel for panel in (*_HEAT_MAPS, *_other_kinds(history)) if any(record.get(panel[0]) for record in history)]
     ages = any(record.get("age") for record in history)
     panels = len(maps) + ages
     most_layers = max((len(record.get(key, ())) for record in history for key, *_ in maps), default=1)
@@ -56,9 +56,15 @@ def draw_support_history(history: list[dict[str, Any]], path: str | Path, title:
     for axis in axes[panels:]:
         axis.set_axis_off()
     if not panels:
-        axes[0].text(0.5, 0.5, "This adapter has neither a support nor ranks to watch.", ha="center", va="center")
+        axes[0].text(0.5, 0.5, "This adapter has no units to watch.", ha="center", va="center")
     save_picture(figure, path, dpi=110)
     return Path(path)
+
+
+def _other_kinds(history: list[dict[str, Any]]) -> list[tuple[str, str, float, None]]:
+    known = {"step", "model", "age", "age_source", *(key for key, *_ in _HEAT_MAPS)}
+    kinds = dict.fromkeys(key for record in history for key in record if key not in known)
+    return [(kind, f"{kind}: living units", 1.0, None) for kind in kinds]
 
 
 def save_picture(figure: Any, path: str | Path, dpi: int) -> None:

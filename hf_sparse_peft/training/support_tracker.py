@@ -1,4 +1,4 @@
-"""One layer's support over time: when its units entered, what it began with, and how much of the gradient it sees."""
+"""One unit space over time: when its units entered, what it began with, and how much of the gradient it sees."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ from typing import Any
 
 import torch
 
-from ..ops import read_units
+from ..rules import UnitSpace
 from ..rules.collectives import all_reduce_mean
 from ..rules.gradient_readers import MicroBatchReader
-from ..tuners.sparse_lora import SparseLoraLayer
-from .base import AdaptedLayer
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class SupportTracker:
-    """Follows one support through its moves.
+    """Follows the units of one space through their moves.
 
     Memory: three times `[k]` integers a layer: the units that training began with, those of the last record, and the
     step at which each living unit entered. They lie on the layer's device, and in checkpoints (`state`).
     """
 
-    def __init__(self, part: AdaptedLayer, step: int, saved: dict[str, torch.Tensor] | None = None) -> None:
-        self.part = part
-        self.units = part.units.clone()
-        self._seen = self._version()
+    def __init__(self, space: UnitSpace, step: int, saved: dict[str, torch.Tensor] | None = None) -> None:
+        self.space = space
+        self.units = space.alive().clone()
+        self._seen = space.version()
         saved = {name: tensor.to(self.units.device) for name, tensor in (saved or {}).items()}
         # A file that was written for another support says nothing about this one.
         known = _is_state(saved) and saved["entered"].shape == self.units.shape
@@ -39,19 +37,16 @@ class SupportTracker:
 
     def follow(self, step: int) -> None:
         """Notice a move that happened after update `step`."""
-        if self._version() == self._seen:
+        version = self.space.version()
+        if version is not None and version == self._seen:
             return
-        self._seen, units = self._version(), self.part.units.clone()
+        self._seen, units = version, self.space.alive().clone()
         entered = torch.full_like(units, step, dtype=torch.int32)
         if self.units.numel() and units.numel():
             place = torch.searchsorted(self.units, units).clamp_max(self.units.numel() - 1)
             kept = self.units[place] == units
             entered[kept] = self.entered[place[kept]]
         self.units, self.entered = units, entered
-
-    def _version(self) -> tuple[int, int]:
-        codes = self.part.layer.sparse_lora_support[self.part.adapter]
-        return id(codes), 0 if codes.is_inference() else codes._version
 
     def counts(self) -> dict[str, int]:
         """Living units, those of them that the last record did not have, and those that training began with."""
@@ -65,8 +60,9 @@ class SupportTracker:
         `"moves"`: updates since the unit last entered.
         """
         state = getattr(optimizer, "optimizer", optimizer)
-        steps = getattr(state, "state", {}).get(self.part.values, {}).get("step")
-        if isinstance(steps, torch.Tensor) and steps.dim() and steps.shape[0] == self.part.values.shape[0]:
+        values = next(parameter for parameter, axis in self.space.parameter_axes() if axis == 0)
+        steps = getattr(state, "state", {}).get(values, {}).get("step")
+        if isinstance(steps, torch.Tensor) and steps.dim() and steps.shape[0] == values.shape[0]:
             return "optimizer", steps.reshape(steps.shape[0], -1)[: self.units.numel(), 0]
         return "moves", step - self.entered
 
@@ -91,26 +87,26 @@ def quantiles(values: torch.Tensor) -> list[float]:
 
 
 class GradientShare(MicroBatchReader):
-    r"""Share of a layer's gradient that its support sees: :math:`\|G_S\|_F^2 / \|G\|_F^2`.
+    r"""Share of a layer's gradient that its living units see: :math:`\|G_S\|_F^2 / \|G\|_F^2`.
 
     `G` is the dense gradient `[out, in]` of one micro-batch, which lives inside this layer's backward pass only; with
     several micro-batches or ranks both squares are summed over them (no sum of gradients is kept).
+
+    Args:
+        spaces: spaces of one layer whose units are parts of the weight.
     """
 
-    def __init__(self, layer: SparseLoraLayer, adapters: list[str]) -> None:
+    def __init__(self, spaces: list[UnitSpace]) -> None:
         super().__init__()
-        self.layer, self.adapters = layer, adapters
-        self._squares = torch.zeros(1 + len(adapters))
+        self.spaces, self.layer = spaces, spaces[0].layer
+        self._squares = torch.zeros(1 + len(spaces))
 
     def take_whole(self, dense: torch.Tensor) -> None:
         """Add the squares of one micro-batch."""
-        seen = [dense]
-        for name in self.adapters:
-            grid = self.layer.sparse_lora_grid[name]
-            seen.append(read_units(dense, self.layer.units(name), grid.granularity, grid.block_size))
+        seen = [dense, *(space.gather(dense) for space in self.spaces)]
         squares = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in seen]
         self._squares = self._squares.to(dense.device) + torch.stack(squares)
 
     def squares(self) -> list[float]:
-        """The dense square and each adapter's, averaged over ranks. Every rank must ask."""
+        """The dense square and each space's, averaged over ranks. Every rank must ask."""
         return all_reduce_mean(self._squares.to(self.layer.get_base_layer_device())).tolist()

@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from ..rules import UnitSpace
 from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun, begin_run
-from ..tuners.sparse_lora import SparseLoraLayer, sparse_layers
 from ..utils.file_writing import whole_file
-from .base import AdaptedLayer
 from .record_log import RecordLog
 from .support_tracker import GradientShare, SupportTracker, quantiles
 
@@ -28,12 +27,17 @@ _BY_MODULE = ("density", "rank", "churn", "overlap", "age", "gradient_share")
 
 
 class SupportTelemetryCallback(TrainerCallback):
-    """Records every layer's support and rank every `every` steps, in `history` and in `support_log.jsonl`.
+    """Records the unit spaces of every layer, whatever its tuner, every `every` steps, in `history` and in
+    `support_log.jsonl`.
 
-    List it behind the callbacks that move supports. The file lies in the Trainer's `output_dir`, one line a record:
+    List it behind the callbacks that move units. The file lies in the Trainer's `output_dir`, one line a record:
     `step`, and by module (`module:adapter` where several adapters are active)
 
-    - `density`: share of the weight's units that live; `rank`: living components;
+    - `density`: share of the weight's units that live: of a support, or the entries of a kernel that survive;
+    - `rank`: living components; other kinds of spaces whose units are no parts of the weight likewise, by their kind;
+
+    and of supports, and every space whose units are parts of the weight and move,
+
     - `churn`: share of the living units that did not live at the last record;
     - `overlap`: share of the living units that lived when training began;
     - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
@@ -92,11 +96,13 @@ class SupportTelemetryCallback(TrainerCallback):
         if not self._started:
             self._start(args, state, model, optimizer)
         if self.gradient_share and self._records_after(state.global_step + 1, state):
-            for layer in sparse_layers(model):
-                names = [name for name in layer.active_adapters if name in layer.sparse_lora_values]
-                if names:
-                    layer.sparse_lora_observer = GradientShare(layer, names)
-                    self._watched.append(layer.sparse_lora_observer)
+            by_layer: dict[int, list[UnitSpace]] = {}
+            for tracker in self._trackers.values():
+                by_layer.setdefault(id(tracker.space.layer), []).append(tracker.space)
+            for spaces in by_layer.values():
+                share = GradientShare(spaces)
+                share.layer.gradient_observer = share
+                self._watched.append(share)
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
         """Close a micro-batch."""
@@ -111,7 +117,7 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def _stop_watching(self) -> None:
         for share in self._watched:
-            share.layer.sparse_lora_observer = None
+            share.layer.gradient_observer = None
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Take part in this run no more."""
@@ -156,10 +162,10 @@ class SupportTelemetryCallback(TrainerCallback):
         self._started = True
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         saved = self._read_state(file) if state.global_step else {}
-        for layer, name, key in _parts(model):
-            if name in layer.sparse_lora_values:
+        for key, space in _spaces(model):
+            if space.unit_entries and space.followers():  # parts of the weight with numbers of their own
                 known = {n: saved[f"{key}/{n}"] for n in ("initial", "recorded", "entered") if f"{key}/{n}" in saved}
-                self._trackers[key] = SupportTracker(AdaptedLayer(layer, name), state.global_step, known)
+                self._trackers[key] = SupportTracker(space, state.global_step, known)
         if state.global_step and self._trackers and not saved and state.is_world_process_zero:
             logger.warning(f"No {file}: ages, churn and overlap count from step {state.global_step}.")
         if not self.history:
@@ -174,38 +180,40 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def _record(self, args, state, model, optimizer) -> None:
         record: dict[str, Any] = {"step": state.global_step, **{field: {} for field in _BY_MODULE}}
-        squares = {id(share.layer): dict(zip(["", *share.adapters], share.squares())) for share in self._watched}  # noqa: B905
+        squares = {}
+        for share in self._watched:
+            whole, *parts = share.squares()
+            squares |= {space: (part, whole) for space, part in zip(share.spaces, parts, strict=True)}
         self._watched = []
         total = dict.fromkeys(("entries", "numel", "alive", "fresh", "initial", "seen", "square"), 0.0)
-        for layer, name, key in _parts(model):
-            if key in self._trackers:
-                self._record_support(record, total, key, squares.get(id(layer)), state.global_step, optimizer)
-            if name in layer.sparse_lora_A:
-                record["rank"][key] = layer.alive_components(name)
+        for key, space in _spaces(model):
+            tracker = self._trackers.get(key)
+            tracker = tracker if tracker is not None and tracker.space == space else None
+            count = space.count if tracker is None else tracker.units.numel()
+            record.setdefault(_field(space), {})[key] = count / space.size if space.unit_entries else count
+            if space.unit_entries:
+                total["entries"] += count * space.unit_entries
+                total["numel"] += space.layer.out_features * space.layer.in_features
+            if tracker is not None:
+                self._record_moves(record, total, key, squares.get(space), state.global_step, optimizer)
         record["model"] = _whole_model(record, total)
         self.history.append(record)
         if self.write and state.is_world_process_zero:
             self._log.add(self.history)
 
-    def _record_support(self, record, total, key: str, squares: dict | None, step: int, optimizer: Any) -> None:
+    def _record_moves(self, record, total, key: str, squares: tuple | None, step: int, optimizer: Any) -> None:
         tracker = self._trackers[key]
-        grid, counts = tracker.part.layer.sparse_lora_grid[tracker.part.adapter], tracker.counts()
-        alive = counts["alive"]
-        record["density"][key] = alive / grid.num_units
-        record["churn"][key], record["overlap"][key] = (
-            counts["fresh"] / max(alive, 1),
-            counts["initial"] / max(alive, 1),
-        )
+        counts = tracker.counts()
+        alive = max(counts["alive"], 1)
+        record["churn"][key], record["overlap"][key] = counts["fresh"] / alive, counts["initial"] / alive
         record["age_source"], ages = tracker.ages(step, optimizer)
         record["age"][key] = quantiles(ages)
         for name, count in counts.items():
             total[name] += count
-        total["entries"] += alive * grid.unit_numel
-        total["numel"] += grid.rows * grid.cols
-        if squares and math.isfinite(squares[""]) and squares[""] > 0:
-            record["gradient_share"][key] = squares[tracker.part.adapter] / squares[""]
-            total["seen"] += squares[tracker.part.adapter]
-            total["square"] += squares[""]
+        if squares and math.isfinite(squares[1]) and squares[1] > 0:
+            record["gradient_share"][key] = squares[0] / squares[1]
+            total["seen"] += squares[0]
+            total["square"] += squares[1]
         tracker.mark_recorded()
 
 
@@ -218,27 +226,41 @@ class _FillsLogsFirst(TrainerCallback):
             logs.update(self.telemetry.latest())
 
 
-def _parts(model: torch.nn.Module) -> list[tuple[SparseLoraLayer, str, str]]:
-    """Layer, active adapter and the key of the two in a record."""
-    found = []
-    for layer in sparse_layers(model):
+def _spaces(model: torch.nn.Module) -> list[tuple[str, UnitSpace]]:
+    """The spaces of every layer's active adapters, each with its key in a record: the module, with the adapter where
+    several are active, and with the kind where the module has two spaces of one field."""
+    found: dict[tuple[str, str], UnitSpace] = {}
+    for layer in adapter_layers(model):
         names = [name for name in layer.active_adapters if layer.holds(name)]
-        found += [(layer, n, layer.module_name if len(names) == 1 else f"{layer.module_name}:{n}") for n in names]
-    return found
+        for name in names:
+            module = layer.module_name if len(names) == 1 else f"{layer.module_name}:{name}"
+            for space in layer.unit_spaces(name):
+                if space.kind == "module":
+                    continue
+                taken = (_field(space), module) in found
+                found[_field(space), f"{module}:{space.kind}" if taken else module] = space
+    return [(key, space) for (_, key), space in found.items()]
+
+
+def _field(space: UnitSpace) -> str:
+    """The field of a record that has the space's size."""
+    return "density" if space.unit_entries else space.kind
 
 
 def _record_check(model: torch.nn.Module) -> Callable[[Any], bool]:
     """Whether something that was read from a log is a record of this model's modules."""
-    known = {key for _, _, key in _parts(model)}
+    spaces = _spaces(model)
+    known = {key for key, _ in spaces}
+    by_module = tuple(dict.fromkeys((*_BY_MODULE, *(_field(space) for _, space in spaces))))
 
     def is_record(record: Any) -> bool:
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             return False
-        if not all(isinstance(record.get(field), dict) for field in (*_BY_MODULE, "model")):
+        if not all(isinstance(record.get(field), dict) for field in (*by_module, "model")):
             return False
-        if not all(set(record[field]) <= known for field in _BY_MODULE):
+        if not all(set(record[field]) <= known for field in by_module):
             return False
-        figures = [value for field in (*_BY_MODULE, "model") for value in record[field].values()]
+        figures = [value for field in (*by_module, "model") for value in record[field].values()]
         figures = [one for value in figures for one in (value if isinstance(value, list) else [value])]
         return all(type(one) in (int, float) for one in figures)
 
@@ -249,12 +271,14 @@ def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:
     figures: dict[str, float] = {}
     if total["numel"]:
         figures["density"] = total["entries"] / total["numel"]
+    if record["churn"]:
         figures["churn"] = total["fresh"] / max(total["alive"], 1)
         figures["overlap"] = total["initial"] / max(total["alive"], 1)
         medians = [ages[2] for ages in record["age"].values() if ages]
         figures["age_median"] = sum(medians) / max(len(medians), 1)
     if total["square"]:
         figures["gradient_share"] = total["seen"] / total["square"]
-    if record["rank"]:
-        figures["rank"] = sum(record["rank"].values()) / len(record["rank"])
+    for kind, counts in record.items():  # the mean size of spaces whose units are no parts of the weight
+        if kind not in ("density", "churn", "overlap", "age", "gradient_share") and isinstance(counts, dict) and counts:
+            figures[kind] = sum(counts.values()) / len(counts)
     return figures

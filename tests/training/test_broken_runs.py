@@ -228,7 +228,7 @@ def test_telemetry_watches_no_gradient_after_an_interrupt(tmp_path):
     interrupted(model, tmp_path, "backward", [SupportTelemetryCallback(every=1, gradient_share=True)])
     tiny.train(model, tmp_path, 1)
     # Nothing but telemetry ran, and its Trainer was given no schedule: the next look at the layer takes it away.
-    assert all(layer.sparse_lora_observer is None for layer in sparse_layers(model))
+    assert all(layer.gradient_observer is None for layer in sparse_layers(model))
 
 
 def test_an_interrupt_within_a_move_leaves_values_under_their_own_units(tmp_path, monkeypatch):

@@ -224,7 +224,8 @@ def test_the_gradient_share_is_that_of_the_sum_over_uses(uses):
     model, layer, (part,) = built(Recurrent(uses))
     data = batches(2)
     each = [dense_gradient(layer, batch, uses) for batch in data]
-    layer.sparse_lora_observer = share = GradientShare(layer, ["default"])
+    spaces = [space for space in layer.unit_spaces("default") if space.kind == "support"]
+    layer.gradient_observer = share = GradientShare(spaces)
     for batch in data:
         model(**batch)["loss"].backward()
         share.finish_micro_batch()

@@ -2,9 +2,13 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
+import tiny
+from peft import get_peft_model
 from training_toolbox import (
     DenseTwin,
     Hook,
@@ -20,8 +24,18 @@ from training_toolbox import (
 )
 from transformers import TrainerCallback
 
-from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SupportTelemetryCallback
+from hf_sparse_peft import (
+    BudgetCompetitionConfig,
+    KernelLoraConfig,
+    Prune,
+    RankAllocationConfig,
+    RegrowthConfig,
+    SupportTelemetryCallback,
+    callbacks_for,
+)
+from hf_sparse_peft.rules import UnitSpace
 from hf_sparse_peft.training import draw_support_history
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def a_model():
@@ -162,7 +176,7 @@ def test_watching_gradients_changes_no_bit_of_the_training_and_keeps_no_observer
         hook = Hook(on_step_end=lambda u, m, o, last=last: last.update(all_state(m, o)))
         run(model, tmp_path, 7, after=[hook, SupportTelemetryCallback(1, write=False, gradient_share=watching)])
         states.append(last)
-        assert all(layer.sparse_lora_observer is None for layer in layers_of(model))
+        assert all(layer.gradient_observer is None for layer in layers_of(model))
     assert differences(*states) == []
 
 
@@ -229,3 +243,42 @@ def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-sparse-peft\[recipes\]'"):
         draw_support_history([{"step": 0}], tmp_path / "no.png")
+
+
+def test_a_kernel_adapters_log_holds_the_entries_that_survive_in_every_layer(tmp_path):
+    competition = BudgetCompetitionConfig(initial_warmup=0.0, final_warmup=0.2)
+    config = KernelLoraConfig(r=4, sparsity=0.6, budget_competition=competition, target_modules=["q_proj", "down_proj"])
+    model, telemetry = get_peft_model(tiny.llama(), config), SupportTelemetryCallback(every=4, gradient_share=True)
+    tiny.train(model, tmp_path, 10, callbacks=[*callbacks_for(model), telemetry])
+    log = records(tmp_path)
+    assert log == telemetry.history
+    assert [record["step"] for record in log] == [0, 4, 8, 10]
+    for layer in adapter_layers(model):
+        dense = layer.get_delta_weight("default")
+        assert log[0]["density"][layer.module_name] == 1.0
+        assert log[-1]["density"][layer.module_name] == int((dense != 0).sum()) / dense.numel()
+    assert len(set(log[-1]["density"].values())) > 1  # matrices share one budget
+    assert log[-1]["model"] == {"density": pytest.approx(0.4, abs=1e-3)}
+    assert not any(log[-1][field] for field in ("rank", "churn", "overlap", "age", "gradient_share"))
+    assert draw_support_history(telemetry.history, tmp_path / "kernel.png").stat().st_size > 5_000
+
+
+def test_units_of_a_kind_that_telemetry_never_heard_of_are_counted_and_drawn_under_their_kind(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Core(UnitSpace):
+        kind: ClassVar[str] = "core"
+        size = capacity = 7
+        count = 5
+
+    model, telemetry = adapted(make_config()), SupportTelemetryCallback(every=2)
+    layer_class, own = type(layers_of(model)[0]), type(layers_of(model)[0]).unit_spaces
+    monkeypatch.setattr(layer_class, "unit_spaces", lambda layer, name: [Core(layer, name), *own(layer, name)])
+    run(model, tmp_path, 4, after=[telemetry, StopAt(2, stop=False)])
+    last = records(tmp_path)[-1]
+    assert last["core"] == {layer.module_name: 5 for layer in layers_of(model)}
+    assert last["model"]["core"] == 5
+    assert set(last["density"]) == {layer.module_name for layer in layers_of(model)}
+    resumed = SupportTelemetryCallback(every=2)
+    run(adapted(make_config()), tmp_path, 6, after=[resumed], resume=str(tmp_path / "checkpoint-2"))
+    assert [record["step"] for record in records(tmp_path)] == [0, 2, 4, 6]
+    assert draw_support_history(resumed.history, tmp_path / "core.png").stat().st_size > 5_000

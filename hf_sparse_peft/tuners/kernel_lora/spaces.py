@@ -49,6 +49,10 @@ class KernelSpace(UnitSpace):
         (piece,) = self.layer.pieces(self.adapter)
         return piece.entries()[0]
 
+    def gather(self, dense: Tensor) -> Tensor:
+        """`[a]`, in `dense`'s dtype."""
+        return dense.reshape(-1)[self.alive()]
+
     def parameters(self) -> list[nn.Parameter]:
         """P, Q, and the mixed kernel's numbers: every entry depends on all of them."""
         held = (getattr(self.layer, name) for name in self.layer.adapter_layer_names)

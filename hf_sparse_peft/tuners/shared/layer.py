@@ -34,6 +34,10 @@ class AdapterLayer(AdapterTensors):
     A tuner's layer declares its tensors (`AdapterTensors`) and says what an adapter does by `pieces` and `_adapted`.
     """
 
+    gradient_observer: Callable[[torch.Tensor], None] | None = None
+    """Shown the weight's dense gradient `[out, in]` in every eager backward pass, where the tuner computes one, without
+    any effect on training; set and taken off by diagnostics."""
+
     def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         """Take `base_layer`'s place; the first thing a layer's constructor does."""
         self.base_layer = base_layer

@@ -64,8 +64,6 @@ class SparseLoraLayer(SupportState):
     )
     unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
     """Training state with one number a unit, in the order of the values: it moves with them."""
-    sparse_lora_observer: Callable[[torch.Tensor], None] | None = None
-    """Shown the layer's dense gradient `[out, in]` in every eager backward pass, without any effect on training."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)

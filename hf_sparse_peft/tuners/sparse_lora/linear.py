@@ -77,7 +77,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
             if operands.values is not None:
-                observer = self.sparse_lora_observer
+                observer = self.gradient_observer
                 if hasattr(observer, "expect"):
                     observer.expect()
                 cut |= {"gradient_sink": self.runtime_sink(), "gradient_observer": observer}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +54,15 @@ class SupportSpace(UnitSpace):
     def alive(self) -> Tensor:
         """Living units, sorted; `values[:a]` belong to them."""
         return self.layer.units(self.adapter)
+
+    def version(self) -> Hashable:
+        """Identity and version of the buffer that holds the units."""
+        codes = self.layer.sparse_lora_support[self.adapter]
+        return id(codes), 0 if codes.is_inference() else codes._version
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """`[a, ...]` as the values are, in `dense`'s dtype."""
+        return self.grid.gather(dense, self.alive())
 
     def parameters(self) -> list[nn.Parameter]:
         """The values."""
