@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..tuners import KernelLoraConfig, SparseLoraConfig
+from ..tuners.shared.config import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,19 @@ class ModuleReport:
     """`out_features`."""
     cols: int
     """`in_features`."""
-    granularity: str | None
-    """What a unit is; None without a sparse half."""
-    k: int
-    """Living units."""
-    capacity: int
-    """Units that there is room for."""
+    spaces: list[dict[str, Any]]
+    """A dict for each unit space: `kind` ("support", "rank", ...), `unit` (what one unit is), `alive` and `capacity`
+    (units that there is room for), `bytes` (of the tensors that its units lie in)."""
     density: float
-    """Share of the weight's entries in living units."""
-    rank: int
-    """Components that there is room for."""
-    components: int
-    """Living components."""
+    """Share of the weight's entries that living units are or contain."""
+    parameters: int
+    """Trained numbers of living units."""
     bytes: int
     """Bytes of the module's tensors in the file."""
-    bytes_per_entry: float
-    """Bytes of values and support per living entry; 0 without a sparse half."""
+
+    def space(self, kind: str) -> dict[str, Any] | None:
+        """The space of that kind; None without one."""
+        return next((space for space in self.spaces if space["kind"] == kind), None)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class AdapterReport:
 
     path: Path
     """The folder."""
-    config: SparseLoraConfig | KernelLoraConfig
+    config: AdapterConfig
     """Its adapter_config.json."""
     modules: tuple[ModuleReport, ...]
     """One report for each adapted module, by name."""
@@ -58,31 +56,26 @@ class AdapterReport:
 
     @property
     def parameters(self) -> int:
-        """Living trained numbers of the adapted modules, gates left out."""
-        return sum(round(m.density * m.rows * m.cols) + m.components * (m.rows + m.cols) for m in self.modules)
+        """Trained numbers of living units of all adapted modules."""
+        return sum(m.parameters for m in self.modules)
 
     def table(self) -> str:
         """The report as aligned text, a line for each module and one for the whole."""
-        header = ("module", "shape", "units", "density", "rank", "bytes", "bytes/entry")
-        lines = [header]
+        kinds = list(dict.fromkeys(space["kind"] for m in self.modules for space in m.spaces))
+        lines = [("module", "shape", *kinds, "density", "parameters", "bytes")]
         for m in self.modules:
-            of = f" of {m.capacity}" if m.capacity != m.k else ""
-            living = f" of {m.rank}" if m.rank != m.components else ""
-            lines.append(
-                (
-                    m.name,
-                    f"{m.rows}x{m.cols}",
-                    f"{m.k}{of} {m.granularity}" if m.granularity else "-",
-                    f"{m.density:.4%}" if m.granularity else "-",
-                    f"{m.components}{living}",
-                    f"{m.bytes:,}",
-                    f"{m.bytes_per_entry:.2f}" if m.k else "-",
-                )
-            )
-        units, components = sum(m.k for m in self.modules), sum(m.components for m in self.modules)
-        total = f"{self.file_bytes:,}"
-        lines.append(
-            (f"{len(self.modules)} modules", "", f"{units}", f"{self.density:.4%}", f"{components}", total, "")
-        )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+            shape, density = f"{m.rows}x{m.cols}", f"{m.density:.4%}" if m.density else "-"
+            spaces = [_units(m.space(kind)) for kind in kinds]
+            lines.append((m.name, shape, *spaces, density, f"{m.parameters:,}", f"{m.bytes:,}"))
+        alive = [f"{sum(s['alive'] for m in self.modules for s in m.spaces if s['kind'] == kind)}" for kind in kinds]
+        whole = (f"{len(self.modules)} modules", "", *alive, f"{self.density:.4%}")
+        lines.append((*whole, f"{self.parameters:,}", f"{self.file_bytes:,}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _units(space: dict[str, Any] | None) -> str:
+    if space is None:
+        return "-"
+    of = f" of {space['capacity']}" if space["capacity"] != space["alive"] else ""
+    return f"{space['alive']}{of} {space['unit']}"

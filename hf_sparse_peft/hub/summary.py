@@ -24,7 +24,7 @@ def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
     groups: dict[tuple, dict[str, Any]] = {}
     for layer in adapter_layers(model, adapter_name):
         rows, cols = layer.out_features, layer.in_features
-        spaces, density, parameters = _layer_counts(layer, adapter_name)
+        spaces, density, parameters = layer_counts(layer, adapter_name)
         name = layer.module_name.rpartition(".")[2]
         row = groups.setdefault(
             (name, rows, cols, *((space["kind"], space["unit"]) for space in spaces)),
@@ -42,7 +42,7 @@ def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
     return list(groups.values())
 
 
-def _layer_counts(layer: AdapterLayer, adapter_name: str) -> tuple[list[dict[str, Any]], float, int]:
+def layer_counts(layer: AdapterLayer, adapter_name: str) -> tuple[list[dict[str, Any]], float, int]:
     """Spaces, density and trained numbers of one layer's part of an adapter."""
     if not layer.holds(adapter_name):
         return [], 0.0, 0

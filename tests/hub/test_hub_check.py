@@ -53,12 +53,13 @@ def test_report_says_what_the_layers_hold(tmp_path, granularity):
         units = layer.units("default").numel()
         living = units * layer.sparse_lora_grid["default"].unit_numel
         assert (module.rows, module.cols) == (layer.out_features, layer.in_features)
-        assert (module.granularity, module.k, module.capacity) == (granularity, units, units)
+        space = module.space("support")
+        assert (space["unit"], space["alive"], space["capacity"]) == (granularity, units, units)
         assert module.density == pytest.approx(living / (module.rows * module.cols))
-        assert (module.rank, module.components) == (2, 2)
+        assert (module.space("rank")["capacity"], module.space("rank")["alive"]) == (2, 2)
         support = layer.sparse_lora_support["default"].numel()
         assert module.bytes == support + 4 * living + 4 * 2 * (module.rows + module.cols)
-        assert module.bytes_per_entry == pytest.approx((support + 4 * living) / living)
+        assert space["bytes"] == support + 4 * living
     assert report.file_bytes == (tmp_path / "a" / FILE).stat().st_size
     assert report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = report.table().splitlines()
@@ -68,7 +69,7 @@ def test_report_says_what_the_layers_hold(tmp_path, granularity):
 
 def test_low_rank_only_adapter_passes(tmp_path):
     report = hub.check_adapter(hub.save_adapter(adapted(r=2, density=0.0), tmp_path / "a"))
-    assert {(m.granularity, m.k, m.rank) for m in report.modules} == {(None, 0, 2)}
+    assert all(m.space("support") is None and m.space("rank")["capacity"] == 2 for m in report.modules)
     assert report.density == 0
 
 
@@ -81,8 +82,9 @@ def test_adapter_saved_amid_its_schedules_passes(tmp_path):
     layer.sparse_lora_rank_mask["default"][0] = 0
     report = hub.check_adapter(hub.save_adapter(model, tmp_path / "a"))
     module = next(m for m in report.modules if m.name == layer.module_name)
-    assert module.capacity - module.k == 5
-    assert (module.rank, module.components) == (3, 2)
+    support, rank = module.space("support"), module.space("rank")
+    assert support["capacity"] - support["alive"] == 5
+    assert (rank["capacity"], rank["alive"]) == (3, 2)
     assert report.other_bytes > 0
 
 
@@ -93,8 +95,8 @@ def test_compacted_bf16_adapter_passes(tmp_path):
         layer.sparse_lora_rank_mask["default"][0] = 0
     model.base_model.compact("default", values_dtype="bfloat16")
     report = hub.check_adapter(hub.save_adapter(model, tmp_path / "a"))
-    assert {m.rank for m in report.modules} == {2, 3}
-    assert all(m.capacity == m.k for m in report.modules)
+    assert {m.space("rank")["capacity"] for m in report.modules} == {2, 3}
+    assert all(space["capacity"] == space["alive"] for m in report.modules for space in m.spaces)
 
 
 @pytest.mark.parametrize("options", [{"num_entries": 500}, {"allocation": "erdos_renyi"}])

@@ -27,7 +27,8 @@ def test_a_saved_folder_is_checked_and_its_parameters_counted(options, tmp_path)
     model = adapted(**options)
     model.save_pretrained(tmp_path)
     report = hub.check_adapter(tmp_path)
-    assert report.parameters == 4 * sum(m.rows + m.cols for m in report.modules)
+    mixed = 3 * len(report.modules) if options else 0
+    assert report.parameters == 4 * sum(m.rows + m.cols for m in report.modules) + mixed
     assert {(m.rows, m.cols) for m in report.modules} == {(64, 64), (64, 96)}
     assert "64x96" in report.table()
     assert (tmp_path / "README.md").is_file()

@@ -53,8 +53,8 @@ class KernelLoraLayer(AdapterLayer):
         def check_survivors(tensor: torch.Tensor, key: str) -> None:
             if tensor.dtype != torch.int64 or tensor.numel() != 1 or not 0 <= int(tensor) <= numel:
                 raise ValueError(
-                    f"'{key}' is {tensor.tolist()} ({tensor.dtype}), no count of the {numel} entries of its "
-                    f"{rows}x{cols} weight, which is int64. The file is damaged or belongs to another base model."
+                    f"'{key}' is {tensor.tolist()} ({tensor.dtype}), no count of the entries of its weight, which has "
+                    f"shape {(rows, cols)}; it is int64. The file is damaged or belongs to another base model."
                 )
 
         half = config.r // 2

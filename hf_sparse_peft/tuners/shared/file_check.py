@@ -7,23 +7,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ...utils.file_length import each_name_once, read_safetensors
 from .config import AdapterConfig
-
-if TYPE_CHECKING:
-    from .model import AdapterModel
+from .registration import TUNERS
+from .tensor_checks import check_module, check_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", SAFETENSORS_WEIGHTS_NAME
 PREFIX = "base_model.model."
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class AdapterFile:
     config: AdapterConfig
     modules: dict[str, dict[str, torch.Tensor]]
     """Module name in the base -> name of the tuner's tensor -> the tensor."""
+    sizes: dict[str, tuple[int, int, Any]]
+    """Module name -> rows and columns of its weight, and what the tuner's `tensor_specs` takes as sizes."""
     others: dict[str, torch.Tensor]
     """By key: heads, biases, embeddings, state of running schedules."""
     renamed: bool = False
@@ -70,12 +70,9 @@ def tensor_key(name: str, kind: str) -> str:
     return ".".join(part for part in ("base_model.model", name, kind) if part)
 
 
-def model_class(peft_type: Any) -> type[AdapterModel] | None:
+def model_class(peft_type: Any) -> Any:
     """The tuner of this package with that `peft_type`, if it is one."""
-    from .model import AdapterModel
-
-    found = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) if isinstance(peft_type, str) else None
-    return found if isinstance(found, type) and issubclass(found, AdapterModel) else None
+    return TUNERS.get(peft_type) if isinstance(peft_type, str) else None
 
 
 def read_adapter(config_file: Path, weights_file: Path) -> AdapterFile:
@@ -161,7 +158,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, so
             raise ValueError(f"'{key}' in '{source}' is no tensor that this release knows. Update hf-sparse-peft.")
         else:
             others[key] = tensor
-        check_numbers(tensor, key, source, trained=kind in layer_cls.adapter_layer_names)
+            check_numbers(tensor, key, source, trained=False)
     if not modules:
         raise ValueError(f"'{source}' holds no tensor of a {config.peft_type.value} adapter; is it another's file?")
     for key in others:
@@ -171,24 +168,27 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, so
                 f"{config.modules_to_save}, bias={config.bias!r}), and loading it would replace a weight of the base. "
                 "Use the config saved with the file, or save the adapter again."
             )
-    file = AdapterFile(source, config, modules, others)
+    sizes = {name: _check_module(layer_cls, name, modules[name], config, source) for name in sorted(modules)}
+    file = AdapterFile(source, config, modules, sizes, others)
     model_cls.check_file(file)
     return file
 
 
-def check_numbers(tensor: torch.Tensor, key: str, source: Path | str, *, trained: bool) -> None:
-    """Refuse dtypes that no adapter is saved in, and numbers that are not finite.
+def _check_module(
+    layer_cls: Any, name: str, held: dict[str, torch.Tensor], config: AdapterConfig, source: Path | str
+) -> tuple[int, int, Any]:
+    """Rows, columns and sizes of the module of that name, all of its tensors checked.
 
     Raises:
-        ValueError: names the tensor.
+        ValueError: names `source` and the tensor.
     """
-    accepted = _FLOATS if trained else (*_FLOATS, *_INTEGERS)
-    if tensor.dtype not in accepted:
-        kind = "one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
-        raise ValueError(f"'{key}' in '{source}' is {tensor.dtype}; it takes {kind}. Save the adapter again.")
-    wide = trained and tensor.dtype == torch.float64  # masters are fp32
-    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if wide else tensor).all():
-        raise ValueError(f"'{key}' in '{source}' has values that are not finite; the adapter is damaged.")
+    try:
+        rows, cols, sizes = layer_cls.read_sizes(config, name, held)
+        specs = layer_cls.tensor_specs(config, name, rows, cols, sizes)
+        check_module(held, specs, partial(tensor_key, name), source)
+    except ValueError as error:
+        raise ValueError(f"In '{source}': {error}") from error
+    return rows, cols, sizes
 
 
 def is_head(key: str, modules_to_save: list[str] | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -123,6 +123,11 @@ class AdapterLayer(AdapterTensors):
         fresh = {name for name, _ in self.noted_parameters}
         held = [name for name in self.adapter_configs if self.holds(name) and name not in asked]
         note_parameters(self, [name for name in held if name in active or name not in fresh])
+        remember_masters(self)
+
+    def resize(self, adapter_name: str, sizes: Any, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Give the adapter other sizes in this layer; see `AdapterTensors.resize`."""
+        super().resize(adapter_name, sizes, kept)
         remember_masters(self)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -22,12 +22,13 @@ class AdditiveLinear(nn.Module, MergeMixin, AdapterLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], **kwargs: Any
+        self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any] | None, **kwargs: Any
     ) -> None:
         super().__init__()
         self.place_over(base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **update)
+        if update is not None:
+            self.update_layer(adapter_name, **update)
 
     # nn.Module comes first, with a forward that only raises.
     forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply

@@ -37,6 +37,7 @@ from .file_check import (
     read_tensors,
 )
 from .names import check_adapter_name
+from .registration import TUNERS
 from .rollback import unchanged_on_error
 
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
@@ -174,7 +175,7 @@ def _check_other(peft_type: Any, config_file: Path, weights: Path | None) -> Non
             keys = list(opened.keys())
     except (SafetensorError, OSError, TypeError):  # none there, or one that upstream has its own words for
         return
-    prefixes = tuple(cls.prefix for name in PEFT_TYPE_TO_CONFIG_MAPPING if (cls := model_class(name)) is not None)
+    prefixes = tuple(model_cls.prefix for model_cls in TUNERS.values())
     ours = [key for key in keys if key.rpartition(".")[2].startswith(prefixes)]
     if ours:
         raise ValueError(

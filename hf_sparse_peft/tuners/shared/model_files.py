@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from .base_overrides import base_overrides
 from .config import AdapterConfig
 from .file_check import AdapterFile, file_being_loaded, tensor_key
 from .layer import restore_fp32
-from .state_dict import SelectedTensors, check_complete, check_others, settle_training_state
+from .state_dict import SelectedTensors, check_complete, check_layer, check_others, settle_training_state
+from .tensor_checks import check_shapes
 from .wrapped_names import plain_name, rename_to_modules
 
 
@@ -18,25 +21,15 @@ class ModelFiles:
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:
-        """Check the tensors of every module of a file against its config.
+        """Check what concerns the file as a whole; the tensors of each of its modules were checked.
 
         Raises:
             ValueError: names the tensor.
         """
-        raise NotImplementedError
 
     @classmethod
-    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
-        """Check the file's tensors of one layer against it.
-
-        Raises:
-            ValueError: names the tensor.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
-        """Resize what only a file knows the size of; it was checked."""
+    def note_sizes(cls, config: AdapterConfig, model: nn.Module, adapter_name: str) -> None:
+        """Write to the config what only a file knew: the sizes of the layers have been taken from there."""
 
     def _check_file_fits(self, config: AdapterConfig, module_name: str, rows: int, cols: int, sizes: Any) -> None:
         """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
@@ -45,18 +38,8 @@ class ModelFiles:
             return
         held = file.modules.get(module_name, {})
         sizes = self.tuner_layer_cls.sizes_to_load(config, module_name, sizes, held)
-        for spec in self.tuner_layer_cls.tensor_specs(config, module_name, rows, cols, sizes):
-            key = tensor_key(module_name, spec.name)
-            if spec.role != "rule" and spec.name not in held:
-                raise ValueError(
-                    f"'{key}' is missing from '{file.path}'; the file is incomplete, or its config targets other "
-                    "modules of this base than it was saved for."
-                )
-            if spec.role != "rule" and tuple(held[spec.name].shape) != spec.shape:
-                raise ValueError(
-                    f"'{key}' in '{file.path}' has shape {tuple(held[spec.name].shape)}, and its config on this base "
-                    f"makes it {spec.shape}. The file belongs to another base model or config."
-                )
+        specs = self.tuner_layer_cls.tensor_specs(config, module_name, rows, cols, sizes)
+        check_shapes(held, specs, partial(tensor_key, module_name), file.path)
 
     def _check_surplus(self, adapter_name: str) -> None:
         file = file_being_loaded()
@@ -94,11 +77,13 @@ class ModelFiles:
             for name, module in model.named_modules()
             if isinstance(module, cls.tuner_layer_cls)
         ]
-        for prefix, layer in layers:
-            cls.check_loaded_layer(found, prefix, layer, config, adapter_name)
+        sizes = {prefix: check_layer(found, prefix, layer, adapter_name) for prefix, layer in layers}
         biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
         check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
-        cls.take_sizes(found, model, config, adapter_name)
+        for prefix, layer in layers:
+            if adapter_name in layer.sizes and layer.sizes[adapter_name] != sizes[prefix]:
+                layer.resize(adapter_name, sizes[prefix])
+        cls.note_sizes(config, model, adapter_name)
         for prefix, layer in layers:
             settle_training_state(found, prefix, layer, adapter_name)
         return found

@@ -10,6 +10,8 @@ import aenum
 from packaging.version import Version
 
 MINIMUM_PEFT = "0.21.2"
+TUNERS: dict[str, type] = {}
+"""Model class of every tuner that was registered here, by `peft_type`."""
 
 
 def check_peft() -> None:
@@ -56,6 +58,7 @@ def register_tuner(config_cls: type, model_cls: type) -> None:
     if not name or name != name.lower():
         raise ValueError(f'{config_cls.__name__}.tuner={name!r}: set a lower-case name, such as "sparse_lora".')
     add_peft_type(name.upper())
+    TUNERS[name.upper()] = model_cls
     if name.upper() not in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 

@@ -4,6 +4,7 @@ against the model, every tensor before one is loaded."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -11,51 +12,45 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .config import AdapterConfig
-from .file_check import PREFIX, check_numbers, file_being_loaded, is_head
+from .file_check import PREFIX, file_being_loaded, is_head
 from .layer import AdapterLayer
+from .tensor_checks import check_module, check_numbers
 from .wrapped_names import plain_name
 
 SOURCE = "the adapter file"
 
 
-def check_layer(
-    state_dict: dict[str, torch.Tensor],
-    prefix: str,
-    layer: AdapterLayer,
-    adapter_name: str,
-    sizes: dict[str, tuple[int, ...] | None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Check the file's tensors of one layer against the layer's, and give `state_dict` copies in the layer's dtypes.
+def check_layer(state_dict: dict[str, torch.Tensor], prefix: str, layer: AdapterLayer, adapter_name: str) -> Any:
+    """Check the file's tensors of one layer, and give `state_dict` copies in the layer's dtypes.
 
-    `sizes` has other shapes than the layer's for some of its tensors, None for one that must not be there. Returns the
-    tensors by their names in the layer.
+    Returns the adapter's sizes in this layer, those of the file where only that knows them.
 
     Raises:
-        ValueError: a tensor is missing, surplus, of another dtype or shape, or not finite; names it.
+        ValueError: a tensor is missing, surplus, of another dtype or shape, not finite, or fails its spec's own check:
+            a support that is truncated, out of range, unsorted, duplicated or made for another base; names the tensor.
     """
-    found = {}
-    for kind in layer.saved_names:
-        held, key = getattr(layer, kind), f"{prefix}{kind}.{adapter_name}"
-        expected = (sizes or {}).get(kind, tuple(held[adapter_name].shape) if adapter_name in held else None)
-        if adapter_name not in held or expected is None:
-            surplus = [k for k in (key, f"{prefix}{kind}", f"{PREFIX}{prefix}{kind}") if k in state_dict]
-            if surplus:
-                raise ValueError(
-                    f"'{surplus[0]}' in {SOURCE} has no place in the layer that its config makes on this base. Use the "
-                    "config saved with the file."
-                )
-            continue
-        tensor = present(state_dict, key)
-        check_numbers(tensor, key, SOURCE, trained=kind in layer.adapter_layer_names)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"'{key}' in {SOURCE} has shape {tuple(tensor.shape)}, and its config on this base makes it {expected}."
-                " The file is truncated or belongs to another base model or config."
-            )
+
+    def key_of(name: str) -> str:
+        return f"{prefix}{name}.{adapter_name}"
+
+    held = {name: state_dict[key_of(name)] for name in layer.saved_names if key_of(name) in state_dict}
+    sizes, specs = None, []
+    if adapter_name in layer.adapter_configs:
+        config, rows, cols = layer.adapter_configs[adapter_name], layer.out_features, layer.in_features
+        sizes = layer.sizes_to_load(config, layer.module_name, layer.sizes[adapter_name], held)
+        specs = layer.tensor_specs(config, layer.module_name, rows, cols, sizes)
+    for name in set(layer.saved_names) - {spec.name for spec in specs}:
+        # The file's own names for a tensor that the layer does not have, which upstream cannot map.
+        unmapped = [key for key in (f"{prefix}{name}", f"{PREFIX}{prefix}{name}") if key in state_dict]
+        if unmapped:
+            held[name] = state_dict[unmapped[0]]
+    check_module(held, specs, key_of, SOURCE)
+    for spec in specs:
         # The file may hold bf16, masters are fp32. A copy, because with low_cpu_mem_usage the layer would keep the
         # mapped file itself, and BLAS rounds by how its operands are aligned.
-        state_dict[key] = found[kind] = _cast(tensor, held[adapter_name].dtype, key)
-    return found
+        key = key_of(spec.name)
+        state_dict[key] = _cast(held[spec.name], getattr(layer, spec.name)[adapter_name].dtype, key)
+    return sizes
 
 
 def check_others(
@@ -177,19 +172,6 @@ def _kinds(layer: AdapterLayer) -> list[str]:
         if isinstance(held := getattr(layer, name), nn.ParameterDict)
         or (isinstance(held, BufferDict) and held.persistent)
     ]
-
-
-def present(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """The tensor of that key.
-
-    Raises:
-        ValueError: the file has none.
-    """
-    if key not in state_dict:
-        raise ValueError(
-            f"'{key}' is missing from {SOURCE}; it is incomplete, or its config targets other modules now."
-        )
-    return state_dict[key]
 
 
 def settle_training_state(

@@ -15,6 +15,9 @@ from torch import nn
 from ...rules import Follower, ModuleSpace, Rule, TensorSpace, UnitSpace
 from ...utils.tensors import TensorSpec
 
+_UNLIKELY_SIDES = (2**31 - 1, 2**31 - 99)
+"""Rows and columns of a weight that is never allocated: where a spec has one of them, a tensor has the weight's side."""
+
 
 class AdapterTensors(BaseTunerLayer):
     """Base of the adapted layers: containers of tensors keyed by adapter name, and what is done to all of them alike.
@@ -79,6 +82,24 @@ class AdapterTensors(BaseTunerLayer):
         raise NotImplementedError
 
     @classmethod
+    def read_sizes(cls, config: PeftConfig, module_name: str, held: Mapping[str, torch.Tensor]) -> tuple[int, int, Any]:
+        """Rows and columns of a module's weight, and the `sizes` of its specs, read from its tensors in a file.
+
+        Here, for tuners with nothing to decide: the sides of the tensors that have the weight's (0 where none has).
+
+        Raises:
+            ValueError: a tensor that says so is missing or damaged, or says otherwise than the config.
+        """
+        rows, cols = _UNLIKELY_SIDES
+        found = {rows: 0, cols: 0}
+        for spec in cls.tensor_specs(config, module_name, rows, cols, None):
+            shape = tuple(held[spec.name].shape) if spec.name in held else ()
+            for at, length in enumerate(spec.shape):
+                if length in found and at < len(shape):
+                    found[length] = found[length] or shape[at]
+        return found[rows], found[cols], None
+
+    @classmethod
     def sizes_to_load(cls, config: PeftConfig, module_name: str, sizes: Any, held: Mapping[str, torch.Tensor]) -> Any:
         """`sizes` with what only the file knows: `held` are its tensors of the module, by name."""
         return sizes
@@ -125,6 +146,46 @@ class AdapterTensors(BaseTunerLayer):
         for name, spec in self.specs(adapter_name).items():
             tensor = spec.allocate()
             getattr(self, name)[adapter_name] = nn.Parameter(tensor) if spec.role == "trained" else tensor
+
+    @torch.no_grad()
+    def resize(self, adapter_name: str, sizes: Any, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Give the adapter other sizes in this layer, in the same parameters, before or after an optimizer holds them.
+
+        `kept` has, by kind of unit, the slots that stay along the axis of that kind, in their new order. Other tensors
+        whose shape changes are zero afterwards; those that the sizes leave nothing of are deleted.
+        """
+        kept = kept or {}
+        had_state = any(adapter_name in getattr(self, name) for name in self.training_state_names)
+        if had_state:
+            self.drop_training_state(adapter_name)  # its shapes follow the others'
+        self.set_sizes(adapter_name, sizes)
+        self.forget_decoded(adapter_name)
+        specs = self.specs(adapter_name)
+        for name, old in self.tensors(adapter_name).items():
+            held, spec = getattr(self, name), specs.get(name)
+            if spec is None:
+                del held[adapter_name]
+                continue
+            if spec.axis is not None and spec.space in kept:
+                new = old.detach().index_select(spec.axis, kept[spec.space])
+            elif tuple(old.shape) != spec.shape:
+                new = torch.zeros(spec.shape, dtype=old.dtype, device=old.device)
+            else:
+                continue
+            if spec.role == "trained":
+                old.data, old.grad = new, None
+            else:
+                held[adapter_name] = new
+        if had_state:
+            self.allocate_training_state(adapter_name)
+
+    def hold(self, adapter_name: str, config: PeftConfig, sizes: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hold tensors of a file that were checked, as they are: a layer to read from."""
+        self.adapter_configs[adapter_name] = config
+        self.set_sizes(adapter_name, sizes)
+        for name, tensor in tensors.items():
+            trained = name in self.adapter_layer_names
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor, requires_grad=False) if trained else tensor
 
     # Units, and the state that rules keep of them
 

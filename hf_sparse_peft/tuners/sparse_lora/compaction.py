@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ...sparsity import codes_length
 from .config import SparseLoraConfig, exact_pattern
 from .factors import fold_experts
 from .layer import SparseLoraLayer
@@ -74,51 +73,27 @@ def _compact_support(layer: SparseLoraLayer, adapter_name: str, drop_within: flo
     if adapter_name not in layer.sparse_lora_values:
         return 0
     units = layer.units(adapter_name)
-    values = layer.sparse_lora_values[adapter_name].data[: units.numel()]
+    slots = torch.arange(units.numel(), device=units.device)
     if drop_within is not None:
         size = layer.living_values(adapter_name).unsqueeze(1).flatten(1).abs().amax(1)
-        kept = ~(size <= drop_within)  # what is not a number stays, to be seen
-        units, values = units[kept], values[kept]
+        slots = slots[~(size <= drop_within)]  # what is not a number stays, to be seen
+        units = units[slots]
     alive = units.numel()
-    if alive == 0:
-        del layer.sparse_lora_values[adapter_name], layer.sparse_lora_support[adapter_name]
-        layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], units=0, capacity=0))
-        return 0
-    layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], units=alive, capacity=alive))
-    old = layer.sparse_lora_values[adapter_name]
-    if alive < old.shape[0]:
-        kept = values.clone()
-        layer.sparse_lora_values[adapter_name] = nn.Parameter(kept, requires_grad=old.requires_grad)
-        length = codes_length(layer.sparse_lora_grid[adapter_name], alive)
-        layer.sparse_lora_support[adapter_name] = torch.zeros(length, dtype=torch.uint8, device=units.device)
-        layer.write_support(adapter_name, units)
+    if alive < layer.sizes[adapter_name].capacity:
+        sizes = replace(layer.sizes[adapter_name], units=alive, capacity=alive)
+        layer.resize(adapter_name, sizes, {"support": slots})
+        if alive:
+            layer.write_support(adapter_name, units)
     return alive
 
 
 def _compact_rank(layer: SparseLoraLayer, adapter_name: str) -> int:
     if adapter_name not in layer.sparse_lora_rank_mask:
         return layer.sparse_lora_r[adapter_name]
-    alive = layer.sparse_lora_rank_mask[adapter_name].bool()
-    rank = int(alive.sum())
-    if rank == alive.numel():
-        return rank
-    grows = layer.sparse_lora_A[adapter_name].requires_grad
-    for name, kept in (
-        ("sparse_lora_A", layer.sparse_lora_A[adapter_name].data[alive]),
-        ("sparse_lora_B", layer.sparse_lora_B[adapter_name].data[:, alive]),
-        ("sparse_lora_gate", layer.sparse_lora_gate[adapter_name].data[alive]),
-    ):
-        if rank:
-            # A clone, because contiguous() leaves odd strides on a single column, and products round by strides.
-            kept = kept.clone(memory_format=torch.contiguous_format)
-            getattr(layer, name)[adapter_name] = nn.Parameter(kept, requires_grad=grows)
-        else:
-            del getattr(layer, name)[adapter_name]
-    if rank:
-        layer.sparse_lora_rank_mask[adapter_name] = torch.ones(rank, dtype=torch.uint8, device=alive.device)
-    else:
-        del layer.sparse_lora_rank_mask[adapter_name]
-    layer.set_sizes(adapter_name, replace(layer.sizes[adapter_name], rank=rank))
+    alive = layer.sparse_lora_rank_mask[adapter_name].nonzero().squeeze(1)
+    rank = alive.numel()
+    if rank < layer.sizes[adapter_name].rank:
+        layer.resize(adapter_name, replace(layer.sizes[adapter_name], rank=rank), {"rank": alive})
     return rank
 
 

@@ -16,6 +16,7 @@ from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
 from .factors import factor_specs, merged_factors
+from .file_check import read_sizes
 from .plan import ModuleSizes
 from .spaces import spaces_of
 from .support_state import SupportState, support_specs, undecided_message
@@ -75,6 +76,13 @@ class SparseLoraLayer(SupportState):
     ) -> list[TensorSpec]:
         """Tensors of the factors, then of the support, as far as the module has them."""
         return [*factor_specs(config, module_name, rows, cols, sizes.rank), *support_specs(config, module_name, sizes)]
+
+    @classmethod
+    def read_sizes(
+        cls, config: SparseLoraConfig, module_name: str, held: Mapping[str, torch.Tensor]
+    ) -> tuple[int, int, ModuleSizes]:
+        """Rows and columns of a module's weight, and the sizes of both halves, by its tensors in a file."""
+        return read_sizes(config, module_name, held)
 
     @classmethod
     def sizes_to_load(

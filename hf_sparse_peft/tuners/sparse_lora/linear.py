@@ -28,14 +28,15 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
     r""":math:`Y = X W^\top + X S^\top + s\,((X A^\top) \odot g) B^\top + b` for the active adapters."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any], **kwargs: Any
+        self, base_layer: nn.Module, adapter_name: str, module_name: str, update: dict[str, Any] | None, **kwargs: Any
     ) -> None:
         super().__init__()
         SparseLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
         self._owner = register_owner(self)
         self.register_load_state_dict_post_hook(_refresh_units)
-        self.update_layer(adapter_name, **update)
+        if update is not None:
+            self.update_layer(adapter_name, **update)
 
     # nn.Module comes first, with a forward that only raises.
     forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply

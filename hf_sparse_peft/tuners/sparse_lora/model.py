@@ -12,11 +12,10 @@ from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
 from ..shared.model import AdapterModel
 from ..shared.pieces import Piece
 from ..shared.state_dict import SelectedTensors
-from .adapter_file import check_sparse_layer, for_file, take_sizes
+from .adapter_file import for_file, support_sizes
 from .budget import plan_supports, unit_capacities
 from .compaction import compact
 from .config import SparseLoraConfig
-from .file_check import check_sparse_module
 from .from_pieces import config_of_pieces
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
@@ -64,13 +63,11 @@ class SparseLoraModel(AdapterModel):
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:
-        """Check the tensors of every module of a file against its config.
+        """Check that the file has all modules that its config gives units.
 
         Raises:
             ValueError: names the tensor.
         """
-        for name, held in sorted(file.modules.items()):
-            check_sparse_module(name, held, file.config, file.path)
         pattern = file.config.support_pattern
         absent = sorted(name for name, count in pattern.items() if count and name not in file.modules)
         if absent:
@@ -80,15 +77,10 @@ class SparseLoraModel(AdapterModel):
             )
 
     @classmethod
-    def check_loaded_layer(cls, state_dict, prefix, layer, config, adapter_name) -> None:
-        """Check the file's tensors of one layer against it."""
-        check_sparse_layer(state_dict, prefix, layer, config, adapter_name)
-
-    @classmethod
-    def take_sizes(cls, state_dict, model, config, adapter_name) -> None:
-        """Resize supports whose sizes only a file knows; it was checked."""
+    def note_sizes(cls, config, model, adapter_name) -> None:
+        """Write the sizes of supports that only a file knew."""
         if config.sizes_from_data:
-            take_sizes(state_dict, model, config, adapter_name)
+            config.support_pattern = support_sizes(model, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

@@ -257,7 +257,6 @@ class SupportState(AdapterLayer):
             return not known[3].numel()  # without a look at the device's memory; a decided support has a unit
         return not codes.is_meta and not codes[:4].any()
 
-    @torch.no_grad()
     def resize_support(self, adapter_name: str, count: int) -> None:
         """Make room for `count` units, all of value zero and undecided, in the same parameter; 0 removes the support.
 
@@ -266,26 +265,12 @@ class SupportState(AdapterLayer):
         Raises:
             ValueError: `count` is more than the weight has units.
         """
-        grid, values = self.sparse_lora_grid[adapter_name], self.sparse_lora_values[adapter_name]
+        grid = self.sparse_lora_grid[adapter_name]
         if count > grid.num_units:
             raise ValueError(
                 f"'{self.module_name}' has {grid.num_units} units of granularity '{grid.granularity}', not {count}."
             )
-        self._units.pop(adapter_name, None)
-        self.set_sizes(adapter_name, replace(self.sizes[adapter_name], units=count, capacity=count))
-        had_state = any(adapter_name in getattr(self, name) for name in self.training_state_names)
-        if had_state:
-            self.drop_training_state(adapter_name)
-        if count:
-            values.data = values.data.new_zeros(grid.values_shape(count))
-            values.grad = None
-            device = self.sparse_lora_support[adapter_name].device
-            codes = torch.zeros(codes_length(grid, count), dtype=torch.uint8, device=device)
-            self.sparse_lora_support[adapter_name] = codes
-        else:
-            del self.sparse_lora_values[adapter_name], self.sparse_lora_support[adapter_name]
-        if had_state:
-            self.allocate_training_state(adapter_name)
+        self.resize(adapter_name, replace(self.sizes[adapter_name], units=count, capacity=count))
 
 
 def undecided_message(adapter_name: str, config: SparseLoraConfig) -> str:
