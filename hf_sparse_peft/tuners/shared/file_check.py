@@ -187,6 +187,8 @@ def _check_module(
         specs = layer_cls.tensor_specs(config, name, rows, cols, sizes)
         check_module(held, specs, partial(tensor_key, name), source)
     except ValueError as error:
+        if str(source) in str(error):
+            raise
         raise ValueError(f"In '{source}': {error}") from error
     return rows, cols, sizes
 

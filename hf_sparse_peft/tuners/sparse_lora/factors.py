@@ -71,7 +71,7 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
     if masks is None:
         return found
     top = masks.experts - 1 if split else 2**masks.copies - 1
-    for factor, shape, axis in (("A", (r, cols), 0), ("B", (rows, r), 1)):
+    for factor, shape, axis in (("B", (rows, r), 1), ("A", (r, cols), 0)):
         if not (split and factor == "A" and masks.split == "B"):
             start = partial(_drawn_map, config, module_name, factor, shape)
             found.append(
