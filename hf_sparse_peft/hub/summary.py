@@ -55,4 +55,4 @@ def layer_counts(layer: AdapterLayer, adapter_name: str) -> tuple[list[dict[str,
         spaces.append({"kind": space.kind, "unit": space.unit, "alive": alive, "capacity": space.capacity})
         entries += alive * space.unit_entries
         parameters -= (space.capacity - alive) * space.unit_numel
-    return spaces, entries / (layer.out_features * layer.in_features), parameters
+    return spaces, entries / max(layer.out_features * layer.in_features, 1), parameters

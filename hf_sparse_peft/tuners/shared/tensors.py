@@ -16,7 +16,7 @@ from ...rules import Follower, ModuleSpace, Rule, TensorSpace, UnitSpace
 from ...utils.tensors import TensorSpec
 
 _UNLIKELY_SIDES = (2**31 - 1, 2**31 - 99)
-"""Rows and columns of a weight that is never allocated: where a spec has one of them, a tensor has the weight's side."""
+"""Rows and columns of a weight that is never allocated: a spec that has one of them has that side of the weight."""
 
 
 class AdapterTensors(BaseTunerLayer):
