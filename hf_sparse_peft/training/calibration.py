@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.analysis.support_file import read_support_file, write_support_file
 from ..sparsity import DataCriterion, UnitGrid, make_score, needs_data
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.adapter_file import support_sizes
@@ -22,6 +21,7 @@ from .calibrated_selection import Choice
 from .calibration_data import CalibrationData, random_state_kept
 from .calibration_passes import estimate, groups_within
 from .calibration_warmup import DenseWarmup, endless
+from .support_file import read_support_file, write_support_file
 
 ACCUMULATOR_BYTES = 4 << 30
 

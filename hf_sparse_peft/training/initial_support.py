@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from ..tuners import restore_fp32
 from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.sparse_lora import sparse_layers
-from . import initialize_support
+from .calibration import initialize_support
 from .trainer_checks import sharding_switched_on
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...sparsity import CRITERIA, make_score
 from ...utils.option_types import check_options
+from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_names, check_pattern
-
-if TYPE_CHECKING:
-    from .config import SparseLoraConfig
 
 GRANULARITIES = ("entry", "block", "row", "column")
 ALLOCATIONS = ("uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors")
 
 
-def check_config(config: SparseLoraConfig) -> None:
+def check_config(config: AdapterConfig) -> None:
     """Refuse what cannot be.
 
     Raises:
@@ -26,7 +22,7 @@ def check_config(config: SparseLoraConfig) -> None:
     _check_numbers(config)
 
 
-def _check_choices(config: SparseLoraConfig) -> None:
+def _check_choices(config: AdapterConfig) -> None:
     choices = {
         "granularity": GRANULARITIES,
         "allocation": ALLOCATIONS,
@@ -88,7 +84,7 @@ def _check_choices(config: SparseLoraConfig) -> None:
         )
 
 
-def _check_patterns(config: SparseLoraConfig) -> None:
+def _check_patterns(config: AdapterConfig) -> None:
     for field in ("rank_pattern", "alpha_pattern", "granularity_pattern", "density_pattern"):
         for pattern in getattr(config, field):
             check_pattern(pattern, field)
@@ -100,7 +96,7 @@ def _check_patterns(config: SparseLoraConfig) -> None:
         check_names(config.layer_sampling.layers_pattern, "layer_sampling.layers_pattern")
 
 
-def _check_numbers(config: SparseLoraConfig) -> None:
+def _check_numbers(config: AdapterConfig) -> None:
     for name, share in config.density_pattern.items():
         if not 0 <= share <= 1:
             raise ValueError(f"density_pattern[{name!r}]={share} is not a share; give a number from 0 to 1.")
@@ -152,7 +148,7 @@ def _check_numbers(config: SparseLoraConfig) -> None:
     _check_penalty(config)
 
 
-def _check_structures(config: SparseLoraConfig) -> None:
+def _check_structures(config: AdapterConfig) -> None:
     named = [name for one in config.structures for name in one.modules]
     twice = sorted({name for name in named if named.count(name) > 1})
     if twice:
@@ -164,7 +160,7 @@ def _check_structures(config: SparseLoraConfig) -> None:
         )
 
 
-def _check_factors(config: SparseLoraConfig) -> None:
+def _check_factors(config: AdapterConfig) -> None:
     for name in ("factor_masks", "scale_support"):
         if getattr(config, name) and config.r == 0 and not config.rank_pattern:
             raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
@@ -172,7 +168,7 @@ def _check_factors(config: SparseLoraConfig) -> None:
             raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
 
 
-def _check_search(config: SparseLoraConfig) -> None:
+def _check_search(config: AdapterConfig) -> None:
     if config.support_search is None:
         return
     if not config.has_support or config.criterion != "random" or config.structures:
@@ -187,7 +183,7 @@ def _check_search(config: SparseLoraConfig) -> None:
         )
 
 
-def _check_freezing(config: SparseLoraConfig) -> None:
+def _check_freezing(config: AdapterConfig) -> None:
     known = config.freezing is not None and config.freezing.threshold is not None
     if config.allocation == "threshold" and not (known and config.criterion == "smallest_magnitude"):
         raise ValueError(
@@ -198,7 +194,7 @@ def _check_freezing(config: SparseLoraConfig) -> None:
         raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
 
 
-def _check_penalty(config: SparseLoraConfig) -> None:
+def _check_penalty(config: AdapterConfig) -> None:
     if config.drop_within is not None and config.drop_within < 0:
         raise ValueError(f"drop_within={config.drop_within} is negative; give a size >= 0 (LT-SFT: 1e-7), or None.")
     if config.l1_penalty is None:
@@ -215,7 +211,7 @@ def _check_penalty(config: SparseLoraConfig) -> None:
         )
 
 
-def _check_entries_only(config: SparseLoraConfig) -> None:
+def _check_entries_only(config: AdapterConfig) -> None:
     other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]
     named = [name for name in ("freezing", "nuclear_norm") if getattr(config, name)]
     named += ["regrowth.grow='sm3'"] if config.regrowth and config.regrowth.grow == "sm3" else []

@@ -13,18 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...sparsity import stream_seed
 from ...utils.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from .config import SparseLoraConfig
-    from .layer import SparseLoraLayer
-    from .structure_config import FactorMaskConfig
+from ..shared.tensors import AdapterTensors
+from .config import SparseLoraConfig
+from .structure_config import FactorMaskConfig
 
 
 def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: int, r: int) -> list[TensorSpec]:
@@ -132,7 +129,7 @@ def _owners(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> 
     return owners
 
 
-def drawn_expert(layer: SparseLoraLayer, adapter_name: str, factor: str, draw: tuple[int, ...]) -> int:
+def drawn_expert(layer: AdapterTensors, adapter_name: str, factor: str, draw: tuple[int, ...]) -> int:
     """The expert that `factor` ("A" or "B") of this layer uses at `draw` (step, micro-batch, pass).
 
     A hash, not a stream: recomputation under gradient checkpointing, a resumed run and every rank find the same one.
@@ -141,7 +138,7 @@ def drawn_expert(layer: SparseLoraLayer, adapter_name: str, factor: str, draw: t
     return stream_seed(config.seed, layer.module_name, "expert", factor, *draw) % config.factor_masks.experts
 
 
-def forward_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_factors(layer: AdapterTensors, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`A'` `[k, in]` and `B'` `[out, k]` of this forward pass, differentiable in the parameters."""
     config = layer.sparse_lora_config[adapter_name]
     draw = getattr(config, "_draw", None)
@@ -155,7 +152,7 @@ def forward_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Te
     return A, torch.where(owned, B, B.new_zeros(()))
 
 
-def merged_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def merged_factors(layer: AdapterTensors, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     r"""`A'` `[k, in]` and `B'` `[out, k]` of evaluation, merging and files.
 
     `parallel`: the masked copies side by side, `k = copies * r`. `stochastic`, merged by `add`: the mean of the
@@ -178,7 +175,7 @@ def merged_factors(layer: SparseLoraLayer, adapter_name: str) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def fold_experts(layer: SparseLoraLayer, adapter_name: str) -> None:
+def fold_experts(layer: AdapterTensors, adapter_name: str) -> None:
     """Replace split factors by their merge, for good: what is left is a plain low-rank half."""
     A, B = merged_factors(layer, adapter_name)
     layer.sparse_lora_A[adapter_name].data.copy_(A)

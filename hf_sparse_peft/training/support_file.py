@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
-from ...utils.file_length import read_safetensors
-from ...utils.file_writing import whole_file
+from ..sparsity import UnitGrid, codes_length, decode_support, encode_support
+from ..utils.file_length import read_safetensors
+from ..utils.file_writing import whole_file
 
 FORMAT, VERSION = "hf_sparse_peft.support", "1"
 
