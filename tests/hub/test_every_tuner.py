@@ -1,17 +1,73 @@
 """What every tuner's adapters get from pieces and unit spaces alone: LoRA, SHiRA, a dense model, a sum, a card."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
 from hub_toolbox import TARGETS, fill, logits, tiny_base
 from peft import PeftModel, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
 from safetensors.torch import load_file
+from torch import nn
 
 from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, RankAllocationConfig, SparseLoraConfig, hub
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.shared import (
+    AdapterConfig,
+    AdapterLayer,
+    AdapterModel,
+    AdditiveLinear,
+    LowRank,
+    register_tuner,
+)
+from hf_sparse_peft.utils.tensors import TensorSpec
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}  # fp32 sums in another order
+
+
+@dataclass
+class CoreConfig(AdapterConfig):
+    """A tuner of somebody else: a trained core between fixed random bases."""
+
+    tuner: ClassVar[str] = "some_core"
+    r: int = 4
+
+
+class CoreLayer(AdapterLayer):
+    prefix = "some_core_"
+    some_core_U: BufferDict
+    some_core_V: BufferDict
+    some_core_C: nn.ParameterDict
+
+    @classmethod
+    def tensor_specs(cls, config, module_name, rows, cols, sizes):
+        def normal(*shape):
+            return lambda generator: torch.randn(*shape, generator=generator)
+
+        r = config.r
+        return [
+            TensorSpec("some_core_U", (rows, r), role="saved", start=normal(rows, r)),
+            TensorSpec("some_core_V", (r, cols), role="saved", start=normal(r, cols)),
+            TensorSpec("some_core_C", (r, r), space="core", start=normal(r, r)),
+        ]
+
+    def pieces(self, adapter_name):
+        U, V = self.some_core_U[adapter_name], self.some_core_V[adapter_name]
+        return [LowRank(U @ self.some_core_C[adapter_name], V, scale=0.01)]
+
+
+class CoreLinear(AdditiveLinear, CoreLayer):
+    pass
+
+
+class CoreModel(AdapterModel):
+    tuner_layer_cls, linear_cls = CoreLayer, CoreLinear
+
+
+register_tuner(CoreConfig, CoreModel)
 
 
 @dataclass(frozen=True)
@@ -68,6 +124,7 @@ FORMS = {
         },
         combines=False,
     ),
+    "somebody's-core": Form(CoreConfig, lora=True, shira=False, combines=False),
 }
 
 
@@ -150,7 +207,7 @@ def test_a_dense_model_holds_base_and_update(form):
 def two_adapters(form):
     model = form.model()
     torch.manual_seed(7)
-    options = {} if form.tuner is KernelLoraConfig else {"seed": 5}
+    options = {"seed": 5} if form.tuner is SparseLoraConfig else {}
     model.add_adapter("other", form.config(**options))
     form.filled(model, "other")
     return model
@@ -165,7 +222,8 @@ def test_a_weighted_sum_of_two_is_one_more_adapter_or_is_refused_by_name_with_th
         for name, delta in deltas(model, "mix").items():
             torch.testing.assert_close(delta, 0.7 * first[name] - 0.4 * second[name], rtol=1e-5, atol=1e-6)
         return
-    with pytest.raises(ValueError, match=r"sum of KERNEL_LORA updates is no KERNEL_LORA.*merge_to_dense.*export_lora"):
+    kind = model.peft_config["default"].peft_type.value
+    with pytest.raises(ValueError, match=rf"sum of {kind} updates is no {kind}.*merge_to_dense.*export_lora"):
         model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "mix", "cat")
     assert (set(model.state_dict()), set(model.peft_config)) == (keys, configs)
 
@@ -191,7 +249,7 @@ def test_the_summary_counts_every_trained_number_and_every_entry_that_may_change
     for row in rows:
         layers = [layer for layer in adapter_layers(model) if layer.module_name.endswith(row["group"])]
         assert (row["modules"], row["rows"], row["cols"]) == (2, layers[0].out_features, layers[0].in_features)
-        if {space["kind"] for space in row["spaces"]} == {"rank"}:
+        if {space["kind"] for space in row["spaces"]} in ({"rank"}, {"core"}):
             assert row["density"] == 0
         elif form.shira:
             changed = sum(int((layer.get_delta_weight("default") != 0).sum()) for layer in layers)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hub_toolbox import logits, tiny_base
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -62,3 +62,17 @@ def test_the_command_line_merges_a_kernel_adapter_into_a_dense_model(tmp_path, c
     torch.testing.assert_close(logits(dense), logits(model), rtol=1e-3, atol=1e-3)
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     assert "down_proj" in capsys.readouterr().out
+
+
+def test_the_command_line_cuts_a_kernel_adapter_to_a_lora_and_prints_every_modules_error(tmp_path, capsys):
+    tiny_base().save_pretrained(tmp_path / "base")
+    adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "lora"), "--to", "lora"]) == 1
+    assert "has a dense update, which has no exact low-rank form. Pass rank=" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="cut updates to rank 8 by SVD"):
+        assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "lora"), "--to", "lora", "--rank", "8"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "relative error" in line]
+    assert len(lines) == 4
+    assert all(0 < float(line.rpartition(" ")[2]) < 1 for line in lines)
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    assert loaded.peft_config["default"].peft_type == "LORA"
