@@ -151,6 +151,13 @@ def build_method(
     return method
 
 
+def training_arguments(options: Any, folder: Path, learning_rate: float, seed: int, **more: Any) -> TrainingArguments:
+    """Arguments of a short, silent run of `options.steps`."""
+    silent = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": options.device == "cpu"}
+    run = {"max_steps": options.steps, "learning_rate": learning_rate, "lr_scheduler_type": "cosine", "seed": seed}
+    return TrainingArguments(str(folder), **silent, **run, **more)
+
+
 def make_trainer(
     method: methods.Method,
     model: nn.Module,
@@ -167,15 +174,18 @@ def make_trainer(
     return trainer
 
 
-def living_units(model: nn.Module) -> list[torch.Tensor]:
-    """Copies of the living units of every support, rank and other space of units of the adapter."""
-    layers = [module for module in model.modules() if hasattr(module, "unit_spaces")]
-    return [space.alive().clone() for layer in layers for space in layer.unit_spaces("default")]
+class LivingUnits:
+    """The living units of every support, rank and other space of units of an adapter, to see whether they moved."""
 
+    def __init__(self, model: nn.Module):
+        layers = [module for module in model.modules() if hasattr(module, "unit_spaces")]
+        self._spaces = [space for layer in layers for space in layer.unit_spaces("default")]
+        self._seen = [space.alive().clone() for space in self._spaces]
 
-def same_units(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    """Whether nothing moved between two calls of `living_units`."""
-    return all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    def moved(self) -> bool:
+        """Whether one of them is another than at the last call."""
+        before, self._seen = self._seen, [space.alive().clone() for space in self._spaces]
+        return not all(torch.equal(*pair) for pair in zip(before, self._seen, strict=True))
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import harness
 import torch
 from datasets import Dataset
-from harness import Column, Options, Rows, build_method, draw, make_trainer, option, parse, print_table
+from harness import Column, option
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -61,7 +62,7 @@ CANDIDATES = {
 
 
 @dataclass
-class LearningOptions(Options):
+class LearningOptions(harness.Options):
     """Options of this benchmark."""
 
     task: Literal["demo", "cola"] = option("demo", "what to learn")
@@ -154,7 +155,7 @@ TASKS = {"demo": DemoTask, "cola": ColaTask}
 
 def budget(task: Any, rank: int) -> dict[str, int]:
     """What `$name` means in a candidate: LoRA of `rank` sets the numbers in the targeted linears."""
-    lora = build_method("lora:r=1", target_modules=task.targets, task_type=task.task_type).config
+    lora = harness.build_method("lora:r=1", target_modules=task.targets, task_type=task.task_type).config
     one = sum(p.numel() for n, p in get_peft_model(task.model(), lora).named_parameters() if "lora_" in n)
     half = rank // 2
     return {"rank": rank, "alpha": 2 * rank, "half": half, "numbers": rank * one, "rest": (rank - half) * one}
@@ -185,34 +186,28 @@ def run(
     set_seed(seed)
     start = time.perf_counter()
     common = {"target_modules": task.targets, "task_type": task.task_type, "modules_to_save": task.head}
-    method = build_method(candidate, numbers, seed, **common)
+    method = harness.build_method(candidate, numbers, seed, **common)
     model = get_peft_model(task.model(), method.config)
     method.prepare(model)
-    args = TrainingArguments(
-        output_dir=str((options.output or Path("runs/learning")) / "run"),
-        max_steps=options.steps,
+    args = harness.training_arguments(
+        options,
+        (options.output or Path("runs/learning")) / "run",
+        rate,
+        seed,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, options.steps // 20),
-        weight_decay=0.0,
-        seed=seed,
         train_sampling_strategy="group_by_length",  # less padding
-        use_cpu=options.device == "cpu",
-        report_to="none",
-        save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
     )
     adjust = partial(with_head_rate, model=model, args=args, head_rate=task.head_rate)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
-    trainer = make_trainer(method, model, args, adjust_optimizer=adjust, **task.training_data(seed))
+    trainer = harness.make_trainer(method, model, args, adjust_optimizer=adjust, **task.training_data(seed))
     loss = trainer.train().training_loss
     row = {"trained": trained, "train_loss": loss, **task.score(model)}
     return row | {"seconds": time.perf_counter() - start}
 
 
-def sweep(rows: Rows, task: Any, options: LearningOptions) -> list[dict[str, Any]]:
+def sweep(rows: harness.Rows, task: Any, options: LearningOptions) -> list[dict[str, Any]]:
     """Every candidate: all learning rates at the first seed, the other seeds at the best of them; a summary of each."""
     numbers, summaries = budget(task, options.rank), []
     for name in options.candidates:
@@ -251,18 +246,18 @@ COLUMNS = (
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the sweep, print, draw and write it; returns a summary of each candidate, best first."""
-    options = parse(LearningOptions, __doc__, argv)
+    options = harness.parse(LearningOptions, __doc__, argv)
     task = TASKS[options.task](options)
     setting = {name: getattr(options, name) for name in ("task", "steps", "batch_size", "rank")}
-    rows = Rows(options, "learning", setting)
+    rows = harness.Rows(options, "learning", setting)
     summaries = sweep(rows, task, options)
-    print_table(f"{task.metric}: mean over seeds (lowest to highest)", COLUMNS, summaries)
+    harness.print_table(f"{task.metric}: mean over seeds (lowest to highest)", COLUMNS, summaries)
     panels = {
         title: {row["candidate"]: [[run[key] for run in row["runs"]]] for row in summaries}
         for title, key in ((task.metric, "score"), ("training loss", "train_loss"))
     }
     title = f"{options.task}: {options.steps} steps of {options.batch_size}, numbers of LoRA r={options.rank}"
-    draw(rows.folder / f"learning_{options.task}.png", title, panels, ["mean, lowest and highest of the seeds"])
+    harness.draw(rows.folder / f"learning_{options.task}.png", title, panels, ["mean, lowest and highest of the seeds"])
     return summaries
 
 

@@ -97,6 +97,8 @@ def _to_nf4(model: LlamaForCausalLM, device: str) -> None:
             dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
         )
         quantised.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4").to(device)
+        # On a CPU the first forward without gradients would repack the weight for good, for a kernel without gradients.
+        quantised.support_avx512bf16_for_cpu = False
         model.set_submodule(name, quantised)
     model.is_loaded_in_4bit = True  # what peft's dispatcher for 4-bit LoRA layers asks
 

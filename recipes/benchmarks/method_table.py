@@ -14,12 +14,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from harness import Column, Options, Rows, build_method, living_units, make_trainer, markdown, option, parse, same_units
+from harness import Column, option
 from peft import PeftModel, get_peft_model
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 
 from hf_sparse_peft import methods
 
@@ -52,7 +54,7 @@ COLUMNS = (
 
 
 @dataclass
-class TableOptions(Options):
+class TableOptions(harness.Options):
     """Options of this benchmark."""
 
     candidates: list[str] = option(methods.names(), "methods, with options where wanted")
@@ -65,39 +67,35 @@ class TableOptions(Options):
 
 
 class MoveCounter(TrainerCallback):
-    """Counts the updates after which a support or a rank mask was another than before."""
+    """Counts the updates after which a support or a rank mask was another than before. Stands last."""
 
-    def __init__(self) -> None:
-        self.moves, self._seen = 0, None
+    moves = 0
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Compare with the step before; list it behind the callbacks that move."""
-        before, self._seen = self._seen, living_units(model)
-        if before is not None:
-            self.moves += not same_units(before, self._seen)
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Remember the units."""
+        self._units = harness.LivingUnits(model)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Compare with the step before."""
+        self.moves += self._units.moved()
 
 
-def measure(name: str, base: str, options: TableOptions, folder: str) -> dict[str, Any]:
+def measure(name: str, base: str, options: TableOptions, folder: Path) -> dict[str, Any]:
     """One row: train, evaluate, save, load, merge."""
-    args = TrainingArguments(
+    args = harness.training_arguments(
+        options,
         folder,
-        max_steps=options.steps,
+        LEARNING_RATES.get(name.partition(":")[0], options.learning_rate),
+        options.seed,
         per_device_train_batch_size=16,
-        learning_rate=LEARNING_RATES.get(name.partition(":")[0], options.learning_rate),
-        lr_scheduler_type="cosine",
         warmup_steps=min(10, options.steps // 10),
         logging_steps=max(1, options.steps // 6),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=options.device == "cpu",
-        seed=options.seed,
     )
     recipe, dense = RecipeArguments(load_in_4bit=base == "nf4"), RecipeArguments(load_in_4bit=False)
     set_seed(options.seed)
     tokenizer, frozen = load_base(recipe, args)
     common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    method = build_method(CANDIDATES.get(name, name), seed=options.seed, **common)
+    method = harness.build_method(CANDIDATES.get(name, name), seed=options.seed, **common)
     model = get_peft_model(frozen, method.config)
     train = demo_data.word_problems(options.examples, seed=options.seed, split="train")
     test = demo_data.word_problems(options.test_examples, seed=options.seed, split="test")
@@ -109,7 +107,7 @@ def measure(name: str, base: str, options: TableOptions, folder: str) -> dict[st
     row = {"trainable": model.get_nb_trainable_parameters()[0]}
     row["exact_match_before"] = exact_match(model, tokenizer, test)
     counter = MoveCounter()
-    trainer = make_trainer(method, model, args, [counter], **data)
+    trainer = harness.make_trainer(method, model, args, [counter], **data)
     began = time.perf_counter()
     trainer.train()
     row["seconds"] = time.perf_counter() - began
@@ -120,7 +118,7 @@ def measure(name: str, base: str, options: TableOptions, folder: str) -> dict[st
     return row | check_file(model, folder, lambda: load_base(recipe, args)[1])
 
 
-def check_file(model: PeftModel, folder: str, fresh_base: Any) -> dict[str, str]:
+def check_file(model: PeftModel, folder: Path, fresh_base: Any) -> dict[str, str]:
     """Whether saving and loading, and merging and unmerging, keep the model's outputs bit for bit."""
 
     @torch.no_grad()
@@ -128,8 +126,8 @@ def check_file(model: PeftModel, folder: str, fresh_base: Any) -> dict[str, str]
         return of.eval()(input_ids=torch.arange(2, 34, device=of.device).view(2, 16)).logits
 
     trained = logits(model)
-    model.save_pretrained(folder)
-    loaded = PeftModel.from_pretrained(fresh_base(), folder)
+    model.save_pretrained(str(folder))
+    loaded = PeftModel.from_pretrained(fresh_base(), str(folder))
     reloaded = torch.equal(logits(loaded), trained)
     loaded.merge_adapter()
     loaded.unmerge_adapter()
@@ -139,19 +137,19 @@ def check_file(model: PeftModel, folder: str, fresh_base: Any) -> dict[str, str]
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Fill the table with what is asked for and not there yet; returns all rows of this setting."""
-    options = parse(TableOptions, __doc__, argv)
+    options = harness.parse(TableOptions, __doc__, argv)
     for name in options.candidates:
         methods.describe(name.partition(":")[0])  # a misspelt name stops before the first run
     setting = {name: getattr(options, name) for name in ("steps", "examples", "test_examples", "seed", "learning_rate")}
-    rows = Rows(options, "method_table", setting)
+    rows = harness.Rows(options, "method_table", setting)
     heading = f"{options.steps} steps of 16 of {options.examples} word problems, seed {options.seed}, learning rate "
     heading += f"{options.learning_rate:g} (not tuned), torch {torch.__version__}."
     for name in options.candidates:
         for base in options.bases:
             folder = rows.folder / "adapters" / f"{name.replace(':', '-')}-{base}"
-            rows.measure(partial(measure, name, base, options, str(folder)), go_on=True, method=name, base=base)
+            rows.measure(partial(measure, name, base, options, folder), go_on=True, method=name, base=base)
             found = sorted((row for row in rows.rows if row["setting"] == rows.setting), key=_place)
-            table = f"{heading}\n\n{markdown(COLUMNS, found)}"
+            table = f"{heading}\n\n{harness.markdown(COLUMNS, found)}"
             (rows.folder / "method_table.md").write_text(table)
     print(table)
     return found

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from harness import Column, Rows, draw, living_units, option, parse, print_table, same_units
+from harness import Column, LivingUnits, Rows, draw, option, parse, print_table
 from llama import LlamaOptions, adapt, build_base, targets
 from step_cost_bars import check, compare
 from trial import Trial, file_bytes, first_step, optimizer_bytes, peak_bytes
@@ -135,7 +135,7 @@ def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str
             trial = None
             _free()
     times = _time_rounds(trials, options.rounds, options.warmup)
-    for name in OURS.keys() & trials.keys():
+    for name in [name for name in OURS if name in trials]:
         figures[name] |= _moves(trial_of(name, MOVING + OURS[name].removeprefix("shira:")), max(3, options.rounds // 2))
     for name, trial in trials.items():
         figures[name] |= {"seconds": statistics.median(times[name]), "seconds_by_round": times[name]}
@@ -180,10 +180,10 @@ def _bytes_over(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def _moves(trial: Trial, rounds: int) -> dict[str, float]:
     """Times of collecting steps and of the move that ends a phase, against plain steps beside them, and what the
     callbacks take of a plain step."""
-    before = living_units(trial.model)
+    units = LivingUnits(trial.model)
     trial.step()
     trial.step()  # the first move replaces the random start whole
-    if same_units(before, living_units(trial.model)):
+    if not units.moved():
         raise RuntimeError("the support did not move: nothing to time")
     plain, opening, adding, moving, callbacks = [], [], [], [], []
     for _ in range(rounds):
@@ -200,8 +200,6 @@ def _moves(trial: Trial, rounds: int) -> dict[str, float]:
         "move_seconds": statistics.median(moving),
         "move_share": _paired(moving, [(INTERVAL - COLLECT_STEPS) * seconds for seconds in plain]),
         "collect_over_plain": _paired(phase, plain),
-        "collect_first_over_plain": _paired(opening, plain),
-        "collect_next_over_plain": _paired(adding, plain),
     }
 
 
@@ -228,7 +226,6 @@ TIMES = (
     _scaled("ms", "{:.0f}", 1e3, "seconds"), *_over("time", 2),
     _scaled("move ms", "{:.1f}", 1e3, "move_seconds"), _scaled("share", "{:.1f} %", 100, "move_share"),
     _scaled("callbacks", "{:.2f} %", 100, "callback_share"), Column("collecting", "collect_over_plain", "{:.2f}"),
-    Column("first", "collect_first_over_plain", "{:.2f}"), Column("next", "collect_next_over_plain", "{:.2f}"),
 )  # fmt: skip
 BYTES = (
     Column("candidate", "candidate"), _scaled("saved", "{:,.1f}", 2**-20, "saved_bytes"), *_over("saved", 3),

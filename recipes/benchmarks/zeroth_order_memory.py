@@ -24,7 +24,6 @@ from torch import nn
 from trial import peak_bytes
 
 from hf_sparse_peft.optim import ZerothOrderSGD, zeroth_order_groups
-from hf_sparse_peft.tuners.shared.base_weight import keep_4bit_weight_stable
 
 TRAINED = {"lora": "lora:r=8", "support": "sparse-mezo", "full": None}
 """What is trained: candidates, and the base's own tensors."""
@@ -77,8 +76,6 @@ def measure(trained: str, base: str, options: MemoryOptions) -> dict[str, Any]:
     """Peak bytes of every kind of step of one model; each is taken at its second step, when its state exists."""
     preset = options.sizes()
     model = build_base(preset, base, options.device)
-    for module in model.modules():  # the evaluation comes first, and would repack 4-bit weights for good
-        keep_4bit_weight_stable(module)
     if TRAINED[trained]:
         model = get_peft_model(model, build_method(TRAINED[trained], target_modules="all-linear").config)
     else:
