@@ -9,7 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
-from .rules import AlternateModules, Prune, Rule
+from .rules import AlternateModules, Prune, Rule, SampleLayers
 from .training import (
     BudgetCompetitionCallback,
     Controller,
@@ -32,7 +32,6 @@ from .tuners import (
     FactorMaskConfig,
     KernelLoraConfig,
     KernelLoraModel,
-    LayerSamplingConfig,
     RankAllocationConfig,
     RegrowthConfig,
     SparseLoraConfig,
@@ -57,7 +56,6 @@ __all__ = [
     "KernelLoraConfig",
     "KernelLoraModel",
     "LayerSamplingCallback",
-    "LayerSamplingConfig",
     "MaskOverlap",
     "MaskRegrowthCallback",
     "Prune",
@@ -66,6 +64,7 @@ __all__ = [
     "RankReallocationCallback",
     "RegrowthConfig",
     "Rule",
+    "SampleLayers",
     "SparseLoraConfig",
     "SparseLoraModel",
     "SplitFactorsCallback",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftConfig
 
-from ..rules import AlternateModules
+from ..rules import AlternateModules, SampleLayers
 from ..sparsity import CRITERIA, needs_data
 from ..training import LayerSamplingCallback
-from ..tuners import LayerSamplingConfig, SparseLoraConfig, StructureConfig
+from ..tuners import SparseLoraConfig, StructureConfig
+from ..tuners.shared.config import AdapterConfig
 from .registry import Method, register
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
@@ -158,14 +160,15 @@ def ist(
 ) -> Method:
     """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
     paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
-    sampling = LayerSamplingConfig(trained, suppressed, suppression, interval=interval)
+    sampling = SampleLayers(trained, suppressed, suppression, interval=interval)
     if adapter is None:
         targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "layer_sampling": sampling}
+        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
         return Method(SparseLoraConfig(**{**options, "target_modules": targets, **overrides}))
     if overrides:
         raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
-    if hasattr(adapter, "layer_sampling"):
-        adapter.layer_sampling = sampling
+    if isinstance(adapter, AdapterConfig):
+        adapter = copy.copy(adapter)
+        adapter.schedule = [*adapter.schedule, sampling]
         return Method(adapter)
     return Method(adapter, make_callbacks=lambda model: [LayerSamplingCallback(sampling)])

@@ -16,6 +16,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if is_distributed() else 1
 
 
+def rank() -> int:
+    """This process's number among them, 0 where nothing is distributed."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
 def from_first_rank(tensor: Tensor) -> Tensor:
     """The first rank's `tensor` on all ranks, of one shape everywhere; itself where nothing is distributed."""
     if is_distributed():

@@ -204,6 +204,11 @@ class ModuleSpace(UnitSpace):
         """All parameters of the adapter in this module."""
         return list(self._parameters())
 
+    def scalings(self) -> list[dict[str, float]]:
+        """The layer's dictionaries, adapter -> what its update is multiplied by; empty where the tuner has none."""
+        held = [getattr(self.layer, name) for name in self.layer.other_param_names if name.endswith("scaling")]
+        return [one for one in held if isinstance(one, dict) and self.adapter in one]
+
     def _parameters(self) -> Iterator[nn.Parameter]:
         for attribute in self.layer.adapter_layer_names:
             held = getattr(self.layer, attribute)

@@ -11,10 +11,9 @@ from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
-from .callbacks import PruningCallback
+from .callbacks import LayerSamplingCallback, PruningCallback
 from .freezing import ThresholdFreezingCallback
 from .initial_support import InitialSupportCallback
-from .layer_sampling import LayerSamplingCallback
 from .loop import Controller
 from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .rank_reallocation import RankReallocationCallback
@@ -30,7 +29,6 @@ from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zerot
 # In the order they must act at one step: who trains, then prune, then regrow what is left.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
-    LayerSamplingCallback,
     MaskRegrowthCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,

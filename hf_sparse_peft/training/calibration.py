@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rules.probing import random_state_kept
 from ..sparsity import DataCriterion, UnitGrid, make_score, needs_data
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.adapter_file import support_sizes
@@ -18,7 +19,7 @@ from ..tuners.sparse_lora.config import SparseLoraConfig
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.model import sparse_layers
 from .calibrated_selection import Choice
-from .calibration_data import CalibrationData, random_state_kept
+from .calibration_data import CalibrationData
 from .calibration_passes import estimate, groups_within
 from .calibration_warmup import DenseWarmup, endless
 from .support_file import read_support_file, write_support_file

@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..rules.probing import random_state, set_random_state, to_device
 from ..tuners.shared.label_shift import shift_by_class
-
-
-def _random_state() -> tuple:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global random states of Python, numpy and torch back at the end."""
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)
-
-
-@contextmanager
-def modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
-    """Switch `model` to training or evaluation, and every module back to its own mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class CalibrationData:
@@ -68,7 +31,7 @@ class CalibrationData:
                 f"dataloader={type(dataloader).__name__} cannot be read again from its start. Pass a DataLoader or a "
                 "list of batches."
             )
-        self._loader, self._device, self._state = dataloader, device, _random_state()
+        self._loader, self._device, self._state = dataloader, device, random_state()
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """One pass over the batches, moved to the model's device.
@@ -76,12 +39,12 @@ class CalibrationData:
         Raises:
             TypeError: a batch is not a mapping of the model's arguments.
         """
-        _set_random_state(self._state)
+        set_random_state(self._state)
         return self._read(_copy_of(self._loader))
 
     def epochs(self) -> Iterator[Iterator[dict[str, Any]]]:
         """Pass after pass over the batches, shuffled anew where training would be."""
-        _set_random_state(self._state)
+        set_random_state(self._state)
         loader = _copy_of(self._loader)
         while True:
             yield self._read(loader)
@@ -93,7 +56,7 @@ class CalibrationData:
                     f"The dataloader gives batches of {type(batch).__name__}; the model takes them as keyword "
                     "arguments. Use a collate function that returns a dict."
                 )
-            yield {key: _moved(value, self._device) for key, value in batch.items()}
+            yield to_device(batch, self._device)
 
     def examples(self, count: int) -> Iterator[dict[str, Any]]:
         """Batches of `count` examples in all, the last one cut to fit.
@@ -126,12 +89,6 @@ def _copy_of(loader: Any) -> Iterable:
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Examples in a batch: the length of its first tensor."""
     for value in batch.values():
@@ -151,24 +108,6 @@ def rows_of(batch: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
         else value
         for key, value in batch.items()
     }
-
-
-def loss_of(model: nn.Module, batch: dict[str, Any], compute_loss: Any = None) -> torch.Tensor:
-    """The mean loss of a batch, by `compute_loss(model, batch)` or the model's own `loss`.
-
-    Raises:
-        ValueError: the model gives no loss.
-    """
-    if compute_loss is not None:
-        return compute_loss(model, batch)
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"The model returns no loss for batches of {sorted(batch)}. Give the batches labels, or call "
-            "initialize_support(..., compute_loss=lambda model, batch: ...) before training."
-        )
-    return loss
 
 
 def items_in(batch: Mapping[str, Any], model: nn.Module) -> int:

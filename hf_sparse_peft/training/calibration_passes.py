@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ..rules.probing import loss_of, modes_kept
 from ..sparsity import DataCriterion
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.sparse_lora.layer import SparseLoraLayer
@@ -18,8 +19,6 @@ from .calibration_data import (
     batch_size,
     items_in,
     label_losses,
-    loss_of,
-    modes_kept,
     rows_of,
 )
 from .statistic_readers import ActivationReader, GradientReader, Reader

@@ -12,11 +12,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ..rules.probing import loss_of, modes_kept
 from ..sparsity import make_curve
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.l1 import add_l1_gradient, model_numbers
 from ..tuners.sparse_lora.layer import SparseLoraLayer
-from .calibration_data import CalibrationData, items_in, loss_of, modes_kept
+from .calibration_data import CalibrationData, items_in
 
 
 class DenseWarmup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..rules import Prune, Rule
+from ..rules import Prune, Rule, SampleLayers
 from .runner import RuleRunner
 
 
@@ -12,3 +12,9 @@ class PruningCallback(RuleRunner):
     """Runs `Prune`, the config's or the one that is given."""
 
     rule_class: ClassVar[type[Rule]] = Prune
+
+
+class LayerSamplingCallback(RuleRunner):
+    """Runs `SampleLayers`, the config's or the one that is given; given, on any peft adapter with a `scaling`."""
+
+    rule_class: ClassVar[type[Rule]] = SampleLayers

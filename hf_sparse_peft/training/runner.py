@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from ..optim import innermost
 from ..rules import ModuleSpace, Rule, Run, Training
 from ..tuners import AdapterLayer, adapter_layers, restore_fp32
+from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.shared.live_run import LiveRun, begin_run, end_with_train, run_on
 from ..utils.parts import UnknownPart, load_part
@@ -81,11 +82,14 @@ class RuleExecutor:
         self._join(training.model, alone)
         self.runs = list(self._make_runs())
         if not self.runs:
-            raise ValueError(why_no_rule_runs(self.owner, self.rule_class, training.model))
+            raise ValueError(why_no_rule_runs(self.owner, self.rule or self.rule_class, training.model))
         for run in self.runs:
             run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
         if any("trains" in run.rule.writes for run in self.runs) and training.optimizer is not None:
             training.updates.attach(training.optimizer)
+        if any("batches" in run.rule.needs for run in self.runs):
+            for module in training.model.modules():
+                keep_4bit_weight_stable(module)  # forward passes without gradients would repack it on a CPU
         for run in self.runs:
             run.rule.begin(run)
 
@@ -190,10 +194,13 @@ class RuleExecutor:
 class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
     """The callback that runs the rules in a `transformers.Trainer`; `callbacks_for(model)` gives it."""
 
+    restored: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Set by Trainer where it makes callbacks anew from a checkpoint; `on_train_begin` reads the checkpoint itself."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries (`trainer_state.json`)."""
         rule = None if self.rule is None else self.rule.to_dict()
-        return {"args": {"rule": rule}, "attributes": {"saved": self.saved}}
+        return {"args": {"rule": rule}, "attributes": {"restored": self.saved}}
 
     def on_init_end(
         self,
@@ -242,9 +249,11 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             show_progress=not args.disable_tqdm and state.is_world_process_zero,
             resumed=bool(state.global_step),
         )
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        saved = saved[0] if isinstance(saved, list) else saved
-        self.begin(training, (saved or {}).get("attributes", {}).get("saved", {}))
+        found = (state.stateful_callbacks or {}).get(type(self).__name__, []) if state.global_step else []
+        saved = {}
+        for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
+            saved |= one.get("attributes", {}).get("restored", {})
+        self.begin(training, saved)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Before the first micro-batch."""

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..rules.collectives import all_reduce_mean
+from ..rules.probing import loss_of, modes_kept, random_state_kept
 from ..sparsity import random_units, stream_seed
 from ..tuners import SparseLoraConfig
 from .base import AdaptedLayer, ScheduleCallback
-from .calibration_data import CalibrationData, items_in, loss_of, modes_kept, random_state_kept
+from .calibration_data import CalibrationData, items_in
 
 logger = logging.get_logger(__name__)
 

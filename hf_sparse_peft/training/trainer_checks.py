@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from ..rules import Rule
 from ..tuners import adapter_layers
 from ..tuners.shared.best_model import warn_of_best_model
 
@@ -89,26 +90,29 @@ def why_nothing_trains(callback: str, option: str, model: nn.Module) -> str:
     return f"{start}. Set {option}, or leave the callback out (callbacks_for(model) picks the right ones)."
 
 
-def why_no_rule_runs(callback: str, rule_class: type, model: nn.Module) -> str:
-    """The message for a runner that found no rule of `rule_class` on any trained adapter."""
+def why_no_rule_runs(callback: str, rule: Rule | type[Rule], model: nn.Module) -> str:
+    """The message for a runner that found no trained adapter with a rule of a class, or for the `rule` it was given."""
+    given, rule_class = isinstance(rule, Rule), rule if isinstance(rule, type) else type(rule)
     asking = {
         name: config
         for layer in adapter_layers(model)
         for name, config in layer.adapter_configs.items()
-        if any(isinstance(rule, rule_class) for rule in config.schedule)
+        if given or any(isinstance(one, rule_class) for one in config.schedule)
     }
     active = {name for layer in adapter_layers(model) for name in layer.active_adapters}
     frozen = [name for name, config in asking.items() if name in active and config.inference_mode]
     what = "a rule" if rule_class.__name__ == "Rule" else rule_class.__name__
-    start = f"{callback} found no trained adapter whose schedule has {what}"
+    start = f"{callback} found no trained adapter " + (f"for {what}" if given else f"whose schedule has {what}")
     if frozen:
         return (
-            f"{start}: that of '{frozen[0]}' has, and is frozen, because it was loaded with is_trainable=False (peft's "
-            "default). Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+            f"{start}: '{frozen[0]}' is frozen, because it was loaded with is_trainable=False (peft's default). Load "
+            "it with PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
     if asking and not active & set(asking):
         name = next(iter(asking))
         return f"{start}: that of '{name}' has, and is not active. Call model.set_adapter('{name}') before training."
+    if given:
+        return f"{start}: it acts on units of {sorted(rule.acts_on)}, and no trained layer has any."
     return (
         f"{start}. Set schedule in its config, or leave the callback out (callbacks_for(model) picks the right ones)."
     )

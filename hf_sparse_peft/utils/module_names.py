@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+_PLAIN_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 def block_of(module_name: str) -> str:
@@ -14,3 +17,18 @@ def block_of(module_name: str) -> str:
 def ends_with(module_name: str, ending: str) -> bool:
     """Whether `ending` ends the module's name in whole parts: "c_proj" and "mlp.c_proj" of "h.0.mlp.c_proj"."""
     return module_name == ending or module_name.endswith(f".{ending}")
+
+
+def check_names(names: Iterable[str] | str | None, field: str) -> None:
+    """Refuse names that are more than names: upstream puts them into regular expressions as they are.
+
+    Raises:
+        ValueError: names `field` and the name.
+    """
+    names = [names] if isinstance(names, str) and names else names or ()
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{field}: {name!r} is no module name; give names of letters, digits, '_', '-' and dots, such as "
+                "'layers' or 'model.layers'."
+            )

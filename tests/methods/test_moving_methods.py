@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import Prune, SparseLoraConfig, callbacks_for, methods
-from hf_sparse_peft.training.layer_sampling import updated_importance
+from hf_sparse_peft.rules.sample_layers import updated_importance
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 NAMES = ("spiel-ag", "spiel-ma", "set", "rigl", "sara", "gradual-pruning", "lift")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_sparse_peft.optim.zeroth_order import ZerothOrderSGD
+from hf_sparse_peft.rules.sample_layers import updated_importance
 from hf_sparse_peft.sparsity import competition_counts
-from hf_sparse_peft.training.layer_sampling import updated_importance
 from hf_sparse_peft.tuners.kernel_lora.kernels import Competition, Threshold
 
 

@@ -14,10 +14,10 @@ from transformers import Trainer
 from hf_sparse_peft import (
     AlternateModules,
     FactorMaskConfig,
-    LayerSamplingConfig,
     Prune,
     RankAllocationConfig,
     RegrowthConfig,
+    SampleLayers,
     SparseLoraConfig,
     SupportSearchConfig,
     callbacks_for,
@@ -49,7 +49,7 @@ CONFIGS = {
     "freezing": lambda: sparse(freezing=FreezingConfig(at=0.34, threshold=0.025), criterion="smallest_magnitude"),
     "ranks": lambda: sparse(r=3, density=0.0, rank_allocation=RankAllocationConfig(target_r=1, interval=1)),
     "alternate-modules": lambda: sparse(schedule=[AlternateModules(period_steps=2)]),
-    "layer-sampling": lambda: sparse(layer_sampling=LayerSamplingConfig(trained=0.5, interval=2, suppressed=0.5)),
+    "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, interval=2, suppressed=0.5)]),
     "experts": lambda: sparse(
         r=4, density=0.0, factor_masks=FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0)
     ),
@@ -124,7 +124,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("where", ["forward", "backward", "callback"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_second_run_after_an_interrupt_is_what_a_fresh_model_would_train(name, where, tmp_path):
-    if where == "callback" and name not in ("alternate-modules", "layer-sampling", "retired", "freezing"):
+    if where == "callback" and name not in ("alternate-modules", "sample-layers", "retired", "freezing"):
         pytest.skip("nothing of it is on between two steps")
     torch.manual_seed(0)
     model = get_peft_model(tiny.llama(layers=2), CONFIGS[name]())
@@ -140,7 +140,7 @@ def test_a_second_run_after_an_interrupt_is_what_a_fresh_model_would_train(name,
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "callback"])
-@pytest.mark.parametrize("name", ["alternate-modules", "layer-sampling", "regrowth", "freezing"])
+@pytest.mark.parametrize("name", ["alternate-modules", "sample-layers", "regrowth", "freezing"])
 def test_a_run_without_callbacks_after_an_interrupt_trains_everything_and_says_what_is_missing(name, where, tmp_path):
     model = get_peft_model(tiny.llama(layers=2), CONFIGS[name]())
     interrupted(model, tmp_path, where, callbacks_for(model))

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 from hf_sparse_peft import (
     AlternateModules,
-    LayerSamplingConfig,
     Prune,
     RankAllocationConfig,
     RegrowthConfig,
+    SampleLayers,
     SparseLoraConfig,
     callbacks_for,
     methods,
@@ -40,8 +40,8 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         warnings.simplefilter("always")
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
-    options = ("regrowth", "pruning", "rank_allocation", "layer_sampling", "freezing", "nuclear_norm",
-               "budget_competition", "Prune.", "AlternateModules.")  # fmt: skip
+    options = ("regrowth", "pruning", "rank_allocation", "freezing", "nuclear_norm",
+               "budget_competition", "Prune.", "AlternateModules.", "SampleLayers")  # fmt: skip
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
 
@@ -102,11 +102,11 @@ IDLE = {
     "ranks that leave at once": (
         ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=50)), r"rank_allocation\.interval=50",
     ),
-    "layers that all train": (ranks(layer_sampling=LayerSamplingConfig(trained=1.0)), r"trained=1\.0 of 4 layers"),
-    "no layer of four": (ranks(layer_sampling=LayerSamplingConfig(trained=0.2)), r"trained=0\.2 of 4.* rounds to 0"),
-    "probes that are all alike": (ranks(layer_sampling=LayerSamplingConfig(suppressed=1.0)), r"suppressed=1\.0 of 4"),
-    "probes of no layer": (ranks(layer_sampling=LayerSamplingConfig(suppressed=0.1)), r"suppressed=0\.1.* rounds to 0"),
-    "probes after the end": (ranks(layer_sampling=LayerSamplingConfig(interval=8)), "interval=8 leaves no probe"),
+    "layers that all train": (ranks(schedule=[SampleLayers(trained=1.0)]), r"trained=1\.0 of 4 layers"),
+    "no layer of four": (ranks(schedule=[SampleLayers(trained=0.2)]), r"trained=0\.2 of 4.* rounds to 0"),
+    "probes that are all alike": (ranks(schedule=[SampleLayers(suppressed=1.0)]), r"suppressed=1\.0 of 4"),
+    "probes of no layer": (ranks(schedule=[SampleLayers(suppressed=0.1)]), r"suppressed=0\.1.* rounds to 0"),
+    "probes after the end": (ranks(schedule=[SampleLayers(interval=8)]), "interval=8 leaves no probe"),
     "a threshold below all weights": (sparse(freezing=FreezingConfig(threshold=1e-9)), r"1e-09 .* all 8 layers"),
     "matrices too small for the norm": (
         sparse(nuclear_norm=NuclearNormConfig(min_side=16)), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
@@ -193,7 +193,7 @@ WORKING = {
     "pruning": sparse(schedule=[Prune(interval=1)]),
     "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
-    "layer_sampling": ranks(layer_sampling=LayerSamplingConfig(interval=2)),
+    "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
     "freezing": sparse(freezing=FreezingConfig(), criterion="smallest_magnitude"),
     "nuclear_norm": sparse(nuclear_norm=NuclearNormConfig(min_side=8)),
     "budget_competition": masks(budget_competition=BudgetCompetitionConfig(interval=1)),

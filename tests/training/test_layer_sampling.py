@@ -2,14 +2,16 @@
 
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from training_toolbox import Hook, all_state, differences, run, tiny_llama
 
-from hf_sparse_peft import LayerSamplingConfig, SparseLoraConfig, methods
-from hf_sparse_peft.training.layer_sampling import LayerSamplingCallback, updated_importance
+from hf_sparse_peft import SampleLayers, SparseLoraConfig, methods
+from hf_sparse_peft.rules.sample_layers import updated_importance
+from hf_sparse_peft.training import LayerSamplingCallback, RuleRunner
 
 LAYERS = 8
 
@@ -81,48 +83,42 @@ def test_a_quarter_of_the_layers_trains_and_the_rest_keeps_every_bit_and_moment(
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_probes_suppress_half_of_the_layers_and_restore_scaling_and_modes_and_random_state(kind, tmp_path):
+def test_probes_suppress_half_of_the_layers_and_restore_scaling_and_modes_and_random_state(kind, monkeypatch, tmp_path):
     model, method = build(kind, interval=2)
     (callback,) = method.callbacks(model)
-    seen, original = [], LayerSamplingCallback._suppressed
+    seen, original = [], SampleLayers._suppressed
     run(model, tmp_path, 1, callbacks=[callback], optimizer="default")
-    before = [[held[name] for held, name in layer.scalings] for layer in callback.layers.values()]
+    (sampling,) = callback.runs
+
+    def scalings():
+        layers = sampling.memory.layers.values()
+        return [[held["default"] for space in spaces for held in space.scalings()] for spaces in layers]
+
+    @contextmanager
+    def watching(rule, one, numbers):
+        with original(rule, one, numbers):
+            seen.append((numbers, scalings()))
+            yield
+
+    monkeypatch.setattr(SampleLayers, "_suppressed", watching)
+    before = scalings()
     assert kind != "sparse_lora" or {len(one) for one in before} == {4}  # both halves of both matrices
+    sampling.training.dataloader = run(
+        model, tmp_path, 1, callbacks=[], optimizer="default", train=False
+    ).get_train_dataloader()
+    sampling.training.step = 2
     model.train()
     model.base_model.model.model.norm.eval()
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
-
-    def watching(self, numbers):
-        context = original(self, numbers)
-
-        class Watched:
-            def __enter__(inner):
-                context.__enter__()
-                seen.append((numbers, [[h[n] for h, n in layer.scalings] for layer in self.layers.values()]))
-
-            def __exit__(inner, *error):
-                return context.__exit__(*error)
-
-        return Watched()
-
-    LayerSamplingCallback._suppressed = watching
-    try:
-        trainer = run(model, tmp_path, 1, callbacks=[], optimizer="default", train=False)
-        loader = trainer.get_train_dataloader()
-        model.train()
-        model.base_model.model.model.norm.eval()
-        random = torch.get_rng_state()
-        callback._probe(model, trainer.args, 2, loader)
-    finally:
-        LayerSamplingCallback._suppressed = original
+    sampling.rule._probe(sampling)
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in model.modules()] == modes
-    assert [[held[name] for held, name in layer.scalings] for layer in callback.layers.values()] == before
+    assert scalings() == before
     assert len(seen) == 3
     assert len({tuple(numbers) for numbers, _ in seen}) == 3
-    for numbers, scalings in seen:
+    for numbers, suppressed in seen:
         assert len(numbers) == LAYERS // 2
-        for number, (now, was) in enumerate(zip(scalings, before, strict=True)):
+        for number, (now, was) in enumerate(zip(suppressed, before, strict=True)):
             assert now == [value * 0.25 if number in numbers else value for value in was]
 
 
@@ -158,13 +154,14 @@ def test_a_layer_that_does_nothing_becomes_the_least_important(tmp_path):
     for name, p in adapter_parameters(model).items():
         if layer_of(name) == 2 and "_A" not in name:
             p.data.zero_()
-    callback = LayerSamplingCallback(LayerSamplingConfig())
-    trainer = run(model, tmp_path, 1, callbacks=[callback], optimizer="default", lr=0.0)
-    loader = trainer.get_train_dataloader()
+    callback = LayerSamplingCallback(SampleLayers())
+    run(model, tmp_path, 1, callbacks=[callback], optimizer="default", lr=0.0)
+    (sampling,) = callback.runs
     for step in range(50):
-        callback._probe(model, trainer.args, step, loader)
-    best = max(range(4), key=lambda i: callback.importance[i])
-    assert best == 2, callback.importance
+        sampling.training.step = step
+        sampling.rule._probe(sampling)
+    importance = sampling.saved["importance"]
+    assert max(range(4), key=lambda i: importance[i]) == 2, importance
 
 
 @pytest.mark.parametrize("restores", [False, True])
@@ -179,8 +176,8 @@ def test_resumed_training_goes_on_with_the_importance_it_had(kind, restores, tmp
             model, tmp_path, 9, callbacks=callbacks, optimizer="default", after=[hook], save_strategy="steps",
             save_steps=1, resume=resume, restore_callback_states_from_checkpoint=restores,
         )  # fmt: skip
-        found = [c for c in trainer.callback_handler.callbacks if isinstance(c, LayerSamplingCallback)]
-        return last, found[0].importance
+        found = [c for c in trainer.callback_handler.callbacks if isinstance(c, RuleRunner)]
+        return last, found[0].runs[0].saved["importance"]
 
     whole, importance = course()
     assert any(importance)
@@ -208,13 +205,13 @@ def test_probes_do_not_change_the_order_of_the_data(tmp_path):
 
 def test_what_cannot_be_sampled_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(layers=2), lora())
-    with pytest.raises(ValueError, match=r"has no options: pass LayerSamplingCallback\(LayerSamplingConfig\(\)\)"):
+    with pytest.raises(ValueError, match=r"no trained adapter whose schedule has SampleLayers"):
         run(model, tmp_path, 2, callbacks=[LayerSamplingCallback()], optimizer="default")
-    options = LayerSamplingConfig(layers_pattern="towers")
+    options = SampleLayers(layers_pattern="towers")
     with pytest.raises(ValueError, match="no trained adapter inside numbered layers"):
         run(model, tmp_path, 2, callbacks=[LayerSamplingCallback(options)], optimizer="default")
-    with pytest.raises(ValueError, match=r"LayerSamplingConfig.probes=1 is out of range"):
-        LayerSamplingConfig(probes=1)
+    with pytest.raises(ValueError, match=r"SampleLayers.probes=1 is out of range"):
+        SampleLayers(probes=1)
     config = copy.deepcopy(methods.get("ist").config)
     assert (config.r, config.lora_alpha, config.density) == (32, 64, 0.0)
-    assert config.layer_sampling == LayerSamplingConfig(0.25, 0.5, 0.25, 3, 10, 10.0, 16)
+    assert config.schedule == [SampleLayers(0.25, 0.5, 0.25, 3, 10, 10.0, 16)]

@@ -16,11 +16,11 @@ from hf_sparse_peft import (
     BudgetCompetitionConfig,
     FactorMaskConfig,
     KernelLoraConfig,
-    LayerSamplingConfig,
     Prune,
     RankAllocationConfig,
     RegrowthConfig,
     Rule,
+    SampleLayers,
     SparseLoraConfig,
     callbacks_for,
     methods,
@@ -38,7 +38,7 @@ RULES = {
     "pruning": Prune(start=0.1, end=0.5, interval=2),
     "rank_allocation": RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.5),
     "alternate_modules": AlternateModules(period_steps=3),
-    "layer_sampling": LayerSamplingConfig(trained=0.5, interval=5, probes=2),
+    "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
     "freezing": FreezingConfig(at=0.5, threshold=0.05),
     "nuclear_norm": NuclearNormConfig(interval=1, min_side=8),
     "l1_penalty": L1PenaltyConfig(weight=50.0),
@@ -122,7 +122,7 @@ def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp
     ran = [run.rule for rule in rules if isinstance(rule, RuleRunner) for run in rule.runs]
     assert options | {name for name, rule in RULES.items() if isinstance(rule, Rule) and rule in ran} == set(pair)
     everything = set(adapter_layers(model))
-    if {"alternate_modules", "layer_sampling"} & set(pair):
+    if {"alternate_modules", "sample_layers"} & set(pair):
         assert any(step < everything for step in trains)
         assert set().union(*trains) == everything
     else:
@@ -130,12 +130,12 @@ def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp
 
 
 def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(tmp_path):
-    model, trains, rules = watched(config_of("alternate_modules", "layer_sampling"), tmp_path, layers=4)
-    runner, sampling = rules
+    model, trains, rules = watched(config_of("alternate_modules", "sample_layers"), tmp_path, layers=4)
+    ((alternate, sampling),) = (rule.runs for rule in rules)
     names = [{layer.module_name for layer in step} for step in trains]
     for step, found in enumerate(names):
-        assert found <= set(runner.events[step // 3]["trains"])
-        assert len({name.split("layers.")[1][0] for name in found}) <= len(sampling.trained)
+        assert found <= set(alternate.events[step // 3]["trains"])
+        assert len({name.split("layers.")[1][0] for name in found}) <= len(sampling.memory.trained)
     assert any(names)
     assert all(p.requires_grad for n, p in model.named_parameters() if "sparse_lora_" in n)
 

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
-from hf_sparse_peft import KernelLoraConfig, LayerSamplingConfig, RegrowthConfig, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import KernelLoraConfig, RegrowthConfig, SampleLayers, SparseLoraConfig, callbacks_for
 from hf_sparse_peft.training import SCHEDULE_CALLBACKS, LayerSamplingCallback, MaskRegrowthCallback, ZerothOrderTrainer
 
 NOT_SHARDED = {"deepspeed": None, "fsdp": None}
@@ -155,8 +155,8 @@ def test_the_message_for_an_adapter_that_was_loaded_frozen_says_so(folder, tmp_p
 
 def test_layer_sampling_says_that_its_adapter_was_loaded_frozen(folder, tmp_path):
     model = PeftModel.from_pretrained(tiny.llama(layers=1), folder)
-    with pytest.raises(ValueError, match=r"q_proj.*frozen.*is_trainable=True"):
-        tiny.train(model, tmp_path, 4, callbacks=[LayerSamplingCallback(LayerSamplingConfig())])
+    with pytest.raises(ValueError, match=r"'default' is frozen.*is_trainable=True"):
+        tiny.train(model, tmp_path, 4, callbacks=[LayerSamplingCallback(SampleLayers())])
 
 
 def test_the_message_for_an_adapter_that_is_not_active_says_so(tmp_path):
@@ -208,16 +208,16 @@ def rows(count=16):
     return [{"x": x, "labels": y} for x, y in drawn]
 
 
-def test_layer_sampling_trains_and_suppresses_a_share_of_every_stack(tmp_path):
+def test_layer_sampling_trains_and_suppresses_a_share_of_every_stack(monkeypatch, tmp_path):
     """Drawn over both towers at once, there are steps at which no layer that the batch reaches trains."""
     config = SparseLoraConfig(r=2, density=0.1, target_modules=r".*(blocks|layers)\.\d+")
     model, seen, sets = get_peft_model(Towers(), config), [], []
-    callback = LayerSamplingCallback(LayerSamplingConfig(trained=0.25, suppressed=0.5, interval=4, probes=3))
-    draw = callback._suppressed_sets
-    callback._suppressed_sets = lambda step: sets.extend(found := draw(step)) or found
-    look = tiny.At(on_step_end=lambda step, model, optimizer: seen.append(tuple(callback.trained)))
+    callback = LayerSamplingCallback(SampleLayers(trained=0.25, suppressed=0.5, interval=4, probes=3))
+    draw = SampleLayers._suppressed_sets
+    monkeypatch.setattr(SampleLayers, "_suppressed_sets", lambda *args: sets.extend(found := draw(*args)) or found)
+    look = tiny.At(on_step_end=lambda step, model, optimizer: seen.append(tuple(callback.runs[0].memory.trained)))
     tiny.train(model, tmp_path, 12, callbacks=[callback, look], data=rows())
-    names = list(callback.layers)
+    names = list(callback.runs[0].memory.layers)
     assert [name.split(".")[-2] for name in names] == ["blocks"] * 6 + ["layers"] * 4
     assert all(len([n for n in step if n < 6]) == 1 and len([n for n in step if n >= 6]) == 1 for step in seen)
     assert all(len([n for n in one if n < 6]) == 3 and len([n for n in one if n >= 6]) == 2 for one in sets)
@@ -228,6 +228,6 @@ def test_layer_sampling_trains_and_suppresses_a_share_of_every_stack(tmp_path):
 
 def test_layers_of_a_list_that_the_pattern_does_not_match_are_named(tmp_path):
     model = get_peft_model(Towers(), SparseLoraConfig(r=2, density=0.1, target_modules="all-linear"))
-    options = LayerSamplingConfig(trained=0.5, interval=3)
+    options = SampleLayers(trained=0.5, interval=3)
     with pytest.warns(UserWarning, match=r"\['stages'\] always train.*layers_pattern='.*\|stages'"):
         tiny.train(model, tmp_path, 2, callbacks=[LayerSamplingCallback(options)], data=rows())

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key, match_target_against_key
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_peft import LayerSamplingConfig, SparseLoraConfig
+from hf_sparse_peft import SampleLayers, SparseLoraConfig
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners.shared import module_patterns
 from hf_sparse_peft.tuners.shared.module_patterns import check_pattern, matches, pattern_key
@@ -28,7 +28,7 @@ FIELDS = [
     lambda pattern: {"layers_pattern": pattern, "layers_to_transform": [0]},
     lambda pattern: {"layers_pattern": [pattern], "layers_to_transform": [0]},
     lambda pattern: {"modules_to_save": [pattern]},
-    lambda pattern: {"layer_sampling": {"layers_pattern": pattern}},
+    lambda pattern: {"schedule": [{"type": "sample_layers", "layers_pattern": pattern}]},
 ]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_what_is_no_pattern_is_refused_by_its_option(pattern):
 
 def test_names_of_layers_and_heads_are_names():
     assert SparseLoraConfig(target_modules=["q"], layers_pattern="", layers_to_transform=[0]).layers_pattern == ""
-    assert LayerSamplingConfig(layers_pattern="model.layers").layers_pattern == "model.layers"
+    assert SampleLayers(layers_pattern="model.layers").layers_pattern == "model.layers"
     SparseLoraConfig(modules_to_save=["score", "model.norm"])
     for name in ("a|b", ".*", "a..b", "a b"):
         with pytest.raises(ValueError, match="modules_to_save"):

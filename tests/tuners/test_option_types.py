@@ -14,10 +14,10 @@ from hf_sparse_peft import (
     BudgetCompetitionConfig,
     FactorMaskConfig,
     KernelLoraConfig,
-    LayerSamplingConfig,
     Prune,
     RankAllocationConfig,
     RegrowthConfig,
+    SampleLayers,
     SparseLoraConfig,
     StructureConfig,
     SupportSearchConfig,
@@ -26,7 +26,7 @@ from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig
 
 NESTED = [
-    BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, AlternateModules, L1PenaltyConfig, LayerSamplingConfig,
+    BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, AlternateModules, L1PenaltyConfig, SampleLayers,
     NuclearNormConfig, Prune, RankAllocationConfig, RegrowthConfig, StructureConfig, SupportSearchConfig,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}
@@ -71,7 +71,8 @@ SPARSE = [
     ("values_dtype", "int8"), ("bias", True), ("regrowth", "rigl"), ("regrowth", {"interval": "20"}),
     ("regrowth", {"fraction": math.nan}), ("schedule", [{"type": "prune", "scope": "all"}]),
     ("rank_allocation", {"target_r": 2.0}),
-    ("layer_sampling", {"layers_pattern": "(a+)+"}), ("saved_base_weights", "lm_head"), ("base_overrides", [64]),
+    ("schedule", [{"type": "sample_layers", "layers_pattern": "(a+)+"}]),
+    ("saved_base_weights", "lm_head"), ("base_overrides", [64]),
 ]  # fmt: skip
 
 

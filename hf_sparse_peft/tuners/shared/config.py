@@ -13,9 +13,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ...rules import Rule
 from ...utils.file_length import check_file_length
 from ...utils.file_writing import replace_file, temporary_folder
+from ...utils.module_names import check_names
 from ...utils.option_types import check_types
 from ...utils.parts import UnknownPart, load_part, plain
-from .module_patterns import check_names, check_pattern
+from .module_patterns import check_pattern
 
 ALWAYS_IN_FILE = frozenset(
     {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "target_modules", "install_hint"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -28,7 +27,6 @@ SECONDS = 1.0
 """Time that matching the names of one option may take beyond what harmless expressions take."""
 _HARMLESS = 2e-3
 _EXACT_NAME = re.compile(r"\^[\w.\-]+")  # what compact() and combinations write, one for each module
-_PLAIN_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 def check_pattern(pattern: str, field: str) -> None:
@@ -60,21 +58,6 @@ def check_pattern(pattern: str, field: str) -> None:
             f"{field}: the pattern '{shown}' {reason}, so that matching a name may never end. Write it without, or "
             "give the module names as a list."
         )
-
-
-def check_names(names: Iterable[str] | str | None, field: str) -> None:
-    """Refuse names that are more than names: upstream puts them into regular expressions as they are.
-
-    Raises:
-        ValueError: names `field` and the name.
-    """
-    names = [names] if isinstance(names, str) and names else names or ()
-    for name in names:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise ValueError(
-                f"{field}: {name!r} is no module name; give names of letters, digits, '_', '-' and dots, such as "
-                "'layers' or 'model.layers'."
-            )
 
 
 def matches(pattern: str, module_name: str, field: str) -> bool:

@@ -13,7 +13,7 @@ from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .penalty_config import L1PenaltyConfig  # noqa: E402
 from .schedule_config import RankAllocationConfig, RegrowthConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
-from .structure_config import FactorMaskConfig, LayerSamplingConfig, StructureConfig  # noqa: E402
+from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
 
 register_tuner(SparseLoraConfig, SparseLoraModel)
 count_living_parameters()
@@ -23,7 +23,6 @@ __all__ = [
     "FactorMaskConfig",
     "FreezingConfig",
     "L1PenaltyConfig",
-    "LayerSamplingConfig",
     "NuclearNormConfig",
     "RankAllocationConfig",
     "RegrowthConfig",

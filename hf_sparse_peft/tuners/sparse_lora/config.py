@@ -14,13 +14,12 @@ from .freezing_config import FreezingConfig, NuclearNormConfig
 from .penalty_config import L1PenaltyConfig
 from .schedule_config import RankAllocationConfig, RegrowthConfig, nested
 from .search_config import SupportSearchConfig
-from .structure_config import FactorMaskConfig, LayerSamplingConfig, StructureConfig
+from .structure_config import FactorMaskConfig, StructureConfig
 
 SCHEDULES = {
     "support_search": SupportSearchConfig,
     "regrowth": RegrowthConfig,
     "rank_allocation": RankAllocationConfig,
-    "layer_sampling": LayerSamplingConfig,
     "factor_masks": FactorMaskConfig,
     "freezing": FreezingConfig,
     "nuclear_norm": NuclearNormConfig,
@@ -135,9 +134,6 @@ class SparseLoraConfig(AdapterConfig):
     regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     rank_allocation: RankAllocationConfig | None = field(
         default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
-    )
-    layer_sampling: LayerSamplingConfig | None = field(
-        default=None, metadata={"help": "Sampled transformer layers train at a step; None: all do."}
     )
     head_in_budget: bool = field(
         default=False,

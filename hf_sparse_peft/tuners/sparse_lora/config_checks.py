@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...sparsity import CRITERIA, make_score
 from ...utils.option_types import check_options
 from ..shared.config import AdapterConfig
-from ..shared.module_patterns import check_names, check_pattern
+from ..shared.module_patterns import check_pattern
 
 GRANULARITIES = ("entry", "block", "row", "column")
 ALLOCATIONS = ("uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors")
@@ -92,8 +92,6 @@ def _check_patterns(config: AdapterConfig) -> None:
         for name, number in getattr(config, field).items():
             if number < 0:
                 raise ValueError(f"{field}[{name!r}]={number} is negative; give an integer >= 0.")
-    if config.layer_sampling is not None:
-        check_names(config.layer_sampling.layers_pattern, "layer_sampling.layers_pattern")
 
 
 def _check_numbers(config: AdapterConfig) -> None:

@@ -1,4 +1,4 @@
-"""Whole structures as units, sampled layers, masked factors: what `SparseLoraConfig`
+"""Whole structures as units, masked factors: what `SparseLoraConfig`
 says of them, as plain data that survives the round trip of `adapter_config.json`."""
 
 from __future__ import annotations
@@ -48,42 +48,6 @@ class StructureConfig:
     def covers(self, module_name: str) -> bool:
         """Whether the module of that name belongs to the structure."""
         return any(ends_with(module_name, ending) for ending in self.modules)
-
-
-@dataclass
-class LayerSamplingConfig:
-    r"""Each optimizer step trains the adapter in some transformer layers only, drawn by an importance that probes with
-    suppressed layers learn (IST; Yao et al., 2024). The defaults are the paper's."""
-
-    trained: float = 0.25
-    """Share of the layers that trains at a step: `int(trained * layers)`, at least one."""
-    suppressed: float = 0.5
-    """Share of the layers whose adapter is suppressed in a probe: `int(suppressed * layers)`, at least one."""
-    suppression: float = 0.25
-    """Factor on the adapter's scaling in suppressed layers."""
-    probes: int = 3
-    """Probes, each with layers of its own, whose losses are compared."""
-    interval: int = 10
-    """Optimizer steps between two rounds of probes; the first is after that many steps."""
-    step_size: float = 10.0
-    """Factor of an importance update."""
-    probe_batch: int = 16
-    """Training samples of a probe."""
-    layers_pattern: str | None = None
-    """Name of the module list that holds the layers, if it is not in the common places."""
-    seed: int = 0
-    """Seed of the draws, mixed with the step."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        name = "LayerSamplingConfig"
-        for share in ("trained", "suppressed"):
-            require(0 < getattr(self, share) <= 1, name, share, getattr(self, share), "a share in (0, 1]")
-        require(0 <= self.suppression < 1, name, "suppression", self.suppression, "a number in [0, 1)")
-        require(self.probes >= 2, name, "probes", self.probes, "an integer >= 2: one loss has nothing to compare to")
-        for number in ("interval", "probe_batch"):
-            require(getattr(self, number) >= 1, name, number, getattr(self, number), "an integer >= 1")
-        require(self.step_size > 0, name, "step_size", self.step_size, "a number > 0")
 
 
 @dataclass

@@ -1,0 +1,289 @@
+"""`SampleLayers`: the adapters of a few transformer layers train at a step, drawn by an importance (IST)."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..sparsity import random_units, stream_seed
+from ..utils.module_names import check_names
+from ..utils.parts import register_part, require
+from .collectives import all_reduce_mean, rank, world_size
+from .probing import loss_of, modes_kept, random_state_kept, to_device
+from .rule import Rule
+from .run import Run, refuse_fixed_ddp
+from .space import ModuleSpace
+
+_COMMON = "layers|h|block|blocks|layer"
+
+
+@register_part("sample_layers")
+@dataclass(frozen=True)
+class SampleLayers(Rule):
+    r"""Trains the adapters of a few transformer layers at a time (IST; Yao et al., 2024); any peft adapter of linear
+    layers that has a `scaling`, upstream LoRA and DoRA included. The defaults are the paper's.
+
+    Each step draws `int(trained * L)` layers with probability :math:`\propto \sigma(-I)`, in every stack of L layers
+    where a model has several; only their adapters get gradients. Every `interval` steps, `probes` sets of
+    `int(suppressed * L)` layers are drawn by :math:`\sigma(I)`, the scaling of their adapters is multiplied by
+    `suppression`, and the loss :math:`\ell_k` of one training batch is taken in eval mode. With
+    :math:`\rho_k = e^{-\ell_k}`, :math:`p_i = \sigma(I_i)` from before the probes:
+    :math:`I_i \mathrel{+}= \eta (\rho_k - \bar\rho)\, p_i (1 - p_i)` for each suppressed i. A high `I` marks a layer
+    that is not missed.
+
+    The importance (float64, 0 at first) is kept in `run.saved["importance"]`, so that checkpoints have it; all draws
+    follow from the seed and the step. What trains outside the layers (`modules_to_save`, an adapted head) always
+    trains. Upstream's adapters have no schedule: `LayerSamplingCallback(SampleLayers())` runs it on them.
+    """
+
+    trained: float = 0.25
+    """Fraction of the layers that trains at a step: `int(trained * layers)`, at least one."""
+    suppressed: float = 0.5
+    """Fraction of the layers whose adapter is suppressed in a probe: `int(suppressed * layers)`, at least one."""
+    suppression: float = 0.25
+    """Factor on the adapter's scaling in suppressed layers."""
+    probes: int = 3
+    """Probes, each with layers of its own, whose losses are compared."""
+    interval: int = 10
+    """Optimizer steps between two sets of probes; the first is after that many steps."""
+    step_size: float = 10.0
+    """Factor of an importance update."""
+    probe_batch: int = 16
+    """Training samples of a probe."""
+    layers_pattern: str | None = None
+    """Name of the module list that holds the layers, if it is not in the common places; several with `|` between."""
+    seed: int | None = None
+    """Seed of the draws, mixed with the step; None: the adapter's."""
+
+    acts_on: ClassVar[frozenset[str]] = frozenset({"module"})
+    writes: ClassVar[frozenset[str]] = frozenset({"trains"})
+    needs: ClassVar[frozenset[str]] = frozenset({"batches"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("trained", "suppressed"):
+            require(0 < getattr(self, name) <= 1, self, name, "a fraction in (0, 1]")
+        require(0 <= self.suppression < 1, self, "suppression", "a number in [0, 1)")
+        require(self.probes >= 2, self, "probes", "an integer >= 2: one loss has nothing to compare to")
+        for name in ("interval", "probe_batch"):
+            require(getattr(self, name) >= 1, self, name, "an integer >= 1")
+        require(self.step_size > 0, self, "step_size", "a number > 0")
+        check_names(self._layers.split("|"), "SampleLayers.layers_pattern")
+
+    @property
+    def _layers(self) -> str:
+        return _COMMON if self.layers_pattern is None else self.layers_pattern
+
+    # In training
+
+    def begin(self, run: Run) -> None:
+        """Find the layers, and the importance that a checkpoint brought."""
+        refuse_fixed_ddp(run, "SampleLayers")
+        run.memory.layers = self._find_layers(run)
+        run.memory.trained = []
+        if self.interval < run.total_steps:
+            _dataset(run)
+        if run.resumed:
+            self._check_importance(run)
+        else:
+            run.saved["importance"] = [0.0] * len(run.memory.layers)
+            self._check_effect(run)
+
+    def before_step(self, run: Run) -> None:
+        """Probe where it is due, then draw the layers of the coming step."""
+        if run.step and run.step % self.interval == 0:
+            self._probe(run)
+        weights = torch.sigmoid(-torch.tensor(run.saved["importance"], dtype=torch.float64))
+        run.memory.trained = self._draw_in_stacks(run, weights, self.trained, run.step, "trained")
+        others = [spaces for at, spaces in enumerate(run.memory.layers.values()) if at not in run.memory.trained]
+        run.updates.hold(run, [p for spaces in others for space in spaces for p in space.parameters()])
+
+    def release(self, run: Run) -> None:
+        """Let every layer train again, for the next run's optimizer."""
+        run.updates.hold(run, [])
+
+    # Layers
+
+    def _find_layers(self, run: Run) -> dict[str, list[ModuleSpace]]:
+        """The trained adapters of each transformer layer, by the layer's name up to its number, in model order."""
+        place = re.compile(rf"(?:^|\.)(?:{self._layers})\.\d+(?=\.|$)")
+        layers: dict[str, list[ModuleSpace]] = {}
+        outside: set[str] = set()
+        frozen: str | None = None
+        for space in run.spaces(training=False):
+            found = place.search(space.name)
+            if found is None:
+                outside |= set(re.findall(r"([^.]+)\.\d+\.", space.name)[:1])
+            elif not space.trains:
+                frozen = frozen or space.name
+            elif not space.scalings():
+                raise ValueError(
+                    f"'{space.name}' ({type(space.layer).__name__}) has no scaling that could be suppressed. "
+                    "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora."
+                )
+            else:
+                layers.setdefault(space.name[: found.end()], []).append(space)
+        if frozen and not layers:
+            raise ValueError(
+                f"SampleLayers found no trained adapter: those of '{frozen}' are frozen. An adapter that is loaded "
+                "does not train by default; load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+            )
+        if not layers:
+            raise ValueError(
+                f"SampleLayers found no trained adapter inside numbered layers ({self._layers}). Set layers_pattern to "
+                "the name of the model's list of layers."
+            )
+        if outside:
+            warnings.warn(
+                f"SampleLayers draws in {self._layers}: adapters in the numbered modules {sorted(outside)} always "
+                f"train. To sample them too, set layers_pattern='{'|'.join([self._layers, *sorted(outside)])}'.",
+                stacklevel=2,
+            )
+        return layers
+
+    @staticmethod
+    def _stacks(run: Run) -> list[list[int]]:
+        """Numbers of the layers of each stack: an encoder and a decoder, a vision and a text tower."""
+        stacks: dict[str, list[int]] = {}
+        for number, name in enumerate(run.memory.layers):
+            stacks.setdefault(name.rpartition(".")[0], []).append(number)
+        return list(stacks.values())
+
+    def _check_importance(self, run: Run) -> None:
+        found, count = run.saved.get("importance", []), len(run.memory.layers)
+        if len(found) != count:
+            raise ValueError(
+                f"The checkpoint has the importance of {len(found)} layers for {count} adapted ones. Resume from a run "
+                "of SampleLayers on the same model, or start afresh."
+            )
+
+    def _check_effect(self, run: Run) -> None:
+        """Say where nothing is sampled, or nothing is learned about the layers."""
+        count = min(len(stack) for stack in self._stacks(run))
+        trained, suppressed = int(self.trained * count), int(self.suppressed * count)
+        said = []
+        if trained == count or count == 1:
+            said.append(f"trained={self.trained} of {count} layers trains all of them at every step: none is drawn")
+        elif trained == 0:
+            said.append(f"trained={self.trained} of {count} layers rounds to 0; 1 layer trains at a step")
+        if suppressed == count or count == 1:
+            said.append(
+                f"suppressed={self.suppressed} of {count} layers suppresses all of them in every probe: the "
+                "importance never changes"
+            )
+        elif suppressed == 0:
+            said.append(f"suppressed={self.suppressed} of {count} layers rounds to 0; a probe suppresses 1 layer")
+        if self.interval >= run.total_steps:
+            said.append(
+                f"interval={self.interval} leaves no probe in {run.total_steps} steps: all layers are drawn alike, "
+                "and the importance never changes"
+            )
+        if said:
+            warnings.warn(
+                f"SampleLayers: {'; '.join(said)}. Change these options, adapt more layers, train longer, or leave the "
+                "rule out.",
+                stacklevel=2,
+            )
+
+    # Draws
+
+    def _seed(self, run: Run, *stream: Any) -> int:
+        return stream_seed(run.seed if self.seed is None else self.seed, *stream)
+
+    def _draw_in_stacks(self, run: Run, weights: Tensor, fraction: float, *stream: Any) -> list[int]:
+        """`int(fraction * L)` layers, at least one, of every stack of L layers.
+
+        Of every stack, because a batch may reach one tower only: were all drawn layers in another one, nothing would
+        train, and the backward pass would fail.
+        """
+        drawn = []
+        for which, numbers in enumerate(self._stacks(run)):
+            generator = torch.Generator().manual_seed(self._seed(run, *stream, *((which,) if which else ())))
+            count = max(1, int(fraction * len(numbers)))
+            found = torch.multinomial(weights[numbers], count, replacement=False, generator=generator)
+            drawn += [numbers[place] for place in sorted(found.tolist())]
+        return drawn
+
+    def _probe(self, run: Run) -> None:
+        sets = self._suppressed_sets(run)
+        with modes_kept(run.model, training=False), torch.no_grad(), random_state_kept():
+            batch = self._batch(run)
+            losses = []
+            for chosen in sets:
+                with self._suppressed(run, chosen):
+                    losses.append(float(all_reduce_mean(loss_of(run.model, batch).detach().double().mean())))
+        run.saved["importance"] = updated_importance(run.saved["importance"], sets, losses, self.step_size)
+        run.record(losses=losses, importance=list(run.saved["importance"]))
+
+    def _suppressed_sets(self, run: Run) -> list[list[int]]:
+        """The layers of each probe, no two probes alike where there are enough choices."""
+        sizes = [(len(stack), max(1, int(self.suppressed * len(stack)))) for stack in self._stacks(run)]
+        choices = math.prod(math.comb(count, size) for count, size in sizes)
+        weights = torch.sigmoid(torch.tensor(run.saved["importance"], dtype=torch.float64))
+        sets: list[list[int]] = []
+        attempt = 0
+        while len(sets) < self.probes:
+            found = self._draw_in_stacks(run, weights, self.suppressed, run.step, "suppressed", attempt)
+            attempt += 1
+            if found not in sets or len(sets) >= choices or attempt > 100:
+                sets.append(found)
+        return sets
+
+    @contextmanager
+    def _suppressed(self, run: Run, numbers: list[int]) -> Iterator[None]:
+        layers = list(run.memory.layers.values())
+        spaces = [space for number in numbers for space in layers[number]]
+        kept = [(held, space.adapter, held[space.adapter]) for space in spaces for held in space.scalings()]
+        try:
+            for held, name, value in kept:
+                held[name] = value * self.suppression
+            yield
+        finally:
+            for held, name, value in kept:
+                held[name] = value
+
+    def _batch(self, run: Run) -> Any:
+        """Random training samples, collated as in training; ranks share them out."""
+        dataset = _dataset(run)
+        generator = torch.Generator().manual_seed(self._seed(run, run.step, "batch"))
+        rows = random_units(len(dataset), min(self.probe_batch, len(dataset)), generator).tolist()
+        rows = rows[rank() :: world_size()] or rows
+        device = run.all_spaces[0].parameters()[0].device
+        return to_device(run.training.dataloader.collate_fn([dataset[row] for row in rows]), device)
+
+
+def _dataset(run: Run) -> Any:
+    loader = run.training.dataloader
+    dataset = getattr(loader, "dataset", None)
+    if not all(hasattr(dataset, name) for name in ("__getitem__", "__len__")) or not hasattr(loader, "collate_fn"):
+        raise ValueError(
+            "SampleLayers draws its probes by index, and this training data has no index. Train on a dataset with "
+            "__getitem__ and __len__."
+        )
+    return dataset
+
+
+def updated_importance(
+    importance: list[float], sets: list[list[int]], losses: list[float], step_size: float
+) -> list[float]:
+    r""":math:`I_i + \eta \sum_{k: i \in S_k} (\rho_k - \bar\rho)\, p_i (1 - p_i)`, :math:`\rho_k = e^{-\ell_k}`,
+    :math:`p = \sigma(I)`, in float64; unchanged where all losses are equal, or one is not a number (every reward
+    would be none) or below -700 (its reward would be infinite)."""
+    if len(set(losses)) == 1 or not all(loss > -700 for loss in losses):
+        return list(importance)
+    rewards = [math.exp(-loss) for loss in losses]
+    mean = sum(rewards) / len(rewards)
+    chances = torch.sigmoid(torch.tensor(importance, dtype=torch.float64)).tolist()
+    updated = list(importance)
+    for chosen, reward in zip(sets, rewards, strict=True):
+        for i in chosen:
+            updated[i] += step_size * (reward - mean) * chances[i] * (1 - chances[i])
+    return updated
