@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..hub.analysis import support_from_checkpoints
+from ..sparsity import DeltaMagnitude, Fisher
 from ..tuners import L1PenaltyConfig, SparseLoraConfig
 from .registry import FirstRun, Method, register
 
@@ -27,11 +28,10 @@ def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **o
     departures: the paper ranks biases, norms and embeddings too, here the targeted weights compete, and `density` is a
     share of those; and every module keeps at least its best entry.
     """
-    fisher = {"examples": examples, "mode": mode}
-    options = {"allocation": "global", "criterion": "fisher", "criterion_options": fisher}
+    options = {"allocation": "global", "criterion": Fisher(examples=examples, mode=mode)}
     options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
     one_budget = options["allocation"] == "global" and options.get("granularity", "entry") == "entry"
-    options.setdefault("head_in_budget", one_budget and options["criterion"] == "fisher")
+    options.setdefault("head_in_budget", one_budget and isinstance(options["criterion"], Fisher))
     return Method(SparseLoraConfig(**options))
 
 
@@ -61,9 +61,14 @@ def lt_sft(
     (None: `warmup_steps`) come between two, as in the released code; the run starts from the values these reached.
     LayerNorms and biases stay as they are unless `bias` says otherwise.
     """
-    warmup = {"warmup_steps": warmup_steps, "warmup_lr": warmup_lr, "l1": warmup_l1, "n_iterations": n_iterations}
-    warmup["sparse_steps"] = sparse_steps
-    options = {"allocation": "global", "criterion": "delta_magnitude", "criterion_options": warmup}
+    warmup = DeltaMagnitude(
+        warmup_steps=warmup_steps,
+        warmup_lr=warmup_lr,
+        l1=warmup_l1,
+        n_iterations=n_iterations,
+        sparse_steps=sparse_steps,
+    )
+    options = {"allocation": "global", "criterion": warmup}
     penalty = L1PenaltyConfig(weight=l1) if l1 else None
     options = {"l1_penalty": penalty, "drop_within": 1e-7, **options}
     options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..optim import AgedAdamW, SparseSM3, aged_adamw_groups
+from ..sparsity import LowRankMagnitude
 from ..tuners import FreezingConfig, NuclearNormConfig, RegrowthConfig, SparseLoraConfig
 from ..tuners.sparse_lora import sparse_layers
 from .registry import Method, aged_adamw, register
@@ -238,7 +239,7 @@ def lift(
         retired_share=retired_share,
     )
     budget = {"budget_rank": budget_rank} if density is None else {"density": density}
-    start = {"criterion": "low_rank_magnitude", "criterion_options": approximation}
+    start = {"criterion": LowRankMagnitude(**approximation)}
     options = {"r": 0, **budget, **start, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=partial(_lift_adamw, betas=betas, per_unit=per_unit_age))
 

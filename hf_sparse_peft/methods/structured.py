@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig
 
 from ..rules import AlternateModules, SampleLayers
-from ..sparsity import CRITERIA, needs_data
+from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude
 from ..training import LayerSamplingCallback
 from ..tuners import SparseLoraConfig, StructureConfig
 from ..tuners.shared.config import AdapterConfig
+from ..utils.parts import load_part_by_name
 from .registry import Method, register
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
@@ -34,7 +36,7 @@ def s2ft(
     channels: float = 0.0,
     heads: float = 0.0,
     scope: str = "model",
-    criterion: str = "random",
+    criterion: str | Score = "random",
     largest: bool = True,
     **overrides: Any,
 ) -> Method:
@@ -47,8 +49,6 @@ def s2ft(
     `weighted_activation` (weight norm times activation norm) and `gradient`, the `largest` or the smallest. For models
     that name their matrices otherwise pass `structures`, `granularity_pattern` and `target_modules`.
     """
-    if not largest:
-        criterion, overrides = _smallest(criterion, overrides)
     ratios = {"down_proj": down, "up_proj": up, "gate_proj": gate, "o_proj": o, "v_proj": v}
     coupled = {
         ("gate_proj", "up_proj", "down_proj"): ("channel", channels),
@@ -70,22 +70,23 @@ def s2ft(
         "structures": structures,
         "granularity_pattern": sides,
         "target_modules": targets,
-        "criterion": criterion,
+        "criterion": criterion if largest else _smallest(criterion),
         **overrides,
     }
     return Method(SparseLoraConfig(**options))
 
 
-def _smallest(criterion: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The criterion by which the smallest rank first, and the overrides with its option."""
-    if criterion == "magnitude":
-        return "smallest_magnitude", overrides
-    if criterion not in CRITERIA or not needs_data(criterion):
+def _smallest(criterion: str | Score) -> Score:
+    """The score by which the smallest rank first."""
+    score = load_part_by_name(Score, criterion, "criterion")
+    if isinstance(score, Magnitude):
+        return SmallestMagnitude()
+    if not isinstance(score, DataCriterion):
         raise ValueError(
-            f"largest=False turns a ranking round, and criterion='{criterion}' has none to turn. It goes with "
+            f"largest=False turns a ranking round, and criterion='{score.part_type}' has none to turn. It goes with "
             "'magnitude', 'activation', 'weighted_activation' and 'gradient'."
         )
-    return criterion, {**overrides, "criterion_options": {"largest": False, **overrides.get("criterion_options", {})}}
+    return replace(score, largest=False)
 
 
 @register(

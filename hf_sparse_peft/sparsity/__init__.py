@@ -1,12 +1,12 @@
 """Floor 2: supports, scores, selection, schedules and budgets. Knows torch only.
 
 UnitGrid                         what a unit is: an entry, a block, a row or a column
-CRITERIA, select_units           what a unit is worth, and the best k of them by name
-DataCriterion                    what a unit is worth by gradients: the criteria that need data
+Score, select_units              importance of units by the weight, and the best k of them
+DataCriterion                    importance of units estimated from data
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
 *_counts                         how a budget is split over layers
-Curve, make_curve             how a number moves during training
+Curve, make_curve                how a number moves during training
 """
 
 from .activations import Activation, WeightedActivation
@@ -34,23 +34,34 @@ from .curves import (
     whole_steps,
 )
 from .scores import (
-    CRITERIA,
     DecompositionResidual,
     LowRankMagnitude,
     Magnitude,
     Random,
+    Score,
     SmallestMagnitude,
     make_score,
     select_units,
 )
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
-from .statistics import DataCriterion, needs_data
+from .statistics import (
+    SM3,
+    DataCriterion,
+    DeltaMagnitude,
+    Fisher,
+    Given,
+    Gradient,
+    Momentum,
+    Movement,
+    Sensitivity,
+    Snip,
+)
 from .support import GRANULARITIES, Granularity, UnitGrid
 
 __all__ = [
-    "CRITERIA",
     "GRANULARITIES",
     "HEADER_BYTES",
+    "SM3",
     "Activation",
     "Constant",
     "Cosine",
@@ -58,13 +69,22 @@ __all__ = [
     "Curve",
     "DataCriterion",
     "DecompositionResidual",
+    "DeltaMagnitude",
     "Exponential",
+    "Fisher",
+    "Given",
+    "Gradient",
     "Granularity",
     "Linear",
     "LowRankMagnitude",
     "Magnitude",
+    "Momentum",
+    "Movement",
     "Random",
+    "Score",
+    "Sensitivity",
     "SmallestMagnitude",
+    "Snip",
     "UnitGrid",
     "WeightedActivation",
     "Window",
@@ -80,7 +100,6 @@ __all__ = [
     "global_counts",
     "make_curve",
     "make_score",
-    "needs_data",
     "pack_bits",
     "proportional_counts",
     "random_units",

@@ -11,11 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .scores import CRITERIA, Chunks, Magnitude
+from ..utils.parts import register_part
+from .scores import Chunks, Magnitude
 from .statistics import DataCriterion, State
 from .support import UnitGrid
 
 
+@register_part("activation")
 @dataclass(frozen=True)
 class Activation(DataCriterion):
     r"""Activation norm of a unit over all tokens: :math:`\sqrt{\sum_t x_{tc}^2}` of column c's input,
@@ -31,9 +33,9 @@ class Activation(DataCriterion):
         """Rows and columns only."""
         if grid.granularity not in ("row", "column"):
             raise ValueError(
-                f"criterion='{self.name}' ranks columns by their inputs and rows by their outputs, and '{name}' is cut "
-                f"into units of granularity '{grid.granularity}'. Set granularity or granularity_pattern to 'column' "
-                "or 'row' there, or choose criterion='gradient'."
+                f"criterion='{self.part_type}' ranks columns by their inputs and rows by their outputs, and '{name}' "
+                f"is cut into units of granularity '{grid.granularity}'. Set granularity or granularity_pattern to "
+                "'column' or 'row' there, or choose criterion='gradient'."
             )
 
     def state_numel(self, rows: int, cols: int) -> int:
@@ -60,6 +62,7 @@ class Activation(DataCriterion):
         return lambda: iter((norms if self.largest else -norms,))
 
 
+@register_part("weighted_activation")
 @dataclass(frozen=True)
 class WeightedActivation(Activation):
     r"""Weight norm times activation norm of a unit: :math:`\sum |w|` over its entries times its `activation` (S2FT's
@@ -69,6 +72,3 @@ class WeightedActivation(Activation):
         """All units' scores, as one chunk."""
         norms = self.unit_norms(state, grid) * torch.cat(list(Magnitude()(weight, grid)()))
         return lambda: iter((norms if self.largest else -norms,))
-
-
-CRITERIA.update({"activation": Activation, "weighted_activation": WeightedActivation})

@@ -1,19 +1,29 @@
-"""Data-free importance scores of a weight, one chunk of units at a time, and selection by the name of a criterion.
+"""Data-free importance scores of a weight, one chunk of units at a time, and the selection of the best units.
 
-A score is a frozen dataclass; called with a weight and a grid it returns a callable that starts a pass over fp32 score
-chunks, in unit order, as `top_units` reads them. Larger is better for every score here. A unit of several entries
-scores the sum of its entries' scores. The weight is read in slabs of rows: no fp32 copy of it ever exists as a whole.
+A score is a part; called with a weight and a grid it returns a callable that starts a pass over fp32 score chunks, in
+unit order, as `top_units` reads them. Larger is better for every score here. A unit of several entries scores the sum
+of its entries' scores. The weight is read in slabs of rows: no fp32 copy of it ever exists as a whole. A score of one's
+own may be used as `criterion` once it is registered:
+
+    @register_part("product_of_norms")
+    @dataclass(frozen=True)
+    class ProductOfNorms(Score):
+        def __call__(self, weight, grid, generator=None):
+            check_weight(weight, grid, self.part_type)
+            rows, columns = weight.float().norm(dim=1), weight.float().norm(dim=0)
+            return chunks_of(lambda begin, end: rows[begin:end, None] * columns, grid, 1 << 20)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..utils.parts import Part, part_types, register_part
 from .decomposition import greedy_low_rank
 from .selection import Source, chunk_size, find_cut, random_units, selected
 from .support import UnitGrid
@@ -24,14 +34,24 @@ _PRODUCT = 1 << 19
 """Entries per slab where the slab is part of a matrix product, which wants more rows than a score does."""
 
 
-class Score(Protocol):
-    """What `CRITERIA` holds instances of: weight `[rows, cols]` -> re-readable fp32 chunks of `num_units` scores."""
-
-    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks: ...
-
-
 @dataclass(frozen=True)
-class Magnitude:
+class Score(Part):
+    """Base of the scores: weight `[rows, cols]` -> re-readable fp32 chunks of `num_units` scores."""
+
+    part_kind: ClassVar[str] = "score"
+    needs_data: ClassVar[bool] = False
+    """Whether units cannot be ranked by the weight alone."""
+    is_slow: ClassVar[bool] = False
+    """Whether a weight takes seconds: injection shows a bar."""
+
+    def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
+        """Start a pass over the scores of the grid's units."""
+        raise NotImplementedError
+
+
+@register_part("magnitude")
+@dataclass(frozen=True)
+class Magnitude(Score):
     r"""`|w|`: the largest entries of the pretrained weight.
 
     Weight: `[rows, cols]`, any float dtype and strides. Scores: fp32.
@@ -43,8 +63,9 @@ class Magnitude:
         return chunks_of(lambda begin, end: weight[begin:end].abs().float(), grid, chunk_size(weight.device))
 
 
+@register_part("smallest_magnitude")
 @dataclass(frozen=True)
-class SmallestMagnitude:
+class SmallestMagnitude(Score):
     r"""`-|w|`: the entries nearest zero come first (SaRA trains those; Hu et al., 2024).
 
     Weight: `[rows, cols]`, any float dtype and strides. Scores: fp32.
@@ -56,8 +77,9 @@ class SmallestMagnitude:
         return chunks_of(lambda begin, end: weight[begin:end].abs().float().neg_(), grid, chunk_size(weight.device))
 
 
+@register_part("low_rank_magnitude")
 @dataclass(frozen=True)
-class LowRankMagnitude:
+class LowRankMagnitude(Score):
     r"""`|W_q|`, with `W_q = U_q diag(s_q) V_q^T` the best approximation of rank `q` (LIFT; Liu et al., 2025).
 
     By default by `torch.svd_lowrank` (Halko et al., 2011) on one fp32 copy of the weight, seeded from `generator`
@@ -77,7 +99,10 @@ class LowRankMagnitude:
     exact: bool = False
     """Full SVD in fp32 instead: one fp32 copy of the weight and seconds to minutes a matrix."""
 
+    is_slow: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} of 'low_rank_magnitude' must be at least 1.")
         if self.oversampling is not None and self.oversampling < 0:
@@ -111,8 +136,9 @@ class LowRankMagnitude:
         return u[:, :rank] * s[:rank], v[:, :rank].t().contiguous()
 
 
+@register_part("decomposition_residual")
 @dataclass(frozen=True)
-class DecompositionResidual:
+class DecompositionResidual(Score):
     r"""`|W - U V|`: what a greedy low-rank + sparse decomposition of the weight leaves (DSEE; Chen et al., 2023).
 
     See `decomposition.greedy_low_rank` for the fit. Its hard threshold keeps large residuals as they are, so that the
@@ -131,7 +157,10 @@ class DecompositionResidual:
     rank_step: int = 5
     """Rank that a round adds; the first has 1."""
 
+    is_slow: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rounds", "inner", "rank_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} of 'decomposition_residual' must be at least 1.")
@@ -147,8 +176,9 @@ class DecompositionResidual:
         return chunks_of(lambda begin, end: (weight[begin:end].float() - U[begin:end] @ V).abs_(), grid, _PRODUCT)
 
 
+@register_part("random")
 @dataclass(frozen=True)
-class Random:
+class Random(Score):
     """One uniform number a unit, whatever its size; the same numbers at every pass.
 
     Takes one draw of `generator` at the call. The weight may be None. `select_units("random")` draws units directly.
@@ -170,18 +200,8 @@ class Random:
         return chunks
 
 
-CRITERIA: dict[str, type] = {
-    "random": Random,
-    "magnitude": Magnitude,
-    "smallest_magnitude": SmallestMagnitude,
-    "low_rank_magnitude": LowRankMagnitude,
-    "decomposition_residual": DecompositionResidual,
-}
-"""Criterion name -> score dataclass; its fields are the criterion's options."""
-
-
 def select_units(
-    criterion: str,
+    criterion: str | Score,
     weight: Tensor | None,
     grid: UnitGrid,
     k: int,
@@ -190,7 +210,7 @@ def select_units(
     name: str = "",
     **options: Any,
 ) -> Tensor:
-    """The `k` best units of `weight` (`[rows, cols]`, floating point) by the criterion of that name.
+    """The `k` best units of `weight` (`[rows, cols]`, floating point) by a score, or the one of that name and options.
 
     Ties are drawn for with the seed that `generator` was given (0 without one), see `top_units`. `name` is the
     module's, for errors.
@@ -202,13 +222,13 @@ def select_units(
         ValueError: unknown criterion or option, a criterion that needs a weight without one, a weight of another
             shape, a missing generator, NaN or infinity in the weight, or `k` outside `0 .. num_units`.
     """
-    score = make_score(criterion, **options)
+    score = criterion if isinstance(criterion, Score) else make_score(criterion, **options)
     if isinstance(score, Random):
         units = random_units(grid.num_units, k, generator)
         return units if weight is None else units.to(weight.device)
     if weight is None:
         raise ValueError(
-            f"criterion='{criterion}' scores the base weight and got None. Only 'random' does without one."
+            f"criterion='{score.part_type}' scores the base weight and got None. Only 'random' does without one."
         )
     source = Source(name, score(weight, grid, generator), 0 if generator is None else generator.initial_seed())
     return selected(source, find_cut([source], k, finite=True))
@@ -220,16 +240,17 @@ def make_score(criterion: str, **options: Any) -> Score:
     Raises:
         ValueError: unknown criterion or option; lists what is accepted.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion='{criterion}' is unknown. Accepted: {', '.join(sorted(CRITERIA))}.")
-    accepted = [field.name for field in fields(CRITERIA[criterion])]
+    known = part_types(Score)
+    if criterion not in known:
+        raise ValueError(f"criterion='{criterion}' is unknown. Accepted: {', '.join(known)}.")
+    accepted = [field.name for field in fields(known[criterion])]
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise ValueError(
             f"criterion='{criterion}' does not take {', '.join(unknown)}. "
             f"Accepted options: {', '.join(accepted) or 'none'}."
         )
-    return CRITERIA[criterion](**options)
+    return known[criterion](**options)
 
 
 def check_weight(weight: Tensor | None, grid: UnitGrid, criterion: str) -> None:

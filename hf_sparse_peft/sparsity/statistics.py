@@ -1,6 +1,6 @@
 """Importance scores that are estimated from data: what is kept of dense gradients, and how units are ranked by it.
 
-A criterion is a frozen dataclass of options; what it has seen of one weight is a dict of fp32 tensors that `start`
+A criterion is a score with options; what it has seen of one weight is a dict of fp32 tensors that `start`
 makes, `update` feeds with a dense gradient and `scores` reads in slabs. Larger is better unless `largest` is False.
 """
 
@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .scores import CRITERIA, Chunks, chunks_of
+from ..utils.parts import register_part
+from .scores import Chunks, Score, chunks_of
 from .selection import chunk_size
 from .support import UnitGrid
 
@@ -20,7 +21,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DataCriterion:
+class DataCriterion(Score):
     """What all criteria share that need data. As a data-free score it only says where the data comes from."""
 
     examples: int = 128
@@ -42,19 +43,14 @@ class DataCriterion:
     """Whether `observe` wants inputs and outputs of the layer, and no gradient is needed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.examples >= 1, "examples", "an integer >= 1")
-        self._require(isinstance(self.largest, bool), "largest", "True or False")
 
     def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         raise ValueError(
-            f"criterion='{self.name}' ranks units by data and got none. Estimate it with "
+            f"criterion='{self.part_type}' ranks units by data and got none. Estimate it with "
             "hf_sparse_peft.initialize_support(model, dataloader), or pass callbacks_for(model) to the Trainer."
         )
-
-    @property
-    def name(self) -> str:
-        """Name in `CRITERIA`."""
-        return next(name for name, cls in CRITERIA.items() if cls is type(self))
 
     def state_numel(self, rows: int, cols: int) -> int:
         """fp32 numbers that `start` allocates for a weight of that shape."""
@@ -83,9 +79,10 @@ class DataCriterion:
 
     def _require(self, condition: bool, field: str, accepted: str) -> None:
         if not condition:
-            raise ValueError(f"{field}={getattr(self, field)!r} of '{self.name}' must be {accepted}.")
+            raise ValueError(f"{field}={getattr(self, field)!r} of '{self.part_type}' must be {accepted}.")
 
 
+@register_part("gradient")
 @dataclass(frozen=True)
 class Gradient(DataCriterion):
     r""":math:`|\sum_i g_i|`: where the loss of all examples together is steepest (RigL's growth; Evci et al., 2020)."""
@@ -95,6 +92,7 @@ class Gradient(DataCriterion):
         return state["sum"][begin:end].abs()
 
 
+@register_part("fisher")
 @dataclass(frozen=True)
 class Fisher(DataCriterion):
     r"""Empirical Fisher information :math:`\sum_i g_i^2` with one example's gradient :math:`g_i` at a time (FISH; Sung
@@ -131,6 +129,7 @@ class Fisher(DataCriterion):
         return state["sum"][begin:end]
 
 
+@register_part("sensitivity")
 @dataclass(frozen=True)
 class Sensitivity(DataCriterion):
     r""":math:`\bar I\,\bar U` with :math:`I = |w \odot g|`,
@@ -172,6 +171,7 @@ class Sensitivity(DataCriterion):
         return mean * state["uncertainty"][begin:end] if self.uncertainty else mean
 
 
+@register_part("movement")
 @dataclass(frozen=True)
 class Movement(DataCriterion):
     r""":math:`-\sum_t w_t \odot g_t`: entries that training moves away from zero (Sanh et al., 2020)."""
@@ -187,6 +187,7 @@ class Movement(DataCriterion):
         return state["sum"][begin:end]
 
 
+@register_part("snip")
 @dataclass(frozen=True)
 class Snip(DataCriterion):
     r""":math:`|w \odot \sum_i g_i|`: what zeroing the entry would change in the loss (SNIP; Lee et al., 2019)."""
@@ -196,6 +197,7 @@ class Snip(DataCriterion):
         return (state["sum"][begin:end] * weight[begin:end]).abs_()
 
 
+@register_part("momentum")
 @dataclass(frozen=True)
 class Momentum(DataCriterion):
     r""":math:`|m|`, with :math:`m \leftarrow \beta m + (1-\beta) g` once a step (Dettmers and Zettlemoyer, 2019)."""
@@ -218,6 +220,7 @@ class Momentum(DataCriterion):
         return state["sum"][begin:end].abs()
 
 
+@register_part("sm3")
 @dataclass(frozen=True)
 class SM3(DataCriterion):
     r""":math:`R_i C_j` from SM3's accumulators, fed with dense gradients: :math:`\nu_{ij} = \min(R_i, C_j) + g_{ij}^2`,
@@ -253,6 +256,7 @@ class SM3(DataCriterion):
         return row * column if self.combine == "product" else torch.minimum(row, column)
 
 
+@register_part("delta_magnitude")
 @dataclass(frozen=True)
 class DeltaMagnitude(DataCriterion):
     r""":math:`|\theta_1 - \theta_0|` after a dense warm-up from :math:`\theta_0` (LT-SFT; Ansell et al., 2022).
@@ -301,8 +305,9 @@ class DeltaMagnitude(DataCriterion):
         return state["sum"][begin:end].abs()
 
 
+@register_part("given")
 @dataclass(frozen=True)
-class Given:
+class Given(Score):
     """Units and their number come from outside: `load_support`, `support_from_checkpoints` or `write_supports`."""
 
     needs_data: ClassVar[bool] = True
@@ -312,23 +317,3 @@ class Given:
             "criterion='given' takes its units from outside. Call hf_sparse_peft.load_support(model, path) or "
             "hf_sparse_peft.support_from_checkpoints(model, before, after) before training."
         )
-
-
-CRITERIA.update(
-    {
-        "gradient": Gradient,
-        "fisher": Fisher,
-        "sensitivity": Sensitivity,
-        "movement": Movement,
-        "snip": Snip,
-        "momentum": Momentum,
-        "sm3": SM3,
-        "delta_magnitude": DeltaMagnitude,
-        "given": Given,
-    }
-)
-
-
-def needs_data(criterion: str) -> bool:
-    """Whether units cannot be ranked by the weight alone."""
-    return getattr(CRITERIA[criterion], "needs_data", False)

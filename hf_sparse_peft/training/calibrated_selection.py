@@ -130,8 +130,8 @@ def _check_open_sizes(config: SparseLoraConfig) -> None:
     if any(one.scope == "model" for one in config.structures) and not config.sizes_from_data:
         raise ValueError(
             "Structures of scope='model' leave it to the criterion how many units each module has, and support_pattern "
-            f"has fixed that already (criterion='{config.criterion}'). Start from a fresh SparseLoraConfig with the "
-            "criterion that is estimated from data, e.g. criterion='activation', or set scope='block'."
+            f"has fixed that already (criterion='{config.criterion.part_type}'). Start from a fresh SparseLoraConfig "
+            "with the criterion that is estimated from data, e.g. criterion='activation', or set scope='block'."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from torch import nn
 
 from ..rules.probing import random_state_kept
-from ..sparsity import DataCriterion, UnitGrid, make_score, needs_data
+from ..sparsity import DataCriterion, Score, UnitGrid
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.adapter_file import support_sizes
 from ..tuners.sparse_lora.config import SparseLoraConfig
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.model import sparse_layers
+from ..utils.parts import UnknownPart, load_part_by_name
 from .calibrated_selection import Choice
 from .calibration_data import CalibrationData
 from .calibration_passes import estimate, groups_within
@@ -30,7 +30,7 @@ ACCUMULATOR_BYTES = 4 << 30
 def initialize_support(
     model: nn.Module,
     dataloader: Iterable,
-    criterion: str | DataCriterion | None = None,
+    criterion: str | Score | None = None,
     *,
     adapter_name: str = "default",
     max_examples: int | None = None,
@@ -58,7 +58,7 @@ def initialize_support(
     Args:
         model: has the adapter, active and trainable.
         dataloader: batches as mappings of the model's arguments, labels included; a DataLoader or a list.
-        criterion: a name in `CRITERIA` or such a criterion with its options; None: the config's. Written to the config.
+        criterion: a score that needs data, or its name; None: the config's. Written to the config.
         adapter_name: which adapter.
         max_examples: examples to read, over all ranks; None: the criterion's `examples`.
         batches_per_step: batches whose gradients make one optimizer step, for criteria that go by steps.
@@ -85,7 +85,7 @@ def initialize_support(
         score.check_grid(layer.sparse_lora_grid[adapter_name], layer.module_name)
     if compute_loss is not None and score.over_labels:
         raise ValueError(
-            f"mode='expect' of criterion='{score.name}' takes the model's own probabilities, and compute_loss "
+            f"mode='expect' of criterion='{score.part_type}' takes the model's own probabilities, and compute_loss "
             "would not be asked. Leave compute_loss out, or set mode='square'."
         )
     options = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}
@@ -112,13 +112,13 @@ def initialize_support(
                         for reader in readers
                     }
                 )
-            _report_left_out(score.name, left_out)
-            ask.check_evidence(score.name)
+            _report_left_out(score.part_type, left_out)
+            ask.check_evidence(score.part_type)
             units = ask.units()
     write_supports(model, units, adapter_name)
     if warmup is not None:
         warmup.write_values()
-    config.criterion, config.criterion_options = score.name, asdict(score)
+    config.criterion = score
     if save_to is not None:
         save_support(model, save_to, adapter_name)
 
@@ -157,7 +157,7 @@ def _by_warmup(
                 for layer, delta in zip(layers, warmup.deltas, strict=True)
             }
             share.add(scores, chosen)
-            share.check_evidence(score.name)
+            share.check_evidence(score.part_type)
             chosen = share.units()
     except BaseException:
         warmup.reset()
@@ -219,7 +219,7 @@ def save_support(model: nn.Module, path: str | Path, adapter_name: str = "defaul
         return
     none = torch.empty(0, dtype=torch.int32)
     units = {layer.module_name: layer.units(adapter_name) if _size(layer, adapter_name) else none for layer in layers}
-    about = {"criterion": config.criterion, "criterion_options": config.criterion_options}
+    about = {"criterion": config.criterion.to_dict()}
     write_support_file(path, units, _grids(layers, adapter_name), about)
 
 
@@ -279,14 +279,14 @@ def _check_untrained(layers: list[SparseLoraLayer], adapter_name: str) -> None:
             )
 
 
-def _criterion(config: SparseLoraConfig, criterion: str | DataCriterion | None) -> DataCriterion:
-    if isinstance(criterion, DataCriterion):
-        return criterion
-    name = config.criterion if criterion is None else criterion
-    score = make_score(name, **(config.criterion_options if name == config.criterion else {}))
-    if not needs_data(name):
+def _criterion(config: SparseLoraConfig, criterion: str | Score | None) -> DataCriterion:
+    same = criterion is None or criterion == config.criterion.part_type
+    score = config.criterion if same else load_part_by_name(Score, criterion, "criterion")
+    if isinstance(score, UnknownPart):
+        config.check_runnable()
+    if not score.needs_data:
         raise ValueError(
-            f"criterion='{name}' ranks units without data, and chose them when the adapter was injected. "
+            f"criterion='{score.part_type}' ranks units without data, and chose them when the adapter was injected. "
             "Pass one that is estimated from data, e.g. criterion='fisher'."
         )
     if not isinstance(score, DataCriterion):

@@ -131,7 +131,7 @@ def label_losses(model: nn.Module, example: Mapping[str, Any], max_labels: int) 
         ValueError: the model does not give one probability to each of a few labels.
     """
     start = "mode='expect' of criterion='fisher' sums over the labels of a classifier of whole examples, and "
-    mend = "Set criterion_options={'mode': 'square'}, which goes by the data's own labels."
+    mend = "Set criterion=Fisher(mode='square'), which goes by the data's own labels."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     problem, labels = getattr(getattr(base, "config", None), "problem_type", None), example.get("labels")
     one_of_many = labels is None or not torch.is_floating_point(torch.as_tensor(labels))
@@ -145,7 +145,7 @@ def label_losses(model: nn.Module, example: Mapping[str, Any], max_labels: int) 
     if shape[1] > max_labels:
         raise ValueError(
             f"{start}takes a backward pass for each: this model has {shape[1]}, above max_labels={max_labels}. Raise "
-            f"criterion_options={{'max_labels': {shape[1]}}} if you can wait. {mend}"
+            f"criterion=Fisher(mode='expect', max_labels={shape[1]}) if you can wait. {mend}"
         )
     log_p = logits[0].float().log_softmax(-1)
     return list(-(log_p.detach().exp().sqrt() * log_p))

@@ -63,7 +63,7 @@ def estimate(
     if forward_only:
         for module in model.modules():
             keep_4bit_weight_stable(module)
-    with tqdm(total=len(groups) * share, desc=f"Estimating {criterion.name}", disable=not show_progress) as bar:
+    with tqdm(total=len(groups) * share, desc=f"Estimating {criterion.part_type}", disable=not show_progress) as bar:
         for group in groups:
             readers = [(ActivationReader if forward_only else GradientReader)(layer, criterion) for layer in group]
             with modes_kept(model, training=False), torch.set_grad_enabled(not forward_only):

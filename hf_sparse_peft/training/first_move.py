@@ -61,8 +61,8 @@ def origin_of(parts: list[AdaptedLayer]) -> str | None:
         return "has trained values"
     if all(part.layer.is_random_start(part.adapter) for part in parts):
         return None
-    if config.criterion != "random":
-        return f"was chosen by criterion='{config.criterion}'"
+    if config.criterion.part_type != "random":
+        return f"was chosen by criterion='{config.criterion.part_type}'"
     if config.support_search is not None:
         return "was found by support_search"
     return "was loaded, given or moved before"
@@ -74,7 +74,7 @@ def _warn_of_new_choice(parts: list[AdaptedLayer], origin: str | None) -> None:
     if origin == "has trained values":
         keeps = config.regrowth.retired_share > 0  # those that leave retire with what they learned
     else:
-        keeps = origin is None or config.criterion == config.regrowth.grow
+        keeps = origin is None or config.criterion.part_type == config.regrowth.grow
     if not keeps:
         warnings.warn(
             f"Adapter '{parts[0].adapter}': regrowth.drop='none' chooses the whole support anew by grow="

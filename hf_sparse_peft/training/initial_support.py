@@ -43,22 +43,23 @@ class InitialSupportCallback(TrainerCallback):
             if not waiting or not waiting[0].sparse_lora_values[name].requires_grad:
                 continue
             config = waiting[0].sparse_lora_config[name]
+            score = config.criterion.part_type
             if sharded := sharding_switched_on(args):
                 raise ValueError(
-                    f"criterion='{config.criterion}' reads gradients of whole weights, and {sharded[0]}, switched on "
+                    f"criterion='{score}' reads gradients of whole weights, and {sharded[0]}, switched on "
                     f"by {sharded[1]}, has sharded them. Call hf_sparse_peft.initialize_support(model, dataloader) "
                     "before creating the Trainer."
                 )
             if config.sizes_from_data and args.world_size > 1:
                 raise ValueError(
-                    f"allocation='global' or a structure of scope='model' with criterion='{config.criterion}' changes "
+                    f"allocation='global' or a structure of scope='model' with criterion='{score}' changes "
                     f"the sizes of the supports, and {args.world_size} processes have wrapped the model already. Call "
                     "hf_sparse_peft.initialize_support(model, dataloader) before creating the Trainer, or set "
                     "allocation='uniform' and scope='block'."
                 )
             if train_dataloader is None:
                 raise ValueError(
-                    f"criterion='{config.criterion}' is estimated from data, and this trainer hands its callbacks no "
+                    f"criterion='{score}' is estimated from data, and this trainer hands its callbacks no "
                     "dataloader. Call hf_sparse_peft.initialize_support(model, dataloader) before training."
                 )
             show = not args.disable_tqdm if self.show_progress is None else self.show_progress

@@ -71,6 +71,11 @@ class UnknownPart:
     reason: str
     """Why, as the end of a sentence: "its type 'x' is not registered"."""
 
+    @property
+    def part_type(self) -> str:
+        """Its type in the file."""
+        return self.data["type"]
+
     def to_dict(self) -> dict[str, Any]:
         """What the file had."""
         return dict(self.data)
@@ -151,6 +156,17 @@ def load_part(base: type[PartT], value: Any, where: str) -> PartT | UnknownPart:
         raise ValueError(f"{where}: {error}") from error
 
 
+def load_part_by_name(base: type[PartT], value: Any, where: str) -> PartT | UnknownPart:
+    """`load_part`, but a bare type that is not registered, as a slip of the pen in code gives, is refused.
+
+    Raises:
+        ValueError: as `load_part`, or an unknown name; lists what is accepted.
+    """
+    if isinstance(value, str) and value not in part_types(base):
+        raise ValueError(f"{where}={value!r} is unknown; choose one of {sorted(part_types(base))}.")
+    return load_part(base, value, where)
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON takes it."""
     if isinstance(value, (Part, UnknownPart)):
@@ -176,9 +192,7 @@ def require(condition: bool, owner: Any, field: str, accepted: str) -> None:
 def _load_field(base: type[Part], value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(load_part(base, one, f"{where}[{number}]") for number, one in enumerate(value))
-    if isinstance(value, str) and (base.part_kind, value) not in _PARTS:
-        raise ValueError(f"{where}={value!r} is unknown; choose one of {sorted(part_types(base))}.")
-    return load_part(base, value, where)
+    return load_part_by_name(base, value, where)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 A candidate is a method of the package with options, `name` or `name:option=value,...` with values as YAML writes them:
 
-    spiel-ag   shira:density=0.02,granularity=row   'shira:criterion=low_rank_magnitude,criterion_options={rank: 32}'
+    spiel-ag   shira:density=0.02,granularity=row   'shira:criterion={type: low_rank_magnitude, rank: 32}'
 
 Upstream's adapters (`UPSTREAM`) are named the same way. A program may have names of its own for some candidates.
 """

@@ -48,7 +48,7 @@ CANDIDATES = {
     "lora": "lora:r=$rank,lora_alpha=$alpha",
     "entries": ENTRIES,
     "entries-largest": "super-tuning:num_entries=$numbers",
-    "entries-low-rank": f"{ENTRIES},criterion=low_rank_magnitude,criterion_options={{rank: 32}}",
+    "entries-low-rank": f"{ENTRIES},criterion={{type: low_rank_magnitude, rank: 32}}",
     "entries-gradient": f"{ENTRIES},criterion=gradient",
     "fish": "fish:num_entries=$numbers",
     "spiel-ag": "spiel-ag:num_entries=$numbers",

@@ -84,7 +84,7 @@ def test_dsee_finds_spikes_below_the_largest_entries_of_a_low_rank_weight():
             weight.view(-1)[at] += 0.2 * torch.randn(30, generator=generator).sign()
             module.weight.data.copy_(weight)
             spikes[name] = set(at.tolist())
-    found = chosen("dsee", base, num_sparse=30, criterion_options={"rounds": 3})
+    found = chosen("dsee", base, num_sparse=30, criterion={"type": "decomposition_residual", "rounds": 3})
     assert sorted(found) == sorted(spikes)
     for name, (weight, units) in found.items():
         assert len(spikes[name] & set(units.tolist())) >= 27

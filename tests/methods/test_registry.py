@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.methods import registry
+from hf_sparse_peft.sparsity import Random
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path)
 
 def test_spiel_has_the_papers_defaults():
     config = methods.get("spiel-ag").config
-    assert (config.r, config.criterion) == (0, "random")
+    assert (config.r, config.criterion) == (0, Random())
     assert (config.regrowth.interval, config.regrowth.collect_steps, config.regrowth.fraction) == (20, 5, 0.2)
     assert config.regrowth.replaces_random_start
     assert config.regrowth.schedule == "linear"

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from hf_sparse_peft import methods
+from hf_sparse_peft.sparsity import Random
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 HIDDEN, INNER, VOCAB, HEADS, GROUPS = 32, 64, 48, 4, 2
@@ -153,7 +154,7 @@ def test_s2ft_merges_into_the_chosen_rows_and_columns_only(options):
 def test_sltrain_has_the_papers_defaults():
     config = methods.get("sltrain").config
     assert (config.r, config.lora_alpha, config.density, config.granularity) == (128, 32, 0.03, "entry")
-    assert (config.target_modules, config.criterion, config.scale_support) == ("all-linear", "random", False)
+    assert (config.target_modules, config.criterion, config.scale_support) == ("all-linear", Random(), False)
 
 
 def test_sltrain_draws_exactly_the_share_of_entries_within_one_over_root_columns():
@@ -242,7 +243,7 @@ def test_dsee_says_what_does_not_fit():
     with pytest.raises(ValueError, match=r"units_per_module=128 is more than the 64 .*'lin'"):
         get_peft_model(tiny, methods.get("dsee", target_modules=["lin"]).config)
     with pytest.raises(ValueError, match="rounds=0 of 'decomposition_residual' must be at least 1"):
-        methods.get("dsee", criterion_options={"rounds": 0})
+        methods.get("dsee", criterion={"type": "decomposition_residual", "rounds": 0})
     with pytest.raises(ValueError, match="scale_support concerns the low-rank half"):
         methods.get("dsee", r=0)
     config = copy.deepcopy(methods.get("dsee", num_sparse=8, rank_pattern={"q_proj": 0}).config)

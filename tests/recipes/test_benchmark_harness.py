@@ -26,9 +26,9 @@ def new_rows(programs, tmp_path):
 def test_a_candidate_is_a_method_with_options_of_every_kind():
     from harness import build_method
 
-    text = "shira:density=0.02,granularity=row,criterion=low_rank_magnitude,criterion_options={rank: $half}"
+    text = "shira:density=0.02,granularity=row,criterion={type: low_rank_magnitude, rank: $half}"
     config = build_method(text, {"half": 4}, seed=3, target_modules=["q_proj"], density=0.5).config
-    assert (config.density, config.granularity, config.criterion_options) == (0.02, "row", {"rank": 4})
+    assert (config.density, config.granularity, config.criterion.rank) == (0.02, "row", 4)
     assert (config.target_modules, config.seed) == ({"q_proj"}, 3)
     assert build_method("shira:seed=1", seed=3).config.seed == 1
     assert build_method("lora:r=2").config.peft_type == "LORA"

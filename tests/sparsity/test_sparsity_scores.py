@@ -1,22 +1,28 @@
 """Scores against their formula in float64, and selection by name."""
 
-import pytest
-import torch
+from dataclasses import dataclass
 
+import pytest
+import tiny
+import torch
+from peft import PeftConfig, get_peft_model
+
+from hf_sparse_peft import SparseLoraConfig
 from hf_sparse_peft.sparsity import (
-    CRITERIA,
     GRANULARITIES,
     LowRankMagnitude,
     Magnitude,
     Random,
+    Score,
     SmallestMagnitude,
     UnitGrid,
-    needs_data,
     select_units,
     top_units,
 )
 from hf_sparse_peft.sparsity import scores as scores_module
 from hf_sparse_peft.sparsity import selection as selection_module
+from hf_sparse_peft.sparsity.scores import chunks_of
+from hf_sparse_peft.utils.parts import part_types, register_part
 
 
 def seeded(seed=0):
@@ -121,7 +127,10 @@ def test_random_scores_repeat_within_a_call_and_differ_between_calls(small_chunk
     assert top_units(chunks, 7).numel() == 7
 
 
-@pytest.mark.parametrize("criterion", sorted(name for name in CRITERIA if not needs_data(name)))
+@pytest.mark.parametrize(
+    "criterion",
+    sorted(name for name, cls in part_types(Score).items() if not cls.needs_data and not name.startswith("test_")),
+)
 @pytest.mark.parametrize("kind", GRANULARITIES)
 def test_every_criterion_gives_an_exact_count_for_every_granularity(criterion, kind):
     torch.manual_seed(0)
@@ -164,3 +173,28 @@ def test_random_needs_no_weight():
 def test_requests_that_cannot_be_met_say_why(criterion, weight, options, message):
     with pytest.raises(ValueError, match=message):
         select_units(criterion, weight, UnitGrid(4, 4), 2, generator=None, **options)
+
+
+@register_part("test_first_columns")
+@dataclass(frozen=True)
+class FirstColumns(Score):
+    """A score from outside the package: columns in their order."""
+
+    weight_of_columns: float = 1.0
+
+    def __call__(self, weight, grid, generator=None):
+        ranks = -torch.arange(grid.cols, dtype=torch.float32) * self.weight_of_columns
+        return chunks_of(lambda begin, end: ranks.expand(end - begin, -1), grid, 1 << 10)
+
+
+def test_a_registered_score_chooses_the_first_support(tmp_path):
+    config = SparseLoraConfig(
+        r=0, density=0.25, granularity="column", target_modules=["q_proj"], criterion="test_first_columns"
+    )
+    model = get_peft_model(tiny.llama(layers=1), config)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.units("default").tolist() == list(range(8))
+    model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).criterion == FirstColumns()
+    by_options = SparseLoraConfig(criterion={"type": "test_first_columns", "weight_of_columns": -1.0})
+    assert by_options.criterion == FirstColumns(-1.0)

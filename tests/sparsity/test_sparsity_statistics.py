@@ -5,18 +5,18 @@ import torch
 from ties import best, priority
 
 from hf_sparse_peft.sparsity import (
-    CRITERIA,
+    Score,
     UnitGrid,
     make_score,
-    needs_data,
     select_units,
     stream_seed,
     top_units,
 )
 from hf_sparse_peft.sparsity.ranking import GlobalRanking, raised
+from hf_sparse_peft.utils.parts import part_types
 
 ROWS, COLS, SIZE = 8, 12, 4
-BY_DATA = sorted(name for name in CRITERIA if needs_data(name) and name != "given")
+BY_DATA = sorted(name for name, cls in part_types(Score).items() if cls.needs_data and name != "given")
 
 
 def tensors(count: int, seed: int = 0) -> list[torch.Tensor]:

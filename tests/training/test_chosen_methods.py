@@ -1,6 +1,7 @@
 """FISH, LT-SFT and RL subnetworks against dense models in float64, written here from the papers' rules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from training_toolbox import StopAt, TokenData, adapted, layers_of, make_config,
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_sparse_peft import initialize_support, measure_update_sparsity, methods, support_from_checkpoints
-from hf_sparse_peft.sparsity import make_score
 from hf_sparse_peft.training.calibration_data import CalibrationData
 from hf_sparse_peft.training.calibration_warmup import DenseWarmup
 
@@ -201,7 +201,7 @@ def test_the_warm_up_trains_the_head_too():
     model = adapted(lt_sft(modules_to_save=["lm_head"]).config)
     head = model.base_model.model.lm_head.modules_to_save["default"].weight
     config = model.peft_config["default"]
-    warmup = DenseWarmup(model, layers_of(model), "default", make_score(config.criterion, **config.criterion_options))
+    warmup = DenseWarmup(model, layers_of(model), "default", config.criterion)
     before = head.detach().clone()
     warmup.train(iter(batches(8)), show_progress=False)
     assert not torch.equal(head, before)
@@ -262,7 +262,7 @@ def test_an_adapter_warms_up_on_top_of_another_one():
             parameter.requires_grad_(False)
     config = model.peft_config["task"]
     layers = [layer for layer in layers_of(model) if "task" in layer.sparse_lora_values]
-    warmup = DenseWarmup(model, layers, "task", make_score(config.criterion, **config.criterion_options))
+    warmup = DenseWarmup(model, layers, "task", config.criterion)
     ids = TokenData(4).ids
     model.base_model.set_adapter("default")
     with torch.no_grad():
@@ -278,9 +278,7 @@ def test_a_heavy_penalty_keeps_the_warm_up_where_it_started():
     for l1 in (0.0, 1e9):
         model = adapted(lt_sft(warmup_l1=l1, warmup_steps=40, warmup_lr=1e-3).config)
         config = model.peft_config["default"]
-        warmup = DenseWarmup(
-            model, layers_of(model), "default", make_score("delta_magnitude", **config.criterion_options)
-        )
+        warmup = DenseWarmup(model, layers_of(model), "default", config.criterion)
         warmup.train(iter(batches(40)), show_progress=False)
         reach[l1] = max(float(delta.detach().abs().mean()) for delta in warmup.deltas)
     assert reach[1e9] < 0.15 * reach[0.0]
@@ -291,7 +289,7 @@ def test_the_penaltys_gradient_does_not_depend_on_accumulation():
     for parts in (1, 2, 4):
         model = adapted(lt_sft(warmup_l1=7.0).config)
         config = model.peft_config["default"]
-        criterion = make_score("delta_magnitude", **{**config.criterion_options, "max_grad_norm": 0.0})
+        criterion = replace(config.criterion, max_grad_norm=0.0)
         warmup = DenseWarmup(model, layers_of(model), "default", criterion)
         warmup._open()
         for delta in warmup.deltas:

@@ -61,11 +61,11 @@ def magnitude(out):
 
 
 def from_data(out):
-    return adapted(criterion="gradient", criterion_options={"examples": 8})
+    return adapted(criterion={"type": "gradient", "examples": 8})
 
 
 def from_data_by_hand(out):
-    model = adapted(criterion="gradient", criterion_options={"examples": 8})
+    model = adapted(criterion={"type": "gradient", "examples": 8})
     initialize_support(model, batches(), show_progress=False)
     return model
 
@@ -194,7 +194,7 @@ def test_the_file_of_a_config_still_leaves_the_decision_to_the_start(tmp_path):
 def test_lift_says_that_it_gives_up_a_support_chosen_by_another_rule(tmp_path):
     said = {}
     for criterion in ("magnitude", "low_rank_magnitude"):
-        options = {"criterion": criterion, "criterion_options": {}} if criterion == "magnitude" else {}
+        options = {"criterion": criterion} if criterion == "magnitude" else {}
         method = methods.get("lift", density=0.05, filter_rank=2, interval=3, target_modules=TARGETS, **options)
         model = get_peft_model(tiny.llama(layers=1), method.config)
         with warnings.catch_warnings(record=True) as caught:

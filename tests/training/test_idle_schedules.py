@@ -84,7 +84,7 @@ IDLE = {
     ),
     "moves of a full support": (rows(density=1.0, regrowth=regrowing()), r"never moves a unit.*all 2 layers.*density"),
     "moves of lift on a full support": (
-        sparse(density=1.0, criterion="low_rank_magnitude", criterion_options={"rank": 2},
+        sparse(density=1.0, criterion={"type": "low_rank_magnitude", "rank": 2},
                regrowth=RegrowthConfig(interval=3, drop="none", grow="low_rank_magnitude", grow_options={"rank": 2})),
         "never moves a unit",
     ),

@@ -13,9 +13,9 @@ from hf_sparse_peft.training import initial_support
 WARMUP = {"warmup_steps": 3, "warmup_lr": 1e-3}
 
 
-def by_data(criterion="fisher", **overrides):
-    options = WARMUP if criterion == "delta_magnitude" else {"examples": 10}
-    return make_config(**{"criterion": criterion, "criterion_options": dict(options), **overrides})
+def by_data(criterion="fisher", options=None, **overrides):
+    options = options or (WARMUP if criterion == "delta_magnitude" else {"examples": 10})
+    return make_config(criterion={"type": criterion, **options}, **overrides)
 
 
 def supports(model):
@@ -60,10 +60,10 @@ def test_training_sees_the_batches_it_would_have_seen_without_the_callback(crite
 
 
 def test_the_callback_chooses_from_the_first_batches_of_training(tmp_path):
-    model, tape = adapted(by_data(criterion_options={"examples": 8})), Batches()
+    model, tape = adapted(by_data(options={"examples": 8})), Batches()
     run(model, tmp_path, 3, callbacks=[*callbacks_for(model), tape])
     data = [{"input_ids": ids, "labels": ids.clone()} for ids in tape.seen]
-    by_hand = adapted(by_data(criterion_options={"examples": 8}))
+    by_hand = adapted(by_data(options={"examples": 8}))
     initialize_support(by_hand, data, show_progress=False)
     assert supports(model) == supports(by_hand)
     assert any(layer.sparse_lora_values["default"].any() for layer in layers_of(model))
@@ -74,7 +74,7 @@ def test_gradient_accumulation_does_not_change_what_is_chosen(criterion, tmp_pat
     options = WARMUP if criterion == "delta_magnitude" else {"examples": 12}
     found = []
     for batch, accumulation in ((4, 1), (2, 2)):
-        model = adapted(by_data(criterion, criterion_options=dict(options)))
+        model = adapted(by_data(criterion, options))
         run(model, tmp_path, 1, batch=batch, accumulation=accumulation)
         found.append(supports(model))
     one, two = found
@@ -102,7 +102,7 @@ def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocat
 @pytest.mark.parametrize("criterion", ["activation", "gradient"])
 def test_structures_are_chosen_at_the_start_and_a_resumed_run_keeps_them(criterion, scope, tmp_path, monkeypatch):
     config = by_data(
-        criterion, criterion_options={"examples": 8, "largest": False}, density=0.0, target_modules=["down_proj"],
+        criterion, {"examples": 8, "largest": False}, density=0.0, target_modules=["down_proj"],
         granularity="column", structures=[StructureConfig(["down_proj"], density=0.1, scope=scope)],
     )  # fmt: skip
     whole, tape = adapted(config, layers=2), Batches()

@@ -164,4 +164,4 @@ def test_a_warm_up_that_fails_puts_everything_back():
 @pytest.mark.parametrize(("option", "value"), [("sparse_steps", 0), ("sparse_lr", 0.0)])
 def test_a_sparse_phase_of_nothing_is_refused(option, value):
     with pytest.raises(ValueError, match=option):
-        lt_sft(2, criterion_options={"n_iterations": 2, option: value})
+        lt_sft(2, criterion={"type": "delta_magnitude", "n_iterations": 2, option: value})

@@ -146,7 +146,7 @@ def test_p_counts_every_number_of_the_model_and_nothing_of_adapters(tmp_path):
 
 def test_the_config_tells_both_penalties_and_survives_json(tmp_path):
     method = methods.get("lt-sft", warmup_l1=0.1, l1=0.2, target_modules=["q_proj"])
-    assert method.config.criterion_options["l1"] == 0.1
+    assert method.config.criterion.l1 == 0.1
     method.config.save_pretrained(tmp_path)
     read = SparseLoraConfig.from_pretrained(tmp_path)
     assert (read.l1_penalty.weight, read.l1_penalty.scope, read.drop_within) == (0.2, "trained", 1e-7)

@@ -22,6 +22,7 @@ NEWER = {
     "another": 3,
 }
 RULE = {"type": "rule_of_a_plugin", "every": 20}
+UNKNOWN = [{"another": 3}, {"schedule": [RULE]}, {"criterion": {"type": "score_of_a_plugin", "beta": 0.5}}]
 
 
 def written(config, folder) -> dict:
@@ -133,11 +134,14 @@ def test_options_of_a_newer_release_load_for_inference_and_are_saved_as_they_wer
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("unknown", [{"another": 3}, {"schedule": [RULE]}], ids=["option", "rule"])
+@pytest.mark.parametrize("unknown", UNKNOWN, ids=[next(iter(one)) for one in UNKNOWN])
 def test_what_is_unknown_refuses_training_by_name(unknown, finished, tmp_path):
-    adapter(tmp_path)
-    change(tmp_path, **unknown, training_finished=finished)
-    name = "another" if "another" in unknown else "rule_of_a_plugin"
+    expected = logits(adapter(tmp_path))
+    given = change(tmp_path, **unknown, training_finished=finished)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path)), expected)
+    saved = written(PeftConfig.from_pretrained(tmp_path), tmp_path / "again")
+    assert saved == {name: value for name, value in given.items() if name != "training_finished" or finished}
+    name = "another" if "another" in unknown else "of_a_plugin"
     model = PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path, is_trainable=True)
     with pytest.raises(ValueError, match=name):
         model.train()(input_ids=torch.arange(8)[None])
@@ -150,3 +154,15 @@ def test_what_is_unknown_refuses_training_by_name(unknown, finished, tmp_path):
 def test_a_misspelt_option_in_code_is_refused():
     with pytest.raises(TypeError, match="densty"):
         SparseLoraConfig(densty=0.1)
+    with pytest.raises(ValueError, match=r"schedule\[0\].*'prun'"):
+        SparseLoraConfig(schedule=[{"type": "prun"}])
+    with pytest.raises(ValueError, match=r"criterion.*no option \['ranks'\]"):
+        SparseLoraConfig(criterion={"type": "low_rank_magnitude", "ranks": 3})
+
+
+def test_an_unknown_score_in_a_config_of_a_file_chooses_no_first_support(tmp_path):
+    change_of = {"criterion": {"type": "score_of_a_plugin"}}
+    written(SparseLoraConfig(r=0, target_modules=["q_proj"]), tmp_path)
+    change(tmp_path, **change_of)
+    with pytest.raises(ValueError, match="score_of_a_plugin"):
+        logits(get_peft_model(tiny.llama(layers=1), PeftConfig.from_pretrained(tmp_path)))

@@ -18,9 +18,7 @@ OPTIONS = {"delta_magnitude": {"warmup_steps": 4}}
 def adapted(criterion="gradient", *, seed=0, options=None, **overrides):
     given = {"density": 0.1, "target_modules": ["q_proj", "down_proj"], **overrides}
     options = OPTIONS.get(criterion, {}) if options is None else options
-    config = SparseLoraConfig(
-        r=0, criterion=criterion, criterion_options=options, seed=seed, task_type="CAUSAL_LM", **given
-    )
+    config = SparseLoraConfig(r=0, criterion={"type": criterion, **options}, seed=seed, task_type="CAUSAL_LM", **given)
     return get_peft_model(tiny.llama(), config)
 
 

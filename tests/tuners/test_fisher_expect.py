@@ -39,10 +39,10 @@ def batches(size=2, labels=None):
 
 
 def expect(**overrides):
-    options = {"examples": EXAMPLES, "mode": "expect", **overrides.pop("criterion_options", {})}
+    options = {"examples": EXAMPLES, "mode": "expect", **overrides.pop("options", {})}
     return SparseLoraConfig(
         **{
-            "r": 0, "density": 0.1, "target_modules": TARGETS, "criterion": "fisher", "criterion_options": options,
+            "r": 0, "density": 0.1, "target_modules": TARGETS, "criterion": {"type": "fisher", **options},
             "task_type": "SEQ_CLS", **overrides,
         }
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_supports_are_the_best_entries_by_the_true_fisher_information(size):
     reference = true_fisher(tiny_bert(), list(found))
     for name, units in found.items():
         assert units == reference[name].topk(len(units)).indices.sort().values.tolist()
-    empirical = chosen(expect(criterion_options={"mode": "square"}), batches(size, labels))
+    empirical = chosen(expect(options={"mode": "square"}), batches(size, labels))
     assert empirical != found
 
 
@@ -98,7 +98,7 @@ def test_one_linear_layer_gives_the_closed_form():
     base, x = Softmax(), torch.randn(9, 6)
     p = (x.double() @ base.lin.weight.detach().double().t()).softmax(-1)
     closed = ((p * (1 - p)).t() @ x.double() ** 2).reshape(-1)  # sum_i p_ic (1 - p_ic) x_ij^2
-    config = expect(target_modules=["lin"], density=0.3, task_type=None, criterion_options={"examples": 9})
+    config = expect(target_modules=["lin"], density=0.3, task_type=None, options={"examples": 9})
     found = chosen(config, [{"x": x}], base)["lin"]
     assert found == closed.topk(7).indices.sort().values.tolist()
 
@@ -125,16 +125,16 @@ def test_models_without_few_labels_are_refused_with_the_mend():
         with pytest.raises(ValueError, match=match):
             chosen(config or expect(), data or batches(), base)
 
-    refused(r"logits for one example have shape \(1, 1\).*mode': 'square'", tiny_bert(labels=1))
+    refused(r"logits for one example have shape \(1, 1\).*mode='square'", tiny_bert(labels=1))
     refused(r"problem is regression", tiny_bert(problem_type="regression"))
     refused(r"problem is multi_label_classification", tiny_bert(problem_type="multi_label_classification"))
     refused(r"several labels at once", tiny_bert(), data=batches(2, torch.ones(EXAMPLES, LABELS)))
     refused(r"this model has 40, above max_labels=32. Raise", tiny_bert(labels=40))
-    assert chosen(expect(criterion_options={"max_labels": 40}), batches(), tiny_bert(labels=40))
+    assert chosen(expect(options={"max_labels": 40}), batches(), tiny_bert(labels=40))
     words = expect(target_modules=["q_proj"], task_type="CAUSAL_LM")
     refused(r"logits for one example have shape \(1, 7, ", tiny_llama(), words)
     model = get_peft_model(tiny_bert(), expect())
     with pytest.raises(ValueError, match=r"compute_loss would not be asked"):
         initialize_support(model, batches(), compute_loss=lambda model, batch: None)
     with pytest.raises(ValueError, match=r"max_labels=1"):
-        expect(criterion_options={"max_labels": 1})
+        expect(options={"max_labels": 1})

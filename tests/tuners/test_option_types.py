@@ -65,7 +65,8 @@ SPARSE = [
     ("alpha_pattern", {"q_proj": math.nan}), ("alpha_pattern", {"[": 1.0}), ("density_pattern", {"q_proj": "1"}),
     ("support_pattern", {"q_proj": -4}), ("support_pattern", {"q_proj": 1.5}), ("capacity_pattern", {"q_proj": "4"}),
     ("granularity_pattern", {"q_proj": 1}), ("structures", {}), ("structures", ["q_proj"]), ("criterion", 5),
-    ("criterion_options", []), ("target_modules", 5), ("target_modules", [5]), ("exclude_modules", "("),
+    ("criterion", {"type": "fisher", "examples": "8"}),
+    ("target_modules", 5), ("target_modules", [5]), ("exclude_modules", "("),
     ("layers_to_transform", "1"), ("layers_to_transform", [True]), ("modules_to_save", "score"),
     ("modules_to_save", ["(a+)+"]), ("inference_mode", "yes"), ("training_finished", "no"), ("drop_within", "0"),
     ("values_dtype", "int8"), ("bias", True), ("regrowth", "rigl"), ("regrowth", {"interval": "20"}),
@@ -109,8 +110,6 @@ def test_option_of_the_wrong_type_in_a_file_is_refused_by_every_reader(folder, n
 def test_integers_are_floats_and_tuples_are_lists():
     config = SparseLoraConfig(lora_alpha=16, density=1, target_modules=("q_proj", "v_proj"), rank_pattern={"q_proj": 0})
     assert config.target_modules == {"q_proj", "v_proj"}
-    assert SparseLoraConfig(criterion="low_rank_magnitude", criterion_options={"rank": 4}).criterion_options == {
-        "rank": 4
-    }
-    with pytest.raises(ValueError, match=r"criterion_options\['rank'\]='4'"):
-        SparseLoraConfig(criterion="low_rank_magnitude", criterion_options={"rank": "4"})
+    assert SparseLoraConfig(criterion={"type": "low_rank_magnitude", "rank": 4}).criterion.rank == 4
+    with pytest.raises(ValueError, match=r"criterion.*LowRankMagnitude.rank='4'"):
+        SparseLoraConfig(criterion={"type": "low_rank_magnitude", "rank": "4"})

@@ -104,8 +104,7 @@ def test_config_survives_its_json(tmp_path):
         regrowth=RegrowthConfig(interval=7, fraction=0.1),
         rank_allocation=RankAllocationConfig(target_r=3),
         rank_pattern={"q_proj": 8},
-        criterion="low_rank_magnitude",
-        criterion_options={"rank": 4},
+        criterion={"type": "low_rank_magnitude", "rank": 4},
     )
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)

@@ -95,9 +95,7 @@ def test_low_rank_magnitude_follows_the_exact_svd_where_the_spectrum_is_clear():
         for name, parameter in base.named_parameters():
             if "q_proj" in name:
                 parameter.copy_(torch.randn(64, 3) @ torch.randn(3, 64) + 1e-4 * torch.randn(64, 64))
-    config = make_config(
-        "sparse-entry", target_modules=["q_proj"], criterion="low_rank_magnitude", criterion_options={"rank": 3}
-    )
+    config = make_config("sparse-entry", target_modules=["q_proj"], criterion={"type": "low_rank_magnitude", "rank": 3})
     model = get_peft_model(base, config)
     for layer in sparse_layers(model):
         U, S, Vh = torch.linalg.svd(layer.get_base_weight().detach().double())

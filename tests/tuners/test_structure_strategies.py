@@ -32,8 +32,7 @@ def config_of(criterion, unit="channel", scope="model", options=None, **override
             "granularity_pattern": dict.fromkeys(COLUMNS, "column"),
             "structures": [StructureConfig(modules, unit, density, scope)],
             "target_modules": modules,
-            "criterion": criterion,
-            "criterion_options": {"examples": 12, **(options or {})},
+            "criterion": {"type": criterion, **({"examples": 12} if options is None else options)},
             **overrides,
         },
     )
@@ -115,20 +114,20 @@ def expected_units(criterion, unit, scope, largest) -> dict[str, list[int]]:
     largest=[True, False],
 )
 def test_structures_are_the_best_by_the_sum_over_their_rows_and_columns(criterion, unit, scope, largest):
-    config = config_of(criterion, unit, scope, {"largest": largest})
+    config = config_of(criterion, unit, scope, {"examples": 12, "largest": largest})
     model = chosen(config)
     expected = expected_units(criterion, unit, scope, largest)
     assert units_of(model) == expected
     written = model.peft_config["default"]
     assert written.support_pattern == {name: len(units) for name, units in expected.items()}
-    assert written.criterion_options["largest"] is largest
+    assert written.criterion.largest is largest
     assert not any(
         layer.sparse_lora_values["default"].any() for layer in sparse_layers(model) if layer.holds("default")
     )
 
 
 def test_smallest_and_largest_entries_are_opposite_ends():
-    config = make_config("sparse-entry", criterion="gradient", criterion_options={"largest": False, "examples": 12})
+    config = make_config("sparse-entry", criterion={"type": "gradient", "largest": False, "examples": 12})
     model, plain = chosen(config), tiny_llama().double()
     for batch in batches():
         scores = plain(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
@@ -242,7 +241,7 @@ def test_other_modules_take_their_density_beside_structures():
 
 def test_a_warm_up_chooses_structures_too():
     options = {"examples": 128, "warmup_steps": 2, "warmup_lr": 1e-3, "n_iterations": 2}
-    units = units_of(chosen(config_of("delta_magnitude", scope="block", criterion_options=options)))
+    units = units_of(chosen(config_of("delta_magnitude", scope="block", options=options)))
     for block in range(2):
         assert len({tuple(units[f"model.layers.{block}.mlp.{name}"]) for name in FFN}) == 1
         assert len(units[f"model.layers.{block}.mlp.up_proj"]) == int(0.1 * INNER)
@@ -275,10 +274,10 @@ def test_s2ft_takes_the_papers_strategies_by_name():
 def test_strategies_that_cannot_be_carried_out_say_what_to_change():
     with pytest.raises(ValueError, match=r"largest=False turns a ranking round, and criterion='random'"):
         methods.get("s2ft", largest=False)
-    with pytest.raises(ValueError, match=r"options\['largest'\]='no' is of the wrong type: it takes true or false"):
+    with pytest.raises(ValueError, match=r"Activation.largest='no' is of the wrong type: it takes true or false"):
         config_of("activation", options={"largest": "no"})
     with pytest.raises(ValueError, match="criterion='given' takes units from outside, and structures choose them"):
-        config_of("given", criterion_options={})
+        config_of("given", options={})
     with pytest.raises(ValueError, match="support_init='uniform' gives them values at injection"):
         config_of("activation", support_init="uniform")
     base = tiny_llama()
@@ -290,7 +289,7 @@ def test_strategies_that_cannot_be_carried_out_say_what_to_change():
     model = get_peft_model(tiny_llama(), make_config("sparse-entry"))
     with pytest.raises(ValueError, match=r"q_proj' is cut.*granularity_pattern to 'column'"):
         initialize_support(model, batches(), "weighted_activation", show_progress=False)
-    model = get_peft_model(tiny_llama(), config_of("random", criterion_options={}))
+    model = get_peft_model(tiny_llama(), config_of("random", options={}))
     with pytest.raises(ValueError, match=r"support_pattern\s+has fixed that already \(criterion='random'\)"):
         initialize_support(model, batches(), "activation", show_progress=False)
     model = get_peft_model(tiny_llama(), config_of("activation"))
@@ -304,8 +303,8 @@ def test_strategies_that_cannot_be_carried_out_say_what_to_change():
 
 
 def test_a_block_wise_choice_by_data_may_replace_a_random_one():
-    config = config_of("random", scope="block", criterion_options={})
+    config = config_of("random", scope="block", options={})
     model = get_peft_model(tiny_llama(), config)
     initialize_support(model, batches(), "activation", max_examples=12, show_progress=False)
     assert units_of(model) == expected_units("activation", "channel", "block", True)
-    assert model.peft_config["default"].criterion == "activation"
+    assert model.peft_config["default"].criterion.part_type == "activation"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,11 +30,13 @@ class _FromFiles(type):
     """Sorts out what a file says that a config class does not know, before peft drops it.
 
     `PeftConfig.from_peft_type` filters options by the signature of `__init__`, so that no method of the class ever sees
-    the others. Files name their `peft_type`; a misspelt option in code still is a `TypeError`.
+    the others. Files name their `peft_type`. In code an unknown option is a `TypeError`, an unknown part a
+    `ValueError`.
     """
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        if "peft_type" in options:
+        from_file = "peft_type" in options
+        if from_file:
             known = {field.name for field in fields(cls)}
             unknown = {name: options.pop(name) for name in sorted(set(options) - known)}
             if unknown:
@@ -43,7 +46,10 @@ class _FromFiles(type):
                     "They are kept and saved again, and the adapter is used without them; it cannot be trained here.",
                     stacklevel=1,  # one place, so that a file that is read twice is warned of once
                 )
-        return super().__call__(*args, **options)
+        made = super().__call__(*args, **options)
+        if not from_file:
+            made.check_runnable()
+        return made
 
 
 @dataclass
@@ -176,15 +182,19 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         """
         if self.unknown_options:
             raise ValueError(
-                f"The adapter's config has {self.unknown_options}, which this installation does not know. Update "
+                f"unknown_options={self.unknown_options}: this installation does not know these options. Update "
                 "hf-sparse-peft, or import the package that adds it; without training the adapter works as it is."
             )
-        for at, rule in enumerate(self.schedule):
-            if isinstance(rule, UnknownPart):
+        for where, part in self._parts():
+            if isinstance(part, UnknownPart):
                 raise ValueError(
-                    f"schedule[{at}]={rule.data} cannot run here: {rule.reason}. Import the package that registers it, "
-                    "or update hf-sparse-peft; without training the adapter works as it is."
+                    f"{where}={part.data} cannot be used here: {part.reason}. Import the package that registers it, or "
+                    "update hf-sparse-peft; without training the adapter works as it is."
                 )
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        yield from ((f"schedule[{at}]", rule) for at, rule in enumerate(self.schedule))
+        yield from vars(self).items()
 
     @property
     def asked_schedules(self) -> list[str]:

@@ -10,12 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ...sparsity import (
     DataCriterion,
+    Given,
     UnitGrid,
     counts_from_rank,
     counts_from_total,
     erdos_renyi_counts,
     global_counts,
-    make_score,
     proportional_counts,
     stream_seed,
     uniform_counts,
@@ -96,7 +96,7 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
 
 
 def _check_grids(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> None:
-    score = make_score(config.criterion, **config.criterion_options)
+    score = config.criterion
     for name, grid in grids.items():
         if isinstance(score, DataCriterion):
             score.check_grid(grid, name)
@@ -155,7 +155,7 @@ def _counts(
         return counts_from_rank(grids, config.budget_rank)
     density = config.density if config.num_entries is None else config.num_entries / entries
     if config.sizes_from_data and not config.structures:
-        if config.criterion != "given":
+        if not isinstance(config.criterion, Given):
             _check_global_budget(density, grids)
         return {name: max(1, int(density * grid.num_units)) for name, grid in grids.items()}
     if config.density_pattern:
@@ -220,6 +220,6 @@ def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: Un
         weight = base.weight.data if backend is None else backend.get_base_weight(base)
         weight = weight.t() if backend is None and isinstance(base, Conv1D) else weight
         generator = torch.Generator(device=weight.device).manual_seed(stream_seed(config.seed, name))
-        return make_score(config.criterion, **config.criterion_options)(weight, grid, generator)()
+        return config.criterion(weight, grid, generator)()
 
     return chunks

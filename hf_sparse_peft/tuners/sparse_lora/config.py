@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ...rules import check_schedule
-from ...sparsity import CRITERIA, needs_data
+from ...sparsity import Given, Random, Score
+from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
@@ -101,11 +102,9 @@ class SparseLoraConfig(AdapterConfig):
         metadata={"help": "Start of the support's values: 0, the identity, or U(+-1/sqrt(columns)) (SLTrain)."},
     )
     block_size: int = field(default=32, metadata={"help": "Side of a block; must divide both sides of each weight."})
-    criterion: str = field(
-        default="random", metadata={"help": f"How the first support is chosen: one of {sorted(CRITERIA)}."}
-    )
-    criterion_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Options of the criterion, e.g. {'rank': 64} for low_rank_magnitude."}
+    criterion: Score | UnknownPart = field(
+        default_factory=Random,
+        metadata={"help": "How the first support is chosen: a score, e.g. LowRankMagnitude(rank=64), or its name."},
     )
     allocation: Literal["uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors"] = field(
         default="uniform",
@@ -175,6 +174,7 @@ class SparseLoraConfig(AdapterConfig):
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
+        self.criterion = load_part_by_name(Score, self.criterion, "criterion")
         for name, cls in SCHEDULES.items():
             setattr(self, name, nested(cls, getattr(self, name), name))
         if isinstance(self.structures, (list, tuple)):
@@ -194,13 +194,13 @@ class SparseLoraConfig(AdapterConfig):
     @property
     def data_driven(self) -> bool:
         """Whether the first support waits for data: gradients of the training data, or units given from outside."""
-        return needs_data(self.criterion)
+        return isinstance(self.criterion, Score) and self.criterion.needs_data
 
     @property
     def sizes_from_data(self) -> bool:
         """Whether even the number of units of each module is still to be found from data."""
         ranked = self.allocation == "global" or any(one.scope == "model" for one in self.structures)
-        by_data = self.criterion == "given" or (self.data_driven and ranked)
+        by_data = isinstance(self.criterion, Given) or (self.data_driven and ranked)
         return by_data and self.has_support and not self.support_pattern
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ...sparsity import CRITERIA, make_score
-from ...utils.option_types import check_options
+from ...sparsity import Given, Random, SmallestMagnitude
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern
 
@@ -26,7 +25,6 @@ def _check_choices(config: AdapterConfig) -> None:
     choices = {
         "granularity": GRANULARITIES,
         "allocation": ALLOCATIONS,
-        "criterion": tuple(sorted(CRITERIA)),
         "values_dtype": ("float32", "bfloat16"),
         "bias": ("none", "all", "sparse_lora_only"),
         "factor_init": ("kaiming_uniform", "normal"),
@@ -40,12 +38,7 @@ def _check_choices(config: AdapterConfig) -> None:
             raise ValueError(
                 f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
             )
-    check_options(CRITERIA[config.criterion], config.criterion_options, "criterion_options")
-    try:
-        make_score(config.criterion, **config.criterion_options)  # refuses unknown options and bad values by name
-    except ValueError as error:
-        raise ValueError(f"criterion_options={config.criterion_options}: {error}") from error
-    if config.allocation == "global" and config.criterion == "random":
+    if config.allocation == "global" and isinstance(config.criterion, Random):
         raise ValueError(
             "allocation='global' ranks units by the criterion, and criterion='random' ranks nothing. "
             "Choose criterion='magnitude', or allocation='uniform' or 'erdos_renyi'."
@@ -59,11 +52,11 @@ def _check_choices(config: AdapterConfig) -> None:
         )
     if config.data_driven and config.support_init != "zeros":
         raise ValueError(
-            f"criterion='{config.criterion}' chooses units after injection and starts them at zero, and "
+            f"criterion='{config.criterion.part_type}' chooses units after injection and starts them at zero, and "
             f"support_init='{config.support_init}' gives them values at injection. Set support_init='zeros', or a "
             "criterion without data, e.g. 'magnitude'."
         )
-    if config.criterion == "given" and config.structures:
+    if isinstance(config.criterion, Given) and config.structures:
         raise ValueError(
             "criterion='given' takes units from outside, and structures choose them. Set structures=[], or a criterion "
             "that ranks, e.g. 'magnitude' or 'activation'."
@@ -131,7 +124,7 @@ def _check_numbers(config: AdapterConfig) -> None:
     if config.regrowth and config.regrowth.retired_share and config.sizes_from_data:
         raise ValueError(
             "regrowth.retired_share allocates room by each support's size, and allocation='global' and structures of "
-            f"scope='model' leave the sizes to criterion='{config.criterion}'. Set allocation='uniform' or "
+            f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set allocation='uniform' or "
             "'erdos_renyi', and scope='block'."
         )
     if config.rank_allocation and config.rank_allocation.target_r > config.r:
@@ -169,10 +162,11 @@ def _check_factors(config: AdapterConfig) -> None:
 def _check_search(config: AdapterConfig) -> None:
     if config.support_search is None:
         return
-    if not config.has_support or config.criterion != "random" or config.structures:
+    if not config.has_support or not isinstance(config.criterion, Random) or config.structures:
         raise ValueError(
-            f"support_search tries random supports; got criterion={config.criterion!r}, density={config.density}, "
-            f"{len(config.structures)} structures. Set criterion='random', density > 0 and structures=[]."
+            f"support_search tries random supports; got criterion='{config.criterion.part_type}', density="
+            f"{config.density} and {len(config.structures)} structures. Set criterion='random', "
+            "density > 0 and structures=[]."
         )
     if config.regrowth and config.regrowth.replace_all_first:
         raise ValueError(
@@ -183,10 +177,11 @@ def _check_search(config: AdapterConfig) -> None:
 
 def _check_freezing(config: AdapterConfig) -> None:
     known = config.freezing is not None and config.freezing.threshold is not None
-    if config.allocation == "threshold" and not (known and config.criterion == "smallest_magnitude"):
+    if config.allocation == "threshold" and not (known and isinstance(config.criterion, SmallestMagnitude)):
         raise ValueError(
             "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
-            f"criterion='smallest_magnitude'; got freezing={config.freezing} and criterion={config.criterion!r}."
+            f"criterion='smallest_magnitude'; got freezing={config.freezing} and criterion="
+            f"'{config.criterion.part_type}'."
         )
     if config.freezing and config.regrowth:
         raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+from ...sparsity import Random
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SCHEDULES, SparseLoraConfig, exact_pattern
 
@@ -18,7 +19,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
         setattr(config, name, None)
     config.structures, config.units_per_module, config.scale_support, config.support_init = [], None, False, "zeros"
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
-    config.criterion, config.criterion_options = "random", {}
+    config.criterion = Random()
     grids = {name: piece.grid for name, piece in entries.items() if piece is not None}
     kinds = Counter(grid.granularity for grid in grids.values())
     config.granularity = kinds.most_common(1)[0][0] if kinds else "entry"

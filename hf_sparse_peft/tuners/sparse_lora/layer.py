@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from ...rules import ModuleSpace, UnitSpace
-from ...sparsity import UnitGrid
+from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
@@ -92,7 +92,7 @@ class SparseLoraLayer(SupportState):
         if not config.sizes_from_data or not sizes.capacity:
             return sizes
         values = held.get("sparse_lora_values")
-        if values is None and (config.criterion == "given" or config.structure_of(module_name)):
+        if values is None and (isinstance(config.criterion, Given) or config.structure_of(module_name)):
             return replace(sizes, units=0, capacity=0)
         count = values.shape[0] if values is not None and values.ndim else 0
         return replace(sizes, units=count, capacity=count) if 0 < count <= sizes.grid.num_units else sizes

@@ -40,7 +40,7 @@ class SparseLoraModel(AdapterModel):
         super()._prepare_model(peft_config, model)
         self._unit_counts, self._chosen_units = plan_supports(peft_config, model, self._is_target)
         self._capacities = unit_capacities(peft_config, self._unit_counts, model, self._is_target)
-        slow = peft_config.criterion in ("low_rank_magnitude", "decomposition_residual")
+        slow = getattr(peft_config.criterion, "is_slow", False)
         slow = self._unit_counts and slow and not self._chosen_units and not peft_config.inference_mode
         total = len(self._unit_counts)
         self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None

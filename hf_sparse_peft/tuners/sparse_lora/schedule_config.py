@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-from ...sparsity import CRITERIA, make_score
+from ...sparsity import LowRankMagnitude, make_score
 from ...utils.option_types import check_options, check_types
 
 ConfigT = TypeVar("ConfigT")
@@ -175,7 +175,7 @@ class RegrowthConfig:
     def _check_grow_options(self) -> None:
         options, name = self.grow_options, "RegrowthConfig"
         if self.grow == "low_rank_magnitude":
-            check_options(CRITERIA["low_rank_magnitude"], options, f"{name}.grow_options")
+            check_options(LowRankMagnitude, options, f"{name}.grow_options")
             make_score("low_rank_magnitude", **options)  # refuses unknown options and bad values by name
             return
         accepted = _GROW_OPTIONS.get(self.grow, ())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...sparsity import UnitGrid, random_units, stream_seed, top_units
+from ...sparsity import Random, UnitGrid, random_units, stream_seed, top_units
 from ...utils.module_names import block_of
 from .config import SparseLoraConfig
 from .structure_config import StructureConfig
@@ -100,7 +100,7 @@ def choose_structures(
     Raises:
         ValueError: a structure matches no module, or its modules cannot be cut into the same structures.
     """
-    if config.criterion != "random":
+    if not isinstance(config.criterion, Random):
         ranking = StructureRanking(config, grids, model)
         for name in ranking.names:
             ranking.add(name, chunks_of_module(name))

@@ -10,12 +10,15 @@ import torch
 
 from ...ops import pack_entries, unpack_entries
 from ...sparsity import (
+    Given,
+    Random,
     codes_length,
     decode_support,
     encode_support,
     select_units,
     stream_seed,
 )
+from ...utils.parts import UnknownPart
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from .config import SparseLoraConfig
@@ -80,6 +83,7 @@ class SupportState(AdapterLayer):
             self.write_support(adapter_name, first.to(values.device))
             return
         waits = config.data_driven or (config.inference_mode and config.init_weights)
+        waits = waits or isinstance(config.criterion, UnknownPart)
         if not waits and config.structure_of(self.module_name) is None:
             self.select_support(adapter_name)
 
@@ -102,7 +106,9 @@ class SupportState(AdapterLayer):
         """The units that the config's criterion chooses without data: for `random`, always the same draw."""
         config = self.sparse_lora_config[adapter_name]
         seed = stream_seed(config.seed, self.module_name)
-        weight = None if config.criterion == "random" else self.dense_base_weight()
+        if isinstance(config.criterion, UnknownPart):
+            config.check_runnable()
+        weight = None if isinstance(config.criterion, Random) else self.dense_base_weight()
         return select_units(
             config.criterion,
             weight,
@@ -110,13 +116,12 @@ class SupportState(AdapterLayer):
             self.sizes[adapter_name].units,
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             name=self.module_name,
-            **config.criterion_options,
         )
 
     def is_random_start(self, adapter_name: str) -> bool:
         """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
         config = self.sparse_lora_config[adapter_name]
-        if config.criterion != "random" or config.support_search is not None:
+        if not isinstance(config.criterion, Random) or config.support_search is not None:
             return False
         if config.structure_of(self.module_name) is not None:
             return True  # drawn together with other modules, over the whole model
@@ -275,8 +280,9 @@ class SupportState(AdapterLayer):
 
 def undecided_message(adapter_name: str, config: SparseLoraConfig) -> str:
     """What to tell a user whose adapter cannot go on without the data that its support is chosen from."""
-    start = f"Adapter '{adapter_name}' has criterion='{config.criterion}', and its support has not been chosen yet. "
-    if config.criterion == "given":
+    score = config.criterion.part_type
+    start = f"Adapter '{adapter_name}' has criterion='{score}', and its support has not been chosen yet. "
+    if isinstance(config.criterion, Given):
         return (
             f"{start}Call hf_sparse_peft.load_support(model, path) or hf_sparse_peft.support_from_checkpoints(model, "
             "before, after) first."
