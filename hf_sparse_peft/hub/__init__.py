@@ -9,12 +9,12 @@ register_cards                           lets peft's own save and push write our
 register_saving                          lets peft's own save write whole files only
 """
 
-from .card import adapter_card, save_adapter
+from .card import adapter_card
 from .check import AdapterReport, ModuleReport, check_adapter
 from .dense import merge_to_dense
 from .export import LoraExport, export_lora, export_shira
 from .push import push_to_hub, register_cards
-from .saving import register_saving
+from .saving import register_saving, save_adapter
 from .summary import adapter_summary
 
 __all__ = [

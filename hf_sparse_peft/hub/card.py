@@ -1,27 +1,23 @@
-"""The model card of an adapter, and saving an adapter with it."""
+"""The model card of an adapter: rendered from its unit spaces, pieces and config, whatever its tuner."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import os
-import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, TaskType
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import base_overrides
 from ..tuners.shared.config import AdapterConfig
-from ..utils.file_writing import whole_file
 from ..utils.parts import plain
-from .folders import ADAPTER_FILES, staged_folder
 from .summary import adapter_summary
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -105,52 +101,6 @@ def adapter_card(
         versions=_versions(),
         marker=GENERATED if generated else "",
     )
-
-
-def save_adapter(
-    model: PeftModel,
-    path: str | os.PathLike,
-    *,
-    adapter_name: str = "default",
-    **card_arguments: Any,
-) -> Path:
-    """Write `adapter_model.safetensors`, `adapter_config.json` and the card `README.md` into the folder `path`.
-
-    A new folder appears whole or not at all. An adapter of this type that is there is replaced file by file; other
-    files beside it stay. Files lie in `path` itself whatever the adapter's name. `card_arguments` are those of
-    `adapter_card`. Returns the folder.
-
-    Raises:
-        ValueError: `model` is no PeftModel with an adapter of this package of that name, or `path` is a file or a
-            folder that holds something else than an adapter of its type.
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"model is a {type(model).__name__}, not a PeftModel. Wrap the base with get_peft_model; adapters of a "
-            "plain transformers model are saved by its own save_pretrained."
-        )
-    card = adapter_card(model, adapter_name=adapter_name, **card_arguments)
-    with staged_folder(path, model.peft_config[adapter_name].peft_type.value) as stage:
-        model.save_pretrained(str(stage), selected_adapters=[adapter_name])
-        if adapter_name != "default":  # peft puts other names into a folder of their own
-            inner = stage / adapter_name
-            for file in list(inner.iterdir()):
-                os.replace(file, stage / file.name)
-            shutil.rmtree(inner)
-        missing = [name for name in ADAPTER_FILES if not (stage / name).is_file()]
-        if missing:
-            raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
-        write_card(card, stage)
-    return Path(path)
-
-
-def write_card(card: ModelCard, folder: Path) -> None:
-    """Write `README.md`; a disk that has no room for it costs the card, not the adapter beside it."""
-    try:
-        with whole_file(folder / "README.md") as file:
-            card.save(file)
-    except OSError as error:
-        warnings.warn(f"The adapter has no card: README.md could not be written ({error}).", stacklevel=3)
 
 
 def exported_card(config: PeftConfig, source: PeftConfig) -> ModelCard:

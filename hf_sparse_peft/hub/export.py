@@ -25,8 +25,9 @@ from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
 from ..tuners.shared.pieces import Entries, LowRank, Piece
 from ..tuners.shared.wrapped_names import plain_name
-from .card import exported_card, write_card
+from .card import exported_card
 from .folders import staged_folder
+from .saving import write_card
 
 _ROUNDING = 1e-5  # relative error up to here is fp32's own
 _SVD_EXACT_BELOW = 2048  # sides up to here take a full SVD (seconds); larger ones a randomised one

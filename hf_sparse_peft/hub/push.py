@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
-from .card import GENERATED, adapter_card, save_adapter
+from .card import GENERATED, adapter_card
+from .saving import save_adapter
 
 
 def push_to_hub(

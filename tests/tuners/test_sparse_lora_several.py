@@ -217,6 +217,14 @@ def test_combination_of_adapters_on_different_modules(base_of, tmp_path):
     reloads(model, base_of, tmp_path)
 
 
+def test_combination_of_adapters_on_different_layers_holds_both(base_of):
+    model = two_adapters(base_of, layers_to_transform=[0], options={"layers_to_transform": [1]})
+    model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "mix", combination_type="cat")
+    for layer in sparse_layers(model):
+        source, weight = ("default", 1.0) if ".0." in layer.module_name else ("other", -0.5)
+        torch.testing.assert_close(dense_delta(layer, "mix"), weight * dense_delta(layer, source), rtol=1e-5, atol=1e-6)
+
+
 def test_combination_refuses_what_it_cannot_do_and_leaves_the_model(base_of):
     model = two_adapters(base_of, options={"r": 2})
     bits, keys = base_bits(model), set(model.state_dict())
