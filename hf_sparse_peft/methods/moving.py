@@ -10,8 +10,18 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..optim import AgedAdamW, SparseSM3, aged_adamw_groups
-from ..sparsity import LowRankMagnitude
-from ..tuners import FreezingConfig, NuclearNormConfig, RegrowthConfig, SparseLoraConfig
+from ..rules import (
+    SM3,
+    AccumulatedGradient,
+    Freeze,
+    Gradient,
+    LowRankMagnitude,
+    Random,
+    RandomUnfired,
+    Regrow,
+)
+from ..sparsity import Cosine, Curve, Linear, scores
+from ..tuners import NuclearNormConfig, SparseLoraConfig
 from ..tuners.sparse_lora import sparse_layers
 from .registry import Method, aged_adamw, register
 
@@ -24,17 +34,21 @@ from .registry import Method, aged_adamw, register
     cost="a dense gradient of one layer at a time in 5 of 20 steps; ages, 2 bytes an entry",
 )
 def spiel_ag(
-    density: float = 0.01, interval: int = 20, collect_steps: int = 5, fraction: float = 0.2, **overrides: Any
+    density: float = 0.01,
+    every: int = 20,
+    steps: int = 5,
+    fraction: Curve | float = Linear(0.2, 0.0),
+    **overrides: Any,
 ) -> Method:
-    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling share.
+    """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling fraction.
 
     A support that was chosen otherwise, or trained before, is kept at the first move. With
-    `RegrowthConfig(schedule="cosine")` nothing is replaced whole, as in the released code. `density` is a share of the
+    `fraction=Cosine(0.2, 0.0)` nothing is replaced whole, as in the released code. `density` is a share of the
     adapted weights, where the released code's is one of all parameters; `num_entries` gives the number itself (the
     paper: as many as a LoRA has, `budget_rank` per matrix).
     """
-    regrowth = RegrowthConfig(interval=interval, collect_steps=collect_steps, fraction=fraction)
-    options = {"r": 0, "density": density, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
+    move = Regrow(every=every, grow=AccumulatedGradient(steps=steps), fraction=fraction)
+    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
 
@@ -47,21 +61,20 @@ def spiel_ag(
 )
 def spiel_ma(
     density: float = 0.01,
-    interval: int = 20,
-    collect_steps: int = 5,
-    fraction: float = 0.2,
+    every: int = 20,
+    first: int | None = None,
+    fraction: Curve | float = Linear(0.2, 0.0),
     score: str = "product",
     momentum: float = 0.0,
     **overrides: Any,
 ) -> Method:
-    """SpIEL with momentum approximation: moves at spiel-ag's steps (`collect_steps` says when, nothing is collected).
+    """SpIEL with momentum approximation: moves at spiel-ag's steps, the first one after step `first` (5, or `every`
+    where that is less).
 
     `score` 'product' is the paper's; 'min' ranks by SM3's own estimate.
     """
-    regrowth = RegrowthConfig(
-        interval=interval, collect_steps=collect_steps, fraction=fraction, grow="sm3", grow_options={"score": score}
-    )
-    options = {"r": 0, "density": density, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
+    move = Regrow(every=every, first=first, fraction=fraction, grow=SM3(score))
+    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=partial(sparse_sm3, momentum=momentum))
 
 
@@ -98,21 +111,20 @@ def sparse_sm3(model: nn.Module, args: TrainingArguments, momentum: float = 0.0)
 )
 def sparse_evolutionary_training(
     density: float = 0.01,
-    interval: int = 100,
-    fraction: float = 0.3,
+    every: int = 100,
+    fraction: Curve | float = 0.3,
     drop: str = "signed_magnitude",
     unfired: bool = False,
     **overrides: Any,
 ) -> Method:
-    """SET on the delta: of the positive and of the negative entries the same share leaves, those closest to 0; random
-    entries enter.
+    """SET on the delta: of the positive and of the negative entries the same fraction leaves, those closest to 0;
+    random entries enter.
 
-    The paper moves once per epoch: set `interval` to the steps of one. `drop="magnitude"` ranks both signs together.
+    The paper moves once per epoch: set `every` to the steps of one. `drop="magnitude"` ranks both signs together.
     `unfired` grows entries first that were never in the support.
     """
-    grow = "random_unfired" if unfired else "random"
-    regrowth = RegrowthConfig(interval=interval, fraction=fraction, schedule="constant", drop=drop, grow=grow)
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth}
+    move = Regrow(every=every, fraction=fraction, drop=drop, grow=RandomUnfired() if unfired else Random())
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
     options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
@@ -126,29 +138,22 @@ def sparse_evolutionary_training(
 )
 def rigl(
     density: float = 0.01,
-    interval: int = 100,
-    fraction: float = 0.3,
+    every: int = 100,
+    fraction: Curve | float = Cosine(0.3, 0.0),
     stop_at: float = 0.75,
-    schedule: str = "cosine",
-    first_move: int | None = None,
+    first: int | None = None,
     **overrides: Any,
 ) -> Method:
-    r"""RigL on the delta: every `interval` steps until `stop_at`, in place of that step's update, a share of
+    r"""RigL on the delta: every `every` steps until `stop_at`, in place of that step's update, a fraction of
     :math:`\frac{\alpha}{2}(1+\cos(\pi t/T_{end}))` moves from the smallest |delta| to the largest |gradient|.
 
-    The released code's defaults differ from the paper's: `schedule="constant"` with `fraction=0.1`, and a first move in
-    place of the very first update, `first_move=1`.
+    The released code's defaults differ from the paper's: a constant `fraction=0.1`, and a first move in place of the
+    very first update, `first=1`.
     """
-    regrowth = RegrowthConfig(
-        interval=interval,
-        fraction=fraction,
-        schedule=schedule,
-        stop_at=stop_at,
-        first_move=first_move,
-        grow="gradient",
-        skip_step=True,
+    move = Regrow(
+        every=every, fraction=fraction, stop_at=stop_at, first=first, grow=Gradient(), in_place_of_update=True
     )
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "regrowth": regrowth}
+    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
     options = {**options, "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
 
@@ -214,33 +219,27 @@ def apet(
 def lift(
     budget_rank: int = 128,
     filter_rank: int = 128,
-    interval: int = 200,
+    every: int = 200,
     density: float | None = None,
     exact: bool = False,
-    retired_share: float = 1.0,
+    retired: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
     per_unit_age: bool = False,
     **overrides: Any,
 ) -> Method:
-    r"""Train the `K` largest entries of :math:`|W_q|` in each matrix and choose them anew every `interval` steps.
+    r"""Train the `K` largest entries of :math:`|W_q|` in each matrix and choose them anew every `every` steps.
 
     `K` is that of a LoRA of `budget_rank`, or `density`'s. Entries that leave keep what they learned (retired, within
-    `retired_share`); survivors keep their moments, newcomers start at zero moments. As published the step counter is
+    `retired`); survivors keep their moments, newcomers start at zero moments. As published the step counter is
     one per matrix, so a newcomer's first step is :math:`(1-\beta_1)/\sqrt{1-\beta_2}` of the learning rate (0.45 with
     these betas); `per_unit_age` corrects each entry's bias instead. `exact` takes full SVDs, as the released code does
     unless told otherwise, instead of randomised ones. The published weight decay is 0, `TrainingArguments`' default.
     """
     approximation = {"rank": filter_rank, "exact": exact}
-    regrowth = RegrowthConfig(
-        interval=interval,
-        drop="none",
-        grow="low_rank_magnitude",
-        grow_options=approximation,
-        retired_share=retired_share,
-    )
+    move = Regrow(every=every, drop=None, grow=LowRankMagnitude(**approximation), retired=retired)
     budget = {"budget_rank": budget_rank} if density is None else {"density": density}
-    start = {"criterion": LowRankMagnitude(**approximation)}
-    options = {"r": 0, **budget, **start, "regrowth": regrowth, "target_modules": "all-linear", **overrides}
+    start = {"criterion": scores.LowRankMagnitude(**approximation)}
+    options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear", **overrides}
     return Method(SparseLoraConfig(**options), make_optimizer=partial(_lift_adamw, betas=betas, per_unit=per_unit_age))
 
 
@@ -280,7 +279,7 @@ def sara(
         budget = {"density": density, "allocation": "threshold"}
     norm = NuclearNormConfig(weight=nuclear_weight, min_side=min_side) if nuclear_weight else None
     options = {
-        "r": 0, **budget, "criterion": "smallest_magnitude", "freezing": FreezingConfig(at=at, threshold=threshold),
+        "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": [Freeze(at=at, threshold=threshold)],
         "nuclear_norm": norm, "target_modules": "all-linear", **overrides,
     }  # fmt: skip
     return Method(SparseLoraConfig(**options))

@@ -1,7 +1,7 @@
 """`sparse_linear` as one opaque node for `torch.compile`, with the same products behind it as the eager path.
 
-What no graph can carry (how to dequantise a weight, who collects dense gradients) is looked up when the node runs,
-under an integer that the layer registers: turning collection on and off, or moving a support, changes no graph.
+What no graph can carry (how to dequantise a weight, who reads dense gradients) is looked up when the node runs,
+under an integer that the layer registers: adding and removing readers, or moving a support, changes no graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Runtime(Protocol):
     def runtime_source(self) -> Source | None:
         """Where the weight comes from, for weights that are not passed as a tensor."""
 
-    def runtime_sink(self) -> Any:
+    def runtime_reader(self) -> Any:
         """Who reads this layer's dense gradient, or None."""
 
 
@@ -55,7 +55,7 @@ def _plan(
         source = DenseSource(weight, transposed)
     elif dequantized:
         source = runtime.runtime_source()
-    return Plan(rows, cols, dtype, source, granularity, block_size, scale, runtime.runtime_sink())
+    return Plan(rows, cols, dtype, source, granularity, block_size, scale, runtime.runtime_reader())
 
 
 @torch.library.custom_op("hf_sparse_peft::sparse_linear", mutates_args=())
@@ -76,7 +76,7 @@ def _forward_node(
     granularity: str,
     block_size: int,
     scale: float,
-    collects: bool,
+    may_read: bool,
 ) -> torch.Tensor:
     plan = _plan(owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype)
     y = forward_product(x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends))
@@ -134,10 +134,10 @@ def _(grad_output, x, weight, values, units, A, B, gate, bias, row_ends, owner, 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, *tensors = inputs[:9]
-    owner, transposed, dequantized, _, granularity, block_size, scale, collects = inputs[9:]
+    owner, transposed, dequantized, _, granularity, block_size, scale, may_read = inputs[9:]
     operands = Operands(*tensors)
-    # Whether somebody collects at a given step is not known when the graph is made; `collects` says who ever may.
-    ctx.columns_only = granularity == "column" and operands.A is None and not collects
+    # Whether a gradient is read at a given step is not known when the graph is made; `may_read` says whether ever.
+    ctx.columns_only = granularity == "column" and operands.A is None and not may_read
     kept = x.index_select(-1, operands.units) if ctx.columns_only else x
     ctx.save_for_backward(kept, weight, *operands)
     ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, ctx.columns_only)
@@ -173,15 +173,15 @@ def sparse_linear_node(
     granularity: str = "entry",
     block_size: int = 0,
     scale: float = 1.0,
-    collects: bool = False,
+    may_read: bool = False,
 ) -> torch.Tensor:
     """`sparse_linear` for use inside `torch.compile`, on an `x` that is already in the compute dtype.
 
     The weight is `weight` (its transpose with `transposed`), or what the owner's `runtime_source` gives
-    (`dequantized`), or nothing. `collects` says whether dense gradients may ever be asked for.
+    (`dequantized`), or nothing. `may_read` says whether dense gradients may ever be asked for.
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward_node(
             x, weight, values, units, A, B, gate, bias, row_ends,
-            owner, transposed, dequantized, rows, granularity, block_size, scale, collects,
+            owner, transposed, dequantized, rows, granularity, block_size, scale, may_read,
         )  # fmt: skip

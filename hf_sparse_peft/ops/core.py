@@ -17,7 +17,7 @@ from .support_product import add_support_product_, add_transposed_support_produc
 from .units import column_gradient, read_units, unit_gradient, unpack_entries, write_units_
 
 
-class GradientSink(Protocol):
+class GradientReader(Protocol):
     """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too.
 
     What it is shown is lent for the call: whoever keeps it or changes it makes a copy.
@@ -46,15 +46,15 @@ class Plan:
     block_size: int = 0
     scale: float = 1.0
     """`s`, the scaling of the low-rank half."""
-    gradient_sink: GradientSink | None = None
+    gradient_reader: GradientReader | None = None
     """Called in the backward pass, once for every product of the forward pass."""
-    gradient_observer: Callable[[torch.Tensor], None] | None = None
+    passive_reader: Callable[[torch.Tensor], None] | None = None
     """Shown the dense gradient `[rows, cols]` too, from a product of its own: what is watched rounds no differently."""
 
     @property
     def shows_gradient(self) -> bool:
         """Whether somebody wants to see the dense gradient."""
-        return self.gradient_sink is not None or self.gradient_observer is not None
+        return self.gradient_reader is not None or self.passive_reader is not None
 
 
 class Operands(NamedTuple):
@@ -168,19 +168,19 @@ def _weight(
 
 def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Tensor | None:
     values, units, row_ends = operands.values, operands.units, operands.row_ends
-    sink = plan.gradient_sink
-    if plan.gradient_observer is not None:
-        plan.gradient_observer(dy.t() @ x2d)
-    if sink is not None:
-        wanted = sink.wanted_units() if hasattr(sink, "wanted_units") else None
+    reader = plan.gradient_reader
+    if plan.passive_reader is not None:
+        plan.passive_reader(dy.t() @ x2d)
+    if reader is not None:
+        wanted = reader.wanted_units() if hasattr(reader, "wanted_units") else None
         if wanted is None:
             dense, own = dy.t() @ x2d, None
             if needed:  # first: what training uses does not depend on what a reader does
                 flat = units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
                 own = read_units(dense, flat, plan.granularity, plan.block_size).to(values.dtype)
-            sink(dense)
+            reader(dense)
             return own
-        sink.take(unit_gradient(dy, x2d, wanted, plan.granularity, plan.block_size))
+        reader.take(unit_gradient(dy, x2d, wanted, plan.granularity, plan.block_size))
     if not needed:
         return None
     if columns_only:

@@ -2,7 +2,7 @@ r"""The one differentiable product of this package: :math:`Y = X (W + S)^\top + 
 
 Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns are all that needs it), and
 references to parameters. The gradient exists at the support only; a dense one appears for a tile at a time, or for this
-one layer when a `gradient_sink` asks for it.
+one layer when a `gradient_reader` asks for it.
 """
 
 from __future__ import annotations

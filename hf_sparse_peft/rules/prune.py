@@ -182,7 +182,6 @@ class Prune(Rule):
 def _moves_of(config: Any) -> Any:
     """`moves_after(update, total_steps)` of the rule that regrows the same supports, if there is one."""
     regrows = [rule for rule in config.rules if rule.part_type in Prune.within] if config is not None else []
-    regrows += [config.regrowth] if getattr(config, "regrowth", None) else []
     return regrows[0].moves_after if regrows else None
 
 

@@ -39,9 +39,20 @@ class Rule(Part):
     that write the units of one space are refused; see `conflict`."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it relies on: `gate` (rank components with a trained gate), `fixed_units` (no other rule moves them),
-    `entries` (units that are single weight entries), `batches` (a dataloader at the start)."""
+    `entries` (units that are single weight entries), `gradient` (dense gradients of a layer, `Run.read_gradient`),
+    `batches` (a dataloader at the start)."""
     within: ClassVar[frozenset[str]] = frozenset()
     """Types of the rules that may write the same units: this one acts at their moves, before them."""
+
+    @property
+    def freezes_units(self) -> bool:
+        """Whether single units may be excluded from the update while they go on adding to the weight."""
+        return False
+
+    @property
+    def extra_capacity(self) -> float:
+        """Room to allocate for units beyond those that are trained, as a fraction of them."""
+        return 0.0
 
     def check(self, config: Any) -> None:
         """Refuse a config that the rule cannot work with, when the config is made.
@@ -105,6 +116,26 @@ def conflict(first: Rule, second: Rule) -> str | None:
                 "them. Keep one of them."
             )
     return None
+
+
+def check_entries(owner: str, config: Any) -> None:
+    """Raises `ValueError` unless the units of the adapter's support are single entries."""
+    other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]
+    if other or not config.has_support:
+        raise ValueError(
+            f"{owner} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
+            f"density={config.density}. Set granularity='entry' and density > 0, or leave it out."
+        )
+
+
+def in_order(rules: Iterable[Rule]) -> list[Rule]:
+    """Rules in the order in which they act: as listed, but those that hold whole modules still before all others, which
+    must find who trains at a step, and one that acts within another's moves before that one."""
+    found: list[Rule] = []
+    for rule in sorted(rules, key=lambda rule: not ("module" in rule.acts_on and "trains" in rule.writes)):
+        others = [at for at, other in enumerate(found) if other.part_type in rule.within]
+        found.insert(others[0] if others else len(found), rule)
+    return found
 
 
 def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:

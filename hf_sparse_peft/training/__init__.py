@@ -11,13 +11,11 @@ from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
-from .callbacks import LayerSamplingCallback, PruningCallback
-from .freezing import ThresholdFreezingCallback
+from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback
 from .initial_support import InitialSupportCallback
 from .loop import Controller
 from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .rank_reallocation import RankReallocationCallback
-from .regrowth import MaskRegrowthCallback
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
@@ -26,15 +24,13 @@ from .telemetry import SupportTelemetryCallback
 from .trainer_checks import NamedAdapterCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
-# In the order they must act at one step: who trains, then prune, then regrow what is left.
+# In the order they must act at one step.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
-    MaskRegrowthCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,
     L1PenaltyCallback,
     NuclearNormCallback,
-    ThresholdFreezingCallback,
     SplitFactorsCallback,
 )
 
@@ -59,7 +55,8 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
     schedules = [cls() for cls in asked]
     if any(config.schedule for config in configs):
-        schedules.insert(0, RuleRunner())
+        # A rule must find the first support.
+        schedules.insert(sum(isinstance(one, SupportSearchCallback) for one in schedules), RuleRunner())
     if isinstance(model_or_config, nn.Module):
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())
@@ -88,7 +85,6 @@ __all__ = [
     "SplitFactorsCallback",
     "SupportSearchCallback",
     "SupportTelemetryCallback",
-    "ThresholdFreezingCallback",
     "TwoPassTrainer",
     "ZerothOrderCallback",
     "ZerothOrderTrainer",

@@ -63,8 +63,9 @@ class AdaptedLayer:
     def trained(self) -> torch.Tensor:
         """Bool `[a]`: which living units train, that is, are not frozen."""
         alive = self.units.numel()
-        if self.adapter in self.layer.sparse_lora_frozen:
-            return self.layer.sparse_lora_frozen[self.adapter][:alive] == 0
+        frozen = self.layer.rule_state(self.adapter).get("frozen")
+        if frozen is not None:
+            return frozen[:alive] == 0
         return torch.ones(alive, dtype=torch.bool, device=self.values.device)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..rules import Prune, Rule, SampleLayers
+from ..rules import Prune, Regrow, Rule, SampleLayers
 from .runner import RuleRunner
 
 
@@ -18,3 +18,9 @@ class LayerSamplingCallback(RuleRunner):
     """Runs `SampleLayers`, the config's or the one that is given; given, on any peft adapter with a `scaling`."""
 
     rule_class: ClassVar[type[Rule]] = SampleLayers
+
+
+class MaskRegrowthCallback(RuleRunner):
+    """Runs `Regrow`, the config's or the one that is given."""
+
+    rule_class: ClassVar[type[Rule]] = Regrow

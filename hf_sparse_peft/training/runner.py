@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..optim import innermost
-from ..rules import ModuleSpace, Rule, Run, Training
+from ..rules import ModuleSpace, Rule, Run, Training, in_order
 from ..tuners import AdapterLayer, adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.best_model import warn_of_best_model
@@ -163,7 +163,7 @@ class RuleExecutor:
         for adapter, held in layers.items():
             config = held[0].adapter_configs[adapter]
             config.check_runnable()
-            rules = [self.rule] if self.rule is not None else config.rules
+            rules = [self.rule] if self.rule is not None else in_order(config.rules)
             for rule in (rule for rule in rules if isinstance(rule, self.rule_class)):
                 spaces = [s for layer in held for s in layer.unit_spaces(adapter) if s.kind in rule.acts_on]
                 spaces = [space for space in spaces if space.trains or space.kind == "module"]

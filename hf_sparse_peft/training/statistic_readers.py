@@ -42,7 +42,7 @@ class Reader:
 
 
 class GradientReader(Reader):
-    """Feeds a criterion's state of one layer with that layer's dense gradients; a sink of `sparse_linear`."""
+    """Feeds a criterion's state of one layer with that layer's dense gradients; read in its backward pass."""
 
     def __init__(self, layer: SparseLoraLayer, criterion: DataCriterion) -> None:
         super().__init__(layer, criterion)
@@ -51,12 +51,12 @@ class GradientReader(Reader):
         self.pending: torch.Tensor | None = None
 
     def attach(self, adapter_name: str) -> None:
-        """Become the layer's sink."""
-        self.layer.sparse_lora_sink[adapter_name] = self
+        """Read the layer's gradient."""
+        self.layer.add_gradient_reader(adapter_name, self)
 
     def detach(self, adapter_name: str) -> None:
-        """Leave the layer without a sink."""
-        self.layer.sparse_lora_sink.pop(adapter_name, None)
+        """Read it no more."""
+        self.layer.remove_gradient_reader(adapter_name, self)
 
     def expect(self) -> None:
         """The layer runs once more in this forward pass."""

@@ -101,7 +101,7 @@ class SupportTelemetryCallback(TrainerCallback):
                 by_layer.setdefault(id(tracker.space.layer), []).append(tracker.space)
             for spaces in by_layer.values():
                 share = GradientShare(spaces)
-                share.layer.gradient_observer = share
+                share.layer.passive_gradient_reader = share
                 self._watched.append(share)
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
@@ -117,7 +117,7 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def _stop_watching(self) -> None:
         for share in self._watched:
-            share.layer.gradient_observer = None
+            share.layer.passive_gradient_reader = None
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Take part in this run no more."""

@@ -203,7 +203,8 @@ def _refuse_unsuited(args: TrainingArguments) -> None:
 def _refuse_schedules(config: Any) -> None:
     for field in config.asked_schedules if config.has_schedule else ():
         if field not in _SUITED_SCHEDULES:
+            mend = f"set {field}=None" if hasattr(config, field) else "leave it out of schedule"
             raise ValueError(
                 f"{field} needs gradients, or holds entries still that noise would move; zeroth-order training has no "
-                f"gradients: set {field}=None, or train with Trainer."
+                f"gradients: {mend}, or train with Trainer."
             )

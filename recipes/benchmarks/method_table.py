@@ -31,7 +31,7 @@ from chosen_method import first_run
 from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
-CANDIDATES = {name: f"{name}:interval=10" for name in ("lift", "rigl", "set")}
+CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")}
 """Beside the methods' defaults: moves that fit into sixty steps, where a paper's run is thousands long."""
 LEARNING_RATES = {"mezo": 1e-3, "sparse-mezo": 1e-3}
 """Zeroth-order steps are as large as the projected gradient says: 3e-3 is too much for them."""

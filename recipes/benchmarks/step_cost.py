@@ -53,7 +53,7 @@ OURS = {
     "hybrid": "shira:budget_rank=$half,r=$half,lora_alpha=$rank",
 }
 CANDIDATES = PEERS | OURS
-MOVING = "spiel-ag:interval=3,collect_steps=2,"
+MOVING = "spiel-ag:every=3,steps=2,"
 """Prefix of the method whose moves are timed: a plain step, two that collect, the second of which ends in a move."""
 INTERVAL, COLLECT_STEPS = 20, 5
 """SpIEL's defaults, for which the shares are computed: 5 of 20 steps collect, and then a fifth of the support moves."""

@@ -44,13 +44,15 @@ KINDS = {
 BASES = ("fp32", "bf16", "nf4", "conv1d")
 
 RULES: dict[str, dict[str, Any]] = {
+    "freeze": {"only": ("entries", "low rank + entries")},
+    "regrow": {"every": 3, "grow": "gradient", "fraction": 0.5, "retired": 0.3},
     "prune": {"final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
     },
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
-CONFIG: dict[str, dict[str, Any]] = {}
+CONFIG: dict[str, dict[str, Any]] = {"freeze": {"criterion": "smallest_magnitude"}}
 """What a rule wants of the config beside itself."""
 
 EXCEPTIONS = {

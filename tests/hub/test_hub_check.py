@@ -7,7 +7,7 @@ from hub_toolbox import adapted, tiny_base
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, hub
+from hf_sparse_peft import Prune, RankAllocationConfig, Regrow, hub
 from hf_sparse_peft.sparsity import UnitGrid, encode_support
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -74,9 +74,7 @@ def test_low_rank_only_adapter_passes(tmp_path):
 
 
 def test_adapter_saved_amid_its_schedules_passes(tmp_path):
-    model = adapted(
-        r=3, regrowth=RegrowthConfig(), schedule=[Prune()], rank_allocation=RankAllocationConfig(target_r=2)
-    )
+    model = adapted(r=3, schedule=[Prune(), Regrow()], rank_allocation=RankAllocationConfig(target_r=2))
     layer = sparse_layers(model)[0]
     layer.write_support("default", layer.units("default")[:-5])
     layer.sparse_lora_rank_mask["default"][0] = 0

@@ -27,7 +27,9 @@ TINY: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj", "down_proj"],
     "density": 0.1,
     "interval": 3,
-    "collect_steps": 2,
+    "every": 3,
+    "steps": 2,
+    "first": 2,
     "r": 4,
     "target_r": 2,
 }

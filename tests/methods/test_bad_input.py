@@ -43,16 +43,15 @@ CONFIG_MISTAKES = {
     ),
     "nothing to train": ({"density": 0.0}, ["r=0", "density=0", "Set r >= 1"]),
     "a schedule for a half that is absent": (
-        {"r": 4, "density": 0.0, "regrowth": {"interval": 3, "collect_steps": 2}},
-        ["regrowth", "density=0", "Set density > 0"],
+        {"r": 4, "density": 0.0, "schedule": [{"type": "regrow", "every": 6}]},
+        ["Regrow", "density=0", "Set density > 0"],
     ),
     "more steps to collect than between moves": (
-        {"density": 0.1, "regrowth": {"interval": 3, "collect_steps": 4}},
-        ["collect_steps", "4", "interval=3"],
-    ),
-    "an option that no schedule has": (
-        {"density": 0.1, "regrowth": {"intervall": 3}},
-        ["regrowth", "intervall", "interval"],
+        {
+            "density": 0.1,
+            "schedule": [{"type": "regrow", "every": 3, "grow": {"type": "accumulated_gradient", "steps": 4}}],
+        },
+        ["steps=4", "every=3"],
     ),
     "final rank above the first": (
         {"r": 4, "density": 0.0, "rank_allocation": {"target_r": 8}},
@@ -67,8 +66,12 @@ CONFIG_MISTAKES = {
 # Schedules that do not fit into a run of six steps.
 RUN_MISTAKES = {
     "a first move after the end": (
-        {"density": 0.1, "regrowth": {"interval": 20, "collect_steps": 9}},
-        ["collect_steps=9", "6 steps", "Train longer"],
+        {"density": 0.1, "schedule": [{"type": "regrow", "grow": {"type": "accumulated_gradient", "steps": 9}}]},
+        ["AccumulatedGradient.steps=9", "6 steps", "Train longer"],
+    ),
+    "an option that no rule has": (
+        {"density": 0.1, "schedule": [{"type": "regrow", "intervall": 3}]},
+        ["regrow", "has no option", "intervall"],
     ),
     "a pruning window without a step": (
         {"density": 0.1, "schedule": [{"type": "prune", "start": 0.5, "end": 0.52}]},

@@ -90,8 +90,8 @@ def test_training_leaves_every_bit_of_the_base(name, kind, course_of):
 def test_what_the_method_says_moves_moves(name, kind, course_of):
     course = course_of(name, kind)
     config = course.model.peft_config["default"]
-    for option, buffer in (("regrowth", "support"), ("pruning", "support"), ("rank_allocation", "rank_mask")):
-        if getattr(config, option, None) is not None:
+    for option, buffer in (("regrow", "support"), ("prune", "support"), ("rank_allocation", "rank_mask")):
+        if option in config.asked_schedules:
             changed = [k for k, v in course.start.items() if k.endswith(f"sparse_lora_{buffer}.default")]
             assert changed
             assert any(not torch.equal(course.start[k], course.state[f"model.{k}"]) for k in changed), option

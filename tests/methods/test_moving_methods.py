@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from hf_sparse_peft import Prune, SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft import Constant, Cosine, Prune, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.rules.sample_layers import updated_importance
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -48,7 +48,7 @@ def mostly_negative(count, generator):
 
 
 def test_set_drops_the_same_share_of_the_positive_and_of_the_negative_entries(tmp_path):
-    method = methods.get("set", density=0.2, interval=3, fraction=0.3)
+    method = methods.get("set", density=0.2, every=3, fraction=0.3)
     before, after = supports_around_a_move(method, mostly_negative, tmp_path)
     for name, (units, values) in before.items():
         # Mocanu et al., 2018: the smallest positive weights and the largest negative ones, a fraction of each.
@@ -67,7 +67,7 @@ def test_set_drops_the_same_share_of_the_positive_and_of_the_negative_entries(tm
 
 
 def test_set_by_magnitude_ranks_both_signs_together(tmp_path):
-    method = methods.get("set", density=0.2, interval=3, fraction=0.3, drop="magnitude")
+    method = methods.get("set", density=0.2, every=3, fraction=0.3, drop="magnitude")
     before, after = supports_around_a_move(method, mostly_negative, tmp_path)
     for name, (units, values) in before.items():
         smallest = {units[i] for i in values.abs().argsort()[: int(0.3 * len(units))].tolist()}
@@ -79,7 +79,7 @@ def test_set_drops_what_never_moved_before_anything_else(tmp_path):
     def half_untouched(count, generator):
         return torch.randn(count, generator=generator) * (torch.arange(count) % 2)
 
-    method = methods.get("set", density=0.2, interval=3, fraction=0.3)
+    method = methods.get("set", density=0.2, every=3, fraction=0.3)
     before, after = supports_around_a_move(method, half_untouched, tmp_path)
     for name, (units, values) in before.items():
         moved = {u for u, v in zip(units, values.tolist(), strict=True) if v}
@@ -87,11 +87,11 @@ def test_set_drops_what_never_moved_before_anything_else(tmp_path):
 
 
 def test_rigl_has_the_papers_defaults_and_the_released_codes_as_options():
-    paper = methods.get("rigl").config.regrowth
-    assert (paper.interval, paper.fraction, paper.schedule, paper.stop_at) == (100, 0.3, "cosine", 0.75)
-    assert (paper.final_fraction, paper.first, paper.skip_step) == (0.0, 100, True)
-    code = methods.get("rigl", fraction=0.1, schedule="constant", first_move=1).config.regrowth
-    assert (code.fraction, code.schedule, code.first) == (0.1, "constant", 1)
+    (paper,) = methods.get("rigl").config.schedule
+    assert (paper.every, paper.fraction, paper.stop_at) == (100, Cosine(0.3, 0.0), 0.75)
+    assert (paper.first_step, paper.in_place_of_update) == (100, True)
+    (code,) = methods.get("rigl", fraction=0.1, first=1).config.schedule
+    assert (code.curve, code.first_step) == (Constant(0.1), 1)
 
 
 def test_the_cubic_curve_has_the_published_values():

@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 from transformers import TrainingArguments
 
-from hf_sparse_peft import methods
+from hf_sparse_peft import AccumulatedGradient, Linear, Regrow, methods
 from hf_sparse_peft.methods import registry
 from hf_sparse_peft.sparsity import Random
 
@@ -32,9 +32,8 @@ def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path)
 def test_spiel_has_the_papers_defaults():
     config = methods.get("spiel-ag").config
     assert (config.r, config.criterion) == (0, Random())
-    assert (config.regrowth.interval, config.regrowth.collect_steps, config.regrowth.fraction) == (20, 5, 0.2)
-    assert config.regrowth.replaces_random_start
-    assert config.regrowth.schedule == "linear"
+    assert config.schedule == [Regrow(every=20, grow=AccumulatedGradient(steps=5), fraction=Linear(0.2, 0.0))]
+    assert config.rules[0].replaces_random_start
 
 
 def test_unknown_method_lists_the_known_ones():

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_sparse_peft import RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft import Regrow, SparseLoraConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -26,7 +26,7 @@ def adapted(granularity: str, r: int):
             vocab_size=50,
         )
     )
-    options = {"granularity": granularity, "block_size": 8, "regrowth": RegrowthConfig()}
+    options = {"granularity": granularity, "block_size": 8, "schedule": [Regrow()]}
     config = SparseLoraConfig(r=r, density=0.15, target_modules="all-linear", init_weights=False, **options)
     model = get_peft_model(base, config)
     for parameter in model.parameters():
@@ -81,7 +81,7 @@ def move_supports(model, seed):
 
 
 @pytest.mark.parametrize("granularity", ["entry", "column"])
-def test_compiled_backward_hands_dense_gradients_to_a_collector_that_came_later(granularity, ids):
+def test_compiled_backward_hands_dense_gradients_to_a_reader_that_came_later(granularity, ids):
     model = adapted(granularity, 0)
     torch._dynamo.reset()
     counters.clear()
@@ -89,7 +89,7 @@ def test_compiled_backward_hands_dense_gradients_to_a_collector_that_came_later(
     run(input_ids=ids, labels=ids).loss.backward()
     seen = {}
     for layer in sparse_layers(model):
-        layer.sparse_lora_sink["default"] = lambda dense, name=layer.module_name: seen.__setitem__(name, dense)
+        layer.add_gradient_reader("default", lambda dense, name=layer.module_name: seen.__setitem__(name, dense))
     run(input_ids=ids, labels=ids).loss.backward()
     compiled = dict(seen)
     model(input_ids=ids, labels=ids).loss.backward()

@@ -122,11 +122,11 @@ def test_columns_keep_only_their_slice_of_the_input():
     assert [tuple(t.shape) for t in inputs] == [(TOKENS, 3)]
 
 
-def test_gradient_sink_sees_the_dense_gradient_and_values_agree_with_it():
+def test_a_gradient_reader_sees_the_dense_gradient_and_values_agree_with_it():
     tensors, units, weight, grad = draw("entry", 0, torch.float32, 0)
     seen = []
     values = tensors["values"].requires_grad_()
-    plan = Plan(ROWS, COLS, torch.float32, DenseSource(weight), gradient_sink=seen.append)
+    plan = Plan(ROWS, COLS, torch.float32, DenseSource(weight), gradient_reader=seen.append)
     sparse_linear(tensors["x"], plan, values=values, units=units).backward(grad)
     expected = torch.einsum("abr,abc->rc", grad.double(), tensors["x"].double())
     assert relative(seen[0], expected) < 1e-5

@@ -30,11 +30,11 @@ def recipes(monkeypatch):
 def test_the_recipe_trains_a_method_by_name_with_its_options(recipes, tmp_path, capsys):
     import qlora_sparse_lora
 
-    options = json.dumps({"density": 0.03, "interval": 3, "collect_steps": 2})
+    options = json.dumps({"density": 0.03, "every": 3, "steps": 2})
     named = ["--method", "spiel-ag", "--method_options", options, "--output_dir", str(tmp_path)]
     figures = qlora_sparse_lora.main([*SHORT, *named, "--logging_steps", "2"])
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["density"], config["r"], config["regrowth"]["interval"]) == (0.03, 0, 3)
+    assert (config["density"], config["r"], config["schedule"][0]["every"]) == (0.03, 0, 3)
     assert "Ansell et al., 2024" in (tmp_path / "adapter" / "README.md").read_text()
     assert figures["trainable"] > 0
     log = [json.loads(line) for line in (tmp_path / "support_log.jsonl").read_text().splitlines()]

@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 from training_toolbox import adapted, make_config, run, tiny_llama
 
 from hf_sparse_peft import (
+    AccumulatedGradient,
     MaskRegrowthCallback,
     Prune,
     PruningCallback,
     RankAllocationConfig,
     RankReallocationCallback,
-    RegrowthConfig,
+    Regrow,
     callbacks_for,
 )
 from hf_sparse_peft.optim import use_32bit_states
@@ -22,16 +23,19 @@ from hf_sparse_peft.training import RuleRunner
 
 IDS = torch.arange(18).view(2, 9)
 SCHEDULES = {
-    "regrowth": (MaskRegrowthCallback, {"regrowth": RegrowthConfig(interval=4, collect_steps=2)}),
-    "pruning": (PruningCallback, {"schedule": [Prune(interval=2)]}),
+    "regrow": (MaskRegrowthCallback, {"schedule": [Regrow(every=4, grow=AccumulatedGradient(steps=2))]}),
+    "prune": (PruningCallback, {"schedule": [Prune(interval=2)]}),
     "rank_allocation": (
         RankReallocationCallback,
         {"r": 4, "density": 0.0, "rank_allocation": RankAllocationConfig(target_r=2, interval=2)},
     ),
 }
-NAMED = {"pruning": "Prune"}
-IN_CONFIG = {"pruning": "schedule"}
-ALL = {key: value for _, options in SCHEDULES.values() for key, value in options.items() if key != "density"}
+NAMED = {"prune": "Prune", "regrow": "AccumulatedGradient.steps"}
+IN_CONFIG = {"prune": "schedule", "regrow": "schedule"}
+ALL = {
+    "r": 4, "rank_allocation": RankAllocationConfig(target_r=2, interval=2),
+    "schedule": [rule for _, options in SCHEDULES.values() for rule in options.get("schedule", ())],
+}  # fmt: skip
 
 
 def train_steps(model, steps: int = 3) -> list[str]:
@@ -47,14 +51,14 @@ def train_steps(model, steps: int = 3) -> list[str]:
 @pytest.mark.parametrize("option", SCHEDULES)
 def test_training_without_the_callback_warns_once_and_names_the_mend(option):
     (message,) = train_steps(adapted(make_config(**SCHEDULES[option][1])))
-    assert {"pruning": "prune"}.get(option, option) in message
+    assert option in message
     assert "callbacks=hf_sparse_peft.callbacks_for(model)" in message
-    assert ("schedule=[]" if option == "pruning" else f"{option} to None") in message
+    assert ("schedule=[]" if option in IN_CONFIG else f"{option} to None") in message
 
 
 def test_several_schedules_are_named_in_one_warning():
     (message,) = train_steps(adapted(make_config(**ALL)))
-    assert all({"pruning": "prune"}.get(option, option) in message for option in SCHEDULES)
+    assert all(option in message for option in SCHEDULES)
 
 
 def test_no_warning_without_a_schedule_in_eval_or_without_gradients():
@@ -80,7 +84,7 @@ def test_no_warning_with_the_callbacks_nor_after_the_end(tmp_path):
 
 
 def test_callbacks_for_picks_what_the_config_asks_for_in_the_order_they_must_act():
-    expected = [RuleRunner, MaskRegrowthCallback, RankReallocationCallback]
+    expected = [RuleRunner, RankReallocationCallback]
     config = make_config(**ALL)
     assert [type(c) for c in callbacks_for(config)] == expected
     assert [type(c) for c in callbacks_for(adapted(config))] == expected
@@ -98,8 +102,8 @@ def test_callbacks_for_refuses_what_has_no_schedule_to_read(wrong):
 
 
 TOO_SHORT = {
-    "regrowth": ({"regrowth": RegrowthConfig(interval=20, collect_steps=6)}, 6, "collect_steps=6"),
-    "pruning": ({"schedule": [Prune(start=0.5, end=0.51)]}, 10, "leave no step in a run of 10"),
+    "regrow": ({"schedule": [Regrow(every=20, grow=AccumulatedGradient(steps=6))]}, 6, "=6"),
+    "prune": ({"schedule": [Prune(start=0.5, end=0.51)]}, 10, "leave no step in a run of 10"),
     "rank_allocation": (
         {"r": 4, "rank_allocation": RankAllocationConfig(target_r=2, initial_warmup=0.5, final_warmup=0.4)},
         100,
@@ -130,7 +134,7 @@ def test_a_callback_without_any_adapter_that_asks_for_it_is_refused(option, tmp_
 
 
 def test_a_frozen_adapter_is_not_scheduled(tmp_path):
-    model = adapted(make_config(r=2, regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+    model = adapted(make_config(r=2, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
     for name, parameter in model.named_parameters():
         if "sparse_lora_values" in name:
             parameter.requires_grad_(False)
@@ -141,7 +145,7 @@ def test_a_frozen_adapter_is_not_scheduled(tmp_path):
 def test_eight_bit_optimizer_state_is_refused_with_the_mend_and_the_mend_works(tmp_path):
     # bitsandbytes keeps tensors of less than 4096 elements in 32 bits, so the support must be larger.
     config = make_config(
-        density=0.6, target_modules=["down_proj"], regrowth=RegrowthConfig(interval=4, collect_steps=2)
+        density=0.6, target_modules=["down_proj"], schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]
     )
 
     def trainer(out, mend):
@@ -158,15 +162,15 @@ def test_eight_bit_optimizer_state_is_refused_with_the_mend_and_the_mend_works(t
         trainer(tmp_path / "refused", mend=False).train()
     mended = trainer(tmp_path / "mended", mend=True)
     mended.train()
-    assert mended.schedule_callbacks[0].replaced[0]["replaced"] > 0
+    assert mended.schedule_callbacks[0].events[0]["replaced"] > 0
 
 
 def test_adafactor_and_sgd_move_supports_too(tmp_path):
     for name in ("adafactor", "sgd"):
-        model = adapted(make_config(regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+        model = adapted(make_config(schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
         trainer = run(model, tmp_path / name, 8, optimizer="default", optim=name)
-        assert [move["step"] for move in trainer.schedule_callbacks[0].replaced] == [2, 6]
-        assert trainer.schedule_callbacks[0].replaced[0]["replaced"] > 0
+        assert [move["step"] for move in trainer.schedule_callbacks[0].events] == [2, 6]
+        assert trainer.schedule_callbacks[0].events[0]["replaced"] > 0
 
 
 @pytest.mark.parametrize("every", [0, -3])

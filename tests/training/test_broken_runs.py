@@ -12,19 +12,27 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_sparse_peft import (
+    AccumulatedGradient,
     AlternateModules,
     FactorMaskConfig,
+    Freeze,
+    Gradient,
+    Linear,
+    MaskRegrowthCallback,
     Prune,
+    Random,
+    RandomUnfired,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     SampleLayers,
     SparseLoraConfig,
     SupportSearchConfig,
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.training import SupportTelemetryCallback, ZerothOrderTrainer, support_moves, zeroth_order_optimizer
-from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig
+from hf_sparse_peft.rules import moves
+from hf_sparse_peft.training import SupportTelemetryCallback, ZerothOrderTrainer, zeroth_order_optimizer
+from hf_sparse_peft.tuners import L1PenaltyConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -36,17 +44,19 @@ def sparse(**options) -> SparseLoraConfig:
 
 
 CONFIGS = {
-    "regrowth": lambda: sparse(regrowth=RegrowthConfig(interval=3, collect_steps=2, fraction=0.5)),
+    "regrow": lambda: sparse(
+        schedule=[Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=Linear(0.5, 0.0))]
+    ),
     "rigl": lambda: sparse(
-        regrowth=RegrowthConfig(interval=2, grow="gradient", skip_step=True, fraction=0.5, schedule="constant")
+        schedule=[Regrow(every=2, grow=Gradient(), fraction=0.5, in_place_of_update=True)]
     ),
     "retired": lambda: sparse(
-        regrowth=RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant", retired_share=0.5)
+        schedule=[Regrow(every=2, grow=Random(), fraction=0.5, retired=0.5)]
     ),
     "unfired": lambda: sparse(
-        regrowth=RegrowthConfig(interval=2, grow="random_unfired", drop="age", fraction=0.5, schedule="constant")
+        schedule=[Regrow(every=2, drop="age", grow=RandomUnfired(), fraction=0.5)]
     ),
-    "freezing": lambda: sparse(freezing=FreezingConfig(at=0.34, threshold=0.025), criterion="smallest_magnitude"),
+    "freeze": lambda: sparse(schedule=[Freeze(at=0.34, threshold=0.025)], criterion="smallest_magnitude"),
     "ranks": lambda: sparse(r=3, density=0.0, rank_allocation=RankAllocationConfig(target_r=1, interval=1)),
     "alternate-modules": lambda: sparse(schedule=[AlternateModules(period_steps=2)]),
     "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, interval=2, suppressed=0.5)]),
@@ -111,8 +121,7 @@ def fresh_copy(model, config):
 
 
 def _is_training_state(key: str) -> bool:
-    names = ("sensitivity", "uncertainty", "candidates", "candidate_sums", "frozen", "entered", "fired")
-    return any(f"sparse_lora_{name}." in key for name in names)
+    return any(f"sparse_lora_{name}" in key for name in ("sensitivity", "uncertainty", "rule_"))
 
 
 def same(one, other) -> bool:
@@ -124,7 +133,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("where", ["forward", "backward", "callback"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_second_run_after_an_interrupt_is_what_a_fresh_model_would_train(name, where, tmp_path):
-    if where == "callback" and name not in ("alternate-modules", "sample-layers", "retired", "freezing"):
+    if where == "callback" and name not in ("alternate-modules", "sample-layers", "retired", "freeze"):
         pytest.skip("nothing of it is on between two steps")
     torch.manual_seed(0)
     model = get_peft_model(tiny.llama(layers=2), CONFIGS[name]())
@@ -140,7 +149,7 @@ def test_a_second_run_after_an_interrupt_is_what_a_fresh_model_would_train(name,
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "callback"])
-@pytest.mark.parametrize("name", ["alternate-modules", "sample-layers", "regrowth", "freezing"])
+@pytest.mark.parametrize("name", ["alternate-modules", "sample-layers", "regrow", "freeze"])
 def test_a_run_without_callbacks_after_an_interrupt_trains_everything_and_says_what_is_missing(name, where, tmp_path):
     model = get_peft_model(tiny.llama(layers=2), CONFIGS[name]())
     interrupted(model, tmp_path, where, callbacks_for(model))
@@ -150,7 +159,7 @@ def test_a_run_without_callbacks_after_an_interrupt_trains_everything_and_says_w
     after = dict(model.named_parameters())
     assert before
     assert all((after[n] != old).float().mean() > 0.9 for n, old in before.items())
-    assert not any(layer.sparse_lora_sink for layer in sparse_layers(model))
+    assert not any(layer.sparse_lora_gradient_readers for layer in sparse_layers(model))
 
 
 def sparse_option(name: str) -> str:
@@ -228,13 +237,13 @@ def test_telemetry_watches_no_gradient_after_an_interrupt(tmp_path):
     interrupted(model, tmp_path, "backward", [SupportTelemetryCallback(every=1, gradient_share=True)])
     tiny.train(model, tmp_path, 1)
     # Nothing but telemetry ran, and its Trainer was given no schedule: the next look at the layer takes it away.
-    assert all(layer.gradient_observer is None for layer in sparse_layers(model))
+    assert all(layer.passive_gradient_reader is None for layer in sparse_layers(model))
 
 
 def test_an_interrupt_within_a_move_leaves_values_under_their_own_units(tmp_path, monkeypatch):
-    config = sparse(regrowth=RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant"))
+    config = sparse(schedule=[Regrow(every=2, grow=Random(), fraction=0.5)])
     model = get_peft_model(tiny.llama(layers=1), config)
-    layer, before, original = sparse_layers(model)[1], [], support_moves.move_rows
+    layer, before, original = sparse_layers(model)[1], [], moves.move_rows
 
     def interrupted_rows(tensor, *places):
         original(tensor, *places)
@@ -244,20 +253,20 @@ def test_an_interrupt_within_a_move_leaves_values_under_their_own_units(tmp_path
     def look(step, model, optimizer):
         before[:] = [layer.get_delta_weight("default")]
 
-    monkeypatch.setattr(support_moves, "move_rows", interrupted_rows)
+    monkeypatch.setattr(moves, "move_rows", interrupted_rows)
     with pytest.raises(KeyboardInterrupt):
         tiny.train(model, tmp_path, 4, callbacks=[tiny.At(on_step_end=look), *callbacks_for(model)])
     assert before[0].any()
     assert torch.equal(layer.get_delta_weight("default"), before[0])
 
 
-@pytest.mark.parametrize("name", ["freezing", "experts"])
+@pytest.mark.parametrize("name", ["freeze", "experts"])
 def test_an_interrupt_right_after_an_optimizer_step_leaves_what_it_must_not_move(name, tmp_path):
     model, kept, seen = get_peft_model(tiny.llama(layers=1), CONFIGS[name]()), {}, []
 
     def resting(layer):
-        if name == "freezing":
-            frozen = layer.sparse_lora_frozen["default"].bool()
+        if name == "freeze":
+            frozen = layer.sparse_lora_rule_frozen["default"].bool()
             return layer.sparse_lora_values["default"].detach()[frozen].clone()
         owners = layer.sparse_lora_B_map["default"]
         gradient = layer.sparse_lora_B["default"].grad
@@ -276,8 +285,8 @@ def test_an_interrupt_right_after_an_optimizer_step_leaves_what_it_must_not_move
     with pytest.raises(KeyboardInterrupt):
         tiny.train(model, tmp_path, 8, callbacks=[*look, *callbacks_for(model)], weight_decay=0.5)
     for layer, old in kept.items():
-        if name == "freezing":
-            frozen = layer.sparse_lora_frozen["default"].bool()
+        if name == "freeze":
+            frozen = layer.sparse_lora_rule_frozen["default"].bool()
             assert frozen.any()
             assert torch.equal(layer.sparse_lora_values["default"][frozen], old)
         else:
@@ -342,7 +351,7 @@ def stopped_early(model, out) -> None:
 
 
 def test_a_run_without_callbacks_warns_once_after_a_run_with_them_stopped_early(tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), CONFIGS["regrowth"]())
+    model = get_peft_model(tiny.llama(layers=1), CONFIGS["regrow"]())
     stopped_early(model, tmp_path)
     assert len(asks(model, tmp_path)) == 1
     stopped_early(model, tmp_path)
@@ -352,7 +361,7 @@ def test_a_run_without_callbacks_warns_once_after_a_run_with_them_stopped_early(
 @pytest.mark.parametrize("kept", [True, False], ids=["trainer-alive", "trainer-gone"])
 @pytest.mark.parametrize("late", [False, True], ids=["given", "added-later"])
 def test_a_run_without_callbacks_warns_after_an_interrupt_while_the_other_trainer_lives(kept, late, tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), CONFIGS["regrowth"]())
+    model = get_peft_model(tiny.llama(layers=1), CONFIGS["regrow"]())
 
     def stop(step, model, optimizer):
         raise KeyboardInterrupt
@@ -366,23 +375,23 @@ def test_a_run_without_callbacks_warns_after_an_interrupt_while_the_other_traine
         trainer.train()
     trainer = trainer if kept else None
     (message,) = asks(model, tmp_path)
-    assert "regrowth" in message
+    assert "regrow" in message
 
 
 def test_a_copy_made_during_a_run_is_attended_by_nobody(tmp_path):
-    model, copies = get_peft_model(tiny.llama(layers=1), CONFIGS["regrowth"]()), []
+    model, copies = get_peft_model(tiny.llama(layers=1), CONFIGS["regrow"]()), []
     take = tiny.At(on_step_begin=lambda step, model, optimizer: copies.append(copy.deepcopy(model)))
     assert asks(model, tmp_path, [*callbacks_for(model), take], steps=6) == []
     assert len(asks(copies[1], tmp_path)) == 1
 
 
 def test_a_schedule_whose_callback_alone_is_missing_is_named_alone(tmp_path):
-    config = sparse(regrowth=RegrowthConfig(interval=1, grow="random"), schedule=[Prune(interval=1)])
+    config = sparse(schedule=[Prune(interval=1), Regrow(every=1, grow=Random())])
     model = get_peft_model(tiny.llama(layers=1), config)
-    callbacks = [c for c in callbacks_for(model) if getattr(c, "option", "") == "regrowth"]
+    callbacks = [MaskRegrowthCallback()]
     (message,) = asks(model, tmp_path, callbacks, steps=4)
     assert "asks for prune," in message
-    assert "regrowth" not in message
+    assert "regrow" not in message
 
 
 def test_two_pass_training_is_asked_of_the_trainer_that_runs(tmp_path):

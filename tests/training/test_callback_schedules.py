@@ -8,39 +8,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ties import best
 
-from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig
-from hf_sparse_peft.sparsity import stream_seed
+from hf_sparse_peft import AccumulatedGradient, Prune, RankAllocationConfig, Regrow
+from hf_sparse_peft.rules.growth import choose_units
+from hf_sparse_peft.sparsity import make_curve, stream_seed
 from hf_sparse_peft.training.rank_reallocation import rank_budget
-from hf_sparse_peft.training.regrowth import choose_units, is_collecting, moves_after, replaced_fraction
 
 
 @pytest.mark.parametrize(("interval", "collect"), [(20, 5), (4, 2), (1, 1), (3, 3), (7, 1), (5, 4)])
 def test_moves_come_after_a_and_every_s_with_exactly_a_collected_updates_before_each(interval, collect):
-    config, last = RegrowthConfig(interval=interval, collect_steps=collect), 4 * interval + collect
+    config, last = Regrow(every=interval, grow=AccumulatedGradient(steps=collect)), 4 * interval + collect
     moves = {collect + n * interval for n in range(5)}
     collected = {update for move in moves for update in range(move - collect + 1, move + 1)}
     for update in range(1, last + 1):
-        assert moves_after(config, update) == (update in moves), update
-        assert is_collecting(config, update) == (update in collected), update
+        assert config.moves_after(update) == (update in moves), update
+        assert config.reads_at(update) == (update in collected), update
     # A phase begins right after a multiple of the interval: a resumed run tells the first step of one by that.
     assert {m - collect for m in moves} == {n * interval for n in range(5)}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_replaced_fraction_is_one_at_the_first_linear_move_and_its_schedule_later(schedule):
-    config = RegrowthConfig(interval=10, collect_steps=5, fraction=0.4, schedule=schedule)
+    curve = 0.4 if schedule == "constant" else make_curve(schedule, 0.4, 0.0)
+    config = Regrow(every=10, grow=AccumulatedGradient(steps=5), fraction=curve)
     expected = {
         "linear": lambda p: 0.4 * (1 - p),
         "cosine": lambda p: 0.4 * (1 + math.cos(math.pi * p)) / 2,
         "constant": lambda p: 0.4,
     }[schedule]
     # The released code's cosine policy has no full first replacement; its linear one has.
-    assert replaced_fraction(config, 5, 100) == (1.0 if schedule == "linear" else pytest.approx(expected(0.05)))
-    assert replaced_fraction(config, 5, 100, True) == 1.0
+    assert config.replaced_fraction(5, 100) == (1.0 if schedule == "linear" else pytest.approx(expected(0.05)))
+    assert config.replaced_fraction(5, 100, True) == 1.0
     for update in (15, 25, 50, 75, 95, 100):
-        assert replaced_fraction(config, update, 100) == pytest.approx(expected(update / 100), abs=1e-12)
-    kept_start = RegrowthConfig(interval=10, collect_steps=5, fraction=0.4, schedule=schedule, replace_all_first=False)
-    assert replaced_fraction(kept_start, 5, 100) == pytest.approx(expected(0.05), abs=1e-12)
+        assert config.replaced_fraction(update, 100) == pytest.approx(expected(update / 100), abs=1e-12)
+    kept_start = Regrow(every=10, grow=AccumulatedGradient(steps=5), fraction=curve, replace_all_first=False)
+    assert kept_start.replaced_fraction(5, 100) == pytest.approx(expected(0.05), abs=1e-12)
 
 
 def test_living_share_is_one_before_the_window_cubic_inside_and_final_from_its_end_on():

@@ -18,7 +18,7 @@ from hf_sparse_peft import methods
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-MOVES = {"density": 0.1, "interval": 3, "collect_steps": 2}
+MOVES = {"density": 0.1, "every": 3, "steps": 2}
 CASES: dict[str, dict] = {
     "spiel-ag": MOVES,
     "gradual-pruning": {

@@ -1,6 +1,7 @@
 """What was chosen or trained is not thrown away in silence: first moves, searches and supports given from outside."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import (
-    RegrowthConfig,
+    AccumulatedGradient,
+    Cosine,
+    Linear,
+    Regrow,
     SparseLoraConfig,
     SupportSearchConfig,
     callbacks_for,
@@ -23,11 +27,11 @@ from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 TARGETS = ["q_proj", "down_proj"]
 FIRST, STEPS, FRACTION = 3, 8, 0.2
-REGROWTH = RegrowthConfig(interval=10, collect_steps=FIRST, fraction=FRACTION)
+REGROWTH = Regrow(every=10, grow=AccumulatedGradient(steps=FIRST), fraction=Linear(FRACTION, 0.0))
 
 
 def adapted(base=None, **options):
-    config = SparseLoraConfig(**{"r": 0, "density": 0.1, "target_modules": TARGETS, "regrowth": REGROWTH, **options})
+    config = SparseLoraConfig(**{"r": 0, "density": 0.1, "target_modules": TARGETS, "schedule": [REGROWTH], **options})
     return get_peft_model(base or tiny.llama(layers=1), copy.deepcopy(config))
 
 
@@ -82,9 +86,9 @@ def searched(out):
 
 
 def trained_without_moves(out):
-    model = adapted(regrowth=None)
+    model = adapted(schedule=[])
     tiny.train(model, out / "static", 2)
-    model.peft_config["default"].regrowth = REGROWTH
+    model.peft_config["default"].schedule = [REGROWTH]
     return model
 
 
@@ -129,17 +133,16 @@ def test_spiels_first_move_replaces_an_untrained_random_draw_without_a_word(supp
 
 
 def test_the_cosine_policy_replaces_its_share_at_the_first_move(tmp_path):
-    cosine = RegrowthConfig(interval=10, collect_steps=FIRST, fraction=FRACTION, schedule="cosine")
-    left, said = left_after_first_move(adapted(regrowth=cosine), tmp_path)
+    cosine = Regrow(every=10, grow=AccumulatedGradient(steps=FIRST), fraction=Cosine(FRACTION, 0.0))
+    left, said = left_after_first_move(adapted(schedule=[cosine]), tmp_path)
     assert min(left) >= 1 - FRACTION
     assert not said
 
 
 @pytest.mark.parametrize(("asked", "words"), [(True, "that is lost"), (False, None)])
 def test_a_stated_replace_all_first_is_followed_on_a_chosen_support(asked, words, tmp_path):
-    regrowth = copy.deepcopy(REGROWTH)
-    regrowth.replace_all_first = asked
-    left, said = left_after_first_move(adapted(criterion="magnitude", regrowth=regrowth, density=0.02), tmp_path)
+    regrowth = dataclasses.replace(REGROWTH, replace_all_first=asked)
+    left, said = left_after_first_move(adapted(criterion="magnitude", schedule=[regrowth], density=0.02), tmp_path)
     assert (max(left) < 0.5) is asked, left
     assert [words in one for one in said] == ([True] if asked else [])
 
@@ -147,7 +150,7 @@ def test_a_stated_replace_all_first_is_followed_on_a_chosen_support(asked, words
 def test_two_active_adapters_decide_each_for_itself(tmp_path):
     model = adapted(density=0.02)
     model.add_adapter("chosen", SparseLoraConfig(
-        r=0, density=0.02, target_modules=TARGETS, criterion="magnitude", regrowth=copy.deepcopy(REGROWTH)
+        r=0, density=0.02, target_modules=TARGETS, criterion="magnitude", schedule=[REGROWTH]
     ))  # fmt: skip
     model.base_model.set_adapter(["default", "chosen"])
     layer = sparse_layers(model)[0]
@@ -175,7 +178,7 @@ def test_a_resume_before_the_first_move_decides_as_the_run_did_at_its_start(star
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tiny.train(model, tmp_path, STEPS, callbacks=callbacks, save_strategy="steps", save_steps=2, **options)
-        return callbacks[0].replaced, {name: p.clone() for name, p in model.state_dict().items()}
+        return callbacks[0].events, {name: p.clone() for name, p in model.state_dict().items()}
 
     whole, bits = run(fresh())
     resumed, again = run(fresh(), resume=str(tmp_path / "checkpoint-2"))
@@ -187,15 +190,15 @@ def test_a_resume_before_the_first_move_decides_as_the_run_did_at_its_start(star
 def test_the_file_of_a_config_still_leaves_the_decision_to_the_start(tmp_path):
     adapted().save_pretrained(tmp_path)
     loaded = SparseLoraConfig.from_pretrained(tmp_path)
-    assert loaded.regrowth.replace_all_first is None
-    assert loaded.regrowth.replaces_random_start
+    assert loaded.schedule[0].replace_all_first is None
+    assert loaded.schedule[0].replaces_random_start
 
 
 def test_lift_says_that_it_gives_up_a_support_chosen_by_another_rule(tmp_path):
     said = {}
     for criterion in ("magnitude", "low_rank_magnitude"):
         options = {"criterion": criterion} if criterion == "magnitude" else {}
-        method = methods.get("lift", density=0.05, filter_rank=2, interval=3, target_modules=TARGETS, **options)
+        method = methods.get("lift", density=0.05, filter_rank=2, every=3, target_modules=TARGETS, **options)
         model = get_peft_model(tiny.llama(layers=1), method.config)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -207,7 +210,7 @@ def test_lift_says_that_it_gives_up_a_support_chosen_by_another_rule(tmp_path):
 
 
 def test_units_from_outside_do_not_replace_trained_ones():
-    model = adapted(regrowth=None)
+    model = adapted(schedule=[])
     layers = sparse_layers(model)
     units = {layer.module_name: layer.units("default").clone() for layer in layers}
     write_supports(model, units)  # nothing is lost yet
@@ -219,7 +222,7 @@ def test_units_from_outside_do_not_replace_trained_ones():
 
 def test_a_search_refuses_values_that_were_trained_from_a_random_start_too(tmp_path):
     search = SupportSearchConfig(trials=2, steps=1, batches=1)
-    model = adapted(regrowth=None, support_search=search, support_init="uniform")
+    model = adapted(schedule=[], support_search=search, support_init="uniform")
     tiny.train(model, tmp_path, 1, callbacks=callbacks_for(model))  # fresh draws are no trained values
     with pytest.raises(ValueError, match="support_search would put another support"):
         tiny.train(model, tmp_path, 1, callbacks=callbacks_for(model))

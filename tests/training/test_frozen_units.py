@@ -22,7 +22,7 @@ from training_toolbox import (
 )
 from transformers.optimization import Adafactor
 
-from hf_sparse_peft import RegrowthConfig
+from hf_sparse_peft import Random, Regrow
 from hf_sparse_peft.methods.moving import sparse_sm3
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups, use_32bit_states
 
@@ -55,8 +55,8 @@ BIG = {"density": 0.3, "target_modules": ["down_proj"]}
 
 
 def moving(**overrides):
-    rule = {"interval": 3, "fraction": 0.4, "schedule": "constant", "grow": "random", "retired_share": 0.7, **overrides}
-    return make_config(**BIG, regrowth=RegrowthConfig(**rule))
+    rule = {"every": 3, "fraction": 0.4, "grow": "random", "retired": 0.7, **overrides}
+    return make_config(**BIG, schedule=[Regrow(**rule)])
 
 
 def train(model, make, out, steps=14, **options):
@@ -80,7 +80,7 @@ class Sides:
     def look(self, into):
         def take(update, model, optimizer):
             layer = layers_of(model)[0]
-            into[update] = (*snapshot(model, optimizer), layer.sparse_lora_frozen["default"].clone())
+            into[update] = (*snapshot(model, optimizer), layer.sparse_lora_rule_frozen["default"].clone())
 
         return take
 
@@ -92,7 +92,7 @@ def test_moves_and_frozen_units_under_every_optimizer(name, tmp_path):
     sides = Sides()
     trainer = train(model, OPTIMIZERS[name], tmp_path, before=sides.before, after=sides.after)
     moves = [3, 6, 9, 12]
-    assert [move["step"] for move in trainer.schedule_callbacks[0].replaced] == moves
+    assert [move["step"] for move in trainer.schedule_callbacks[0].events] == moves
     thawed_ever = retired_ever = 0
     for update in moves:
         (old, old_marks), (new, new_marks) = sides.old[update], sides.new[update]
@@ -139,16 +139,16 @@ def test_a_run_with_frozen_units_resumes_bit_for_bit(name, tmp_path):
             if update == 8:
                 last.update(all_state(model, optimizer))
 
-        model = adapted(moving(interval=2), hidden=64)
+        model = adapted(moving(every=2), hidden=64)
         trainer = run(model, out, 8, train=False, decay=0.5, batch=2, after=[Hook(on_step_end=look)])
         trainer.optimizer = OPTIMIZERS[name](model, trainer.args)
         trainer.train(resume_from_checkpoint=resume)
         return last
 
     whole = finish(tmp_path / "whole")
-    train(adapted(moving(interval=2), hidden=64), OPTIMIZERS[name], tmp_path / "parts", 8, after=[StopAt(5)])
+    train(adapted(moving(every=2), hidden=64), OPTIMIZERS[name], tmp_path / "parts", 8, after=[StopAt(5)])
     resumed = finish(tmp_path / "parts", str(tmp_path / "parts" / "checkpoint-5"))
-    assert whole["model." + next(k for k in whole if "sparse_lora_frozen" in k)[6:]].any()
+    assert whole["model." + next(k for k in whole if "sparse_lora_rule_frozen" in k)[6:]].any()
     assert differences(whole, resumed) == []
 
 
@@ -158,7 +158,7 @@ def finished(tmp_path, **overrides):
 
     def look(update, model, optimizer):
         seen["trainable"] = model.get_nb_trainable_parameters()
-        seen["frozen"] = int(layers_of(model)[0].sparse_lora_frozen["default"].sum())
+        seen["frozen"] = int(layers_of(model)[0].sparse_lora_rule_frozen["default"].sum())
 
     trainer = train(model, aged, tmp_path / "run", after=[Hook(on_step_end=look)])
     return model, trainer, seen
@@ -195,10 +195,7 @@ def test_frozen_units_are_not_counted_as_trainable_and_ship_as_ordinary_ones(tmp
 
 
 def test_when_the_room_is_full_the_smallest_changes_are_lost_counted_and_warned_of_once(tmp_path):
-    from hf_sparse_peft.training import frozen_units
-
-    frozen_units._warn_full.cache_clear()
-    model, sides = adapted(moving(retired_share=0.1), hidden=64), Sides()
+    model, sides = adapted(moving(retired=0.1), hidden=64), Sides()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = train(model, aged, tmp_path, before=sides.before, after=sides.after)
@@ -206,7 +203,7 @@ def test_when_the_room_is_full_the_smallest_changes_are_lost_counted_and_warned_
     trained = int(0.3 * 64 * 128)
     room = int(0.1 * trained)
     assert layers_of(model)[0].sparse_lora_values["default"].shape[0] == trained + room
-    for move in trainer.schedule_callbacks[0].replaced:
+    for move in trainer.schedule_callbacks[0].events:
         assert move["retired"] == room
         assert move["lost"] > 0
         (old, _), (new, marks) = sides.old[move["step"]], sides.new[move["step"]]
@@ -218,10 +215,10 @@ def test_when_the_room_is_full_the_smallest_changes_are_lost_counted_and_warned_
 
 
 def test_blocks_retire_whole(tmp_path):
-    rule = RegrowthConfig(interval=3, fraction=0.6, schedule="constant", grow="random", retired_share=0.5)
-    model = adapted(make_config(granularity="block", density=0.25, regrowth=rule))
+    rule = Regrow(every=3, grow=Random(), fraction=0.6, retired=0.5)
+    model = adapted(make_config(granularity="block", density=0.25, schedule=[rule]))
     trainer = run(model, tmp_path, 8)
-    assert trainer.schedule_callbacks[0].replaced[-1]["retired"] > 0
+    assert trainer.schedule_callbacks[0].events[-1]["retired"] > 0
     for layer in layers_of(model):
         living = len(support_of(layer))
         assert living > layer.sizes["default"].units
@@ -229,8 +226,8 @@ def test_blocks_retire_whole(tmp_path):
 
 
 def test_capacity_never_exceeds_the_weight():
-    rule = RegrowthConfig(interval=3, grow="random", retired_share=5.0)
-    model = adapted(make_config(density=0.5, regrowth=rule))
+    rule = Regrow(every=3, grow=Random(), retired=5.0)
+    model = adapted(make_config(density=0.5, schedule=[rule]))
     for layer in layers_of(model):
         assert layer.sparse_lora_values["default"].shape[0] == layer.in_features * layer.out_features
         assert len(support_of(layer)) == layer.in_features * layer.out_features // 2
@@ -238,6 +235,4 @@ def test_capacity_never_exceeds_the_weight():
 
 def test_pruning_and_retiring_contradict_each_other():
     with pytest.raises(ValueError, match="Prune takes units away"):
-        make_config(
-            regrowth=RegrowthConfig(grow="random", retired_share=1.0), schedule=[{"type": "prune", "start": 0.1}]
-        )
+        make_config(schedule=[{"type": "prune", "start": 0.1}, Regrow(grow=Random(), retired=1.0)])

@@ -19,9 +19,9 @@ from training_toolbox import (
     support_of,
 )
 
-from hf_sparse_peft import RegrowthConfig, methods
+from hf_sparse_peft import SM3, Cosine, Gradient, Linear, Random, RandomUnfired, Regrow, methods
+from hf_sparse_peft.rules import Age
 from hf_sparse_peft.sparsity import stream_seed
-from hf_sparse_peft.training.regrowth import replaced_fraction
 
 
 class Record:
@@ -77,7 +77,7 @@ RIGL = {
     "entry-accumulated": {"accumulation": 3, "batch": 2},
     "block": {"config": {"granularity": "block", "density": 0.25}},
     "column-accumulated": {"config": {"granularity": "column", "density": 0.25}, "accumulation": 2, "batch": 2},
-    "step-not-skipped": {"rule": {"skip_step": False}},
+    "step-not-skipped": {"rule": {"in_place_of_update": False}},
     "sensitivity": {"rule": {"drop": "sensitivity"}},
 }
 
@@ -85,25 +85,23 @@ RIGL = {
 @pytest.mark.parametrize("case", RIGL)
 def test_rigl_grows_the_brute_force_top_k_over_all_inactive_units(case, tmp_path):
     options = dict(RIGL[case])
-    rule = {"skip_step": True, **options.pop("rule", {})}
+    rule = {"in_place_of_update": True, **options.pop("rule", {})}
     steps, interval, fraction, stop = 20, 4, 0.6, 0.75
-    regrowth = RegrowthConfig(
-        interval=interval, fraction=fraction, schedule="cosine", stop_at=stop, grow="gradient", **rule
-    )
-    model = adapted(make_config(regrowth=regrowth, **{"density": 0.05, **options.pop("config", {})}), seed=2)
+    regrowth = Regrow(every=interval, grow=Gradient(), fraction=Cosine(fraction, 0.0), stop_at=stop, **rule)
+    model = adapted(make_config(schedule=[regrowth], **{"density": 0.05, **options.pop("config", {})}), seed=2)
     record = Record(model, (4, 8, 12, 16), DenseTwin(model, 2))
     trainer = run(
         model, tmp_path, steps, before=record.before, after=record.after, lr=5e-3, max_grad_norm=0.0, **options
     )
-    assert [move["step"] for move in trainer.schedule_callbacks[0].replaced] == [4, 8, 12]
+    assert [move["step"] for move in trainer.schedule_callbacks[0].events] == [4, 8, 12]
     returned = entered = 0
     for update in (4, 8, 12):
         share = fraction * (1 + math.cos(math.pi * update / (stop * steps))) / 2
         for number, layer in enumerate(layers_of(model)):
             stepped, old, new = (side[update][number] for side in (record.stepped, record.old, record.new))
             same = torch.equal(stepped["values"], old["values"])
-            assert same == rule["skip_step"]
-            if rule["skip_step"]:
+            assert same == rule["in_place_of_update"]
+            if rule["in_place_of_update"]:
                 assert all(torch.equal(v, old["state"][k]) for k, v in stepped["state"].items())
             micro = record.gradients[update][layer.module_name]
             assert len(micro) == options.get("accumulation", 1)
@@ -131,17 +129,15 @@ def test_rigl_grows_the_brute_force_top_k_over_all_inactive_units(case, tmp_path
 
 
 def test_rigls_share_is_alpha_at_0_and_0_at_the_end():
-    config = methods.get("rigl").config.regrowth
-    assert replaced_fraction(config, 0, 1000) == 0.3
-    assert replaced_fraction(config, 375, 1000) == pytest.approx(0.15)
-    assert replaced_fraction(config, 750, 1000) == 0.0
+    (rule,) = methods.get("rigl").config.schedule
+    assert rule.replaced_fraction(0, 1000) == 0.3
+    assert rule.replaced_fraction(375, 1000) == pytest.approx(0.15)
+    assert rule.replaced_fraction(750, 1000) == 0.0
 
 
 def test_following_candidates_instead_of_dense_sums_takes_them_from_the_first_micro_batch(tmp_path):
-    regrowth = RegrowthConfig(
-        interval=4, fraction=0.5, schedule="constant", grow="gradient", grow_options={"candidates": 2}
-    )
-    model = adapted(make_config(regrowth=regrowth), seed=2)
+    regrowth = Regrow(every=4, grow=Gradient(candidates=2), fraction=0.5)
+    model = adapted(make_config(schedule=[regrowth]), seed=2)
     record = Record(model, (4,), DenseTwin(model, 2))
     run(model, tmp_path, 6, before=record.before, after=record.after, accumulation=3, batch=2)
     for number, layer in enumerate(layers_of(model)):
@@ -159,7 +155,7 @@ def test_following_candidates_instead_of_dense_sums_takes_them_from_the_first_mi
 @pytest.mark.parametrize("score", ["product", "min"])
 def test_spiel_ma_grows_the_brute_force_top_k_of_sm3s_accumulators(score, tmp_path):
     method = methods.get(
-        "spiel-ma", interval=5, collect_steps=2, fraction=0.5, score=score, density=0.05,
+        "spiel-ma", every=5, first=2, fraction=Linear(0.5, 0.0), score=score, density=0.05,
         target_modules=["q_proj", "down_proj"],
     )  # fmt: skip
     model = adapted(method.config, seed=3)
@@ -210,9 +206,9 @@ def test_spiel_ma_grows_the_brute_force_top_k_of_sm3s_accumulators(score, tmp_pa
 @pytest.mark.parametrize("drop", ["magnitude", "oldest", "youngest"])
 @pytest.mark.parametrize("grow", ["random", "random_unfired"])
 def test_random_growth_and_each_drop_rule(grow, drop, tmp_path):
-    rule = {"drop": "magnitude"} if drop == "magnitude" else {"drop": "age", "drop_first": drop}
-    regrowth = RegrowthConfig(interval=3, fraction=0.3, schedule="constant", grow=grow, **rule)
-    model = adapted(make_config(regrowth=regrowth, density=0.1), seed=4)
+    rule = {} if drop == "magnitude" else {"drop": Age(drop)}
+    regrowth = Regrow(every=3, grow=grow, fraction=0.3, **rule)
+    model = adapted(make_config(schedule=[regrowth], density=0.1), seed=4)
     moves = (3, 6, 9)
     record = Record(model, moves)
     run(model, tmp_path, 12, before=record.before, after=record.after)
@@ -239,8 +235,8 @@ def test_random_growth_and_each_drop_rule(grow, drop, tmp_path):
 
 
 def test_unfired_growth_takes_fired_units_only_when_no_others_are_left(tmp_path):
-    regrowth = RegrowthConfig(interval=2, fraction=0.5, schedule="constant", grow="random_unfired")
-    model = adapted(make_config(regrowth=regrowth, granularity="column", density=0.6, target_modules=["q_proj"]))
+    regrowth = Regrow(every=2, grow=RandomUnfired(), fraction=0.5)
+    model = adapted(make_config(schedule=[regrowth], granularity="column", density=0.6, target_modules=["q_proj"]))
     record = Record(model, (2, 4, 6))
     run(model, tmp_path, 8, before=record.before, after=record.after)
     ever = set(record.old[2][0]["units"])
@@ -257,8 +253,8 @@ def test_unfired_growth_takes_fired_units_only_when_no_others_are_left(tmp_path)
 def test_random_moves_are_drawn_by_seed_step_and_module_not_from_the_global_stream(tmp_path):
     supports = []
     for noise, seed in ((0, 0), (5, 0), (0, 1)):
-        regrowth = RegrowthConfig(interval=2, fraction=0.5, schedule="constant", grow="random")
-        model = adapted(make_config(regrowth=regrowth, seed=seed), seed=1)
+        regrowth = Regrow(every=2, grow=Random(), fraction=0.5)
+        model = adapted(make_config(schedule=[regrowth], seed=seed), seed=1)
         taken = []
 
         def disturb(update, model, optimizer, noise=noise, taken=taken):
@@ -273,7 +269,7 @@ def test_random_moves_are_drawn_by_seed_step_and_module_not_from_the_global_stre
 
 
 STATEFUL = {
-    "rigl": {"grow": "gradient", "skip_step": True},
+    "rigl": {"grow": "gradient", "in_place_of_update": True},
     "set": {"grow": "random"},
     "oldest-unfired": {"grow": "random_unfired", "drop": "age"},
     "sensitivity": {"grow": "gradient", "drop": "sensitivity"},
@@ -284,7 +280,7 @@ STATEFUL = {
 def test_resumed_moves_change_no_bit(case, tmp_path):
     from training_toolbox import StopAt, all_state
 
-    config = make_config(regrowth=RegrowthConfig(interval=3, fraction=0.5, **STATEFUL[case]))
+    config = make_config(schedule=[Regrow(every=3, fraction=Linear(0.5, 0.0), **STATEFUL[case])])
     last = {}
 
     def look(update, model, optimizer):
@@ -305,21 +301,21 @@ def test_resumed_moves_change_no_bit(case, tmp_path):
 
 @pytest.mark.parametrize(("accumulation", "batch"), [(1, 4), (2, 2)])
 def test_rigl_selects_the_same_units_whatever_the_accumulation(accumulation, batch, tmp_path):
-    regrowth = RegrowthConfig(interval=3, fraction=0.5, grow="gradient", skip_step=True)
-    model = adapted(make_config(regrowth=regrowth))
+    regrowth = Regrow(every=3, grow=Gradient(), fraction=Linear(0.5, 0.0), in_place_of_update=True)
+    model = adapted(make_config(schedule=[regrowth]))
     data = TokenData(samples=1, repeated=96)
     run(model, tmp_path, 5, accumulation=accumulation, batch=batch, data=data, max_grad_norm=0.0)
     found = [support_of(layer) for layer in layers_of(model)]
-    reference = adapted(make_config(regrowth=regrowth))
+    reference = adapted(make_config(schedule=[regrowth]))
     run(reference, tmp_path, 5, accumulation=4, batch=1, data=data, max_grad_norm=0.0)
     assert found == [support_of(layer) for layer in layers_of(reference)]
 
 
 REFUSED = {
-    "sm3 with AdamW": ({"grow": "sm3"}, r"grow='sm3'.*AgedAdamW.*spiel-ma"),
-    "longer than the run": ({"grow": "random", "interval": 10}, r"interval=10 is not less.*10 steps.*[Tt]rain longer"),
-    "after stop_at": ({"grow": "random", "interval": 6, "stop_at": 0.5}, r"interval=6 .*stop_at=0.5.*10"),
-    "first move": ({"grow": "random", "first_move": 12}, r"first_move=12 "),
+    "sm3 with AdamW": ({"grow": "sm3"}, r"grow=SM3.*AgedAdamW.*spiel-ma"),
+    "longer than the run": ({"grow": "random", "every": 10}, r"every=10 is not less.*10 steps.*[Tt]rain longer"),
+    "after stop_at": ({"grow": "random", "every": 6, "stop_at": 0.5}, r"every=6 .*stop_at=0.5.*10"),
+    "first move": ({"grow": "random", "first": 12}, r"first=12 "),
 }  # fmt: skip
 
 
@@ -327,19 +323,22 @@ REFUSED = {
 def test_what_cannot_move_is_refused_before_the_first_step(case, tmp_path):
     options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        run(adapted(make_config(regrowth=RegrowthConfig(**options))), tmp_path, 10)
+        run(adapted(make_config(schedule=[Regrow(**options)])), tmp_path, 10)
 
 
 WRONG = {
-    "no rule for who leaves": ({"drop": "none", "grow": "random"}, "drop='none'.*grow='random'"),
-    "exponential to 0": ({"schedule": "exponential"}, "final_fraction=0.0"),
-    "floor above the start": ({"final_fraction": 0.5}, "final_fraction=0.5"),
-    "seeds without candidates": ({"grow": "sm3", "seed_moments": True}, "seed_moments=True"),
-    "unknown option": ({"grow": "sm3", "grow_options": {"rank": 3}}, "grow_options.*score"),
-    "unknown score": ({"grow": "sm3", "grow_options": {"score": "sum"}}, "score.*'product' or 'min'"),
-    "rank 0": ({"grow": "low_rank_magnitude", "grow_options": {"rank": 0}}, "rank=0"),
+    "no rule for who leaves": ({"drop": None, "grow": "random"}, "drop=None.*grow=Random"),
+    "exponential to 0": (
+        {"fraction": {"type": "exponential", "start": 0.2, "end": 0.0}},
+        "exponential curve from 0.2 to 0.0",
+    ),
+    "floor above the start": ({"fraction": Linear(0.2, 0.5)}, "fraction=.*end=0.5"),
+    "seeds without candidates": ({"grow": {"type": "sm3", "seed_moments": True}}, "no option.*seed_moments"),
+    "unknown option": ({"grow": {"type": "sm3", "rank": 3}}, "no option.*rank"),
+    "unknown score": ({"grow": {"type": "sm3", "score": "sum"}}, "score.*'product' or 'min'"),
+    "rank 0": ({"grow": {"type": "low_rank_magnitude", "rank": 0}}, "rank=0"),
     "stop_at 0": ({"stop_at": 0.0}, "stop_at=0.0"),
-    "first move inside the collecting": ({"first_move": 3}, "first_move=3.*>= 5"),
+    "first move inside the collecting": ({"first": 3}, "first=3.*>= 5"),
 }
 
 
@@ -347,9 +346,9 @@ WRONG = {
 def test_a_rule_that_contradicts_itself_names_the_field(case):
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        RegrowthConfig(**options)
+        Regrow(**options)
 
 
 def test_sm3_growth_refuses_units_that_are_not_entries():
-    with pytest.raises(ValueError, match=r"grow='sm3'.*granularity='row'"):
-        make_config(granularity="row", regrowth=RegrowthConfig(grow="sm3"))
+    with pytest.raises(ValueError, match=r"grow=SM3.*granularity='row'"):
+        make_config(granularity="row", schedule=[Regrow(grow=SM3())])

@@ -9,19 +9,23 @@ import tiny
 from peft import LoraConfig, get_peft_model
 
 from hf_sparse_peft import (
+    AccumulatedGradient,
     AlternateModules,
+    Freeze,
+    Linear,
+    LowRankMagnitude,
     Prune,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     SampleLayers,
     SparseLoraConfig,
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.tuners import BudgetCompetitionConfig, FreezingConfig, KernelLoraConfig, NuclearNormConfig
+from hf_sparse_peft.tuners import BudgetCompetitionConfig, KernelLoraConfig, NuclearNormConfig
 
 Q, QV = ["q_proj"], ["q_proj", "v_proj"]
-RANDOM = {"interval": 3, "grow": "random", "schedule": "constant"}
+RANDOM = {"every": 3, "grow": "random", "fraction": 0.2}
 
 
 def sparse(**options):
@@ -40,14 +44,14 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         warnings.simplefilter("always")
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
-    options = ("regrowth", "pruning", "rank_allocation", "freezing", "nuclear_norm",
-               "budget_competition", "Prune.", "AlternateModules.", "SampleLayers")  # fmt: skip
+    options = ("rank_allocation", "nuclear_norm", "budget_competition", "Prune.", "AlternateModules.", "SampleLayers",
+               "Regrow", "Freeze")  # fmt: skip
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
 
 
 def regrowing(**options):
-    return RegrowthConfig(**{**RANDOM, **options})
+    return Regrow(**{**RANDOM, **options})
 
 
 def masks(**options):
@@ -58,7 +62,7 @@ def ranks(**options):
     return SparseLoraConfig(r=4, density=0.0, target_modules=QV, **options)
 
 
-SPIEL = RegrowthConfig(interval=3, collect_steps=1)
+SPIEL = Regrow(every=3, grow=AccumulatedGradient(steps=1))
 NEVER = {
     "a period without a module": (
         sparse(target_modules=Q, schedule=[AlternateModules(period_steps=2)]),
@@ -80,18 +84,20 @@ def test_a_schedule_that_cannot_do_anything_is_refused_with_the_mend(case, tmp_p
 IDLE = {
     # v_proj has 16 rows, q_proj 32: one unit and three
     "moves of rows": (
-        rows(regrowth=regrowing(fraction=0.3)), r"fraction=0\.3 of 1 or 3 units.*no unit ever moves in all 2",
+        rows(schedule=[regrowing(fraction=0.3)]), r"fraction=0\.3 of 1 or 3 units.*no unit ever moves in all 2",
     ),
-    "moves of a full support": (rows(density=1.0, regrowth=regrowing()), r"never moves a unit.*all 2 layers.*density"),
+    "moves of a full support": (
+        rows(density=1.0, schedule=[regrowing()]), r"never moves a unit.*all 2 layers.*density",
+    ),
     "moves of lift on a full support": (
         sparse(density=1.0, criterion={"type": "low_rank_magnitude", "rank": 2},
-               regrowth=RegrowthConfig(interval=3, drop="none", grow="low_rank_magnitude", grow_options={"rank": 2})),
+               schedule=[Regrow(every=3, drop=None, grow=LowRankMagnitude(rank=2))]),
         "never moves a unit",
     ),
     "moves after a falling share": (
-        rows(density=0.25, regrowth=regrowing(interval=6, fraction=0.25, schedule="linear")), "fraction=0.25",
+        rows(density=0.25, schedule=[regrowing(every=6, fraction=Linear(0.25, 0.0))]), r"fraction=Linear\(start=0.25",
     ),
-    "moves after the first": (rows(regrowth=SPIEL), r"fraction=0\.2.*after the first in all 2 layers"),
+    "moves after the first": (rows(schedule=[SPIEL]), r"fraction=Linear\(start=0\.2.*after the first in all 2 layers"),
     "pruning that keeps all": (sparse(schedule=[Prune(final_fraction=1.0)]), r"final_fraction=1\.0.*0 units ever"),
     "pruning of one unit": (rows(density=0.07, schedule=[Prune(final_fraction=0.9)]), "keeps all of 1 or 2 units"),
     "global pruning of nothing": (
@@ -107,7 +113,7 @@ IDLE = {
     "probes that are all alike": (ranks(schedule=[SampleLayers(suppressed=1.0)]), r"suppressed=1\.0 of 4"),
     "probes of no layer": (ranks(schedule=[SampleLayers(suppressed=0.1)]), r"suppressed=0\.1.* rounds to 0"),
     "probes after the end": (ranks(schedule=[SampleLayers(interval=8)]), "interval=8 leaves no probe"),
-    "a threshold below all weights": (sparse(freezing=FreezingConfig(threshold=1e-9)), r"1e-09 .* all 8 layers"),
+    "a threshold below all weights": (sparse(schedule=[Freeze(threshold=1e-9)]), r"1e-09 .* all 8 layers"),
     "matrices too small for the norm": (
         sparse(nuclear_norm=NuclearNormConfig(min_side=16)), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
     ),
@@ -118,7 +124,7 @@ IDLE = {
     ),
     "a budget that jumps": (masks(budget_competition=BudgetCompetitionConfig(interval=7)), "interval=7 leaves no"),
     "no room to retire": (
-        rows(density=0.2, regrowth=regrowing(fraction=0.4, retired_share=0.1)), r"retired_share=0\.1 leaves room for 0",
+        rows(density=0.2, schedule=[regrowing(fraction=0.4, retired=0.1)]), r"retired=0\.1 leaves room for 0",
     ),
 }  # fmt: skip
 
@@ -152,7 +158,7 @@ def test_a_share_that_leaves_nothing_to_train_is_refused_at_injection(case):
 
 def test_layers_that_never_move_are_named_among_those_that_do(tmp_path):
     # q_proj: 3 of 32 rows, of which 0.4 is one; v_proj: 1 of 16.
-    said = said_at_start(rows(regrowth=regrowing(fraction=0.4)), tmp_path, layers=5)
+    said = said_at_start(rows(schedule=[regrowing(fraction=0.4)]), tmp_path, layers=5)
     assert len(said) == 1
     assert "in 5 of 10 layers ('model.layers.0.self_attn.v_proj', 'model.layers.1" in said[0]
     assert "and 2 more" in said[0]
@@ -170,7 +176,7 @@ def test_matrices_that_never_train_are_named(tmp_path):
 
 
 def test_a_threshold_that_nothing_outgrew_is_said_when_it_is_due(tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), sparse(freezing=FreezingConfig(threshold=1e3)))
+    model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[Freeze(threshold=1e3)]))
     with pytest.warns(UserWarning, match="no entry had grown past its threshold at step 4"):
         tiny.train(model, tmp_path, 8, callbacks=callbacks_for(model))
 
@@ -188,13 +194,13 @@ def test_sampling_over_upstreams_lora_says_it_too(tmp_path):
 
 
 WORKING = {
-    "regrowth": sparse(regrowth=SPIEL),
-    "regrowth and pruning": sparse(regrowth=regrowing(interval=1), schedule=[Prune()]),
+    "regrow": sparse(schedule=[SPIEL]),
+    "regrow and prune": sparse(schedule=[Prune(), regrowing(every=1)]),
     "pruning": sparse(schedule=[Prune(interval=1)]),
     "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
     "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
-    "freezing": sparse(freezing=FreezingConfig(), criterion="smallest_magnitude"),
+    "freeze": sparse(schedule=[Freeze()], criterion="smallest_magnitude"),
     "nuclear_norm": sparse(nuclear_norm=NuclearNormConfig(min_side=8)),
     "budget_competition": masks(budget_competition=BudgetCompetitionConfig(interval=1)),
 }
@@ -206,7 +212,7 @@ def test_a_schedule_that_does_something_says_nothing(case, tmp_path):
 
 
 def test_a_resumed_run_does_not_say_it_again(tmp_path):
-    config = rows(regrowth=SPIEL)
+    config = rows(schedule=[SPIEL])
 
     def run(**options):
         model = get_peft_model(tiny.llama(layers=1), copy.deepcopy(config))
@@ -215,7 +221,7 @@ def test_a_resumed_run_does_not_say_it_again(tmp_path):
             tiny.train(
                 model, tmp_path, 6, callbacks=callbacks_for(model), save_strategy="steps", save_steps=3, **options
             )
-        return [w for w in caught if "regrowth" in str(w.message)]
+        return [w for w in caught if "Regrow" in str(w.message)]
 
     assert len(run()) == 1
     assert not run(resume=str(tmp_path / "checkpoint-3"))

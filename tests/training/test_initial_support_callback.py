@@ -7,7 +7,14 @@ import torch
 from training_toolbox import StopAt, TokenData, adapted, all_state, differences, layers_of, make_config, run, support_of
 from transformers import TrainerCallback
 
-from hf_sparse_peft import InitialSupportCallback, RegrowthConfig, StructureConfig, callbacks_for, initialize_support
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    InitialSupportCallback,
+    Regrow,
+    StructureConfig,
+    callbacks_for,
+    initialize_support,
+)
 from hf_sparse_peft.training import initial_support
 
 WARMUP = {"warmup_steps": 3, "warmup_lr": 1e-3}
@@ -85,7 +92,7 @@ def test_gradient_accumulation_does_not_change_what_is_chosen(criterion, tmp_pat
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
 def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocation, tmp_path, monkeypatch):
-    config = by_data(criterion, allocation=allocation, regrowth=RegrowthConfig(interval=4, collect_steps=2))
+    config = by_data(criterion, allocation=allocation, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))])
     whole = adapted(config)
     trainer = run(whole, tmp_path / "whole", 12)
     expected = all_state(whole, trainer.optimizer)
@@ -127,7 +134,7 @@ def test_training_with_neither_call_nor_callback_is_an_error_that_shows_both(tmp
 def test_the_callback_is_given_where_a_support_waits_for_data():
     config = by_data()
     assert [type(callback) for callback in callbacks_for(config)] == [InitialSupportCallback]
-    model = adapted(by_data(regrowth=RegrowthConfig()))
+    model = adapted(by_data(schedule=[Regrow()]))
     assert next(type(callback) for callback in callbacks_for(model)) is InitialSupportCallback
     ids = torch.randint(48, (2, 8))
     initialize_support(model, [{"input_ids": ids, "labels": ids}], show_progress=False)

@@ -7,10 +7,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from hf_sparse_peft import RegrowthConfig, SparseLoraConfig, initialize_support
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.candidates import CandidateCollector
-from hf_sparse_peft.training.step_gradients import StepGradient
+from hf_sparse_peft import AccumulatedGradient, Regrow, SparseLoraConfig, initialize_support
+from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
 from hf_sparse_peft.training.support_tracker import GradientShare
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -87,16 +85,18 @@ def built(net, granularities=("entry",), **options):
     with torch.no_grad():
         for name in layer.active_adapters:
             layer.sparse_lora_values[name].normal_(std=0.1)
-    return model, layer, [AdaptedLayer(layer, name) for name in layer.active_adapters]
+    return model, layer, [layer.unit_spaces(name)[0] for name in layer.active_adapters]
 
 
 def run_step(model, layer, readers, data):
     for name, reader in readers.items():
-        layer.sparse_lora_sink[name] = reader
+        layer.add_gradient_reader(name, reader)
     for batch in data:
         model(**{key: value.clone() for key, value in batch.items()})["loss"].backward()
         for reader in readers.values():
             reader.finish_micro_batch()
+    for name, reader in readers.items():
+        layer.remove_gradient_reader(name, reader)
 
 
 NETS = {
@@ -117,28 +117,28 @@ def test_rigl_ranks_by_the_sum_over_the_uses_of_a_layer(net, micro_batches, fact
     model, layer, (part,) = built(make())
     data = batches(micro_batches)
     each = [dense_gradient(layer, batch, uses) for batch in data]
-    reading = StepGradient(part, 4, micro_batches, factor)
+    reading = StepReader(part, 4, micro_batches, factor)
     run_step(model, layer, {"default": reading}, data)
-    reading.finish()
+    reading.finish_step()
     total = sum(each).flatten()
     ranked = (total if factor is None else each[0].flatten()).abs()
-    ranked[part.units.long()] = -1
+    ranked[part.alive().long()] = -1
     best = ranked.topk(4 if factor is None else 8).indices
-    assert set(reading.units.tolist()) == set(part.units.tolist()) | set(best.tolist())
+    assert set(reading.units.tolist()) == set(part.alive().tolist()) | set(best.tolist())
     torch.testing.assert_close(reading.gradients.double(), total[reading.units.long()], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_spiel_chooses_from_the_first_micro_batch_as_a_sum_and_sums_whole_steps(net):
     make, uses = NETS[net]
-    model, layer, (part,) = built(make(), regrowth=RegrowthConfig(interval=4, collect_steps=2))
+    model, layer, (part,) = built(make(), schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))])
     data = batches(4)
     each = [dense_gradient(layer, batch, uses).flatten() for batch in data]
     for first, pair in ((True, data[:2]), (False, data[2:])):
-        collector = CandidateCollector(part, starts=first)
+        collector = CandidateReader(part, starts=first)
         run_step(model, layer, {"default": collector}, pair)
         collector.finish_step()
-    best = each[0].abs().topk(part.units.numel()).indices.sort().values
+    best = each[0].abs().topk(part.count).indices.sort().values
     assert collector.units.tolist() == best.tolist()
     steps = [each[0] + each[1], each[2] + each[3]]
     torch.testing.assert_close(collector.sums[0].double(), (steps[0] + steps[1])[best], rtol=1e-4, atol=1e-6)
@@ -152,14 +152,14 @@ def test_two_adapters_read_one_gradient_and_neither_changes_what_the_other_or_tr
     model, layer, parts = built(Recurrent(2), granularities)
     data = batches(2)
     each = [dense_gradient(layer, batch, 2) for batch in data]
-    readings = {part.adapter: StepGradient(part, 1, 2, factor) for part, factor in zip(parts, factors, strict=True)}
+    readings = {part.adapter: StepReader(part, 1, 2, factor) for part, factor in zip(parts, factors, strict=True)}
     run_step(model, layer, readings, data)
     for part in parts:
         reading, grid = readings[part.adapter], layer.sparse_lora_grid[part.adapter]
-        reading.finish()
+        reading.finish_step()
         total = grid.gather(sum(each), reading.units)
         torch.testing.assert_close(reading.gradients.double(), total, rtol=1e-4, atol=1e-6)
-        own = grid.gather(sum(each), part.units)
+        own = grid.gather(sum(each), part.alive())
         torch.testing.assert_close(part.values.grad.double(), own, rtol=1e-4, atol=1e-6)
 
 
@@ -167,9 +167,9 @@ def test_a_reader_on_one_adapter_reads_its_own_units_beside_an_adapter_of_anothe
     model, layer, parts = built(Recurrent(1), ("block", "entry"))
     data = batches(2)
     total = sum(dense_gradient(layer, batch, 1) for batch in data)
-    reading = StepGradient(parts[0], 1, 2, 1.0)
+    reading = StepReader(parts[0], 1, 2, 1.0)
     run_step(model, layer, {"default": reading}, data)
-    reading.finish()
+    reading.finish_step()
     expected = layer.sparse_lora_grid["default"].gather(total, reading.units)
     torch.testing.assert_close(reading.gradients.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -189,15 +189,15 @@ class Sometimes(Recurrent):
 @pytest.mark.parametrize("reader", ["rigl", "rigl-candidates", "spiel"])
 @pytest.mark.parametrize("reached", [(False, True), (True, False)])
 def test_a_micro_batch_that_does_not_reach_the_layer_adds_nothing(reader, reached):
-    model, layer, (part,) = built(Sometimes(), regrowth=RegrowthConfig(interval=4, collect_steps=2))
+    model, layer, (part,) = built(Sometimes(), schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))])
     data = batches(2)
     for batch, runs in zip(data, reached, strict=True):
         batch["x"][0, 0] = 1.0 if runs else -1.0
     expected = dense_gradient(layer, data[reached.index(True)], 2).flatten()
     reading = {
-        "rigl": lambda: StepGradient(part, 4, 2, None),
-        "rigl-candidates": lambda: StepGradient(part, 4, 2, 1.0),
-        "spiel": lambda: CandidateCollector(part, starts=True),
+        "rigl": lambda: StepReader(part, 4, 2, None),
+        "rigl-candidates": lambda: StepReader(part, 4, 2, 1.0),
+        "spiel": lambda: CandidateReader(part, starts=True),
     }[reader]()
     run_step(model, layer, {"default": reading}, data)
     if reader == "spiel":
@@ -205,7 +205,7 @@ def test_a_micro_batch_that_does_not_reach_the_layer_adds_nothing(reader, reache
         units, found = reading.units, reading.sums[0]
         assert set(units.tolist()) == set(expected.abs().topk(units.numel()).indices.tolist())
     else:
-        reading.finish()
+        reading.finish_step()
         units, found = reading.units, reading.gradients
     torch.testing.assert_close(found.double(), expected[units.long()], rtol=1e-4, atol=1e-6)
 
@@ -213,8 +213,8 @@ def test_a_micro_batch_that_does_not_reach_the_layer_adds_nothing(reader, reache
 def test_a_reader_that_ruins_what_it_was_lent_does_not_reach_the_gradient_of_the_values():
     model, layer, (part,) = built(Recurrent(1))
     (batch,) = batches(1)
-    expected = dense_gradient(layer, batch, 1).flatten()[part.units.long()]
-    layer.sparse_lora_sink["default"] = lambda dense: dense.zero_()
+    expected = dense_gradient(layer, batch, 1).flatten()[part.alive().long()]
+    layer.add_gradient_reader("default", lambda dense: dense.zero_())
     model(**batch)["loss"].backward()
     torch.testing.assert_close(part.values.grad.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -225,11 +225,11 @@ def test_the_gradient_share_is_that_of_the_sum_over_uses(uses):
     data = batches(2)
     each = [dense_gradient(layer, batch, uses) for batch in data]
     spaces = [space for space in layer.unit_spaces("default") if space.kind == "support"]
-    layer.gradient_observer = share = GradientShare(spaces)
+    layer.passive_gradient_reader = share = GradientShare(spaces)
     for batch in data:
         model(**batch)["loss"].backward()
         share.finish_micro_batch()
-    expected = sum(g.square().sum() for g in each), sum(g.flatten()[part.units.long()].square().sum() for g in each)
+    expected = sum(g.square().sum() for g in each), sum(g.flatten()[part.alive().long()].square().sum() for g in each)
     assert share.squares() == pytest.approx([float(one) for one in expected], rel=1e-4)
 
 

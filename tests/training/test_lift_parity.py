@@ -73,7 +73,7 @@ CASES = {
 
 
 def trained_of(layer) -> list[int]:
-    frozen = layer.sparse_lora_frozen["default"].tolist()
+    frozen = layer.sparse_lora_rule_frozen["default"].tolist()
     return [unit for unit, mark in zip(support_of(layer), frozen, strict=False) if not mark]
 
 
@@ -82,7 +82,7 @@ def test_fifty_steps_take_the_supports_and_values_of_a_dense_lift(case, tmp_path
     options = dict(CASES[case])
     ages = options.pop("per_unit_age", False)
     method = methods.get(
-        "lift", budget_rank=BUDGET, filter_rank=RANK, interval=INTERVAL, exact=True, per_unit_age=ages,
+        "lift", budget_rank=BUDGET, filter_rank=RANK, every=INTERVAL, exact=True, per_unit_age=ages,
         target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM",
     )  # fmt: skip
     model = adapted(method.config, seed=5)
@@ -116,7 +116,7 @@ def test_fifty_steps_take_the_supports_and_values_of_a_dense_lift(case, tmp_path
     assert sorted(ours) == sorted(reference.refreshed) == [10, 20, 30, 40]
     for update, supports in ours.items():
         assert supports == reference.refreshed[update], f"supports differ after update {update}"
-    moves = trainer.schedule_callbacks[0].replaced
+    moves = trainer.schedule_callbacks[0].events
     assert all(move["replaced"] > 0 and move["lost"] == 0 for move in moves)
     assert moves[-1]["retired"] > 0
     for layer in layers_of(model):
@@ -148,7 +148,7 @@ def test_the_whole_rank_selects_by_magnitude_and_a_rank_one_weight_by_its_factor
 
 
 def test_a_refresh_at_an_unchanged_weight_keeps_support_and_moments_bitwise(tmp_path):
-    method = methods.get("lift", density=0.1, filter_rank=RANK, interval=3, target_modules=["q_proj"], exact=True)
+    method = methods.get("lift", density=0.1, filter_rank=RANK, every=3, target_modules=["q_proj"], exact=True)
     model = adapted(method.config)
     seen = {}
 
@@ -179,7 +179,7 @@ def test_on_an_nf4_base_the_current_weight_is_the_dequantised_base_plus_the_delt
         tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32
     )
     method = methods.get(
-        "lift", budget_rank=BUDGET, filter_rank=RANK, interval=3, exact=True, target_modules=["q_proj", "down_proj"]
+        "lift", budget_rank=BUDGET, filter_rank=RANK, every=3, exact=True, target_modules=["q_proj", "down_proj"]
     )
     model = adapted(method.config, base=base)
     plain = {
@@ -214,4 +214,4 @@ def test_on_an_nf4_base_the_current_weight_is_the_dequantised_base_plus_the_delt
     trainer.optimizer = method.optimizer(model, trainer.args)
     trainer.train()
     assert len(seen) == 2
-    assert trainer.schedule_callbacks[0].replaced[0]["replaced"] > 0
+    assert trainer.schedule_callbacks[0].events[0]["replaced"] > 0

@@ -9,33 +9,36 @@ from peft import get_peft_model
 from ties import priority
 
 from hf_sparse_peft import (
+    AccumulatedGradient,
     BudgetCompetitionConfig,
+    Gradient,
     KernelLoraConfig,
+    Linear,
     Prune,
+    Random,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     SparseLoraConfig,
     callbacks_for,
     methods,
 )
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
+from hf_sparse_peft.rules import Age, Magnitude, Move, Run, Training
+from hf_sparse_peft.rules.drop import place_in_sign
+from hf_sparse_peft.rules.frozen import move_trained_units
+from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
 from hf_sparse_peft.sparsity import stream_seed
 from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.candidates import CandidateCollector
-from hf_sparse_peft.training.drops import can_drop, importance, place_in_sign
-from hf_sparse_peft.training.frozen_units import settle
-from hf_sparse_peft.training.growth import Move
 from hf_sparse_peft.training.rank_reallocation import allocate
-from hf_sparse_peft.training.step_gradients import StepGradient
 from hf_sparse_peft.tuners.shared.layer import AdapterLayer
 
 MOVES = {
-    "spiel-ag": {"regrowth": RegrowthConfig(interval=4, collect_steps=2, replace_all_first=True)},
-    "rigl": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, schedule="constant")},
-    "rigl-accumulated": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, schedule="constant")},
-    "sensitivity": {"regrowth": RegrowthConfig(interval=3, grow="gradient", fraction=0.5, drop="sensitivity")},
-    "set": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, schedule="constant")},
-    "set-by-sign": {"regrowth": RegrowthConfig(interval=3, grow="random", fraction=0.5, drop="signed_magnitude")},
+    "spiel-ag": {"schedule": [Regrow(every=4, grow=AccumulatedGradient(steps=2), replace_all_first=True)]},
+    "rigl": {"schedule": [Regrow(every=3, grow=Gradient(), fraction=0.5)]},
+    "rigl-accumulated": {"schedule": [Regrow(every=3, grow=Gradient(), fraction=0.5)]},
+    "sensitivity": {"schedule": [Regrow(every=3, drop="sensitivity", grow=Gradient(), fraction=Linear(0.5, 0.0))]},
+    "set": {"schedule": [Regrow(every=3, grow=Random(), fraction=0.5)]},
+    "set-by-sign": {"schedule": [Regrow(every=3, drop="signed_magnitude", grow=Random(), fraction=Linear(0.5, 0.0))]},
     "pruning": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2)]},
     "pruning-global": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2, scope="global")]},
 }
@@ -99,7 +102,7 @@ def test_a_layer_that_no_batch_reaches_keeps_its_units_and_is_named_once(name, t
 
 
 def test_spiel_ma_keeps_its_units_without_gradients(tmp_path):
-    method = methods.get("spiel-ma", density=0.1, interval=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    method = methods.get("spiel-ma", density=0.1, every=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(tiny.llama(), method.config)
     before = units(model)
     options = {"optimizer": method.optimizer, "data": tiny.TokenData(masked=True)}
@@ -118,43 +121,45 @@ def test_values_that_are_not_finite_move_no_unit(tmp_path):
 
 def test_units_of_equal_worth_leave_from_the_whole_support():
     model = adapted("set", density=0.4)
-    part = AdaptedLayer(next(iter(layers(model).values())), "default")
+    part = next(iter(layers(model).values())).unit_spaces("default")[0]
     part.values.data[::2] = 1.0
-    worth, count = importance(part, None), part.values.numel() // 4
-    move = Move(part, 3, part.units, count, worth, part.units[:0], part.values[:0])
-    seed = stream_seed(part.config.seed, "drop", 3, part.name)
+    drop, count = Magnitude(), part.values.numel() // 4
+    worth = drop.importance(part, None)
+    move = Move(part, 3, part.alive(), count, worth)
+    seed = stream_seed(part.seed, "drop", 3, part.name)
     zeros = sorted(range(1, part.values.numel(), 2), key=lambda i: -priority(seed, i))
     assert move.dropped.tolist() == sorted(zeros[:count])
-    assert can_drop(part, worth, count)
+    assert drop.can_rank(worth, count)
     part.values.data.zero_()
-    assert not can_drop(part, importance(part, None), count)
-    assert can_drop(part, importance(part, None), part.values.numel())  # all leave: nothing to judge
+    assert not drop.can_rank(drop.importance(part, None), count)
+    assert drop.can_rank(drop.importance(part, None), part.values.numel())  # all leave: nothing to judge
 
 
 def test_room_for_retired_units_of_equal_worth_is_drawn_for():
-    regrowth = RegrowthConfig(interval=3, grow="random", fraction=0.5, retired_share=0.5)
-    model = adapted(regrowth=regrowth)
-    part = AdaptedLayer(next(iter(layers(model).values())), "default")
+    regrowth = Regrow(every=3, grow=Random(), fraction=Linear(0.5, 0.0), retired=0.5)
+    model = adapted(schedule=[regrowth])
+    part = next(iter(layers(model).values())).unit_spaces("default")[0]
     part.layer.allocate_training_state("default")
-    old = part.units.clone()
+    old = part.alive().clone()
     part.values.data[: old.numel()] = 1.0
     free = torch.tensor(sorted(set(range(1024)) - set(old.tolist())), dtype=old.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settled = settle(part, free[: old.numel()], torch.optim.SGD([part.values], lr=0.1))
-    kept = torch.isin(old, part.units)
-    assert settled.retired == int(kept.sum()) == old.numel() // 2
+        training = Training(model, total_steps=9, optimizer=torch.optim.SGD([part.values], lr=0.1))
+        moved = move_trained_units(Run(training, regrowth, "default", part.config, [part]), part, free[: old.numel()])
+    kept = torch.isin(old, part.alive())
+    assert moved.retired == int(kept.sum()) == old.numel() // 2
     quarters = [int(quarter.sum()) for quarter in kept.chunk(4)]  # of about 25 units, half expected to stay
     assert min(quarters) > 4
     assert max(quarters) < 22
 
 
 def test_equal_ages_and_magnitudes_are_equally_important():
-    model = adapted(regrowth=RegrowthConfig(interval=3, grow="random", drop="age"))
-    part = AdaptedLayer(next(iter(layers(model).values())), "default")
+    model = adapted(schedule=[Regrow(every=3, drop="age", grow=Random())])
+    part = next(iter(layers(model).values())).unit_spaces("default")[0]
     part.layer.allocate_training_state("default")
     part.values.data[:6] = torch.tensor([0.0, 2.0, 0.0, 1.0, 2.0, 0.0])
-    worth = importance(part, None)[:6].tolist()
+    worth = Age().importance(part, None)[:6].tolist()
     assert worth[0] == worth[2] == worth[5] < worth[3] < worth[1] == worth[4] < 1
 
 
@@ -167,11 +172,11 @@ def test_equal_magnitudes_of_one_sign_share_a_place():
 
 
 def collector(kind):
-    part = AdaptedLayer(next(iter(layers(adapted()).values())), "default")
+    part = next(iter(layers(adapted()).values())).unit_spaces("default")[0]
     part.layer.allocate_training_state("default")
     if kind == "spiel-ag":
-        return CandidateCollector(part, starts=True), part
-    return StepGradient(part, part.units.numel(), 2, 1.0), part
+        return CandidateReader(part, starts=True), part
+    return StepReader(part, part.count, 2, 1.0), part
 
 
 @pytest.mark.parametrize("kind", ["spiel-ag", "rigl"])
@@ -184,8 +189,8 @@ def test_a_micro_batch_without_labels_does_not_choose_the_candidates(kind):
     reader(dense.clone())
     strength = dense.abs().flatten()
     if kind == "rigl":
-        strength[part.units.long()] = -1
-    best = set(strength.topk(part.units.numel()).indices.tolist())
+        strength[part.alive().long()] = -1
+    best = set(strength.topk(part.count).indices.tolist())
     assert best <= set(reader.wanted_units().tolist())
 
 
@@ -200,8 +205,8 @@ class Skipping(AgedAdamW):
 @pytest.mark.parametrize("bad", [(), (1,), (2,), (1, 3)])
 def test_grown_units_start_from_the_finite_steps_of_the_phase_alone(bad, tmp_path):
     """Moments seeded from sums over n finite steps: age n, first moment sum / n times Adam's bias correction."""
-    regrowth = RegrowthConfig(interval=8, collect_steps=4, replace_all_first=True)
-    model = adapted(regrowth=regrowth, target_modules=["q_proj"])
+    regrowth = Regrow(every=8, grow=AccumulatedGradient(steps=4), replace_all_first=True)
+    model = adapted(schedule=[regrowth], target_modules=["q_proj"])
     now, old, sums, seen = [0], {}, {}, {}
 
     def spoil(module, args, output):
@@ -213,7 +218,7 @@ def test_grown_units_start_from_the_finite_steps_of_the_phase_alone(bad, tmp_pat
         if step == 4:
             old.update({name: layer.units("default") for name, layer in layers(model).items()})
             for name, layer in layers(model).items():
-                sums[name] = CandidateCollector(AdaptedLayer(layer, "default")).sums.double().clone()
+                sums[name] = CandidateReader(layer.unit_spaces("default")[0]).sums.double().clone()
 
     def after_move(step, model, optimizer):
         if step == 4:
@@ -306,7 +311,7 @@ def test_sara_on_nf4_draws_from_all_zeros_and_freezes_only_what_outgrew_a_thresh
     callbacks = [
         tiny.At(on_step_end=look(seen, lambda layer: layer.sparse_lora_values["default"].detach().double())),
         *callbacks_for(model),
-        tiny.At(on_step_end=look(marks, lambda layer: layer.sparse_lora_frozen["default"].bool())),
+        tiny.At(on_step_end=look(marks, lambda layer: layer.sparse_lora_rule_frozen["default"].bool())),
     ]
     tiny.train(model, tmp_path, 12, callbacks=callbacks, learning_rate=8e-3)
     for name, layer in layers(model).items():

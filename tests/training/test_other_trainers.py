@@ -10,13 +10,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training_toolbox import VOCAB, TokenData, layers_of, make_config, run, support_of, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from hf_sparse_peft import RankAllocationConfig, RegrowthConfig, SupportTelemetryCallback, callbacks_for
+from hf_sparse_peft import AccumulatedGradient, RankAllocationConfig, Regrow, SupportTelemetryCallback, callbacks_for
 
 
 def moving_config(**overrides):
     return make_config(
         r=4,
-        regrowth=RegrowthConfig(interval=4, collect_steps=2),
+        schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))],
         rank_allocation=RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.0, final_warmup=0.2),
         **overrides,
     )
@@ -24,8 +24,8 @@ def moving_config(**overrides):
 
 def check_everything_moved(start, model, callbacks) -> None:
     layers = layers_of(model)
-    assert [move["step"] for move in callbacks[0].replaced] == [2, 6]
-    assert callbacks[0].replaced[0]["replaced"] > 0.5 * callbacks[0].replaced[0]["alive"]
+    assert [move["step"] for move in callbacks[0].events] == [2, 6]
+    assert callbacks[0].events[0]["replaced"] > 0.5 * callbacks[0].events[0]["alive"]
     assert all(set(before) != set(support_of(layer)) for before, layer in zip(start, layers, strict=True))
     assert all(len(before) == len(support_of(layer)) for before, layer in zip(start, layers, strict=True))
     alive = sum(int((layer.sparse_lora_gate["default"] != 0).sum()) for layer in layers)
@@ -88,7 +88,7 @@ def test_supports_move_under_gradient_checkpointing_as_without_it(tmp_path):
 
     found = []
     for checkpointing in (False, True):
-        model = adapted(make_config(regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+        model = adapted(make_config(schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
         run(model, tmp_path / str(checkpointing), 8, data=TokenData(), gradient_checkpointing=checkpointing)
         found.append([(support_of(layer), layer.sparse_lora_values["default"].detach()) for layer in layers_of(model)])
     for (plain, values), (checkpointed, again) in zip(*found, strict=True):

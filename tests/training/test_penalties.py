@@ -19,7 +19,7 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft import Freeze, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.training.penalties import L1PenaltyCallback, gradient_scale
 from hf_sparse_peft.tuners.sparse_lora.l1 import model_numbers
 
@@ -70,7 +70,7 @@ def test_the_gradient_of_the_formula_is_added_once_a_step_whatever_the_accumulat
 
 
 def test_units_that_are_frozen_or_dead_are_not_pulled(tmp_path):
-    model = adapted(config(freezing={"at": 0.5}, modules_to_save=None))
+    model = adapted(config(schedule=[Freeze(at=0.5)], modules_to_save=None))
     callback = L1PenaltyCallback()
     args = types.SimpleNamespace(deepspeed=None, fsdp=None, max_grad_norm=1.0)
     callback.on_train_begin(args, types.SimpleNamespace(max_steps=9, global_step=0), None, model=model)
@@ -78,7 +78,7 @@ def test_units_that_are_frozen_or_dead_are_not_pulled(tmp_path):
         values = layer.sparse_lora_values["default"]
         values.data.normal_()
         values.grad = torch.zeros_like(values)
-        layer.sparse_lora_frozen["default"][::2] = 1
+        layer.sparse_lora_rule_frozen["default"][::2] = 1
     callback.on_pre_optimizer_step(args, types.SimpleNamespace(global_step=0), None)
     for layer in layers_of(model):
         gradient = layer.sparse_lora_values["default"].grad

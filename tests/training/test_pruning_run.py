@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_toolbox import Hook, adapted, layers_of, make_config, positions_of, run, snapshot, support_of
 
-from hf_sparse_peft import Prune, RegrowthConfig
+from hf_sparse_peft import AccumulatedGradient, Prune, Regrow
 
 
 def watched(model, out, steps, **options):
@@ -141,7 +141,7 @@ def test_every_layer_keeps_a_unit_however_hard_the_pruning(scope, tmp_path):
 def test_with_regrowth_units_leave_at_moves_only_and_the_final_count_is_exact(end, last, tmp_path):
     # end=0.5: the move after the window's end (step 14) prunes last. end=0.95: no move follows, so step 19 itself does.
     pruning = Prune(final_fraction=0.4, start=0.1, end=end, interval=1)
-    model = adapted(make_config(schedule=[pruning], regrowth=RegrowthConfig(interval=6, collect_steps=2)))
+    model = adapted(make_config(schedule=[pruning, Regrow(every=6, grow=AccumulatedGradient(steps=2))]))
     counts, fresh = {}, {}
     for update, (old, new) in watched(model, tmp_path, 20).items():
         counts[update] = [len(side["units"]) for side in new]

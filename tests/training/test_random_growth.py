@@ -11,7 +11,7 @@ from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 def moves(out, steps: int = 6, **options) -> list[tuple[torch.Tensor, set[int], set[int]]]:
     """|weight|, support before and support after of every layer and move."""
-    method = methods.get("set", density=0.1, interval=2, fraction=0.5, **options)
+    method = methods.get("set", density=0.1, every=2, fraction=0.5, **options)
     model = get_peft_model(tiny.llama(layers=1), method.config)
     layers, seen, found = sparse_layers(model), [], []
 

@@ -17,7 +17,7 @@ from training_toolbox import (
     support_of,
 )
 
-from hf_sparse_peft import Prune, RegrowthConfig
+from hf_sparse_peft import AccumulatedGradient, Linear, Prune, Regrow
 
 BETAS = (0.9, 0.999)
 
@@ -42,7 +42,10 @@ class Watch:
         if self.due(update):
             self.old[update] = snapshot(model, optimizer)
             self.sums[update] = [
-                (layer.sparse_lora_candidates["default"].clone(), layer.sparse_lora_candidate_sums["default"].clone())
+                (
+                    layer.sparse_lora_rule_candidates["default"].clone(),
+                    layer.sparse_lora_rule_candidate_sums["default"].clone(),
+                )
                 for layer in layers_of(model)
             ]
 
@@ -71,8 +74,8 @@ CASES = {
 def test_every_move_follows_spiel_ag(case, tmp_path):
     options = dict(CASES[case])
     interval, collect, steps, fraction = 5, 2, 18, 0.5
-    regrowth = RegrowthConfig(interval=interval, collect_steps=collect, fraction=fraction)
-    model = adapted(make_config(regrowth=regrowth, **options.pop("config")), seed=2)
+    regrowth = Regrow(every=interval, grow=AccumulatedGradient(steps=collect), fraction=Linear(fraction, 0.0))
+    model = adapted(make_config(schedule=[regrowth], **options.pop("config")), seed=2)
     watch = Watch(model, 2, interval, collect)
     run(model, tmp_path, steps, before=watch.before, after=watch.after, lr=5e-3, max_grad_norm=0.05, **options)
     assert sorted(watch.new) == [2, 7, 12, 17]
@@ -143,11 +146,11 @@ def test_every_move_follows_spiel_ag(case, tmp_path):
 
 
 def test_the_first_move_replaces_a_random_start_almost_whole(tmp_path):
-    config = make_config(density=0.02, regrowth=RegrowthConfig(interval=10, collect_steps=2))
+    config = make_config(density=0.02, schedule=[Regrow(every=10, grow=AccumulatedGradient(steps=2))])
     model = adapted(config)
     start = [support_of(layer) for layer in layers_of(model)]
     trainer = run(model, tmp_path, 4)
-    (record,) = trainer.schedule_callbacks[0].replaced
+    (record,) = trainer.schedule_callbacks[0].events
     assert record["replaced"] > 0.9 * record["alive"]
     kept = sum(len(set(a) & set(support_of(b))) for a, b in zip(start, layers_of(model), strict=True))
     assert record["step"] == 2
@@ -155,8 +158,8 @@ def test_the_first_move_replaces_a_random_start_almost_whole(tmp_path):
 
 
 def test_a_chosen_start_survives_the_first_move_without_replace_all_first(tmp_path):
-    regrowth = RegrowthConfig(interval=10, collect_steps=2, fraction=0.25, replace_all_first=False, schedule="constant")
-    model = adapted(make_config(regrowth=regrowth))
+    regrowth = Regrow(every=10, grow=AccumulatedGradient(steps=2), fraction=0.25, replace_all_first=False)
+    model = adapted(make_config(schedule=[regrowth]))
     start = [support_of(layer) for layer in layers_of(model)]
     run(model, tmp_path, 4)
     for before, layer in zip(start, layers_of(model), strict=True):
@@ -166,7 +169,7 @@ def test_a_chosen_start_survives_the_first_move_without_replace_all_first(tmp_pa
 def test_two_identical_micro_batches_move_the_support_as_one_does(tmp_path):
     supports = []
     for accumulation in (1, 2):
-        model = adapted(make_config(regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+        model = adapted(make_config(schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
         data = TokenData(samples=1, repeated=96)
         run(model, tmp_path / str(accumulation), 12, accumulation=accumulation, batch=2, data=data)
         supports.append([support_of(layer) for layer in layers_of(model)])
@@ -174,8 +177,8 @@ def test_two_identical_micro_batches_move_the_support_as_one_does(tmp_path):
 
 
 def test_units_that_enter_without_seeds_start_at_nothing(tmp_path):
-    regrowth = RegrowthConfig(interval=4, collect_steps=2, seed_moments=False)
-    model = adapted(make_config(regrowth=regrowth))
+    regrowth = Regrow(every=4, grow=AccumulatedGradient(steps=2, seed_moments=False))
+    model = adapted(make_config(schedule=[regrowth]))
     watch = Watch(model, 0, 4, 2)
     run(model, tmp_path, 8, before=watch.before, after=watch.after)
     for update in watch.new:
@@ -187,10 +190,11 @@ def test_units_that_enter_without_seeds_start_at_nothing(tmp_path):
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_no_support_moves_after_the_last_update(schedule, tmp_path):
     # Units that entered there would never train: the values they replaced would be lost for nothing.
-    regrowth = RegrowthConfig(interval=4, collect_steps=2, fraction=0.5, schedule=schedule)
-    model = adapted(make_config(regrowth=regrowth))
+    fraction = Linear(0.5, 0.0) if schedule == "linear" else 0.5
+    regrowth = Regrow(every=4, grow=AccumulatedGradient(steps=2), fraction=fraction)
+    model = adapted(make_config(schedule=[regrowth]))
     trainer = run(model, tmp_path, 10)
-    assert [record["step"] for record in trainer.schedule_callbacks[0].replaced] == [2, 6]
+    assert [record["step"] for record in trainer.schedule_callbacks[0].events] == [2, 6]
     assert all((layer.sparse_lora_values["default"] != 0).all() for layer in layers_of(model))
 
 
@@ -198,8 +202,8 @@ def test_candidates_that_were_chosen_before_a_pruning_all_compete_after_it(tmp_p
     # Pruning comes first at a move and shrinks the support; cutting the candidates to its size would drop those with
     # the highest numbers, that is, the last rows of every matrix.
     pruning = Prune(final_fraction=0.3, start=0.0, end=0.9)
-    regrowth = RegrowthConfig(interval=4, collect_steps=2, replace_all_first=True)
-    model = adapted(make_config(density=0.1, regrowth=regrowth, schedule=[pruning]))
+    regrowth = Regrow(every=4, grow=AccumulatedGradient(steps=2), replace_all_first=True)
+    model = adapted(make_config(density=0.1, schedule=[pruning, regrowth]))
     watch = Watch(model, 0, 4, 2)
     run(model, tmp_path, 8, before=watch.before, after=watch.after)
     for number, layer in enumerate(layers_of(model)):
@@ -244,7 +248,7 @@ class SkippingOptimizer(torch.optim.Optimizer):
 
 
 def run_with_overflow(tmp_path, at, collect, accumulation=1):
-    model = adapted(make_config(regrowth=RegrowthConfig(interval=10, collect_steps=collect)))
+    model = adapted(make_config(schedule=[Regrow(every=10, grow=AccumulatedGradient(steps=collect))]))
     trainer = run(
         model, tmp_path, 6, train=False, optimizer="own", accumulation=accumulation, max_grad_norm=0.0,
         before=[], after=[],
@@ -255,10 +259,10 @@ def run_with_overflow(tmp_path, at, collect, accumulation=1):
 
     def look(update, model, optimizer):
         layer = layers_of(model)[0]
-        if "default" in layer.sparse_lora_candidates:
+        if "candidates" in layer.rule_state("default"):
             seen[update] = (
-                layer.sparse_lora_candidates["default"].clone(),
-                layer.sparse_lora_candidate_sums["default"].clone(),
+                layer.sparse_lora_rule_candidates["default"].clone(),
+                layer.sparse_lora_rule_candidate_sums["default"].clone(),
             )
 
     trainer.callback_handler.callbacks.insert(0, Hook(on_step_end=look))
@@ -294,21 +298,20 @@ def test_an_overflow_at_a_phases_first_step_puts_the_choice_off_instead_of_faili
 
 
 def test_a_phase_of_overflows_only_moves_nothing(tmp_path):
-    start = [support_of(layer) for layer in layers_of(adapted(make_config(regrowth=RegrowthConfig())))]
+    start = [support_of(layer) for layer in layers_of(adapted(make_config(schedule=[Regrow()])))]
     model, _ = run_with_overflow(tmp_path, {1: {0}, 2: {0}}, collect=2)
     assert [support_of(layer) for layer in layers_of(model)] == start
 
 
 def test_the_loss_scale_of_fp16_is_divided_out_of_the_sums():
-    from hf_sparse_peft.training.base import AdaptedLayer
-    from hf_sparse_peft.training.candidates import CandidateCollector
+    from hf_sparse_peft.rules.gradient_readers import CandidateReader
 
-    model = adapted(make_config(regrowth=RegrowthConfig()))
+    model = adapted(make_config(schedule=[Regrow()]))
     layer = layers_of(model)[0]
     gradient = torch.randn(layer.out_features, layer.in_features)
     sums = []
     for scale in (1.0, 1024.0):
-        collector = CandidateCollector(AdaptedLayer(layer, "default"), starts=True)
+        collector = CandidateReader(layer.unit_spaces("default")[0], starts=True)
         collector(gradient * scale)
         collector.finish_step(scale)
         sums.append(collector.sums.clone())
@@ -317,7 +320,7 @@ def test_the_loss_scale_of_fp16_is_divided_out_of_the_sums():
 
 
 def test_a_run_that_was_broken_off_inside_a_step_leaves_nothing_for_the_next_one(tmp_path):
-    model = adapted(make_config(regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+    model = adapted(make_config(schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
     trainer = run(model, tmp_path, 8, train=False)
 
     def fail(module, args, output):
@@ -327,9 +330,9 @@ def test_a_run_that_was_broken_off_inside_a_step_leaves_nothing_for_the_next_one
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     handle.remove()
-    assert not any(layer.sparse_lora_sink for layer in layers_of(model))
+    assert not any(layer.sparse_lora_gradient_readers for layer in layers_of(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()
-    assert [record["step"] for record in trainer.schedule_callbacks[0].replaced] == [2, 6]
-    assert not any(layer.sparse_lora_sink for layer in layers_of(model))
+    assert [record["step"] for record in trainer.schedule_callbacks[0].events] == [2, 6]
+    assert not any(layer.sparse_lora_gradient_readers for layer in layers_of(model))

@@ -14,16 +14,22 @@ from training_toolbox import (
     differences,
     layers_of,
     make_config,
+    moves_of,
     run,
     support_of,
     tiny_llama,
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SparseLoraConfig
+from hf_sparse_peft import AccumulatedGradient, Linear, Prune, RankAllocationConfig, Regrow, SparseLoraConfig
 
 STEPS = 20
-STATE = ("sparse_lora_sensitivity", "sparse_lora_uncertainty", "sparse_lora_candidates", "sparse_lora_candidate_sums")
+STATE = (
+    "sparse_lora_sensitivity",
+    "sparse_lora_uncertainty",
+    "sparse_lora_rule_candidates",
+    "sparse_lora_rule_candidate_sums",
+)
 
 
 def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfig:
@@ -31,8 +37,10 @@ def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfi
         "r": 4,
         "density": 0.05 if granularity == "entry" else 0.5,
         "granularity": granularity,
-        "regrowth": RegrowthConfig(interval=4, collect_steps=2, fraction=0.9),
-        "schedule": [Prune(start=0.1, end=0.9, interval=2)],
+        "schedule": [
+            Prune(start=0.1, end=0.9, interval=2),
+            Regrow(every=4, grow=AccumulatedGradient(steps=2), fraction=Linear(0.9, 0.0)),
+        ],
         "rank_allocation": RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.1, final_warmup=0.2),
     }
     return make_config(**{**options, **overrides})
@@ -65,7 +73,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(case, stop, 
     options = dict(CASES[case])
     config = everything_moves(options.pop("granularity", "entry"))
     whole, trainer = finish(adapted(config), tmp_path / "whole", **options)
-    moves = trainer.schedule_callbacks[1].replaced
+    moves = moves_of(trainer)
     assert [move["step"] for move in moves] == [2, 6, 10, 14, 18]
     assert all(move["replaced"] for move in moves[:4])
     assert moves[-1]["alive"] < moves[2]["alive"] < moves[0]["alive"]
@@ -93,7 +101,7 @@ def test_resuming_over_an_nf4_base_changes_no_bit(tmp_path):
         return adapted(everything_moves(), base=base)
 
     whole, trainer = finish(model(), tmp_path / "whole")
-    assert trainer.schedule_callbacks[1].replaced[-1]["replaced"] > 0
+    assert moves_of(trainer)[-1]["replaced"] > 0
     run(model(), tmp_path / "parts", STEPS, after=[StopAt(9)], batch=2, accumulation=2)
     resumed, _ = finish(model(), tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-9"))
     assert differences(whole, resumed) == []
@@ -137,7 +145,7 @@ def test_a_checkpoint_loaded_for_inference_needs_no_state_and_gives_the_same_log
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "checkpoint-9")).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert not any("default" in getattr(layer, name) for layer in layers_of(loaded) for name in STATE)
+    assert not any("default" in getattr(layer, name, {}) for layer in layers_of(loaded) for name in STATE)
 
 
 def test_a_model_built_from_the_checkpoint_itself_resumes_too(tmp_path):
@@ -152,7 +160,7 @@ def test_a_model_built_from_the_checkpoint_itself_resumes_too(tmp_path):
 
 def test_a_file_without_state_resumes_in_the_middle_of_a_phase(tmp_path):
     # E.g. a finished run that goes on with more steps. Candidates are chosen at the first gradient there is.
-    config = make_config(regrowth=RegrowthConfig(interval=4, collect_steps=3))
+    config = make_config(schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=3))])
     model = adapted(config)
     run(model, tmp_path, 9, after=[StopAt(9, stop=False)])
     folder = tmp_path / "checkpoint-9"
@@ -160,8 +168,8 @@ def test_a_file_without_state_resumes_in_the_middle_of_a_phase(tmp_path):
     assert not any("candidate" in key for key in load_file(folder / "adapter_model.safetensors"))
     fresh = adapted(config)
     trainer = run(fresh, tmp_path, 20, resume=str(folder))
-    assert [record["step"] for record in trainer.schedule_callbacks[0].replaced] == [11, 15, 19]
-    assert all(record["replaced"] > 0 for record in trainer.schedule_callbacks[0].replaced[:2])
+    assert [record["step"] for record in trainer.schedule_callbacks[0].events] == [11, 15, 19]
+    assert all(record["replaced"] > 0 for record in trainer.schedule_callbacks[0].events[:2])
     for layer in layers_of(fresh):
         units = support_of(layer)
         assert len(set(units)) == len(units) == layer.sparse_lora_values["default"].shape[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import types
 
 import pytest
 import tiny
@@ -15,31 +14,33 @@ from hf_sparse_peft import (
     AlternateModules,
     BudgetCompetitionConfig,
     FactorMaskConfig,
+    Freeze,
+    Gradient,
     KernelLoraConfig,
     Prune,
+    Random,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     Rule,
     SampleLayers,
     SparseLoraConfig,
     callbacks_for,
     methods,
 )
+from hf_sparse_peft.rules import Run, Training
 from hf_sparse_peft.training import RuleRunner
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.support_moves import refuse_unskippable
-from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig, adapter_layers
+from hf_sparse_peft.tuners import L1PenaltyConfig, NuclearNormConfig, adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import begin_run
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12
 RULES = {
-    "regrowth": RegrowthConfig(interval=2, grow="random", fraction=0.5, schedule="constant"),
+    "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "pruning": Prune(start=0.1, end=0.5, interval=2),
     "rank_allocation": RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.5),
     "alternate_modules": AlternateModules(period_steps=3),
     "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
-    "freezing": FreezingConfig(at=0.5, threshold=0.05),
+    "freeze": Freeze(at=0.5, threshold=0.05),
     "nuclear_norm": NuclearNormConfig(interval=1, min_side=8),
     "l1_penalty": L1PenaltyConfig(weight=50.0),
     "factor_masks": FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0),
@@ -47,8 +48,8 @@ RULES = {
 REFUSED = {
     frozenset(pair): words
     for pair, words in {
-        ("pruning", "freezing"): "Prune takes units",
-        ("regrowth", "freezing"): "regrowth moves it",
+        ("pruning", "freeze"): "Prune takes units",
+        ("regrow", "freeze"): "Regrow moves them",
         ("rank_allocation", "factor_masks"): "factor_masks and rank_allocation",
     }.items()
 }
@@ -196,8 +197,8 @@ def test_entries_of_kernel_adapters_at_rest_stay_theirs_while_matrices_compete(t
 
 
 def rigl(**options) -> SparseLoraConfig:
-    moves = RegrowthConfig(interval=2, grow="gradient", skip_step=True, fraction=0.5, schedule="constant")
-    return config_of(regrowth=moves, r=0, target_modules=["q_proj"], **options)
+    moves = Regrow(every=2, grow=Gradient(), fraction=0.5, in_place_of_update=True)
+    return config_of(schedule=[moves], r=0, target_modules=["q_proj"], **options)
 
 
 def changed_at_moves(model, out, steps=5, **options) -> dict[str, list[bool]]:
@@ -222,7 +223,7 @@ def test_a_skipped_step_is_that_of_the_moving_supports_alone(tmp_path):
     model = get_peft_model(tiny.llama(layers=1), rigl(modules_to_save=["lm_head"]))
     model.add_adapter("still", config_of(r=0, target_modules=["q_proj"], seed=1))
     model.add_adapter(
-        "slow", config_of(r=2, target_modules=["q_proj"], seed=2, regrowth=RegrowthConfig(interval=3, grow="random"))
+        "slow", config_of(r=2, target_modules=["q_proj"], seed=2, schedule=[Regrow(every=3, grow=Random())])
     )
     model.base_model.set_adapter(["default", "still", "slow"])
     found = changed_at_moves(model, tmp_path)
@@ -244,8 +245,8 @@ def test_a_skipped_step_leaves_biases_and_the_low_rank_half_their_update(tmp_pat
 
 
 def test_sara_leaves_out_the_update_of_its_entries_only(tmp_path):
-    freezing = FreezingConfig(at=0.5, threshold=0.3)
-    model = get_peft_model(tiny.llama(layers=1), config_of(freezing=freezing, r=2, target_modules=["q_proj"]))
+    freezing = Freeze(at=0.5, threshold=0.3)
+    model = get_peft_model(tiny.llama(layers=1), config_of(schedule=[freezing], r=2, target_modules=["q_proj"]))
     found = changed_at_moves(model, tmp_path, steps=8)  # step 4 is the adjustment's
     assert [seen for name, seen in found.items() if "values" in name] == [[True, False]]
     assert all(seen == [True, True] for name, seen in found.items() if "values" not in name)
@@ -253,14 +254,20 @@ def test_sara_leaves_out_the_update_of_its_entries_only(tmp_path):
 
 def test_fp16_without_clipping_is_refused_only_where_nothing_else_takes_the_step():
     model = get_peft_model(tiny.llama(layers=1), rigl())
-    parts = [AdaptedLayer(layer, "default") for layer in adapter_layers(model)]
-    alone = torch.optim.SGD([part.values for part in parts], lr=0.1)
-    others = torch.optim.SGD([*(part.values for part in parts), torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    scaled = types.SimpleNamespace(fp16=True, max_grad_norm=0.0)
-    with pytest.raises(ValueError, match=r"regrowth\.skip_step.*max_grad_norm above 0"):
-        refuse_unskippable(scaled, "regrowth", parts, alone)
-    refuse_unskippable(scaled, "regrowth", parts, others)
-    refuse_unskippable(types.SimpleNamespace(fp16=True, max_grad_norm=1.0), "regrowth", parts, alone)
+    spaces = [layer.unit_spaces("default")[0] for layer in adapter_layers(model)]
+    config = model.peft_config["default"]
+    alone = torch.optim.SGD([space.values for space in spaces], lr=0.1)
+    others = torch.optim.SGD([*(space.values for space in spaces), torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    def begin(optimizer, clips):
+        training = Training(model, total_steps=8, optimizer=optimizer, fp16=True, clips=clips)
+        rule = config.schedule[0]
+        rule.begin(Run(training, rule, "default", config, spaces))
+
+    with pytest.raises(ValueError, match=r"Regrow\.in_place_of_update.*max_grad_norm above 0"):
+        begin(alone, clips=False)
+    begin(others, clips=False)
+    begin(alone, clips=True)
 
 
 def test_two_rigl_adapters_on_one_layer_grow_by_the_same_summed_gradient(tmp_path):
@@ -307,9 +314,10 @@ def test_two_rigl_adapters_on_one_layer_grow_by_the_same_summed_gradient(tmp_pat
 
 
 def test_registered_rigl_still_moves_with_half_of_the_matrices_at_rest(tmp_path):
-    method = methods.get("rigl", interval=2, density=0.1, fraction=0.5, target_modules=TARGETS)
-    method.config.schedule = [AlternateModules(period_steps=3)]
+    method = methods.get("rigl", every=2, density=0.1, fraction=0.5, target_modules=TARGETS)
+    method.config.schedule.append(AlternateModules(period_steps=3))
     _, trains, rules = watched(method.config, tmp_path)
-    moves = next(rule for rule in rules if not isinstance(rule, RuleRunner)).replaced
+    runner = next(rule for rule in rules if isinstance(rule, RuleRunner))
+    moves = [event for event in runner.events if event["rule"] == "regrow"]
     assert sum(move["replaced"] for move in moves) > 0
     assert all(len(step) < 6 for step in trains)

@@ -10,6 +10,7 @@ from training_toolbox import (
     differences,
     layers_of,
     make_config,
+    moves_of,
     run,
     snapshot,
     support_of,
@@ -17,7 +18,7 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import RegrowthConfig, methods
+from hf_sparse_peft import Regrow, methods
 from hf_sparse_peft.training.base import AdaptedLayer
 from hf_sparse_peft.training.penalties import add_nuclear_norm_gradient
 
@@ -111,7 +112,7 @@ def test_half_way_entries_past_the_threshold_freeze_and_the_others_start_afresh(
 
     def take(name):
         def look(update, model, optimizer):
-            marks = [layer.sparse_lora_frozen["default"].clone() for layer in layers_of(model)]
+            marks = [layer.sparse_lora_rule_frozen["default"].clone() for layer in layers_of(model)]
             sides[name, update] = list(zip(snapshot(model, optimizer), marks, strict=True))
 
         return look
@@ -120,7 +121,7 @@ def test_half_way_entries_past_the_threshold_freeze_and_the_others_start_afresh(
         model, tmp_path, before=[Hook(on_pre_optimizer_step=take("step"), on_step_end=take("old"))],
         after=[Hook(on_step_end=take("new"))],
     )  # fmt: skip
-    (record,) = [r for callback in trainer.schedule_callbacks for r in getattr(callback, "frozen", [])]
+    (record,) = moves_of(trainer, "freeze")
     assert record["step"] == 6
     frozen_ever = alive_ever = 0
     for number, layer in enumerate(layers_of(model)):
@@ -177,7 +178,7 @@ def test_it_trains_on_an_nf4_base_by_the_dequantised_weights(tmp_path):
     marks = {}
 
     def look(update, model, optimizer):
-        marks.update({layer: layer.sparse_lora_frozen["default"].clone() for layer in layers_of(model)})
+        marks.update({layer: layer.sparse_lora_rule_frozen["default"].clone() for layer in layers_of(model)})
 
     train(model, tmp_path, before=[Hook(on_step_end=look)])
     for layer, mark in marks.items():
@@ -186,17 +187,17 @@ def test_it_trains_on_an_nf4_base_by_the_dequantised_weights(tmp_path):
 
 
 def test_contradictions_are_refused_with_the_mend(tmp_path):
-    with pytest.raises(ValueError, match=r"freezing.*regrowth moves it"):
-        make_config(freezing={"at": 0.5}, regrowth=RegrowthConfig())
+    with pytest.raises(ValueError, match=r"Freeze needs the units.*Regrow moves them"):
+        make_config(schedule=[Regrow(), {"type": "freeze", "at": 0.5}])
     with pytest.raises(ValueError, match=r"nuclear_norm.*granularity='row'"):
         make_config(nuclear_norm={"weight": 0.1}, granularity="row")
-    with pytest.raises(ValueError, match=r"allocation='threshold'.*freezing.threshold"):
+    with pytest.raises(ValueError, match=r"allocation='threshold'.*Freeze.threshold"):
         make_config(allocation="threshold")
-    with pytest.raises(ValueError, match=r"FreezingConfig.at=1.0"):
-        make_config(freezing={"at": 1.0})
+    with pytest.raises(ValueError, match=r"Freeze.at=1.0"):
+        make_config(schedule=[{"type": "freeze", "at": 1.0}])
     with pytest.raises(ValueError, match=r"threshold=1e-09 leaves no entry in '.*Raise it"):
         adapted(method(threshold=1e-9).config)
-    with pytest.raises(ValueError, match=r"freezing.at=0.5.*2 steps.*Train longer"):
+    with pytest.raises(ValueError, match=r"Freeze.at=0.5.*2 steps.*Train longer"):
         train(adapted(method().config), tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"min_side=64 leaves no matrix"):
         train(adapted(method(min_side=64).config), tmp_path)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from training_toolbox import Hook, TokenData, adapted, layers_of, make_config, run, support_of, tiny_llama
 
-from hf_sparse_peft import RegrowthConfig
+from hf_sparse_peft import AccumulatedGradient, Regrow
+from hf_sparse_peft.sparsity import make_curve
 
 STEPS, INTERVAL, COLLECT, FRACTION = 50, 10, 3, 0.3
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.5
@@ -135,8 +136,10 @@ CASES = {
 def test_fifty_steps_take_the_supports_and_values_of_a_dense_spiel_ag(case, tmp_path):
     options = dict(CASES[case])
     schedule = options.pop("schedule")
-    regrowth = RegrowthConfig(interval=INTERVAL, collect_steps=COLLECT, fraction=FRACTION, schedule=schedule)
-    model = adapted(make_config(regrowth=regrowth), seed=5)
+    regrowth = Regrow(
+        every=INTERVAL, grow=AccumulatedGradient(steps=COLLECT), fraction=make_curve(schedule, FRACTION, 0.0)
+    )
+    model = adapted(make_config(schedule=[regrowth]), seed=5)
     names = {layer: layer.module_name for layer in layers_of(model)}
     start = {names[layer]: support_of(layer) for layer in layers_of(model)}
     tape, ours = Tape(model), {}

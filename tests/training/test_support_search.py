@@ -20,7 +20,7 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_sparse_peft import RegrowthConfig, SparseLoraConfig, SupportSearchConfig, callbacks_for, methods
+from hf_sparse_peft import Regrow, SparseLoraConfig, SupportSearchConfig, callbacks_for, methods
 from hf_sparse_peft.training import SupportSearchCallback
 from hf_sparse_peft.training.base import AdaptedLayer
 from hf_sparse_peft.training.support_search import trial_units
@@ -177,7 +177,7 @@ def test_config_survives_json_and_brings_its_callback(tmp_path):
         ({"support_search": {"trials": 1}}, "trials=1"),
         ({"support_search": {"lr": 0.0}}, "lr=0.0"),
         ({"support_search": {"tries": 3}}, r"no option \['tries'\]"),
-        ({"regrowth": RegrowthConfig(replace_all_first=True)}, "replace_all_first=False"),
+        ({"schedule": [Regrow(replace_all_first=True)]}, "replace_all_first=False"),
     ],
 )
 def test_bad_searches_are_refused(options, message):

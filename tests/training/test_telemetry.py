@@ -25,11 +25,12 @@ from training_toolbox import (
 from transformers import TrainerCallback
 
 from hf_sparse_peft import (
+    AccumulatedGradient,
     BudgetCompetitionConfig,
     KernelLoraConfig,
     Prune,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     SupportTelemetryCallback,
     callbacks_for,
 )
@@ -92,7 +93,7 @@ def test_nothing_is_written_with_write_off(tmp_path):
 
 
 def moving_model():
-    return adapted(make_config(density=0.1, regrowth=RegrowthConfig(interval=4, collect_steps=2)))
+    return adapted(make_config(density=0.1, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]))
 
 
 def watched_run(out, steps=12, every=2, **options):
@@ -169,14 +170,14 @@ def test_watching_gradients_changes_no_bit_of_the_training_and_keeps_no_observer
     states = []
     for watching in (True, False):
         config = make_config(
-            density=0.25, granularity=granularity, regrowth=RegrowthConfig(interval=4, collect_steps=2)
+            density=0.25, granularity=granularity, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))]
         )
         model = adapted(config)
         last = {}
         hook = Hook(on_step_end=lambda u, m, o, last=last: last.update(all_state(m, o)))
         run(model, tmp_path, 7, after=[hook, SupportTelemetryCallback(1, write=False, gradient_share=watching)])
         states.append(last)
-        assert all(layer.gradient_observer is None for layer in layers_of(model))
+        assert all(layer.passive_gradient_reader is None for layer in layers_of(model))
     assert differences(*states) == []
 
 

@@ -11,7 +11,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
-from hf_sparse_peft import KernelLoraConfig, RegrowthConfig, SampleLayers, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    KernelLoraConfig,
+    Regrow,
+    SampleLayers,
+    SparseLoraConfig,
+    callbacks_for,
+)
 from hf_sparse_peft.training import SCHEDULE_CALLBACKS, LayerSamplingCallback, MaskRegrowthCallback, ZerothOrderTrainer
 
 NOT_SHARDED = {"deepspeed": None, "fsdp": None}
@@ -20,7 +27,7 @@ NOT_SHARDED = {"deepspeed": None, "fsdp": None}
 def moving(model=None, name="default", **options):
     config = SparseLoraConfig(
         r=0, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
-        regrowth=RegrowthConfig(interval=2, collect_steps=1), **options,
+        schedule=[Regrow(every=2, grow=AccumulatedGradient(steps=1))], **options,
     )  # fmt: skip
     return get_peft_model(model or tiny.llama(layers=1), config, adapter_name=name)
 
@@ -149,7 +156,7 @@ def folder(tmp_path):
 
 def test_the_message_for_an_adapter_that_was_loaded_frozen_says_so(folder, tmp_path):
     model = PeftModel.from_pretrained(tiny.llama(layers=1), folder)
-    with pytest.raises(ValueError, match=r"regrowth.*'default'.*is_trainable=False.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"Regrow.*'default'.*is_trainable=False.*is_trainable=True"):
         tiny.train(model, tmp_path, 4, callbacks=[MaskRegrowthCallback()])
 
 

@@ -11,7 +11,14 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_sparse_peft import KernelLoraConfig, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    KernelLoraConfig,
+    RankAllocationConfig,
+    Regrow,
+    SparseLoraConfig,
+    callbacks_for,
+)
 from hf_sparse_peft.tuners import adapter_layers
 
 trl = pytest.importorskip("trl")
@@ -127,7 +134,7 @@ def nf4_classifier():
 
 def test_schedules_run_on_fp32_values_under_trl_on_nf4(tokenizer, tmp_path):
     config = SparseLoraConfig(
-        r=2, density=0.1, target_modules=["q_proj"], regrowth=RegrowthConfig(interval=3, collect_steps=2),
+        r=2, density=0.1, target_modules=["q_proj"], schedule=[Regrow(every=3, grow=AccumulatedGradient(steps=2))],
         rank_allocation=RankAllocationConfig(target_r=1, interval=1), task_type="CAUSAL_LM",
     )  # fmt: skip
     model, watch = adapted(tiny.base("nf4", layers=1), config), Watch()
@@ -203,7 +210,7 @@ def test_the_reference_adapter_of_other_trl_trainers_is_the_policy(kind, tokeniz
 def test_the_reference_stays_while_the_supports_of_the_policy_move(tokenizer, tmp_path):
     config = SparseLoraConfig(
         r=0, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
-        regrowth=RegrowthConfig(interval=2, collect_steps=1),
+        schedule=[Regrow(every=2, grow=AccumulatedGradient(steps=1))],
     )  # fmt: skip
     model = adapted(tiny.llama(), config)
     start = [layer.get_delta_weight("default") for layer in adapter_layers(model)]
@@ -217,7 +224,7 @@ def test_the_reference_stays_while_the_supports_of_the_policy_move(tokenizer, tm
 def test_a_resumed_dpo_run_has_the_reference_of_the_whole_one(tokenizer, tmp_path):
     config = SparseLoraConfig(
         r=2, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
-        regrowth=RegrowthConfig(interval=2, collect_steps=1),
+        schedule=[Regrow(every=2, grow=AccumulatedGradient(steps=1))],
     )  # fmt: skip
 
     def trained(resume=None):

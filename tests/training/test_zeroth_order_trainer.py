@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from training_toolbox import TokenData, all_state, differences, make_config, tiny_llama
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import RegrowthConfig, methods
+from hf_sparse_peft import Regrow, methods
 from hf_sparse_peft.optim import AgedAdamW, replay
 from hf_sparse_peft.optim.zeroth_order_log import read_log
 from hf_sparse_peft.training import ZerothOrderTrainer, zeroth_order_optimizer
@@ -229,9 +229,9 @@ def test_an_optimizer_that_wants_gradients_is_refused(folder, tmp_path):
 
 
 def test_a_moving_support_is_refused(tmp_path):
-    model = get_peft_model(tiny_llama(), make_config(regrowth=RegrowthConfig()))
+    model = get_peft_model(tiny_llama(), make_config(schedule=[Regrow()]))
     args = TrainingArguments(str(tmp_path), max_steps=30, use_cpu=True, report_to=[])
-    with pytest.raises(ValueError, match="regrowth needs gradients"):
+    with pytest.raises(ValueError, match="regrow needs gradients"):
         ZerothOrderTrainer(model=model, args=args, train_dataset=TokenData()).train()
 
 

@@ -95,6 +95,12 @@ def run(
     return trainer
 
 
+def moves_of(trainer, rule: str = "regrow") -> list[dict]:
+    """What a rule recorded, in order."""
+    events = [event for callback in trainer.schedule_callbacks for event in getattr(callback, "events", ())]
+    return [event for event in events if event["rule"] == rule]
+
+
 def layers_of(model) -> list[SparseLoraLayer]:
     layers = sparse_layers(model)
     assert layers

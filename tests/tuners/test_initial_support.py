@@ -178,7 +178,7 @@ def test_the_model_is_in_evaluation_mode_and_gets_its_modes_and_gradients_back()
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert layer.sparse_lora_values["default"].grad is mark
     assert all(p.grad is None for p in model.parameters() if p is not layer.sparse_lora_values["default"])
-    assert not any(layer.sparse_lora_sink for layer in sparse_layers(model))
+    assert not any(layer.sparse_lora_gradient_readers for layer in sparse_layers(model))
     assert same_bits(bits, base_bits(model))
     assert supports(model) == supports(chosen(config_of()))  # dropout had no say
 

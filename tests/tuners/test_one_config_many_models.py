@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from hf_sparse_peft import (
     KernelLoraConfig,
     Prune,
-    RegrowthConfig,
+    Regrow,
     SparseLoraConfig,
     StructureConfig,
     callbacks_for,
@@ -25,7 +25,7 @@ CONFIGS = {
         r=0, density=0.05, target_modules="all-linear", criterion="magnitude", allocation="global", **NAMES
     ),
     "retired-room": lambda: SparseLoraConfig(
-        r=0, density=0.05, target_modules=["q_proj"], regrowth=RegrowthConfig(retired_share=0.5), **NAMES
+        r=0, density=0.05, target_modules=["q_proj"], schedule=[Regrow(retired=0.5)], **NAMES
     ),
     "numbers": lambda: SparseLoraConfig(r=2, density=0, num_entries=400, target_modules=["q_proj", "v_proj"], **NAMES),
     "structures": lambda: SparseLoraConfig(

@@ -10,24 +10,31 @@ import tiny
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import (
+    SM3,
+    AccumulatedGradient,
     AlternateModules,
     BudgetCompetitionConfig,
     FactorMaskConfig,
+    Freeze,
+    Gradient,
     KernelLoraConfig,
+    LowRankMagnitude,
     Prune,
     RankAllocationConfig,
-    RegrowthConfig,
+    Regrow,
     SampleLayers,
     SparseLoraConfig,
     StructureConfig,
     SupportSearchConfig,
 )
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners import FreezingConfig, L1PenaltyConfig, NuclearNormConfig
+from hf_sparse_peft.rules import Age
+from hf_sparse_peft.tuners import L1PenaltyConfig, NuclearNormConfig
 
 NESTED = [
-    BudgetCompetitionConfig, FactorMaskConfig, FreezingConfig, AlternateModules, L1PenaltyConfig, SampleLayers,
-    NuclearNormConfig, Prune, RankAllocationConfig, RegrowthConfig, StructureConfig, SupportSearchConfig,
+    BudgetCompetitionConfig, FactorMaskConfig, Freeze, AlternateModules, L1PenaltyConfig, SampleLayers,
+    NuclearNormConfig, Prune, RankAllocationConfig, Regrow, StructureConfig, SupportSearchConfig,
+    AccumulatedGradient, Gradient, LowRankMagnitude, SM3, Age,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}
 JUNK = [
@@ -69,8 +76,8 @@ SPARSE = [
     ("target_modules", 5), ("target_modules", [5]), ("exclude_modules", "("),
     ("layers_to_transform", "1"), ("layers_to_transform", [True]), ("modules_to_save", "score"),
     ("modules_to_save", ["(a+)+"]), ("inference_mode", "yes"), ("training_finished", "no"), ("drop_within", "0"),
-    ("values_dtype", "int8"), ("bias", True), ("regrowth", "rigl"), ("regrowth", {"interval": "20"}),
-    ("regrowth", {"fraction": math.nan}), ("schedule", [{"type": "prune", "scope": "all"}]),
+    ("values_dtype", "int8"), ("bias", True), ("schedule", "rigl"), ("schedule", [{"type": "regrow", "every": "20"}]),
+    ("schedule", [{"type": "regrow", "fraction": math.nan}]), ("schedule", [{"type": "prune", "scope": "all"}]),
     ("rank_allocation", {"target_r": 2.0}),
     ("schedule", [{"type": "sample_layers", "layers_pattern": "(a+)+"}]),
     ("saved_base_weights", "lm_head"), ("base_overrides", [64]),

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tuner_toolbox import GRANULARITIES, fill, logits, make_config, same_adapter, trained
 
-from hf_sparse_peft import RankAllocationConfig, RegrowthConfig
+from hf_sparse_peft import RankAllocationConfig, Regrow
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 FILE = "adapter_model.safetensors"
@@ -17,7 +17,7 @@ def thinned(base_of, case="hybrid-entry", base="fp32", gated=True, **options):
     """An adapter as a pruning and a rank-allocation callback would leave it: fewer units, closed gates."""
     if gated:
         options["rank_allocation"] = RankAllocationConfig(target_r=2)
-    model = get_peft_model(base_of(base), make_config(case, base, regrowth=RegrowthConfig(), **options))
+    model = get_peft_model(base_of(base), make_config(case, base, schedule=[Regrow()], **options))
     fill(model)
     for number, layer in enumerate(sparse_layers(model)):
         units = layer.units("default")

@@ -12,7 +12,7 @@ from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
 
 import hf_sparse_peft
-from hf_sparse_peft import Prune, RankAllocationConfig, RegrowthConfig, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft import Prune, RankAllocationConfig, Regrow, SparseLoraConfig, SparseLoraModel
 from hf_sparse_peft.tuners.shared import registration
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -80,20 +80,19 @@ BAD = [
     ({"values_dtype": "float16"}, "values_dtype='float16'"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"r": 0, "density": 0.0}, "r=0 and density=0"),
-    ({"density": 0.0, "regrowth": {}}, "regrowth"),
+    ({"density": 0.0, "schedule": [{"type": "regrow"}]}, "Regrow moves the support"),
     ({"density": 0.0, "schedule": [{"type": "prune"}]}, "density=0 leaves it out"),
     ({"rank_allocation": {"target_r": 99}}, "rank_allocation.target_r=99"),
     ({"r": 0, "rank_allocation": {"target_r": 1}}, "rank_allocation.target_r=1"),
-    ({"regrowth": {"every": 3}}, "regrowth has no option"),
-    ({"regrowth": 3}, "regrowth=3"),
+    ({"schedule": [{"type": "regrow", "every": 3}]}, "steps=5.*every=3"),
     ({"schedule": "prune"}, "schedule='prune'"),
     ({"schedule": [3]}, r"schedule\[0\]=3"),
-    ({"regrowth": {"interval": 0}}, "RegrowthConfig.interval=0"),
-    ({"regrowth": {"interval": 3, "collect_steps": 4}}, "RegrowthConfig.collect_steps=4"),
-    ({"regrowth": {"drop": "random"}}, "RegrowthConfig.drop='random'"),
-    ({"regrowth": {"grow": "gradients"}}, "RegrowthConfig.grow='gradients'"),
-    ({"regrowth": {"fraction": 0.0}}, "RegrowthConfig.fraction=0.0"),
-    ({"regrowth": {"schedule": "step"}}, "RegrowthConfig.schedule='step'"),
+    ({"schedule": [Regrow(every=5), {"type": "regrow", "every": 0, "grow": "random"}]}, "Regrow.every=0"),
+    ({"schedule": [{"type": "regrow", "every": 3, "grow": {"type": "accumulated_gradient", "steps": 4}}]}, "steps=4"),
+    ({"schedule": [{"type": "regrow", "drop": "random"}]}, "Regrow.drop='random'"),
+    ({"schedule": [{"type": "regrow", "grow": "gradients"}]}, "Regrow.grow='gradients'"),
+    ({"schedule": [{"type": "regrow", "fraction": 0.0}]}, "Regrow.fraction=0.0"),
+    ({"schedule": [{"type": "regrow", "fraction": "step"}]}, "Regrow.fraction='step'"),
     ({"schedule": [{"type": "prune", "final_fraction": 0}]}, "Prune.final_fraction=0"),
     ({"schedule": [{"type": "prune", "start": 0.8, "end": 0.5}]}, "Prune.start=0.8"),
     ({"schedule": [{"type": "prune", "interval": 0}]}, "Prune.interval=0"),
@@ -116,10 +115,9 @@ def test_bad_value_is_refused_by_the_name_of_its_field(options, message):
 
 def test_schedules_may_be_given_as_dicts():
     config = SparseLoraConfig(
-        regrowth={"interval": 8}, schedule=[{"type": "prune", "final_fraction": 0.3}], rank_allocation={}
+        schedule=[{"type": "prune", "final_fraction": 0.3}, {"type": "regrow", "every": 8}], rank_allocation={}
     )
-    assert config.regrowth == RegrowthConfig(interval=8)
-    assert config.schedule == [Prune(final_fraction=0.3)]
+    assert config.schedule == [Prune(final_fraction=0.3), Regrow(every=8)]
     assert config.rank_allocation == RankAllocationConfig()
     assert config.has_schedule
     assert not dataclasses.replace(config, training_finished=True).has_schedule
@@ -198,18 +196,18 @@ def test_support_that_cannot_be_chosen_leaves_the_model_unharmed():
 
 
 def test_schedule_without_callback_warns_once_for_the_whole_model(recwarn):
-    model = get_peft_model(tiny_llama(), make_config(regrowth=RegrowthConfig())).train()
+    model = get_peft_model(tiny_llama(), make_config(schedule=[Regrow()])).train()
     for _ in range(2):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
-    messages = [str(w.message) for w in recwarn if "asks for regrowth" in str(w.message)]
+    messages = [str(w.message) for w in recwarn if "asks for regrow" in str(w.message)]
     assert len(messages) == 1
     assert "callbacks_for(model)" in messages[0]
 
 
 def test_evaluation_does_not_ask_for_a_callback(recwarn):
-    model = get_peft_model(tiny_llama(), make_config(regrowth=RegrowthConfig()))
+    model = get_peft_model(tiny_llama(), make_config(schedule=[Regrow()]))
     logits(model)
-    assert not [w for w in recwarn if "asks for regrowth" in str(w.message)]
+    assert not [w for w in recwarn if "asks for regrow" in str(w.message)]
 
 
 @pytest.mark.parametrize("name", ["half", "train", "values", "training"])

@@ -14,10 +14,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import AccumulatedGradient, KernelLoraConfig, Regrow, SparseLoraConfig, callbacks_for
 from hf_sparse_peft.cli import main as command_line
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners import FactorMaskConfig, RankAllocationConfig, RegrowthConfig
+from hf_sparse_peft.tuners import FactorMaskConfig, RankAllocationConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -405,7 +405,7 @@ CASES = {
     "rows": {"granularity": "row", "density": 0.1}, "blocks": {"granularity": "block", "block_size": 8, "density": 0.2},
     "gated": {"rank_allocation": RankAllocationConfig(target_r=1)}, "masked": {"factor_masks": FactorMaskConfig()},
     "experts": {"factor_masks": FactorMaskConfig(kind="stochastic")},
-    "moving": {"regrowth": RegrowthConfig(interval=2, collect_steps=1)},
+    "moving": {"schedule": [Regrow(every=2, grow=AccumulatedGradient(steps=1))]},
     "no module": {"density_pattern": {"q_proj": 0.0}},
     "kernel": {"cls": KernelLoraConfig, "kernel": "mixed"},
     "kernel budget": {"cls": KernelLoraConfig, "budget_competition": {}},
@@ -429,7 +429,7 @@ def test_whole_file_gives_the_same_logits_on_every_path(tmp_path, case):
 
 
 def test_checkpoint_of_a_running_schedule_with_another_runs_state_is_refused(tmp_path):
-    options = {"regrowth": RegrowthConfig(interval=2, collect_steps=1)}
+    options = {"schedule": [Regrow(every=2, grow=AccumulatedGradient(steps=1))]}
     model = get_peft_model(base(), config(**options))
     tiny.train(model, tmp_path, 2, callbacks=callbacks_for(model), save_strategy="steps", save_steps=1)
     place = tmp_path / "checkpoint-1"
@@ -437,11 +437,13 @@ def test_checkpoint_of_a_running_schedule_with_another_runs_state_is_refused(tmp
         broken = shutil.copytree(place, tmp_path / "broken", dirs_exist_ok=True)
         edit(
             broken,
-            lambda t, wrong=wrong: t.update({f"{Q}.sparse_lora_candidates": wrong(t[f"{Q}.sparse_lora_candidates"])}),
+            lambda t, wrong=wrong: t.update(
+                {f"{Q}.sparse_lora_rule_candidates": wrong(t[f"{Q}.sparse_lora_rule_candidates"])}
+            ),
         )
         other = get_peft_model(base(), config(**options))
         before = state(other)
-        with pytest.raises(ValueError, match="sparse_lora_candidates"):
+        with pytest.raises(ValueError, match="sparse_lora_rule_candidates"):
             other.load_adapter(broken, "default", is_trainable=True)
         assert same(before, state(other))
 

@@ -174,6 +174,11 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         """The rules of `schedule` that can run here."""
         return [rule for rule in self.schedule if isinstance(rule, Rule)]
 
+    @property
+    def freezes_units(self) -> bool:
+        """Whether units may be frozen while others train."""
+        return any(rule.freezes_units for rule in self.rules)
+
     def check_runnable(self) -> None:
         """Refuse to train with rules or options that this installation does not have.
 

@@ -148,7 +148,7 @@ def _refuse_mixture(layer: AdapterTensors, adapter_name: str, others: list[str])
             f"Parameters of adapter '{adapter_name}' in '{layer.module_name}' were written while it was inactive, and "
             f"are no copy of those of '{source}', whose support or rank mask has moved since '{adapter_name}' was "
             "copied from it: numbers at the same place belong to different weights. Combine adapters with "
-            "model.add_weighted_adapter(...), copy all of it, or train without regrowth and rank_allocation."
+            "model.add_weighted_adapter(...), copy all of it, or train without rules that move it."
         )
     config = layer.adapter_configs[adapter_name]
     if others and not getattr(config, "_writing_told", False):

@@ -34,7 +34,7 @@ class AdapterLayer(AdapterTensors):
     A tuner's layer declares its tensors (`AdapterTensors`) and says what an adapter does by `pieces` and `_adapted`.
     """
 
-    gradient_observer: Callable[[torch.Tensor], None] | None = None
+    passive_gradient_reader: Callable[[torch.Tensor], None] | None = None
     """Shown the weight's dense gradient `[out, in]` in every eager backward pass, where the tuner computes one, without
     any effect on training; set and taken off by diagnostics."""
 

@@ -6,12 +6,12 @@ check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
 
 from .config import SparseLoraConfig  # noqa: E402
-from .freezing_config import FreezingConfig, NuclearNormConfig  # noqa: E402
+from .freezing_config import NuclearNormConfig  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
 from .penalty_config import L1PenaltyConfig  # noqa: E402
-from .schedule_config import RankAllocationConfig, RegrowthConfig  # noqa: E402
+from .schedule_config import RankAllocationConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
 
@@ -21,11 +21,9 @@ train_task_heads()
 
 __all__ = [
     "FactorMaskConfig",
-    "FreezingConfig",
     "L1PenaltyConfig",
     "NuclearNormConfig",
     "RankAllocationConfig",
-    "RegrowthConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraLinear",

@@ -8,6 +8,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...rules import Freeze
 from ...sparsity import (
     DataCriterion,
     Given,
@@ -103,12 +104,12 @@ def _check_grids(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> None:
 
 
 def unit_capacities(config: SparseLoraConfig, counts: dict[str, int], model: nn.Module, matches) -> dict[str, int]:
-    """Units allocated for every targeted module: its count, and room for retired units where `regrowth` asks for it.
+    """Units allocated for every targeted module: its count, and room beyond it where a rule asks for it.
 
-    Room is `floor(retired_share * count)`, at most what the weight has left. Written to `config.capacity_pattern`, so
-    that a compacted adapter, whose pattern is empty again, keeps its size.
+    Room is `floor(Rule.extra_capacity * count)`, at most what the weight has left. Written to
+    `config.capacity_pattern`, so that a compacted adapter, whose pattern is empty again, keeps its size.
     """
-    share = config.regrowth.retired_share if config.regrowth and not config.training_finished else 0.0
+    share = 0.0 if config.training_finished else max((rule.extra_capacity for rule in config.rules), default=0.0)
     if share and not config.capacity_pattern:
         for wrapped_name, base in target_layers(config, model, matches).items():
             if counts.get(name := plain_name(wrapped_name)):
@@ -201,12 +202,12 @@ def _counts_by_module(config: SparseLoraConfig, grids: dict[str, UnitGrid]) -> d
 
 
 def _below_threshold(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module) -> int:
-    threshold = config.freezing.threshold
+    threshold = next(rule.threshold for rule in config.rules if isinstance(rule, Freeze))
     chunks = _score_chunks(config, name, base, grid, model)()
     count = sum(int((chunk > -threshold).sum()) for chunk in chunks)
     if count == 0:
         raise ValueError(
-            f"freezing.threshold={threshold} leaves no entry in '{name}' ({grid.rows}x{grid.cols}): none is smaller. "
+            f"Freeze.threshold={threshold} leaves no entry in '{name}' ({grid.rows}x{grid.cols}): none is smaller. "
             "Raise it, use density instead, or leave the module out of target_modules."
         )
     return count

@@ -11,18 +11,16 @@ from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
-from .freezing_config import FreezingConfig, NuclearNormConfig
+from .freezing_config import NuclearNormConfig
 from .penalty_config import L1PenaltyConfig
-from .schedule_config import RankAllocationConfig, RegrowthConfig, nested
+from .schedule_config import RankAllocationConfig, nested
 from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, StructureConfig
 
 SCHEDULES = {
     "support_search": SupportSearchConfig,
-    "regrowth": RegrowthConfig,
     "rank_allocation": RankAllocationConfig,
     "factor_masks": FactorMaskConfig,
-    "freezing": FreezingConfig,
     "nuclear_norm": NuclearNormConfig,
     "l1_penalty": L1PenaltyConfig,
 }
@@ -111,7 +109,7 @@ class SparseLoraConfig(AdapterConfig):
         metadata={
             "help": "How the units are shared out: the same density everywhere, rounded down in each weight or "
             "(proportional) so that the whole budget is spent, Erdos-Renyi (Evci et al., 2020), or one ranking of all "
-            "units by the criterion, or every entry with |w| < freezing.threshold (SaRA), or whole matrices and pairs "
+            "units by the criterion, or every entry with |w| < Freeze.threshold (SaRA), or whole matrices and pairs "
             "of factors drawn at random (APET)."
         },
     )
@@ -130,16 +128,12 @@ class SparseLoraConfig(AdapterConfig):
     support_search: SupportSearchConfig | None = field(
         default=None, metadata={"help": "Random supports tried before training, the best kept; None: one draw."}
     )
-    regrowth: RegrowthConfig | None = field(default=None, metadata={"help": "Moves of the support; None: it stays."})
     rank_allocation: RankAllocationConfig | None = field(
         default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
     )
     head_in_budget: bool = field(
         default=False,
         metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
-    )
-    freezing: FreezingConfig | None = field(
-        default=None, metadata={"help": "Entries that grew past a threshold stop training once; None: none does."}
     )
     nuclear_norm: NuclearNormConfig | None = field(
         default=None, metadata={"help": "A nuclear norm on the trained entries of one random matrix a step."}
@@ -185,11 +179,6 @@ class SparseLoraConfig(AdapterConfig):
         """Whether the sparse half is there."""
         given = (self.num_entries, self.budget_rank, self.units_per_module, self.structures, self.support_pattern)
         return self.density > 0 or any(bool(one) for one in given) or any(self.density_pattern.values())
-
-    @property
-    def freezes_units(self) -> bool:
-        """Whether units may be frozen while others train."""
-        return self.freezing is not None or (self.regrowth is not None and self.regrowth.retired_share > 0)
 
     @property
     def data_driven(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...rules import Freeze
 from ...sparsity import Given, Random, SmallestMagnitude
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern
@@ -117,16 +118,8 @@ def _check_numbers(config: AdapterConfig) -> None:
         raise ValueError(f"block_size={config.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
     if not config.has_support and config.r == 0 and not config.rank_pattern:
         raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
-    if config.regrowth and not config.has_support:
-        raise ValueError("regrowth moves the sparse half, and density=0 leaves it out. Set density > 0.")
     _check_entries_only(config)
     _check_freezing(config)
-    if config.regrowth and config.regrowth.retired_share and config.sizes_from_data:
-        raise ValueError(
-            "regrowth.retired_share allocates room by each support's size, and allocation='global' and structures of "
-            f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set allocation='uniform' or "
-            "'erdos_renyi', and scope='block'."
-        )
     if config.rank_allocation and config.rank_allocation.target_r > config.r:
         raise ValueError(
             f"rank_allocation.target_r={config.rank_allocation.target_r} is above r={config.r}, the rank every layer "
@@ -168,23 +161,21 @@ def _check_search(config: AdapterConfig) -> None:
             f"{config.density} and {len(config.structures)} structures. Set criterion='random', "
             "density > 0 and structures=[]."
         )
-    if config.regrowth and config.regrowth.replace_all_first:
+    if any(getattr(rule, "replace_all_first", None) for rule in config.rules):
         raise ValueError(
-            "support_search finds a support that regrowth.replace_all_first=True would throw away at the first move. "
-            "Set regrowth.replace_all_first=False, or support_search=None."
+            "support_search finds a support that Regrow.replace_all_first=True would throw away at the first move. "
+            "Set replace_all_first=False, or support_search=None."
         )
 
 
 def _check_freezing(config: AdapterConfig) -> None:
-    known = config.freezing is not None and config.freezing.threshold is not None
+    known = any(isinstance(rule, Freeze) and rule.threshold is not None for rule in config.rules)
     if config.allocation == "threshold" and not (known and isinstance(config.criterion, SmallestMagnitude)):
         raise ValueError(
-            "allocation='threshold' takes every entry with |w| below freezing.threshold, so it needs that and "
-            f"criterion='smallest_magnitude'; got freezing={config.freezing} and criterion="
+            "allocation='threshold' takes every entry with |w| below Freeze.threshold, so it needs schedule=["
+            f"Freeze(threshold=...)] and criterion='smallest_magnitude'; got schedule={config.schedule} and criterion="
             f"'{config.criterion.part_type}'."
         )
-    if config.freezing and config.regrowth:
-        raise ValueError("freezing needs the support that training began with, and regrowth moves it. Set one.")
 
 
 def _check_penalty(config: AdapterConfig) -> None:
@@ -206,8 +197,7 @@ def _check_penalty(config: AdapterConfig) -> None:
 
 def _check_entries_only(config: AdapterConfig) -> None:
     other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]
-    named = [name for name in ("freezing", "nuclear_norm") if getattr(config, name)]
-    named += ["regrowth.grow='sm3'"] if config.regrowth and config.regrowth.grow == "sm3" else []
+    named = [name for name in ("nuclear_norm",) if getattr(config, name)]
     for name in named:
         if other or not config.has_support:
             raise ValueError(

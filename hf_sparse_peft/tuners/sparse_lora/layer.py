@@ -48,23 +48,15 @@ class SparseLoraLayer(SupportState):
     sparse_lora_r: dict[str, int]
     sparse_lora_scaling: dict[str, float]
     sparse_lora_support_scaling: dict[str, float]
-    sparse_lora_sink: dict[str, Callable[[torch.Tensor], None]]
-    """Dense-gradient readers that a callback sets while it collects candidates."""
+    sparse_lora_gradient_readers: dict[str, list[Callable[[torch.Tensor], None]]]
+    """Who reads the dense gradient at this step; an adapter without readers has no entry."""
     sparse_lora_dense_delta: dict[str, torch.Tensor]
     """Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
     neither an optimizer nor a file of the run sees them."""
     training_state_names: tuple[str, ...] = (
         "sparse_lora_sensitivity",
         "sparse_lora_uncertainty",
-        "sparse_lora_candidates",
-        "sparse_lora_candidate_sums",
-        "sparse_lora_candidate_steps",
-        "sparse_lora_frozen",
-        "sparse_lora_entered",
-        "sparse_lora_fired",
     )
-    unit_state_names: tuple[str, ...] = ("sparse_lora_frozen", "sparse_lora_entered")
-    """Training state with one number a unit, in the order of the values: it moves with them."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
@@ -116,8 +108,6 @@ class SparseLoraLayer(SupportState):
             size = self.sparse_lora_r[adapter_name] * (self.in_features + self.out_features + 1)
             self._add_state("sparse_lora_sensitivity", adapter_name, torch.zeros(size))
             self._add_state("sparse_lora_uncertainty", adapter_name, torch.zeros(size))
-        if adapter_name in self.sparse_lora_values:
-            self._allocate_unit_state(adapter_name, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
@@ -135,12 +125,15 @@ class SparseLoraLayer(SupportState):
 
     def add_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
         """Show `reader` the weight's dense gradient `[out, in]` in every backward pass until it is removed."""
-        self.sparse_lora_sink[adapter_name] = reader
+        readers = self.sparse_lora_gradient_readers.setdefault(adapter_name, [])
+        if not any(known is reader for known in readers):
+            readers.append(reader)
 
     def remove_gradient_reader(self, adapter_name: str, reader: Callable[[torch.Tensor], None]) -> None:
         """Show it no more."""
-        if self.sparse_lora_sink.get(adapter_name) is reader:
-            del self.sparse_lora_sink[adapter_name]
+        left = [known for known in self.sparse_lora_gradient_readers.pop(adapter_name, []) if known is not reader]
+        if left:
+            self.sparse_lora_gradient_readers[adapter_name] = left
 
     # What is held
 
@@ -175,9 +168,10 @@ class SparseLoraLayer(SupportState):
 
     def frozen_parameters(self, adapter_name: str) -> int:
         """Numbers of living units that are marked as frozen: they add to the weight and do not train."""
-        if adapter_name not in self.sparse_lora_frozen or self.sparse_lora_frozen[adapter_name].is_meta:
+        frozen = self.rule_state(adapter_name).get("frozen")
+        if frozen is None or frozen.is_meta:
             return 0
-        return int(self.sparse_lora_frozen[adapter_name].sum()) * self.sparse_lora_grid[adapter_name].unit_numel
+        return int(frozen.sum()) * self.sparse_lora_grid[adapter_name].unit_numel
 
     @torch.no_grad()
     def pieces(self, adapter_name: str) -> list[Piece]:

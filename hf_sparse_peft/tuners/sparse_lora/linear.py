@@ -16,7 +16,7 @@ from ...ops import (
     sparse_linear,
     sparse_linear_node,
 )
-from ...rules.gradient_readers import SharedSink
+from ...rules.gradient_readers import SharedReader
 from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
@@ -78,10 +78,10 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
             if operands.values is not None:
-                observer = self.gradient_observer
-                if hasattr(observer, "expect"):
-                    observer.expect()
-                cut |= {"gradient_sink": self.runtime_sink(), "gradient_observer": observer}
+                passive = self.passive_gradient_reader
+                if hasattr(passive, "expect"):
+                    passive.expect()
+                cut |= {"gradient_reader": self.runtime_reader(), "passive_reader": passive}
             plan = Plan(self.out_features, self.in_features, dtype, source, **cut)
             return sparse_linear(x, plan, **tensors)
         dense = isinstance(source, DenseSource)
@@ -92,7 +92,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
             weight=source.weight if dense else None,
             transposed=dense and source.transposed,
             dequantized=source is not None and not dense,
-            collects=self._may_collect(),
+            may_read=self._may_be_read(),
             **tensors,
             **cut,
         )
@@ -101,15 +101,16 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         """The weight's source, for compiled graphs (`ops.compiled`)."""
         return weight_source(self)
 
-    def runtime_sink(self) -> SharedSink | None:
+    def runtime_reader(self) -> SharedReader | None:
         """Who reads this layer's dense gradient at this step, for compiled graphs too; None as a rule."""
-        sink = self._gradient_sink([name for name in self.active_adapters if self.holds(name)])
-        if sink is not None:
-            sink.expect()  # asked in forward passes; inside a backward pass nothing is counted
-        return sink
+        reader = self._shared_reader([name for name in self.active_adapters if self.holds(name)])
+        if reader is not None:
+            reader.expect()  # asked in forward passes; inside a backward pass nothing is counted
+        return reader
 
-    def _may_collect(self) -> bool:
-        return any(self.sparse_lora_config[n].regrowth is not None for n in self.active_adapters if self.holds(n))
+    def _may_be_read(self) -> bool:
+        configs = [self.sparse_lora_config[name] for name in self.active_adapters if self.holds(name)]
+        return any("gradient" in rule.needs for config in configs for rule in config.rules)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -123,11 +124,11 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
             )
         return rates.pop() if rates else 0.0
 
-    def _gradient_sink(self, names: list[str]) -> SharedSink | None:
+    def _shared_reader(self, names: list[str]) -> SharedReader | None:
         readers = [
-            (self.sparse_lora_sink[name], self.sparse_lora_grid.get(name))
+            (reader, self.sparse_lora_grid.get(name))
             for name in names
-            if name in self.sparse_lora_sink
+            for reader in self.sparse_lora_gradient_readers.get(name, ())
         ]
         if not readers:
             return None
@@ -136,7 +137,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         alike = all(grid == grids[0] for grid in grids)
         cut = (grids[0].granularity, grids[0].block_size) if grids and alike else ("entry", 0)
         cut = ("row", 0) if self.sparse_lora_dense_delta else cut
-        return SharedSink(readers, *cut)
+        return SharedReader(readers, *cut)
 
     def extra_repr(self) -> str:
         """Name of the quantisation backend, as upstream's layers show it."""

@@ -72,6 +72,16 @@ class SupportSpace(UnitSpace):
         """Make `units` the support."""
         self.layer.write_support(self.adapter, units)
 
+    # The start
+
+    def is_random_start(self) -> bool:
+        """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
+        return self.layer.is_random_start(self.adapter)
+
+    def has_first_values(self) -> bool:
+        """Whether the values are those of injection."""
+        return self.layer.has_first_values(self.adapter)
+
     # Frozen units: excluded from the update, still part of the weight
 
     @property

@@ -137,20 +137,6 @@ class SupportState(AdapterLayer):
         first = _first_values(config, self.module_name, self.sizes[adapter_name])
         return torch.equal(values, first.to(values.device, values.dtype))
 
-    def _allocate_unit_state(self, adapter_name: str, config: SparseLoraConfig) -> None:
-        shape, grid = self.sparse_lora_values[adapter_name].shape, self.sparse_lora_grid[adapter_name]
-        regrowth = config.regrowth
-        if regrowth and regrowth.collects:
-            self._add_state("sparse_lora_candidates", adapter_name, torch.zeros(shape[0], dtype=grid.index_dtype))
-            self._add_state("sparse_lora_candidate_sums", adapter_name, torch.zeros(2, *shape))
-            self._add_state("sparse_lora_candidate_steps", adapter_name, torch.zeros(1, dtype=torch.int32))
-        if regrowth and regrowth.drop == "age":
-            self._add_state("sparse_lora_entered", adapter_name, torch.zeros(shape[0], dtype=torch.int32))
-        if regrowth and regrowth.grow == "random_unfired":
-            self._add_state("sparse_lora_fired", adapter_name, torch.zeros(-(-grid.num_units // 8), dtype=torch.uint8))
-        if config.freezes_units:
-            self._add_state("sparse_lora_frozen", adapter_name, torch.zeros(shape[0], dtype=torch.uint8))
-
     # What supports are
 
     def units(self, adapter_name: str) -> torch.Tensor:
