@@ -13,7 +13,6 @@ from torch import nn
 from ..rules.probing import random_state_kept
 from ..sparsity import DataCriterion, Score, UnitGrid
 from ..sparsity.statistics import DeltaMagnitude
-from ..tuners.sparse_lora.adapter_file import support_sizes
 from ..tuners.sparse_lora.config import SparseLoraConfig
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.model import sparse_layers
@@ -202,7 +201,8 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
             layer.write_support(adapter_name, chosen)
             layer.sparse_lora_values[adapter_name].data.zero_()
     if open_sizes:
-        config.support_pattern = support_sizes(model, adapter_name)
+        adapted = [layer for layer in sparse_layers(model) if adapter_name in layer.sizes]
+        config.support_pattern = {layer.module_name: layer.sizes[adapter_name].capacity for layer in adapted}
 
 
 def save_support(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:

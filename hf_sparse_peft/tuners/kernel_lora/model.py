@@ -18,13 +18,6 @@ class KernelLoraModel(AdapterModel):
     tuner_layer_cls = KernelLoraLayer
     linear_cls = KernelLoraLinear
 
-    def compact(self, adapter_name: str | None = None) -> None:
-        """Free what only training needs and note in the config that it is over. Parameters keep their shapes."""
-        for name in [adapter_name] if adapter_name else self.active_adapters:
-            for layer in self.adapted_layers():
-                layer.drop_training_state(name)
-            self.peft_config[name].training_finished = True
-
 
 def kernel_layers(model: nn.Module) -> list[KernelLoraLayer]:
     """All layers of `model` with a kernel adapter, in model order."""

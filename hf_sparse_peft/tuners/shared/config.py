@@ -170,6 +170,11 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         return {**known, **unknown}
 
     @property
+    def sizes_from_data(self) -> bool:
+        """Whether the sizes of layers are still to be found from data."""
+        return False
+
+    @property
     def rules(self) -> list[Rule]:
         """The rules of `schedule` that can run here."""
         return [rule for rule in self.schedule if isinstance(rule, Rule)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,7 @@ from .idle_layers import belongs_to, stop_watching, watch_forwards
 from .layer import AdapterLayer, is_supported
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
 from .model_files import ModelFiles
+from .model_units import ModelUnits
 from .module_patterns import matches
 from .names import check_adapter_name
 from .pieces import Piece
@@ -41,7 +43,19 @@ from .target_checks import keep_forward, name_left_out, refuse_unworkable, targe
 from .wrapped_names import plain_name
 
 
-class AdapterModel(ModelFiles, BaseTuner):
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What is decided for a whole model before any of its layers changes, by module name."""
+
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """What `tensor_specs` takes as sizes."""
+    first: Mapping[str, Any] = field(default_factory=dict)
+    """What a layer starts with, where that is chosen together with other modules'."""
+    progress: Any = None
+    """A progress bar that each new layer advances, where making one takes long."""
+
+
+class AdapterModel(ModelFiles, ModelUnits, BaseTuner):
     """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
 
     tuner_layer_cls: type[AdapterLayer]
@@ -52,6 +66,7 @@ class AdapterModel(ModelFiles, BaseTuner):
     _asked_targets: Any = None
     _unloaded_layers: list[AdapterLayer] | None = None
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
+    _plan: AdapterPlan | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,6 +109,9 @@ class AdapterModel(ModelFiles, BaseTuner):
             }
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if self._plan.progress is not None:
+                self._plan.progress.close()
+            self._plan = None
             for layer in self.adapted_layers():
                 belongs_to(layer, model)
             watch_forwards(model)
@@ -112,6 +130,7 @@ class AdapterModel(ModelFiles, BaseTuner):
         refuse_unworkable(model, targets)
         if targets and not peft_config.inference_mode and self._targets_of_state_dict is None:
             name_left_out(peft_config, self._asked_targets, model, targets)
+        self._plan = self.plan(peft_config, model, {plain_name(name): base for name, base in targets.items()})
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -128,9 +147,13 @@ class AdapterModel(ModelFiles, BaseTuner):
             return key in self._targets_of_state_dict
         return bool(self._check_target_module_exists(peft_config, key))
 
-    def planned(self, peft_config: PeftConfig, module_name: str, rows: int, cols: int) -> tuple[Any, Any]:
-        """What was decided for the module of that name: its sizes, and what it starts with (`update_layer`)."""
-        return None, None
+    def plan(self, peft_config: PeftConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+        """What is decided for the whole model before a layer of it changes; `targets` are base layers by name.
+
+        Raises:
+            ValueError: the adapter does not fit the model.
+        """
+        return AdapterPlan()
 
     def _create_and_replace(
         self,
@@ -153,17 +176,23 @@ class AdapterModel(ModelFiles, BaseTuner):
                 "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
             )
         cols, rows = _get_in_out_features(base)
-        sizes, first = self.planned(peft_config, name, rows, cols)
+        sizes, first = self._plan.sizes.get(name), self._plan.first.get(name)
         self._check_file_fits(peft_config, name, rows, cols, sizes)
         update = {"config": peft_config, "sizes": sizes, "first": first, "inference_mode": peft_config.inference_mode}
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **update)
+            self._advance()
             return
         layer = self.linear_cls(target, adapter_name, name, update, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
         keep_forward(self.model, current_key)
+        self._advance()
+
+    def _advance(self) -> None:
+        if self._plan.progress is not None:
+            self._plan.progress.update()
 
     # Layers
 

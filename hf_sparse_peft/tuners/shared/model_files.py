@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from .base_overrides import base_overrides
 from .config import AdapterConfig
 from .file_check import AdapterFile, file_being_loaded, tensor_key
@@ -26,10 +24,6 @@ class ModelFiles:
         Raises:
             ValueError: names the tensor.
         """
-
-    @classmethod
-    def note_sizes(cls, config: AdapterConfig, model: nn.Module, adapter_name: str) -> None:
-        """Write to the config what only a file knew: the sizes of the layers have been taken from there."""
 
     def _check_file_fits(self, config: AdapterConfig, module_name: str, rows: int, cols: int, sizes: Any) -> None:
         """Before a layer is allocated for a file that is being loaded: does it ask for what the file holds?"""
@@ -59,6 +53,9 @@ class ModelFiles:
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         rename_to_modules(state_dict, model)  # peft takes the heads from this dict afterwards
         check_complete(state_dict, model, adapter_name)
+        for layer in model.modules():
+            if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.adapter_configs:
+                layer.choose_units(adapter_name, "save")
         config.base_overrides = base_overrides(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return SelectedTensors(selected, config)
@@ -80,10 +77,11 @@ class ModelFiles:
         sizes = {prefix: check_layer(found, prefix, layer, adapter_name) for prefix, layer in layers}
         biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
         check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
-        for prefix, layer in layers:
-            if adapter_name in layer.sizes and layer.sizes[adapter_name] != sizes[prefix]:
-                layer.resize(adapter_name, sizes[prefix])
-        cls.note_sizes(config, model, adapter_name)
+        if config.sizes_from_data:
+            for prefix, layer in layers:
+                if adapter_name in layer.sizes and layer.sizes[adapter_name] != sizes[prefix]:
+                    layer.resize(adapter_name, sizes[prefix])
+            cls.note_sizes(config, model, adapter_name)
         for prefix, layer in layers:
             settle_training_state(found, prefix, layer, adapter_name)
         return found

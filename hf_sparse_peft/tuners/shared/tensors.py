@@ -179,6 +179,25 @@ class AdapterTensors(BaseTunerLayer):
         if had_state:
             self.allocate_training_state(adapter_name)
 
+    def is_undecided(self, adapter_name: str) -> bool:
+        """Whether the adapter's units wait for data: the layer computes as its base then, and refuses to train."""
+        return False
+
+    def choose_units(self, adapter_name: str, action: str) -> None:
+        """Choose units that are still to be chosen without data, before `action` ("save", "compact").
+
+        Raises:
+            ValueError: they wait for data.
+        """
+
+    def compact(self, adapter_name: str) -> None:
+        """Shrink the adapter's tensors to the units that live, and free what only rules need."""
+        self.drop_training_state(adapter_name)
+
+    def frozen_parameters(self, adapter_name: str) -> int:
+        """Numbers of living units that are frozen: they add to the weight and do not train."""
+        return 0
+
     def hold(self, adapter_name: str, config: PeftConfig, sizes: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hold tensors of a file that were checked, as they are: a layer to read from."""
         self.adapter_configs[adapter_name] = config

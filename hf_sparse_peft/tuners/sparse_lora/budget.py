@@ -46,9 +46,7 @@ def plan_supports(
         return {}, {}
     # Whatever else matched is refused by name when its layer is created.
     layers = {
-        plain_name(name): base
-        for name, base in target_layers(config, model, matches).items()
-        if _is_linear(base, model)
+        plain_name(name): base for name, base in target_layers(config, model, matches).items() if is_linear(base, model)
     }
     given = dict(config.support_pattern)
     if given:
@@ -128,7 +126,7 @@ def _check_given_count(count: int, name: str, grid: UnitGrid) -> None:
         )
 
 
-def _is_linear(base: nn.Module, model: nn.Module) -> bool:
+def is_linear(base: nn.Module, model: nn.Module) -> bool:
     backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
     return backend is not None or isinstance(base, (nn.Linear, Conv1D))
 

@@ -15,7 +15,7 @@ from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
 from .config import SparseLoraConfig
-from .factors import factor_specs, merged_factors
+from .factors import factor_specs, fold_experts, merged_factors
 from .file_check import read_sizes
 from .plan import ModuleSizes
 from .spaces import spaces_of
@@ -146,8 +146,21 @@ class SparseLoraLayer(SupportState):
         waiting = [name for name in active if name not in self.sparse_lora_dense_delta]
         for name in waiting:
             if self.is_undecided(name):
-                raise ValueError(undecided_message(name, self.sparse_lora_config[name]))
+                raise ValueError(undecided_message(name, self.adapter_configs[name]))
         super()._before_training(waiting)
+
+    def choose_units(self, adapter_name: str, action: str) -> None:
+        """Choose a support that is still to be chosen without data, so that it is not saved blank.
+
+        Raises:
+            ValueError: it waits for data.
+        """
+        if adapter_name not in self.sparse_lora_support:
+            return
+        if self.is_undecided(adapter_name):
+            reason = undecided_message(adapter_name, self.adapter_configs[adapter_name])
+            raise ValueError(f"Nothing to {action}: {reason}")
+        self.units(adapter_name)
 
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""
@@ -155,16 +168,34 @@ class SparseLoraLayer(SupportState):
             return int(self.sparse_lora_rank_mask[adapter_name].sum())
         return self.sparse_lora_r.get(adapter_name, 0)
 
-    def dead_parameters(self, adapter_name: str) -> int:
-        """Numbers that are allocated in the adapter's parameters but belong to no living unit or component."""
-        dead = 0
-        # On the meta device nothing has been chosen yet, and nothing has died.
-        decided = adapter_name in self.sparse_lora_values and not self.is_undecided(adapter_name)
-        if decided and not self.sparse_lora_support[adapter_name].is_meta:
-            missing = self.sparse_lora_values[adapter_name].shape[0] - self.units(adapter_name).numel()
-            dead += missing * self.sparse_lora_grid[adapter_name].unit_numel
-        missing = self.sparse_lora_r.get(adapter_name, 0) - self.alive_components(adapter_name)
-        return dead + missing * (self.in_features + self.out_features + 1)
+    @torch.no_grad()
+    def compact(self, adapter_name: str, drop_within: float | None = None) -> None:
+        """Shrink the adapter to its living units and components; experts are folded into plain factors.
+
+        Units whose numbers all lie within `drop_within` (None: what the config says) of zero leave too.
+        """
+        super().compact(adapter_name)
+        config = self.adapter_configs[adapter_name]
+        drop_within = config.drop_within if drop_within is None else drop_within
+        masks = config.factor_masks
+        if masks is not None and masks.kind == "stochastic" and adapter_name in self.sparse_lora_A:
+            fold_experts(self, adapter_name)
+        sizes, kept, units = self.sizes[adapter_name], {}, None
+        if adapter_name in self.sparse_lora_values:
+            units = self.units(adapter_name)
+            slots = torch.arange(units.numel(), device=units.device)
+            if drop_within is not None:
+                largest = self.living_values(adapter_name).unsqueeze(1).flatten(1).abs().amax(1)
+                slots = slots[~(largest <= drop_within)]  # what is not a number stays, to be seen
+            kept["support"], units = slots, units[slots]
+            sizes = replace(sizes, units=units.numel(), capacity=units.numel())
+        if adapter_name in self.sparse_lora_rank_mask:
+            kept["rank"] = self.sparse_lora_rank_mask[adapter_name].nonzero().squeeze(1)
+            sizes = replace(sizes, rank=kept["rank"].numel())
+        if (sizes.capacity, sizes.rank) != (self.sizes[adapter_name].capacity, self.sizes[adapter_name].rank):
+            self.resize(adapter_name, sizes, kept)
+            if units is not None and units.numel():
+                self.write_support(adapter_name, units)
 
     def frozen_parameters(self, adapter_name: str) -> int:
         """Numbers of living units that are marked as frozen: they add to the weight and do not train."""

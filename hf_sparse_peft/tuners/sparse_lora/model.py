@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
-from ..shared.model import AdapterModel
+from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Piece
 from ..shared.state_dict import SelectedTensors
-from .adapter_file import for_file, support_sizes
-from .budget import plan_supports, unit_capacities
-from .compaction import compact
 from .config import SparseLoraConfig
 from .from_pieces import config_of_pieces
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
-from .plan import module_sizes
-from .support_state import undecided_message
+from .plan import note_sizes, plan_adapter
 
 
 class SparseLoraModel(AdapterModel):
@@ -31,33 +24,10 @@ class SparseLoraModel(AdapterModel):
 
     tuner_layer_cls = SparseLoraLayer
     linear_cls = SparseLoraLinear
-    _selection_bar: tqdm | None = None
-    _unit_counts: dict[str, int]
-    _chosen_units: dict[str, torch.Tensor]
-    _capacities: dict[str, int]
 
-    def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        self._unit_counts, self._chosen_units = plan_supports(peft_config, model, self._is_target)
-        self._capacities = unit_capacities(peft_config, self._unit_counts, model, self._is_target)
-        slow = getattr(peft_config.criterion, "is_slow", False)
-        slow = self._unit_counts and slow and not self._chosen_units and not peft_config.inference_mode
-        total = len(self._unit_counts)
-        self._selection_bar = tqdm(total=total, desc="Selecting supports", delay=3) if slow else None
-
-    def planned(self, peft_config: SparseLoraConfig, module_name: str, rows: int, cols: int) -> tuple[Any, Any]:
-        """Sizes of the module, and the units that its support starts with where they are chosen already."""
-        units, capacity = self._unit_counts.get(module_name, 0), self._capacities.get(module_name, 0)
-        sizes = module_sizes(peft_config, module_name, rows, cols, units, capacity)
-        return sizes, self._chosen_units.get(module_name)
-
-    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        super()._create_and_replace(*args, **kwargs)
-        if getattr(self, "_selection_bar", None) is not None:
-            self._selection_bar.update()
-            if self._selection_bar.n == self._selection_bar.total:
-                self._selection_bar.close()
-                self._selection_bar = None
+    def plan(self, peft_config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+        """Sizes of both halves in every module, and the units of supports that are chosen over the model."""
+        return plan_adapter(peft_config, model, targets, self._is_target)
 
     # Files
 
@@ -78,19 +48,24 @@ class SparseLoraModel(AdapterModel):
 
     @classmethod
     def note_sizes(cls, config, model, adapter_name) -> None:
-        """Write the sizes of supports that only a file knew."""
-        if config.sizes_from_data:
-            config.support_pattern = support_sizes(model, adapter_name)
+        """Write the sizes of both halves into `support_pattern`, `rank_pattern` and `alpha_pattern`."""
+        note_sizes(
+            config,
+            {
+                layer.module_name: layer.sizes[adapter_name]
+                for layer in sparse_layers(model)
+                if adapter_name in layer.sizes
+            },
+        )
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        for layer in sparse_layers(model):
-            if adapter_name in layer.sparse_lora_support:
-                if layer.is_undecided(adapter_name):
-                    raise ValueError(f"Nothing to save: {undecided_message(adapter_name, config)}")
-                layer.units(adapter_name)  # a support that is still to be chosen is chosen now, not saved blank
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return SelectedTensors(for_file(selected, config), config)
+        if config.values_dtype != "float32":
+            dtype, trained = getattr(torch, config.values_dtype), cls.tuner_layer_cls.adapter_layer_names
+            trained = tuple(f".{name}." for name in trained)
+            selected = {key: t.to(dtype) if any(mark in key for mark in trained) else t for key, t in selected.items()}
+        return SelectedTensors(selected, config)
 
     # Adapters together, and at the end
 
@@ -101,34 +76,25 @@ class SparseLoraModel(AdapterModel):
     def compact(
         self, adapter_name: str | None = None, values_dtype: str | None = None, drop_within: float | None = None
     ) -> None:
-        """Drop dead units and components, and on demand tiny changes, for good; see `compaction.compact`."""
-        for name in [adapter_name] if adapter_name else self.active_adapters:
-            compact(self.model, self.peft_config[name], name, values_dtype, drop_within)
+        """Drop dead units and components for good; see `ModelUnits.compact`.
 
-    def dead_parameters(self) -> int:
-        """Trainable numbers that belong to no living unit or component."""
-        return sum(
-            layer.dead_parameters(name)
-            for layer in sparse_layers(self.model)
-            for name in layer.sparse_lora_config
-            if _is_trainable(layer, name)
-        )
+        Units whose numbers all lie within `drop_within` (None: what the config says) of zero leave too. With
+        `values_dtype="bfloat16"` values are rounded to bf16, as the file holds them.
 
-    def frozen_parameters(self) -> int:
-        """Numbers of living units that are frozen, in adapters that train."""
-        return sum(
-            layer.frozen_parameters(name)
-            for layer in sparse_layers(self.model)
-            for name in layer.sparse_lora_config
-            if _is_trainable(layer, name)
-        )
+        Raises:
+            ValueError: `values_dtype` is not one that a file can hold, the adapter is merged, or its units wait for
+                data.
+        """
+        if values_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"values_dtype={values_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
+        super().compact(adapter_name, drop_within=drop_within)
+        for name in [adapter_name] if adapter_name and values_dtype else self.active_adapters if values_dtype else []:
+            self.peft_config[name].values_dtype = values_dtype
+            for layer in sparse_layers(self.model):
+                for parameter in layer.trained_parameters(name):
+                    parameter.data = parameter.data.to(getattr(torch, values_dtype)).to(parameter.dtype)
 
 
 def sparse_layers(model: nn.Module) -> list[SparseLoraLayer]:
     """All adapted layers of `model`, in model order."""
     return [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
-
-
-def _is_trainable(layer: SparseLoraLayer, adapter_name: str) -> bool:
-    held = [getattr(layer, name) for name in layer.adapter_layer_names]
-    return any(adapter_name in tensors and tensors[adapter_name].requires_grad for tensors in held)

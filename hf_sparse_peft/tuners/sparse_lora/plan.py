@@ -1,12 +1,20 @@
-"""What was decided for one module: how its weight is cut, how many units and components it has, how they are scaled."""
+"""From a config and a model to a plan: how each weight is cut, how many units and components it has, what scales them,
+and which units are chosen over the whole model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+from tqdm.auto import tqdm
+
 from ...sparsity import UnitGrid
-from .config import SparseLoraConfig
+from ..shared.model import AdapterPlan
+from .budget import is_linear, plan_supports, unit_capacities
+from .config import SparseLoraConfig, exact_pattern
 
 
 @dataclass(frozen=True)
@@ -50,3 +58,38 @@ def module_sizes(
         )
     support_scaling = (scaling if config.scale_support else 1.0) if units else None
     return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling)
+
+
+def plan_adapter(
+    config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module], matches: Callable
+) -> AdapterPlan:
+    """Sizes of both halves in every module of `targets` (base layers by module name), and the units of supports that
+    are chosen over the whole model.
+
+    Raises:
+        ValueError: the budget, the structures or the config's patterns do not fit the model.
+    """
+    counts, chosen = plan_supports(config, model, matches)
+    capacities = unit_capacities(config, counts, model, matches)
+    sizes = {}
+    for name, base in targets.items():
+        if is_linear(base, model):  # whatever else matched is refused by name when its layer is created
+            cols, rows = _get_in_out_features(base)
+            sizes[name] = module_sizes(config, name, rows, cols, counts.get(name, 0), capacities.get(name, 0))
+    slow = getattr(config.criterion, "is_slow", False) and not config.inference_mode
+    progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow and counts and not chosen else None
+    return AdapterPlan(sizes, chosen, progress)
+
+
+def note_sizes(config: SparseLoraConfig, sizes: dict[str, ModuleSizes]) -> None:
+    """Write sizes that follow from more than the config, by module name, into its patterns."""
+    if config.has_support:
+        config.support_pattern = {name: one.capacity for name, one in sizes.items()}
+        config.capacity_pattern = {}
+    if any(one.rank != config.rank_of(name) for name, one in sizes.items()):
+        ranks = {name: one.rank for name, one in sizes.items()}
+        scaled = {name: one for name, one in sizes.items() if one.scaling is not None}
+        alphas = {n: one.scaling * (one.rank**0.5 if config.use_rslora else one.rank) for n, one in scaled.items()}
+        config.rank_pattern, config.alpha_pattern = exact_pattern(ranks), exact_pattern(alphas)
+    if config.training_finished and config.factor_masks is not None and config.factor_masks.kind == "stochastic":
+        config.factor_masks = None  # compaction has folded them
