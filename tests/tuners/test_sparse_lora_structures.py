@@ -41,7 +41,8 @@ def test_every_module_has_the_units_of_its_pattern_and_keeps_them_through_files_
     before = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), tmp_path)), before)
-    assert {m.name.rpartition(".")[2]: m.granularity for m in check_adapter(tmp_path).modules}["down_proj"] == "column"
+    found = {m.name.rpartition(".")[2]: m.space("support")["unit"] for m in check_adapter(tmp_path).modules}
+    assert found["down_proj"] == "column"
     model.compact()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(base), tmp_path)), before)
