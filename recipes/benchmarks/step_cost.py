@@ -58,6 +58,7 @@ MOVING = "spiel-ag:every=3,steps=2,"
 INTERVAL, COLLECT_STEPS = 20, 5
 """SpIEL's defaults, for which the shares are computed: 5 of 20 steps collect, and then a fifth of the support moves."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SERIES = ("step time", "saved bytes")
 STATE = "gradient_optimizer_bytes"
 
 
@@ -93,13 +94,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {name}: left out. {reason}")
         if "lora" in row["figures"]:
             over = {name: found["over"]["lora"] for name, found in row["figures"].items()}
-            panels[f"{base} base"] = {name: [[ratios["time"]], [ratios["saved"]]] for name, ratios in over.items()}
+            panels[f"{base} base"] = {name: [[found[key]] for key in SERIES] for name, found in over.items()}
     rows.save(bars=bars)
     if panels:
         sizes = f"{options.sizes().layers} x {options.sizes().hidden}, {options.sizes().tokens} tokens"
         title = f"Cost of a training step, LoRA r={RANK} = 1\nLlama of {sizes}, {rows.machine['device']}"
-        series = ("step time", "bytes kept for the backward pass")
-        draw(rows.folder / "step_cost.png", title, panels, series, "LoRA with its defaults", cut=3.0)
+        draw(rows.folder / "step_cost.png", title, panels, SERIES, "LoRA with its defaults", cut=3.0)
     print(f"\nWritten: {rows.path} and its picture")
     missed = [bar for bar in bars if not bar["met"]]
     for bar in missed:
@@ -141,7 +141,7 @@ def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str
         figures[name] |= {"seconds": statistics.median(times[name]), "seconds_by_round": times[name]}
         figures[name] |= file_bytes(trial.model)
     for name, row in figures.items():
-        paired = {other: {"time": _paired(times[name], times[other])} for other in trials}
+        paired = {other: {"step time": _paired(times[name], times[other])} for other in trials}
         row["over"] = {other: paired[other] | _bytes_over(row, figures[other]) for other in trials}
     trials.clear()
     _free()
@@ -164,10 +164,11 @@ def _paired(times: list[float], reference: list[float]) -> float:
 def _bytes_over(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Bytes over those of another candidate. All but saved and peak bytes are for one trained number: whole blocks and
     rows cannot match its count exactly."""
-    ratios = {"saved": row["saved_bytes"] / other["saved_bytes"], "peak": row["peak_bytes"] / other["peak_bytes"]}
+    ratios = {key: row[key.replace(" ", "_")] / other[key.replace(" ", "_")] for key in ("saved bytes", "peak bytes")}
     with_index = row[STATE] + row["index_bytes"]
-    kept = {"state": row[STATE], "index": with_index, "ages": with_index + row.get("age_bytes", 0)}
-    files = {"file": row.get("file_bytes"), "file_bf16": row.get("file_bytes_bf16")}
+    with_ages = with_index + row.get("age_bytes", 0)
+    kept = {"state": row[STATE], "state + index": with_index, "state + index + ages": with_ages}
+    files = {"file": row.get("file_bytes"), "file, bf16": row.get("file_bytes_bf16")}
     if row["trained_numbers"] and other["trained_numbers"]:
         scale = other["trained_numbers"] / row["trained_numbers"]
         ratios |= {key: scale * value / other[STATE] for key, value in kept.items()}
@@ -223,12 +224,12 @@ def _scaled(title: str, form: str, factor: float, *keys: str) -> Column:
 
 TIMES = (
     Column("candidate", "candidate"), Column("trained", "trained_numbers", "{:,}"),
-    _scaled("ms", "{:.0f}", 1e3, "seconds"), *_over("time", 2),
+    _scaled("ms", "{:.0f}", 1e3, "seconds"), *_over("step time", 2),
     _scaled("move ms", "{:.1f}", 1e3, "move_seconds"), _scaled("share", "{:.1f} %", 100, "move_share"),
     _scaled("callbacks", "{:.2f} %", 100, "callback_share"), Column("collecting", "collect_over_plain", "{:.2f}"),
 )  # fmt: skip
 BYTES = (
-    Column("candidate", "candidate"), _scaled("saved", "{:,.1f}", 2**-20, "saved_bytes"), *_over("saved", 3),
+    Column("candidate", "candidate"), _scaled("saved", "{:,.1f}", 2**-20, "saved_bytes"), *_over("saved bytes", 3),
     _scaled("grad + opt", "{:,.1f}", 2**-20, STATE), _scaled("+ index", "{:,.1f}", 2**-20, STATE, "index_bytes"),
     _scaled("+ ages", "{:,.1f}", 2**-20, STATE, "index_bytes", "age_bytes"),
     _scaled("peak", "{:,.1f}", 2**-20, "peak_bytes"), _scaled("file", "{:,.0f}", 2**-10, "file_bytes"),

@@ -50,7 +50,7 @@ def test_every_row_has_its_figures(run):
         assert row["seconds"] > 0
         assert len(row["seconds_by_round"]) == 2
         assert set(row["over"]) == set(rows)
-        assert row["over"][method]["time"] == row["over"][method]["saved"] == 1
+        assert row["over"][method]["step time"] == row["over"][method]["saved bytes"] == 1
         assert row["peak_bytes"] > row["saved_bytes"] > 0
         assert ("move_seconds" in row) == ("callback_share" in row) == (method in OURS)
         assert ("file_bytes_bf16" in row) == (method in OURS)
@@ -118,7 +118,7 @@ def test_another_setting_is_not_compared(run, monkeypatch):
     with pytest.raises(ValueError, match="in this setting on this machine"):
         compare(base, row, [other])
     slower = json.loads(json.dumps(row))
-    slower["figures"]["entry"]["over"]["lora"]["time"] *= 1.1
+    slower["figures"]["entry"]["over"]["lora"]["step time"] *= 1.1
     slower["setting"]["code"] = "another checkout's"
     missed = [bar["name"] for bar in compare(base, slower, [row]) if not bar["met"]]
     assert missed == [f"[{base}] step time, now / before: entry"]
