@@ -40,6 +40,7 @@ from .scores import (
     Random,
     Score,
     SmallestMagnitude,
+    chunks_of,
     make_score,
     select_units,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "UnitGrid",
     "WeightedActivation",
     "Window",
+    "chunks_of",
     "codes_length",
     "competition_counts",
     "counts_from_rank",
