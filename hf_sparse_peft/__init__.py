@@ -9,6 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
+from .optim import OptimizerSpec
 from .rules import (
     SM3,
     AccumulatedGradient,
@@ -26,6 +27,7 @@ from .rules import (
 )
 from .sparsity import Constant, Cosine, Curve, Exponential, Linear
 from .training import (
+    AgedAdamWSpec,
     BudgetCompetitionCallback,
     Controller,
     InitialSupportCallback,
@@ -33,13 +35,18 @@ from .training import (
     MaskRegrowthCallback,
     PruningCallback,
     RankReallocationCallback,
+    SparseSM3Spec,
     SplitFactorsCallback,
     SupportSearchCallback,
     SupportTelemetryCallback,
+    ZerothOrderSpec,
     callbacks_for,
     initialize_support,
     load_support,
+    make_optimizer,
     save_support,
+    trainer_class_for,
+    trainer_options,
     write_supports,
 )
 from .tuners import (
@@ -63,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "AccumulatedGradient",
+    "AgedAdamWSpec",
     "AlternateModules",
     "BudgetCompetitionCallback",
     "BudgetCompetitionConfig",
@@ -83,6 +91,7 @@ __all__ = [
     "LowRankMagnitude",
     "MaskOverlap",
     "MaskRegrowthCallback",
+    "OptimizerSpec",
     "Prune",
     "PruningCallback",
     "Random",
@@ -94,21 +103,26 @@ __all__ = [
     "SampleLayers",
     "SparseLoraConfig",
     "SparseLoraModel",
+    "SparseSM3Spec",
     "SplitFactorsCallback",
     "StructureConfig",
     "SupportSearchCallback",
     "SupportSearchConfig",
     "SupportTelemetryCallback",
     "UpdateSparsity",
+    "ZerothOrderSpec",
     "__version__",
     "callbacks_for",
     "initialize_support",
     "load_support",
+    "make_optimizer",
     "measure_mask_overlap",
     "measure_update_sparsity",
     "methods",
     "restore_fp32",
     "save_support",
     "support_from_checkpoints",
+    "trainer_class_for",
+    "trainer_options",
     "write_supports",
 ]

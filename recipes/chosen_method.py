@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_sparse_peft import SparseLoraConfig, hub, methods
-from hf_sparse_peft.methods import Method, aged_adamw
+from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, hub, methods
+from hf_sparse_peft.methods import Method
 
 SCHEDULE_METHODS = {"regrow": "spiel-ag", "prune": "gradual-pruning", "rank_allocation": "adalora"}
 FIRST_RUN_RATE = 0.01
@@ -24,7 +24,9 @@ def chosen_method(name: str, options: dict[str, Any], adapter: dict[str, Any], s
     """`methods.get(name, **options)` on all linear layers, or, without a name, SparseLora as `adapter` describes it."""
     if not name:
         config = SparseLoraConfig(**{"task_type": "CAUSAL_LM", "seed": seed, **adapter})
-        return Method(config, make_optimizer=aged_adamw if config.has_support else None)
+        if config.has_support and config.optimizer is None:
+            config.optimizer = AgedAdamWSpec()
+        return Method(config)
     method = methods.get(name, **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
     if "seed" not in options and hasattr(method.config, "seed"):
         method.config.seed = seed

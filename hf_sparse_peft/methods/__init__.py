@@ -23,7 +23,6 @@ from . import (
 from .registry import (
     Method,
     MethodInfo,
-    aged_adamw,
     describe,
     get,
     markdown_table,
@@ -35,7 +34,6 @@ __all__ = [
     "EssentialSparsity",
     "Method",
     "MethodInfo",
-    "aged_adamw",
     "chosen",
     "default",
     "describe",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
+from ..training import AgedAdamWSpec
 from ..tuners import SparseLoraConfig
-from .registry import Method, aged_adamw, register
+from .registry import Method, register
 
 
 @register(
@@ -24,6 +24,5 @@ def sparse_lora(r: int = 8, density: float = 0.005, values_ratio: float = 1.0, *
     chooses the entries instead, 3 does better.
     """
     options = {"r": r, "lora_alpha": 2 * r, "density": density, "criterion": "gradient", "target_modules": "all-linear"}
-    return Method(
-        SparseLoraConfig(**{**options, **overrides}), make_optimizer=partial(aged_adamw, values_ratio=values_ratio)
-    )
+    options["optimizer"] = AgedAdamWSpec(values_ratio=values_ratio)
+    return Method(SparseLoraConfig(**{**options, **overrides}))

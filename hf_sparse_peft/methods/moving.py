@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import TrainingArguments
-
-from ..optim import AgedAdamW, SparseSM3, aged_adamw_groups
 from ..rules import (
     SM3,
     AccumulatedGradient,
@@ -21,9 +15,9 @@ from ..rules import (
     Regrow,
 )
 from ..sparsity import Cosine, Curve, Linear, scores
+from ..training import AgedAdamWSpec, SparseSM3Spec
 from ..tuners import NuclearNormConfig, SparseLoraConfig
-from ..tuners.sparse_lora import sparse_layers
-from .registry import Method, aged_adamw, register
+from .registry import Method, register
 
 
 @register(
@@ -49,7 +43,7 @@ def spiel_ag(
     """
     move = Regrow(every=every, grow=AccumulatedGradient(steps=steps), fraction=fraction)
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -75,31 +69,7 @@ def spiel_ma(
     """
     move = Regrow(every=every, first=first, fraction=fraction, grow=SM3(score))
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=partial(sparse_sm3, momentum=momentum))
-
-
-def sparse_sm3(model: nn.Module, args: TrainingArguments, momentum: float = 0.0) -> SparseSM3:
-    """SM3 that knows which entry of which matrix every value of the supports is, from the Trainer's arguments."""
-    places = {
-        values: (layer, name)
-        for layer in sparse_layers(model)
-        for name, values in layer.sparse_lora_values.items()
-        if values.requires_grad and layer.sparse_lora_grid[name].granularity == "entry"
-    }
-
-    def indices_of(parameter: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
-        if parameter not in places:
-            return None
-        layer, name = places[parameter]
-        units = layer.units(name)
-        missing = parameter.shape[0] - units.numel()
-        if missing:  # room that nobody lives in has no gradient: any position does
-            units = torch.cat([units, units.new_zeros(missing)])
-        return units, layer.out_features, layer.in_features
-
-    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-    return SparseSM3(groups, lr=args.learning_rate, indices_of=indices_of, momentum=momentum)
+    return Method(SparseLoraConfig(**{"optimizer": SparseSM3Spec(momentum=momentum), **options}))
 
 
 @register(
@@ -126,7 +96,7 @@ def sparse_evolutionary_training(
     move = Regrow(every=every, fraction=fraction, drop=drop, grow=RandomUnfired() if unfired else Random())
     options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
     options = {**options, "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -155,7 +125,7 @@ def rigl(
     )
     options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
     options = {**options, "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=aged_adamw)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -240,15 +210,8 @@ def lift(
     budget = {"budget_rank": budget_rank} if density is None else {"density": density}
     start = {"criterion": scores.LowRankMagnitude(**approximation)}
     options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear", **overrides}
-    return Method(SparseLoraConfig(**options), make_optimizer=partial(_lift_adamw, betas=betas, per_unit=per_unit_age))
-
-
-def _lift_adamw(
-    model: nn.Module, args: TrainingArguments, betas: tuple[float, float], per_unit: bool
-) -> torch.optim.Optimizer:
-    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
-    groups = [{**group, "per_unit_age": group["per_unit_age"] and per_unit} for group in groups]
-    return AgedAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    optimizer = AgedAdamWSpec(betas=tuple(betas), per_unit_age=per_unit_age)
+    return Method(SparseLoraConfig(**{"optimizer": optimizer, **options}))
 
 
 @register(

@@ -14,10 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..hub.analysis.checkpoints import Checkpoint
-from ..optim import AgedAdamW, aged_adamw_groups
-from ..training import callbacks_for
+from ..training import callbacks_for, make_optimizer, trainer_class_for
 
-OptimizerFactory = Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer]
 CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]
 FirstRun = Callable[[], tuple[Checkpoint, Checkpoint]]
 Preparation = Callable[[nn.Module, FirstRun | None], None]
@@ -41,11 +39,12 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class Method:
-    """A method ready to train: `get_peft_model(model, method.config)`, then a Trainer with callbacks and optimizer."""
+    """A method ready to train: `get_peft_model(model, method.config)`, then a Trainer with callbacks and optimizer.
+
+    Callbacks, optimizer and the Trainer's class follow from the config, as `trainer_options` gives them.
+    """
 
     config: PeftConfig
-    make_optimizer: OptimizerFactory | None = None
-    trainer_class: type[Trainer] = Trainer
     make_callbacks: CallbackFactory = callbacks_for
     """Most methods say everything in their config; one over upstream's configs brings its own callbacks here."""
     make_ready: Preparation | None = None
@@ -75,7 +74,12 @@ class Method:
 
     def optimizer(self, model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer | None:
         """The optimizer that the paper asks for, for `Trainer(optimizers=(optimizer, None))`; None: Trainer's own."""
-        return None if self.make_optimizer is None else self.make_optimizer(model, args)
+        return make_optimizer(model, args)
+
+    @property
+    def trainer_class(self) -> type[Trainer]:
+        """`Trainer`, or the class of this package that the method needs."""
+        return trainer_class_for(self.config)
 
 
 _METHODS: dict[str, MethodInfo] = {}
@@ -141,18 +145,3 @@ def markdown_table() -> str:
     lines = ["| method | source | what moves | use it when | cost |", "|---|---|---|---|---|"]
     lines += [f"| `{i.name}` | {i.paper} | {i.moves} | {i.use_when} | {i.cost} |" for _, i in sorted(_METHODS.items())]
     return "\n".join(lines)
-
-
-def aged_adamw(model: nn.Module, args: TrainingArguments, values_ratio: float = 1.0) -> AgedAdamW:
-    """AdamW with an age per unit of the supports, from the Trainer's own arguments; values of supports learn at
-    `values_ratio` times the learning rate of everything else (as LoRA+ does for B; Hayou et al., 2024).
-
-    Raises:
-        ValueError: `values_ratio` is not above 0.
-    """
-    if not values_ratio > 0:
-        raise ValueError(f"values_ratio={values_ratio} is not a ratio of learning rates; give a number above 0.")
-    groups = aged_adamw_groups(model, lambda name, _: "sparse_lora_values" in name, args.weight_decay)
-    for group in groups:
-        group["lr"] = args.learning_rate * (values_ratio if group["per_unit_age"] else 1.0)
-    return AgedAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..training import TwoPassTrainer
 from ..tuners import FactorMaskConfig, SparseLoraConfig
 from .registry import Method, register
 
@@ -48,4 +47,4 @@ def mosa(
     """
     masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge, consistency=consistency)
     options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}
-    return Method(SparseLoraConfig(**{**options, **overrides}), trainer_class=TwoPassTrainer)
+    return Method(SparseLoraConfig(**{**options, **overrides}))

@@ -8,10 +8,9 @@ A whole model trains the same way, without a config:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from ..training import ZerothOrderTrainer, zeroth_order_optimizer
+from ..training import ZerothOrderSpec
 from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
@@ -31,9 +30,8 @@ def mezo(r: int = 8, epsilon: float = 1e-2, perturbation: str = "in_place", **ov
     Any field of the config changes what is trained: `density > 0` adds a support; `perturbation="layerwise"` restores
     bit for bit in every dtype.
     """
-    optimizer = partial(zeroth_order_optimizer, epsilon=epsilon, perturbation=perturbation)
-    config = SparseLoraConfig(**{"r": r, "density": 0.0, **overrides})
-    return Method(config, make_optimizer=optimizer, trainer_class=ZerothOrderTrainer)
+    optimizer = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
+    return Method(SparseLoraConfig(**{"r": r, "density": 0.0, "optimizer": optimizer, **overrides}))
 
 
 @register(
@@ -60,6 +58,5 @@ def sparse_mezo(
             f"sparsity={sparsity} is not a share in (0, 1): it is how much of each weight stays (paper: 0.75)."
         )
     options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", "target_modules": "all-linear"}
-    options |= overrides
-    optimizer = partial(zeroth_order_optimizer, epsilon=epsilon, perturbation=perturbation)
-    return Method(SparseLoraConfig(**options), make_optimizer=optimizer, trainer_class=ZerothOrderTrainer)
+    options["optimizer"] = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
+    return Method(SparseLoraConfig(**{**options, **overrides}))

@@ -4,11 +4,14 @@ from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
 from .optimizer_kinds import innermost, use_32bit_states
 from .sm3 import SparseSM3
+from .spec import OptimizerSettings, OptimizerSpec
 from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from .zeroth_order_log import replay
 
 __all__ = [
     "AgedAdamW",
+    "OptimizerSettings",
+    "OptimizerSpec",
     "SparseSM3",
     "ZerothOrderSGD",
     "adam_seeds",

@@ -16,6 +16,7 @@ from ..optim.zeroth_order_log import LOG_NAME, ZerothOrderLog
 from ..rules.collectives import all_reduce_mean
 from ..tuners import adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
+from .optimizers import make_optimizer
 from .trainer_checks import sharding_switched_on
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,8 @@ class ZerothOrderTrainer(Trainer):
       from the starting weights, without data.
     - Schedules that need gradients, or that freeze or kill entries, are refused.
 
-    Args: as Trainer's. `optimizers` may hold a `ZerothOrderSGD` (`method.optimizer(model, args)`); without one, MeZO's
-    defaults are taken. `replay_log`: whether to write the log.
+    Args: as Trainer's. `optimizers` may hold a `ZerothOrderSGD` (`zeroth_order_optimizer`); without one, MeZO's
+    defaults are taken, or what the adapter's config says (`ZerothOrderSpec`). `replay_log`: whether to write the log.
 
     Raises:
         ValueError: fp16 loss scaling, DataParallel, DeepSpeed or FSDP, or an adapter with such a schedule.
@@ -67,9 +68,15 @@ class ZerothOrderTrainer(Trainer):
         self.add_callback(ZerothOrderCallback(replay_log))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`ZerothOrderSGD` from the training arguments, unless one was given."""
+        """`ZerothOrderSGD` from the training arguments and the adapter's config, unless one was given.
+
+        Raises:
+            TypeError: the config asks for another optimizer.
+        """
         if self.optimizer is None:
-            self.optimizer = zeroth_order_optimizer(self.model if model is None else model, self.args)
+            model = self.model if model is None else model
+            self.optimizer = make_optimizer(model, self.args) or zeroth_order_optimizer(model, self.args)
+            zeroth_order_of(self.optimizer)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,8 +183,8 @@ def zeroth_order_of(optimizer: Any) -> ZerothOrderSGD:
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, ZerothOrderSGD):
         raise TypeError(
-            f"ZerothOrderTrainer steps by loss differences, and {type(inner).__name__} by gradients. Pass "
-            "optimizers=(method.optimizer(model, args), None), or (None, None) for MeZO's defaults."
+            f"ZerothOrderTrainer steps by loss differences, and {type(inner).__name__} by gradients. Set "
+            "config.optimizer=ZerothOrderSpec(), or pass optimizers=(None, None) for MeZO's defaults."
         )
     return inner
 

@@ -99,7 +99,7 @@ def parts_of(name: str) -> frozenset[str]:
         [
             f"tuner {type(config).__name__}",
             f"trainer {method.trainer_class.__name__}",
-            f"own optimizer: {method.make_optimizer is not None}",
+            f"optimizer {type(getattr(config, 'optimizer', None)).__name__}",
             f"learns from a run: {method.make_ready is not None}",
             f"support from data: {getattr(config, 'data_driven', False)}",
             f"granularity {getattr(config, 'granularity', None)}",

@@ -23,8 +23,9 @@ from training_toolbox import (
 from transformers.optimization import Adafactor
 
 from hf_sparse_peft import Random, Regrow
-from hf_sparse_peft.methods.moving import sparse_sm3
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups, use_32bit_states
+from hf_sparse_peft.training import SparseSM3Spec
+from hf_sparse_peft.training.optimizers import settings_of
 
 
 def values_of(model):
@@ -46,7 +47,7 @@ OPTIMIZERS = {
     "aged-adamw": aged,
     "bnb-adamw-8bit-with-override": eight_bit,
     "adafactor": lambda m, a: Adafactor(values_of(m), lr=1e-2, relative_step=False, scale_parameter=False, beta1=0.9),
-    "sparse-sm3": lambda m, a: sparse_sm3(m, a, momentum=0.9),
+    "sparse-sm3": lambda m, a: SparseSM3Spec(momentum=0.9).build(m, settings_of(a)),
     "sgd-momentum": lambda m, a: torch.optim.SGD(values_of(m), lr=1e-1, momentum=0.9, weight_decay=0.5),
     "bnb-lion-32bit": lambda m, a: bnb.optim.Lion32bit(values_of(m), lr=1e-3, weight_decay=0.5),
 }

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ...optim import OptimizerSpec
 from ...rules import Rule
 from ...utils.file_length import check_file_length
 from ...utils.file_writing import replace_file, temporary_folder
@@ -88,6 +89,9 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         default_factory=list,
         metadata={"help": "Rules: what happens to the adapter while it trains, in the order in which they act."},
     )
+    optimizer: OptimizerSpec | UnknownPart | None = field(
+        default=None, metadata={"help": "Optimizer to train with, e.g. AgedAdamWSpec(); None: the Trainer's own."}
+    )
     training_finished: bool = field(
         default=False, metadata={"help": "Written when training ends: schedules are over, their state is dropped."}
     )
@@ -109,6 +113,8 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         if not isinstance(self.schedule, (list, tuple)):
             raise ValueError(f"schedule={self.schedule!r} is not a list: pass schedule=[...], e.g. [Prune()].")
         self.schedule = [load_part(Rule, one, f"schedule[{at}]") for at, one in enumerate(self.schedule)]
+        if self.optimizer is not None:
+            self.optimizer = load_part(OptimizerSpec, self.optimizer, "optimizer")
         self._make_nested()
         check_types(self)
         super().__post_init__()
@@ -185,10 +191,10 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         return any(rule.freezes_units for rule in self.rules)
 
     def check_runnable(self) -> None:
-        """Refuse to train with rules or options that this installation does not have.
+        """Refuse to train with rules, an optimizer or options that this installation does not have.
 
         Raises:
-            ValueError: names the rule or the option.
+            ValueError: names what it is.
         """
         if self.unknown_options:
             raise ValueError(

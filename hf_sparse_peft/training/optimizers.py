@@ -1,0 +1,197 @@
+"""The optimizers that a config can ask for, and building them from the arguments of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainingArguments
+
+from ..optim import (
+    AgedAdamW,
+    OptimizerSettings,
+    OptimizerSpec,
+    SparseSM3,
+    ZerothOrderSGD,
+    aged_adamw_groups,
+    zeroth_order_groups,
+)
+from ..tuners import adapter_layers
+from ..tuners.sparse_lora import sparse_layers
+from ..utils.parts import UnknownPart, register_part, require
+
+
+@register_part("aged_adamw")
+@dataclass(frozen=True)
+class AgedAdamWSpec(OptimizerSpec):
+    """`optim.AgedAdamW`: AdamW whose bias correction knows the age of every unit of the supports, for units that come
+    and go."""
+
+    values_ratio: float = 1.0
+    """Learning rate of the supports' values over that of everything else (as LoRA+ does for B; Hayou et al., 2024)."""
+    per_unit_age: bool = True
+    """Whether every unit has an age of its own; False: one step count a parameter, as torch's AdamW."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the moments; None: the run's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.values_ratio > 0, self, "values_ratio", "a number above 0")
+        fits = self.betas is None or (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas))
+        require(fits, self, "betas", "two numbers in [0, 1), or None")
+
+    def build(self, model: nn.Module, settings: OptimizerSettings) -> AgedAdamW:
+        """Groups as Trainer makes them, times values of supports or not."""
+        groups = aged_adamw_groups(model, lambda name, _: _is_support(name), settings.weight_decay)
+        for group in groups:
+            group["lr"] = settings.lr * (self.values_ratio if group["per_unit_age"] else 1.0)
+            group["per_unit_age"] = group["per_unit_age"] and self.per_unit_age
+        return AgedAdamW(groups, lr=settings.lr, betas=self.betas or settings.betas, eps=settings.eps)
+
+
+@register_part("sparse_sm3")
+@dataclass(frozen=True)
+class SparseSM3Spec(OptimizerSpec):
+    """`optim.SparseSM3`: SM3 that knows which entry of which matrix every value of the supports is; m + n numbers of
+    state a matrix (Anil et al., 2019; sparse form Ansell et al., 2024)."""
+
+    momentum: float = 0.0
+    """Decay rate of the momentum; 0, as in SpIEL, keeps no buffer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, self, "momentum", "a number in [0, 1)")
+
+    def build(self, model: nn.Module, settings: OptimizerSettings) -> SparseSM3:
+        """Groups as Trainer makes them; entries are read anew at every step."""
+        places = {
+            values: (layer, name)
+            for layer in sparse_layers(model)
+            for name, values in layer.sparse_lora_values.items()
+            if values.requires_grad and layer.sparse_lora_grid[name].granularity == "entry"
+        }
+
+        def indices_of(parameter: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
+            if parameter not in places:
+                return None
+            layer, name = places[parameter]
+            units = layer.units(name)
+            missing = parameter.shape[0] - units.numel()
+            if missing:  # spare capacity has no gradient: any position does
+                units = torch.cat([units, units.new_zeros(missing)])
+            return units, layer.out_features, layer.in_features
+
+        groups = aged_adamw_groups(model, lambda name, _: _is_support(name), settings.weight_decay)
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        return SparseSM3(groups, lr=settings.lr, indices_of=indices_of, momentum=self.momentum)
+
+
+@register_part("zeroth_order")
+@dataclass(frozen=True)
+class ZerothOrderSpec(OptimizerSpec):
+    """`optim.ZerothOrderSGD`: two forward passes and a random direction in the place of a gradient (MeZO; Malladi et
+    al., 2023; Sparse MeZO; Liu et al., 2024). Trains with `ZerothOrderTrainer`."""
+
+    epsilon: float = 1e-3
+    """Size of the perturbation (paper: 1e-3 for all weights, 1e-2 for LoRA)."""
+    sparsity: float = 0.0
+    """Fraction of every tensor's entries, the largest, that is neither perturbed nor trained; 0 is MeZO."""
+    perturbation: Literal["in_place", "layerwise"] = "in_place"
+    """How parameters are shifted; `layerwise` restores them bit for bit in every dtype."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"loss_differences"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epsilon > 0, self, "epsilon", "a number above 0")
+        require(0 <= self.sparsity < 1, self, "sparsity", "a fraction in [0, 1)")
+        require(self.perturbation in ("in_place", "layerwise"), self, "perturbation", "'in_place' or 'layerwise'")
+
+    def build(self, model: nn.Module, settings: OptimizerSettings) -> ZerothOrderSGD:
+        """Everything that trains, by name: names seed the directions."""
+        return ZerothOrderSGD(
+            zeroth_order_groups(model, settings.weight_decay),
+            lr=settings.lr,
+            seed=settings.seed,
+            epsilon=self.epsilon,
+            sparsity=self.sparsity,
+            perturbation=self.perturbation,
+        )
+
+
+def _is_support(name: str) -> bool:
+    return "sparse_lora_values" in name
+
+
+def asked_configs(model_or_config: nn.Module | PeftConfig) -> list[PeftConfig]:
+    """A config itself, or those of a model's active adapters of this package, each once."""
+    if isinstance(model_or_config, PeftConfig):
+        return [model_or_config]
+    found = {
+        id(config): config
+        for layer in adapter_layers(model_or_config)
+        for config in (layer.adapter_configs[name] for name in layer.active_adapters if layer.holds(name))
+    }
+    return list(found.values())
+
+
+def optimizer_spec(model_or_config: nn.Module | PeftConfig) -> OptimizerSpec | None:
+    """The optimizer that a config, or the active adapters of a model, ask for; None: whatever the loop takes.
+
+    Raises:
+        ValueError: one that this installation does not have, or adapters that ask for different ones.
+    """
+    specs = [config.optimizer for config in asked_configs(model_or_config) if getattr(config, "optimizer", None)]
+    for spec in specs:
+        if isinstance(spec, UnknownPart):
+            raise ValueError(
+                f"optimizer={spec.data} cannot train here: {spec.reason}. Import the package that registers it, update "
+                "hf-sparse-peft, or set optimizer=None in the config for the Trainer's own."
+            )
+        if spec != specs[0]:
+            raise ValueError(f"Active adapters ask for different optimizers, {specs[0]} and {spec}. Activate one.")
+    return specs[0] if specs else None
+
+
+def make_optimizer(
+    model: nn.Module,
+    args: TrainingArguments | None = None,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    seed: int = 0,
+) -> torch.optim.Optimizer | None:
+    """The optimizer that the active adapters of `model` ask for (`config.optimizer`); None where they ask for none.
+
+    Args:
+        model: with its adapters.
+        args: a Trainer's arguments, from which the rest is taken.
+        lr, weight_decay, betas, eps, seed: of a loop without them; `lr` is needed.
+
+    Raises:
+        ValueError: neither `args` nor `lr`; see `optimizer_spec`.
+    """
+    spec = optimizer_spec(model)
+    if spec is None:
+        return None
+    if args is not None:
+        return spec.build(model, settings_of(args))
+    if lr is None:
+        raise ValueError("make_optimizer(model) has no learning rate: pass a Trainer's args, or lr=...")
+    return spec.build(model, OptimizerSettings(lr, weight_decay, betas, eps, seed))
+
+
+def settings_of(args: Any) -> OptimizerSettings:
+    """What a Trainer's arguments say about its optimizer."""
+    return OptimizerSettings(
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        seed=args.seed,
+    )

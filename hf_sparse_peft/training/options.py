@@ -1,0 +1,144 @@
+"""What a Trainer must be given so that it does all that an adapter's config asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..tuners import adapter_layers
+from ..tuners.sparse_lora import sparse_layers
+from .base import ScheduleCallback
+from .budget_competition import BudgetCompetitionCallback
+from .initial_support import InitialSupportCallback
+from .optimizers import asked_configs, make_optimizer, optimizer_spec
+from .penalties import L1PenaltyCallback, NuclearNormCallback
+from .rank_reallocation import RankReallocationCallback
+from .runner import RuleRunner
+from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
+from .support_search import SupportSearchCallback
+from .trainer_checks import NamedAdapterCallback
+from .zeroth_order_trainer import ZerothOrderTrainer
+
+# In the order they must act at one step.
+SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
+    SupportSearchCallback,
+    RankReallocationCallback,
+    BudgetCompetitionCallback,
+    L1PenaltyCallback,
+    NuclearNormCallback,
+    SplitFactorsCallback,
+)
+
+TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differences": ZerothOrderTrainer}
+"""The Trainer that gives a rule or an optimizer what it needs (`Rule.needs`, `OptimizerSpec.needs`)."""
+
+
+def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallback]:
+    """The callbacks that carry out the schedules of a model's active adapters, or of a config; often an empty list.
+
+    Pass them to `Trainer(callbacks=...)` or `trl.SFTTrainer(peft_config=config, callbacks=callbacks_for(config))`.
+
+    Raises:
+        TypeError: neither a config of this package nor a model with one of its adapters.
+    """
+    if hasattr(model_or_config, "asked_schedules"):
+        configs = [model_or_config]
+    elif isinstance(model_or_config, nn.Module) and (layers := adapter_layers(model_or_config)):
+        configs = [layer.adapter_configs[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
+    else:
+        raise TypeError(
+            "callbacks_for takes a config of this package or a model that has such an adapter, not "
+            f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
+        )
+    asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
+    schedules = [cls() for cls in asked]
+    if any(config.schedule for config in configs):
+        # A rule must find the first support.
+        schedules.insert(sum(isinstance(one, SupportSearchCallback) for one in schedules), RuleRunner())
+    if isinstance(model_or_config, nn.Module):
+        if any(name != "default" for layer in layers for name in layer.active_adapters):
+            schedules.append(NamedAdapterCallback())
+        waits = any(
+            layer.is_undecided(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
+        )
+    else:
+        waits = getattr(model_or_config, "data_driven", False)
+    # First of all: schedules look at the supports.
+    return [InitialSupportCallback(), *schedules] if waits else schedules
+
+
+def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:
+    """The Trainer class that a config, or the active adapters of a model, need; most work in any Trainer.
+
+    Raises:
+        ValueError: parts of the config need different ones; see `optimizer_spec` too.
+    """
+    spec = optimizer_spec(model_or_config)
+    needs = set() if spec is None else set(spec.needs)
+    for config in asked_configs(model_or_config):
+        for rule in getattr(config, "rules", []):
+            needs |= rule.needs
+        masks = getattr(config, "factor_masks", None)
+        if masks is not None and masks.kind == "stochastic" and masks.consistency:
+            needs.add("two_passes")
+    classes = {TRAINERS[need] for need in needs & set(TRAINERS)}
+    if len(classes) > 1:
+        raise ValueError(
+            f"The config needs {' and '.join(sorted(cls.__name__ for cls in classes))} at once, and a run has one "
+            "Trainer. Take the rule or the optimizer that needs one of them out."
+        )
+    return classes.pop() if classes else Trainer
+
+
+def trainer_options(
+    model_or_config: nn.Module | PeftConfig, args: TrainingArguments, trainer_class: type[Trainer] = Trainer
+) -> dict[str, Any]:
+    """Arguments for a Trainer: `args`, the callbacks and, where the config asks for one, the optimizer.
+
+        Trainer(model=model, train_dataset=data, **trainer_options(model, args))
+        trl.SFTTrainer(base, train_dataset=data, peft_config=config, **trainer_options(config, args))
+
+    The optimizer is built from the adapted model when the Trainer needs it (`optimizer_cls_and_kwargs`), so that a
+    config is enough where the Trainer makes the adapter itself.
+
+    Args:
+        model_or_config: an adapted model, or a config of this package.
+        args: the Trainer's; its learning rate, weight decay, betas, epsilon and seed are the optimizer's.
+        trainer_class: what will be given the options. A few configs need one of their own,
+            `trainer_class_for(model_or_config)`, or a subclass of that.
+
+    Raises:
+        ValueError: `trainer_class` is not the one that the config needs; an optimizer that is unknown here.
+        TypeError: neither a config of this package nor a model with one of its adapters.
+    """
+    callbacks = callbacks_for(model_or_config)
+    needed = trainer_class_for(model_or_config)
+    if not issubclass(trainer_class, needed):
+        raise ValueError(
+            f"This config trains with {needed.__name__}, not with {trainer_class.__name__}: take cls = "
+            "hf_sparse_peft.trainer_class_for(model), and cls(model=model, **trainer_options(model, args, cls))."
+        )
+    options: dict[str, Any] = {"args": args, "callbacks": callbacks}
+    if optimizer_spec(model_or_config) is not None:
+        options["optimizer_cls_and_kwargs"] = (_Factory(args), {})
+    return options
+
+
+class _Factory:
+    """What Trainer takes for a factory: called without arguments it gives what is called with the model."""
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.args = args
+
+    def __call__(self) -> Any:
+        return self._build
+
+    def _build(self, model: nn.Module) -> torch.optim.Optimizer:
+        built = make_optimizer(model, self.args)
+        if built is None:
+            raise ValueError("The trained model has no active adapter that asks for the optimizer of its config.")
+        return built
