@@ -253,7 +253,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> tuple[list[SparseLoraLaye
             f"The model has no adapter '{adapter_name}' with a support; adapters that have one: {known or 'none'}. "
             "Call get_peft_model with a SparseLoraConfig of density > 0 first."
         )
-    return layers, layers[0].sparse_lora_config[adapter_name]
+    return layers, layers[0].adapter_configs[adapter_name]
 
 
 def _check_fresh(layers: list[SparseLoraLayer], adapter_name: str) -> None:

@@ -84,7 +84,7 @@ class DenseWarmup:
             at = units[layer.module_name].to(delta.device)
             ones = torch.ones(grid.values_shape(at.numel()), device=delta.device)
             self._masks.append(grid.scatter_add_(torch.zeros_like(delta), at, ones).bool())
-        penalty = self.layers[0].sparse_lora_config[self.adapter_name].l1_penalty
+        penalty = self.layers[0].adapter_configs[self.adapter_name].l1_penalty
         self._l1_weight = penalty.weight if penalty else 0.0
         self._l1_on_others = penalty is not None and penalty.scope == "trained"
         micro_batches = (data, batches_per_step, compute_loss, show_progress)

@@ -42,7 +42,7 @@ class InitialSupportCallback(TrainerCallback):
             waiting = [layer for layer in layers if layer.is_undecided(name)]
             if not waiting or not waiting[0].sparse_lora_values[name].requires_grad:
                 continue
-            config = waiting[0].sparse_lora_config[name]
+            config = waiting[0].adapter_configs[name]
             score = config.criterion.part_type
             if sharded := sharding_switched_on(args):
                 raise ValueError(

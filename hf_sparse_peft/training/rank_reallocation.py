@@ -108,7 +108,7 @@ class RankReallocationCallback(PenaltyCallback):
     @staticmethod
     def _budgets(parts: list[AdaptedLayer]) -> tuple[int, int]:
         """Components of one adapter at the start and at the end."""
-        start = sum(part.layer.sparse_lora_r[part.adapter] for part in parts)
+        start = sum(part.layer.sizes[part.adapter].rank for part in parts)
         return start, min(parts[0].config.rank_allocation.target_r * len(parts), start)
 
     def add_gradient(self, config: SparseLoraConfig, update: int, scale: float) -> None:
@@ -141,7 +141,7 @@ class RankReallocationCallback(PenaltyCallback):
                     start, target = self._budgets(counted)
                     budget = rank_budget(config.rank_allocation, start, target, step, self.total_steps)
                     alive = [part.layer.alive_components(part.adapter) for part in counted]
-                    sizes = [part.layer.sparse_lora_r[part.adapter] for part in counted]
+                    sizes = [part.layer.sizes[part.adapter].rank for part in counted]
                     budget = budget_of_training(budget if due else target, counted, alive, sizes)
                     living = sum(part.layer.alive_components(part.adapter) for part in judged)
                     if not late or budget < living:

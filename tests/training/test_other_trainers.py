@@ -30,7 +30,7 @@ def check_everything_moved(start, model, callbacks) -> None:
     assert all(len(before) == len(support_of(layer)) for before, layer in zip(start, layers, strict=True))
     alive = sum(int((layer.sparse_lora_gate["default"] != 0).sum()) for layer in layers)
     assert alive == 2 * len(layers)
-    assert all(layer.sparse_lora_config["default"].training_finished for layer in layers)
+    assert all(layer.adapter_configs["default"].training_finished for layer in layers)
 
 
 @pytest.fixture

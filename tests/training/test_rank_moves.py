@@ -229,4 +229,4 @@ def test_rank_and_support_move_in_one_run(tmp_path):
         before = model(input_ids=ids).logits
         model.base_model.compact()
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
-    assert sum(layer.sparse_lora_r["default"] for layer in layers_of(model)) == 2 * len(layers_of(model))
+    assert sum(layer.sizes["default"].rank for layer in layers_of(model)) == 2 * len(layers_of(model))

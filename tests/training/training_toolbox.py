@@ -171,7 +171,7 @@ def positions(units: list[int], granularity: str, rows: int, cols: int, size: in
 
 
 def positions_of(layer: SparseLoraLayer, units: list[int] | None = None, adapter: str = "default") -> torch.Tensor:
-    config = layer.sparse_lora_config[adapter]
+    config = layer.adapter_configs[adapter]
     units = support_of(layer, adapter) if units is None else units
     return positions(units, config.granularity, layer.out_features, layer.in_features, config.block_size)
 

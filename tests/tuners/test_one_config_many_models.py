@@ -70,9 +70,9 @@ def test_the_copy_is_what_layers_hold_and_files_say(tmp_path):
     config = CONFIGS["global-magnitude"]()
     model = get_peft_model(tiny.llama(layers=1), config)
     written = model.peft_config["default"]
-    layers = [m for m in model.modules() if hasattr(m, "sparse_lora_config")]
+    layers = [m for m in model.modules() if hasattr(m, "adapter_configs")]
     assert layers
-    assert all(layer.sparse_lora_config["default"] is written for layer in layers)
+    assert all(layer.adapter_configs["default"] is written for layer in layers)
     assert written.support_pattern
     model.save_pretrained(tmp_path)
     assert SparseLoraConfig.from_pretrained(tmp_path).support_pattern == written.support_pattern

@@ -70,7 +70,7 @@ def test_compact_twice_is_compact_once(base_of, tmp_path):
     model.compact()
     first = logits(model)
     for layer in sparse_layers(model):
-        if layer.sparse_lora_r["default"] > 1:  # a second training thinned it further
+        if layer.sizes["default"].rank > 1:  # a second training thinned it further
             layer.sparse_lora_rank_mask["default"][0] = 0
             layer.sparse_lora_gate["default"].data[0] = 0
     second = logits(model)
@@ -87,7 +87,7 @@ def test_compact_keeps_the_scaling_under_patterns(base_of, tmp_path, rslora):
     model = get_peft_model(base_of(), make_config(rank_allocation=RankAllocationConfig(target_r=2), **patterns))
     fill(model)
     for layer in sparse_layers(model):
-        rank = layer.sparse_lora_r["default"]
+        rank = layer.sizes["default"].rank
         mask = layer.sparse_lora_rank_mask["default"]
         mask[4 if rank == 6 else 3 :] = 0  # q_proj: from its pattern's 6 down to the config's own r=4
         layer.sparse_lora_gate["default"].data.mul_(mask)

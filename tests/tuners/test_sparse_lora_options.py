@@ -117,7 +117,7 @@ def test_rank_and_alpha_patterns_and_rslora_set_rank_and_scaling(base_of):
     )
     model = get_peft_model(base_of(), config)
     for layer in sparse_layers(model):
-        rank = layer.sparse_lora_r["default"]
+        rank = layer.sizes["default"].rank
         if "q_proj" in layer.module_name:
             assert (rank, layer.sparse_lora_scaling["default"]) == (6, 2)
         elif "v_proj" in layer.module_name:

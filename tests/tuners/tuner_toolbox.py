@@ -136,7 +136,7 @@ def read_codes(codes: torch.Tensor) -> list[int]:
 def dense_sparse_half(layer: SparseLoraLayer, adapter: str, values: torch.Tensor | None = None) -> torch.Tensor:
     """`S` as a dense float64 `[out, in]` matrix, differentiable in `values`; one unit after the other."""
     values = layer.sparse_lora_values[adapter].detach().double() if values is None else values
-    config = layer.sparse_lora_config[adapter]
+    config = layer.adapter_configs[adapter]
     rows, cols, size = layer.out_features, layer.in_features, config.block_size
     dense = torch.zeros(rows, cols, dtype=torch.float64)
     for at, unit in enumerate(read_codes(layer.sparse_lora_support[adapter])):

@@ -134,13 +134,13 @@ def drawn_expert(layer: AdapterTensors, adapter_name: str, factor: str, draw: tu
 
     A hash, not a stream: recomputation under gradient checkpointing, a resumed run and every rank find the same one.
     """
-    config = layer.sparse_lora_config[adapter_name]
+    config = layer.adapter_configs[adapter_name]
     return stream_seed(config.seed, layer.module_name, "expert", factor, *draw) % config.factor_masks.experts
 
 
 def forward_factors(layer: AdapterTensors, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`A'` `[k, in]` and `B'` `[out, k]` of this forward pass, differentiable in the parameters."""
-    config = layer.sparse_lora_config[adapter_name]
+    config = layer.adapter_configs[adapter_name]
     draw = getattr(config, "_draw", None)
     if config.factor_masks is None or config.factor_masks.kind == "parallel" or draw is None or not layer.training:
         return merged_factors(layer, adapter_name)
@@ -159,7 +159,7 @@ def merged_factors(layer: AdapterTensors, adapter_name: str) -> tuple[torch.Tens
     experts, :math:`(A + (E-1) A_0)/E` and :math:`B/E`; by `joint`: the parameters as they are.
     """
     A, B = layer.sparse_lora_A[adapter_name], layer.sparse_lora_B[adapter_name]
-    masks = layer.sparse_lora_config[adapter_name].factor_masks
+    masks = layer.adapter_configs[adapter_name].factor_masks
     if masks is None:
         return A, B
     if masks.kind == "parallel":

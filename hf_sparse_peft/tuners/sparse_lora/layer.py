@@ -19,7 +19,7 @@ from .factors import factor_specs, fold_experts, merged_factors
 from .file_check import read_sizes
 from .plan import ModuleSizes
 from .spaces import spaces_of
-from .support_state import SupportState, support_specs, undecided_message
+from .support import SupportState, support_specs, undecided_message
 
 
 class SparseLoraLayer(SupportState):
@@ -45,7 +45,6 @@ class SparseLoraLayer(SupportState):
     sparse_lora_A_start: BufferDict
     """fp32 `[r, in]`, A's first content."""
     sparse_lora_grid: dict[str, UnitGrid]
-    sparse_lora_r: dict[str, int]
     sparse_lora_scaling: dict[str, float]
     sparse_lora_support_scaling: dict[str, float]
     sparse_lora_gradient_readers: dict[str, list[Callable[[torch.Tensor], None]]]
@@ -92,7 +91,6 @@ class SparseLoraLayer(SupportState):
     def set_sizes(self, adapter_name: str, sizes: ModuleSizes) -> None:
         """Note what was decided for the adapter in this layer."""
         super().set_sizes(adapter_name, sizes)
-        self.sparse_lora_r[adapter_name] = sizes.rank
         found = {"grid": sizes.grid, "scaling": sizes.scaling, "support_scaling": sizes.support_scaling}
         for name, value in found.items():
             held = getattr(self, f"sparse_lora_{name}")
@@ -103,9 +101,9 @@ class SparseLoraLayer(SupportState):
     def allocate_training_state(self, adapter_name: str) -> None:
         """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
         super().allocate_training_state(adapter_name)
-        config = self.sparse_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         if config.rank_allocation and adapter_name in self.sparse_lora_gate:
-            size = self.sparse_lora_r[adapter_name] * (self.in_features + self.out_features + 1)
+            size = self.sizes[adapter_name].rank * (self.in_features + self.out_features + 1)
             self._add_state("sparse_lora_sensitivity", adapter_name, torch.zeros(size))
             self._add_state("sparse_lora_uncertainty", adapter_name, torch.zeros(size))
 
@@ -137,11 +135,6 @@ class SparseLoraLayer(SupportState):
 
     # What is held
 
-    @property
-    def sparse_lora_config(self) -> dict[str, SparseLoraConfig]:
-        """Config of each adapter of this layer, one object for all of its layers."""
-        return self.adapter_configs
-
     def _before_training(self, active: list[str]) -> None:
         waiting = [name for name in active if name not in self.sparse_lora_dense_delta]
         for name in waiting:
@@ -166,7 +159,7 @@ class SparseLoraLayer(SupportState):
         """Living components of the low-rank half."""
         if adapter_name in self.sparse_lora_rank_mask:
             return int(self.sparse_lora_rank_mask[adapter_name].sum())
-        return self.sparse_lora_r.get(adapter_name, 0)
+        return self.sizes[adapter_name].rank if adapter_name in self.sizes else 0
 
     @torch.no_grad()
     def compact(self, adapter_name: str, drop_within: float | None = None) -> None:

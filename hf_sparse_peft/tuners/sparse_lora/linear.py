@@ -109,7 +109,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         return reader
 
     def _may_be_read(self) -> bool:
-        configs = [self.sparse_lora_config[name] for name in self.active_adapters if self.holds(name)]
+        configs = [self.adapter_configs[name] for name in self.active_adapters if self.holds(name)]
         return any("gradient" in rule.needs for config in configs for rule in config.rules)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         self._owner = register_owner(self)  # a copy must not answer for the original
 
     def _dropout(self, names: list[str]) -> float:
-        rates = {self.sparse_lora_config[name].lora_dropout for name in names if name in self.sparse_lora_A}
+        rates = {self.adapter_configs[name].lora_dropout for name in names if name in self.sparse_lora_A}
         if len(rates) > 1:
             raise ValueError(
                 f"Active adapters {names} have different lora_dropout {sorted(rates)}; train them one by one."

@@ -132,7 +132,7 @@ class RankSpace(UnitSpace):
     @property
     def size(self) -> int:
         """Components that there is room for."""
-        return self.layer.sparse_lora_r[self.adapter]
+        return self.layer.sizes[self.adapter].rank
 
     capacity = size
 

@@ -93,7 +93,7 @@ class SupportState(AdapterLayer):
         Raises:
             ValueError: the module selects together with others, which happens at injection only.
         """
-        config = self.sparse_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         if config.structure_of(self.module_name) is not None:
             raise ValueError(
                 f"The support of '{self.module_name}' is chosen with other modules' (structures), over the whole model "
@@ -104,7 +104,7 @@ class SupportState(AdapterLayer):
 
     def _first_units(self, adapter_name: str) -> torch.Tensor:
         """The units that the config's criterion chooses without data: for `random`, always the same draw."""
-        config = self.sparse_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         seed = stream_seed(config.seed, self.module_name)
         if isinstance(config.criterion, UnknownPart):
             config.check_runnable()
@@ -120,7 +120,7 @@ class SupportState(AdapterLayer):
 
     def is_random_start(self, adapter_name: str) -> bool:
         """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
-        config = self.sparse_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         if not isinstance(config.criterion, Random) or config.support_search is not None:
             return False
         if config.structure_of(self.module_name) is not None:
@@ -131,7 +131,7 @@ class SupportState(AdapterLayer):
 
     def has_first_values(self, adapter_name: str) -> bool:
         """Whether the support's values are those of injection: 0, or the draw of `support_init`."""
-        config, values = self.sparse_lora_config[adapter_name], self.sparse_lora_values[adapter_name].detach()
+        config, values = self.adapter_configs[adapter_name], self.sparse_lora_values[adapter_name].detach()
         if config.support_init == "zeros":
             return not bool(values.any())
         first = _first_values(config, self.module_name, self.sizes[adapter_name])
@@ -147,7 +147,7 @@ class SupportState(AdapterLayer):
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
             KeyError: no such adapter.
         """
-        if adapter_name not in self.sparse_lora_support and adapter_name in self.sparse_lora_config:
+        if adapter_name not in self.sparse_lora_support and adapter_name in self.adapter_configs:
             return torch.empty(0, dtype=torch.int32, device=self.get_base_layer().weight.device)
         units, row_ends = self.packed_units(adapter_name)
         if row_ends is None:
@@ -173,7 +173,7 @@ class SupportState(AdapterLayer):
             return cached[3:]
         # Values that are not zero belong to units that only the file knows: decoding refuses them.
         if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
-            if self.sparse_lora_config[adapter_name].data_driven:  # empty until data decides
+            if self.adapter_configs[adapter_name].data_driven:  # empty until data decides
                 index_dtype = self.sparse_lora_grid[adapter_name].index_dtype
                 return self._remember(adapter_name, torch.empty(0, dtype=index_dtype, device=codes.device))
             self.select_support(adapter_name)
@@ -187,7 +187,7 @@ class SupportState(AdapterLayer):
         return found
 
     def _notice_overwritten_support(self, adapter_name: str, old: tuple, new: tuple) -> None:
-        config = self.sparse_lora_config[adapter_name]
+        config = self.adapter_configs[adapter_name]
         changed = any(a is not None and not torch.equal(a.to(b.device), b) for a, b in zip(old, new, strict=True))
         if not changed or getattr(config, "_overwriting_told", False):
             return
@@ -238,7 +238,7 @@ class SupportState(AdapterLayer):
 
     def is_undecided(self, adapter_name: str) -> bool:
         """Whether the adapter's support waits for data: the layer computes as its base then, and refuses to train."""
-        if adapter_name not in self.sparse_lora_values or not self.sparse_lora_config[adapter_name].data_driven:
+        if adapter_name not in self.sparse_lora_values or not self.adapter_configs[adapter_name].data_driven:
             return False
         codes, known = self.sparse_lora_support[adapter_name], self._units.get(adapter_name)
         if torch.compiler.is_compiling() and known is not None:
