@@ -43,10 +43,11 @@ KINDS = {
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
 
+SCALED = tuple(name for name in PARAMETRIZATIONS if name != "kernel")
 RULES: dict[str, dict[str, Any]] = {
     "freeze": {"only": ("entries", "low rank + entries")},
     "regrow": {"every": 3, "grow": "gradient", "fraction": 0.5, "retired": 0.3},
-    "sample_layers": {"trained": 0.5, "interval": 3, "probe_batch": 4, "only": tuple(set(PARAMETRIZATIONS) - {"kernel"})},
+    "sample_layers": {"trained": 0.5, "interval": 3, "probe_batch": 4, "only": SCALED},
     "prune": {"final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},

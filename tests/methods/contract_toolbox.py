@@ -61,16 +61,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TRAINING: dict[str, dict[str, Any]] = {}
 """Arguments of `TrainingArguments` for methods that ask for others."""
 
-FIRST_MICRO_BATCH = {"spiel-ag": "candidates come from the first micro-batch of a phase, as published"}
-"""Methods whose choice follows one micro-batch: their accumulation is compared on micro-batches that are all alike."""
-
 EXCEPTIONS: dict[tuple[str, str], str] = {
     (
         "identity",
         "snell",
     ): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("identity", "snella"): "as snell",
-    ("accumulation", "mosa"): "every micro-batch draws experts of its own, as published",
     ("loss", "mezo"): "eight random directions need not lead down",
     ("loss", "sparse-mezo"): "as mezo",
 }
@@ -86,42 +82,6 @@ def build(name: str):
     known = inspect.signature(methods.describe(name).build).parameters
     options = {key: value for key, value in TINY.items() if key in known or key == "target_modules"}
     return methods.get(name, **copy.deepcopy({**options, "task_type": "CAUSAL_LM", **OPTIONS.get(name, {})}))
-
-
-def parts_of(name: str) -> frozenset[str]:
-    """What a method is made of, as far as the engine and the runner tell it apart from others."""
-    method = build(name)
-    config = method.config
-    asked = list(getattr(config, "asked_schedules", ()))
-    schedules = [getattr(config, field, None) for field in asked]  # rules of `schedule` are no fields
-    grown = [f"grows by {schedule.grow}" for schedule in schedules if hasattr(schedule, "grow")]
-    return frozenset(
-        [
-            f"tuner {type(config).__name__}",
-            f"trainer {method.trainer_class.__name__}",
-            f"optimizer {type(getattr(config, 'optimizer', None)).__name__}",
-            f"learns from a run: {method.make_ready is not None}",
-            f"support from data: {getattr(config, 'data_driven', False)}",
-            f"granularity {getattr(config, 'granularity', None)}",
-            f"structures: {bool(getattr(config, 'structures', None))}",
-            f"low rank: {bool(getattr(config, 'r', 0))}",
-            f"factor masks: {getattr(config, 'factor_masks', None) is not None}",
-            *(f"schedule {field}" for field in asked),
-            *grown,
-        ]
-    )
-
-
-@functools.cache
-def covering_methods() -> frozenset[str]:
-    """A few methods that together have every part that any method has: chosen greedily, most new parts first."""
-    parts = {name: parts_of(name) for name in methods.names()}
-    missing, chosen = set().union(*parts.values()), set()
-    while missing:
-        best = max(sorted(parts), key=lambda name: len(parts[name] & missing))
-        chosen.add(best)
-        missing -= parts[best]
-    return frozenset(chosen)
 
 
 def save_base(folder: Path) -> None:
