@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..hub.analysis import support_from_checkpoints
+from ..rules import L1Penalty
 from ..sparsity import DeltaMagnitude, Fisher
-from ..tuners import L1PenaltyConfig, SparseLoraConfig
+from ..tuners import SparseLoraConfig
 from .registry import FirstRun, Method, register
 
 
@@ -69,8 +70,7 @@ def lt_sft(
         sparse_steps=sparse_steps,
     )
     options = {"allocation": "global", "criterion": warmup}
-    penalty = L1PenaltyConfig(weight=l1) if l1 else None
-    options = {"l1_penalty": penalty, "drop_within": 1e-7, **options}
+    options = {"schedule": [L1Penalty(weight=l1)] if l1 else [], "drop_within": 1e-7, **options}
     options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
     return Method(SparseLoraConfig(**options))
 

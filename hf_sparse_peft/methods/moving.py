@@ -10,13 +10,14 @@ from ..rules import (
     Freeze,
     Gradient,
     LowRankMagnitude,
+    NuclearNorm,
     Random,
     RandomUnfired,
     Regrow,
 )
 from ..sparsity import Cosine, Curve, Linear, scores
 from ..training import AgedAdamWSpec, SparseSM3Spec
-from ..tuners import NuclearNormConfig, SparseLoraConfig
+from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
 
@@ -240,9 +241,10 @@ def sara(
     budget = {"density": density}
     if threshold is not None:
         budget = {"density": density, "allocation": "threshold"}
-    norm = NuclearNormConfig(weight=nuclear_weight, min_side=min_side) if nuclear_weight else None
+    schedule = [NuclearNorm(weight=nuclear_weight, min_side=min_side)] if nuclear_weight else []
+    schedule.append(Freeze(at=at, threshold=threshold))
     options = {
-        "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": [Freeze(at=at, threshold=threshold)],
-        "nuclear_norm": norm, "target_modules": "all-linear", **overrides,
+        "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": schedule,
+        "target_modules": "all-linear", **overrides,
     }  # fmt: skip
     return Method(SparseLoraConfig(**options))

@@ -7,6 +7,7 @@ prune.py         units leave along a curve
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 alternate_modules.py    a fraction of the modules is updated per period
+penalties.py     L1 and nuclear norm on what trains
 sample_layers.py    drawn transformer layers train at a step        probing.py    passes beside training
 """
 
@@ -15,6 +16,7 @@ from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .freeze import Freeze
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
+from .penalties import L1Penalty, NuclearNorm
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
 from .regrow import Regrow
@@ -34,11 +36,13 @@ __all__ = [
     "Freeze",
     "Gradient",
     "Growth",
+    "L1Penalty",
     "LowRankMagnitude",
     "Magnitude",
     "ModuleSpace",
     "Move",
     "MoveResult",
+    "NuclearNorm",
     "Prune",
     "Random",
     "RandomUnfired",

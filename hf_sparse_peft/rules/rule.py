@@ -118,6 +118,18 @@ def conflict(first: Rule, second: Rule) -> str | None:
     return None
 
 
+def why_not_without_gradients(rule: Rule) -> str | None:
+    """What a rule does that no training without gradients (zeroth order) allows, as the rest of a sentence; None for
+    rules that may run there: those that write values only, or nothing, and read no gradient."""
+    if "gradient" in rule.needs | rule.writes:
+        return "reads or changes gradients"
+    if "trains" in rule.writes:
+        return "holds numbers still that noise would move"
+    if "units" in rule.writes:
+        return "moves units, which the noise and the replay log are not told of"
+    return "changes the forward pass, whose two losses are compared" if "forward" in rule.writes else None
+
+
 def check_entries(owner: str, config: Any) -> None:
     """Raises `ValueError` unless the units of the adapter's support are single entries."""
     other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]

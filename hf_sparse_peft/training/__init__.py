@@ -10,7 +10,6 @@ from .initial_support import InitialSupportCallback
 from .loop import Controller
 from .optimizers import AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import SCHEDULE_CALLBACKS, TRAINERS, callbacks_for, trainer_class_for, trainer_options
-from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .rank_reallocation import RankReallocationCallback
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
@@ -26,10 +25,8 @@ __all__ = [
     "BudgetCompetitionCallback",
     "Controller",
     "InitialSupportCallback",
-    "L1PenaltyCallback",
     "LayerSamplingCallback",
     "MaskRegrowthCallback",
-    "NuclearNormCallback",
     "PruningCallback",
     "RankReallocationCallback",
     "RuleRunner",

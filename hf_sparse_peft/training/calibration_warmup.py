@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..rules import L1Penalty
 from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ..rules.penalties import add_l1_gradient, model_numel
 from ..rules.probing import loss_of, modes_kept
 from ..sparsity import make_curve
 from ..sparsity.statistics import DeltaMagnitude
-from ..tuners.sparse_lora.l1 import add_l1_gradient, model_numbers
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from .calibration_data import CalibrationData, items_in
 
@@ -38,7 +39,7 @@ class DenseWarmup:
         held = {id(layer.sparse_lora_values[adapter_name]) for layer in layers}
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
         self.start = [p.detach().clone() for p in self.others]
-        self.numel = model_numbers(model)
+        self.numel = model_numel(model)
         self.deltas: list[torch.Tensor] = []
         self.reached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         """Module name -> the units and values that the sparse phases so far have come to."""
@@ -84,7 +85,8 @@ class DenseWarmup:
             at = units[layer.module_name].to(delta.device)
             ones = torch.ones(grid.values_shape(at.numel()), device=delta.device)
             self._masks.append(grid.scatter_add_(torch.zeros_like(delta), at, ones).bool())
-        penalty = self.layers[0].adapter_configs[self.adapter_name].l1_penalty
+        rules = self.layers[0].adapter_configs[self.adapter_name].rules
+        penalty = next((rule for rule in rules if isinstance(rule, L1Penalty)), None)
         self._l1_weight = penalty.weight if penalty else 0.0
         self._l1_on_others = penalty is not None and penalty.scope == "trained"
         micro_batches = (data, batches_per_step, compute_loss, show_progress)

@@ -15,7 +15,6 @@ from .base import ScheduleCallback
 from .budget_competition import BudgetCompetitionCallback
 from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
-from .penalties import L1PenaltyCallback, NuclearNormCallback
 from .rank_reallocation import RankReallocationCallback
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
@@ -28,8 +27,6 @@ SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
     RankReallocationCallback,
     BudgetCompetitionCallback,
-    L1PenaltyCallback,
-    NuclearNormCallback,
     SplitFactorsCallback,
 )
 

@@ -11,8 +11,7 @@ from ..rules.evidence import MissingEvidence, is_evidence
 from ..rules.no_effect import report_idle
 from ..sparsity import stream_seed, top_units, whole_steps
 from ..tuners.sparse_lora import RankAllocationConfig, SparseLoraConfig, SparseLoraLayer
-from .base import AdaptedLayer
-from .penalties import PenaltyCallback
+from .base import AdaptedLayer, ScheduleCallback
 
 
 def rank_budget(config: RankAllocationConfig, start: int, target: int, step: int, total_steps: int) -> int:
@@ -37,7 +36,7 @@ def _fixed(config: RankAllocationConfig, total_steps: int) -> int:
     return min(_window(config, total_steps)[1], total_steps - 1 + config.count_from)
 
 
-class RankReallocationCallback(PenaltyCallback):
+class RankReallocationCallback(ScheduleCallback):
     r"""Moves rank between the layers of adapters that set `rank_allocation` (AdaLoRA; Zhang et al., 2023).
 
     After every optimizer step each entry w of A, B and gate updates its sensitivity
@@ -110,6 +109,13 @@ class RankReallocationCallback(PenaltyCallback):
         """Components of one adapter at the start and at the end."""
         start = sum(part.layer.sizes[part.adapter].rank for part in parts)
         return start, min(parts[0].config.rank_allocation.target_r * len(parts), start)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Add the penalty's gradient, in the units that the loss's gradient has at this point."""
+        scaler = getattr(optimizer, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None and not args.max_grad_norm else 1.0
+        for config in self.configs():
+            self.add_gradient(config, state.global_step + 1, scale)
 
     def add_gradient(self, config: SparseLoraConfig, update: int, scale: float) -> None:
         """Add the orthogonality regulariser's gradient."""

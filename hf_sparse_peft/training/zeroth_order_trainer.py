@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..optim.zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from ..optim.zeroth_order_log import LOG_NAME, ZerothOrderLog
 from ..rules.collectives import all_reduce_mean
+from ..rules.rule import why_not_without_gradients
 from ..tuners import adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from .optimizers import make_optimizer
@@ -208,10 +209,15 @@ def _refuse_unsuited(args: TrainingArguments) -> None:
 
 
 def _refuse_schedules(config: Any) -> None:
+    for rule in config.rules if config.has_schedule else ():
+        if (reason := why_not_without_gradients(rule)) is not None:
+            raise ValueError(
+                f"{type(rule).__name__} {reason}; zeroth-order training has no gradients. Leave it out of schedule, or "
+                "train with Trainer."
+            )
     for field in config.asked_schedules if config.has_schedule else ():
-        if field not in _SUITED_SCHEDULES:
-            mend = f"set {field}=None" if hasattr(config, field) else "leave it out of schedule"
+        if hasattr(config, field) and field not in _SUITED_SCHEDULES:
             raise ValueError(
                 f"{field} needs gradients, or holds entries still that noise would move; zeroth-order training has no "
-                f"gradients: {mend}, or train with Trainer."
+                f"gradients: set {field}=None, or train with Trainer."
             )

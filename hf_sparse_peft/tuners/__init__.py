@@ -5,8 +5,6 @@ from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
-    L1PenaltyConfig,
-    NuclearNormConfig,
     RankAllocationConfig,
     SparseLoraConfig,
     SparseLoraLayer,
@@ -24,8 +22,6 @@ __all__ = [
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",
-    "L1PenaltyConfig",
-    "NuclearNormConfig",
     "RankAllocationConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",

@@ -17,6 +17,7 @@ from hf_sparse_peft import (
     FactorMaskConfig,
     Freeze,
     Gradient,
+    L1Penalty,
     Linear,
     MaskRegrowthCallback,
     Prune,
@@ -32,7 +33,6 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.rules import moves
 from hf_sparse_peft.training import SupportTelemetryCallback, ZerothOrderTrainer, zeroth_order_optimizer
-from hf_sparse_peft.tuners import L1PenaltyConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -63,7 +63,7 @@ CONFIGS = {
     "experts": lambda: sparse(
         r=4, density=0.0, factor_masks=FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0)
     ),
-    "penalty": lambda: sparse(l1_penalty=L1PenaltyConfig(weight=10.0)),
+    "penalty": lambda: sparse(schedule=[L1Penalty(weight=10.0)]),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from hf_sparse_peft import (
     Freeze,
     Linear,
     LowRankMagnitude,
+    NuclearNorm,
     Prune,
     RankAllocationConfig,
     Regrow,
@@ -22,7 +23,7 @@ from hf_sparse_peft import (
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.tuners import BudgetCompetitionConfig, KernelLoraConfig, NuclearNormConfig
+from hf_sparse_peft.tuners import BudgetCompetitionConfig, KernelLoraConfig
 
 Q, QV = ["q_proj"], ["q_proj", "v_proj"]
 RANDOM = {"every": 3, "grow": "random", "fraction": 0.2}
@@ -44,7 +45,7 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         warnings.simplefilter("always")
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
-    options = ("rank_allocation", "nuclear_norm", "budget_competition", "Prune.", "AlternateModules.", "SampleLayers",
+    options = ("rank_allocation", "NuclearNorm.", "budget_competition", "Prune.", "AlternateModules.", "SampleLayers",
                "Regrow", "Freeze")  # fmt: skip
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
@@ -69,7 +70,7 @@ NEVER = {
         r"AlternateModules\.fraction=0\.5.*0 in period 0",
     ),
     "a nuclear norm after the end": (
-        sparse(nuclear_norm=NuclearNormConfig(interval=9, min_side=8)), r"nuclear_norm\.interval=9",
+        sparse(schedule=[NuclearNorm(interval=9, min_side=8)]), r"NuclearNorm\.interval=9",
     ),
 }  # fmt: skip
 
@@ -115,7 +116,7 @@ IDLE = {
     "probes after the end": (ranks(schedule=[SampleLayers(interval=8)]), "interval=8 leaves no probe"),
     "a threshold below all weights": (sparse(schedule=[Freeze(threshold=1e-9)]), r"1e-09 .* all 8 layers"),
     "matrices too small for the norm": (
-        sparse(nuclear_norm=NuclearNormConfig(min_side=16)), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
+        sparse(schedule=[NuclearNorm(min_side=16)]), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
     ),
     "one matrix that competes": (
         KernelLoraConfig(r=4, target_modules=Q, layers_to_transform=[0], sparsity=0.5,
@@ -201,7 +202,7 @@ WORKING = {
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
     "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
     "freeze": sparse(schedule=[Freeze()], criterion="smallest_magnitude"),
-    "nuclear_norm": sparse(nuclear_norm=NuclearNormConfig(min_side=8)),
+    "a nuclear norm": sparse(schedule=[NuclearNorm(min_side=8)]),
     "budget_competition": masks(budget_competition=BudgetCompetitionConfig(interval=1)),
 }
 

@@ -19,15 +19,16 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import Freeze, SparseLoraConfig, callbacks_for, methods
-from hf_sparse_peft.training.penalties import L1PenaltyCallback, gradient_scale
-from hf_sparse_peft.tuners.sparse_lora.l1 import model_numbers
+from hf_sparse_peft import Freeze, L1Penalty, SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft.rules import Run, Training
+from hf_sparse_peft.rules.penalties import model_numel
+from hf_sparse_peft.training import RuleRunner
 
 WEIGHT = 900.0  # P is about 10 000
 
 
 def config(**overrides):
-    return make_config(**{"l1_penalty": {"weight": WEIGHT}, "modules_to_save": ["lm_head"], **overrides})
+    return make_config(**{"schedule": [L1Penalty(WEIGHT)], "modules_to_save": ["lm_head"], **overrides})
 
 
 def trained(model):
@@ -54,7 +55,7 @@ def additions(model, out, **options):
 @pytest.mark.parametrize("scope", ["trained", "support"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_gradient_of_the_formula_is_added_once_a_step_whatever_the_accumulation(accumulation, scope, tmp_path):
-    model = adapted(config(l1_penalty={"weight": WEIGHT, "scope": scope}))
+    model = adapted(config(schedule=[L1Penalty(WEIGHT, scope)]))
     start = {name: p.detach().double().clone() for name, p in trained(model).items()}
     assert sum("modules_to_save" in name for name in start) == 1
     numbers = sum(p.numel() for p in tiny_llama().parameters())
@@ -69,17 +70,17 @@ def test_the_gradient_of_the_formula_is_added_once_a_step_whatever_the_accumulat
     assert all(steps[-1][0][name].ne(start[name]).any() for name in start)
 
 
-def test_units_that_are_frozen_or_dead_are_not_pulled(tmp_path):
-    model = adapted(config(schedule=[Freeze(at=0.5)], modules_to_save=None))
-    callback = L1PenaltyCallback()
-    args = types.SimpleNamespace(deepspeed=None, fsdp=None, max_grad_norm=1.0)
-    callback.on_train_begin(args, types.SimpleNamespace(max_steps=9, global_step=0), None, model=model)
+def test_units_that_are_frozen_or_dead_are_not_pulled():
+    model = adapted(config(schedule=[L1Penalty(WEIGHT), Freeze(at=0.5)], modules_to_save=None))
+    runner = RuleRunner()
+    runner.begin(Training(model=model, total_steps=9), {})
     for layer in layers_of(model):
         values = layer.sparse_lora_values["default"]
         values.data.normal_()
         values.grad = torch.zeros_like(values)
         layer.sparse_lora_rule_frozen["default"][::2] = 1
-    callback.on_pre_optimizer_step(args, types.SimpleNamespace(global_step=0), None)
+    runner.gradients()
+    runner.leave()
     for layer in layers_of(model):
         gradient = layer.sparse_lora_values["default"].grad
         assert not gradient[::2].any()
@@ -127,21 +128,25 @@ def test_a_resumed_run_with_a_pulled_head_changes_no_bit(tmp_path):
 
 
 def test_gradients_under_fp16_are_pulled_in_their_own_scale():
+    def scale(scaler, clips):
+        optimizer = types.SimpleNamespace(scaler=scaler)
+        training = Training(model=None, total_steps=1, optimizer=optimizer, clips=clips)
+        return Run(training, L1Penalty(), "default", None, []).gradient_scale
+
     scaler = types.SimpleNamespace(get_scale=lambda: 512.0)
-    wrapped, plain = types.SimpleNamespace(scaler=scaler), types.SimpleNamespace(scaler=None)
-    assert gradient_scale(types.SimpleNamespace(max_grad_norm=0.0), wrapped) == 512.0
-    assert gradient_scale(types.SimpleNamespace(max_grad_norm=1.0), wrapped) == 1.0  # clipping unscaled them
-    assert gradient_scale(types.SimpleNamespace(max_grad_norm=0.0), plain) == 1.0
+    assert scale(scaler, clips=False) == 512.0
+    assert scale(scaler, clips=True) == 1.0  # clipping unscaled them
+    assert scale(None, clips=False) == 1.0
 
 
 def test_p_counts_every_number_of_the_model_and_nothing_of_adapters(tmp_path):
     numbers = sum(p.numel() for p in tiny_llama().parameters())
-    assert model_numbers(adapted(config())) == numbers
+    assert model_numel(adapted(config())) == numbers
     tiny_llama().save_pretrained(tmp_path)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, device_map="cpu", dtype=torch.float32)
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert model_numbers(get_peft_model(base, config(target_modules=every, modules_to_save=None))) == numbers
+    assert model_numel(get_peft_model(base, config(target_modules=every, modules_to_save=None))) == numbers
 
 
 def test_the_config_tells_both_penalties_and_survives_json(tmp_path):
@@ -149,21 +154,21 @@ def test_the_config_tells_both_penalties_and_survives_json(tmp_path):
     assert method.config.criterion.l1 == 0.1
     method.config.save_pretrained(tmp_path)
     read = SparseLoraConfig.from_pretrained(tmp_path)
-    assert (read.l1_penalty.weight, read.l1_penalty.scope, read.drop_within) == (0.2, "trained", 1e-7)
-    assert [type(callback) for callback in callbacks_for(read)][1:] == [L1PenaltyCallback]
-    assert methods.get("lt-sft").config.l1_penalty is None
+    assert (read.schedule, read.drop_within) == ([L1Penalty(0.2, "trained")], 1e-7)
+    assert [type(callback) for callback in callbacks_for(read)][1:] == [RuleRunner]
+    assert methods.get("lt-sft").config.schedule == []
 
 
 def test_pulls_without_a_known_start_are_refused_with_the_mend():
-    with pytest.raises(ValueError, match=r"l1_penalty.*bias='all'.*scope='support'"):
+    with pytest.raises(ValueError, match=r"L1Penalty.*bias='all'.*scope='support'"):
         config(bias="all")
-    config(bias="all", l1_penalty={"weight": 1.0, "scope": "support"})
-    with pytest.raises(ValueError, match=r"l1_penalty.*support_init='uniform'"):
+    config(bias="all", schedule=[L1Penalty(1.0, "support")])
+    with pytest.raises(ValueError, match=r"L1Penalty.*support_init='uniform'"):
         config(support_init="uniform")
-    with pytest.raises(ValueError, match=r"l1_penalty.*density=0"):
+    with pytest.raises(ValueError, match=r"L1Penalty.*density=0"):
         config(density=0, r=4)
-    with pytest.raises(ValueError, match=r"L1PenaltyConfig.weight=0.0"):
-        config(l1_penalty={"weight": 0.0})
+    with pytest.raises(ValueError, match=r"L1Penalty.weight=0.0"):
+        L1Penalty(weight=0.0)
     with pytest.raises(ValueError, match=r"drop_within=-1"):
         config(drop_within=-1)
 

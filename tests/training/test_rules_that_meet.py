@@ -17,6 +17,8 @@ from hf_sparse_peft import (
     Freeze,
     Gradient,
     KernelLoraConfig,
+    L1Penalty,
+    NuclearNorm,
     Prune,
     Random,
     RankAllocationConfig,
@@ -29,7 +31,7 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.rules import Run, Training
 from hf_sparse_peft.training import RuleRunner
-from hf_sparse_peft.tuners import L1PenaltyConfig, NuclearNormConfig, adapter_layers
+from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import begin_run
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -41,8 +43,8 @@ RULES = {
     "alternate_modules": AlternateModules(period_steps=3),
     "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
     "freeze": Freeze(at=0.5, threshold=0.05),
-    "nuclear_norm": NuclearNormConfig(interval=1, min_side=8),
-    "l1_penalty": L1PenaltyConfig(weight=50.0),
+    "nuclear_norm": NuclearNorm(interval=1, min_side=8),
+    "l1_penalty": L1Penalty(weight=50.0),
     "factor_masks": FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0),
 }  # fmt: skip
 REFUSED = {

@@ -18,9 +18,8 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import Regrow, methods
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.penalties import add_nuclear_norm_gradient
+from hf_sparse_peft import NuclearNorm, Regrow, methods
+from hf_sparse_peft.tuners.sparse_lora.spaces import SupportSpace
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12  # the adjustment takes the place of step 6
@@ -64,7 +63,7 @@ def test_the_nuclear_norms_gradient_is_autograds_through_the_singular_values():
         values = layer.sparse_lora_values["default"]
         values.data.normal_(std=0.1)
         values.grad = torch.zeros_like(values)
-        add_nuclear_norm_gradient(AdaptedLayer(layer, "default"), scale=2.0)
+        NuclearNorm().add_gradient(SupportSpace(layer, "default"), scale=2.0)
         at = support_of(layer)
         deltas = values.detach().double().requires_grad_()
         masked = torch.zeros(layer.out_features * layer.in_features, dtype=torch.float64)
@@ -189,8 +188,8 @@ def test_it_trains_on_an_nf4_base_by_the_dequantised_weights(tmp_path):
 def test_contradictions_are_refused_with_the_mend(tmp_path):
     with pytest.raises(ValueError, match=r"Freeze needs the units.*Regrow moves them"):
         make_config(schedule=[Regrow(), {"type": "freeze", "at": 0.5}])
-    with pytest.raises(ValueError, match=r"nuclear_norm.*granularity='row'"):
-        make_config(nuclear_norm={"weight": 0.1}, granularity="row")
+    with pytest.raises(ValueError, match=r"NuclearNorm.*granularity='row'"):
+        make_config(schedule=[NuclearNorm(0.1)], granularity="row")
     with pytest.raises(ValueError, match=r"allocation='threshold'.*Freeze.threshold"):
         make_config(allocation="threshold")
     with pytest.raises(ValueError, match=r"Freeze.at=1.0"):

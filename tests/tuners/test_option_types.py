@@ -18,7 +18,9 @@ from hf_sparse_peft import (
     Freeze,
     Gradient,
     KernelLoraConfig,
+    L1Penalty,
     LowRankMagnitude,
+    NuclearNorm,
     Prune,
     RankAllocationConfig,
     Regrow,
@@ -29,11 +31,10 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.rules import Age
-from hf_sparse_peft.tuners import L1PenaltyConfig, NuclearNormConfig
 
 NESTED = [
-    BudgetCompetitionConfig, FactorMaskConfig, Freeze, AlternateModules, L1PenaltyConfig, SampleLayers,
-    NuclearNormConfig, Prune, RankAllocationConfig, Regrow, StructureConfig, SupportSearchConfig,
+    BudgetCompetitionConfig, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
+    NuclearNorm, Prune, RankAllocationConfig, Regrow, StructureConfig, SupportSearchConfig,
     AccumulatedGradient, Gradient, LowRankMagnitude, SM3, Age,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}

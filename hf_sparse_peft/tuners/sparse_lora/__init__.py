@@ -6,11 +6,9 @@ check_peft()
 add_peft_type("SPARSE_LORA")  # the config class names the member
 
 from .config import SparseLoraConfig  # noqa: E402
-from .freezing_config import NuclearNormConfig  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
-from .penalty_config import L1PenaltyConfig  # noqa: E402
 from .schedule_config import RankAllocationConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
@@ -21,8 +19,6 @@ train_task_heads()
 
 __all__ = [
     "FactorMaskConfig",
-    "L1PenaltyConfig",
-    "NuclearNormConfig",
     "RankAllocationConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",

@@ -11,8 +11,6 @@ from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
-from .freezing_config import NuclearNormConfig
-from .penalty_config import L1PenaltyConfig
 from .schedule_config import RankAllocationConfig, nested
 from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, StructureConfig
@@ -21,8 +19,6 @@ SCHEDULES = {
     "support_search": SupportSearchConfig,
     "rank_allocation": RankAllocationConfig,
     "factor_masks": FactorMaskConfig,
-    "nuclear_norm": NuclearNormConfig,
-    "l1_penalty": L1PenaltyConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
 
@@ -134,12 +130,6 @@ class SparseLoraConfig(AdapterConfig):
     head_in_budget: bool = field(
         default=False,
         metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
-    )
-    nuclear_norm: NuclearNormConfig | None = field(
-        default=None, metadata={"help": "A nuclear norm on the trained entries of one random matrix a step."}
-    )
-    l1_penalty: L1PenaltyConfig | None = field(
-        default=None, metadata={"help": "An L1 pull of what trains to its start (LT-SFT); None: none."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
     drop_within: float | None = field(

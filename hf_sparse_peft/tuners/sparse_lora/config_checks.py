@@ -118,7 +118,6 @@ def _check_numbers(config: AdapterConfig) -> None:
         raise ValueError(f"block_size={config.block_size} is not a size; give an integer >= 1 (32 suits tensor cores).")
     if not config.has_support and config.r == 0 and not config.rank_pattern:
         raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
-    _check_entries_only(config)
     _check_freezing(config)
     if config.rank_allocation and config.rank_allocation.target_r > config.r:
         raise ValueError(
@@ -129,7 +128,7 @@ def _check_numbers(config: AdapterConfig) -> None:
     _check_structures(config)
     _check_factors(config)
     _check_search(config)
-    _check_penalty(config)
+    _check_drop_within(config)
 
 
 def _check_structures(config: AdapterConfig) -> None:
@@ -178,29 +177,6 @@ def _check_freezing(config: AdapterConfig) -> None:
         )
 
 
-def _check_penalty(config: AdapterConfig) -> None:
+def _check_drop_within(config: AdapterConfig) -> None:
     if config.drop_within is not None and config.drop_within < 0:
         raise ValueError(f"drop_within={config.drop_within} is negative; give a size >= 0 (LT-SFT: 1e-7), or None.")
-    if config.l1_penalty is None:
-        return
-    if not config.has_support or config.support_init != "zeros":
-        raise ValueError(
-            f"l1_penalty pulls the support's changes to 0, and density={config.density}, support_init="
-            f"{config.support_init!r} leave no support that starts there. Set density > 0 and support_init='zeros'."
-        )
-    if config.l1_penalty.scope == "trained" and config.bias != "none":
-        raise ValueError(
-            f"l1_penalty pulls what trains to its start, and nothing keeps that of biases (bias={config.bias!r}). Set "
-            "bias='none', or l1_penalty.scope='support'."
-        )
-
-
-def _check_entries_only(config: AdapterConfig) -> None:
-    other = [g for g in (config.granularity, *config.granularity_pattern.values()) if g != "entry"]
-    named = [name for name in ("nuclear_norm",) if getattr(config, name)]
-    for name in named:
-        if other or not config.has_support:
-            raise ValueError(
-                f"{name} looks at single entries of the support, and granularity={(other or ['entry'])[0]!r} with "
-                f"density={config.density}. Set granularity='entry' and density > 0, or leave it out."
-            )
