@@ -1,20 +1,18 @@
-"""What the tuner models share: injection whole or not at all, dtypes, mixed batches, merge errors."""
+"""What the tuner models share: plans, injection whole or not at all, dtypes, deletion."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
@@ -23,22 +21,20 @@ from .combination import add_weighted_adapter, no_combination
 from .copies import copy_adapter, copy_heads, tell_copy
 from .fp32_masters import restore_before_ddp
 from .heads import (
-    check_active_heads,
     check_no_biases,
     drop_heads,
-    head_owners,
     name_task_heads,
-    use_heads,
 )
-from .idle_layers import belongs_to, stop_watching, watch_forwards
+from .idle_layers import belongs_to, watch_forwards
 from .layer import AdapterLayer, is_supported
-from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
+from .mixed_batches import MixedBatches
 from .model_files import ModelFiles
+from .model_merging import ModelMerging
 from .model_units import ModelUnits
 from .module_patterns import matches
 from .names import check_adapter_name
 from .pieces import Piece
-from .rollback import unchanged_on_error, uninterrupted
+from .rollback import unchanged_on_error
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name
 
@@ -55,7 +51,7 @@ class AdapterPlan:
     """A progress bar that each new layer advances, where making one takes long."""
 
 
-class AdapterModel(ModelFiles, ModelUnits, BaseTuner):
+class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner):
     """Base of the tuner models, which say their `prefix`, `tuner_layer_cls` and, the module itself, `linear_cls`."""
 
     tuner_layer_cls: type[AdapterLayer]
@@ -64,7 +60,6 @@ class AdapterModel(ModelFiles, ModelUnits, BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
     _asked_targets: Any = None
-    _unloaded_layers: list[AdapterLayer] | None = None
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
     _plan: AdapterPlan | None = None
 
@@ -281,104 +276,3 @@ class AdapterModel(ModelFiles, ModelUnits, BaseTuner):
             ValueError: this tuner has no such adapter; that is so unless a tuner says how.
         """
         raise no_combination(like.peft_type.value)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (default: the active ones) into all layers or, where it ends early, into none; see
-        `MergeMixin.merge`.
-
-        Raises:
-            ValueError: an adapter has heads of its own that are not the active ones, or a layer is used under a second
-                name without the adapter.
-        """
-        check_active_heads(self.model, self.active_adapters if adapter_names is None else adapter_names)
-        with self._all_or_nothing():
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of all layers, bit for bit, or, where it ends early, out of none."""
-        with self._all_or_nothing():
-            super().unmerge_adapter()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        layers, tied = self.adapted_layers(), embeddings_tied(self.model)
-        with self._all_or_nothing():
-            stop_watching(self.model)
-            if merge and adapter_names is not None:
-                use_heads(self.model, head_owners(self.model, adapter_names))
-            unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if tied and not embeddings_tied(unloaded):
-            untie_embeddings(unloaded)
-        self._unloaded_layers = layers  # merge_errors() is asked afterwards
-        return unloaded
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Bring weights, layers and modules back to what they are now if the block ends early, by Ctrl-C too."""
-        states = [(layer, layer.merge_state()) for layer in self.adapted_layers()]
-        with unchanged_on_error(self.model):
-            try:
-                yield
-            except BaseException:
-                with uninterrupted():
-                    for layer, state in states:
-                        layer.restore_merge_state(state)
-                raise
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        refuse_shared_modules(self.model)
-
-    def merge_errors(self) -> dict[str, float]:
-        """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
-        layers = self._unloaded_layers or self.adapted_layers()
-        return {layer.module_name: layer.merge_error for layer in layers if layer.merge_error is not None}
-
-    # Mixed batches
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for layer in self.adapted_layers() for name in layer.adapter_configs}
-        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams")
-        repeated = adapter_names
-        if isinstance(beams, int) and beams > 1:
-            repeated = [name for name in adapter_names for _ in range(beams)]
-        # Beam search repeats the decoder's inputs only: an encoder keeps one name a sample.
-        encoder = (
-            self.model.get_encoder()
-            if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            else None
-        )
-        in_encoder = set(encoder.modules()) if encoder is not None else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
