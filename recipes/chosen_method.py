@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, hub, methods
 from hf_sparse_peft.methods import Method
 
-SCHEDULE_METHODS = {"regrow": "spiel-ag", "prune": "gradual-pruning", "rank_allocation": "adalora"}
+SCHEDULE_METHODS = {"regrow": "spiel-ag", "prune": "gradual-pruning", "allocate": "adalora"}
 FIRST_RUN_RATE = 0.01
 """Learning rate of full fine-tuning, as a share of an adapter's."""
 

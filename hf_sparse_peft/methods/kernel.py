@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import BudgetCompetitionConfig, KernelLoraConfig
+from ..rules import Allocate, Sparsity
+from ..tuners import KernelLoraConfig
 from .registry import Method, register
 
 
@@ -30,9 +31,12 @@ def snell(r: int = 32, sparsity: float = 0.3, **overrides: Any) -> Method:
     use_when="as snell, where matrices differ in how much they have to learn",
     cost="as snell, and two moving averages per trained number while it trains",
 )
-def snella(r: int = 32, sparsity: float = 0.3, **overrides: Any) -> Method:
+def snella(r: int = 32, sparsity: float = 0.3, initial_sparsity: float = 0.0, **overrides: Any) -> Method:
     """SNELLA: the mixed kernel, and matrices that compete for the entries that live. The authors train all linears with
-    lr 1e-3, AdamW, weight decay 0.05. In `mode="paper"` the softmax adds about 1/out to every entry at the start."""
-    options = {"r": r, "kernel": "mixed", "sparsity": sparsity, "budget_competition": BudgetCompetitionConfig()}
+    lr 1e-3, AdamW, weight decay 0.05. In `mode="paper"` the softmax adds about 1/out to every entry at the start. The
+    fraction of zeros goes from `initial_sparsity` (`init_thres`) to `sparsity`. The official code counts epochs for
+    budget and allocation, so that runs of few epochs hardly move; `Allocate(every=...)` with an epoch's steps does."""
+    rule = Allocate(spaces=("kernel",), budget=Sparsity(sparsity), every=1, fixed_at_end=False)
+    options = {"r": r, "kernel": "mixed", "sparsity": initial_sparsity, "schedule": [rule]}
     options["target_modules"] = "all-linear"
     return Method(KernelLoraConfig(**{**options, **overrides}))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import RankAllocationConfig, SparseLoraConfig
+from ..rules import Allocate, AverageRank, Orthogonality
+from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
 
@@ -16,8 +17,8 @@ from .registry import Method, register
     cost="two moving averages per low-rank number while it trains",
 )
 def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overrides: Any) -> Method:
-    """AdaLoRA's budget, importance and regulariser on the gate of every linear layer, as published; the callback does
+    """AdaLoRA's budget, importance and regulariser on the gate of every linear layer, as published; the rule does
     what upstream leaves to you."""
-    allocation = RankAllocationConfig(target_r=target_r, orthogonality=orthogonality)
-    options = {"r": r, "density": 0.0, "rank_allocation": allocation, "target_modules": "all-linear"}
+    rules = [Allocate(budget=AverageRank(target_r)), Orthogonality(orthogonality)]
+    options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**{**options, **overrides}))

@@ -5,17 +5,22 @@ run.py           what a rule sees of a training run   update_mask.py   who is up
 rule.py          the base of all rules, and which pairs compose
 prune.py         units leave along a curve
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
+allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
+orthogonality.py a pull on low-rank factors
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 alternate_modules.py    a fraction of the modules is updated per period
 penalties.py     L1 and nuclear norm on what trains
 sample_layers.py    drawn transformer layers train at a step        probing.py    passes beside training
 """
 
+from .allocate import Allocate
 from .alternate_modules import AlternateModules
+from .budgets import AverageRank, Budget, Fraction, Numbers, Sparsity
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .freeze import Freeze
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
+from .orthogonality import Orthogonality
 from .penalties import L1Penalty, NuclearNorm
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
@@ -23,6 +28,7 @@ from .regrow import Regrow
 from .rule import Rule, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
+from .scores import Smoothed, TrainingScore
 from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
 from .update_mask import UpdateMask
 
@@ -30,9 +36,13 @@ __all__ = [
     "SM3",
     "AccumulatedGradient",
     "Age",
+    "Allocate",
     "AlternateModules",
+    "AverageRank",
+    "Budget",
     "Drop",
     "Follower",
+    "Fraction",
     "Freeze",
     "Gradient",
     "Growth",
@@ -43,6 +53,8 @@ __all__ = [
     "Move",
     "MoveResult",
     "NuclearNorm",
+    "Numbers",
+    "Orthogonality",
     "Prune",
     "Random",
     "RandomUnfired",
@@ -52,8 +64,11 @@ __all__ = [
     "SampleLayers",
     "Sensitivity",
     "SignedMagnitude",
+    "Smoothed",
+    "Sparsity",
     "TensorSpace",
     "Training",
+    "TrainingScore",
     "UnitSpace",
     "UpdateMask",
     "check_schedule",

@@ -38,12 +38,17 @@ def move_units(
     and `age`, from which the moments of those that entered are set (`optim.adam_seeds`; spaces with one parameter).
     Units in `restarted` keep their value where they have one and start with zero optimizer state all the same.
 
-    An exception, Ctrl-C included, leaves values and units as they were.
+    Where every unit has its own slice (`space.packed` is False), units only begin and cease to count: values and
+    optimizer state stay. An exception, Ctrl-C included, leaves values and units as they were.
 
     Raises:
         ValueError: optimizer state that cannot be edited unit by unit (`optim.move_optimizer_state`).
     """
     old_units = space.alive()
+    if not space.packed:
+        space.write(new_units)
+        stayed = int(torch.isin(new_units, old_units.to(new_units.device)).sum())
+        return MoveResult(new_units.numel() - stayed, old_units.numel() - stayed)
     place = torch.searchsorted(new_units, old_units).clamp_max(max(new_units.numel() - 1, 0))
     stays = new_units[place] == old_units if new_units.numel() else torch.zeros_like(old_units, dtype=torch.bool)
     kept_old, kept_new = stays.nonzero().squeeze(1), place[stays]

@@ -38,9 +38,12 @@ class Rule(Part):
     """What it changes: `units` (which ones live), `trains` (who is updated), `values`, `gradient`, `forward`. Two rules
     that write the units of one space are refused; see `conflict`."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it relies on: `gate` (rank components with a trained gate), `fixed_units` (no other rule moves them),
-    `entries` (units that are single weight entries), `gradient` (dense gradients of a layer, `Run.read_gradient`),
+    """What it relies on: `gate` (rank components with a trained gate), `counts` (matrices with a number of living
+    entries of their own), `fixed_units` (no other rule moves them), `entries` (units that are single weight entries),
+    `gradient` (dense gradients of a layer, `Run.read_gradient`),
     `batches` (a dataloader at the start)."""
+    gate: ClassVar[str] = "zeros"
+    """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
     within: ClassVar[frozenset[str]] = frozenset()
     """Types of the rules that may write the same units: this one acts at their moves, before them."""
 

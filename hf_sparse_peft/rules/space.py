@@ -43,6 +43,10 @@ class UnitSpace:
     adapter: str
     kind: ClassVar[str] = ""
     """"support", "rank", "kernel", "module", ..."""
+    packed: ClassVar[bool] = True
+    """Whether tensors hold the living units alone, in order; False where every unit that may live has its own slice."""
+    counted: ClassVar[bool] = False
+    """Whether the layer itself chooses its units in every pass, so that a rule only says how many live (`resize`)."""
 
     @property
     def name(self) -> str:
@@ -100,6 +104,34 @@ class UnitSpace:
     def gather(self, dense: Tensor) -> Tensor:
         """A copy of what a dense `[out, in]` tensor holds at the living units, if these are parts of the weight."""
         raise ValueError(f"Units of '{self.kind}' are no parts of the weight of '{self.name}'.")
+
+    @property
+    def initial(self) -> int:
+        """Units that live when the adapter is injected."""
+        return self.capacity
+
+    def candidates(self) -> Tensor:
+        """Units that may live, sorted: those that do and, where every unit has its own slice, those that may return."""
+        return self.alive() if self.packed else torch.arange(self.capacity)
+
+    def resize(self, count: int) -> None:
+        """Let `count` units live; for `counted` spaces."""
+        raise ValueError(f"The {self.kind} units of '{self.name}' are chosen one by one; use move_units.")
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Refuse a rule that needs what these units do not have (`Rule.needs`).
+
+        Raises:
+            ValueError: says what and how to get it.
+        """
+
+    def apply_mask(self) -> None:
+        """Zero what makes dead units add nothing, where an optimizer may have moved it; nothing where they are gone."""
+
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """Parameters that tell how much a unit matters, by name, with the axis that units lie along (None: every number
+        belongs to all of them). First the one that switches units on."""
+        return {str(number): pair for number, pair in enumerate(self.parameter_axes())}
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the space's units."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from .base import ScheduleCallback
-from .budget_competition import BudgetCompetitionCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
-from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback
+from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .initial_support import InitialSupportCallback
 from .loop import Controller
 from .optimizers import AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import SCHEDULE_CALLBACKS, TRAINERS, callbacks_for, trainer_class_for, trainer_options
-from .rank_reallocation import RankReallocationCallback
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
@@ -22,7 +20,6 @@ __all__ = [
     "SCHEDULE_CALLBACKS",
     "TRAINERS",
     "AgedAdamWSpec",
-    "BudgetCompetitionCallback",
     "Controller",
     "InitialSupportCallback",
     "LayerSamplingCallback",

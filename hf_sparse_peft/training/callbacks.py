@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..rules import Prune, Regrow, Rule, SampleLayers
+from ..rules import Allocate, Prune, Regrow, Rule, SampleLayers
 from .runner import RuleRunner
 
 
@@ -24,3 +24,9 @@ class MaskRegrowthCallback(RuleRunner):
     """Runs `Regrow`, the config's or the one that is given."""
 
     rule_class: ClassVar[type[Rule]] = Regrow
+
+
+class RankReallocationCallback(RuleRunner):
+    """Runs `Allocate`, the config's or the one that is given."""
+
+    rule_class: ClassVar[type[Rule]] = Allocate

@@ -12,10 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..tuners import adapter_layers
 from ..tuners.sparse_lora import sparse_layers
 from .base import ScheduleCallback
-from .budget_competition import BudgetCompetitionCallback
 from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
-from .rank_reallocation import RankReallocationCallback
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_search import SupportSearchCallback
@@ -25,8 +23,6 @@ from .zeroth_order_trainer import ZerothOrderTrainer
 # In the order they must act at one step.
 SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
     SupportSearchCallback,
-    RankReallocationCallback,
-    BudgetCompetitionCallback,
     SplitFactorsCallback,
 )
 

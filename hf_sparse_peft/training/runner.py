@@ -169,6 +169,8 @@ class RuleExecutor:
                 spaces = [space for space in spaces if space.trains or space.kind == "module"]
                 if spaces:
                     self._take_charge(rule, config)
+                    for space in spaces:
+                        space.check_needs(rule.needs)
                     for layer in held:
                         _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
                     yield Run(self.training, rule, adapter, config, spaces)

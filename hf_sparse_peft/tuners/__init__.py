@@ -1,11 +1,10 @@
 """Floor 3: tuners, one package each; importing this package registers all of them with peft."""
 
-from .kernel_lora import BudgetCompetitionConfig, KernelLoraConfig, KernelLoraLayer, KernelLoraModel
+from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
-    RankAllocationConfig,
     SparseLoraConfig,
     SparseLoraLayer,
     SparseLoraModel,
@@ -17,12 +16,10 @@ guard_loading()
 
 __all__ = [
     "AdapterLayer",
-    "BudgetCompetitionConfig",
     "FactorMaskConfig",
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",
-    "RankAllocationConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",

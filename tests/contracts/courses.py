@@ -44,6 +44,7 @@ KINDS = {
 BASES = ("fp32", "bf16", "nf4", "conv1d")
 
 SCALED = tuple(name for name in PARAMETRIZATIONS if name != "kernel")
+RANKS = ("low rank", "low rank + entries")
 RULES: dict[str, dict[str, Any]] = {
     "freeze": {"only": ("entries", "low rank + entries")},
     "regrow": {"every": 3, "grow": "gradient", "fraction": 0.5, "retired": 0.3},
@@ -52,6 +53,18 @@ RULES: dict[str, dict[str, Any]] = {
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
     },
+    "allocate": {
+        "budget": {"type": "average_rank", "r": 1}, "every": 2, "initial_warmup": 0.0, "only": RANKS,
+    },
+    "allocate: jointly": {
+        "spaces": ("rank", "support"), "budget": {"type": "fraction"}, "unit_score": "mean", "every": 2,
+        "initial_warmup": 0.0, "only": ("low rank + entries",),
+    },
+    "allocate: kernel": {
+        "spaces": ("kernel",), "budget": {"type": "sparsity", "sparsity": 0.8}, "every": 2, "initial_warmup": 0.0,
+        "fixed_at_end": False, "only": ("kernel",),
+    },
+    "orthogonality": {"weight": 0.5},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
 CONFIG: dict[str, dict[str, Any]] = {"freeze": {"criterion": "smallest_magnitude"}}
@@ -72,14 +85,19 @@ def fits(parametrization: str, rule: str | None) -> bool:
     """Whether the rule has something to act on there."""
     if rule is None:
         return True
-    cls, options = part_types(Rule)[rule], RULES.get(rule, {})
-    only = options.get("only", tuple(PARAMETRIZATIONS))
-    return parametrization in only and bool(cls.acts_on & KINDS[parametrization])
+    only = RULES[rule].get("only", tuple(PARAMETRIZATIONS))
+    return parametrization in only and bool(rule_of(rule).acts_on & KINDS[parametrization])
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of that name in `RULES`."""
+    options = {option: value for option, value in RULES[name].items() if option != "only"}
+    return part_types(Rule)[name.split(":")[0]](**options)
 
 
 def combinations() -> list[Any]:
     """Every parametrization with every rule that fits; bases are dealt out in turns, the rest is slow."""
-    pairs = [(p, rule) for p in PARAMETRIZATIONS for rule in (None, *rule_names()) if fits(p, rule)]
+    pairs = [(p, rule) for p in PARAMETRIZATIONS for rule in (None, *RULES) if fits(p, rule)]
     cases = []
     for number, (parametrization, rule) in enumerate(pairs):
         for place, base in enumerate(BASES):
@@ -95,9 +113,7 @@ def config_of(parametrization: str, base: str, rule: str | None):
     """A fresh config."""
     cls, options = PARAMETRIZATIONS[parametrization]
     targets = {**TARGETS, "target_modules": ["c_attn", "c_proj"]} if base == "conv1d" else TARGETS
-    schedule = []
-    if rule is not None:
-        schedule = [part_types(Rule)[rule](**{k: v for k, v in RULES[rule].items() if k != "only"})]
+    schedule = [] if rule is None else [rule_of(rule)]
     return cls(**{**options, **targets, **CONFIG.get(rule, {}), "schedule": schedule})
 
 

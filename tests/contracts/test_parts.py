@@ -30,7 +30,7 @@ def excepted(contract: str, *parts: str | None) -> bool:
 
 
 def test_every_rule_of_the_package_has_options_for_its_course():
-    assert sorted(RULES) == rule_names()
+    assert sorted({name.split(":")[0] for name in RULES}) == rule_names()
 
 
 @EVERY_COMBINATION

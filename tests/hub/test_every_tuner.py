@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
+import tiny
 import torch
 from hub_toolbox import TARGETS, fill, logits, tiny_base
 from peft import PeftModel, get_peft_model
@@ -13,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, RankAllocationConfig, SparseLoraConfig, hub
+from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig, hub
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared import (
     AdapterConfig,
@@ -101,7 +102,7 @@ FORMS = {
     "low-rank": Form(SparseLoraConfig, {"r": 3, "density": 0.0}, lora=True, shira=False),
     "gated": Form(
         SparseLoraConfig,
-        {"r": 3, "density": 0.0, "rank_allocation": RankAllocationConfig(target_r=2)},
+        {"r": 3, "density": 0.0, "schedule": [Allocate(budget=AverageRank(2))]},
         lora=True,
         shira=False,
     ),
@@ -120,7 +121,8 @@ FORMS = {
             "r": 4,
             "init_weights": False,
             "kernel": "mixed",
-            "budget_competition": BudgetCompetitionConfig(initial_sparsity=0.5),
+            "sparsity": 0.5,
+            "schedule": [tiny.kernel_allocation()],
         },
         combines=False,
     ),

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from hf_sparse_peft import RankAllocationConfig, hub
+from hf_sparse_peft import Allocate, AverageRank, hub
 from hf_sparse_peft.hub import card as card_module
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -30,7 +30,7 @@ def test_summary_counts_what_lives_in_each_group():
 
 
 def test_summary_leaves_out_dead_units_and_components():
-    model = adapted(r=4, granularity="row", density=0.1, rank_allocation=RankAllocationConfig(target_r=2))
+    model = adapted(r=4, granularity="row", density=0.1, schedule=[Allocate(budget=AverageRank(2))])
     layer = sparse_layers(model)[0]
     before = hub.adapter_summary(model)[0]
     layer.write_support("default", layer.units("default")[:-2])

@@ -7,7 +7,7 @@ from hub_toolbox import adapted, tiny_base
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_peft import Prune, RankAllocationConfig, Regrow, hub
+from hf_sparse_peft import Allocate, AverageRank, Prune, Regrow, hub
 from hf_sparse_peft.sparsity import UnitGrid, encode_support
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -18,7 +18,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def hybrid_folder(tmp_path_factory):
     """A folder with an entry support and a gated low-rank half in each module; tests that damage it copy it first."""
-    model = adapted(r=3, density=0.02, rank_allocation=RankAllocationConfig(target_r=2), modules_to_save=["lm_head"])
+    model = adapted(r=3, density=0.02, schedule=[Allocate(budget=AverageRank(2))], modules_to_save=["lm_head"])
     model.base_model.compact("default")
     return hub.save_adapter(model, tmp_path_factory.mktemp("hybrid") / "adapter")
 
@@ -74,7 +74,7 @@ def test_low_rank_only_adapter_passes(tmp_path):
 
 
 def test_adapter_saved_amid_its_schedules_passes(tmp_path):
-    model = adapted(r=3, schedule=[Prune(), Regrow()], rank_allocation=RankAllocationConfig(target_r=2))
+    model = adapted(r=3, schedule=[Prune(), Regrow(), Allocate(budget=AverageRank(2))])
     layer = sparse_layers(model)[0]
     layer.write_support("default", layer.units("default")[:-5])
     layer.sparse_lora_rank_mask["default"][0] = 0
@@ -87,7 +87,7 @@ def test_adapter_saved_amid_its_schedules_passes(tmp_path):
 
 
 def test_compacted_bf16_adapter_passes(tmp_path):
-    model = adapted(r=3, rank_allocation=RankAllocationConfig(target_r=2))
+    model = adapted(r=3, schedule=[Allocate(budget=AverageRank(2))])
     for layer in sparse_layers(model)[::2]:
         layer.write_support("default", layer.units("default")[:-5])
         layer.sparse_lora_rank_mask["default"][0] = 0

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse_peft import RankAllocationConfig, SparseLoraConfig, hub
+from hf_sparse_peft import Allocate, AverageRank, SparseLoraConfig, hub
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}  # fp32 sums in another order
@@ -49,7 +49,7 @@ def lora_products(folder):
 
 def test_exported_lora_loads_in_a_process_without_this_package(tmp_path):
     tiny_base().save_pretrained(tmp_path / "base")
-    model = adapted(r=3, granularity="row", rank_allocation=RankAllocationConfig(target_r=2))
+    model = adapted(r=3, granularity="row", schedule=[Allocate(budget=AverageRank(2))])
     hub.export_lora(model, tmp_path / "lora")
     tokens = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
     save_file({"tokens": tokens, "logits": logits(model)}, tmp_path / "expected.safetensors")
@@ -67,7 +67,7 @@ def test_exported_lora_loads_in_a_process_without_this_package(tmp_path):
         {"granularity": "row", "r": 3, "lora_alpha": 7, "use_rslora": True},
         {"granularity": "column", "r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
         {"density": 0.0, "r": 3},
-        {"density": 0.0, "r": 3, "rank_allocation": RankAllocationConfig(target_r=2)},
+        {"density": 0.0, "r": 3, "schedule": [Allocate(budget=AverageRank(2))]},
     ],
     ids=["rows", "columns", "rows-rslora", "columns-patterns", "low-rank", "gated"],
 )
@@ -86,7 +86,7 @@ def test_lora_export_is_lossless(tmp_path, options):
 
 
 def test_lora_export_leaves_out_dead_components_and_modules_of_rank_zero(tmp_path):
-    model = adapted(density=0.0, r=4, rank_allocation=RankAllocationConfig(target_r=2))
+    model = adapted(density=0.0, r=4, schedule=[Allocate(budget=AverageRank(2))])
     layers = sparse_layers(model)
     with torch.no_grad():
         layers[0].sparse_lora_gate["default"].zero_()
@@ -260,7 +260,7 @@ def test_transformers_load_adapter_cannot_run_our_shira_with_random_indices(tmp_
         {"r": 2},
         {"granularity": "block", "r": 2},
         {"granularity": "row"},
-        {"granularity": "column", "r": 2, "rank_allocation": RankAllocationConfig(target_r=1)},
+        {"granularity": "column", "r": 2, "schedule": [Allocate(budget=AverageRank(1))]},
     ],
     ids=["entries", "blocks", "rows", "columns-gated"],
 )

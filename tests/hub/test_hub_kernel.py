@@ -1,13 +1,14 @@
 """Kernel adapters leave by the same doors: checked folders, upstream's card, a dense model, the command line."""
 
 import pytest
+import tiny
 import torch
 from hub_toolbox import logits, tiny_base
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, hub
+from hf_sparse_peft import KernelLoraConfig, hub
 from hf_sparse_peft.cli import main
 
 
@@ -19,7 +20,7 @@ def adapted(base=None, **options):
     return get_peft_model(base if base is not None else tiny_base(), config)
 
 
-SNELLA = {"kernel": "mixed", "budget_competition": BudgetCompetitionConfig()}
+SNELLA = {"kernel": "mixed", "schedule": [tiny.kernel_allocation()]}
 
 
 @pytest.mark.parametrize("options", [{}, SNELLA], ids=["snell", "snella"])

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import methods
+from hf_sparse_peft import Allocate, AverageRank, Orthogonality, methods
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -39,9 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},
     "adalora": {
-        "rank_allocation": {
-            "target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.25, "orthogonality": 0.1,
-        },
+        "schedule": [
+            Allocate(budget=AverageRank(2), every=2, initial_warmup=0.0, final_warmup=0.25), Orthogonality(0.1),
+        ],
     },
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},

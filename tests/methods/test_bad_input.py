@@ -54,8 +54,8 @@ CONFIG_MISTAKES = {
         ["steps=4", "every=3"],
     ),
     "final rank above the first": (
-        {"r": 4, "density": 0.0, "rank_allocation": {"target_r": 8}},
-        ["target_r=8", "r=4", "Set r to at least 8"],
+        {"r": 4, "density": 0.0, "schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 8}}]},
+        ["AverageRank.r=8", "r=4", "Set r to at least 8"],
     ),
     "no module of that name": (
         {"density": 0.1, "target_modules": ["qproj"]},

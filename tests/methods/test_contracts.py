@@ -77,11 +77,12 @@ def test_training_leaves_every_bit_of_the_base(name, kind, course_of):
 def test_what_the_method_says_moves_moves(name, kind, course_of):
     course = course_of(name, kind)
     config = course.model.peft_config["default"]
-    for option, buffer in (("regrow", "support"), ("prune", "support"), ("rank_allocation", "rank_mask")):
-        if option in config.asked_schedules:
-            changed = [k for k, v in course.start.items() if k.endswith(f"sparse_lora_{buffer}.default")]
+    moving = {kind for rule in getattr(config, "rules", []) if "units" in rule.writes for kind in rule.acts_on}
+    for kind, buffer in (("support", "support"), ("rank", "rank_mask"), ("kernel", "survivors")):
+        if kind in moving:
+            changed = [k for k, v in course.start.items() if k.endswith(f"lora_{buffer}.default")]
             assert changed
-            assert any(not torch.equal(course.start[k], course.state[f"model.{k}"]) for k in changed), option
+            assert any(not torch.equal(course.start[k], course.state[f"model.{k}"]) for k in changed), kind
 
 
 @EVERY_METHOD

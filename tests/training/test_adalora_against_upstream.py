@@ -9,8 +9,7 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import nn
 
-from hf_sparse_peft import RankAllocationConfig, callbacks_for, methods
-from hf_sparse_peft.training.rank_reallocation import rank_budget
+from hf_sparse_peft import Allocate, AverageRank, Orthogonality, callbacks_for, methods
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 R, TARGET = 4, 2
@@ -61,14 +60,22 @@ class Upstream:
         ]
 
 
+def sensitivity_of(layer) -> torch.Tensor:
+    state = layer.rule_state("default")
+    return torch.cat([state[f"sensitivity_{name}"].reshape(-1) for name in ("gate", "A", "B")])
+
+
 def side_by_side(out, total: int, tinit: int, tfinal: int, interval: int, count_from: int = 1, seed: int = 0):
     """Gates (ours, upstream's) after every step of one run, and both sensitivities before upstream drops its own."""
     method = methods.get(
         "adalora", r=R, target_r=TARGET, target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_allocation=RankAllocationConfig(
-            target_r=TARGET, initial_warmup=tinit / total, final_warmup=tfinal / total, interval=interval,
-            count_from=count_from,
-        ),
+        schedule=[
+            Allocate(
+                budget=AverageRank(TARGET), initial_warmup=tinit / total, final_warmup=tfinal / total, every=interval,
+                count_from=count_from,
+            ),
+            Orthogonality(0.5),
+        ],
     )  # fmt: skip
     torch.manual_seed(seed)
     model = get_peft_model(tiny.llama(layers=1, seed=seed), method.config)
@@ -80,10 +87,10 @@ def side_by_side(out, total: int, tinit: int, tfinal: int, interval: int, count_
         number = step - 1 + count_from
         gates[number] = ours, upstream.gates()
         if number < total - tfinal:
-            own = [layer.sparse_lora_sensitivity["default"].clone() for layer in layers]
+            own = [sensitivity_of(layer) for layer in layers]
             averages[number] = own, upstream.sensitivity()
         elif step < total:  # the last step drops the state
-            later.append([layer.sparse_lora_sensitivity["default"].clone() for layer in layers])
+            later.append([sensitivity_of(layer) for layer in layers])
 
     # Ours acts in the same event and zeroes gates: upstream looks first.
     first = tiny.At(on_optimizer_step=lambda step, model, optimizer: upstream.step(step - 1 + count_from))
@@ -118,7 +125,10 @@ def test_importances_stop_before_t_minus_t_final_so_that_later_gradients_change_
     total, tfinal = 12, 4
     method = methods.get(
         "adalora", r=R, target_r=TARGET, target_modules=["q_proj", "down_proj"],
-        rank_allocation={"target_r": TARGET, "initial_warmup": 0.0, "final_warmup": tfinal / total, "interval": 2},
+        schedule=[
+            Allocate(budget=AverageRank(TARGET), initial_warmup=0.0, final_warmup=tfinal / total, every=2),
+            Orthogonality(0.5),
+        ],
     )  # fmt: skip
     masks = []
     for factor in (1.0, -50.0):
@@ -147,9 +157,9 @@ def test_without_final_phase_the_last_step_still_reaches_the_target(count_from, 
 
 
 def test_the_budget_curve_of_the_official_code():
-    config = RankAllocationConfig(initial_warmup=4 / 20, final_warmup=5 / 20, interval=4)
-    budgets = [rank_budget(config, 48, 32, step, 20) for step in range(4, 13)]
+    config = Allocate(initial_warmup=4 / 20, final_warmup=5 / 20, every=4)
+    budgets = [int(config.budget_at(48, 32, step, 20)) for step in range(4, 13)]
     assert budgets == [48, 44, 40, 38, 36, 34, 33, 32, 32]
-    assert [rank_budget(config, 48, 32, step, 20) for step in (0, 15, 16, 19)] == [48, 32, 32, 32]
+    assert [int(config.budget_at(48, 32, step, 20)) for step in (0, 15, 16, 19)] == [48, 32, 32, 32]
     # 0.29 * 100 is 28.999... in floats: the window must still begin at 29.
-    assert rank_budget(RankAllocationConfig(initial_warmup=0.29, final_warmup=0.0), 9, 1, 29, 100) == 9
+    assert Allocate(initial_warmup=0.29, final_warmup=0.0).budget_at(9, 1, 29, 100) == 9

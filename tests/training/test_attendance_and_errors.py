@@ -10,10 +10,11 @@ from training_toolbox import adapted, make_config, run, tiny_llama
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Allocate,
+    AverageRank,
     MaskRegrowthCallback,
     Prune,
     PruningCallback,
-    RankAllocationConfig,
     RankReallocationCallback,
     Regrow,
     callbacks_for,
@@ -25,16 +26,15 @@ IDS = torch.arange(18).view(2, 9)
 SCHEDULES = {
     "regrow": (MaskRegrowthCallback, {"schedule": [Regrow(every=4, grow=AccumulatedGradient(steps=2))]}),
     "prune": (PruningCallback, {"schedule": [Prune(interval=2)]}),
-    "rank_allocation": (
+    "allocate": (
         RankReallocationCallback,
-        {"r": 4, "density": 0.0, "rank_allocation": RankAllocationConfig(target_r=2, interval=2)},
+        {"r": 4, "density": 0.0, "schedule": [Allocate(budget=AverageRank(2), every=2)]},
     ),
 }
-NAMED = {"prune": "Prune", "regrow": "AccumulatedGradient.steps"}
-IN_CONFIG = {"prune": "schedule", "regrow": "schedule"}
+NAMED = {"prune": "Prune", "regrow": "AccumulatedGradient.steps", "allocate": "Allocate"}
+IN_CONFIG = dict.fromkeys(SCHEDULES, "schedule")
 ALL = {
-    "r": 4, "rank_allocation": RankAllocationConfig(target_r=2, interval=2),
-    "schedule": [rule for _, options in SCHEDULES.values() for rule in options.get("schedule", ())],
+    "r": 4, "schedule": [rule for _, options in SCHEDULES.values() for rule in options.get("schedule", ())],
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_no_warning_with_the_callbacks_nor_after_the_end(tmp_path):
 
 
 def test_callbacks_for_picks_what_the_config_asks_for_in_the_order_they_must_act():
-    expected = [RuleRunner, RankReallocationCallback]
+    expected = [RuleRunner]
     config = make_config(**ALL)
     assert [type(c) for c in callbacks_for(config)] == expected
     assert [type(c) for c in callbacks_for(adapted(config))] == expected
@@ -104,10 +104,10 @@ def test_callbacks_for_refuses_what_has_no_schedule_to_read(wrong):
 TOO_SHORT = {
     "regrow": ({"schedule": [Regrow(every=20, grow=AccumulatedGradient(steps=6))]}, 6, "=6"),
     "prune": ({"schedule": [Prune(start=0.5, end=0.51)]}, 10, "leave no step in a run of 10"),
-    "rank_allocation": (
-        {"r": 4, "rank_allocation": RankAllocationConfig(target_r=2, initial_warmup=0.5, final_warmup=0.4)},
-        100,
-        "leave no step of 100",
+    "allocate": (
+        {"r": 4, "schedule": [Allocate(budget=AverageRank(2), every=50, fixed_at_end=False)]},
+        10,
+        "every=50 is longer than the run of 10",
     ),
 }
 
@@ -116,8 +116,6 @@ TOO_SHORT = {
 def test_a_schedule_that_does_not_fit_the_run_is_refused_before_the_first_step(option, tmp_path):
     options, steps, message = TOO_SHORT[option]
     model = adapted(make_config(**options))
-    if option == "rank_allocation":  # the config refuses this at once; a window may still close by rounding
-        model.peft_config["default"].rank_allocation.final_warmup = 0.5
     with pytest.raises(ValueError, match=f"{NAMED.get(option, option)}.*{message}.*[Tt]rain longer"):
         run(model, tmp_path, steps)
 

@@ -13,7 +13,9 @@ from transformers import Trainer
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Allocate,
     AlternateModules,
+    AverageRank,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -23,7 +25,6 @@ from hf_sparse_peft import (
     Prune,
     Random,
     RandomUnfired,
-    RankAllocationConfig,
     Regrow,
     SampleLayers,
     SparseLoraConfig,
@@ -57,7 +58,7 @@ CONFIGS = {
         schedule=[Regrow(every=2, drop="age", grow=RandomUnfired(), fraction=0.5)]
     ),
     "freeze": lambda: sparse(schedule=[Freeze(at=0.34, threshold=0.025)], criterion="smallest_magnitude"),
-    "ranks": lambda: sparse(r=3, density=0.0, rank_allocation=RankAllocationConfig(target_r=1, interval=1)),
+    "ranks": lambda: sparse(r=3, density=0.0, schedule=[Allocate(budget=AverageRank(1), every=1)]),
     "alternate-modules": lambda: sparse(schedule=[AlternateModules(period_steps=2)]),
     "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, interval=2, suppressed=0.5)]),
     "experts": lambda: sparse(
@@ -121,7 +122,7 @@ def fresh_copy(model, config):
 
 
 def _is_training_state(key: str) -> bool:
-    return any(f"sparse_lora_{name}" in key for name in ("sensitivity", "uncertainty", "rule_"))
+    return "sparse_lora_rule_" in key
 
 
 def same(one, other) -> bool:

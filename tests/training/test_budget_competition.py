@@ -4,24 +4,25 @@ import copy
 import warnings
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
 from training_toolbox import Hook, StopAt, all_state, differences, run, tiny_llama
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import BudgetCompetitionCallback, BudgetCompetitionConfig, KernelLoraConfig, callbacks_for
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.budget_competition import matrix_score, update_sensitivity
+from hf_sparse_peft import KernelLoraConfig, Smoothed, callbacks_for
+from hf_sparse_peft.rules import Run, Training
+from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners.kernel_lora import kernel_layers
 
 STEPS = 20
 
 
 def make_config(budget=None, **overrides) -> KernelLoraConfig:
-    budget = {"initial_sparsity": 0.1, "initial_warmup": 0.2, "final_warmup": 0.25, **(budget or {})}
+    budget = {"sparsity": 0.6, "initial_warmup": 0.2, "final_warmup": 0.25, **(budget or {})}
     options = {
-        "r": 4, "kernel": "mixed", "sparsity": 0.6, "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "task_type": "CAUSAL_LM", "init_weights": False, "budget_competition": BudgetCompetitionConfig(**budget),
+        "r": 4, "kernel": "mixed", "sparsity": 0.1, "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "task_type": "CAUSAL_LM", "init_weights": False, "schedule": [tiny.kernel_allocation(**budget)],
     }  # fmt: skip
     return KernelLoraConfig(**{**options, **overrides})
 
@@ -34,6 +35,19 @@ def adapted(config: KernelLoraConfig, seed: int = 0, base=None):
 
 def survivors(model) -> list[int]:
     return [int(layer.kernel_lora_survivors["default"]) for layer in kernel_layers(model)]
+
+
+def rule_of(model):
+    (rule,) = model.peft_config["default"].rules
+    return rule
+
+
+def space_of(layer):
+    return layer.unit_spaces("default")[0]
+
+
+def average(layer, kind: str) -> torch.Tensor:
+    return torch.cat([layer.rule_state("default")[f"{kind}_{name}"].flatten() for name in "PQ"])
 
 
 def points(layer) -> tuple:
@@ -72,7 +86,7 @@ def test_the_update_has_as_many_entries_as_survive(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_path):
-    model = adapted(make_config({"beta1": 0.8, "beta2": 0.7}))
+    model = adapted(make_config({"score": Smoothed(beta1=0.8, beta2=0.7)}))
     products, seen = {}, {}
 
     def see(update, model, optimizer):
@@ -84,9 +98,9 @@ def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_p
     def look(update, model, optimizer):
         seen[update] = [
             (
-                layer.kernel_lora_sensitivity["default"].clone(),
-                layer.kernel_lora_uncertainty["default"].clone(),
-                float(matrix_score(AdaptedLayer(layer, "default"))),
+                average(layer, "sensitivity"),
+                average(layer, "uncertainty"),
+                float(rule_of(model).scores(space_of(layer))),
             )
             for layer in kernel_layers(model)
         ]
@@ -112,16 +126,15 @@ def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_p
 
 def test_a_step_with_numbers_that_are_not_finite_is_left_out_of_the_averages():
     model = adapted(make_config())
-    part = AdaptedLayer(kernel_layers(model)[0], "default")
-    for held in (part.layer.kernel_lora_P, part.layer.kernel_lora_Q):
+    layer, score = kernel_layers(model)[0], rule_of(model).score
+    for held in points(layer):
         held["default"].grad = torch.ones_like(held["default"])
-    update_sensitivity(part)
-    sensitivity = part.layer.kernel_lora_sensitivity["default"]
-    before = sensitivity.clone()
+    score.update(space_of(layer))
+    before = average(layer, "sensitivity")
     assert (before > 0).all()
-    part.layer.kernel_lora_P["default"].grad[0, 0] = torch.tensor([float("nan"), float("inf")])
-    update_sensitivity(part)
-    assert torch.equal(sensitivity, before)
+    layer.kernel_lora_P["default"].grad[0, 0] = torch.tensor([float("nan"), float("inf")])
+    score.update(space_of(layer))
+    assert torch.equal(average(layer, "sensitivity"), before)
 
 
 def test_sensitivities_under_loss_scaling_are_those_without_it():
@@ -134,11 +147,10 @@ def test_sensitivities_under_loss_scaling_are_those_without_it():
         ids = torch.arange(18).view(2, 9)
         scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
         scaler.step(optimizer)  # Trainer calls on_optimizer_step after this
-        callback, state = BudgetCompetitionCallback(), type("State", (), {"global_step": 0})
-        callback.parts = [AdaptedLayer(layer, "default") for layer in kernel_layers(model)]
-        callback.total_steps = STEPS
-        callback.on_optimizer_step(None, state, None)
-        found.append([layer.kernel_lora_sensitivity["default"].clone() for layer in kernel_layers(model)])
+        spaces = [space_of(layer) for layer in kernel_layers(model)]
+        training = Training(model, STEPS, optimizer=optimizer)
+        rule_of(model).after_update(Run(training, rule_of(model), "default", model.peft_config["default"], spaces))
+        found.append([average(layer, "sensitivity") for layer in kernel_layers(model)])
     for plain, scaled in zip(*found, strict=True):
         assert plain.any()
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
@@ -146,7 +158,7 @@ def test_sensitivities_under_loss_scaling_are_those_without_it():
 
 def test_without_additions_and_with_fixed_shares_outputs_are_snells():
     snella = adapted(make_config())
-    snell = adapted(make_config(kernel="distance", budget_competition=None))
+    snell = adapted(make_config(kernel="distance", sparsity=0.6, schedule=[]))
     for layer, other in zip(kernel_layers(snella), kernel_layers(snell), strict=True):
         layer.kernel_lora_mix["default"].data.copy_(torch.tensor([0.0, 1.0, 0.0]))
         for name in ("kernel_lora_P", "kernel_lora_Q"):
@@ -172,7 +184,7 @@ def finish(model, out, **options):
 # Before, while and after the budget falls.
 @pytest.mark.parametrize(("kind", "stop"), [("fp32", 3), ("fp32", 9), ("fp32", 17), ("nf4", 9)])
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(kind, stop, tmp_path):
-    config = make_config({"interval": 2}, mode="code", drop_path=0.2)
+    config = make_config({"every": 2}, mode="code", drop_path=0.2)
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
@@ -204,9 +216,9 @@ def test_a_finished_run_ships_its_survivors_and_nothing_of_the_schedule(tmp_path
 
 
 def test_callbacks_for_gives_the_callback_where_the_config_asks_for_it():
-    for asked, config in ((1, make_config()), (0, make_config(budget_competition=None))):
-        assert [type(c) for c in callbacks_for(config)] == [BudgetCompetitionCallback] * asked
-        assert [type(c) for c in callbacks_for(adapted(config))] == [BudgetCompetitionCallback] * asked
+    for asked, config in ((1, make_config()), (0, make_config(schedule=[]))):
+        assert [type(c) for c in callbacks_for(config)] == [RuleRunner] * asked
+        assert [type(c) for c in callbacks_for(adapted(config))] == [RuleRunner] * asked
 
 
 def test_training_without_the_callback_warns_once_and_names_the_mend():
@@ -217,7 +229,7 @@ def test_training_without_the_callback_warns_once_and_names_the_mend():
         for _ in range(2):
             model(input_ids=ids, labels=ids).loss.backward()
     (message,) = [str(w.message) for w in caught if "asks for" in str(w.message)]
-    assert "budget_competition" in message
+    assert "allocate" in message
     assert "callbacks_for(model)" in message
     assert "in its KernelLoraConfig" in message
 
@@ -229,5 +241,5 @@ def test_a_window_of_one_step_still_reaches_the_target(tmp_path):
 
 
 def test_a_schedule_longer_than_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="interval=50 is longer than the run of 4"):
-        run(adapted(make_config({"interval": 50})), tmp_path, 4, optimizer="default")
+    with pytest.raises(ValueError, match="every=50 is longer than the run of 4"):
+        run(adapted(make_config({"every": 50})), tmp_path, 4, optimizer="default")

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ties import best
 
-from hf_sparse_peft import AccumulatedGradient, Prune, RankAllocationConfig, Regrow
+from hf_sparse_peft import AccumulatedGradient, Allocate, AverageRank, Prune, Regrow
 from hf_sparse_peft.rules.growth import choose_units
 from hf_sparse_peft.sparsity import make_curve, stream_seed
-from hf_sparse_peft.training.rank_reallocation import rank_budget
 
 
 @pytest.mark.parametrize(("interval", "collect"), [(20, 5), (4, 2), (1, 1), (3, 3), (7, 1), (5, 4)])
@@ -63,21 +62,21 @@ def test_living_share_is_exactly_final_at_the_step_nearest_to_the_windows_end(be
 
 
 def test_rank_budget_has_the_papers_integers_at_t_init_in_the_middle_and_at_t_minus_t_final():
-    config = RankAllocationConfig(target_r=2, initial_warmup=0.1, final_warmup=0.3)
+    config = Allocate(budget=AverageRank(2), initial_warmup=0.1, final_warmup=0.3)
     start, target, total = 24, 12, 100  # falls from step 10 to step 70
     for update in (0, 1, 10):
-        assert rank_budget(config, start, target, update, total) == 24
-    assert rank_budget(config, start, target, 40, total) == 12 + int(12 * 0.125) == 13
-    assert rank_budget(config, start, target, 11, total) == int(12 + 12 * (59 / 60) ** 3) == 23
+        assert int(config.budget_at(start, target, update, total)) == 24
+    assert int(config.budget_at(start, target, 40, total)) == 12 + int(12 * 0.125) == 13
+    assert int(config.budget_at(start, target, 11, total)) == int(12 + 12 * (59 / 60) ** 3) == 23
     for update in (70, 71, 100):
-        assert rank_budget(config, start, target, update, total) == 12
-    curve = [rank_budget(config, start, target, update, total) for update in range(101)]
+        assert int(config.budget_at(start, target, update, total)) == 12
+    curve = [int(config.budget_at(start, target, update, total)) for update in range(101)]
     assert curve == sorted(curve, reverse=True)
 
 
 def test_rank_budget_stays_where_target_equals_start():
-    config = RankAllocationConfig(target_r=4, initial_warmup=0.0, final_warmup=0.0)
-    assert {rank_budget(config, 8, 8, update, 20) for update in range(21)} == {8}
+    config = Allocate(budget=AverageRank(4), initial_warmup=0.0, final_warmup=0.0)
+    assert {int(config.budget_at(8, 8, update, 20)) for update in range(21)} == {8}
 
 
 @st.composite

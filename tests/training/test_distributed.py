@@ -27,7 +27,15 @@ CASES: dict[str, dict] = {
     },
     "adalora": {
         "r": 4,
-        "rank_allocation": {"target_r": 2, "interval": 2, "initial_warmup": 0.0, "final_warmup": 0.3},
+        "schedule": [
+            {
+                "type": "allocate",
+                "budget": {"type": "average_rank", "r": 2},
+                "every": 2,
+                "initial_warmup": 0.0,
+                "final_warmup": 0.3,
+            }
+        ],
     },
     "spiel-ma": MOVES,
     "spiel-ma-with-ties": {"method": "spiel-ma", "score": "min", **MOVES},

@@ -10,20 +10,21 @@ from peft import LoraConfig, get_peft_model
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Allocate,
     AlternateModules,
+    AverageRank,
     Freeze,
     Linear,
     LowRankMagnitude,
     NuclearNorm,
     Prune,
-    RankAllocationConfig,
     Regrow,
     SampleLayers,
     SparseLoraConfig,
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.tuners import BudgetCompetitionConfig, KernelLoraConfig
+from hf_sparse_peft.tuners import KernelLoraConfig
 
 Q, QV = ["q_proj"], ["q_proj", "v_proj"]
 RANDOM = {"every": 3, "grow": "random", "fraction": 0.2}
@@ -45,8 +46,7 @@ def said_at_start(config, out, steps=8, layers=1, model=None, callbacks=None):
         warnings.simplefilter("always")
         count = tiny.At(on_step_begin=lambda step, *_: at_start or at_start.append(len(caught)))
         tiny.train(model, out, steps, callbacks=[*(callbacks or callbacks_for(model)), count])
-    options = ("rank_allocation", "NuclearNorm.", "budget_competition", "Prune.", "AlternateModules.", "SampleLayers",
-               "Regrow", "Freeze")  # fmt: skip
+    options = ("NuclearNorm.", "Prune.", "AlternateModules.", "SampleLayers", "Regrow", "Freeze", "Allocate")
     found = [str(w.message) for w in caught[: at_start[0]]]
     return [one for one in found if one.startswith(options)]
 
@@ -56,7 +56,7 @@ def regrowing(**options):
 
 
 def masks(**options):
-    return KernelLoraConfig(r=4, target_modules=QV, sparsity=0.5, **options)
+    return KernelLoraConfig(r=4, target_modules=QV, sparsity=0.0, **options)
 
 
 def ranks(**options):
@@ -105,9 +105,9 @@ IDLE = {
         sparse(schedule=[Prune(final_fraction=1.0, scope="global")]), "0 units ever leave in all 2",
     ),
     "pruning at one step": (sparse(schedule=[Prune(interval=10)]), r"Prune\.interval=10 .* 4 steps"),
-    "ranks that all stay": (ranks(rank_allocation=RankAllocationConfig(target_r=4)), r"target_r=4 .* 0 components"),
+    "ranks that all stay": (ranks(schedule=[Allocate(budget=AverageRank(4))]), r"AverageRank\(r=4\) .* 0 units"),
     "ranks that leave at once": (
-        ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=50)), r"rank_allocation\.interval=50",
+        ranks(schedule=[Allocate(budget=AverageRank(2), every=50)]), r"Allocate\.every=50",
     ),
     "layers that all train": (ranks(schedule=[SampleLayers(trained=1.0)]), r"trained=1\.0 of 4 layers"),
     "no layer of four": (ranks(schedule=[SampleLayers(trained=0.2)]), r"trained=0\.2 of 4.* rounds to 0"),
@@ -119,11 +119,11 @@ IDLE = {
         sparse(schedule=[NuclearNorm(min_side=16)]), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
     ),
     "one matrix that competes": (
-        KernelLoraConfig(r=4, target_modules=Q, layers_to_transform=[0], sparsity=0.5,
-                         budget_competition=BudgetCompetitionConfig(interval=2)),
+        KernelLoraConfig(r=4, target_modules=Q, layers_to_transform=[0], sparsity=0.0,
+                         schedule=[tiny.kernel_allocation(0.5, every=2)]),
         "one matrix",
     ),
-    "a budget that jumps": (masks(budget_competition=BudgetCompetitionConfig(interval=7)), "interval=7 leaves no"),
+    "a budget that jumps": (masks(schedule=[tiny.kernel_allocation(0.5, every=7)]), "every=7 leaves no"),
     "no room to retire": (
         rows(density=0.2, schedule=[regrowing(fraction=0.4, retired=0.1)]), r"retired=0\.1 leaves room for 0",
     ),
@@ -198,12 +198,12 @@ WORKING = {
     "regrow": sparse(schedule=[SPIEL]),
     "regrow and prune": sparse(schedule=[Prune(), regrowing(every=1)]),
     "pruning": sparse(schedule=[Prune(interval=1)]),
-    "rank_allocation": ranks(rank_allocation=RankAllocationConfig(target_r=2, interval=1)),
+    "allocated ranks": ranks(schedule=[Allocate(budget=AverageRank(2), every=1)]),
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
     "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
     "freeze": sparse(schedule=[Freeze()], criterion="smallest_magnitude"),
     "a nuclear norm": sparse(schedule=[NuclearNorm(min_side=8)]),
-    "budget_competition": masks(budget_competition=BudgetCompetitionConfig(interval=1)),
+    "allocated entries": masks(schedule=[tiny.kernel_allocation(0.5)]),
 }
 
 

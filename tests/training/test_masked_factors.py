@@ -301,8 +301,8 @@ def test_a_trainer_of_one_pass_is_refused(tmp_path):
         ({"factor_masks": {"copies": 9}}, r"FactorMaskConfig.copies=9 is out of range"),
         ({"factor_masks": {}, "r": 0, "density": 0.1}, r"factor_masks concerns the low-rank half"),
         (
-            {"factor_masks": {}, "rank_allocation": {"target_r": 2}},
-            r"factor_masks and rank_allocation cannot be combined",
+            {"factor_masks": {}, "schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 2}}]},
+            r"factor_masks cannot be combined with a gate",
         ),
     ],
 )

@@ -10,13 +10,14 @@ from ties import priority
 
 from hf_sparse_peft import (
     AccumulatedGradient,
-    BudgetCompetitionConfig,
+    Allocate,
+    AverageRank,
     Gradient,
     KernelLoraConfig,
     Linear,
+    Orthogonality,
     Prune,
     Random,
-    RankAllocationConfig,
     Regrow,
     SparseLoraConfig,
     callbacks_for,
@@ -24,12 +25,11 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
 from hf_sparse_peft.rules import Age, Magnitude, Move, Run, Training
+from hf_sparse_peft.rules.allocate import affordable
 from hf_sparse_peft.rules.drop import place_in_sign
 from hf_sparse_peft.rules.frozen import move_trained_units
 from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
 from hf_sparse_peft.sparsity import stream_seed
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.rank_reallocation import allocate
 from hf_sparse_peft.tuners.shared.layer import AdapterLayer
 
 MOVES = {
@@ -245,9 +245,13 @@ def test_grown_units_start_from_the_finite_steps_of_the_phase_alone(bad, tmp_pat
 
 
 def test_components_of_a_layer_without_gradients_stay_and_the_others_share_their_own_budget(tmp_path):
-    allocation = RankAllocationConfig(target_r=2, initial_warmup=0.1, final_warmup=0.3, interval=2)
+    allocation = Allocate(budget=AverageRank(2), initial_warmup=0.1, final_warmup=0.3, every=2)
     config = SparseLoraConfig(
-        r=4, density=0.0, target_modules=["q_proj", "down_proj"], rank_allocation=allocation, task_type="CAUSAL_LM"
+        r=4,
+        density=0.0,
+        target_modules=["q_proj", "down_proj"],
+        schedule=[allocation, Orthogonality()],
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(tiny.llama(), config)
     unreached = unreach(model)
@@ -263,24 +267,21 @@ def test_components_of_a_layer_without_gradients_stay_and_the_others_share_their
 
 
 def test_equal_components_are_drawn_over_all_layers():
-    config = SparseLoraConfig(
-        r=8, density=0.0, target_modules="all-linear", rank_allocation=RankAllocationConfig(target_r=4)
-    )
+    config = SparseLoraConfig(r=8, density=0.0, target_modules="all-linear", schedule=[Allocate(budget=AverageRank(4))])
     model = get_peft_model(tiny.llama(), config)
-    parts = [AdaptedLayer(layer, "default") for layer in layers(model).values()]
-    for part in parts:
-        part.layer.allocate_training_state("default")
-    allocate(parts, 4 * len(parts))
-    alive = [int(part.layer.sparse_lora_rank_mask["default"].sum()) for part in parts]
+    parts = list(layers(model).values())
+    scores = torch.zeros(8 * len(parts))
+    lives = affordable(scores, torch.ones_like(scores), 4 * len(parts), stream_seed(0, "rank allocation", 1))
+    alive = lives.view(len(parts), 8).sum(1).tolist()
     assert sum(alive) == 4 * len(parts)
     assert sum(alive[: len(parts) // 2]) < 3 * len(parts)  # the first half has not got 8 each
     assert max(alive) < 8 or min(alive) > 0
 
 
 def test_entries_of_a_matrix_without_gradients_stay(tmp_path):
-    budget = BudgetCompetitionConfig(interval=2, initial_warmup=0.1, final_warmup=0.3)
+    budget = tiny.kernel_allocation(0.8, every=2, initial_warmup=0.1, final_warmup=0.3)
     config = KernelLoraConfig(
-        r=4, sparsity=0.8, target_modules=["q_proj", "down_proj"], budget_competition=budget, init_weights=False
+        r=4, sparsity=0.0, target_modules=["q_proj", "down_proj"], schedule=[budget], init_weights=False
     )
     model = get_peft_model(tiny.llama(), config)
     unreached = unreach(model)

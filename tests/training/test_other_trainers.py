@@ -10,14 +10,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training_toolbox import VOCAB, TokenData, layers_of, make_config, run, support_of, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from hf_sparse_peft import AccumulatedGradient, RankAllocationConfig, Regrow, SupportTelemetryCallback, callbacks_for
+from hf_sparse_peft import AccumulatedGradient, Allocate, AverageRank, Regrow, SupportTelemetryCallback, callbacks_for
 
 
 def moving_config(**overrides):
     return make_config(
         r=4,
-        schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))],
-        rank_allocation=RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.0, final_warmup=0.2),
+        schedule=[
+            Regrow(every=4, grow=AccumulatedGradient(steps=2)),
+            Allocate(budget=AverageRank(2), every=2, initial_warmup=0.0, final_warmup=0.2),
+        ],
         **overrides,
     )
 

@@ -4,16 +4,26 @@ import pytest
 import torch
 from training_toolbox import Hook, TokenData, adapted, layers_of, make_config, run
 
-from hf_sparse_peft import RankAllocationConfig, RankReallocationCallback
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.rank_reallocation import add_orthogonality_gradient, allocate, component_scores
+from hf_sparse_peft import Allocate, AverageRank, Orthogonality, Smoothed
+from hf_sparse_peft.rules import Run, Training
+from hf_sparse_peft.rules.allocate import affordable
+from hf_sparse_peft.training import RuleRunner
 
 KINDS = ("gate", "A", "B")
 
 
-def gated(seed: int = 0, r: int = 4, support: bool = False, **options):
-    allocation = RankAllocationConfig(**{"target_r": 2, "interval": 2, **options})
-    return adapted(make_config(r=r, density=0.05 if support else 0.0, rank_allocation=allocation), seed=seed)
+def gated(seed: int = 0, r: int = 4, support: bool = False, target: int = 2, orthogonality: float = 0.5, **options):
+    rules = [Allocate(**{"budget": AverageRank(target), "every": 2, **options}), Orthogonality(orthogonality)]
+    return adapted(make_config(r=r, density=0.05 if support else 0.0, schedule=rules), seed=seed)
+
+
+def average(layer, kind: str) -> torch.Tensor:
+    return torch.cat([layer.rule_state("default")[f"{kind}_{name}"].flatten() for name in KINDS])
+
+
+def space_of(layer):
+    (space,) = [space for space in layer.unit_spaces("default") if space.kind == "rank"]
+    return space
 
 
 def tensors(layer) -> dict[str, torch.Tensor]:
@@ -30,7 +40,7 @@ def masks(model) -> list[list[int]]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_moving_averages_after_two_steps_equal_a_hand_computation(accumulation, tmp_path):
-    model = gated(beta1=0.8, beta2=0.7, initial_warmup=0.5)
+    model = gated(score=Smoothed(beta1=0.8, beta2=0.7), initial_warmup=0.5)
     products = {}
 
     def see(update, model, optimizer):
@@ -43,10 +53,7 @@ def test_moving_averages_after_two_steps_equal_a_hand_computation(accumulation, 
     seen = {}
 
     def look(update, model, optimizer):
-        seen[update] = [
-            (layer.sparse_lora_sensitivity["default"].clone(), layer.sparse_lora_uncertainty["default"].clone())
-            for layer in layers_of(model)
-        ]
+        seen[update] = [(average(layer, "sensitivity"), average(layer, "uncertainty")) for layer in layers_of(model)]
 
     run(
         model, tmp_path, 10, accumulation=accumulation, optimizer="default",
@@ -70,10 +77,12 @@ def test_a_component_is_worth_its_gate_plus_the_means_over_its_row_and_column():
     size = rank * (1 + rows + cols)
     generator = torch.Generator().manual_seed(0)
     sensitivity, uncertainty = (torch.rand(size, generator=generator) for _ in range(2))
-    layer.sparse_lora_sensitivity["default"].copy_(sensitivity)
-    layer.sparse_lora_uncertainty["default"].copy_(uncertainty)
+    for kind, values in (("sensitivity", sensitivity), ("uncertainty", uncertainty)):
+        kept = [layer.rule_state("default")[f"{kind}_{name}"] for name in KINDS]
+        for tensor, part in zip(kept, values.split([tensor.numel() for tensor in kept]), strict=True):
+            tensor.copy_(part.view_as(tensor))
     score = (sensitivity.double() * uncertainty.double()).tolist()
-    found = component_scores(AdaptedLayer(layer, "default")).tolist()
+    found = Allocate().scores(space_of(layer)).tolist()
     for i in range(rank):
         of_A = [score[rank + i * cols + j] for j in range(cols)]
         of_B = [score[rank + rank * cols + j * rank + i] for j in range(rows)]
@@ -81,14 +90,13 @@ def test_a_component_is_worth_its_gate_plus_the_means_over_its_row_and_column():
 
 
 def test_exactly_the_budget_lives_also_where_all_scores_tie():
-    parts = [AdaptedLayer(layer, "default") for layer in layers_of(gated())]
-    allocate(parts, 5)  # every score is 0: upstream's "<= threshold" masks all of them here
-    assert sum(int(part.layer.sparse_lora_rank_mask["default"].sum()) for part in parts) == 5
+    scores, costs = torch.zeros(16), torch.ones(16, dtype=torch.long)
+    assert affordable(scores, costs, 5, seed=0).sum() == 5  # upstream's "<= threshold" masks all of them here
 
 
 @pytest.mark.parametrize("target", [1, 2, 4])
 def test_living_gates_follow_the_budget_and_end_at_target_times_layers(target, tmp_path):
-    model = gated(target_r=target, initial_warmup=0.1, final_warmup=0.3)
+    model = gated(target=target, initial_warmup=0.1, final_warmup=0.3)
     count = len(layers_of(model))
     alive = {}
 
@@ -112,7 +120,7 @@ def test_living_gates_follow_the_budget_and_end_at_target_times_layers(target, t
 def test_zeroed_gates_train_on_in_the_middle_and_may_come_back_but_not_at_the_end(tmp_path):
     # Little smoothing and one sample a step: the ranking of components is restless.
     model = gated(
-        r=6, target_r=2, interval=3, initial_warmup=0.0, final_warmup=0.4, orthogonality=0.0, beta1=0.1, beta2=0.1
+        r=6, every=3, initial_warmup=0.0, final_warmup=0.4, orthogonality=0.0, score=Smoothed(beta1=0.1, beta2=0.1)
     )
     history, zero = {}, {}
 
@@ -181,7 +189,8 @@ def test_the_orthogonality_gradient_is_zero_at_orthogonal_factors():
                 held.data = torch.linalg.qr(torch.randn(max(held.shape), 4))[0]
                 held.data = held.data.t().contiguous() if kind == "A" else held.data
             held.grad = torch.zeros_like(held)
-    add_orthogonality_gradient([AdaptedLayer(layer, "default") for layer in layers], 0.5)
+    spaces = [space_of(layer) for layer in layers]
+    Orthogonality(0.5).gradients(Run(Training(None, 1), Orthogonality(0.5), "default", None, spaces))
     for layer in layers:
         for held in tensors(layer).values():
             assert torch.isfinite(held.grad).all()
@@ -198,7 +207,7 @@ def test_the_regulariser_never_shows_in_the_loss(tmp_path):
 
 def test_a_step_that_is_not_finite_leaves_the_averages_untouched(tmp_path):
     model = gated(initial_warmup=0.5)
-    callback = RankReallocationCallback()
+    callback = RuleRunner()
     seen = []
 
     def spoil(update, model, optimizer):
@@ -206,7 +215,7 @@ def test_a_step_that_is_not_finite_leaves_the_averages_untouched(tmp_path):
             layers_of(model)[0].sparse_lora_A["default"].grad[0, 0] = float("inf")
 
     def look(update, model, optimizer):
-        seen.append(layers_of(model)[0].sparse_lora_sensitivity["default"].clone())
+        seen.append(average(layers_of(model)[0], "sensitivity"))
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.data.nan_to_num_()

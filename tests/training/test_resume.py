@@ -21,12 +21,21 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import AccumulatedGradient, Linear, Prune, RankAllocationConfig, Regrow, SparseLoraConfig
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    Allocate,
+    AverageRank,
+    Linear,
+    Orthogonality,
+    Prune,
+    Regrow,
+    SparseLoraConfig,
+)
 
 STEPS = 20
 STATE = (
-    "sparse_lora_sensitivity",
-    "sparse_lora_uncertainty",
+    "sparse_lora_rule_sensitivity_A",
+    "sparse_lora_rule_uncertainty_B",
     "sparse_lora_rule_candidates",
     "sparse_lora_rule_candidate_sums",
 )
@@ -40,8 +49,9 @@ def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfi
         "schedule": [
             Prune(start=0.1, end=0.9, interval=2),
             Regrow(every=4, grow=AccumulatedGradient(steps=2), fraction=Linear(0.9, 0.0)),
+            Allocate(budget=AverageRank(2), every=2, initial_warmup=0.1, final_warmup=0.2),
+            Orthogonality(),
         ],
-        "rank_allocation": RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.1, final_warmup=0.2),
     }
     return make_config(**{**options, **overrides})
 
@@ -176,7 +186,7 @@ def test_a_file_without_state_resumes_in_the_middle_of_a_phase(tmp_path):
 
 
 def test_the_best_checkpoint_comes_back_whole_at_the_end(tmp_path):
-    model = adapted(everything_moves(r=0, rank_allocation=None))
+    model = adapted(everything_moves(r=0, schedule=[Prune(start=0.1, end=0.9, interval=2)]))
     best = {}
 
     def look(update, model, optimizer):

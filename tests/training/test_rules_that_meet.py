@@ -11,8 +11,9 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import (
+    Allocate,
     AlternateModules,
-    BudgetCompetitionConfig,
+    AverageRank,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -21,7 +22,6 @@ from hf_sparse_peft import (
     NuclearNorm,
     Prune,
     Random,
-    RankAllocationConfig,
     Regrow,
     Rule,
     SampleLayers,
@@ -39,7 +39,7 @@ STEPS = 12
 RULES = {
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "pruning": Prune(start=0.1, end=0.5, interval=2),
-    "rank_allocation": RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.5),
+    "allocate": Allocate(budget=AverageRank(2), every=1, initial_warmup=0.1, final_warmup=0.5),
     "alternate_modules": AlternateModules(period_steps=3),
     "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
     "freeze": Freeze(at=0.5, threshold=0.05),
@@ -52,7 +52,7 @@ REFUSED = {
     for pair, words in {
         ("pruning", "freeze"): "Prune takes units",
         ("regrow", "freeze"): "Regrow moves them",
-        ("rank_allocation", "factor_masks"): "factor_masks and rank_allocation",
+        ("allocate", "factor_masks"): "factor_masks cannot be combined with a gate",
     }.items()
 }
 
@@ -161,9 +161,9 @@ def test_pruning_that_layers_slept_through_is_named(tmp_path):
 
 
 def test_ranks_reach_their_budget_although_half_of_the_matrices_rest(tmp_path):
-    allocation = RankAllocationConfig(target_r=2, interval=1, initial_warmup=0.1, final_warmup=0.7)
+    allocation = Allocate(budget=AverageRank(2), every=1, initial_warmup=0.1, final_warmup=0.7)
     turns = AlternateModules(period_steps=2)
-    model, _, _ = watched(config_of(schedule=[turns], rank_allocation=allocation, density=0.0), tmp_path, steps=24)
+    model, _, _ = watched(config_of(schedule=[turns, allocation], density=0.0), tmp_path, steps=24)
     alive = [layer.alive_components("default") for layer in adapter_layers(model)]
     assert sum(alive) == 2 * len(alive)
 
@@ -185,8 +185,8 @@ class RestInTurns(tiny.TrainerCallback):
 
 
 def test_entries_of_kernel_adapters_at_rest_stay_theirs_while_matrices_compete(tmp_path):
-    competition = BudgetCompetitionConfig(initial_warmup=0.0, final_warmup=0.3)
-    config = KernelLoraConfig(r=4, target_modules=TARGETS, sparsity=0.5, budget_competition=competition)
+    competition = tiny.kernel_allocation(0.5, initial_warmup=0.0, final_warmup=0.3)
+    config = KernelLoraConfig(r=4, target_modules=TARGETS, sparsity=0.0, schedule=[competition])
     model, trains, _ = watched(config, tmp_path, callbacks=[RestInTurns(), *callbacks_for(config)])
     assert [len(step) for step in trains] == [3] * STEPS
     layers = adapter_layers(model)

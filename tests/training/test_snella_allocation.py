@@ -5,16 +5,16 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from hf_sparse_peft import BudgetCompetitionConfig, callbacks_for, methods
+from hf_sparse_peft import callbacks_for, methods
 from hf_sparse_peft.tuners.kernel_lora import kernel_layers
 
 
-def run(out, steps: int, **budget):
+def run(out, steps: int, initial_sparsity: float, **budget):
     """Survivors of every matrix after each step, and the factors' values and gradients at each."""
     torch.manual_seed(1)
     config = methods.get(
-        "snella", r=4, sparsity=0.6, target_modules=["q_proj", "v_proj", "down_proj"],
-        budget_competition=BudgetCompetitionConfig(**budget), init_weights=False,
+        "snella", r=4, initial_sparsity=initial_sparsity, target_modules=["q_proj", "v_proj", "down_proj"],
+        schedule=[tiny.kernel_allocation(0.6, **budget)], init_weights=False,
     ).config  # fmt: skip
     model = get_peft_model(tiny.llama(layers=1), config)
     layers, survivors, products = kernel_layers(model), {}, {}

@@ -26,10 +26,10 @@ from transformers import TrainerCallback
 
 from hf_sparse_peft import (
     AccumulatedGradient,
-    BudgetCompetitionConfig,
+    Allocate,
+    AverageRank,
     KernelLoraConfig,
     Prune,
-    RankAllocationConfig,
     Regrow,
     SupportTelemetryCallback,
     callbacks_for,
@@ -41,8 +41,8 @@ from hf_sparse_peft.tuners import adapter_layers
 
 def a_model():
     pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, interval=1)
-    ranks = RankAllocationConfig(target_r=2, interval=2, initial_warmup=0.0, final_warmup=0.2)
-    return adapted(make_config(r=4, schedule=[pruning], rank_allocation=ranks))
+    ranks = Allocate(budget=AverageRank(2), every=2, initial_warmup=0.0, final_warmup=0.2)
+    return adapted(make_config(r=4, schedule=[pruning, ranks]))
 
 
 def records(folder) -> list[dict]:
@@ -247,8 +247,8 @@ def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypat
 
 
 def test_a_kernel_adapters_log_holds_the_entries_that_survive_in_every_layer(tmp_path):
-    competition = BudgetCompetitionConfig(initial_warmup=0.0, final_warmup=0.2)
-    config = KernelLoraConfig(r=4, sparsity=0.6, budget_competition=competition, target_modules=["q_proj", "down_proj"])
+    competition = tiny.kernel_allocation(0.6, initial_warmup=0.0, final_warmup=0.2)
+    config = KernelLoraConfig(r=4, sparsity=0.0, schedule=[competition], target_modules=["q_proj", "down_proj"])
     model, telemetry = get_peft_model(tiny.llama(), config), SupportTelemetryCallback(every=4, gradient_share=True)
     tiny.train(model, tmp_path, 10, callbacks=[*callbacks_for(model), telemetry])
     log = records(tmp_path)

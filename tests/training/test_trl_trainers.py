@@ -13,8 +13,9 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Allocate,
+    AverageRank,
     KernelLoraConfig,
-    RankAllocationConfig,
     Regrow,
     SparseLoraConfig,
     callbacks_for,
@@ -134,8 +135,10 @@ def nf4_classifier():
 
 def test_schedules_run_on_fp32_values_under_trl_on_nf4(tokenizer, tmp_path):
     config = SparseLoraConfig(
-        r=2, density=0.1, target_modules=["q_proj"], schedule=[Regrow(every=3, grow=AccumulatedGradient(steps=2))],
-        rank_allocation=RankAllocationConfig(target_r=1, interval=1), task_type="CAUSAL_LM",
+        r=2, density=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        schedule=[
+            Regrow(every=3, grow=AccumulatedGradient(steps=2)), Allocate(budget=AverageRank(1), every=1),
+        ],
     )  # fmt: skip
     model, watch = adapted(tiny.base("nf4", layers=1), config), Watch()
     trainer_of("sft", model, tmp_path, tokenizer, 4, [*callbacks_for(model), watch]).train()
@@ -166,7 +169,7 @@ CONFIGS = {
     "row": {"r": 0, "density": 0.2, "granularity": "row"},
     "block": {"r": 0, "density": 0.2, "granularity": "block", "block_size": 4},
     "hybrid": {"r": 3, "density": 0.2},
-    "ranks": {"r": 4, "density": 0.1, "rank_allocation": RankAllocationConfig(target_r=2, interval=1)},
+    "ranks": {"r": 4, "density": 0.1, "schedule": [Allocate(budget=AverageRank(2), every=1)]},
 }
 
 

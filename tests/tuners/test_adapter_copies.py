@@ -10,19 +10,19 @@ from peft import get_peft_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaForSequenceClassification
 
-from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig, RankAllocationConfig, SparseLoraConfig
+from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig
 from hf_sparse_peft.tuners import adapter_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'twin' was added with the config object")
 
 IDS = torch.arange(1, 9).view(2, 4)
-GATED = {"r": 4, "rank_allocation": RankAllocationConfig(target_r=2)}
+GATED = {"r": 4, "schedule": [Allocate(budget=AverageRank(2))]}
 CONFIGS = {
     "entry": lambda: SparseLoraConfig(r=0, density=0.1, target_modules="all-linear"),
     "row": lambda: SparseLoraConfig(r=0, density=0.2, granularity="row", target_modules="all-linear"),
     "block": lambda: SparseLoraConfig(r=0, density=0.2, granularity="block", block_size=4, target_modules="all-linear"),
     "gated": lambda: SparseLoraConfig(density=0.1, target_modules="all-linear", **GATED),
-    "kernel": lambda: KernelLoraConfig(r=4, target_modules="all-linear", budget_competition=BudgetCompetitionConfig()),
+    "kernel": lambda: KernelLoraConfig(r=4, target_modules="all-linear", schedule=[tiny.kernel_allocation()]),
 }
 
 

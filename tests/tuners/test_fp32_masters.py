@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse_peft import KernelLoraConfig, RankAllocationConfig, SparseLoraConfig, restore_fp32
+from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig, restore_fp32
 from hf_sparse_peft.optim import AgedAdamW
 from hf_sparse_peft.tuners import adapter_layers
 
@@ -16,7 +16,7 @@ IDS = torch.arange(1, 9).view(2, 4)
 CONFIGS = {
     "hybrid": lambda: SparseLoraConfig(r=4, density=0.1, target_modules=["q_proj", "o_proj"]),
     "gated": lambda: SparseLoraConfig(
-        r=4, density=0.1, target_modules=["q_proj"], rank_allocation=RankAllocationConfig(target_r=2)
+        r=4, density=0.1, target_modules=["q_proj"], schedule=[Allocate(budget=AverageRank(2))]
     ),
     "kernel": lambda: KernelLoraConfig(r=4, kernel="mixed", target_modules=["q_proj", "o_proj"]),
 }
@@ -88,9 +88,9 @@ def test_training_state_is_fp32_again_and_supports_stay_bytes():
     layer = adapter_layers(model)[0]
     codes = layer.sparse_lora_support["default"].clone()
     model.to(torch.bfloat16)
-    assert layer.sparse_lora_sensitivity["default"].dtype == torch.bfloat16
+    assert layer.rule_state("default")["sensitivity_A"].dtype == torch.bfloat16
     model.train()
-    assert layer.sparse_lora_sensitivity["default"].dtype == torch.float32
+    assert layer.rule_state("default")["sensitivity_A"].dtype == torch.float32
     assert torch.equal(layer.sparse_lora_support["default"], codes)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from tuner_toolbox import BASES, logits, token_ids
 
-from hf_sparse_peft import BudgetCompetitionConfig, KernelLoraConfig
+from hf_sparse_peft import KernelLoraConfig
 from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.tuners.kernel_lora import kernel_layers
 
@@ -208,8 +208,8 @@ def test_a_mixed_batch_gives_every_sample_its_adapter(base_of):
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_saved_adapter_loads_to_the_same_bits(kind, low_memory, base_of, tmp_path):
-    budget = BudgetCompetitionConfig(initial_sparsity=0.2)
-    model = adapted(base_of(kind), kind, kernel="mixed", budget_competition=budget)
+    budget = tiny.kernel_allocation()
+    model = adapted(base_of(kind), kind, kernel="mixed", sparsity=0.2, schedule=[budget])
     for number, layer in enumerate(kernel_layers(model)):
         layer.write_survivors("default", 100 + number)
     before = logits(model)
@@ -217,7 +217,7 @@ def test_a_saved_adapter_loads_to_the_same_bits(kind, low_memory, base_of, tmp_p
     assert all("kernel_lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(base_of(kind), tmp_path, low_cpu_mem_usage=low_memory)
     assert torch.equal(logits(loaded), before)
-    assert loaded.peft_config["default"].budget_competition == budget
+    assert loaded.peft_config["default"].schedule == [budget]
     assert not any("sensitivity" in name for name in loaded.state_dict())
 
 
@@ -242,7 +242,7 @@ def test_the_folder_loads_with_auto_classes_and_transformers(base_of, tmp_path):
     ids=["missing", "cut", "nan", "count"],
 )
 def test_a_damaged_file_is_refused_by_the_tensors_name(damage, message, base_of, tmp_path):
-    adapted(base_of(), budget_competition=BudgetCompetitionConfig()).save_pretrained(tmp_path)
+    adapted(base_of(), own_counts=True).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: damage(key, t) for key, t in load_file(file).items()}
     save_file({key: t for key, t in tensors.items() if t is not None}, file)
@@ -352,12 +352,18 @@ def test_drop_path_leaves_out_whole_samples_in_training_only(base_of):
         ({"tile_entries": 0}, "tile_entries=0"),
         ({"bias": "some"}, "bias='some'"),
         ({"target_modules": "q_proj", "layers_to_transform": [0]}, "layers_to_transform cannot be used"),
-        ({"budget_competition": 3}, "budget_competition=3 is not understood"),
-        ({"budget_competition": {"warmup": 1}}, r"no option \['warmup'\]"),
-        ({"budget_competition": {"initial_sparsity": 1.0}}, "initial_sparsity=1.0 is out of range"),
-        ({"budget_competition": {"beta1": 1.0}}, "beta1=1.0 is out of range"),
-        ({"budget_competition": {"interval": 0}}, "interval=0 is out of range"),
-        ({"budget_competition": {"initial_warmup": 0.5, "final_warmup": 0.5}}, "leave no step"),
+        ({"own_counts": 3}, "own_counts=3"),
+        ({"schedule": [{"type": "allocate"}]}, r"spaces=\('rank',\) needs units of kind \['rank'\]"),
+        (
+            {"schedule": [{"type": "allocate", "budget": {"type": "sparsity", "sparsity": 1.0}}]},
+            "sparsity=1.0 is out of",
+        ),
+        (
+            {"schedule": [{"type": "allocate", "score": {"type": "smoothed", "beta1": 1.0}}]},
+            "beta1=1.0 is out of range",
+        ),
+        ({"schedule": [{"type": "allocate", "every": 0}]}, "every=0 is out of range"),
+        ({"schedule": [{"type": "allocate", "initial_warmup": 0.5, "final_warmup": 0.5}]}, "leave no step"),
     ],
 )
 def test_options_out_of_range_name_what_they_take(options, message):
@@ -366,7 +372,7 @@ def test_options_out_of_range_name_what_they_take(options, message):
 
 
 def test_a_config_survives_json(tmp_path):
-    config = make_config(kernel="mixed", mode="code", budget_competition=BudgetCompetitionConfig(interval=3))
+    config = make_config(kernel="mixed", mode="code", schedule=[tiny.kernel_allocation(every=3)])
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "KERNEL_LORA"
     assert KernelLoraConfig.from_pretrained(tmp_path) == config

@@ -13,7 +13,6 @@ from hf_sparse_peft import (
     SM3,
     AccumulatedGradient,
     AlternateModules,
-    BudgetCompetitionConfig,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -22,7 +21,6 @@ from hf_sparse_peft import (
     LowRankMagnitude,
     NuclearNorm,
     Prune,
-    RankAllocationConfig,
     Regrow,
     SampleLayers,
     SparseLoraConfig,
@@ -33,8 +31,8 @@ from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.rules import Age
 
 NESTED = [
-    BudgetCompetitionConfig, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
-    NuclearNorm, Prune, RankAllocationConfig, Regrow, StructureConfig, SupportSearchConfig,
+    Allocate, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
+    NuclearNorm, Prune, Regrow, StructureConfig, SupportSearchConfig,
     AccumulatedGradient, Gradient, LowRankMagnitude, SM3, Age,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}
@@ -79,7 +77,7 @@ SPARSE = [
     ("modules_to_save", ["(a+)+"]), ("inference_mode", "yes"), ("training_finished", "no"), ("drop_within", "0"),
     ("values_dtype", "int8"), ("bias", True), ("schedule", "rigl"), ("schedule", [{"type": "regrow", "every": "20"}]),
     ("schedule", [{"type": "regrow", "fraction": math.nan}]), ("schedule", [{"type": "prune", "scope": "all"}]),
-    ("rank_allocation", {"target_r": 2.0}),
+    ("schedule", [{"type": "allocate", "every": 2.0}]),
     ("schedule", [{"type": "sample_layers", "layers_pattern": "(a+)+"}]),
     ("saved_base_weights", "lm_head"), ("base_overrides", [64]),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from peft import get_peft_model
 from tuner_toolbox import CASES, dense_delta, fill, make_config
 
-from hf_sparse_peft import RankAllocationConfig
+from hf_sparse_peft import Allocate, AverageRank
 from hf_sparse_peft.sparsity import UnitGrid
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.pieces import Entries, LowRank, Tiles
@@ -110,7 +110,7 @@ ADAPTERS = {
         for case in CASES
     },
     "gated": lambda base: get_peft_model(
-        tiny.base(base, hidden=64), make_config("hybrid-row", base, rank_allocation=RankAllocationConfig(target_r=2))
+        tiny.base(base, hidden=64), make_config("hybrid-row", base, schedule=[Allocate(budget=AverageRank(2))])
     ),
     "kernel": lambda base: kernel_toolbox.adapted(tiny.base(base, hidden=64), base),
     "kernel-mixed-code": lambda base: kernel_toolbox.adapted(

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tuner_toolbox import GRANULARITIES, fill, logits, make_config, same_adapter, trained
 
-from hf_sparse_peft import RankAllocationConfig, Regrow
+from hf_sparse_peft import Allocate, AverageRank, Regrow
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 FILE = "adapter_model.safetensors"
@@ -15,9 +15,8 @@ FILE = "adapter_model.safetensors"
 
 def thinned(base_of, case="hybrid-entry", base="fp32", gated=True, **options):
     """An adapter as a pruning and a rank-allocation callback would leave it: fewer units, closed gates."""
-    if gated:
-        options["rank_allocation"] = RankAllocationConfig(target_r=2)
-    model = get_peft_model(base_of(base), make_config(case, base, schedule=[Regrow()], **options))
+    rules = [Regrow(), Allocate(budget=AverageRank(2))] if gated else [Regrow()]
+    model = get_peft_model(base_of(base), make_config(case, base, schedule=rules, **options))
     fill(model)
     for number, layer in enumerate(sparse_layers(model)):
         units = layer.units("default")
@@ -84,7 +83,7 @@ def test_compact_twice_is_compact_once(base_of, tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_compact_keeps_the_scaling_under_patterns(base_of, tmp_path, rslora):
     patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}, "use_rslora": rslora}
-    model = get_peft_model(base_of(), make_config(rank_allocation=RankAllocationConfig(target_r=2), **patterns))
+    model = get_peft_model(base_of(), make_config(schedule=[Allocate(budget=AverageRank(2))], **patterns))
     fill(model)
     for layer in sparse_layers(model):
         rank = layer.sizes["default"].rank
@@ -120,7 +119,7 @@ def test_ranks_by_module_do_not_leak_to_names_that_end_alike(tmp_path, way):
     state = base.state_dict()
     options = {"target_modules": ["lin"], "task_type": None, "block_size": 4}
     if way == "compact":
-        model = get_peft_model(base, make_config(rank_allocation=RankAllocationConfig(target_r=1), **options))
+        model = get_peft_model(base, make_config(schedule=[Allocate(budget=AverageRank(1))], **options))
         fill(model)
         for layer, alive in zip(sparse_layers(model), (1, 3, 4), strict=True):
             layer.sparse_lora_rank_mask["default"][alive:] = 0

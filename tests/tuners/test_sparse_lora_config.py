@@ -12,7 +12,7 @@ from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
 
 import hf_sparse_peft
-from hf_sparse_peft import Prune, RankAllocationConfig, Regrow, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft import Allocate, Prune, Regrow, SparseLoraConfig, SparseLoraModel
 from hf_sparse_peft.tuners.shared import registration
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -82,8 +82,8 @@ BAD = [
     ({"r": 0, "density": 0.0}, "r=0 and density=0"),
     ({"density": 0.0, "schedule": [{"type": "regrow"}]}, "Regrow moves the support"),
     ({"density": 0.0, "schedule": [{"type": "prune"}]}, "density=0 leaves it out"),
-    ({"rank_allocation": {"target_r": 99}}, "rank_allocation.target_r=99"),
-    ({"r": 0, "rank_allocation": {"target_r": 1}}, "rank_allocation.target_r=1"),
+    ({"schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 99}}]}, "AverageRank.r=99"),
+    ({"r": 0, "schedule": [{"type": "allocate"}]}, "needs units of kind"),
     ({"schedule": [{"type": "regrow", "every": 3}]}, "steps=5.*every=3"),
     ({"schedule": "prune"}, "schedule='prune'"),
     ({"schedule": [3]}, r"schedule\[0\]=3"),
@@ -97,10 +97,10 @@ BAD = [
     ({"schedule": [{"type": "prune", "start": 0.8, "end": 0.5}]}, "Prune.start=0.8"),
     ({"schedule": [{"type": "prune", "interval": 0}]}, "Prune.interval=0"),
     ({"schedule": [{"type": "prune", "scope": "model"}]}, "Prune.scope='model'"),
-    ({"rank_allocation": {"target_r": 0}}, "RankAllocationConfig.target_r=0"),
-    ({"rank_allocation": {"initial_warmup": 0.6, "final_warmup": 0.6}}, "initial_warmup [+] final_warmup"),
-    ({"rank_allocation": {"beta1": 1.0}}, "RankAllocationConfig.beta1=1.0"),
-    ({"rank_allocation": {"orthogonality": -1}}, "RankAllocationConfig.orthogonality=-1"),
+    ({"schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 0}}]}, "AverageRank.r=0"),
+    ({"schedule": [{"type": "allocate", "initial_warmup": 0.6, "final_warmup": 0.6}]}, "final_warmup"),
+    ({"schedule": [{"type": "allocate", "score": {"type": "smoothed", "beta1": 1.0}}]}, "Smoothed.beta1=1.0"),
+    ({"schedule": [{"type": "orthogonality", "weight": -1}]}, "Orthogonality.weight=-1"),
     ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform"),
     ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "layers_pattern"),
     ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "layers_pattern"),
@@ -115,10 +115,9 @@ def test_bad_value_is_refused_by_the_name_of_its_field(options, message):
 
 def test_schedules_may_be_given_as_dicts():
     config = SparseLoraConfig(
-        schedule=[{"type": "prune", "final_fraction": 0.3}, {"type": "regrow", "every": 8}], rank_allocation={}
+        schedule=[{"type": "prune", "final_fraction": 0.3}, {"type": "regrow", "every": 8}, {"type": "allocate"}]
     )
-    assert config.schedule == [Prune(final_fraction=0.3), Regrow(every=8)]
-    assert config.rank_allocation == RankAllocationConfig()
+    assert config.schedule == [Prune(final_fraction=0.3), Regrow(every=8), Allocate()]
     assert config.has_schedule
     assert not dataclasses.replace(config, training_finished=True).has_schedule
 

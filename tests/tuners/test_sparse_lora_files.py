@@ -27,7 +27,7 @@ from tuner_toolbox import (
     trained,
 )
 
-from hf_sparse_peft import Linear, RankAllocationConfig, Regrow, SparseLoraConfig
+from hf_sparse_peft import Allocate, AverageRank, Linear, Regrow, SparseLoraConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 FILE = "adapter_model.safetensors"
@@ -101,8 +101,7 @@ def test_config_reaches_a_spawned_worker():
 
 def test_config_survives_its_json(tmp_path):
     config = make_config(
-        schedule=[Regrow(every=7, fraction=Linear(0.1, 0.0))],
-        rank_allocation=RankAllocationConfig(target_r=3),
+        schedule=[Regrow(every=7, fraction=Linear(0.1, 0.0)), Allocate(budget=AverageRank(3))],
         rank_pattern={"q_proj": 8},
         criterion={"type": "low_rank_magnitude", "rank": 4},
     )
@@ -189,19 +188,21 @@ def test_second_adapter_is_loaded_beside_the_first(base_of, tmp_path):
 
 
 def test_training_state_is_saved_for_a_resume_and_left_out_of_inference(base_of, tmp_path):
-    schedules = {"schedule": [Regrow()], "rank_allocation": RankAllocationConfig(target_r=2)}
+    schedules = {"schedule": [Regrow(), Allocate(budget=AverageRank(2))]}
     model = get_peft_model(base_of(), make_config(**schedules))
     fill(model)
     for layer in sparse_layers(model):
         layer.sparse_lora_rule_candidate_sums["default"].normal_()
-        layer.sparse_lora_sensitivity["default"].uniform_()
+        layer.sparse_lora_rule_sensitivity_A["default"].uniform_()
     model.save_pretrained(tmp_path)
     resumed = PeftModel.from_pretrained(base_of(), tmp_path, is_trainable=True)
     for layer, other in zip(sparse_layers(model), sparse_layers(resumed), strict=True):
         held = [name for name in layer.training_state_names if "default" in getattr(layer, name)]
-        assert {"sparse_lora_rule_candidates", "sparse_lora_rule_candidate_sums", "sparse_lora_sensitivity"} <= set(
-            held
-        )
+        assert {
+            "sparse_lora_rule_candidates",
+            "sparse_lora_rule_candidate_sums",
+            "sparse_lora_rule_sensitivity_A",
+        } <= set(held)
         for name in held:
             assert torch.equal(getattr(layer, name)["default"], getattr(other, name)["default"])
     served = PeftModel.from_pretrained(base_of(), tmp_path)

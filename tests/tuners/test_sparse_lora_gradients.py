@@ -16,7 +16,7 @@ from tuner_toolbox import (
     trained,
 )
 
-from hf_sparse_peft import RankAllocationConfig
+from hf_sparse_peft import Allocate, AverageRank
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 
@@ -57,7 +57,7 @@ def close(actual, expected, base):
 @pytest.mark.parametrize("case", [*CASES, "gate-entry"])
 @pytest.mark.parametrize("base", ["fp32", "bf16", "nf4", "int8", "conv1d"])
 def test_gradients_of_every_adapter_tensor_equal_the_dense_reference(base_of, base, case):
-    options = {"rank_allocation": RankAllocationConfig(target_r=2)} if case.startswith("gate") else {}
+    options = {"schedule": [Allocate(budget=AverageRank(2))]} if case.startswith("gate") else {}
     model = get_peft_model(base_of(base), make_config(case.replace("gate", "hybrid"), base, **options)).train()
     fill(model)
     torch.manual_seed(3)

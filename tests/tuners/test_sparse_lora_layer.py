@@ -20,7 +20,7 @@ from tuner_toolbox import (
     trained,
 )
 
-from hf_sparse_peft import RankAllocationConfig
+from hf_sparse_peft import Allocate, AverageRank
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 
@@ -98,7 +98,7 @@ def test_delta_weight_equals_the_equation(base_of, base, case):
 
 
 def test_gate_scales_components(base_of):
-    model = get_peft_model(base_of(), make_config("low_rank-entry", rank_allocation=RankAllocationConfig(target_r=2)))
+    model = get_peft_model(base_of(), make_config("low_rank-entry", schedule=[Allocate(budget=AverageRank(2))]))
     before = logits(base_of())
     assert torch.equal(logits(model), before)  # the zero gate is the identity
     fill(model)
@@ -120,7 +120,7 @@ def test_repr_names_the_method_and_status_reads_it(base_of, base):
 
 
 def test_every_dict_keyed_by_adapter_is_known_to_peft(base_of):
-    config = make_config(rank_allocation=RankAllocationConfig(target_r=2))
+    config = make_config(schedule=[Allocate(budget=AverageRank(2))])
     model = get_peft_model(base_of(), config)
     logits(model)
     for layer in sparse_layers(model):

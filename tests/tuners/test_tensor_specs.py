@@ -15,7 +15,7 @@ from peft.tuners._buffer_dict import BufferDict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_sparse_peft import KernelLoraConfig, RankAllocationConfig, SparseLoraConfig
+from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners import FactorMaskConfig, adapter_layers
 from hf_sparse_peft.tuners.shared import (
@@ -93,10 +93,10 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 CONFIGS = {
     "hybrid": lambda: SparseLoraConfig(r=3, density=0.05, **TARGETS),
     "rows": lambda: SparseLoraConfig(r=0, density=0.1, granularity="row", **TARGETS),
-    "gated": lambda: SparseLoraConfig(r=3, density=0.0, rank_allocation=RankAllocationConfig(target_r=2), **TARGETS),
+    "gated": lambda: SparseLoraConfig(r=3, density=0.0, gate="zeros", **TARGETS),
     "masked": lambda: SparseLoraConfig(r=2, density=0.0, factor_masks=FactorMaskConfig(), **TARGETS),
     "experts": lambda: SparseLoraConfig(r=2, density=0.1, factor_masks=FactorMaskConfig(kind="stochastic"), **TARGETS),
-    "kernel": lambda: KernelLoraConfig(r=2, kernel="mixed", budget_competition={}, **TARGETS),
+    "kernel": lambda: KernelLoraConfig(r=2, kernel="mixed", own_counts=True, **TARGETS),
     "scaled": lambda: ScaledConfig(**TARGETS),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)

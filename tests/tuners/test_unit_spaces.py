@@ -7,14 +7,13 @@ import torch
 from peft import get_peft_model
 from tuner_toolbox import CASES, dense_sparse_half, fill, make_config
 
-from hf_sparse_peft import BudgetCompetitionConfig, RankAllocationConfig
 from hf_sparse_peft.tuners import adapter_layers
 
 ADAPTERS = {case: {} for case in CASES} | {
-    "gated": {"rank_allocation": RankAllocationConfig(target_r=2)},
+    "gated": {"gate": "zeros"},
     "kernel": {},
     "kernel-dense": {"sparsity": 0.0},
-    "kernel-competing": {"budget_competition": BudgetCompetitionConfig(initial_sparsity=0.3)},
+    "kernel-competing": {"own_counts": True, "sparsity": 0.3},
 }
 
 
@@ -71,8 +70,7 @@ def test_a_moved_support_has_another_version():
 
 
 def test_a_kernel_is_told_how_many_entries_survive():
-    competition = BudgetCompetitionConfig(initial_sparsity=0.3)
-    model = kernel_toolbox.adapted(tiny.base(hidden=64), budget_competition=competition)
+    model = kernel_toolbox.adapted(tiny.base(hidden=64), own_counts=True, sparsity=0.3)
     layer = adapter_layers(model)[0]
     (space,) = spaces_of(layer)
     space.write(torch.arange(50))

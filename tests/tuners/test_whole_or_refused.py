@@ -17,7 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForCaus
 from hf_sparse_peft import AccumulatedGradient, KernelLoraConfig, Regrow, SparseLoraConfig, callbacks_for
 from hf_sparse_peft.cli import main as command_line
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners import FactorMaskConfig, RankAllocationConfig
+from hf_sparse_peft.rules import Allocate, AverageRank
+from hf_sparse_peft.tuners import FactorMaskConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -246,7 +247,7 @@ def test_pickled_weights_are_never_read(tmp_path):
         ({"block_size": 10**9, "granularity": "block"}, "granularity"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj.*missing|missing.*v_proj"),
         ({"target_modules": ["v_proj"]}, "proj"),
-        ({"rank_allocation": {"target_r": 1}}, "sparse_lora_gate"), ({"factor_masks": {}}, "sparse_lora_B_map"),
+        ({"gate": "zeros"}, "sparse_lora_gate"), ({"factor_masks": {}}, "sparse_lora_B_map"),
         ({"granularity": "row"}, "granularity"), ({"r": 3}, "sparse_lora_A"), ({"peft_type": "KERNEL_LORA"}, "."),
     ],
     ids=str,
@@ -403,12 +404,12 @@ def test_embeddings_of_a_resized_vocabulary_are_declared_and_loaded(tmp_path):
 CASES = {
     "hybrid": {}, "sparse": {"r": 0}, "low rank": {"density": 0.0}, "bf16": {"values_dtype": "bfloat16"},
     "rows": {"granularity": "row", "density": 0.1}, "blocks": {"granularity": "block", "block_size": 8, "density": 0.2},
-    "gated": {"rank_allocation": RankAllocationConfig(target_r=1)}, "masked": {"factor_masks": FactorMaskConfig()},
+    "gated": {"schedule": [Allocate(budget=AverageRank(1))]}, "masked": {"factor_masks": FactorMaskConfig()},
     "experts": {"factor_masks": FactorMaskConfig(kind="stochastic")},
     "moving": {"schedule": [Regrow(every=2, grow=AccumulatedGradient(steps=1))]},
     "no module": {"density_pattern": {"q_proj": 0.0}},
     "kernel": {"cls": KernelLoraConfig, "kernel": "mixed"},
-    "kernel budget": {"cls": KernelLoraConfig, "budget_competition": {}},
+    "kernel budget": {"cls": KernelLoraConfig, "schedule": [tiny.kernel_allocation()]},
 }  # fmt: skip
 
 

@@ -32,9 +32,7 @@ class KernelLoraLayer(AdapterLayer):
     kernel_lora_mix: nn.ParameterDict
     """`[3]`, the numbers a, g, b of the mixed kernel."""
     kernel_lora_survivors: BufferDict
-    """int64 `[1]`, the entries that win; only with `budget_competition`."""
-    training_state_names: tuple[str, ...] = ("kernel_lora_sensitivity", "kernel_lora_uncertainty")
-    """fp32 `[r (in + out)]`, of P then Q, while the schedule runs."""
+    """int64 `[1]`, the entries that win; only with `own_counts`."""
 
     @classmethod
     def tensor_specs(
@@ -64,8 +62,8 @@ class KernelLoraLayer(AdapterLayer):
         ]
         if config.kernel == "mixed":
             found.append(TensorSpec("kernel_lora_mix", (3,), start=lambda _: torch.tensor([1.0, 1.0, 0.0])))
-        if config.budget_competition is not None:
-            first = numel - round(config.initial_sparsity * numel)
+        if config.own_counts:
+            first = numel - round(config.sparsity * numel)
             start = partial(torch.full, (1,), first, dtype=torch.int64)
             found.append(
                 TensorSpec(
@@ -90,20 +88,12 @@ class KernelLoraLayer(AdapterLayer):
             ValueError: `sparsity` leaves no entry of this weight.
         """
         config = self.adapter_configs[adapter_name]
-        if config.budget_competition is None and self.numel == round(config.sparsity * self.numel):
+        if not config.own_counts and self.numel == round(config.sparsity * self.numel):
             raise ValueError(
                 f"sparsity={config.sparsity} leaves no entry in '{self.module_name}' ({self.out_features}x"
                 f"{self.in_features}). Lower sparsity, or leave the module out of target_modules."
             )
         super().set_sizes(adapter_name, sizes)
-
-    def allocate_training_state(self, adapter_name: str) -> None:
-        """Allocate both moving averages of an adapter whose matrices compete."""
-        super().allocate_training_state(adapter_name)
-        if adapter_name in self.kernel_lora_survivors:
-            size = self.kernel_lora_P[adapter_name].numel() + self.kernel_lora_Q[adapter_name].numel()
-            for name in self.training_state_names:
-                self._add_state(name, adapter_name, torch.zeros(size))
 
     def survivors(self, adapter_name: str) -> int | None:
         """Entries of the update that are not zero by competition; None where nothing competes."""
@@ -120,7 +110,7 @@ class KernelLoraLayer(AdapterLayer):
         """
         if adapter_name not in self.kernel_lora_survivors:
             raise ValueError(
-                f"Adapter '{adapter_name}' has no budget_competition, so its survivors follow from its sparsity."
+                f"Adapter '{adapter_name}' has own_counts=False, so its survivors follow from its sparsity."
             )
         if not 0 <= count <= self.numel:
             raise ValueError(f"{count} entries cannot survive in '{self.module_name}', which has {self.numel}.")

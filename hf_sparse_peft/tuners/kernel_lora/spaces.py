@@ -15,6 +15,7 @@ class KernelSpace(UnitSpace):
     """Entries of one kernel update. How many win is state of the layer; which ones follows from the factors."""
 
     kind: ClassVar[str] = "kernel"
+    counted: ClassVar[bool] = True
 
     @property
     def unit(self) -> str:
@@ -39,6 +40,11 @@ class KernelSpace(UnitSpace):
         return 1
 
     @property
+    def initial(self) -> int:
+        """Entries that `sparsity` leaves."""
+        return self.size - round(self.config.sparsity * self.size)
+
+    @property
     def count(self) -> int:
         """Entries that win; all of them where nothing competes."""
         survivors = self.layer.survivors(self.adapter)
@@ -58,14 +64,31 @@ class KernelSpace(UnitSpace):
         held = (getattr(self.layer, name) for name in self.layer.adapter_layer_names)
         return [tensors[self.adapter] for tensors in held if self.adapter in tensors]
 
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """P and Q, whose numbers belong to all entries."""
+        held = {"P": self.layer.kernel_lora_P, "Q": self.layer.kernel_lora_Q}
+        return {name: (tensors[self.adapter], None) for name, tensors in held.items()}
+
     def followers(self) -> list:
         """None: factors have no slice for a single entry."""
         return []
 
     def write(self, units: Tensor) -> None:
-        """Let as many entries win as `units` has; which ones is the kernel's.
+        """Let as many entries win as `units` has; which ones is the kernel's."""
+        self.resize(units.numel())
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raises `ValueError` where a rule needs counts and the adapter has none."""
+        if "counts" in needs and not self.config.own_counts:
+            raise ValueError(
+                f"The matrix of '{self.name}' has no count of its own. Name the rule in the config's schedule, or set "
+                "own_counts=True."
+            )
+
+    def resize(self, count: int) -> None:
+        """Let `count` entries win from now on.
 
         Raises:
-            ValueError: the adapter's matrices do not compete.
+            ValueError: the adapter's matrices have no counts of their own.
         """
-        self.layer.write_survivors(self.adapter, units.numel())
+        self.layer.write_survivors(self.adapter, count)

@@ -175,6 +175,15 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         unknown = known.pop("unknown_options", {})
         return {**known, **unknown}
 
+    def meet_needs(self) -> None:
+        """Give the adapter what its rules need (`Rule.needs`); called at injection, on the adapter's own copy, so that
+        a file says what its tensors are whether or not the rules are known where it is loaded."""
+
+    @property
+    def unit_kinds(self) -> frozenset[str]:
+        """Kinds of units that an adapter has."""
+        return frozenset({"module"})
+
     @property
     def sizes_from_data(self) -> bool:
         """Whether the sizes of layers are still to be found from data."""

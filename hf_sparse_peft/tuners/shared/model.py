@@ -95,6 +95,7 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         given = self.peft_config[adapter_name]
         source = next((name for name, own in self.peft_config.items() if own is given and name != adapter_name), None)
         self.peft_config[adapter_name] = copy.deepcopy(given)
+        self.peft_config[adapter_name].meet_needs()
         name_task_heads(self.peft_config[adapter_name])
         self._asked_targets = given.target_modules
         self._targets_of_state_dict = None

@@ -9,7 +9,6 @@ from .config import SparseLoraConfig  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
-from .schedule_config import RankAllocationConfig  # noqa: E402
 from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
 
@@ -19,7 +18,6 @@ train_task_heads()
 
 __all__ = [
     "FactorMaskConfig",
-    "RankAllocationConfig",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraLinear",

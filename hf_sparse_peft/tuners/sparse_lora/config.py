@@ -11,13 +11,12 @@ from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
-from .schedule_config import RankAllocationConfig, nested
+from .schedule_config import nested
 from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, StructureConfig
 
 SCHEDULES = {
     "support_search": SupportSearchConfig,
-    "rank_allocation": RankAllocationConfig,
     "factor_masks": FactorMaskConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
@@ -56,6 +55,14 @@ class SparseLoraConfig(AdapterConfig):
     )
     factor_init: Literal["kaiming_uniform", "normal"] = field(
         default="kaiming_uniform", metadata={"help": "Start of A: Kaiming's uniform, or N(0, 0.02^2). B starts at 0."}
+    )
+    gate: Literal["zeros", "normal", "ones"] | None = field(
+        default=None,
+        metadata={
+            "help": "Start of a trained number g a component, in B diag(g) A; None: none. 'zeros', with A and B from "
+            "N(0, 0.02^2) (AdaLoRA); 'normal', N(0, 1) (SoRA), or 'ones', with B = 0. Set at injection where a rule "
+            "asks for it."
+        },
     )
     factor_masks: FactorMaskConfig | None = field(
         default=None, metadata={"help": "Masks on the entries of A and B; None: both are dense."}
@@ -124,9 +131,6 @@ class SparseLoraConfig(AdapterConfig):
     support_search: SupportSearchConfig | None = field(
         default=None, metadata={"help": "Random supports tried before training, the best kept; None: one draw."}
     )
-    rank_allocation: RankAllocationConfig | None = field(
-        default=None, metadata={"help": "Moves of rank between layers; None: ranks stay."}
-    )
     head_in_budget: bool = field(
         default=False,
         metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
@@ -163,6 +167,22 @@ class SparseLoraConfig(AdapterConfig):
             setattr(self, name, nested(cls, getattr(self, name), name))
         if isinstance(self.structures, (list, tuple)):
             self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
+
+    def meet_needs(self) -> None:
+        """Give components a gate where a rule needs one."""
+        if self.gate is None:
+            self.gate = next((rule.gate for rule in self.rules if "gate" in rule.needs), None)
+
+    @property
+    def gated(self) -> bool:
+        """Whether components have a gate, or get one at injection."""
+        return self.gate is not None or any("gate" in rule.needs for rule in self.rules)
+
+    @property
+    def unit_kinds(self) -> frozenset[str]:
+        """Kinds of units that an adapter has."""
+        ranks = self.r > 0 or any(self.rank_pattern.values())
+        return frozenset({"module"} | ({"rank"} if ranks else set()) | ({"support"} if self.has_support else set()))
 
     @property
     def has_support(self) -> bool:

@@ -29,6 +29,7 @@ def _check_choices(config: AdapterConfig) -> None:
         "values_dtype": ("float32", "bfloat16"),
         "bias": ("none", "all", "sparse_lora_only"),
         "factor_init": ("kaiming_uniform", "normal"),
+        "gate": (None, "zeros", "normal", "ones"),
         "support_init": ("zeros", "uniform"),
     }
     for name, accepted in choices.items():
@@ -119,12 +120,6 @@ def _check_numbers(config: AdapterConfig) -> None:
     if not config.has_support and config.r == 0 and not config.rank_pattern:
         raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
     _check_freezing(config)
-    if config.rank_allocation and config.rank_allocation.target_r > config.r:
-        raise ValueError(
-            f"rank_allocation.target_r={config.rank_allocation.target_r} is above r={config.r}, the rank every layer "
-            f"starts with. Set r to at least {config.rank_allocation.target_r} (AdaLoRA: 1.5 x target_r)."
-        )
-
     _check_structures(config)
     _check_factors(config)
     _check_search(config)
@@ -147,8 +142,11 @@ def _check_factors(config: AdapterConfig) -> None:
     for name in ("factor_masks", "scale_support"):
         if getattr(config, name) and config.r == 0 and not config.rank_pattern:
             raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
-        if getattr(config, name) and config.rank_allocation:
-            raise ValueError(f"{name} and rank_allocation cannot be combined: components that leave would take it.")
+        if getattr(config, name) and config.gated:
+            raise ValueError(
+                f"{name} cannot be combined with a gate (gate={config.gate!r}, or a rule that needs one): components "
+                "that leave would take it. Leave one of them out."
+            )
 
 
 def _check_search(config: AdapterConfig) -> None:

@@ -25,16 +25,16 @@ from .structure_config import FactorMaskConfig
 
 
 def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: int, r: int) -> list[TensorSpec]:
-    """`A` `[r, in]`, `B` `[out, r]`, and with `rank_allocation` the gate and its mask, with `factor_masks` the maps."""
+    """`A` `[r, in]`, `B` `[out, r]`, and with `gate` the gate and its mask, with `factor_masks` the maps."""
     if not r:
         return []
-    gated, masks = config.rank_allocation is not None, config.factor_masks
+    by_gate, masks = config.gate == "zeros", config.factor_masks
     split = masks is not None and masks.kind == "stochastic"
     A_drawn: list[torch.Tensor] = []
 
     def start_A(generator: torch.Generator | None) -> torch.Tensor:
         A = torch.empty(r, cols, dtype=torch.float32)
-        if gated or config.factor_init == "normal":
+        if by_gate or config.factor_init == "normal":
             nn.init.normal_(A, std=0.02, generator=generator)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
@@ -45,21 +45,23 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
 
     def start_B(generator: torch.Generator | None) -> torch.Tensor:
         B = torch.zeros(rows, r, dtype=torch.float32)
-        if gated:  # AdaLoRA's start: the zero gate, not B, makes the identity
+        if by_gate:  # AdaLoRA's start: the zero gate, not B, makes the identity
             nn.init.normal_(B, std=0.02, generator=generator)
         elif not config.init_weights:
             nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
         return B
 
     def start_gate(generator: torch.Generator | None) -> torch.Tensor:
-        return torch.zeros(r) if config.init_weights else torch.randn(r, generator=generator) / 0.02**2
+        if config.gate == "ones" or (by_gate and config.init_weights):
+            return torch.full((r,), 1.0 if config.gate == "ones" else 0.0)
+        return torch.randn(r, generator=generator) / (0.02**2 if by_gate else 1)
 
     rank = partial(TensorSpec, space="rank")
     found = [
         rank("sparse_lora_A", (r, cols), start=start_A),
         rank("sparse_lora_B", (rows, r), axis=1, start=start_B),
     ]
-    if gated:
+    if config.gate is not None:
         ones = partial(torch.ones, r, dtype=torch.uint8)
         found += [
             rank("sparse_lora_gate", (r,), start=start_gate),

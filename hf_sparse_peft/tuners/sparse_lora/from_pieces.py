@@ -17,6 +17,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     config = copy.deepcopy(like)
     for name in SCHEDULES:  # masked factors are folded, like the scaling
         setattr(config, name, None)
+    config.schedule, config.gate = [], None  # so are gates
     config.structures, config.units_per_module, config.scale_support, config.support_init = [], None, False, "zeros"
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion = Random()

@@ -33,7 +33,7 @@ class SparseLoraLayer(SupportState):
     sparse_lora_B: nn.ParameterDict
     """`[out, r]`."""
     sparse_lora_gate: nn.ParameterDict
-    """`[r]`, only with `rank_allocation`."""
+    """`[r]`, only with `config.gate`."""
     sparse_lora_support: BufferDict
     """uint8, the gap-coded units."""
     sparse_lora_rank_mask: BufferDict
@@ -52,10 +52,6 @@ class SparseLoraLayer(SupportState):
     sparse_lora_dense_delta: dict[str, torch.Tensor]
     """Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
     neither an optimizer nor a file of the run sees them."""
-    training_state_names: tuple[str, ...] = (
-        "sparse_lora_sensitivity",
-        "sparse_lora_uncertainty",
-    )
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
@@ -97,15 +93,6 @@ class SparseLoraLayer(SupportState):
             held.pop(adapter_name, None)
             if value is not None:
                 held[adapter_name] = value
-
-    def allocate_training_state(self, adapter_name: str) -> None:
-        """Allocate, at fixed shapes, what the schedules of this adapter keep between steps and across a resume."""
-        super().allocate_training_state(adapter_name)
-        config = self.adapter_configs[adapter_name]
-        if config.rank_allocation and adapter_name in self.sparse_lora_gate:
-            size = self.sizes[adapter_name].rank * (self.in_features + self.out_features + 1)
-            self._add_state("sparse_lora_sensitivity", adapter_name, torch.zeros(size))
-            self._add_state("sparse_lora_uncertainty", adapter_name, torch.zeros(size))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""

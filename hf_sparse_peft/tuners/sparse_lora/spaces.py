@@ -51,6 +51,11 @@ class SupportSpace(UnitSpace):
 
     unit_entries = unit_numel
 
+    @property
+    def initial(self) -> int:
+        """Units of the first support; there may be room for more."""
+        return self.layer.sizes[self.adapter].units
+
     def alive(self) -> Tensor:
         """Living units, sorted; `values[:a]` belong to them."""
         return self.layer.units(self.adapter)
@@ -67,6 +72,10 @@ class SupportSpace(UnitSpace):
     def parameters(self) -> list[nn.Parameter]:
         """The values."""
         return [self.values]
+
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """The values."""
+        return {"values": (self.values, 0)}
 
     def write(self, units: Tensor) -> None:
         """Make `units` the support."""
@@ -128,6 +137,7 @@ class RankSpace(UnitSpace):
 
     kind: ClassVar[str] = "rank"
     unit: ClassVar[str] = "component"
+    packed: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -179,6 +189,11 @@ class RankSpace(UnitSpace):
         """Components lie along the rows of A, the columns of B, and the gate."""
         return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
 
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """Gate (if any), A, B."""
+        held = {"gate": (self.gate, 0), "A": (self.A, 0), "B": (self.B, 1)}
+        return {name: pair for name, pair in held.items() if pair[0] is not None}
+
     def write(self, units: Tensor) -> None:
         """Let the components `units` live: the others' gates are zero from now on, in place, and their mask is 0.
 
@@ -191,6 +206,14 @@ class RankSpace(UnitSpace):
         mask[units.long()] = 1
         self.mask.copy_(mask)
         self.apply_mask()
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raises `ValueError` where a rule needs a gate and components have none."""
+        if "gate" in needs and self.gate is None:
+            raise ValueError(
+                f"The components of '{self.name}' have no gate, so that none can be switched off. Name the rule in the "
+                "config's schedule, or set gate='zeros' in the config."
+            )
 
     @torch.no_grad()
     def apply_mask(self) -> None:

@@ -1,0 +1,309 @@
+"""`Allocate`: one budget shared out over the units of all layers, and over several kinds of units at once."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..sparsity import Cubic, Curve, competition_counts, stream_seed, whole_steps
+from ..sparsity.selection import tie_priority
+from ..utils.parts import register_part, require
+from ..utils.tensors import TensorSpec
+from .budgets import AverageRank, Budget, budget_of_training
+from .collectives import all_reduce_mean
+from .evidence import MissingEvidence
+from .moves import move_units
+from .no_effect import report_idle
+from .rule import Rule
+from .run import Run
+from .scores import Smoothed, TrainingScore
+from .space import UnitSpace
+
+
+@register_part("allocate")
+@dataclass(frozen=True)
+class Allocate(Rule):
+    r"""Shares a budget out over the units of all layers: the best by score live, whatever layer and kind they are of.
+
+    From what the model starts with, :math:`b_0`, to the target :math:`b_T` the budget falls as
+    :math:`b_T + (b_0 - b_T)\,c\big(\frac{t - t_i}{T - t_f - t_i}\big)`, cubic by default.
+
+    * `("rank",)` is AdaLoRA (Zhang et al., 2023): components compete over the whole model, and a loser's gate is
+      zeroed. Its factors train on, so it may return while the budget falls.
+    * `("rank", "support")` is a joint budget of trained numbers: components and entries compete by their score per
+      number. Entries that lose leave for good (`move_units`). Whatever leaves makes room for units of the other kind
+      and of other layers, so the score alone decides how the target is split: start with more of *both* kinds than the
+      target, for the split can only grow one part by cutting the other.
+    * `("kernel",)` is SNELLA (Shen et al., 2025): a matrix's number of entries is proportional to its score, none above
+      its size (`sparsity.competition_counts`); which entries follows from the kernel.
+
+    Scores are updated after every optimizer step `t`, up to :math:`T - t_f` where `fixed_at_end`. Units are compared at
+    multiples of `every` after :math:`t_i`, and at :math:`t = T - t_f` (or the last step) for the target. A layer whose
+    units never had a gradient keeps them and is named in a warning; the others share the budget of their own number.
+    Layers that are held still keep what they have and follow when they train again.
+    """
+
+    spaces: tuple[str, ...] = ("rank",)
+    """Kinds of units that share the budget: "rank" and "support" in any combination, or "kernel"."""
+    budget: Budget = field(default_factory=AverageRank)
+    """What is left at the end: `AverageRank(r)`, `Numbers(n)`, `Fraction(f)` of the start, `Sparsity(s)`."""
+    score: TrainingScore = field(default_factory=Smoothed)
+    """How much each trained number matters."""
+    unit_score: Literal["mean", "sum_of_means"] = "sum_of_means"
+    """A unit's score: the mean over all of its numbers, which makes units of different kinds comparable, or as AdaLoRA
+    and SNELLA have it the sum of its means over the gate, the row of A and the column of B."""
+    every: int | None = 10
+    """Optimizer steps between two allocations while the budget falls. None: one allocation for good, right after
+    `initial_warmup` (a split once at the start, as RA-SpaRC makes one, but by this score)."""
+    initial_warmup: float = 0.1
+    """Fraction of the run before the budget starts to fall (t_i / T); scores are collected."""
+    final_warmup: float = 0.3
+    """Fraction of the run at the end with the target reached (t_f / T)."""
+    curve: Curve = field(default_factory=lambda: Cubic(1.0, 0.0))
+    """Part of b_0 - b_T that is left, over the progress between both warm-ups."""
+    fixed_at_end: bool = True
+    """Whether units are fixed in the final warm-up (AdaLoRA), or go on being compared at the target (SNELLA)."""
+    count_from: Literal[0, 1] = 1
+    """Number of the first optimizer step: 1, as in AdaLoRA's algorithm, or 0, as in its official training loop, where
+    all of the above comes one step later."""
+
+    writes: ClassVar[frozenset[str]] = frozenset({"units"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "spaces", tuple(self.spaces))
+        kinds = set(self.spaces)
+        accepted = "'rank' and 'support' in any combination, or 'kernel' alone"
+        require(bool(kinds) and (kinds <= {"rank", "support"} or kinds == {"kernel"}), self, "spaces", accepted)
+        require(self.every is None or self.every >= 1, self, "every", "an integer >= 1, or None for one allocation")
+        for name in ("initial_warmup", "final_warmup"):
+            require(0 <= getattr(self, name) < 1, self, name, "a fraction of the run in [0, 1)")
+        if self.initial_warmup + self.final_warmup >= 1:
+            raise ValueError(
+                f"Allocate.initial_warmup + final_warmup={self.initial_warmup + self.final_warmup} leave no step for "
+                "the budget to fall in; give fractions that sum to less than 1."
+            )
+
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """The kinds of `spaces`."""
+        return frozenset(self.spaces)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Components with a gate, matrices with counts of their own."""
+        return frozenset({"rank": "gate", "kernel": "counts"}[kind] for kind in self.spaces if kind != "support")
+
+    def check(self, config: Any) -> None:
+        """Refuse an adapter without these units, and one that starts with less than the budget."""
+        missing = self.acts_on - config.unit_kinds
+        if missing:
+            raise ValueError(
+                f"Allocate.spaces={self.spaces} needs units of kind {sorted(missing)}, and the adapter has "
+                f"{sorted(config.unit_kinds)}. Set r >= 1 for 'rank', density > 0 for 'support', or other spaces."
+            )
+        if "support" in self.spaces and config.freezes_units:
+            raise ValueError(
+                "Allocate takes units of the support away, and another rule keeps units that stopped training (retired "
+                "or frozen ones). Keep one of the two."
+            )
+        if len(self.spaces) > 1 and self.unit_score != "mean":
+            raise ValueError(
+                f"Allocate.unit_score={self.unit_score!r} cannot compare units of {self.spaces}: a component would sum "
+                "three means, an entry one. Set unit_score='mean'."
+            )
+        self.budget.check(config)
+
+    def state(self, space: UnitSpace) -> list[TensorSpec]:
+        """What the score keeps."""
+        return self.score.state(space)
+
+    # When
+
+    def window(self, total_steps: int) -> tuple[int, int]:
+        """Steps between which the budget falls."""
+        final = whole_steps(self.final_warmup, total_steps)
+        return whole_steps(self.initial_warmup, total_steps), total_steps - final
+
+    def last_comparison(self, total_steps: int) -> int:
+        """The step of the last allocation, at the target; without `fixed_at_end` others follow."""
+        first, last = self.window(total_steps)
+        return max(first, 1) if self.every is None else min(last, total_steps - 1 + self.count_from)
+
+    def budget_at(self, start: int, target: int, step: int, total_steps: int) -> float:
+        """What lives from step `t` on, before rounding."""
+        first, last = self.window(total_steps)
+        if step <= first:
+            return start
+        if step > last:
+            return target
+        return target + (start - target) * self.curve((step - first) / (last - first))
+
+    def _is_due(self, step: int, total_steps: int) -> bool:
+        first = self.window(total_steps)[0]
+        at_end = self.last_comparison(total_steps)
+        if self.every is None or step <= first or step == at_end:
+            return step == at_end
+        return step % self.every == 0 and (step < at_end or not self.fixed_at_end)
+
+    # In training
+
+    def begin(self, run: Run) -> None:
+        """The run must hold an allocation."""
+        if not self.fixed_at_end and self.every is not None and self.every > run.total_steps:
+            raise ValueError(
+                f"Allocate.every={self.every} is longer than the run of {run.total_steps} steps: units would be "
+                "compared once at most. Train longer or shorten it."
+            )
+        run.memory.missing = MissingEvidence(f"{' and '.join(self.spaces)} units were not compared")
+        run.memory.missing.start(run.step)
+        run.memory.missed = False
+        if not run.resumed:  # a resumed run said it at its start
+            self._check_effect(run)
+
+    def _check_effect(self, run: Run) -> None:
+        """Say that nothing leaves, or that all of it leaves at one step."""
+        spaces = run.spaces(training=False)
+        names = [space.name for space in spaces]
+        start, target = self._ends(spaces, spaces)
+        first, last = self.window(run.total_steps)
+        counted, cause = spaces[0].counted, None
+        if counted and len(spaces) == 1:
+            cause = "Allocate has one matrix, which has nothing to compete with: 0 entries ever move"
+        elif start == target and (not counted or target == sum(space.size for space in spaces)):
+            cause = f"Allocate.budget={self.budget} is no less than the {start} that {len(names)} layers start with"
+            cause += ": 0 units ever leave"
+        if cause:
+            mend = "Start with more (AdaLoRA: r = 1.5 x the average rank), lower the budget, or leave the rule out."
+            report_idle(names, len(names), cause, mend)
+        elif self.every is not None and start != target:
+            due = [step for step in range(first + 1, last) if step % self.every == 0]
+            if not any(step < self.last_comparison(run.total_steps) for step in due):
+                warnings.warn(
+                    f"Allocate.every={self.every} leaves no allocation while the budget falls (steps {first + 1} to "
+                    f"{last} of {run.total_steps}): it jumps to the target at step {last}. Lower every, shorten "
+                    "initial_warmup and final_warmup, or train longer.",
+                    stacklevel=2,
+                )
+
+    def after_update(self, run: Run) -> None:
+        """Update the scores from the weights after the step and the gradients before it."""
+        step, last = run.step + self.count_from, self.window(run.total_steps)[1]
+        if self.every is None:
+            last = self.last_comparison(run.total_steps) + 1
+        if step < last or not self.fixed_at_end:
+            for space in run.spaces(training=False):
+                self.score.update(space)
+
+    def after_step(self, run: Run) -> None:
+        """Compare what is due, and keep dead components dead once they are fixed."""
+        step = run.step - 1 + self.count_from
+        due, at_end = self._is_due(step, run.total_steps), self.last_comparison(run.total_steps)
+        everybody = run.spaces(training=False)
+        training = [space for space in everybody if space.trains]
+        fixed = self.fixed_at_end and step >= at_end
+        # What was held still at the last allocation follows when it trains again.
+        late = fixed and step > at_end and len(training) < len(everybody)
+        if due or late:
+            run.memory.missed = run.memory.missed or len(training) < len(everybody)
+            judged = [space for space in training if self.score.has_evidence(space)]
+            run.memory.missing.record(run.step, [s.name for s in training if s not in judged], len(judged))
+            if judged:
+                self._share_out(run, judged, everybody, step, late)
+        if due or fixed:
+            for space in training:
+                space.apply_mask()
+
+    def _ends(self, spaces: list[UnitSpace], everybody: list[UnitSpace]) -> tuple[int, int]:
+        start = self.budget.initial(spaces)
+        target = self.budget.target(spaces, everybody)
+        return start, target if spaces[0].counted else min(target, start)
+
+    def _share_out(self, run: Run, judged: list[UnitSpace], everybody: list[UnitSpace], step: int, late: bool) -> None:
+        taking_part = [space for space in everybody if space in judged or not space.trains]
+        start, target = self._ends(taking_part, everybody)
+        counted = judged[0].counted
+        total = target
+        if self.every is not None and step != self.last_comparison(run.total_steps):
+            total = self.budget_at(start, target, step, run.total_steps)
+        alive = [space.count * self.budget.cost(space) for space in taking_part]
+        sizes = [space.initial * self.budget.cost(space) for space in taking_part]
+        sizes = [space.size for space in taking_part] if counted else sizes
+        total = budget_of_training(round(total) if counted else int(total), taking_part, alive, sizes)
+        living = sum(space.count * self.budget.cost(space) for space in judged)
+        if late and total >= living:
+            return
+        if counted:
+            self._resize(run, judged, total)
+        else:
+            self._choose(run, judged, total, stream_seed(run.seed, "rank allocation", step))
+        living = {kind: sum(space.count for space in everybody if space.kind == kind) for kind in self.spaces}
+        run.record(budget=total, alive=living)
+
+    def _resize(self, run: Run, spaces: list[UnitSpace], total: int) -> None:
+        scores = all_reduce_mean(torch.stack([self.scores(space)[0] for space in spaces])).tolist()
+        names = [f"{space.name}.{number}" for number, space in enumerate(spaces)]
+        sizes = {name: space.size for name, space in zip(names, spaces, strict=True)}
+        counts = competition_counts(dict(zip(names, scores, strict=True)), sizes, total)
+        for name, space in zip(names, spaces, strict=True):
+            space.resize(counts[name])
+
+    def _choose(self, run: Run, spaces: list[UnitSpace], total: int, seed: int) -> None:
+        scores = [self.scores(space) for space in spaces]
+        numbers = [score.numel() for score in scores]
+        costs = torch.cat([torch.full((n,), self.budget.cost(s)) for n, s in zip(numbers, spaces, strict=True)])
+        chosen = affordable(torch.cat([score.cpu() for score in scores]), costs, total, seed)
+        for space, lives in zip(spaces, chosen.split(numbers), strict=True):
+            units = space.candidates()
+            move_units(space, units[lives.to(units.device)], run.optimizer)
+
+    def finish(self, run: Run) -> None:
+        """Say if no layer could ever be judged, or if layers held still kept the target from being reached."""
+        run.memory.missing.finish()
+        spaces = run.spaces(training=False)
+        if not run.memory.missed or not self.fixed_at_end:
+            return
+        alive, target = sum(space.count * self.budget.cost(space) for space in spaces), self._ends(spaces, spaces)[1]
+        if alive > target:
+            warnings.warn(
+                f"Allocate.budget={self.budget} was not reached: {alive} live instead of {target}, because layers were "
+                "held still by another rule when they were due. Let modules take turns more often, or raise "
+                "final_warmup.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def scores(self, space: UnitSpace) -> Tensor:
+        """Scores of the candidates of `space` `[k]` fp32; of a counted space one score, of the matrix, fp64."""
+        # Products of two small averages leave fp32's range where a whole matrix has one score.
+        numbers = self.score.numbers(space, torch.float64 if space.counted else torch.float32)
+        by_parameter = [_of_units(numbers[name], axis) for name, (_, axis) in space.scored_parameters().items()]
+        if self.unit_score == "mean":
+            found = sum(one.sum(1) for one in by_parameter) / sum(one.shape[1] for one in by_parameter)
+        else:
+            found = sum(one.mean(1) for one in by_parameter)
+        return found if space.counted else found[: space.candidates().numel()]
+
+
+def affordable(scores: Tensor, costs: Tensor, total: int, seed: int) -> Tensor:
+    """Bool `[k]`: the units that `total` pays for, taken in the order of their scores; one that costs more than what is
+    left is passed over. Ties are broken by a draw from `seed`."""
+    drawn = tie_priority(seed, torch.arange(scores.numel())).argsort(descending=True)
+    order = drawn[scores[drawn].argsort(descending=True, stable=True)]
+    taken, left = torch.zeros(scores.numel(), dtype=torch.bool), total
+    while order.numel():
+        order = order[costs[order] <= left]
+        fits = costs[order].cumsum(0) <= left
+        taken[order[fits]] = True
+        left -= int(costs[order[fits]].sum())
+        order = order[~fits]
+    return taken
+
+
+def _of_units(numbers: Tensor, axis: int | None) -> Tensor:
+    """`[units, numbers of each]`; one row where all numbers belong to every unit."""
+    return numbers.flatten()[None] if axis is None else numbers.movedim(axis, 0).unsqueeze(1).flatten(1)
