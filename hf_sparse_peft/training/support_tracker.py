@@ -60,7 +60,7 @@ class SupportTracker:
         `"moves"`: updates since the unit last entered.
         """
         state = getattr(optimizer, "optimizer", optimizer)
-        values = next(parameter for parameter, axis in self.space.parameter_axes() if axis == 0)
+        values = next((parameter for parameter, axis in self.space.parameter_axes() if axis == 0), None)
         steps = getattr(state, "state", {}).get(values, {}).get("step")
         if isinstance(steps, torch.Tensor) and steps.dim() and steps.shape[0] == values.shape[0]:
             return "optimizer", steps.reshape(steps.shape[0], -1)[: self.units.numel(), 0]
