@@ -227,3 +227,12 @@ def test_compacting_ends_training_of_a_tuner_whose_units_do_not_die():
     assert model.peft_config["default"].training_finished
     assert torch.equal(logits(model), before)
     assert (model.base_model.dead_parameters(), model.base_model.frozen_parameters()) == (0, 0)
+
+
+def test_a_spec_without_a_container_of_its_role_is_named(monkeypatch):
+    def specs(cls, config, module_name, rows, cols, sizes):
+        return [TensorSpec("scaled_test_signs", (config.r,))]
+
+    monkeypatch.setattr(ScaledLayer, "tensor_specs", classmethod(specs))
+    with pytest.raises(TypeError, match=r"'scaled_test_signs' of role 'trained'.*ParameterDict"):
+        get_peft_model(base(), ScaledConfig(**TARGETS))

@@ -142,10 +142,21 @@ class AdapterTensors(BaseTunerLayer):
         self.sizes[adapter_name] = sizes
 
     def allocate(self, adapter_name: str) -> None:
-        """Allocate the adapter's tensors, in the order of their declaration, with their first content."""
+        """Allocate the adapter's tensors, in the order of their declaration, with their first content.
+
+        Raises:
+            TypeError: a spec has no container of its role.
+        """
         for name, spec in self.specs(adapter_name).items():
+            trained = spec.role == "trained"
+            kind = "ParameterDict" if trained else "BufferDict"
+            if name not in (self.adapter_layer_names if trained else self.buffer_names):
+                raise TypeError(
+                    f"{type(self).__name__} declares '{name}' of role '{spec.role}' and has no {kind} of that name: "
+                    f"annotate it in the class, `{name}: {kind}`."
+                )
             tensor = spec.allocate()
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor) if spec.role == "trained" else tensor
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor) if trained else tensor
 
     @torch.no_grad()
     def resize(self, adapter_name: str, sizes: Any, kept: Mapping[str, torch.Tensor] | None = None) -> None:
