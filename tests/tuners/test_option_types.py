@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from hf_sparse_peft import (
     SM3,
     AccumulatedGradient,
+    Allocate,
     AlternateModules,
     FactorMaskConfig,
     Freeze,
