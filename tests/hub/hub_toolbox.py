@@ -7,7 +7,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -45,7 +45,7 @@ def adapted(base=None, *, train: bool = False, adapter_name: str = "default", **
 def fill(model, adapter_name: str = "default") -> None:
     """Random values in every trained tensor of the adapter."""
     generator = torch.Generator().manual_seed(2)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         for kind in layer.adapter_layer_names:
             held = getattr(layer, kind)
             if adapter_name in held:

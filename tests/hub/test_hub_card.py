@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hf_sparse_peft import Allocate, AverageRank, hub
 from hf_sparse_peft.hub import card as card_module
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def test_summary_counts_what_lives_in_each_group():
@@ -31,7 +31,7 @@ def test_summary_counts_what_lives_in_each_group():
 
 def test_summary_leaves_out_dead_units_and_components():
     model = adapted(r=4, granularity="row", density=0.1, schedule=[Allocate(budget=AverageRank(2))])
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     before = hub.adapter_summary(model)[0]
     layer.write_support("default", layer.units("default")[:-2])
     layer.sparse_lora_rank_mask["default"][1] = 0

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_peft import Allocate, AverageRank, SparseLoraConfig, hub
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}  # fp32 sums in another order
 FILE = "adapter_model.safetensors"
@@ -34,7 +34,7 @@ print((found - expected["logits"]).abs().max().item())
 
 
 def deltas(model):
-    return {layer.module_name: layer.get_delta_weight("default") for layer in sparse_layers(model)}
+    return {layer.module_name: layer.get_delta_weight("default") for layer in adapter_layers(model)}
 
 
 def lora_products(folder):
@@ -87,7 +87,7 @@ def test_lora_export_is_lossless(tmp_path, options):
 
 def test_lora_export_leaves_out_dead_components_and_modules_of_rank_zero(tmp_path):
     model = adapted(density=0.0, r=4, schedule=[Allocate(budget=AverageRank(2))])
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     with torch.no_grad():
         layers[0].sparse_lora_gate["default"].zero_()
         layers[1].sparse_lora_gate["default"][:3] = 0
@@ -164,7 +164,7 @@ def test_lora_export_of_conv1d(tmp_path):
         return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=32)).eval()
 
     model = adapted(base(), r=2, granularity="column", target_modules=["c_attn"])
-    assert isinstance(sparse_layers(model)[0].get_base_layer(), Conv1D)
+    assert isinstance(adapter_layers(model)[0].get_base_layer(), Conv1D)
     hub.export_lora(model, tmp_path / "lora")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "lora")), logits(model), **EXACT)
     dense = hub.merge_to_dense(model)
@@ -182,7 +182,7 @@ def test_lora_export_takes_trained_biases_and_saved_modules_along(tmp_path, bias
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and ("bias" in name or "lm_head" in name):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        sparse_layers(model)[0].sparse_lora_B["default"].zero_()
+        adapter_layers(model)[0].sparse_lora_B["default"].zero_()
     hub.export_lora(model, tmp_path / "lora")
     torch.testing.assert_close(
         logits(PeftModel.from_pretrained(tiny_base(), tmp_path / "lora")), logits(model), **EXACT
@@ -215,7 +215,7 @@ def test_modules_whose_names_end_in_each_other_keep_their_own_rank(tmp_path, tar
     done = hub.export_lora(model, tmp_path / "lora")
     loaded = PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
     adapted_names = {n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
-    assert adapted_names == set(done.ranks) == {layer.module_name for layer in sparse_layers(model)}
+    assert adapted_names == set(done.ranks) == {layer.module_name for layer in adapter_layers(model)}
     x = torch.randn(5, 8)
     torch.testing.assert_close(loaded(x), model.eval()(x), **EXACT)
 
@@ -269,7 +269,7 @@ def test_dense_model_answers_as_the_adapter_model_and_reloads(tmp_path, options)
     before = logits(model)
     dense = hub.merge_to_dense(model, tmp_path / "dense")
     torch.testing.assert_close(logits(dense), before, atol=1e-5, rtol=1e-5)
-    assert not sparse_layers(dense)
+    assert not adapter_layers(dense)
     assert type(dense) is LlamaForCausalLM
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "dense")), logits(dense))
     assert torch.equal(logits(model), before)
@@ -313,7 +313,7 @@ def test_dense_model_rounds_once_to_the_dtype_asked_for():
     model = adapted(tiny_base().to(torch.bfloat16))
     dense = hub.merge_to_dense(model)
     assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     expected = (layer.base_layer.weight.double() + layer.get_delta_weight("default").double()).to(torch.bfloat16)
     assert torch.equal(dense.get_submodule(layer.module_name).weight, expected)
     assert {p.dtype for p in hub.merge_to_dense(model, dtype=torch.float32).parameters()} == {torch.float32}
