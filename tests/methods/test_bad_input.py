@@ -53,6 +53,10 @@ CONFIG_MISTAKES = {
         },
         ["steps=4", "every=3"],
     ),
+    "an option that no rule has": (
+        {"density": 0.1, "schedule": [{"type": "regrow", "intervall": 3}]},
+        ["schedule[0]", "Regrow has no option", "intervall"],
+    ),
     "final rank above the first": (
         {"r": 4, "density": 0.0, "schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 8}}]},
         ["AverageRank.r=8", "r=4", "Set r to at least 8"],
@@ -68,10 +72,6 @@ RUN_MISTAKES = {
     "a first move after the end": (
         {"density": 0.1, "schedule": [{"type": "regrow", "grow": {"type": "accumulated_gradient", "steps": 9}}]},
         ["AccumulatedGradient.steps=9", "6 steps", "Train longer"],
-    ),
-    "an option that no rule has": (
-        {"density": 0.1, "schedule": [{"type": "regrow", "intervall": 3}]},
-        ["regrow", "has no option", "intervall"],
     ),
     "a pruning window without a step": (
         {"density": 0.1, "schedule": [{"type": "prune", "start": 0.5, "end": 0.52}]},
