@@ -2,7 +2,7 @@
 
 space.py         what a rule sees of a layer          moves.py         the one way that units change
 run.py           what a rule sees of a training run   update_mask.py   who is updated
-rule.py          the base of all rules, and which pairs compose
+rule.py          the base of all rules, which pairs compose      pairs.py    the table of these
 prune.py         units leave along a curve
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many

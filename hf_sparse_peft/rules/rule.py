@@ -161,7 +161,8 @@ def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:
     """
     known = [rule for rule in schedule if isinstance(rule, Rule)]
     for number, rule in enumerate(known):
-        rule.check(config)
         for other in known[:number]:
             if (reason := conflict(other, rule)) is not None:
                 raise ValueError(reason)
+    for rule in known:
+        rule.check(config)

@@ -50,7 +50,7 @@ RULES = {
 REFUSED = {
     frozenset(pair): words
     for pair, words in {
-        ("pruning", "freeze"): "Prune takes units",
+        ("pruning", "freeze"): "Freeze needs the units.*Prune moves them",
         ("regrow", "freeze"): "Regrow moves them",
         ("allocate", "factor_masks"): "factor_masks cannot be combined with a gate",
     }.items()
