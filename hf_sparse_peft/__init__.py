@@ -31,6 +31,7 @@ from .rules import (
     Regrow,
     Rule,
     SampleLayers,
+    SearchSupport,
     Smoothed,
     Sparsity,
 )
@@ -45,7 +46,6 @@ from .training import (
     RankReallocationCallback,
     SparseSM3Spec,
     SplitFactorsCallback,
-    SupportSearchCallback,
     SupportTelemetryCallback,
     ZerothOrderSpec,
     callbacks_for,
@@ -64,7 +64,6 @@ from .tuners import (
     SparseLoraConfig,
     SparseLoraModel,
     StructureConfig,
-    SupportSearchConfig,
     restore_fp32,
 )
 
@@ -111,6 +110,7 @@ __all__ = [
     "Regrow",
     "Rule",
     "SampleLayers",
+    "SearchSupport",
     "Smoothed",
     "SparseLoraConfig",
     "SparseLoraModel",
@@ -118,8 +118,6 @@ __all__ = [
     "Sparsity",
     "SplitFactorsCallback",
     "StructureConfig",
-    "SupportSearchCallback",
-    "SupportSearchConfig",
     "SupportTelemetryCallback",
     "UpdateSparsity",
     "ZerothOrderSpec",

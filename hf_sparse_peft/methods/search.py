@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners import SparseLoraConfig, SupportSearchConfig
+from ..rules import SearchSupport
+from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
 
@@ -53,6 +54,6 @@ def random_search(
     **overrides: Any,
 ) -> Method:
     """Seeded random supports, each trained for some steps; training goes on with the one that has the smallest loss."""
-    search = SupportSearchConfig(trials=trials, steps=steps, batches=batches, lr=search_lr)
-    options = {"r": 0, "density": density, "support_search": search, "target_modules": "all-linear"}
+    search = SearchSupport(trials=trials, steps=steps, batches=batches, lr=search_lr)
+    options = {"r": 0, "density": density, "schedule": [search], "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**{**options, **overrides}))

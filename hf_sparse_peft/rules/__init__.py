@@ -3,7 +3,7 @@
 space.py         what a rule sees of a layer          moves.py         the one way that units change
 run.py           what a rule sees of a training run   update_mask.py   who is updated
 rule.py          the base of all rules, which pairs compose      pairs.py    the table of these
-prune.py         units leave along a curve
+prune.py         units leave along a curve        search_support.py   the best of some random supports
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
 orthogonality.py a pull on low-rank factors
@@ -29,6 +29,7 @@ from .rule import Rule, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
 from .scores import Smoothed, TrainingScore
+from .search_support import SearchSupport
 from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
 from .update_mask import UpdateMask
 
@@ -62,6 +63,7 @@ __all__ = [
     "Rule",
     "Run",
     "SampleLayers",
+    "SearchSupport",
     "Sensitivity",
     "SignedMagnitude",
     "Smoothed",

@@ -57,8 +57,8 @@ def origin_of(spaces: list[UnitSpace]) -> str | None:
         return None
     if config.criterion.part_type != "random":
         return f"was chosen by criterion='{config.criterion.part_type}'"
-    if getattr(config, "support_search", None) is not None:
-        return "was found by support_search"
+    if any(rule.part_type == "search_support" for rule in config.rules):
+        return "was found by SearchSupport"
     return "was loaded, given or moved before"
 
 

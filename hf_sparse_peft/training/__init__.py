@@ -12,7 +12,6 @@ from .options import SCHEDULE_CALLBACKS, TRAINERS, callbacks_for, trainer_class_
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
-from .support_search import SupportSearchCallback
 from .telemetry import SupportTelemetryCallback
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
@@ -30,7 +29,6 @@ __all__ = [
     "ScheduleCallback",
     "SparseSM3Spec",
     "SplitFactorsCallback",
-    "SupportSearchCallback",
     "SupportTelemetryCallback",
     "TwoPassTrainer",
     "ZerothOrderCallback",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rules.calibration_data import CalibrationData
 from ..rules.probing import random_state_kept
 from ..sparsity import DataCriterion, Score, UnitGrid
 from ..sparsity.statistics import DeltaMagnitude
@@ -18,7 +19,6 @@ from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.model import sparse_layers
 from ..utils.parts import UnknownPart, load_part_by_name
 from .calibrated_selection import Choice
-from .calibration_data import CalibrationData
 from .calibration_passes import estimate, groups_within
 from .calibration_warmup import DenseWarmup, endless
 from .support_file import read_support_file, write_support_file

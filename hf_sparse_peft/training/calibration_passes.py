@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..rules.calibration_data import CalibrationData, batch_size, items_in, rows_of
 from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
 from ..rules.probing import loss_of, modes_kept
 from ..sparsity import DataCriterion
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.sparse_lora.layer import SparseLoraLayer
-from .calibration_data import (
-    CalibrationData,
-    batch_size,
-    items_in,
-    label_losses,
-    rows_of,
-)
 from .statistic_readers import ActivationReader, GradientReader, Reader
 
 Groups = list[list[SparseLoraLayer]]
@@ -136,3 +130,33 @@ def _losses(model, batch, criterion, compute_loss) -> list[torch.Tensor]:
     if criterion.over_labels:
         return label_losses(model, batch, criterion.max_labels)
     return [loss_of(model, batch, compute_loss)]
+
+
+def label_losses(model: nn.Module, example: Mapping[str, Any], max_labels: int) -> list[torch.Tensor]:
+    r""":math:`-\sqrt{p(y|x)} \log p(y|x)` for every label y of a batch of one example, the root held fixed.
+
+    The squares of their gradients add up to the example's Fisher information
+    :math:`\sum_y p(y|x) (\nabla -\log p(y|x))^2`.
+
+    Raises:
+        ValueError: the model does not give one probability to each of a few labels.
+    """
+    start = "mode='expect' of criterion='fisher' sums over the labels of a classifier of whole examples, and "
+    mend = "Set criterion=Fisher(mode='square'), which goes by the data's own labels."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    problem, labels = getattr(getattr(base, "config", None), "problem_type", None), example.get("labels")
+    one_of_many = labels is None or not torch.is_floating_point(torch.as_tensor(labels))
+    if problem not in (None, "single_label_classification") or not one_of_many:
+        raise ValueError(f"{start}this one's problem is {problem or 'regression or several labels at once'}. {mend}")
+    output = model(**{key: value for key, value in example.items() if key != "labels"})
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else None
+    if shape is None or len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+        raise ValueError(f"{start}this model's logits for one example have shape {shape}, not (1, labels). {mend}")
+    if shape[1] > max_labels:
+        raise ValueError(
+            f"{start}takes a backward pass for each: this model has {shape[1]}, above max_labels={max_labels}. Raise "
+            f"criterion=Fisher(mode='expect', max_labels={shape[1]}) if you can wait. {mend}"
+        )
+    log_p = logits[0].float().log_softmax(-1)
+    return list(-(log_p.detach().exp().sqrt() * log_p))

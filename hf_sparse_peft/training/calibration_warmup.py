@@ -12,13 +12,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..rules import L1Penalty
+from ..rules.calibration_data import CalibrationData, items_in
 from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
 from ..rules.penalties import add_l1_gradient, model_numel
 from ..rules.probing import loss_of, modes_kept
 from ..sparsity import make_curve
 from ..sparsity.statistics import DeltaMagnitude
 from ..tuners.sparse_lora.layer import SparseLoraLayer
-from .calibration_data import CalibrationData, items_in
 
 
 class DenseWarmup:

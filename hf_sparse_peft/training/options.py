@@ -16,15 +16,11 @@ from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
 from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
-from .support_search import SupportSearchCallback
 from .trainer_checks import NamedAdapterCallback
 from .zeroth_order_trainer import ZerothOrderTrainer
 
 # In the order they must act at one step.
-SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (
-    SupportSearchCallback,
-    SplitFactorsCallback,
-)
+SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (SplitFactorsCallback,)
 
 TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differences": ZerothOrderTrainer}
 """The Trainer that gives a rule or an optimizer what it needs (`Rule.needs`, `OptimizerSpec.needs`)."""
@@ -50,8 +46,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
     schedules = [cls() for cls in asked]
     if any(config.schedule for config in configs):
-        # A rule must find the first support.
-        schedules.insert(sum(isinstance(one, SupportSearchCallback) for one in schedules), RuleRunner())
+        schedules.insert(0, RuleRunner())
     if isinstance(model_or_config, nn.Module):
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())

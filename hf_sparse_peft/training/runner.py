@@ -90,7 +90,8 @@ class RuleExecutor:
         if any("batches" in run.rule.needs for run in self.runs):
             for module in training.model.modules():
                 keep_4bit_weight_stable(module)  # forward passes without gradients would repack it on a CPU
-        for run in self.runs:
+        # What chooses the first support comes before those that look at it.
+        for run in sorted(self.runs, key=lambda run: "batches" not in run.rule.needs):
             run.rule.begin(run)
 
     def before_step(self) -> None:

@@ -9,10 +9,10 @@ from transformers import Trainer
 
 from ..optim import innermost
 from ..tuners import adapter_layers
-from ..tuners.shared.label_shift import measured_shift, shift_by_class
 from ..tuners.shared.layer import AdapterLayer
 from ..tuners.sparse_lora import SparseLoraConfig
 from ..tuners.sparse_lora.factors import drawn_expert
+from ..utils.label_shift import measured_shift, shift_by_class
 from .base import AdaptedLayer, ScheduleCallback
 
 

@@ -22,9 +22,6 @@ from .trainer_checks import sharding_switched_on
 
 logger = logging.get_logger(__name__)
 
-# Other schedules read gradients, which are not there, or hold entries still, which noise would move.
-_SUITED_SCHEDULES = ("support_search",)
-
 
 def zeroth_order_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> ZerothOrderSGD:
     """`ZerothOrderSGD` on what trains in `model`; learning rate, decay and seed from Trainer's arguments."""
@@ -216,7 +213,7 @@ def _refuse_schedules(config: Any) -> None:
                 "train with Trainer."
             )
     for field in config.asked_schedules if config.has_schedule else ():
-        if hasattr(config, field) and field not in _SUITED_SCHEDULES:
+        if hasattr(config, field):
             raise ValueError(
                 f"{field} needs gradients, or holds entries still that noise would move; zeroth-order training has no "
                 f"gradients: set {field}=None, or train with Trainer."

@@ -9,7 +9,6 @@ from .sparse_lora import (
     SparseLoraLayer,
     SparseLoraModel,
     StructureConfig,
-    SupportSearchConfig,
 )
 
 guard_loading()
@@ -24,7 +23,6 @@ __all__ = [
     "SparseLoraLayer",
     "SparseLoraModel",
     "StructureConfig",
-    "SupportSearchConfig",
     "adapter_layers",
     "restore_fp32",
 ]

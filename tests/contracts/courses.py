@@ -51,6 +51,7 @@ RULES: dict[str, dict[str, Any]] = {
     "sample_layers": {"trained": 0.5, "interval": 3, "probe_batch": 4, "only": SCALED},
     "l1_penalty": {"weight": 10.0},
     "nuclear_norm": {"weight": 0.1, "min_side": 8, "only": ("entries", "low rank + entries")},
+    "search_support": {"trials": 2, "steps": 1, "batches": 1},
     "prune": {"final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
@@ -69,7 +70,10 @@ RULES: dict[str, dict[str, Any]] = {
     "orthogonality": {"weight": 0.5},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
-CONFIG: dict[str, dict[str, Any]] = {"freeze": {"criterion": "smallest_magnitude"}}
+CONFIG: dict[str, dict[str, Any]] = {
+    "freeze": {"criterion": "smallest_magnitude"},
+    "search_support": {"criterion": "random"},
+}
 """What a rule wants of the config beside itself."""
 
 EXCEPTIONS = {

@@ -27,8 +27,8 @@ from hf_sparse_peft import (
     RandomUnfired,
     Regrow,
     SampleLayers,
+    SearchSupport,
     SparseLoraConfig,
-    SupportSearchConfig,
     callbacks_for,
     methods,
 )
@@ -206,7 +206,7 @@ def test_the_same_trainer_may_train_again_after_an_interrupt(tmp_path):
 
 
 def test_an_interrupted_support_search_leaves_the_adapters_own_support(tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), sparse(support_search=SupportSearchConfig(trials=3, steps=1)))
+    model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[SearchSupport(trials=3, steps=1)]))
     own = [layer.units("default").clone() for layer in sparse_layers(model)]
     seen = []
 

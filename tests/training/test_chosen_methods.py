@@ -11,7 +11,7 @@ from training_toolbox import StopAt, TokenData, adapted, layers_of, make_config,
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_sparse_peft import initialize_support, measure_update_sparsity, methods, support_from_checkpoints
-from hf_sparse_peft.training.calibration_data import CalibrationData
+from hf_sparse_peft.rules.calibration_data import CalibrationData
 from hf_sparse_peft.training.calibration_warmup import DenseWarmup
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

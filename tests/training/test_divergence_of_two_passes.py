@@ -17,8 +17,8 @@ from transformers import (
 
 from hf_sparse_peft import callbacks_for, methods
 from hf_sparse_peft.training.stochastic_factors import TwoPassTrainer, symmetric_divergence
-from hf_sparse_peft.tuners.shared.label_shift import measured_shift, shift_by_class
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.utils.label_shift import measured_shift, shift_by_class
 
 IDS = torch.randint(1, tiny.VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
 

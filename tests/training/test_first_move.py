@@ -14,8 +14,8 @@ from hf_sparse_peft import (
     Cosine,
     Linear,
     Regrow,
+    SearchSupport,
     SparseLoraConfig,
-    SupportSearchConfig,
     callbacks_for,
     initialize_support,
     load_support,
@@ -82,7 +82,7 @@ def from_file(out):
 
 
 def searched(out):
-    return adapted(support_search=SupportSearchConfig(trials=2, steps=1, batches=1))
+    return adapted(schedule=[SearchSupport(trials=2, steps=1, batches=1), REGROWTH])
 
 
 def trained_without_moves(out):
@@ -221,8 +221,8 @@ def test_units_from_outside_do_not_replace_trained_ones():
 
 
 def test_a_search_refuses_values_that_were_trained_from_a_random_start_too(tmp_path):
-    search = SupportSearchConfig(trials=2, steps=1, batches=1)
-    model = adapted(schedule=[], support_search=search, support_init="uniform")
+    search = SearchSupport(trials=2, steps=1, batches=1)
+    model = adapted(schedule=[search], support_init="uniform")
     tiny.train(model, tmp_path, 1, callbacks=callbacks_for(model))  # fresh draws are no trained values
-    with pytest.raises(ValueError, match="support_search would put another support"):
+    with pytest.raises(ValueError, match="SearchSupport would put another support"):
         tiny.train(model, tmp_path, 1, callbacks=callbacks_for(model))

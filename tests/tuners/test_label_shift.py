@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import LlamaForCausalLM, LlamaForTokenClassification, T5Config, T5ForConditionalGeneration
 
-from hf_sparse_peft.training.calibration_data import items_in
+from hf_sparse_peft.rules.calibration_data import items_in
 
 
 class Renamed(LlamaForCausalLM):

@@ -24,16 +24,16 @@ from hf_sparse_peft import (
     Prune,
     Regrow,
     SampleLayers,
+    SearchSupport,
     SparseLoraConfig,
     StructureConfig,
-    SupportSearchConfig,
 )
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.rules import Age
 
 NESTED = [
     Allocate, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
-    NuclearNorm, Prune, Regrow, StructureConfig, SupportSearchConfig,
+    NuclearNorm, Prune, Regrow, StructureConfig, SearchSupport,
     AccumulatedGradient, Gradient, LowRankMagnitude, SM3, Age,
 ]  # fmt: skip
 NEEDED = {StructureConfig: {"modules": ["q_proj"]}}

@@ -9,7 +9,6 @@ from .config import SparseLoraConfig  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
 from .model import SparseLoraModel, sparse_layers  # noqa: E402
-from .search_config import SupportSearchConfig  # noqa: E402
 from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
 
 register_tuner(SparseLoraConfig, SparseLoraModel)
@@ -23,6 +22,5 @@ __all__ = [
     "SparseLoraLinear",
     "SparseLoraModel",
     "StructureConfig",
-    "SupportSearchConfig",
     "sparse_layers",
 ]

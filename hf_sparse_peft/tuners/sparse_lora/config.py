@@ -12,11 +12,9 @@ from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
 from .schedule_config import nested
-from .search_config import SupportSearchConfig
 from .structure_config import FactorMaskConfig, StructureConfig
 
 SCHEDULES = {
-    "support_search": SupportSearchConfig,
     "factor_masks": FactorMaskConfig,
 }
 """Fields that hold a config of their own; most of them need a callback."""
@@ -127,9 +125,6 @@ class SparseLoraConfig(AdapterConfig):
     capacity_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Module name -> units allocated, retired ones included. Written at injection."},
-    )
-    support_search: SupportSearchConfig | None = field(
-        default=None, metadata={"help": "Random supports tried before training, the best kept; None: one draw."}
     )
     head_in_budget: bool = field(
         default=False,

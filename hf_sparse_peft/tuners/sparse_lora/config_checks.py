@@ -122,7 +122,6 @@ def _check_numbers(config: AdapterConfig) -> None:
     _check_freezing(config)
     _check_structures(config)
     _check_factors(config)
-    _check_search(config)
     _check_drop_within(config)
 
 
@@ -147,22 +146,6 @@ def _check_factors(config: AdapterConfig) -> None:
                 f"{name} cannot be combined with a gate (gate={config.gate!r}, or a rule that needs one): components "
                 "that leave would take it. Leave one of them out."
             )
-
-
-def _check_search(config: AdapterConfig) -> None:
-    if config.support_search is None:
-        return
-    if not config.has_support or not isinstance(config.criterion, Random) or config.structures:
-        raise ValueError(
-            f"support_search tries random supports; got criterion='{config.criterion.part_type}', density="
-            f"{config.density} and {len(config.structures)} structures. Set criterion='random', "
-            "density > 0 and structures=[]."
-        )
-    if any(getattr(rule, "replace_all_first", None) for rule in config.rules):
-        raise ValueError(
-            "support_search finds a support that Regrow.replace_all_first=True would throw away at the first move. "
-            "Set replace_all_first=False, or support_search=None."
-        )
 
 
 def _check_freezing(config: AdapterConfig) -> None:

@@ -121,7 +121,8 @@ class SupportState(AdapterLayer):
     def is_random_start(self, adapter_name: str) -> bool:
         """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
         config = self.adapter_configs[adapter_name]
-        if not isinstance(config.criterion, Random) or config.support_search is not None:
+        searched = any(rule.part_type == "search_support" for rule in config.rules)
+        if not isinstance(config.criterion, Random) or searched:
             return False
         if config.structure_of(self.module_name) is not None:
             return True  # drawn together with other modules, over the whole model

@@ -1,7 +1,5 @@
 """Random search over supports: which draw is kept, and that nothing else of the run notices."""
 
-import copy
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -20,16 +18,15 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_sparse_peft import Regrow, SparseLoraConfig, SupportSearchConfig, callbacks_for, methods
-from hf_sparse_peft.training import SupportSearchCallback
-from hf_sparse_peft.training.base import AdaptedLayer
-from hf_sparse_peft.training.support_search import trial_units
+from hf_sparse_peft import Regrow, SearchSupport, SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft.rules.search_support import trial_units
+from hf_sparse_peft.training import RuleRunner
 
-SEARCH = SupportSearchConfig(trials=5, steps=3, batches=2, lr=2e-2)
+SEARCH = SearchSupport(trials=5, steps=3, batches=2, lr=2e-2)
 
 
 def searching(**overrides):
-    return make_config(**{"support_search": copy.deepcopy(SEARCH), **overrides})
+    return make_config(**{"schedule": [SEARCH], **overrides})
 
 
 class Looks(TrainerCallback):
@@ -87,16 +84,16 @@ def dense_trial(supports, batches, steps=3, lr=2e-2):
 def test_the_kept_support_is_the_trial_with_the_smallest_loss_by_definition(tmp_path):
     model, look = adapted(searching()), Looks()
     own = {layer.module_name: support_of(layer) for layer in layers_of(model)}
-    parts = [AdaptedLayer(layer, "default") for layer in layers_of(model)]
-    candidates = [own] + [{part.name: trial_units(part, trial).tolist() for part in parts} for trial in range(1, 5)]
+    spaces = [space for layer in layers_of(model) for space in layer.unit_spaces("default") if space.kind == "support"]
+    candidates = [own] + [{s.name: trial_units(s, trial).tolist() for s in spaces} for trial in range(1, 5)]
     seen = batches_seen(model)
     trainer = run(model, tmp_path, 3, after=[look])
-    search = trainer.schedule_callbacks[0]
+    (search,) = trainer.schedule_callbacks[0].events
     batches = [ids for _, ids in seen[:2]]
     expected = [dense_trial(supports, batches) for supports in candidates]
-    assert search.losses == pytest.approx(expected, abs=1e-5)
+    assert search["losses"] == pytest.approx(expected, abs=1e-5)
     best = min(range(5), key=expected.__getitem__)
-    assert search.best == best
+    assert search["kept"] == best
     assert look.supports == list(candidates[best].values())
     sizes = {tuple(len(units) for units in supports.values()) for supports in candidates}
     assert len(sizes) == 1
@@ -126,7 +123,7 @@ def test_search_is_deterministic_and_follows_the_seed(granularity, tmp_path):
         model = adapted(searching(granularity=granularity, density=0.3, seed=seed))
         torch.manual_seed(len(found))  # the global state has no say
         trainer = run(model, tmp_path, 1)
-        found.append((trainer.schedule_callbacks[0].losses, [support_of(layer) for layer in layers_of(model)]))
+        found.append((trainer.schedule_callbacks[0].events, [support_of(layer) for layer in layers_of(model)]))
     assert found[0] == found[1]
     assert found[0] != found[2]
 
@@ -141,8 +138,8 @@ def test_search_on_a_4_bit_base_leaves_the_base_alone(tmp_path):
     )
     model = get_peft_model(base, searching())
     before = {n: t.clone() for n, t in model.state_dict().items() if "sparse_lora" not in n}
-    search = run(model, tmp_path, 2).schedule_callbacks[0]
-    assert len(set(search.losses)) == 5
+    (search,) = run(model, tmp_path, 2).schedule_callbacks[0].events
+    assert len(set(search["losses"])) == 5
     after = model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
@@ -158,15 +155,15 @@ def test_resumed_run_keeps_its_support_and_does_not_search(tmp_path):
     finish(tmp_path / "parts", stop=[StopAt(3)])
     resumed, search = finish(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-3"))
     assert differences(whole, resumed) == []
-    assert search.losses == []
+    assert search.events == []
 
 
 def test_config_survives_json_and_brings_its_callback(tmp_path):
     config = methods.get("random-search", trials=3, search_lr=1e-3, target_modules=["q_proj"]).config
     config.save_pretrained(tmp_path)
     loaded = SparseLoraConfig.from_pretrained(tmp_path)
-    assert loaded.support_search == SupportSearchConfig(trials=3, lr=1e-3)
-    assert [type(callback) for callback in callbacks_for(loaded)] == [SupportSearchCallback]
+    assert loaded.schedule == [SearchSupport(trials=3, lr=1e-3)]
+    assert [type(callback) for callback in callbacks_for(loaded)] == [RuleRunner]
 
 
 @pytest.mark.parametrize(
@@ -174,10 +171,10 @@ def test_config_survives_json_and_brings_its_callback(tmp_path):
     [
         ({"criterion": "magnitude"}, "criterion='magnitude'.*Set criterion='random'"),
         ({"density": 0.0, "r": 2}, "density=0.0"),
-        ({"support_search": {"trials": 1}}, "trials=1"),
-        ({"support_search": {"lr": 0.0}}, "lr=0.0"),
-        ({"support_search": {"tries": 3}}, r"no option \['tries'\]"),
-        ({"schedule": [Regrow(replace_all_first=True)]}, "replace_all_first=False"),
+        ({"schedule": [{"type": "search_support", "trials": 1}]}, "trials=1"),
+        ({"schedule": [{"type": "search_support", "lr": 0.0}]}, "lr=0.0"),
+        ({"schedule": [{"type": "search_support", "trials": "3"}]}, "trials='3'"),
+        ({"schedule": [SEARCH, Regrow(replace_all_first=True)]}, "replace_all_first=False"),
     ],
 )
 def test_bad_searches_are_refused(options, message):
@@ -188,12 +185,12 @@ def test_bad_searches_are_refused(options, message):
 def test_trained_values_are_not_put_on_another_support(tmp_path):
     model = adapted(searching())
     layers_of(model)[0].sparse_lora_values["default"].data.fill_(1.0)
-    with pytest.raises(ValueError, match=r"trained values.*support_search=None"):
+    with pytest.raises(ValueError, match=r"trained values.*Leave it out"):
         run(model, tmp_path, 2)
 
 
 def test_a_trainer_without_data_in_callbacks_is_told_what_to_do(tmp_path):
-    class Silent(SupportSearchCallback):
+    class Silent(RuleRunner):
         def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
             super().on_train_begin(args, state, control, **kwargs)
 
