@@ -124,6 +124,11 @@ class Run:
         """What gradients are multiplied by in `gradients`: the loss scale, unless clipping has unscaled them."""
         return 1.0 if self.training.clips else self.loss_scale
 
+    @property
+    def step_skipped(self) -> bool:
+        """In `after_update`: whether a gradient scaler has left the update out."""
+        return bool(getattr(self.optimizer, "step_was_skipped", False))
+
     def lr(self, parameter: Tensor) -> float:
         """The learning rate of `parameter` at this step.
 

@@ -28,7 +28,7 @@ class UpdateMask:
     def __init__(self) -> None:
         self._held: dict[Hashable, dict[int, nn.Parameter]] = {}
         self._still: dict[int, nn.Parameter] = {}
-        self._parts: dict[Hashable, list[tuple[nn.Parameter, Mask, bool]]] = {}
+        self._parts: dict[Hashable, list[tuple[nn.Parameter, Mask, bool, bool]]] = {}
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._hooks: dict[int, Any] = {}
         self._optimizer: Any = None
@@ -48,15 +48,22 @@ class UpdateMask:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
-    def hold_part(self, rule: Hashable, parts: Iterable[tuple[nn.Parameter, Mask]], keep_state: bool = True) -> None:
+    def hold_part(
+        self,
+        rule: Hashable,
+        parts: Iterable[tuple[nn.Parameter, Mask]],
+        keep_state: bool = True,
+        keep_value: bool = True,
+    ) -> None:
         """Hold parts of these parameters still, and of no others as far as `rule` is concerned.
 
         Args:
             parts: parameters, each with a function that gives what to hold at this step: numbers (nonzero in a tensor
                 of the parameter's shape), slices along axis 0 (nonzero in `[k]`), or None.
             keep_state: whether the optimizer's state there is put back too; False where it is of no use any more.
+            keep_value: False zeroes the gradient only: momentum and weight decay act as on any number without one.
         """
-        self._parts[rule] = [(parameter, mask, keep_state) for parameter, mask in parts]
+        self._parts[rule] = [(parameter, mask, keep_state, keep_value) for parameter, mask in parts]
         wanted = {id(parameter): parameter for held in self._parts.values() for parameter, *_ in held}
         for key in [key for key in self._hooks if key not in wanted]:
             self._hooks.pop(key).remove()
@@ -65,14 +72,14 @@ class UpdateMask:
                 self._hooks[key] = parameter.register_hook(partial(self._zero, parameter))
 
     def _zero(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        for mask, _ in self._masks_of(parameter):
+        for mask, *_ in self._masks_of(parameter):
             held = mask.bool() if mask.shape == gradient.shape else mask.bool().view(-1, *[1] * (gradient.dim() - 1))
             gradient = gradient.masked_fill(held, 0)
         return gradient
 
-    def _masks_of(self, parameter: nn.Parameter) -> list[tuple[Tensor, bool]]:
-        held = [(mask(), keep) for parts in self._parts.values() for one, mask, keep in parts if one is parameter]
-        return [(mask, keep) for mask, keep in held if mask is not None]
+    def _masks_of(self, parameter: nn.Parameter) -> list[tuple[Tensor, bool, bool]]:
+        held = [(mask(), *keep) for parts in self._parts.values() for one, mask, *keep in parts if one is parameter]
+        return [one for one in held if one[0] is not None]
 
     def attach(self, optimizer: Any) -> None:
         """Hang on `optimizer`'s step hooks (the innermost one's, behind wrappers).
@@ -103,7 +110,9 @@ class UpdateMask:
         for parameter in {id(p): p for held in self._parts.values() for p, *_ in held}.values():
             if parameter.grad is None:
                 continue
-            for mask, keep_state in self._masks_of(parameter):
+            for mask, keep_state, keep_value in self._masks_of(parameter):
+                if not keep_value:
+                    continue
                 place = self._place(parameter, mask)
                 states = _entry_states(self._optimizer.state.get(parameter, {}), parameter) if keep_state else []
                 for tensor in (parameter.data, *states):
