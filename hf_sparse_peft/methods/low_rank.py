@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, AverageRank, Orthogonality
+from ..rules import Allocate, AverageRank, Orthogonality, ProximalGate
 from ..tuners import SparseLoraConfig
 from .registry import Method, register
 
@@ -21,4 +21,19 @@ def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overri
     what upstream leaves to you."""
     rules = [Allocate(budget=AverageRank(target_r)), Orthogonality(orthogonality)]
     options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "sora",
+    paper="Ding et al., 2023",
+    moves="rank: components whose gate falls under a threshold die, and may return",
+    use_when="a LoRA that is to lose the ranks it does not need, by one weight",
+    cost="one number a component",
+)
+def sora(r: int = 8, weight: float = 1e-2, **overrides: Any) -> Method:
+    """SoRA: gates from N(0, 1), thresholded after every update by `weight` times their learning rate. The authors train
+    all linears with lr 8e-4, weight decay 0.1 (0 for gates), gradients clipped at 0.1, 6 % warm-up; their released code
+    is `schedule=[ProximalGate(3e-4, scaled_by_lr=False, kind="dead_zone", l1=10)]`."""
+    options = {"r": r, "density": 0.0, "schedule": [ProximalGate(weight)], "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**{**options, **overrides}))

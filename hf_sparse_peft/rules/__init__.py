@@ -7,6 +7,7 @@ prune.py         units leave along a curve        search_support.py   the best o
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
 orthogonality.py a pull on low-rank factors
+proximal_gate.py a threshold on gates
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 alternate_modules.py    a fraction of the modules is updated per period
 penalties.py     L1 and nuclear norm on what trains
@@ -22,6 +23,7 @@ from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude
 from .moves import MoveResult, move_units
 from .orthogonality import Orthogonality
 from .penalties import L1Penalty, NuclearNorm
+from .proximal_gate import ProximalGate
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
 from .regrow import Regrow
@@ -56,6 +58,7 @@ __all__ = [
     "NuclearNorm",
     "Numbers",
     "Orthogonality",
+    "ProximalGate",
     "Prune",
     "Random",
     "RandomUnfired",

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import Allocate, AverageRank, Orthogonality, methods
+from hf_sparse_peft import Allocate, AverageRank, Orthogonality, ProximalGate, methods
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             Allocate(budget=AverageRank(2), every=2, initial_warmup=0.0, final_warmup=0.25), Orthogonality(0.1),
         ],
     },
+    "sora": {"schedule": [ProximalGate(0.2, scaled_by_lr=False)]},
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
     "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
