@@ -118,12 +118,14 @@ def test_ist_trains_and_suppresses_layers_by_their_importance(favoured, tmp_path
     drawn, suppressed = [], []
 
     def set_importance(step, model, optimizer):
-        callback.importance = list(importance)
-        suppressed.append(callback._suppressed_sets(step)[0])
+        (run,) = callback.runs
+        run.saved["importance"] = list(importance)
+        run.training.step = step
+        suppressed.append(run.rule._suppressed_sets(run)[0])
 
     first, last = (
         tiny.At(on_step_begin=set_importance),
-        tiny.At(on_step_begin=lambda *_: drawn.append(callback.trained)),
+        tiny.At(on_step_begin=lambda *_: drawn.append(callback.runs[0].memory.trained)),
     )
     tiny.train(model, tmp_path, 6, callbacks=[first, callback, last])
     assert drawn == [[favoured]] * 6
