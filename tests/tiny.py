@@ -99,6 +99,11 @@ def llama(
     return model.to(dtype)
 
 
+def units_of_sizes(config) -> dict[str, int]:
+    """Units of each module, from the config's `sizes`."""
+    return {name: units for name, (units, _, _) in config.sizes.items()}
+
+
 def gpt2(*, seed: int = 0, hidden: int = 32, layers: int = 2, vocab_size: int = VOCAB) -> GPT2LMHeadModel:
     """A GPT-2, whose linear layers are `Conv1D`: weights stored `[in, out]`."""
     torch.manual_seed(seed)

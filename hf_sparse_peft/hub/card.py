@@ -241,13 +241,23 @@ def _legend(rows: list[dict[str, Any]]) -> str:
 _ALWAYS_SHOWN = ("r", "lora_alpha", "density", "granularity", "criterion", "seed")
 _NOT_SHOWN = {
     *(field.name for field in dataclasses.fields(PeftConfig)),
-    *("base_overrides", "exclude_modules", "install_hint", "saved_base_weights", "training_finished", "target_modules"),
+    *(
+        "base_overrides",
+        "exclude_modules",
+        "install_hint",
+        "saved_base_weights",
+        "sizes",
+        "training_finished",
+        "target_modules",
+    ),
 }
 
 
 def _config_rows(config: AdapterConfig) -> list[tuple[str, str]]:
     """The options that are not at their defaults, and those that everybody asks for."""
     always = {name: plain(getattr(config, name)) for name in _ALWAYS_SHOWN if hasattr(config, name)}
+    if getattr(config, "budget", None) is not None:  # says what `density` would
+        del always["density"]
     written = {**always, **{name: value for name, value in config.to_dict().items() if name not in _NOT_SHOWN}}
     order = [field.name for field in dataclasses.fields(config)] + sorted(config.unknown_options)
     shown = {name: _option_value(written[name]) for name in order if name in written}

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..hub.analysis import support_from_checkpoints
 from ..rules import L1Penalty
-from ..sparsity import DeltaMagnitude, Fisher
+from ..sparsity import DeltaMagnitude, Fisher, Global
 from ..tuners import SparseLoraConfig
-from .registry import FirstRun, Method, register
+from .registry import FirstRun, Method, register, with_overrides
 
 
 @register(
@@ -29,11 +29,10 @@ def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **o
     departures: the paper ranks biases, norms and embeddings too, here the targeted weights compete, and `density` is a
     share of those; and every module keeps at least its best entry.
     """
-    options = {"allocation": "global", "criterion": Fisher(examples=examples, mode=mode)}
-    options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
-    one_budget = options["allocation"] == "global" and options.get("granularity", "entry") == "entry"
-    options.setdefault("head_in_budget", one_budget and isinstance(options["criterion"], Fisher))
-    return Method(SparseLoraConfig(**options))
+    criterion = overrides.get("criterion", Fisher(examples=examples, mode=mode))
+    entries = overrides.get("granularity", "entry") == "entry" and isinstance(criterion, Fisher)
+    options = {"r": 0, "budget": Global(density, pay_head=entries), "criterion": criterion}
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
 
 
 @register(
@@ -69,9 +68,9 @@ def lt_sft(
         n_iterations=n_iterations,
         sparse_steps=sparse_steps,
     )
-    options = {"allocation": "global", "criterion": warmup}
-    options = {"schedule": [L1Penalty(weight=l1)] if l1 else [], "drop_within": 1e-7, **options}
-    options = {"r": 0, "density": density, "target_modules": "all-linear", **options, **overrides}
+    options = {"budget": Global(density), "criterion": warmup}
+    options = {"schedule": [L1Penalty(weight=l1)] if l1 else [], "compact_tolerance": 1e-7, **options}
+    options = with_overrides({"r": 0, "target_modules": "all-linear", **options}, overrides)
     return Method(SparseLoraConfig(**options))
 
 

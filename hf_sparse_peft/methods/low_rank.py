@@ -6,7 +6,7 @@ from typing import Any
 
 from ..rules import Allocate, AverageRank, Orthogonality, ProximalGate
 from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -21,7 +21,7 @@ def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overri
     what upstream leaves to you."""
     rules = [Allocate(budget=AverageRank(target_r)), Orthogonality(orthogonality)]
     options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 @register(
@@ -36,4 +36,4 @@ def sora(r: int = 8, weight: float = 1e-2, **overrides: Any) -> Method:
     all linears with lr 8e-4, weight decay 0.1 (0 for gates), gradients clipped at 0.1, 6 % warm-up; their released code
     is `schedule=[ProximalGate(3e-4, scaled_by_lr=False, kind="dead_zone", l1=10)]`."""
     options = {"r": r, "density": 0.0, "schedule": [ProximalGate(weight)], "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

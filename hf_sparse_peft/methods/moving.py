@@ -15,10 +15,22 @@ from ..rules import (
     RandomUnfired,
     Regrow,
 )
-from ..sparsity import Cosine, Curve, Linear, scores
+from ..sparsity import (
+    BelowThreshold,
+    Cosine,
+    Curve,
+    Density,
+    ErdosRenyi,
+    Linear,
+    Numbers,
+    Proportional,
+    RankEquivalent,
+    WholeTensors,
+    scores,
+)
 from ..training import AgedAdamWSpec, SparseSM3Spec
 from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -39,11 +51,12 @@ def spiel_ag(
 
     A support that was chosen otherwise, or trained before, is kept at the first move. With
     `fraction=Cosine(0.2, 0.0)` nothing is replaced whole, as in the released code. `density` is a share of the
-    adapted weights, where the released code's is one of all parameters; `num_entries` gives the number itself (the
-    paper: as many as a LoRA has, `budget_rank` per matrix).
+    adapted weights, where the released code's is one of all parameters; `budget=Numbers(n)` gives the number itself
+    (the paper: as many as a LoRA has, `RankEquivalent(r)` per matrix).
     """
     move = Regrow(every=every, grow=AccumulatedGradient(steps=steps), fraction=fraction)
-    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
+    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
+    options = with_overrides(options, overrides)
     return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
@@ -69,7 +82,8 @@ def spiel_ma(
     `score` 'product' is the paper's; 'min' ranks by SM3's own estimate.
     """
     move = Regrow(every=every, first=first, fraction=fraction, grow=SM3(score))
-    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear", **overrides}
+    options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
+    options = with_overrides(options, overrides)
     return Method(SparseLoraConfig(**{"optimizer": SparseSM3Spec(momentum=momentum), **options}))
 
 
@@ -95,8 +109,8 @@ def sparse_evolutionary_training(
     `unfired` grows entries first that were never in the support.
     """
     move = Regrow(every=every, fraction=fraction, drop=drop, grow=RandomUnfired() if unfired else Random())
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
-    options = {**options, "target_modules": "all-linear", **overrides}
+    options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
     return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
@@ -124,8 +138,8 @@ def rigl(
     move = Regrow(
         every=every, fraction=fraction, stop_at=stop_at, first=first, grow=Gradient(), in_place_of_update=True
     )
-    options = {"r": 0, "density": density, "allocation": "erdos_renyi", "schedule": [move]}
-    options = {**options, "target_modules": "all-linear", **overrides}
+    options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
     return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
@@ -138,8 +152,8 @@ def rigl(
 )
 def random_pruning(density: float = 0.01, **overrides: Any) -> Method:
     """A fixed random support whose layer densities follow Erdos-Renyi; exact counts where the code draws Bernoulli."""
-    options = {"r": 0, "density": density, "criterion": "random", "allocation": "erdos_renyi"}
-    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+    options = {"r": 0, "budget": ErdosRenyi(density), "criterion": "random"}
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
 
 
 @register(
@@ -171,13 +185,12 @@ def apet(
     if unit not in ("tensor", "entry"):
         raise ValueError(f"unit={unit!r} is unknown; choose 'tensor' (whole tensors) or 'entry' (a random mask).")
     if unit == "tensor":
-        options = {"r": budget_rank if r is None else r, "allocation": "tensors", "granularity": "row"}
-        options |= {"density": density or 0.0, "budget_rank": None if density or budget else budget_rank}
+        total = Numbers(budget) if budget else Density(density) if density else RankEquivalent(budget_rank)
+        options = {"r": budget_rank if r is None else r, "budget": WholeTensors(total), "granularity": "row"}
     else:
-        options = {"r": r or 0, "criterion": "random", "allocation": "proportional"}
-        options["density"] = 0.01 if density is None else density
-    options = {**options, "num_entries": budget, "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+        total = Numbers(budget) if budget else Density(0.01 if density is None else density)
+        options = {"r": r or 0, "criterion": "random", "budget": Proportional(total)}
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
 
 
 @register(
@@ -208,9 +221,10 @@ def lift(
     """
     approximation = {"rank": filter_rank, "exact": exact}
     move = Regrow(every=every, drop=None, grow=LowRankMagnitude(**approximation), retired=retired)
-    budget = {"budget_rank": budget_rank} if density is None else {"density": density}
+    budget = {"budget": RankEquivalent(budget_rank)} if density is None else {"density": density}
     start = {"criterion": scores.LowRankMagnitude(**approximation)}
-    options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear", **overrides}
+    options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear"}
+    options = with_overrides(options, overrides)
     optimizer = AgedAdamWSpec(betas=tuple(betas), per_unit_age=per_unit_age)
     return Method(SparseLoraConfig(**{"optimizer": optimizer, **options}))
 
@@ -240,11 +254,11 @@ def sara(
     """
     budget = {"density": density}
     if threshold is not None:
-        budget = {"density": density, "allocation": "threshold"}
+        budget = {"budget": BelowThreshold(threshold)}
     schedule = [NuclearNorm(weight=nuclear_weight, min_side=min_side)] if nuclear_weight else []
     schedule.append(Freeze(at=at, threshold=threshold))
     options = {
         "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": schedule,
-        "target_modules": "all-linear", **overrides,
+        "target_modules": "all-linear",
     }  # fmt: skip
-    return Method(SparseLoraConfig(**options))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -145,3 +145,12 @@ def markdown_table() -> str:
     lines = ["| method | source | what moves | use it when | cost |", "|---|---|---|---|---|"]
     lines += [f"| `{i.name}` | {i.paper} | {i.moves} | {i.use_when} | {i.cost} |" for _, i in sorted(_METHODS.items())]
     return "\n".join(lines)
+
+
+def with_overrides(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A method's options with the user's in their place; `budget` and `density` replace each other."""
+    options = dict(options)
+    for name, other in (("budget", "density"), ("density", "budget")):
+        if name in overrides and other not in overrides:
+            options.pop(other, None)
+    return {**options, **overrides}

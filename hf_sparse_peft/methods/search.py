@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..rules import SearchSupport
+from ..sparsity import Global
 from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -22,7 +23,7 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
     the task, and every weight that the model needs stays as it is.
 
     The paper's own fine-tuning is the other half: the kept weights train and the removed ones stay 0. That is
-    `SparseLoraConfig(r=0, density=1 - s, criterion="magnitude", allocation="global")` inside
+    `SparseLoraConfig(r=0, criterion="magnitude", budget=Global(1 - s))` inside
     `with one_shot_pruned(model, s):`.
 
     Args:
@@ -34,8 +35,8 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
             f"sparsity={sparsity} is not a share in (0, 1). Take essential_sparsity(model, evaluate).drop_point; at 0 "
             "the model misses every weight, and no entry is free."
         )
-    options = {"r": 0, "density": sparsity, "criterion": "smallest_magnitude", "allocation": "global"}
-    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+    options = {"r": 0, "budget": Global(sparsity), "criterion": "smallest_magnitude", "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 @register(
@@ -56,4 +57,4 @@ def random_search(
     """Seeded random supports, each trained for some steps; training goes on with the one that has the smallest loss."""
     search = SearchSupport(trials=trials, steps=steps, batches=batches, lr=search_lr)
     options = {"r": 0, "density": density, "schedule": [search], "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..rules import Prune
 from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -19,7 +19,7 @@ from .registry import Method, register
 def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
     """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
     options = {"r": 0, "density": density, "schedule": [Prune(final_fraction=final_fraction)]}
-    options = {**options, "target_modules": "all-linear", **overrides}
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
     return Method(SparseLoraConfig(**options))
 
 
@@ -33,7 +33,7 @@ def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overri
 def shira(density: float = 0.01, **overrides: Any) -> Method:
     """SHiRA's random mask, with a draw of its own for every layer (upstream draws one per shape)."""
     options = {"r": 0, "density": density, "criterion": "random", "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 @register(
@@ -46,4 +46,4 @@ def shira(density: float = 0.01, **overrides: Any) -> Method:
 def super_tuning(density: float = 0.01, r: int = 0, **overrides: Any) -> Method:
     """The largest weights as the support; `r > 0` adds the low-rank half of the paper's hybrid."""
     options = {"r": r, "density": density, "criterion": "magnitude", "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

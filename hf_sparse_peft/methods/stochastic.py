@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..tuners import FactorMaskConfig, SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -20,7 +20,9 @@ def capaboost(r: int = 8, lora_alpha: float = 16, copies: int = 2, density: floa
     targets). `density` is that of the masks."""
     masks = FactorMaskConfig("parallel", copies=copies, density=density)
     return Method(
-        SparseLoraConfig(**{"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks, **overrides})
+        SparseLoraConfig(
+            **with_overrides({"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}, overrides)
+        )
     )
 
 
@@ -47,4 +49,4 @@ def mosa(
     """
     masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge, consistency=consistency)
     options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

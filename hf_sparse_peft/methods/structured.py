@@ -9,12 +9,12 @@ from typing import Any
 from peft import PeftConfig
 
 from ..rules import AlternateModules, SampleLayers
-from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude
+from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude, UnitsPerModule
 from ..training import LayerSamplingCallback
 from ..tuners import SparseLoraConfig, StructureConfig
 from ..tuners.shared.config import AdapterConfig
 from ..utils.parts import load_part_by_name
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
 _COLUMNS = dict.fromkeys(("o_proj", "down_proj"), "column")
@@ -71,9 +71,8 @@ def s2ft(
         "granularity_pattern": sides,
         "target_modules": targets,
         "criterion": criterion if largest else _smallest(criterion),
-        **overrides,
     }
-    return Method(SparseLoraConfig(**options))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 def _smallest(criterion: str | Score) -> Score:
@@ -103,7 +102,7 @@ def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overr
     from U(+-1/sqrt(columns)) as the pre-training form does.
     """
     options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
-    return Method(SparseLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
 
 
 @register(
@@ -120,12 +119,12 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
     options = {
         "r": r,
         "lora_alpha": lora_alpha,
-        "units_per_module": num_sparse,
+        "budget": UnitsPerModule(num_sparse),
         "criterion": "decomposition_residual",
         "scale_support": True,
         "factor_init": "normal",
     }
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 @register(
@@ -139,7 +138,7 @@ def hft(period_steps: int | None = None, fraction: float = 0.5, level: str = "ca
     """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a period (an epoch)."""
     options = {"r": 0, "density": 1.0, "granularity": "row", "target_modules": "all-linear"}
     options["schedule"] = [AlternateModules(period_steps, fraction, level)]
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 @register(
@@ -165,7 +164,7 @@ def ist(
     if adapter is None:
         targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
         options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
-        return Method(SparseLoraConfig(**{**options, "target_modules": targets, **overrides}))
+        return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": targets}, overrides)))
     if overrides:
         raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
     if isinstance(adapter, AdapterConfig):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..training import ZerothOrderSpec
 from ..tuners import SparseLoraConfig
-from .registry import Method, register
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -31,7 +31,7 @@ def mezo(r: int = 8, epsilon: float = 1e-2, perturbation: str = "in_place", **ov
     bit for bit in every dtype.
     """
     optimizer = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
-    return Method(SparseLoraConfig(**{"r": r, "density": 0.0, "optimizer": optimizer, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides({"r": r, "density": 0.0, "optimizer": optimizer}, overrides)))
 
 
 @register(
@@ -59,4 +59,4 @@ def sparse_mezo(
         )
     options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", "target_modules": "all-linear"}
     options["optimizer"] = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
-    return Method(SparseLoraConfig(**{**options, **overrides}))
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -16,7 +16,7 @@ sample_layers.py    drawn transformer layers train at a step        probing.py  
 
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
-from .budgets import AverageRank, Budget, Fraction, Numbers, Sparsity
+from .budgets import AverageRank, Budget, Fraction, Sparsity, TrainedNumbers
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .freeze import Freeze
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
@@ -56,7 +56,6 @@ __all__ = [
     "Move",
     "MoveResult",
     "NuclearNorm",
-    "Numbers",
     "Orthogonality",
     "ProximalGate",
     "Prune",
@@ -72,6 +71,7 @@ __all__ = [
     "Smoothed",
     "Sparsity",
     "TensorSpace",
+    "TrainedNumbers",
     "Training",
     "TrainingScore",
     "UnitSpace",

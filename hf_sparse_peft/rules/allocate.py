@@ -50,7 +50,7 @@ class Allocate(Rule):
     spaces: tuple[str, ...] = ("rank",)
     """Kinds of units that share the budget: "rank" and "support" in any combination, or "kernel"."""
     budget: Budget = field(default_factory=AverageRank)
-    """What is left at the end: `AverageRank(r)`, `Numbers(n)`, `Fraction(f)` of the start, `Sparsity(s)`."""
+    """What is left at the end: `AverageRank(r)`, `TrainedNumbers(n)`, `Fraction(f)` of the start, `Sparsity(s)`."""
     score: TrainingScore = field(default_factory=Smoothed)
     """How much each trained number matters."""
     unit_score: Literal["mean", "sum_of_means"] = "sum_of_means"

@@ -14,9 +14,10 @@ from .space import UnitSpace
 
 @dataclass(frozen=True)
 class Budget(Part):
-    """Base of the budgets: what all spaces of a model may have together."""
+    """Base of the budgets of a rule: what all spaces of a model may have together while it acts. What an adapter starts
+    with is another matter, `hf_sparse_peft.Budget`."""
 
-    part_kind: ClassVar[str] = "budget"
+    part_kind: ClassVar[str] = "rule_budget"
 
     def cost(self, space: UnitSpace) -> int:
         """What one unit of `space` takes out of the budget: 1."""
@@ -76,9 +77,9 @@ class Sparsity(Budget):
         return sum(space.size - round(self.sparsity * space.size) for space in spaces)
 
 
-@register_part("numbers")
+@register_part("trained_numbers")
 @dataclass(frozen=True)
-class Numbers(Budget):
+class TrainedNumbers(Budget):
     """Trained numbers of the whole model: a component of an `[m, n]` weight costs `m + n` and its gate, an entry 1."""
 
     numbers: int = 1_000_000

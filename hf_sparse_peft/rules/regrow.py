@@ -147,9 +147,9 @@ class Regrow(Rule):
             check_entries(f"Regrow.grow={self.grow}", config)
         if self.retired and config.sizes_from_data:
             raise ValueError(
-                "Regrow.retired allocates room by each support's size, and allocation='global' and structures of "
-                f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set allocation='uniform' "
-                "or 'erdos_renyi', and scope='block'."
+                "Regrow.retired allocates room by each support's size, and budget=Global(...) and structures of "
+                f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set a density or "
+                "ErdosRenyi, and scope='block'."
             )
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
@@ -191,7 +191,7 @@ class Regrow(Rule):
             [space.name for space in full],
             len(spaces),
             "Regrow never moves a unit, because the support holds every unit of the weight,",
-            "Lower density, or leave these layers out (density_pattern) or the rule.",
+            "Lower density, or leave these layers out (ByModule) or the rule.",
         )
         if self.retired:
             cramped = [space.name for space in spaces if space.capacity == space.count]

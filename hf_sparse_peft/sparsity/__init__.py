@@ -5,7 +5,7 @@ Score, select_units              importance of units by the weight, and the best
 DataCriterion                    importance of units estimated from data
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
-*_counts                         how a budget is split over layers
+Budget, *_counts                 how many units each layer gets
 Curve, make_curve                how a number moves during training
 """
 
@@ -21,6 +21,22 @@ from .allocation import (
     uniform_counts,
 )
 from .bits import pack_bits, unpack_bits
+from .budgets import (
+    BelowThreshold,
+    Budget,
+    ByModule,
+    Density,
+    ErdosRenyi,
+    Global,
+    Numbers,
+    Proportional,
+    RankEquivalent,
+    Shared,
+    Targets,
+    Total,
+    UnitsPerModule,
+    WholeTensors,
+)
 from .codec import HEADER_BYTES, codes_length, decode_support, encode_support
 from .curves import (
     Constant,
@@ -64,6 +80,9 @@ __all__ = [
     "HEADER_BYTES",
     "SM3",
     "Activation",
+    "BelowThreshold",
+    "Budget",
+    "ByModule",
     "Constant",
     "Cosine",
     "Cubic",
@@ -71,9 +90,12 @@ __all__ = [
     "DataCriterion",
     "DecompositionResidual",
     "DeltaMagnitude",
+    "Density",
+    "ErdosRenyi",
     "Exponential",
     "Fisher",
     "Given",
+    "Global",
     "Gradient",
     "Granularity",
     "Linear",
@@ -81,13 +103,21 @@ __all__ = [
     "Magnitude",
     "Momentum",
     "Movement",
+    "Numbers",
+    "Proportional",
     "Random",
+    "RankEquivalent",
     "Score",
     "Sensitivity",
+    "Shared",
     "SmallestMagnitude",
     "Snip",
+    "Targets",
+    "Total",
     "UnitGrid",
+    "UnitsPerModule",
     "WeightedActivation",
+    "WholeTensors",
     "Window",
     "chunks_of",
     "codes_length",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sparsity import UnitGrid, random_units, stream_seed, top_units
+from ..sparsity import Targets, random_units, stream_seed, top_units
 from ..sparsity.ranking import GlobalRanking, raised
 from ..tuners.sparse_lora.config import SparseLoraConfig
 from ..tuners.sparse_lora.layer import SparseLoraLayer
@@ -129,29 +129,18 @@ def is_evidence(chunks: Callable[[], Iterable[torch.Tensor]]) -> bool:
 def _check_open_sizes(config: SparseLoraConfig) -> None:
     if any(one.scope == "model" for one in config.structures) and not config.sizes_from_data:
         raise ValueError(
-            "Structures of scope='model' leave it to the criterion how many units each module has, and support_pattern "
+            "Structures of scope='model' leave it to the criterion how many units each module has, and sizes "
             f"has fixed that already (criterion='{config.criterion.part_type}'). Start from a fresh SparseLoraConfig "
             "with the criterion that is estimated from data, e.g. criterion='activation', or set scope='block'."
         )
 
 
 def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str) -> int:
-    grids = [layer.sparse_lora_grid[adapter_name] for layer in layers]
-    entries = sum(grid.rows * grid.cols for grid in grids)
-    density = config.density if config.num_entries is None else config.num_entries / entries
-    # Within float error: num_entries of a large model must not lose one on its way through a density.
-    total = UnitGrid(1, sum(grid.num_units for grid in grids)).count_for_density(density)
-    if not config.head_in_budget:
-        return total
+    grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
+    factors = {name: config.rank_of(name) * (grid.rows + grid.cols) for name, grid in grids.items()}
     head = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if f".modules_to_save.{adapter_name}." in name and parameter.requires_grad
     )
-    if total - head < len(layers):
-        raise ValueError(
-            f"head_in_budget: the budget of {total} entries has to pay for {head} numbers of modules_to_save and one "
-            f"entry for each of {len(layers)} modules. Raise density to at least {(head + len(layers)) / entries:.1e}, "
-            "or set head_in_budget=False."
-        )
-    return total - head
+    return config.budget.units_by_data(Targets(grids, factor_numel=factors), head)

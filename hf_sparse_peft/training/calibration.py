@@ -45,8 +45,8 @@ def initialize_support(
     adapter's parameters are thrown away. The model runs in evaluation mode, for one result whatever its dropout
     (`delta_magnitude` trains, in training mode), and every module gets its mode back. Neither the global random
     states nor a DataLoader's sampler move, so that training sees its data in the order that it would have seen. With
-    `allocation="global"` all units of the model compete, each module keeps at least its best one, and the sizes are
-    written to the config's `support_pattern`; so they are with structures of `scope="model"`, where a module may be
+    `budget=Global(...)` all units of the model compete, each module keeps at least its best one, and the sizes are
+    written to the config's `sizes`; so they are with structures of `scope="model"`, where a module may be
     left without a unit. Criteria that read activations make forward passes alone and need no labels. Call it before
     there is an optimizer. Under torch.distributed every rank brings its share of the data, statistics are reduced, and
     supports are identical.
@@ -168,8 +168,8 @@ def _by_warmup(
 def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
     """Make `units` (module name -> sorted distinct units) the supports of an adapter, all values at zero.
 
-    Where the config leaves sizes to data (`criterion="given"`, or a criterion by data with `allocation="global"` or
-    structures of `scope="model"`), any number of units of a module is taken, none included, and `support_pattern` is
+    Where the config leaves sizes to data (`criterion="given"`, or a criterion by data with `budget=Global(...)` or
+    structures of `scope="model"`), any number of units of a module is taken, none included, and `sizes` is
     written.
 
     Raises:
@@ -190,8 +190,8 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
         if not open_sizes and given != size:
             raise ValueError(
                 f"'{name}' is given {given} units and its support has {size}. Sizes can change only before training, "
-                "with criterion='given', or a criterion by data with allocation='global' or structures of "
-                "scope='model', and an empty support_pattern."
+                "with criterion='given', or a criterion by data with budget=Global(...) or structures of "
+                "scope='model', and empty sizes."
             )
     for name, layer in by_name.items():
         chosen = units[name].to(layer.get_base_layer_device())
@@ -202,7 +202,7 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
             layer.sparse_lora_values[adapter_name].data.zero_()
     if open_sizes:
         adapted = [layer for layer in sparse_layers(model) if adapter_name in layer.sizes]
-        config.support_pattern = {layer.module_name: layer.sizes[adapter_name].capacity for layer in adapted}
+        config.sizes = {layer.module_name: layer.sizes[adapter_name].as_list() for layer in adapted}
 
 
 def save_support(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:

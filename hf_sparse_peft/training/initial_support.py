@@ -52,10 +52,10 @@ class InitialSupportCallback(TrainerCallback):
                 )
             if config.sizes_from_data and args.world_size > 1:
                 raise ValueError(
-                    f"allocation='global' or a structure of scope='model' with criterion='{score}' changes "
+                    f"budget=Global(...) or a structure of scope='model' with criterion='{score}' changes "
                     f"the sizes of the supports, and {args.world_size} processes have wrapped the model already. Call "
                     "hf_sparse_peft.initialize_support(model, dataloader) before creating the Trainer, or set "
-                    "allocation='uniform' and scope='block'."
+                    "a density and scope='block'."
                 )
             if train_dataloader is None:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/learning.py                                   # the embedded demo task
     python recipes/benchmarks/learning.py --task cola --encoder PATH --data PATH
-    python recipes/benchmarks/learning.py --candidates lora hybrid 'spiel-ag:num_entries=$numbers' --seeds 0 1 2
+    python recipes/benchmarks/learning.py --candidates lora hybrid 'spiel-ag:density=0.02' --seeds 0 1 2
 
 `--encoder` is a local sequence encoder (all-MiniLM-L6-v2, for one), `--data` a folder with CoLA's `train.tsv` and
 `dev.tsv`. The budget is that of LoRA r=`--rank` on all targeted linears: in a candidate (harness.py says how one is
@@ -42,22 +42,22 @@ import demo_data  # found by harness
 from evaluation import exact_match, text_loss
 
 DEMO_BASE = Path(__file__).resolve().parents[1] / "demo_base"
-ENTRIES = "shira:num_entries=$numbers"
-HYBRID = "sparse-lora:r=$half,num_entries=$rest"
+ENTRIES = "shira:budget={type: numbers, num_entries: $numbers}"
+HYBRID = "sparse-lora:r=$half,budget={type: numbers, num_entries: $rest}"
 CANDIDATES = {
     "lora": "lora:r=$rank,lora_alpha=$alpha",
     "entries": ENTRIES,
-    "entries-largest": "super-tuning:num_entries=$numbers",
+    "entries-largest": "super-tuning:budget={type: numbers, num_entries: $numbers}",
     "entries-low-rank": f"{ENTRIES},criterion={{type: low_rank_magnitude, rank: 32}}",
     "entries-gradient": f"{ENTRIES},criterion=gradient",
-    "fish": "fish:num_entries=$numbers",
-    "spiel-ag": "spiel-ag:num_entries=$numbers",
+    "fish": "fish:budget={type: numbers, num_entries: $numbers}",
+    "spiel-ag": "spiel-ag:budget={type: numbers, num_entries: $numbers}",
     "hybrid": f"{HYBRID},criterion=random",
     "hybrid-fast-values": f"{HYBRID},criterion=random,values_ratio=3.0",
     "hybrid-largest": f"{HYBRID},criterion=magnitude",
     "hybrid-gradient": HYBRID,
     "hybrid-fisher": f"{HYBRID},criterion=fisher",
-    "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,num_entries=$rest",
+    "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, num_entries: $rest}",
 }
 
 

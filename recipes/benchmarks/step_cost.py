@@ -46,11 +46,11 @@ PEERS = {
     "spiel": "spiel",
 }
 OURS = {
-    "entry": "shira:budget_rank=$rank",
-    "block32": "shira:budget_rank=$rank,granularity=block,block_size=32",
-    "row": "shira:budget_rank=$rank,granularity=row",
-    "column": "shira:budget_rank=$rank,granularity=column",
-    "hybrid": "shira:budget_rank=$half,r=$half,lora_alpha=$rank",
+    "entry": "shira:budget={type: rank_equivalent, rank: $rank}",
+    "block32": "shira:budget={type: rank_equivalent, rank: $rank},granularity=block,block_size=32",
+    "row": "shira:budget={type: rank_equivalent, rank: $rank},granularity=row",
+    "column": "shira:budget={type: rank_equivalent, rank: $rank},granularity=column",
+    "hybrid": "shira:budget={type: rank_equivalent, rank: $half},r=$half,lora_alpha=$rank",
 }
 CANDIDATES = PEERS | OURS
 MOVING = "spiel-ag:every=3,steps=2,"

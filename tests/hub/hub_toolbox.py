@@ -32,7 +32,9 @@ def tiny_base(tie: bool = False, hidden: int = 64) -> LlamaForCausalLM:
 def adapted(base=None, *, train: bool = False, adapter_name: str = "default", **options):
     """`base` with an adapter whose values are large enough to change every logit."""
     options = {"r": 0, "density": 0.02, "block_size": 8, "target_modules": TARGETS, **options}
-    if options.get("granularity", "entry") != "entry":
+    if "budget" in options:
+        del options["density"]
+    elif options.get("granularity", "entry") != "entry":
         options["density"] = max(options["density"], 0.05)
     torch.manual_seed(1)
     config = SparseLoraConfig(task_type="CAUSAL_LM", **options)

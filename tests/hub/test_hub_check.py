@@ -7,7 +7,7 @@ from hub_toolbox import adapted, tiny_base
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_peft import Allocate, AverageRank, Prune, Regrow, hub
+from hf_sparse_peft import Allocate, AverageRank, ErdosRenyi, Numbers, Prune, Regrow, hub
 from hf_sparse_peft.sparsity import UnitGrid, encode_support
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -97,7 +97,7 @@ def test_compacted_bf16_adapter_passes(tmp_path):
     assert all(space["capacity"] == space["alive"] for m in report.modules for space in m.spaces)
 
 
-@pytest.mark.parametrize("options", [{"num_entries": 500}, {"allocation": "erdos_renyi"}])
+@pytest.mark.parametrize("options", [{"budget": Numbers(500)}, {"budget": ErdosRenyi(0.02)}])
 def test_supports_sized_over_the_model_pass(tmp_path, options):
     hub.check_adapter(hub.save_adapter(adapted(**options), tmp_path / "a"))
 
@@ -188,7 +188,7 @@ def test_missing_half_is_named(damaged, half):
 
 
 def test_missing_module_is_named(damaged):
-    with pytest.raises(ValueError, match=rf"'{Q0}\.sparse_lora_values' is missing.*support_pattern"):
+    with pytest.raises(ValueError, match=rf"'{Q0}\.sparse_lora_values' is missing.*sizes"):
         hub.check_adapter(damaged(lambda t: [t.pop(k) for k in list(t) if k.startswith(Q0)]))
 
 
@@ -214,10 +214,10 @@ def test_low_rank_half_of_another_weight_is_found(damaged):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"granularity": "row", "support_pattern": {}}, "granularity 'entry'"),
-        ({"density": 0.03, "support_pattern": {}}, r"room for \d+ units.*makes it \d+"),
-        ({"r": 5, "rank_pattern": {}}, "rank 5"),
-        ({"density": 7}, "density=7 is not a share"),
+        ({"granularity": "row", "sizes": {}}, "granularity 'entry'"),
+        ({"density": 0.03, "sizes": {}}, r"room for \d+ units.*makes it \d+"),
+        ({"r": 5, "sizes": {}}, "rank 5"),
+        ({"density": 7}, "density=7 is not a fraction"),
         ({"peft_type": "LORA"}, "peft_type='LORA'"),
     ],
 )

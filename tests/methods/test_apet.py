@@ -5,9 +5,9 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse_peft import SparseLoraConfig, methods
+from hf_sparse_peft import Numbers, Proportional, SparseLoraConfig, WholeTensors, methods
+from hf_sparse_peft.sparsity.budgets import draw_tensors
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
-from hf_sparse_peft.tuners.sparse_lora.whole_tensors import draw_tensors
 
 
 def adapted(**options):
@@ -123,7 +123,7 @@ def test_a_random_mask_spends_its_budget_to_the_last_entry_and_a_file_brings_it_
     ids = tiny.TokenData()[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
-    assert loaded.peft_config["default"].num_entries == budget
+    assert loaded.peft_config["default"].budget == Proportional(Numbers(budget))
 
 
 def test_a_random_mask_of_a_density_has_that_share_of_all_entries():
@@ -135,7 +135,7 @@ def test_a_random_mask_of_a_density_has_that_share_of_all_entries():
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="unit='row' is unknown"):
         methods.get("apet", unit="row")
-    with pytest.raises(ValueError, match="allocation='tensors' trains whole matrices, and granularity='entry'"):
-        SparseLoraConfig(r=0, allocation="tensors")
+    with pytest.raises(ValueError, match=r"budget=WholeTensors.* trains whole matrices, and granularity='entry'"):
+        SparseLoraConfig(r=0, budget=WholeTensors(0.005))
     with pytest.raises(ValueError, match="has 10 numbers for whole matrices, and the smallest has 512"):
         adapted(budget=10, r=0)

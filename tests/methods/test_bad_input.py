@@ -6,7 +6,7 @@ from contract_toolbox import TokenData, adapted, load_base, save_base, train
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_sparse_peft import SparseLoraConfig, callbacks_for, methods
+from hf_sparse_peft import Numbers, SparseLoraConfig, callbacks_for, methods
 
 TARGETS = ["q_proj", "down_proj"]  # 32x32 and 32x64
 
@@ -33,13 +33,13 @@ CONFIG_MISTAKES = {
         ["granularity='collumn'", "column", "block"],
     ),
     "budget above the weights": (
-        {"density": 0.0, "num_entries": 10_000_000},
+        {"budget": Numbers(10_000_000)},
         ["num_entries=10000000", "6144 entries", "Lower it"],
     ),
     "density above one": ({"density": 20.0}, ["density=20.0", "from 0 to 1"]),
     "percent for a share of a pattern": (
-        {"density": 0.1, "support_pattern": {"model.layers.0.self_attn.q_proj": 99_999}},
-        ["support_pattern", "support_pattern={}"],
+        {"density": 0.1, "sizes": {"model.layers.0.self_attn.q_proj": [99_999, 99_999, 0]}},
+        ["sizes", "sizes={}"],
     ),
     "nothing to train": ({"density": 0.0}, ["r=0", "density=0", "Set r >= 1"]),
     "a schedule for a half that is absent": (

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from ties import priority
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import SparseLoraConfig, methods
+from hf_sparse_peft import Global, SparseLoraConfig, methods
 from hf_sparse_peft.methods import EssentialSparsity, essential_sparsity, one_shot_pruned
 from hf_sparse_peft.pruning.sparsity_curve import two_segment_knee
 from hf_sparse_peft.sparsity import stream_seed
@@ -188,8 +188,8 @@ def test_removed_weights_stay_zero_when_the_kept_ones_are_fine_tuned(folder):
     names = linears(model)
     with one_shot_pruned(model, 0.5):
         zero = {name: module.weight.detach() == 0 for name, module in names.items()}
-        kept = {"criterion": "magnitude", "allocation": "global", "target_modules": "all-linear"}
-        adapted = get_peft_model(model, SparseLoraConfig(r=0, density=0.5, **kept))
+        kept = {"criterion": "magnitude", "budget": Global(0.5), "target_modules": "all-linear"}
+        adapted = get_peft_model(model, SparseLoraConfig(r=0, **kept))
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
         for _ in range(5):
             adapted(input_ids=IDS, labels=IDS).loss.backward()

@@ -240,7 +240,7 @@ def test_dsee_scales_the_entries_with_the_low_rank_half(tmp_path):
 def test_dsee_says_what_does_not_fit():
     tiny = torch.nn.Sequential()
     tiny.lin = torch.nn.Linear(8, 8)
-    with pytest.raises(ValueError, match=r"units_per_module=128 is more than the 64 .*'lin'"):
+    with pytest.raises(ValueError, match=r"UnitsPerModule.units=128 is more than the 64 .*'lin'"):
         get_peft_model(tiny, methods.get("dsee", target_modules=["lin"]).config)
     with pytest.raises(ValueError, match="rounds=0 of 'decomposition_residual' must be at least 1"):
         methods.get("dsee", criterion={"type": "decomposition_residual", "rounds": 0})

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from peft import get_peft_model
 
-from hf_sparse_peft import SparseLoraConfig
+from hf_sparse_peft import ErdosRenyi, SparseLoraConfig
 from hf_sparse_peft.sparsity import UnitGrid, competition_counts, erdos_renyi_counts
 from hf_sparse_peft.sparsity.allocation import proportional_counts
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
@@ -44,7 +44,7 @@ def test_layers_of_one_shape_are_drawn_for_the_units_left_over(rule):
 def test_the_configs_seed_decides_which_layers_get_a_row_more():
     def sizes(seed):
         config = SparseLoraConfig(
-            r=0, density=1.5 / 32, granularity="row", allocation="erdos_renyi", target_modules=["q_proj"], seed=seed
+            r=0, budget=ErdosRenyi(1.5 / 32), granularity="row", target_modules=["q_proj"], seed=seed
         )
         return [layer.units("default").numel() for layer in sparse_layers(get_peft_model(tiny.llama(layers=6), config))]
 

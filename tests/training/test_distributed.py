@@ -60,7 +60,7 @@ CASES: dict[str, dict] = {
     "random-search": {"density": 0.1, "trials": 4, "steps": 3},
     "shira": {"density": 0.1},
     "fish": {"density": 0.1, "examples": 16},
-    "lt-sft": {"density": 0.1, "allocation": "uniform", "warmup_steps": 3, "warmup_lr": 1e-3},
+    "lt-sft": {"density": 0.1, "warmup_steps": 3, "warmup_lr": 1e-3},
     "snella": {"r": 4, "sparsity": 0.6, "init_weights": False},
 }
 

@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Density,
+    Global,
     InitialSupportCallback,
     Regrow,
     StructureConfig,
@@ -89,10 +91,10 @@ def test_gradient_accumulation_does_not_change_what_is_chosen(criterion, tmp_pat
     assert shared >= 0.99 * sum(map(len, one.values()))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("budget", [Density(0.05), Global(0.05)], ids=["uniform", "global"])
 @pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
-def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocation, tmp_path, monkeypatch):
-    config = by_data(criterion, allocation=allocation, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))])
+def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, budget, tmp_path, monkeypatch):
+    config = by_data(criterion, budget=budget, schedule=[Regrow(every=4, grow=AccumulatedGradient(steps=2))])
     whole = adapted(config)
     trainer = run(whole, tmp_path / "whole", 12)
     expected = all_state(whole, trainer.optimizer)
@@ -102,7 +104,7 @@ def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, allocat
     assert next(type(callback) for callback in callbacks_for(resumed)) is InitialSupportCallback
     trainer = run(resumed, tmp_path / "parts", 12, resume=str(tmp_path / "parts" / "checkpoint-6"))
     assert differences(expected, all_state(resumed, trainer.optimizer)) == []
-    assert resumed.peft_config["default"].support_pattern == whole.peft_config["default"].support_pattern
+    assert resumed.peft_config["default"].sizes == whole.peft_config["default"].sizes
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
@@ -142,7 +144,7 @@ def test_the_callback_is_given_where_a_support_waits_for_data():
 
 
 def test_sizes_do_not_change_under_a_wrapped_model():
-    model = adapted(by_data(allocation="global"))
+    model = adapted(by_data(budget=Global(0.05)))
     args = SimpleNamespace(world_size=2, disable_tqdm=True, gradient_accumulation_steps=1)
     with pytest.raises(ValueError, match="before creating the Trainer"):
         InitialSupportCallback().on_train_begin(args, None, None, model=model, train_dataloader=[])

@@ -154,7 +154,7 @@ def test_the_config_tells_both_penalties_and_survives_json(tmp_path):
     assert method.config.criterion.l1 == 0.1
     method.config.save_pretrained(tmp_path)
     read = SparseLoraConfig.from_pretrained(tmp_path)
-    assert (read.schedule, read.drop_within) == ([L1Penalty(0.2, "trained")], 1e-7)
+    assert (read.schedule, read.compact_tolerance) == ([L1Penalty(0.2, "trained")], 1e-7)
     assert [type(callback) for callback in callbacks_for(read)][1:] == [RuleRunner]
     assert methods.get("lt-sft").config.schedule == []
 
@@ -169,13 +169,13 @@ def test_pulls_without_a_known_start_are_refused_with_the_mend():
         config(density=0, r=4)
     with pytest.raises(ValueError, match=r"L1Penalty.weight=0.0"):
         L1Penalty(weight=0.0)
-    with pytest.raises(ValueError, match=r"drop_within=-1"):
-        config(drop_within=-1)
+    with pytest.raises(ValueError, match=r"compact_tolerance=-1"):
+        config(compact_tolerance=-1)
 
 
 @pytest.mark.parametrize("granularity", ["entry", "row"])
 def test_compact_drops_changes_within_the_limit_and_nothing_else(granularity, tmp_path):
-    model = adapted(make_config(granularity=granularity, density=0.2, drop_within=1e-7))
+    model = adapted(make_config(granularity=granularity, density=0.2, compact_tolerance=1e-7))
     kept = {}
     for layer in layers_of(model):
         values = layer.sparse_lora_values["default"].data
@@ -204,5 +204,5 @@ def test_compact_keeps_zeros_unless_told_otherwise():
     assert [support_of(layer) for layer in layers_of(model)] == before
     for layer in layers_of(model):
         layer.sparse_lora_values["default"].data[::2] = 1.0
-    model.compact(drop_within=0.0)
+    model.compact(compact_tolerance=0.0)
     assert [support_of(layer) for layer in layers_of(model)] == [units[::2] for units in before]

@@ -18,7 +18,7 @@ from training_toolbox import (
 )
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_sparse_peft import NuclearNorm, Regrow, methods
+from hf_sparse_peft import BelowThreshold, NuclearNorm, Regrow, methods
 from hf_sparse_peft.tuners.sparse_lora.spaces import SupportSpace
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -45,7 +45,7 @@ def test_the_support_is_the_smallest_share_or_everything_below_the_threshold():
             count = int(0.1 * flat.numel()) if "density" in options else int((flat < 0.01).sum())
             order = sorted(range(flat.numel()), key=lambda i: (float(flat[i]), i))
             assert support_of(layer) == sorted(order[:count])
-    assert model.peft_config["default"].support_pattern.keys() == {layer.module_name for layer in layers_of(model)}
+    assert model.peft_config["default"].sizes.keys() == {layer.module_name for layer in layers_of(model)}
 
 
 def test_a_fresh_adapter_gives_the_bases_output_bit_for_bit():
@@ -190,8 +190,8 @@ def test_contradictions_are_refused_with_the_mend(tmp_path):
         make_config(schedule=[Regrow(), {"type": "freeze", "at": 0.5}])
     with pytest.raises(ValueError, match=r"NuclearNorm.*granularity='row'"):
         make_config(schedule=[NuclearNorm(0.1)], granularity="row")
-    with pytest.raises(ValueError, match=r"allocation='threshold'.*Freeze.threshold"):
-        make_config(allocation="threshold")
+    with pytest.raises(ValueError, match=r"BelowThreshold.*criterion='smallest_magnitude'"):
+        make_config(budget=BelowThreshold(1e-3))
     with pytest.raises(ValueError, match=r"Freeze.at=1.0"):
         make_config(schedule=[{"type": "freeze", "at": 1.0}])
     with pytest.raises(ValueError, match=r"threshold=1e-09 leaves no entry in '.*Raise it"):

@@ -28,6 +28,8 @@ def make_config(**overrides) -> SparseLoraConfig:
         "r": 0, "density": 0.05, "target_modules": ["q_proj", "v_proj", "down_proj"], "block_size": 8,
         "task_type": "CAUSAL_LM",
     }  # fmt: skip
+    if "budget" in overrides:
+        del defaults["density"]
     return SparseLoraConfig(**{**defaults, **overrides})
 
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from hf_sparse_peft import SparseLoraConfig, callbacks_for, initialize_support, methods
+from hf_sparse_peft import Global, SparseLoraConfig, callbacks_for, initialize_support, methods
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 CRITERIA = ["gradient", "fisher", "snip", "sensitivity", "movement", "momentum", "sm3", "delta_magnitude"]
@@ -18,6 +18,7 @@ OPTIONS = {"delta_magnitude": {"warmup_steps": 4}}
 def adapted(criterion="gradient", *, seed=0, options=None, **overrides):
     given = {"density": 0.1, "target_modules": ["q_proj", "down_proj"], **overrides}
     options = OPTIONS.get(criterion, {}) if options is None else options
+    given = {name: value for name, value in given.items() if name != "density" or "budget" not in given}
     config = SparseLoraConfig(r=0, criterion={"type": criterion, **options}, seed=seed, task_type="CAUSAL_LM", **given)
     return get_peft_model(tiny.llama(), config)
 
@@ -86,14 +87,14 @@ def test_a_layer_that_no_batch_reaches_gets_random_units_and_is_named(criterion)
 
 
 def test_a_global_budget_goes_to_the_layers_that_data_reaches():
-    model = adapted(allocation="global")
+    model = adapted(budget=Global(0.1))
     unreached = unreach(model)
     units, said = chosen(model)
     total = sum(layer.sparse_lora_grid["default"].num_units for layer in sparse_layers(model))
     assert set(units) == {layer.module_name for layer in sparse_layers(model)} - unreached
     assert sum(map(len, units.values())) == int(0.1 * total)
     assert "none of the shared budget" in said[0]
-    assert {n: model.peft_config["default"].support_pattern[n] for n in unreached} == dict.fromkeys(unreached, 0)
+    assert {n: tiny.units_of_sizes(model.peft_config["default"])[n] for n in unreached} == dict.fromkeys(unreached, 0)
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "fisher", "sm3", "momentum"])

@@ -1,17 +1,26 @@
 """`initialize_support`: supports from dense gradients, against a plain Llama in float64."""
 
-import copy
 import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 from tuner_toolbox import base_bits, fill, logits, make_config, read_codes, same_bits, tiny_llama, token_ids
 
-from hf_sparse_peft import SparseLoraConfig, initialize_support, load_support, save_support, write_supports
+from hf_sparse_peft import (
+    ByModule,
+    Density,
+    Global,
+    SparseLoraConfig,
+    initialize_support,
+    load_support,
+    save_support,
+    write_supports,
+)
 from hf_sparse_peft.sparsity.statistics import Fisher
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -81,7 +90,7 @@ def test_supports_are_the_best_entries_by_gradients_of_a_plain_model(criterion):
 @pytest.mark.parametrize("density", [0.05, 0.3])
 def test_global_allocation_is_the_top_k_of_all_scores_together(density):
     targets = ["q_proj", "v_proj", "down_proj"] if density < 0.1 else ["v_proj", "down_proj"]
-    model = chosen(config_of(allocation="global", density=density, target_modules=targets))
+    model = chosen(config_of(budget=Global(density), target_modules=targets))
     squares = {n: sum(g**2 for g in gs) for n, gs in reference_gradients(model, batches(), single=True).items()}
     # By definition: every module's best entry, and the best of all others.
     pool = [
@@ -94,7 +103,7 @@ def test_global_allocation_is_the_top_k_of_all_scores_together(density):
     for _, _, name, unit in sorted(pool)[:total]:
         expected[name].append(unit)
     assert supports(model) == {name: sorted(units) for name, units in expected.items()}
-    assert model.peft_config["default"].support_pattern == {name: len(units) for name, units in expected.items()}
+    assert tiny.units_of_sizes(model.peft_config["default"]) == {name: len(units) for name, units in expected.items()}
     assert len({len(units) for units in expected.values()}) > 1
     if density == 0.3:  # FISH's own rule, without a floor for modules, is the same where each gets something
         threshold = torch.cat(list(squares.values())).topk(total).values[-1]
@@ -150,9 +159,9 @@ def test_two_runs_choose_the_same_units():
     assert supports(chosen(config_of())) == supports(chosen(config_of()))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_one_layer_a_pass_chooses_what_one_pass_for_all_does(allocation):
-    whole = chosen(config_of(allocation=allocation))
+@pytest.mark.parametrize("budget", [Density(0.05), Global(0.05)], ids=["uniform", "global"])
+def test_one_layer_a_pass_chooses_what_one_pass_for_all_does(budget):
+    whole = chosen(config_of(budget=budget))
     passes = []
     data = batches()
 
@@ -161,7 +170,7 @@ def test_one_layer_a_pass_chooses_what_one_pass_for_all_does(allocation):
             passes.append(1)
             return super().__iter__()
 
-    layerwise = chosen(config_of(allocation=allocation), Counting(data), accumulator_bytes=1)
+    layerwise = chosen(config_of(budget=budget), Counting(data), accumulator_bytes=1)
     assert supports(layerwise) == supports(whole)
     assert len(passes) == len(sparse_layers(whole))
 
@@ -264,45 +273,45 @@ def test_an_undecided_support_is_neither_saved_nor_compacted(tmp_path):
 
 
 def test_config_survives_the_round_trip_of_its_file(tmp_path):
-    model = chosen(config_of(allocation="global", options={"mode": "absolute"}))
+    model = chosen(config_of(budget=Global(0.05), options={"mode": "absolute"}))
     fill(model)
     model.save_pretrained(tmp_path)
     config = SparseLoraConfig.from_pretrained(str(tmp_path))
     assert config.criterion.mode == "absolute"
-    assert config.support_pattern == {name: len(units) for name, units in supports(model).items()}
+    assert tiny.units_of_sizes(config) == {name: len(units) for name, units in supports(model).items()}
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_file_fills_an_adapter_whose_sizes_wait_for_data(tmp_path):
-    model = chosen(config_of(allocation="global"))
+    model = chosen(config_of(budget=Global(0.05)))
     fill(model)
     model.save_pretrained(tmp_path)
-    other = get_peft_model(tiny_llama(), config_of(allocation="global"))
+    other = get_peft_model(tiny_llama(), config_of(budget=Global(0.05)))
     other.load_adapter(str(tmp_path), "default", is_trainable=True)  # what Trainer does at a resume
     assert supports(other) == supports(model)
-    assert other.peft_config["default"].support_pattern == model.peft_config["default"].support_pattern
+    assert tiny.units_of_sizes(other.peft_config["default"]) == tiny.units_of_sizes(model.peft_config["default"])
     assert torch.equal(logits(other), logits(model))
 
 
 def test_the_heads_numbers_are_paid_out_of_the_budget():
-    plain = chosen(config_of(allocation="global"))
-    model = chosen(config_of(allocation="global", density=0.4, head_in_budget=True, modules_to_save=["lm_head"]))
+    plain = chosen(config_of(budget=Global(0.05)))
+    model = chosen(config_of(budget=Global(0.4, pay_head=True), modules_to_save=["lm_head"]))
     total = sum(layer.get_base_weight().numel() for layer in sparse_layers(model))
     head = model.base_model.model.lm_head.modules_to_save["default"].weight.numel()
     assert sum(map(len, supports(model).values())) == int(0.4 * total) - head
     assert sum(map(len, supports(plain).values())) == int(0.05 * total)
-    with pytest.raises(ValueError, match=r"has to pay for 6144 numbers.*Raise density to at least"):
-        chosen(config_of(allocation="global", density=0.05, head_in_budget=True, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"has to pay for 6144 numbers.*Raise the density to at least"):
+        chosen(config_of(budget=Global(0.05, pay_head=True), modules_to_save=["lm_head"]))
 
 
 # Files of supports
 
 
 def test_a_run_starts_from_a_saved_support(tmp_path):
-    for allocation in ("uniform", "global"):
-        model = chosen(config_of(allocation=allocation), save_to=tmp_path / "s.safetensors")
-        other = get_peft_model(tiny_llama(), config_of(allocation=allocation))
+    for budget in (Density(0.05), Global(0.05)):
+        model = chosen(config_of(budget=budget), save_to=tmp_path / "s.safetensors")
+        other = get_peft_model(tiny_llama(), config_of(budget=budget))
         load_support(other, tmp_path / "s.safetensors")
         assert supports(other) == supports(model)
         other.train()
@@ -345,13 +354,17 @@ def test_bad_input_says_what_to_change():
         (lambda: initialize_support(model, batches(), max_examples=0), ValueError, "max_examples=0"),
         (lambda: make_config("sparse-entry", criterion="fischer"), ValueError, "criterion='fischer' is unknown"),
         (lambda: config_of(options={"modes": 1}), ValueError, "has no option .'modes'."),
-        (lambda: config_of(head_in_budget=True), ValueError, "needs allocation='global'"),
+        (
+            lambda: config_of(budget=Global(0.05, pay_head=True), granularity="row"),
+            ValueError,
+            "needs granularity='entry'",
+        ),
     ]
     for act, kind, message in cases:
         with pytest.raises(kind, match=message):
             act()
     with pytest.raises(ValueError, match=r"density=1\.00e-05 leaves .* each of the 6 targeted modules keeps at least"):
-        get_peft_model(tiny_llama(), config_of(allocation="global", density=1e-5))
+        get_peft_model(tiny_llama(), config_of(budget=Global(1e-5)))
     with pytest.raises(ValueError, match="density=1e-05 leaves no entry"):
         get_peft_model(tiny_llama(), config_of(density=1e-5))
     initialize_support(model, batches(), show_progress=False)
@@ -383,7 +396,7 @@ def test_units_from_outside_may_leave_a_module_out(tmp_path):
     names = [layer.module_name for layer in sparse_layers(model)]
     units = {name: torch.tensor([3, 8, 11][: i % 4]) for i, name in enumerate(names)}
     write_supports(model, units)
-    assert model.peft_config["default"].support_pattern == {name: i % 4 for i, name in enumerate(names)}
+    assert tiny.units_of_sizes(model.peft_config["default"]) == {name: i % 4 for i, name in enumerate(names)}
     fill(model)
     model.save_pretrained(tmp_path / "adapter")
     save_support(model, tmp_path / "s.safetensors")
@@ -393,7 +406,7 @@ def test_units_from_outside_may_leave_a_module_out(tmp_path):
     assert torch.equal(logits(resumed), logits(model))
     again = get_peft_model(tiny_llama(), config_of("given"))
     load_support(again, tmp_path / "s.safetensors")
-    assert again.peft_config["default"].support_pattern == model.peft_config["default"].support_pattern
+    assert tiny.units_of_sizes(again.peft_config["default"]) == tiny.units_of_sizes(model.peft_config["default"])
     with pytest.raises(ValueError, match=r"other modules than adapter.*q_proj"):
         write_supports(get_peft_model(tiny_llama(), config_of("given")), dict(list(units.items())[1:]))
 
@@ -403,7 +416,7 @@ def test_units_from_outside_may_leave_a_module_out(tmp_path):
 
 def test_densities_by_module_are_kept_and_checked(tmp_path):
     pattern = {"q_proj": 0.1, r"layers\.1\.self_attn\.v_proj": 0.0}
-    config = make_config("sparse-entry", density_pattern=copy.deepcopy(pattern))
+    config = make_config("sparse-entry", budget=ByModule(pattern, otherwise=0.05))
     model = get_peft_model(tiny_llama(), config)
     for layer in sparse_layers(model):
         share = next((v for k, v in pattern.items() if k.replace("\\", "") in layer.module_name), 0.05)
@@ -412,20 +425,18 @@ def test_densities_by_module_are_kept_and_checked(tmp_path):
     fill(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
-    with pytest.raises(ValueError, match=r"density_pattern names \['k_proj'\]"):
-        get_peft_model(tiny_llama(), make_config("sparse-entry", density_pattern={"k_proj": 0.1}))
-    with pytest.raises(ValueError, match="is not a share"):
-        make_config("sparse-entry", density_pattern={"q_proj": 1.5})
-    with pytest.raises(ValueError, match="Keep one of the two"):
-        make_config("sparse-entry", density_pattern={"q_proj": 0.5}, allocation="erdos_renyi")
+    with pytest.raises(ValueError, match=r"budget=ByModule names \['k_proj'\]"):
+        get_peft_model(tiny_llama(), make_config("sparse-entry", budget=ByModule({"k_proj": 0.1})))
+    with pytest.raises(ValueError, match="is not a fraction"):
+        make_config("sparse-entry", budget=ByModule({"q_proj": 1.5}))
     with pytest.raises(ValueError, match="leaves no entry"):
-        get_peft_model(tiny_llama(), make_config("sparse-entry", density_pattern={"q_proj": 1e-6}))
+        get_peft_model(tiny_llama(), make_config("sparse-entry", budget=ByModule({"q_proj": 1e-6})))
 
 
 def test_a_given_table_of_counts_is_taken_as_it_is_and_checked():
     names = [layer.module_name for layer in sparse_layers(get_peft_model(tiny_llama(), make_config("sparse-entry")))]
     table = {name: 10 * (i + 1) for i, name in enumerate(names)}
-    model = chosen(config_of(support_pattern=dict(table)))
+    model = chosen(config_of(sizes={name: [count, count, 0] for name, count in table.items()}))
     assert {name: len(units) for name, units in supports(model).items()} == table
-    with pytest.raises(ValueError, match=r"support_pattern gives .* 99999 units"):
-        get_peft_model(tiny_llama(), config_of(support_pattern={**table, names[0]: 99999}))
+    with pytest.raises(ValueError, match=r"sizes gives .* 99999 units"):
+        get_peft_model(tiny_llama(), config_of(sizes={name: [99999, 99999, 0] for name in names}))

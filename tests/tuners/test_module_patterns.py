@@ -23,7 +23,8 @@ ENDLESS = [
 ]  # fmt: skip
 FIELDS = [
     lambda pattern: {"rank_pattern": {pattern: 2}}, lambda pattern: {"alpha_pattern": {pattern: 2.0}},
-    lambda pattern: {"density_pattern": {pattern: 0.1}}, lambda pattern: {"granularity_pattern": {pattern: "row"}},
+    lambda pattern: {"budget": {"type": "by_module", "densities": {pattern: 0.1}}},
+    lambda pattern: {"granularity_pattern": {pattern: "row"}},
     lambda pattern: {"target_modules": pattern}, lambda pattern: {"exclude_modules": pattern},
     lambda pattern: {"layers_pattern": pattern, "layers_to_transform": [0]},
     lambda pattern: {"layers_pattern": [pattern], "layers_to_transform": [0]},

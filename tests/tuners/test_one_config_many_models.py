@@ -10,7 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from hf_sparse_peft import (
+    Global,
     KernelLoraConfig,
+    Numbers,
     Prune,
     Regrow,
     SparseLoraConfig,
@@ -22,12 +24,12 @@ from hf_sparse_peft import (
 NAMES = {"task_type": "CAUSAL_LM"}
 CONFIGS = {
     "global-magnitude": lambda: SparseLoraConfig(
-        r=0, density=0.05, target_modules="all-linear", criterion="magnitude", allocation="global", **NAMES
+        r=0, budget=Global(0.05), target_modules="all-linear", criterion="magnitude", **NAMES
     ),
     "retired-room": lambda: SparseLoraConfig(
         r=0, density=0.05, target_modules=["q_proj"], schedule=[Regrow(retired=0.5)], **NAMES
     ),
-    "numbers": lambda: SparseLoraConfig(r=2, density=0, num_entries=400, target_modules=["q_proj", "v_proj"], **NAMES),
+    "numbers": lambda: SparseLoraConfig(r=2, budget=Numbers(400), target_modules=["q_proj", "v_proj"], **NAMES),
     "structures": lambda: SparseLoraConfig(
         r=0, density=0, structures=[StructureConfig(modules=["down_proj"], density=0.2)], target_modules=["down_proj"],
         criterion="magnitude", granularity="row", **NAMES
@@ -63,7 +65,7 @@ def test_one_config_serves_two_adapters_of_one_model_which_are_grouped_apart():
     model = get_peft_model(tiny.llama(layers=1), config)
     model.add_adapter("other", config)
     assert model.peft_config["default"] is not model.peft_config["other"]
-    assert model.peft_config["default"].support_pattern == model.peft_config["other"].support_pattern
+    assert tiny.units_of_sizes(model.peft_config["default"]) == tiny.units_of_sizes(model.peft_config["other"])
 
 
 def test_the_copy_is_what_layers_hold_and_files_say(tmp_path):
@@ -73,9 +75,9 @@ def test_the_copy_is_what_layers_hold_and_files_say(tmp_path):
     layers = [m for m in model.modules() if hasattr(m, "adapter_configs")]
     assert layers
     assert all(layer.adapter_configs["default"] is written for layer in layers)
-    assert written.support_pattern
+    assert tiny.units_of_sizes(written)
     model.save_pretrained(tmp_path)
-    assert SparseLoraConfig.from_pretrained(tmp_path).support_pattern == written.support_pattern
+    assert tiny.units_of_sizes(SparseLoraConfig.from_pretrained(tmp_path)) == tiny.units_of_sizes(written)
     loaded = PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path)
     assert shapes(loaded) == shapes(model)
 
@@ -90,13 +92,13 @@ def test_other_doors_copy_the_config_too(door):
             model.add_adapter(config)
         else:
             model = inject_adapter_in_model(config, model)
-        assert model.peft_config["default"].support_pattern
-        assert len(model.peft_config["default"].support_pattern) == 7 * layers
+        assert tiny.units_of_sizes(model.peft_config["default"])
+        assert len(tiny.units_of_sizes(model.peft_config["default"])) == 7 * layers
     assert fields(config) == before
 
 
 def test_a_support_that_data_chose_is_written_to_the_copy_only():
-    config = SparseLoraConfig(r=0, density=0.05, target_modules=["q_proj"], criterion="fisher", allocation="global")
+    config = SparseLoraConfig(r=0, budget=Global(0.05), target_modules=["q_proj"], criterion="fisher")
     before = fields(config)
     model = get_peft_model(tiny.llama(layers=1), config)
     ids = torch.arange(1, 9)[None]

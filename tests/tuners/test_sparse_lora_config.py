@@ -12,7 +12,7 @@ from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
 
 import hf_sparse_peft
-from hf_sparse_peft import Allocate, Prune, Regrow, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft import Allocate, Numbers, Prune, Regrow, SparseLoraConfig, SparseLoraModel
 from hf_sparse_peft.tuners.shared import registration
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -67,7 +67,7 @@ BAD = [
     ({"density": -0.1}, "density=-0.1"),
     ({"density": 1.5}, "density=1.5"),
     ({"density": float("nan")}, "density=nan"),
-    ({"num_entries": 0}, "num_entries=0"),
+    ({"budget": {"type": "numbers", "num_entries": 0}}, "Numbers.num_entries=0"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
     ({"block_size": 0}, "block_size=0"),
@@ -75,8 +75,9 @@ BAD = [
     ({"criterion": "gradients"}, "criterion='gradients'"),
     ({"criterion": {"type": "magnitude", "rank": 3}}, "rank"),
     ({"criterion": {"type": "low_rank_magnitude", "rank": 0}}, "rank=0"),
-    ({"allocation": "even"}, "allocation='even'"),
-    ({"allocation": "global"}, "allocation='global'"),
+    ({"budget": "even"}, "budget='even'"),
+    ({"budget": {"type": "global", "total": 0.1}}, "budget=Global.*criterion='random'"),
+    ({"density": 0.1, "budget": {"type": "density", "fraction": 0.1}}, "density=0.1 and budget"),
     ({"values_dtype": "float16"}, "values_dtype='float16'"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"r": 0, "density": 0.0}, "r=0 and density=0"),
@@ -143,15 +144,15 @@ REFUSED = {
         "'odd'.*block_size=16",
     ),
     "density without a unit": ("sparse-row", {"density": 0.02}, ValueError, "density=0.02 leaves no row"),
-    "too many entries": ("hybrid-entry", {"num_entries": 10**9}, ValueError, "num_entries=1000000000"),
+    "too many entries": ("hybrid-entry", {"budget": Numbers(10**9)}, ValueError, "num_entries=1000000000"),
     "not a linear layer": ("hybrid-entry", {"target_modules": [*BOTH, "conv"]}, TypeError, "'conv' of type Conv1d"),
     "not a linear layer, low-rank": ("low_rank-entry", {"target_modules": [*BOTH, "conv"]}, TypeError, "'conv'"),
-    "support_pattern of another model": ("hybrid-entry", {"support_pattern": {"first": 3}}, ValueError, "second"),
-    "support_pattern above the weight": (
+    "sizes of another model": ("hybrid-entry", {"sizes": {"first": [3, 3, 4]}}, ValueError, "second"),
+    "sizes above the weight": (
         "hybrid-entry",
-        {"support_pattern": {"first": 3, "second": 10**6}},
+        {"sizes": {"first": [3, 3, 4], "second": [10**6, 10**6, 4]}},
         ValueError,
-        "support_pattern gives 'second' 1000000",
+        "sizes gives 'second' 1000000",
     ),
     "no such module": ("hybrid-entry", {"target_modules": ["third"]}, ValueError, "third"),
     "everything excluded": ("hybrid-entry", {"exclude_modules": BOTH}, ValueError, "exclude"),

@@ -27,7 +27,7 @@ from tuner_toolbox import (
     trained,
 )
 
-from hf_sparse_peft import Allocate, AverageRank, Linear, Regrow, SparseLoraConfig
+from hf_sparse_peft import Allocate, AverageRank, Density, ErdosRenyi, Global, Linear, Numbers, Regrow, SparseLoraConfig
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 FILE = "adapter_model.safetensors"
@@ -48,12 +48,17 @@ def test_loaded_adapter_gives_the_same_bits(base_of, tmp_path, base, case, meta)
 
 
 @pytest.mark.parametrize("criterion", ["random", "magnitude", "smallest_magnitude", "low_rank_magnitude"])
-@pytest.mark.parametrize("allocation", ["uniform", "erdos_renyi", "global", "num_entries"])
+@pytest.mark.parametrize("allocation", ["density", "erdos_renyi", "global", "numbers"])
 def test_support_comes_from_the_file_and_not_from_the_base(base_of, tmp_path, criterion, allocation):
     if (criterion, allocation) == ("random", "global"):
         pytest.skip("refused by the config")
-    options = {"num_entries": 2000} if allocation == "num_entries" else {"allocation": allocation}
-    model = saved(tmp_path, base_of, criterion=criterion, **options)
+    budgets = {
+        "density": Density(0.05),
+        "erdos_renyi": ErdosRenyi(0.05),
+        "global": Global(0.05),
+        "numbers": Numbers(2000),
+    }
+    model = saved(tmp_path, base_of, criterion=criterion, budget=budgets[allocation])
     loaded = PeftModel.from_pretrained(tiny_llama(seed=99), tmp_path)  # another base, another ranking
     for layer, other in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
         assert torch.equal(layer.units("default"), other.units("default"))

@@ -3,11 +3,12 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from tuner_toolbox import HIDDEN, INNER, fill, logits, make_config, read_codes
 
-from hf_sparse_peft import SparseLoraConfig, StructureConfig
+from hf_sparse_peft import ErdosRenyi, SparseLoraConfig, StructureConfig, UnitsPerModule
 from hf_sparse_peft.hub import check_adapter, export_lora
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -84,7 +85,8 @@ def test_errors_name_the_module_and_the_pattern(base_of):
 
 def structured(structures, **overrides) -> SparseLoraConfig:
     pattern = {"o_proj": "column", "down_proj": "column"}
-    options = {"density": 0.0, "granularity": "row", "granularity_pattern": pattern, "structures": structures}
+    options = {"granularity": "row", "granularity_pattern": pattern, "structures": structures}
+    options |= {} if "budget" in overrides else {"density": 0.0}
     names = [name for one in structures for name in one.modules]
     return make_config("sparse-row", **{**options, "target_modules": names, **overrides})
 
@@ -175,7 +177,7 @@ def test_a_config_that_was_used_before_gives_the_same_support_to_another_copy(ba
     config = structured([StructureConfig(FFN, density=0.1)])
     model = get_peft_model(base_of(), config)
     first, config = units_by_name(model), model.peft_config["default"]
-    assert sum(config.support_pattern.values()) == 3 * int(0.1 * 2 * INNER)
+    assert sum(tiny.units_of_sizes(config).values()) == 3 * int(0.1 * 2 * INNER)
     assert units_by_name(get_peft_model(base_of(), config)) == first
 
 
@@ -229,7 +231,7 @@ def test_structures_are_checked_when_they_are_written():
     with pytest.raises(ValueError, match=r"structures name \['q_proj'\] more than once"):
         structured([StructureConfig(["q_proj"]), StructureConfig(["q_proj", "v_proj"])])
     with pytest.raises(ValueError, match=r"structures have densities and a scope of their own"):
-        structured([StructureConfig(["q_proj"])], allocation="erdos_renyi")
+        structured([StructureConfig(["q_proj"])], budget=ErdosRenyi(0.1))
     with pytest.raises(ValueError, match=r"structures has no option \['share'\]"):
         make_config(structures=[{"modules": ["q_proj"], "share": 1}])
 
@@ -241,13 +243,11 @@ def test_fused_projections_are_refused_as_heads(base_of):
 
 
 def test_units_per_module_is_the_number_in_every_module(base_of, tmp_path):
-    model = get_peft_model(base_of(), make_config("sparse-entry", units_per_module=13))
+    model = get_peft_model(base_of(), make_config("sparse-entry", budget=UnitsPerModule(13)))
     assert {len(units) for units in units_by_name(model).values()} == {13}
     fill(model)
     model.save_pretrained(tmp_path)
     check_adapter(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(), tmp_path)), logits(model))
-    with pytest.raises(ValueError, match=r"units_per_module=70 is more than the 64 row units of '.*q_proj'"):
-        get_peft_model(base_of(), make_config("sparse-row", units_per_module=70))
-    with pytest.raises(ValueError, match="give one of them"):
-        make_config(units_per_module=3, num_entries=5)
+    with pytest.raises(ValueError, match=r"UnitsPerModule.units=70 is more than the 64 row units of '.*q_proj'"):
+        get_peft_model(base_of(), make_config("sparse-row", budget=UnitsPerModule(70)))

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from ties import best
 from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, read_codes, tiny_llama
 
+from hf_sparse_peft import ErdosRenyi, Global, Numbers
 from hf_sparse_peft.sparsity import stream_seed
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
@@ -149,25 +150,25 @@ def test_another_process_draws_the_same_supports():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     "options",
-    [{"allocation": "erdos_renyi"}, {"allocation": "global", "criterion": "magnitude"}, {"num_entries": 6000}],
-    ids=["erdos_renyi", "global", "num_entries"],
+    [{"budget": ErdosRenyi(0.25)}, {"budget": Global(0.25), "criterion": "magnitude"}, {"budget": Numbers(6000)}],
+    ids=["erdos_renyi", "global", "numbers"],
 )
 def test_allocations_over_the_model_keep_the_budget_and_are_written_to_the_config(
     base_of, options, granularity, tmp_path
 ):
-    if options.get("allocation") == "global":  # random weights of other shapes have other scales and would get nothing
+    if isinstance(options["budget"], Global):  # random weights of other shapes have other scales and would get nothing
         options = {**options, "target_modules": ["q_proj", "o_proj"]}
-    config = make_config(f"sparse-{granularity}", **{"density": 0.25, **options})
+    config = make_config(f"sparse-{granularity}", **options)
     model = get_peft_model(base_of(), config)
     layers = sparse_layers(model)
     counts = {layer.module_name: len(read_codes(layer.sparse_lora_support["default"])) for layer in layers}
-    assert model.peft_config["default"].support_pattern == counts
+    assert tiny.units_of_sizes(model.peft_config["default"]) == counts
     numel = {layer.module_name: layer.in_features * layer.out_features for layer in layers}
     spent = sum(layer.sparse_lora_values["default"].numel() for layer in layers)
-    budget = 6000 if "num_entries" in options else int(0.25 * sum(numel.values()))
-    assert spent <= budget * 1.0001 or options.get("allocation") == "global"
+    budget = 6000 if isinstance(options["budget"], Numbers) else int(0.25 * sum(numel.values()))
+    assert spent <= budget * 1.0001 or isinstance(options["budget"], Global)
     if granularity == "entry":
-        if "num_entries" in options:
+        if isinstance(options["budget"], Numbers):
             assert counts == {name: 6000 * size // sum(numel.values()) for name, size in numel.items()}
         else:
             assert spent == budget
@@ -177,7 +178,7 @@ def test_allocations_over_the_model_keep_the_budget_and_are_written_to_the_confi
 
 
 def test_erdos_renyi_gives_thin_matrices_a_higher_density():
-    model = get_peft_model(tiny_llama(), make_config("sparse-entry", density=0.1, allocation="erdos_renyi"))
+    model = get_peft_model(tiny_llama(), make_config("sparse-entry", budget=ErdosRenyi(0.1)))
     density = {
         layer.module_name.rsplit(".")[-1]: layer.sparse_lora_values["default"].numel() / layer.get_base_weight().numel()
         for layer in sparse_layers(model)
@@ -189,7 +190,7 @@ def test_erdos_renyi_gives_thin_matrices_a_higher_density():
 
 
 def test_global_allocation_is_one_ranking_of_all_entries():
-    model = get_peft_model(tiny_llama(), make_config("sparse-entry", allocation="global", criterion="magnitude"))
+    model = get_peft_model(tiny_llama(), make_config("sparse-entry", budget=Global(0.05), criterion="magnitude"))
     weights = {layer.module_name: layer.get_base_weight().detach().abs().reshape(-1) for layer in sparse_layers(model)}
     everything = torch.cat(list(weights.values()))
     threshold = everything.topk(round(0.05 * everything.numel())).values[-1]
@@ -198,10 +199,10 @@ def test_global_allocation_is_one_ranking_of_all_entries():
 
 
 def test_a_config_that_was_shared_out_for_one_model_is_refused_by_another():
-    config = get_peft_model(tiny_llama(), make_config(allocation="erdos_renyi")).peft_config["default"]
-    with pytest.raises(ValueError, match=r"support_pattern was made for another model.*layers\.2"):
+    config = get_peft_model(tiny_llama(), make_config(budget=ErdosRenyi(0.05))).peft_config["default"]
+    with pytest.raises(ValueError, match=r"sizes was made for another model.*layers\.2"):
         get_peft_model(tiny_llama(num_hidden_layers=3), config)
-    with pytest.raises(ValueError, match=r"support_pattern gives 'model\.layers\.0"):
+    with pytest.raises(ValueError, match=r"sizes gives 'model\.layers\.0"):
         get_peft_model(tiny_llama(hidden_size=8, intermediate_size=16), config)
 
 

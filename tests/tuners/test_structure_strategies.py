@@ -119,7 +119,7 @@ def test_structures_are_the_best_by_the_sum_over_their_rows_and_columns(criterio
     expected = expected_units(criterion, unit, scope, largest)
     assert units_of(model) == expected
     written = model.peft_config["default"]
-    assert written.support_pattern == {name: len(units) for name, units in expected.items()}
+    assert tiny.units_of_sizes(written) == {name: len(units) for name, units in expected.items()}
     assert written.criterion.largest is largest
     assert not any(
         layer.sparse_lora_values["default"].any() for layer in sparse_layers(model) if layer.holds("default")
@@ -220,7 +220,7 @@ def test_sizes_of_the_whole_model_come_from_data_and_go_through_files(tmp_path):
         resumed = get_peft_model(tiny_llama(seed), copy.deepcopy(config))
         resumed.load_adapter(str(tmp_path / "adapter"), "default", is_trainable=True)  # what Trainer does at a resume
         assert torch.equal(logits(resumed), before)
-        assert resumed.peft_config["default"].support_pattern == sizes
+        assert tiny.units_of_sizes(resumed.peft_config["default"]) == sizes
         again = get_peft_model(tiny_llama(seed), copy.deepcopy(config))
         load_support(again, tmp_path / "s.safetensors")
         assert units_of(again) == units_of(model)
@@ -290,7 +290,7 @@ def test_strategies_that_cannot_be_carried_out_say_what_to_change():
     with pytest.raises(ValueError, match=r"q_proj' is cut.*granularity_pattern to 'column'"):
         initialize_support(model, batches(), "weighted_activation", show_progress=False)
     model = get_peft_model(tiny_llama(), config_of("random", options={}))
-    with pytest.raises(ValueError, match=r"support_pattern\s+has fixed that already \(criterion='random'\)"):
+    with pytest.raises(ValueError, match=r"sizes\s+has fixed that already \(criterion='random'\)"):
         initialize_support(model, batches(), "activation", show_progress=False)
     model = get_peft_model(tiny_llama(), config_of("activation"))
     model.train()

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_sparse_peft import AccumulatedGradient, KernelLoraConfig, Regrow, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import AccumulatedGradient, ByModule, KernelLoraConfig, Regrow, SparseLoraConfig, callbacks_for
 from hf_sparse_peft.cli import main as command_line
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.rules import Allocate, AverageRank
@@ -30,7 +30,9 @@ def base(cls=LlamaForCausalLM, **options):
 
 def config(cls=SparseLoraConfig, **options):
     defaults = {"r": 2, "target_modules": ["q_proj"]}
-    return cls(**{**defaults, **({"density": 0.05} if cls is SparseLoraConfig else {}), **options})
+    return cls(
+        **{**defaults, **({"density": 0.05} if cls is SparseLoraConfig and "budget" not in options else {}), **options}
+    )
 
 
 @torch.no_grad()
@@ -241,9 +243,10 @@ def test_pickled_weights_are_never_read(tmp_path):
     [
         ({"r": 10**9}, "sparse_lora_A"),
         ({"rank_pattern": {"k_proj": 10**9}, "target_modules": ["q_proj", "k_proj"]}, "k_proj"),
-        ({"support_pattern": {"model.layers.0.self_attn.q_proj": 10**12}}, "sparse_lora_values"),
-        ({"density": 1.0}, "sparse_lora_values"), ({"num_entries": 10**15}, "num_entries|sparse_lora_values"),
-        ({"units_per_module": 10**12}, "units|sparse_lora_values"),
+        ({"sizes": {"model.layers.0.self_attn.q_proj": [10**12, 10**12, 2]}}, "sparse_lora_values"),
+        ({"density": 1.0}, "sparse_lora_values"),
+        ({"density": 0.005, "budget": {"type": "numbers", "num_entries": 10**15}}, "num_entries|sparse_lora_values"),
+        ({"density": 0.005, "budget": {"type": "units_per_module", "units": 10**12}}, "units|sparse_lora_values"),
         ({"block_size": 10**9, "granularity": "block"}, "granularity"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj.*missing|missing.*v_proj"),
         ({"target_modules": ["v_proj"]}, "proj"),
@@ -407,7 +410,7 @@ CASES = {
     "gated": {"schedule": [Allocate(budget=AverageRank(1))]}, "masked": {"factor_masks": FactorMaskConfig()},
     "experts": {"factor_masks": FactorMaskConfig(kind="stochastic")},
     "moving": {"schedule": [Regrow(every=2, grow=AccumulatedGradient(steps=1))]},
-    "no module": {"density_pattern": {"q_proj": 0.0}},
+    "no module": {"budget": ByModule({"q_proj": 0.0})},
     "kernel": {"cls": KernelLoraConfig, "kernel": "mixed"},
     "kernel budget": {"cls": KernelLoraConfig, "schedule": [tiny.kernel_allocation()]},
 }  # fmt: skip

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
-from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig
+from hf_sparse_peft import Global, KernelLoraConfig, Numbers, SparseLoraConfig
 from hf_sparse_peft.tuners.shared.wrapped_names import plain_name
 
 IDS = torch.arange(1, 11)[None]
@@ -119,11 +119,11 @@ def test_a_trainer_with_torch_compile_saves_the_adapter_it_trained(tmp_path, mon
 
 
 def test_sizes_in_the_config_of_a_compiled_base_are_under_plain_names(tmp_path):
-    options = {"num_entries": 300, "allocation": "global", "criterion": "magnitude"}
+    options = {"budget": Global(Numbers(300)), "criterion": "magnitude"}
     config = SparseLoraConfig(r=0, target_modules=["q_proj", "v_proj"], **options)
     model = get_peft_model(torch.compile(base()), config)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path)
-    assert sum(loaded.peft_config["default"].support_pattern.values()) == 300
+    assert sum(tiny.units_of_sizes(loaded.peft_config["default"]).values()) == 300
     pairs = zip(loaded.named_parameters(), model.named_parameters(), strict=True)
     assert all(plain_name(b) == a and torch.equal(one, two) for (a, one), (b, two) in pairs)

@@ -75,6 +75,8 @@ def make_config(case: str = "hybrid-entry", base: str = "fp32", **overrides) -> 
         "target_modules": TARGETS.get(base, ["q_proj", "v_proj", "down_proj"]),
         "task_type": "CAUSAL_LM",
     }
+    if "budget" in overrides:
+        del options["density"]
     return SparseLoraConfig(**{**options, **overrides})
 
 

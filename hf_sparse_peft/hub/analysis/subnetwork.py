@@ -131,7 +131,7 @@ def support_from_checkpoints(
     :math:`m = 1[|\theta_{after} - \theta_{before}| > atol]` (Mukherjee et al., 2025); values start at zero.
 
     A unit of several entries is in where one of them changed. Modules without a change lose their support, and the
-    numbers of units are written to the config's `support_pattern`. Needs `criterion="given"`, and no optimizer yet.
+    numbers of units are written to the config's `sizes`. Needs `criterion="given"`, and no optimizer yet.
 
     Args:
         model: has the adapter; its base should hold the weights of `before`.

@@ -260,8 +260,6 @@ class AdapterLayer(AdapterTensors):
             config = self.adapter_configs[name]
             if not config.inference_mode:
                 config.check_runnable()
-            if not config.training_finished:
-                config.check_runnable()
             if not config.has_schedule:
                 continue
             attended = set() if run is None else run.attended(config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ...rules import check_schedule
-from ...sparsity import Given, Random, Score
+from ...sparsity import Budget, Density, Given, Random, Score
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
@@ -66,22 +66,14 @@ class SparseLoraConfig(AdapterConfig):
         default=None, metadata={"help": "Masks on the entries of A and B; None: both are dense."}
     )
     density: float = field(
-        default=0.005, metadata={"help": "Share of each targeted weight's units in the support; 0 leaves it out."}
+        default=0.005, metadata={"help": "Fraction of each targeted weight's units in the support; 0: no support."}
     )
-    num_entries: int | None = field(
+    budget: Budget | UnknownPart | None = field(
         default=None,
         metadata={
-            "help": "Weight entries in all supports together, instead of `density`; split as the weights' sizes."
+            "help": "Units of the supports where `density` cannot say it: Numbers(2_000_000), RankEquivalent(8), "
+            "Global(0.01), ErdosRenyi(0.01), ByModule({...}), ...; None: `density`."
         },
-    )
-    budget_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of `density`: as many entries in each weight as a LoRA of this rank, min(r(m+n), mn)."
-        },
-    )
-    units_per_module: int | None = field(
-        default=None, metadata={"help": "Units in every targeted module's support, instead of `density`."}
     )
     granularity: Literal["entry", "block", "row", "column"] = field(
         default="entry", metadata={"help": "What a unit of the support is."}
@@ -105,33 +97,15 @@ class SparseLoraConfig(AdapterConfig):
         default_factory=Random,
         metadata={"help": "How the first support is chosen: a score, e.g. LowRankMagnitude(rank=64), or its name."},
     )
-    allocation: Literal["uniform", "proportional", "erdos_renyi", "global", "threshold", "tensors"] = field(
-        default="uniform",
+    sizes: dict[str, list[int]] = field(
+        default_factory=dict,
         metadata={
-            "help": "How the units are shared out: the same density everywhere, rounded down in each weight or "
-            "(proportional) so that the whole budget is spent, Erdos-Renyi (Evci et al., 2020), or one ranking of all "
-            "units by the criterion, or every entry with |w| < Freeze.threshold (SaRA), or whole matrices and pairs "
-            "of factors drawn at random (APET)."
+            "help": "Module name -> [units, units allocated, rank]. Written at injection where they do not follow from "
+            "the module alone, and by compact()."
         },
     )
-    density_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "Module name or regex -> density, instead of `density`; 0 leaves the support out there."},
-    )
-    support_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "Module name -> units in its support. Written at injection where sizes depend on the model."},
-    )
-    capacity_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "Module name -> units allocated, retired ones included. Written at injection."},
-    )
-    head_in_budget: bool = field(
-        default=False,
-        metadata={"help": "Pay for the numbers of modules_to_save out of the budget (FISH); needs a ranking by data."},
-    )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
-    drop_within: float | None = field(
+    compact_tolerance: float | None = field(
         default=None,
         metadata={"help": "compact() drops units whose numbers all lie within this of 0 (LT-SFT: 1e-7); None: none."},
     )
@@ -158,6 +132,8 @@ class SparseLoraConfig(AdapterConfig):
 
     def _make_nested(self) -> None:
         self.criterion = load_part_by_name(Score, self.criterion, "criterion")
+        if self.budget is not None:
+            self.budget = load_part_by_name(Budget, self.budget, "budget")
         for name, cls in SCHEDULES.items():
             setattr(self, name, nested(cls, getattr(self, name), name))
         if isinstance(self.structures, (list, tuple)):
@@ -180,10 +156,18 @@ class SparseLoraConfig(AdapterConfig):
         return frozenset({"module"} | ({"rank"} if ranks else set()) | ({"support"} if self.has_support else set()))
 
     @property
+    def support_budget(self) -> Budget | None:
+        """`budget`, else the one that `density` stands for; None where there is none."""
+        if self.budget is not None:
+            return self.budget
+        return Density(self.density) if self.density > 0 else None
+
+    @property
     def has_support(self) -> bool:
         """Whether the sparse half is there."""
-        given = (self.num_entries, self.budget_rank, self.units_per_module, self.structures, self.support_pattern)
-        return self.density > 0 or any(bool(one) for one in given) or any(self.density_pattern.values())
+        if self.sizes:
+            return any(units for units, _, _ in self.sizes.values())
+        return self.support_budget is not None or bool(self.structures)
 
     @property
     def data_driven(self) -> bool:
@@ -193,9 +177,9 @@ class SparseLoraConfig(AdapterConfig):
     @property
     def sizes_from_data(self) -> bool:
         """Whether even the number of units of each module is still to be found from data."""
-        ranked = self.allocation == "global" or any(one.scope == "model" for one in self.structures)
+        ranked = getattr(self.budget, "ranks_units", False) or any(one.scope == "model" for one in self.structures)
         by_data = isinstance(self.criterion, Given) or (self.data_driven and ranked)
-        return by_data and self.has_support and not self.support_pattern
+        return by_data and self.has_support and not self.sizes
 
     @property
     def asked_schedules(self) -> list[str]:
@@ -209,12 +193,11 @@ class SparseLoraConfig(AdapterConfig):
         key = pattern_key(self.granularity_pattern, module_name, "granularity_pattern")
         return self.granularity_pattern.get(key, self.granularity)
 
-    def density_of(self, module_name: str) -> float:
-        """Density of the support in the module of that name: `density_pattern`'s first match, else `density`."""
-        return self.density_pattern.get(pattern_key(self.density_pattern, module_name, "density_pattern"), self.density)
-
     def rank_of(self, module_name: str) -> int:
-        """Rank of the low-rank half in the module of that name: `rank_pattern`'s first match, else `r`."""
+        """Rank of the low-rank half in the module of that name: what `sizes` says, else `rank_pattern`'s first match,
+        else `r`."""
+        if module_name in self.sizes:
+            return self.sizes[module_name][2]
         return self.rank_pattern.get(pattern_key(self.rank_pattern, module_name, "rank_pattern"), self.r)
 
     def alpha_of(self, module_name: str) -> float:

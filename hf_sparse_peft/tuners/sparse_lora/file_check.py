@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from ...sparsity import GRANULARITIES, HEADER_BYTES, UnitGrid, counts_from_rank, decode_support, uniform_counts
+from ...sparsity import GRANULARITIES, HEADER_BYTES, Budget, ByModule, Targets, UnitGrid, decode_support
 from ...sparsity.codec import FORMAT_VERSION
 from ..shared.file_check import CONFIG_FILE, tensor_key
+from ..shared.module_patterns import pattern_key
 from ..shared.tensor_checks import side
 from .config import SparseLoraConfig
 from .plan import ModuleSizes
@@ -28,8 +30,7 @@ def read_sizes(config: SparseLoraConfig, name: str, held: Tensors) -> tuple[int,
     """
     rank = config.rank_of(name)
     factors = _weight_of_factors(name, held, rank) if rank or "sparse_lora_A" in held else None
-    left_out = config.density_pattern and not config.density_of(name)
-    due = config.has_support and not left_out and config.support_pattern.get(name, 1)
+    due = config.has_support and _has_units(config, name)
     if not (due or {"sparse_lora_values", "sparse_lora_support"} & set(held)):
         if factors is None:
             raise ValueError(f"'{tensor_key(name, 'sparse_lora_A')}' is missing: the config has a low-rank half.")
@@ -67,19 +68,26 @@ def _capacity_of(name: str, values: torch.Tensor, grid: UnitGrid, config: Sparse
         raise ValueError(
             f"'{key}' has {capacity} units where a weight of {grid.rows}x{grid.cols} has {grid.num_units}."
         )
-    due = config.capacity_pattern.get(name, config.support_pattern.get(name))
-    if due is None and not config.support_pattern and config.units_per_module is not None:
-        due = config.units_per_module
-    elif due is None and not config.support_pattern and config.budget_rank is not None:
-        due = counts_from_rank({name: grid}, config.budget_rank)[name]
-    elif due is None and not config.support_pattern and config.num_entries is None and config.allocation == "uniform":
-        due = uniform_counts({name: grid}, config.density_of(name))[name]
+    due = config.sizes[name][1] if name in config.sizes else None
+    budget = config.support_budget
+    if not config.sizes and not config.structures and isinstance(budget, Budget) and budget.follows_from_module:
+        due = budget.counts(Targets({name: grid}, find=_find)).get(name, 0)
     if due is not None and due != capacity:
         raise ValueError(
             f"'{key}' has room for {capacity} units, and {CONFIG_FILE} makes it {due}. Use the config saved with the "
             "file."
         )
     return capacity
+
+
+def _has_units(config: SparseLoraConfig, name: str) -> bool:
+    if name in config.sizes:
+        return bool(config.sizes[name][1])
+    return not isinstance(config.budget, ByModule) or config.budget.density_of(name, _find) > 0
+
+
+def _find(patterns: Mapping[str, Any], name: str) -> str | None:
+    return pattern_key(patterns, name, "budget")
 
 
 def _grid_of(codes: torch.Tensor, config: SparseLoraConfig, name: str) -> UnitGrid:

@@ -18,7 +18,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     for name in SCHEDULES:  # masked factors are folded, like the scaling
         setattr(config, name, None)
     config.schedule, config.gate = [], None  # so are gates
-    config.structures, config.units_per_module, config.scale_support, config.support_init = [], None, False, "zeros"
+    config.structures, config.scale_support, config.support_init = [], False, "zeros"
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion = Random()
     grids = {name: piece.grid for name, piece in entries.items() if piece is not None}
@@ -29,13 +29,12 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     )
     sizes = {grid.block_size for grid in grids.values() if grid.granularity == "block"}
     config.block_size = sizes.pop() if sizes else config.block_size
-    config.support_pattern = {name: 0 if piece is None else piece.units.numel() for name, piece in entries.items()}
-    config.capacity_pattern = {}
-    if not any(config.support_pattern.values()):
-        config.support_pattern, config.density, config.num_entries = {}, 0.0, None
-        config.budget_rank = None
     ranks = {name: 0 if piece is None else piece.A.shape[0] for name, piece in low_rank.items()}
-    config.rank_pattern = exact_pattern(ranks)
+    units = {name: 0 if piece is None else piece.units.numel() for name, piece in entries.items()}
+    config.sizes = {name: [units[name], units[name], ranks[name]] for name in pieces}
+    if not any(units.values()):
+        config.density, config.budget = 0.0, None
+    config.rank_pattern = {}
     config.alpha_pattern = exact_pattern({name: float(max(rank, 1)) for name, rank in ranks.items()})
     config.r = max(ranks.values())
     return config

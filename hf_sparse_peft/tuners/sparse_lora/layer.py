@@ -149,14 +149,14 @@ class SparseLoraLayer(SupportState):
         return self.sizes[adapter_name].rank if adapter_name in self.sizes else 0
 
     @torch.no_grad()
-    def compact(self, adapter_name: str, drop_within: float | None = None) -> None:
+    def compact(self, adapter_name: str, compact_tolerance: float | None = None) -> None:
         """Shrink the adapter to its living units and components; experts are folded into plain factors.
 
-        Units whose numbers all lie within `drop_within` (None: what the config says) of zero leave too.
+        Units whose numbers all lie within `compact_tolerance` (None: what the config says) of zero leave too.
         """
         super().compact(adapter_name)
         config = self.adapter_configs[adapter_name]
-        drop_within = config.drop_within if drop_within is None else drop_within
+        compact_tolerance = config.compact_tolerance if compact_tolerance is None else compact_tolerance
         masks = config.factor_masks
         if masks is not None and masks.kind == "stochastic" and adapter_name in self.sparse_lora_A:
             fold_experts(self, adapter_name)
@@ -164,9 +164,9 @@ class SparseLoraLayer(SupportState):
         if adapter_name in self.sparse_lora_values:
             units = self.units(adapter_name)
             slots = torch.arange(units.numel(), device=units.device)
-            if drop_within is not None:
+            if compact_tolerance is not None:
                 largest = self.living_values(adapter_name).unsqueeze(1).flatten(1).abs().amax(1)
-                slots = slots[~(largest <= drop_within)]  # what is not a number stays, to be seen
+                slots = slots[~(largest <= compact_tolerance)]  # what is not a number stays, to be seen
             kept["support"], units = slots, units[slots]
             sizes = replace(sizes, units=units.numel(), capacity=units.numel())
         if adapter_name in self.sparse_lora_rank_mask:

@@ -38,17 +38,17 @@ class SparseLoraModel(AdapterModel):
         Raises:
             ValueError: names the tensor.
         """
-        pattern = file.config.support_pattern
+        pattern = {name: units for name, (units, _, _) in file.config.sizes.items()}
         absent = sorted(name for name, count in pattern.items() if count and name not in file.modules)
         if absent:
             raise ValueError(
-                f"'{tensor_key(absent[0], 'sparse_lora_values')}' is missing from '{file.path}': support_pattern in "
+                f"'{tensor_key(absent[0], 'sparse_lora_values')}' is missing from '{file.path}': sizes in "
                 f"{CONFIG_FILE} gives '{absent[0]}' {pattern[absent[0]]} units. The file is incomplete."
             )
 
     @classmethod
     def note_sizes(cls, config, model, adapter_name) -> None:
-        """Write the sizes of both halves into `support_pattern`, `rank_pattern` and `alpha_pattern`."""
+        """Write the sizes of both halves into `sizes` and `alpha_pattern`."""
         note_sizes(
             config,
             {
@@ -74,11 +74,11 @@ class SparseLoraModel(AdapterModel):
         return config_of_pieces(like, pieces)
 
     def compact(
-        self, adapter_name: str | None = None, values_dtype: str | None = None, drop_within: float | None = None
+        self, adapter_name: str | None = None, values_dtype: str | None = None, compact_tolerance: float | None = None
     ) -> None:
         """Drop dead units and components for good; see `ModelUnits.compact`.
 
-        Units whose numbers all lie within `drop_within` (None: what the config says) of zero leave too. With
+        Units whose numbers all lie within `compact_tolerance` (None: what the config says) of zero leave too. With
         `values_dtype="bfloat16"` values are rounded to bf16, as the file holds them.
 
         Raises:
@@ -87,7 +87,7 @@ class SparseLoraModel(AdapterModel):
         """
         if values_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"values_dtype={values_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
-        super().compact(adapter_name, drop_within=drop_within)
+        super().compact(adapter_name, compact_tolerance=compact_tolerance)
         for name in [adapter_name] if adapter_name and values_dtype else self.active_adapters if values_dtype else []:
             self.peft_config[name].values_dtype = values_dtype
             for layer in sparse_layers(self.model):

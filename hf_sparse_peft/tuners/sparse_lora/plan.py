@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...sparsity import UnitGrid
 from ..shared.model import AdapterPlan
-from .budget import is_linear, plan_supports, unit_capacities
+from .budget import is_linear, plan_supports
 from .config import SparseLoraConfig, exact_pattern
 
 
@@ -34,6 +34,10 @@ class ModuleSizes:
     support_scaling: float | None = None
     """What multiplies the sparse half; None without one."""
 
+    def as_list(self) -> list[int]:
+        """As the config's `sizes` says an adapter that has what it has room for."""
+        return [self.capacity, self.capacity, self.rank]
+
 
 def module_sizes(
     config: SparseLoraConfig, name: str, rows: int, cols: int, units: int, capacity: int = 0
@@ -47,7 +51,7 @@ def module_sizes(
     if units and units > grid.num_units:
         raise ValueError(
             f"The support of '{name}' wants {units} {grid.granularity} units, and its {rows}x{cols} weight has "
-            f"{grid.num_units}. Lower density or num_entries."
+            f"{grid.num_units}. Lower the budget."
         )
     rank = config.rank_of(name)
     scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
@@ -69,27 +73,26 @@ def plan_adapter(
     Raises:
         ValueError: the budget, the structures or the config's patterns do not fit the model.
     """
-    counts, chosen = plan_supports(config, model, matches)
-    capacities = unit_capacities(config, counts, model, matches)
+    plan = plan_supports(config, model, matches)
     sizes = {}
     for name, base in targets.items():
         if is_linear(base, model):  # whatever else matched is refused by name when its layer is created
             cols, rows = _get_in_out_features(base)
-            sizes[name] = module_sizes(config, name, rows, cols, counts.get(name, 0), capacities.get(name, 0))
+            sizes[name] = module_sizes(config, name, rows, cols, plan.counts.get(name, 0), plan.capacities.get(name, 0))
     slow = getattr(config.criterion, "is_slow", False) and not config.inference_mode
-    progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow and counts and not chosen else None
-    return AdapterPlan(sizes, chosen, progress)
+    slow = slow and plan.counts and not plan.chosen
+    progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow else None
+    return AdapterPlan(sizes, plan.chosen, progress)
 
 
 def note_sizes(config: SparseLoraConfig, sizes: dict[str, ModuleSizes]) -> None:
-    """Write sizes that follow from more than the config, by module name, into its patterns."""
-    if config.has_support:
-        config.support_pattern = {name: one.capacity for name, one in sizes.items()}
-        config.capacity_pattern = {}
-    if any(one.rank != config.rank_of(name) for name, one in sizes.items()):
-        ranks = {name: one.rank for name, one in sizes.items()}
+    """Write sizes that follow from more than the config, by module name, into its `sizes` and `alpha_pattern`."""
+    reranked = any(one.rank != config.rank_of(name) for name, one in sizes.items())
+    if config.has_support or reranked:
+        config.sizes = {name: one.as_list() for name, one in sizes.items()}
+    if reranked:
         scaled = {name: one for name, one in sizes.items() if one.scaling is not None}
         alphas = {n: one.scaling * (one.rank**0.5 if config.use_rslora else one.rank) for n, one in scaled.items()}
-        config.rank_pattern, config.alpha_pattern = exact_pattern(ranks), exact_pattern(alphas)
+        config.alpha_pattern = exact_pattern(alphas)
     if config.training_finished and config.factor_masks is not None and config.factor_masks.kind == "stochastic":
         config.factor_masks = None  # compaction has folded them

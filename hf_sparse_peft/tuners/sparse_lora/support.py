@@ -97,8 +97,8 @@ class SupportState(AdapterLayer):
         if config.structure_of(self.module_name) is not None:
             raise ValueError(
                 f"The support of '{self.module_name}' is chosen with other modules' (structures), over the whole model "
-                "at injection, and that was not possible: the base had no weights yet, or support_pattern has other "
-                "counts than structures give. Load the base before the adapter, or set support_pattern={}."
+                "at injection, and that was not possible: the base had no weights yet, or sizes has other "
+                "counts than structures give. Load the base before the adapter, or set sizes={}."
             )
         self.write_support(adapter_name, self._first_units(adapter_name))
 
