@@ -12,8 +12,9 @@ from accelerate.utils import GradientAccumulationPlugin
 from training_toolbox import TokenData, adapted, make_config, tiny_llama
 from transformers import Trainer, TrainingArguments
 
-from hf_sparse_peft import Controller, Prune, callbacks_for
+from hf_sparse_peft import Controller, Prune, Rule, callbacks_for
 from hf_sparse_peft.tuners.shared.live_run import run_on
+from hf_sparse_peft.utils.parts import load_part
 
 STEPS = 12
 PRUNE = Prune(final_fraction=0.4, start=0.1, end=0.8, interval=3)
@@ -277,7 +278,8 @@ def test_what_cannot_run_is_refused_when_the_controller_is_made():
     with pytest.raises(ValueError, match="leave no step in a run of 1"):
         Controller(model, optimizer, 1, rule=Prune(start=0.1, end=0.2))
     assert run_on(model) is None
-    unknown = adapted(make_config(schedule=[{"type": "from_a_plugin"}]))
+    unknown = adapted(make_config())  # as a file brings it
+    unknown.peft_config["default"].schedule = [load_part(Rule, {"type": "from_a_plugin"}, "schedule[0]")]
     with pytest.raises(ValueError, match="from_a_plugin"):
         Controller(unknown, optimizer_for(unknown), 5)
     Controller(tiny_llama(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 5).close()
