@@ -72,7 +72,7 @@ class Watch:
             assert parameter.requires_grad == (id(parameter) not in held)
             assert id(parameter) not in held or parameter.grad is None
         self.kept = [(p, slice(None), p.detach().clone()) for p in held.values()]
-        parts = [(p, rows()) for parts in mask._parts.values() for p, rows, _ in parts]
+        parts = [(p, rows()) for parts in mask._parts.values() for p, rows, _, keeps in parts if keeps]
         for parameter, rows in parts:
             if rows is not None and rows.shape != parameter.shape[:1] and rows.shape != parameter.shape:
                 raise AssertionError(rows.shape)
