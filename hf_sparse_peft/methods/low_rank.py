@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, AverageRank, Orthogonality, ProximalGate
+from ..rules import Allocate, AverageRank, Orthogonality, ProximalGate, SampleRank
 from ..tuners import SparseLoraConfig
 from .registry import Method, register, with_overrides
 
@@ -36,4 +36,19 @@ def sora(r: int = 8, weight: float = 1e-2, **overrides: Any) -> Method:
     all linears with lr 8e-4, weight decay 0.1 (0 for gates), gradients clipped at 0.1, 6 % warm-up; their released code
     is `schedule=[ProximalGate(3e-4, scaled_by_lr=False, kind="dead_zone", l1=10)]`."""
     options = {"r": r, "density": 0.0, "schedule": [ProximalGate(weight)], "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+
+
+@register(
+    "dylora",
+    paper="Valipour et al., 2023",
+    moves="rank: a drawn number of leading components trains at a step",
+    use_when="one run is to give a LoRA of every rank up to r",
+    cost="nothing; each component learns in a fraction of the steps",
+)
+def dylora(r: int = 8, freeze_lower: bool = True, **overrides: Any) -> Method:
+    """DyLoRA, whose ranks are nested: `final_rank` of `SampleRank` ships any. The authors train q and v of RoBERTa with
+    alpha 16, lr 5e-4, weight decay 0.1, 6 % warm-up."""
+    rule = SampleRank(freeze_lower=freeze_lower)
+    options = {"r": r, "density": 0.0, "schedule": [rule], "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -7,6 +7,7 @@ prune.py         units leave along a curve        search_support.py   the best o
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
 orthogonality.py a pull on low-rank factors
+sample_rank.py   nested ranks
 proximal_gate.py a threshold on gates
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 alternate_modules.py    a fraction of the modules is updated per period
@@ -30,6 +31,7 @@ from .regrow import Regrow
 from .rule import Rule, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
+from .sample_rank import SampleRank
 from .scores import Smoothed, TrainingScore
 from .search_support import SearchSupport
 from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
@@ -65,6 +67,7 @@ __all__ = [
     "Rule",
     "Run",
     "SampleLayers",
+    "SampleRank",
     "SearchSupport",
     "Sensitivity",
     "SignedMagnitude",

@@ -68,6 +68,7 @@ RULES: dict[str, dict[str, Any]] = {
         "fixed_at_end": False, "only": ("kernel",),
     },
     "orthogonality": {"weight": 0.5},
+    "sample_rank": {"final_rank": 2, "only": RANKS},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
