@@ -27,7 +27,7 @@ from ..sparsity.selection import Source, count_selected, find_cut, tie_priority
 from ..tuners import SparseLoraConfig
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.rollback import uninterrupted
-from ..tuners.sparse_lora.budget import target_layers
+from ..tuners.shared.target_checks import target_layers
 
 SCOPES = ("global", "layer", "random", "erdos_renyi", "n:m")
 # Linear layers inside the trunk that belong to the output all the same.
