@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, AverageRank, Orthogonality, ProximalGate, SampleRank
+from ..rules import Allocate, AverageRank, Fraction, Orthogonality, ProximalGate, SampleRank
+from ..training import AgedAdamWSpec
 from ..tuners import SparseLoraConfig
 from .registry import Method, register, with_overrides
 
@@ -21,6 +22,27 @@ def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overri
     what upstream leaves to you."""
     rules = [Allocate(budget=AverageRank(target_r)), Orthogonality(orthogonality)]
     options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+
+
+@register(
+    "joint-budget",
+    paper="this project; scores of Zhang et al., 2023",
+    moves="rank and support: components and entries compete for one budget of trained numbers",
+    use_when="nobody knows how many numbers belong to a low rank and how many to entries, nor in which layers",
+    cost="two moving averages per trained number; starts with 1 / fraction times the numbers that are left",
+)
+def joint_budget(
+    r: int = 16, density: float = 0.01, fraction: float = 0.5, once: bool = False, **overrides: Any
+) -> Method:
+    """Components and entries in one budget, ranked by smoothed sensitivity per number: `fraction` of the numbers that
+    `r` and `density` start with is left. `once=True` makes one split for good after a tenth of the run, as RA-SpaRC
+    splits its budget once (its compressors and constants are not published; the score here is Allocate's)."""
+    rule = Allocate(
+        spaces=("rank", "support"), budget=Fraction(fraction), unit_score="mean", every=None if once else 10
+    )
+    options = {"r": r, "density": density, "schedule": [rule], "target_modules": "all-linear"}
+    options["optimizer"] = AgedAdamWSpec()
     return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import Allocate, AverageRank, Orthogonality, ProximalGate, SampleRank, methods
+from hf_sparse_peft import Allocate, AverageRank, Fraction, Orthogonality, ProximalGate, SampleRank, methods
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -45,6 +45,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "sora": {"schedule": [ProximalGate(0.2, scaled_by_lr=False)]},
     "dylora": {"schedule": [SampleRank(final_rank=2)]},
+    "joint-budget": {
+        "schedule": [
+            Allocate(("rank", "support"), Fraction(0.5), unit_score="mean", every=2, initial_warmup=0.0),
+        ],
+    },
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
     "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
