@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -12,8 +14,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_peft import KernelLoraConfig, Prune, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import Budget, KernelLoraConfig, Prune, SparseLoraConfig, callbacks_for, register_part
 from hf_sparse_peft.hub import check_adapter
+from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 CONFIG = "adapter_config.json"
 NEEDED = {"peft_type", "peft_version", "base_model_name_or_path", "task_type", "target_modules", "install_hint"}
@@ -166,3 +169,31 @@ def test_an_unknown_score_in_a_config_of_a_file_chooses_no_first_support(tmp_pat
     change(tmp_path, **change_of)
     with pytest.raises(ValueError, match="score_of_a_plugin"):
         logits(get_peft_model(tiny.llama(layers=1), PeftConfig.from_pretrained(tmp_path)))
+
+
+@register_part("test_square_root")
+@dataclass(frozen=True)
+class SquareRoot(Budget):
+    """A budget from outside the package."""
+
+    def counts(self, targets):
+        return {name: math.isqrt(grid.num_units) for name, grid in targets.grids.items()}
+
+
+def test_a_registered_budget_sizes_supports_and_its_files_load_where_it_is_unknown(tmp_path):
+    model = adapter(tmp_path, r=0, budget="test_square_root", **{"density": 0.005})
+    sizes = {name: len(units) for name, units in supports(model).items()}
+    assert set(sizes.values()) == {32, 22}
+    assert PeftConfig.from_pretrained(tmp_path).budget == SquareRoot()
+    given = change(tmp_path, budget={"type": "budget_of_a_plugin", "power": 0.5})
+    loaded = PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG).read_text()) == given
+    model = PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="budget_of_a_plugin"):
+        model.train()(input_ids=torch.arange(8)[None])
+
+
+def supports(model) -> dict[str, list[int]]:
+    return {layer.module_name: layer.units("default").tolist() for layer in sparse_layers(model)}
