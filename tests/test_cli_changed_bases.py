@@ -207,7 +207,11 @@ def test_the_base_is_loaded_at_the_revision_that_was_trained(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("to", ["lora", "shira"])
-def test_a_kernel_adapter_is_refused_by_formats_it_does_not_have(to, tmp_path, capsys):
-    get_peft_model(tiny.llama(layers=1), KernelLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert cli.main(["export", str(tmp_path), str(tmp_path / "out"), "--to", to, "--base", "nowhere"]) == 1
-    assert "KERNEL_LORA one, which has no such form. Use --to dense" in capsys.readouterr().err
+def test_a_kernel_adapter_leaves_in_formats_of_upstream(to, tmp_path, capsys):
+    tiny.llama(layers=1).save_pretrained(tmp_path / "base")
+    config = KernelLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.llama(layers=1), config).save_pretrained(tmp_path / "adapter")
+    folders = [str(tmp_path / "adapter"), str(tmp_path / "out")]
+    rank = ["--rank", "8"] if to == "lora" else []  # fitted by SVD: no rank equals a kernel's update
+    assert cli.main(["export", *folders, "--to", to, "--base", str(tmp_path / "base"), *rank]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
