@@ -37,7 +37,7 @@ def method_card(method: Method) -> dict[str, str | None]:
     """`method` and `paper` of the card: what was asked for by name, or what the adapter's schedules are."""
     if method.info:
         return {"method": method.info.name, "paper": method.paper}
-    used = [name for field, name in SCHEDULE_METHODS.items() if field in method.config.asked_schedules]
+    used = [name for rule, name in SCHEDULE_METHODS.items() if rule in method.config.rule_types]
     papers = [methods.describe(name).paper for name in used]
     return {"method": " + ".join(used) or "sparse-lora", "paper": "; ".join(papers) or None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..rules import FactorExperts
 from ..tuners import FactorMaskConfig, SparseLoraConfig
 from .registry import Method, register, with_overrides
 
@@ -47,6 +48,7 @@ def mosa(
     The paper's bottleneck adapters have a nonlinearity; this is its LoRA form (MoSL), on the query and value matrices
     (peft's default targets).
     """
-    masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge, consistency=consistency)
+    masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge)
     options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}
+    options["schedule"] = [FactorExperts(consistency=consistency)]
     return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -9,6 +9,7 @@ allocate.py      one budget for all layers            scores.py, budgets.py   of
 orthogonality.py a pull on low-rank factors
 sample_rank.py   nested ranks
 proximal_gate.py a threshold on gates
+factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 alternate_modules.py    a fraction of the modules is updated per period
 penalties.py     L1 and nuclear norm on what trains
@@ -19,6 +20,7 @@ from .allocate import Allocate
 from .alternate_modules import AlternateModules
 from .budgets import AverageRank, Budget, Fraction, Sparsity, TrainedNumbers
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
+from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
@@ -28,7 +30,7 @@ from .proximal_gate import ProximalGate
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
 from .regrow import Regrow
-from .rule import Rule, check_schedule, conflict, in_order
+from .rule import Rule, check_pairs, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
 from .sample_rank import SampleRank
@@ -46,6 +48,8 @@ __all__ = [
     "AverageRank",
     "Budget",
     "Drop",
+    "ExpertDraw",
+    "FactorExperts",
     "Follower",
     "Fraction",
     "Freeze",
@@ -79,6 +83,7 @@ __all__ = [
     "TrainingScore",
     "UnitSpace",
     "UpdateMask",
+    "check_pairs",
     "check_schedule",
     "conflict",
     "in_order",

@@ -41,7 +41,8 @@ class Rule(Part):
     """What it relies on: `gate` (rank components with a trained gate), `counts` (matrices with a number of living
     entries of their own), `fixed_units` (no other rule moves them), `entries` (units that are single weight entries),
     `gradient` (dense gradients of a layer, `Run.read_gradient`),
-    `batches` (a dataloader at the start)."""
+    `batches` (a dataloader at the start), `experts` (split low-rank factors), `two_passes` (a loop that gives each
+    batch to the model twice)."""
     gate: ClassVar[str] = "zeros"
     """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
     within: ClassVar[frozenset[str]] = frozenset()
@@ -153,16 +154,25 @@ def in_order(rules: Iterable[Rule]) -> list[Rule]:
     return found
 
 
-def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:
-    """Refuse rules that cannot be combined, or cannot work with `config`.
+def check_pairs(schedule: Iterable[Rule | UnknownPart]) -> None:
+    """Refuse rules that cannot be combined.
 
     Raises:
-        ValueError: names both rules, or the rule's option.
+        ValueError: names both rules.
     """
     known = [rule for rule in schedule if isinstance(rule, Rule)]
     for number, rule in enumerate(known):
         for other in known[:number]:
             if (reason := conflict(other, rule)) is not None:
                 raise ValueError(reason)
-    for rule in known:
+
+
+def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:
+    """Refuse rules that cannot be combined, or cannot work with `config`.
+
+    Raises:
+        ValueError: names both rules, or the rule's option.
+    """
+    check_pairs(schedule)
+    for rule in (rule for rule in schedule if isinstance(rule, Rule)):
         rule.check(config)

@@ -44,6 +44,8 @@ class Training:
     """Whether this process may draw progress bars."""
     resumed: bool = False
     """Whether the run goes on from a checkpoint."""
+    provides: frozenset[str] = frozenset()
+    """What the loop does for rules beyond one pass a batch (`Rule.needs`): "two_passes"."""
 
     @property
     def steps_per_epoch(self) -> int | None:

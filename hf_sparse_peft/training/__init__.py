@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from .base import ScheduleCallback
 from .calibration import initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .initial_support import InitialSupportCallback
 from .loop import Controller
 from .optimizers import AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
-from .options import SCHEDULE_CALLBACKS, TRAINERS, callbacks_for, trainer_class_for, trainer_options
+from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
 from .runner import RuleRunner
-from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .support_picture import draw_support_history
 from .telemetry import SupportTelemetryCallback
+from .trainers import TwoPassTrainer
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 __all__ = [
-    "SCHEDULE_CALLBACKS",
     "TRAINERS",
     "AgedAdamWSpec",
     "Controller",
@@ -26,9 +24,7 @@ __all__ = [
     "PruningCallback",
     "RankReallocationCallback",
     "RuleRunner",
-    "ScheduleCallback",
     "SparseSM3Spec",
-    "SplitFactorsCallback",
     "SupportTelemetryCallback",
     "TwoPassTrainer",
     "ZerothOrderCallback",

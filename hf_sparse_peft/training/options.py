@@ -11,16 +11,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
 from ..tuners.sparse_lora import sparse_layers
-from .base import ScheduleCallback
 from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
-from .stochastic_factors import SplitFactorsCallback, TwoPassTrainer
 from .trainer_checks import NamedAdapterCallback
+from .trainers import TwoPassTrainer
 from .zeroth_order_trainer import ZerothOrderTrainer
-
-# In the order they must act at one step.
-SCHEDULE_CALLBACKS: tuple[type[ScheduleCallback], ...] = (SplitFactorsCallback,)
 
 TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differences": ZerothOrderTrainer}
 """The Trainer that gives a rule or an optimizer what it needs (`Rule.needs`, `OptimizerSpec.needs`)."""
@@ -34,7 +30,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     Raises:
         TypeError: neither a config of this package nor a model with one of its adapters.
     """
-    if hasattr(model_or_config, "asked_schedules"):
+    if hasattr(model_or_config, "rule_types"):
         configs = [model_or_config]
     elif isinstance(model_or_config, nn.Module) and (layers := adapter_layers(model_or_config)):
         configs = [layer.adapter_configs[n] for layer in layers for n in layer.active_adapters if layer.holds(n)]
@@ -43,10 +39,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
             "callbacks_for takes a config of this package or a model that has such an adapter, not "
             f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
-    asked = [cls for cls in SCHEDULE_CALLBACKS if any(cls.option in config.asked_schedules for config in configs)]
-    schedules = [cls() for cls in asked]
-    if any(config.schedule for config in configs):
-        schedules.insert(0, RuleRunner())
+    schedules: list[TrainerCallback] = [RuleRunner()] if any(config.schedule for config in configs) else []
     if isinstance(model_or_config, nn.Module):
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())
@@ -70,9 +63,6 @@ def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:
     for config in asked_configs(model_or_config):
         for rule in getattr(config, "rules", []):
             needs |= rule.needs
-        masks = getattr(config, "factor_masks", None)
-        if masks is not None and masks.kind == "stochastic" and masks.consistency:
-            needs.add("two_passes")
     classes = {TRAINERS[need] for need in needs & set(TRAINERS)}
     if len(classes) > 1:
         raise ValueError(

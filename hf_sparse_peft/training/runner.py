@@ -16,7 +16,7 @@ from ..rules import ModuleSpace, Rule, Run, Training, in_order
 from ..tuners import AdapterLayer, adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.best_model import warn_of_best_model
-from ..tuners.shared.live_run import LiveRun, begin_run, end_with_train, run_on
+from ..tuners.shared.live_run import LiveRun, begin_run, end_with_train, run_on, trainer_on_stack
 from ..utils.parts import UnknownPart, load_part
 from .trainer_checks import refuse_sharded, why_no_rule_runs
 
@@ -251,6 +251,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             arguments=args,
             show_progress=not args.disable_tqdm and state.is_world_process_zero,
             resumed=bool(state.global_step),
+            provides=getattr(trainer_on_stack(), "provides", frozenset()),
         )
         found = (state.stateful_callbacks or {}).get(type(self).__name__, []) if state.global_step else []
         saved = {}

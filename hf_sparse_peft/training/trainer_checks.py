@@ -68,28 +68,6 @@ class NamedAdapterCallback(TrainerCallback):
         warn_of_best_model(args, state, model)
 
 
-def why_nothing_trains(callback: str, option: str, model: nn.Module) -> str:
-    """The message for a callback that found no trained adapter whose config sets its option."""
-    asking = {
-        name: config
-        for layer in adapter_layers(model)
-        for name, config in layer.adapter_configs.items()
-        if getattr(config, option, None) is not None
-    }
-    active = {name for layer in adapter_layers(model) for name in layer.active_adapters}
-    frozen = [name for name, config in asking.items() if name in active and config.inference_mode]
-    start = f"{callback} found no trained adapter whose config sets {option}"
-    if frozen:
-        return (
-            f"{start}: '{frozen[0]}' sets it, and is frozen, because it was loaded with is_trainable=False (peft's "
-            "default). Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
-        )
-    if asking and not active & set(asking):
-        name = next(iter(asking))
-        return f"{start}: '{name}' sets it, and is not active. Call model.set_adapter('{name}') before training."
-    return f"{start}. Set {option}, or leave the callback out (callbacks_for(model) picks the right ones)."
-
-
 def why_no_rule_runs(callback: str, rule: Rule | type[Rule], model: nn.Module) -> str:
     """The message for a runner that found no trained adapter with a rule of a class, or for the `rule` it was given."""
     given, rule_class = isinstance(rule, Rule), rule if isinstance(rule, type) else type(rule)

@@ -212,9 +212,3 @@ def _refuse_schedules(config: Any) -> None:
                 f"{type(rule).__name__} {reason}; zeroth-order training has no gradients. Leave it out of schedule, or "
                 "train with Trainer."
             )
-    for field in config.asked_schedules if config.has_schedule else ():
-        if hasattr(config, field):
-            raise ValueError(
-                f"{field} needs gradients, or holds entries still that noise would move; zeroth-order training has no "
-                f"gradients: set {field}=None, or train with Trainer."
-            )

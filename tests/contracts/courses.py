@@ -68,6 +68,7 @@ RULES: dict[str, dict[str, Any]] = {
         "fixed_at_end": False, "only": ("kernel",),
     },
     "orthogonality": {"weight": 0.5},
+    "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
 }  # fmt: skip
@@ -75,6 +76,7 @@ RULES: dict[str, dict[str, Any]] = {
 CONFIG: dict[str, dict[str, Any]] = {
     "freeze": {"criterion": "smallest_magnitude"},
     "search_support": {"criterion": "random"},
+    "factor_experts": {"factor_masks": {"kind": "stochastic", "experts": 2}},
 }
 """What a rule wants of the config beside itself."""
 

@@ -24,8 +24,7 @@ def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path)
     ran = [callback for callback in method.callbacks(model) if isinstance(callback, RuleRunner)]
     assert len(ran) == bool(getattr(method.config, "schedule", [])) or name == "ist"
     others = [callback for callback in method.callbacks(model) if not isinstance(callback, RuleRunner)]
-    waits = getattr(method.config, "data_driven", False) + (name == "mosa")
-    assert len(others) == waits
+    assert len(others) == getattr(method.config, "data_driven", False)
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     optimizer = method.optimizer(model, args)
     assert optimizer is None or isinstance(optimizer, torch.optim.Optimizer)

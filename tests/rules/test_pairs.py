@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from hf_sparse_peft import (
     AlternateModules,
+    FactorExperts,
     Freeze,
     KernelLoraConfig,
     L1Penalty,
@@ -34,6 +35,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 8
 BUSY = {
     "alternate_modules": AlternateModules(period_steps=2),
+    "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.05),
     "l1_penalty": L1Penalty(weight=50.0),
     "nuclear_norm": NuclearNorm(min_side=8),
@@ -53,6 +55,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig:
     options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "schedule": list(rules)}
     if any(rule.acts_on == {"kernel"} for rule in rules):
         return KernelLoraConfig(sparsity=0.5, **options)
+    if any("experts" in rule.needs for rule in rules):
+        options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     return SparseLoraConfig(density=0.1, **options)
 
 

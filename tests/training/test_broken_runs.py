@@ -16,6 +16,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    FactorExperts,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -62,7 +63,8 @@ CONFIGS = {
     "alternate-modules": lambda: sparse(schedule=[AlternateModules(period_steps=2)]),
     "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, interval=2, suppressed=0.5)]),
     "experts": lambda: sparse(
-        r=4, density=0.0, factor_masks=FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0)
+        r=4, density=0.0, factor_masks=FactorMaskConfig(kind="stochastic", experts=2),
+        schedule=[FactorExperts(consistency=0.0)],
     ),
     "penalty": lambda: sparse(schedule=[L1Penalty(weight=10.0)]),
 }  # fmt: skip

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hf_sparse_peft import callbacks_for, methods
-from hf_sparse_peft.training.stochastic_factors import TwoPassTrainer, symmetric_divergence
+from hf_sparse_peft.rules import ExpertDraw
+from hf_sparse_peft.training.trainers import TwoPassTrainer, symmetric_divergence
 from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 from hf_sparse_peft.utils.label_shift import measured_shift, shift_by_class
 
@@ -96,6 +97,13 @@ MODELS = {
 }  # fmt: skip
 
 
+def draw_experts(model, *draw):
+    """Let training passes use the experts of (step, micro-batch, pass)."""
+    drawn = ExpertDraw(*draw, consistency=1.0)
+    for layer in sparse_layers(model):
+        layer.expert_draws["default"] = drawn
+
+
 def trainer_of(name: str, out, task_type=None):
     build, targets, labels, _ = MODELS[name]
     config = methods.get("mosa", r=4, target_modules=targets, task_type=task_type).config
@@ -115,13 +123,13 @@ def trainer_of(name: str, out, task_type=None):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_divergence_counts_the_positions_that_the_loss_counts(name, task_type, tmp_path):
     trainer, model, inputs = trainer_of(name, tmp_path, task_type)
-    config, shifts, logits = model.peft_config["default"], MODELS[name][3], []
+    shifts, logits = MODELS[name][3], []
     found = None
     for _ in range(2):  # what the first batch told holds for the next
-        config._draw = (3, 0, 0)
+        draw_experts(model, 3, 0)
         found = float(trainer.compute_loss(model, dict(inputs)))
     for number in (0, 1):
-        config._draw = (3, 0, number)
+        draw_experts(model, 3, 0, number)
         logits.append(model(**inputs).logits.detach().double())
     labels = inputs["labels"]
     if shifts:
@@ -160,14 +168,13 @@ def test_the_shift_is_measured_from_the_loss(shift, items):
 
 def test_the_gradient_of_a_step_is_the_loss_plus_half_of_each_detached_divergence(tmp_path):
     trainer, model, inputs = trainer_of("causal", tmp_path)
-    config = model.peft_config["default"]
-    config._draw = (3, 0, 0)
+    draw_experts(model, 3, 0)
     trainer.compute_loss(model, dict(inputs)).backward()
     found = [p.grad.clone() for layer in sparse_layers(model) for p in layer.parameters() if p.requires_grad]
     model.zero_grad()
     logits = []
     for number in (0, 1):
-        config._draw = (3, 0, number)
+        draw_experts(model, 3, 0, number)
         logits.append(model(input_ids=IDS).logits[:, :-1])
     labels = inputs["labels"][:, 1:]
     counted = labels != -100

@@ -13,6 +13,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    FactorExperts,
     Freeze,
     Linear,
     LowRankMagnitude,
@@ -202,6 +203,7 @@ WORKING = {
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
     "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
     "freeze": sparse(schedule=[Freeze()], criterion="smallest_magnitude"),
+    "experts": ranks(factor_masks={"kind": "stochastic"}, schedule=[FactorExperts(consistency=0.0)]),
     "a nuclear norm": sparse(schedule=[NuclearNorm(min_side=8)]),
     "allocated entries": masks(schedule=[tiny.kernel_allocation(0.5)]),
 }

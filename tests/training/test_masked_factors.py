@@ -11,7 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft import FactorMaskConfig, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.hub import check_adapter, export_lora
-from hf_sparse_peft.training.stochastic_factors import TwoPassTrainer, symmetric_divergence
+from hf_sparse_peft.rules import ExpertDraw
+from hf_sparse_peft.training.trainers import TwoPassTrainer, symmetric_divergence
 from hf_sparse_peft.tuners.sparse_lora.factors import drawn_expert
 
 TARGETS = ["q_proj", "down_proj"]
@@ -38,6 +39,13 @@ def logits(model):
 
 def factors(layer, adapter="default"):
     return layer.sparse_lora_A[adapter], layer.sparse_lora_B[adapter]
+
+
+def draw_experts(model, *draw):
+    """Let training passes use the experts of (step, micro-batch, pass)."""
+    drawn = ExpertDraw(*draw, consistency=1.0)
+    for layer in layers_of(model):
+        layer.expert_draws["default"] = drawn
 
 
 def bits(layer, factor, copies=2):
@@ -187,7 +195,6 @@ def test_only_entries_of_drawn_experts_move_whatever_the_momentum_and_decay(cons
 @pytest.mark.parametrize("split", ["both", "B"])
 def test_a_pass_uses_one_expert_and_the_merge_is_their_mean(split):
     model = build("mosa", filled=True, split=split).train()
-    config = model.peft_config["default"]
     for layer in layers_of(model):
         A, B = (f.detach().double() for f in factors(layer))
         start = layer.sparse_lora_A_start["default"].double() if split == "both" else A
@@ -195,7 +202,7 @@ def test_a_pass_uses_one_expert_and_the_merge_is_their_mean(split):
         own_B = [B * (owners(layer, "B") == e) for e in range(4)]
         base, x = layer.base_layer.weight.double(), torch.randn(3, layer.in_features)
         for draw in ((0, 0, 0), (5, 1, 1)):
-            config._draw = draw
+            draw_experts(model, *draw)
             e, f = (drawn_expert(layer, "default", factor, draw) for factor in "AB")
             direct = x.double() @ (base + 4 * own_B[f] @ own_A[e]).t()
             torch.testing.assert_close(layer(x).double(), direct, rtol=1e-4, atol=1e-4)
@@ -206,13 +213,12 @@ def test_a_pass_uses_one_expert_and_the_merge_is_their_mean(split):
         torch.testing.assert_close(layer(x).double(), outputs.mean(0), rtol=1e-4, atol=1e-4)
         delta = layer.get_delta_weight("default").double()
         torch.testing.assert_close(delta, 4 * mean_B @ mean_A, rtol=1e-4, atol=1e-5)
-        config._draw = None
 
 
 def test_one_expert_without_consistency_is_ordinary_training_to_the_last_bit(tmp_path):
     found = []
-    for masks in (FactorMaskConfig("stochastic", experts=1, consistency=0.0), None):
-        model = build("mosa", factor_masks=masks)
+    for options in ({"experts": 1, "consistency": 0.0}, {"factor_masks": None, "schedule": []}):
+        model = build("mosa", **options)
         run_trainer(model, tmp_path, 5, optimizer="default")
         found.append([p.detach().clone() for layer in layers_of(model) for p in factors(layer)] + [logits(model)])
     assert all(map(torch.equal, *found))
@@ -231,15 +237,14 @@ def test_two_passes_add_the_divergence_and_one_expert_adds_none(tmp_path):
     for experts in (1, 4):
         model = build("mosa", filled=True, experts=experts)
         trainer = run_mosa(model, tmp_path, 1)
-        config = model.peft_config["default"]
         model.train()
-        config._draw = (3, 0, 0)
+        draw_experts(model, 3, 0)
         inputs = {"input_ids": IDS, "labels": IDS}
         items = torch.tensor(IDS[:, 1:].numel())
         losses[experts] = float(trainer.compute_loss(model, inputs, num_items_in_batch=items))
         scores = []
         for number in (0, 1):
-            config._draw = (3, 0, number)
+            draw_experts(model, 3, 0, number)
             scores.append(model(input_ids=IDS).logits[:, :-1].double().detach())
         plain = -scores[0].log_softmax(-1).gather(-1, IDS[:, 1:, None]).mean()
         p, q = scores[0].softmax(-1), scores[1].softmax(-1)

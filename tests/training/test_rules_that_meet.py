@@ -14,6 +14,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    FactorExperts,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -23,7 +24,6 @@ from hf_sparse_peft import (
     Prune,
     Random,
     Regrow,
-    Rule,
     SampleLayers,
     SparseLoraConfig,
     callbacks_for,
@@ -45,24 +45,23 @@ RULES = {
     "freeze": Freeze(at=0.5, threshold=0.05),
     "nuclear_norm": NuclearNorm(interval=1, min_side=8),
     "l1_penalty": L1Penalty(weight=50.0),
-    "factor_masks": FactorMaskConfig(kind="stochastic", experts=2, consistency=0.0),
+    "factor_experts": FactorExperts(consistency=0.0),
 }  # fmt: skip
 REFUSED = {
     frozenset(pair): words
     for pair, words in {
         ("pruning", "freeze"): "Freeze needs the units.*Prune moves them",
         ("regrow", "freeze"): "Regrow moves them",
-        ("allocate", "factor_masks"): "factor_masks cannot be combined with a gate",
+        ("allocate", "factor_experts"): "FactorExperts needs the units.*Allocate moves them",
     }.items()
 }
 
 
 def config_of(*rules: str, **options) -> SparseLoraConfig:
     fields = {"r": 4, "density": 0.1, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    asked = {name: RULES[name] for name in rules}
-    schedule = [rule for rule in asked.values() if isinstance(rule, Rule)]
-    asked = {name: rule for name, rule in asked.items() if not isinstance(rule, Rule)}
-    return SparseLoraConfig(**{**fields, **asked, "schedule": schedule, **options})
+    if "factor_experts" in rules:
+        fields["factor_masks"] = FactorMaskConfig(kind="stochastic", experts=2)
+    return SparseLoraConfig(**{**fields, "schedule": [RULES[name] for name in rules], **options})
 
 
 def held_by(layer, name) -> dict[str, torch.Tensor]:
@@ -121,9 +120,8 @@ def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp
             config_of(*pair)
         return
     model, trains, rules = watched(config_of(*pair), tmp_path)
-    options = {rule.option for rule in rules if not isinstance(rule, RuleRunner)}
-    ran = [run.rule for rule in rules if isinstance(rule, RuleRunner) for run in rule.runs]
-    assert options | {name for name, rule in RULES.items() if isinstance(rule, Rule) and rule in ran} == set(pair)
+    ran = [run.rule for rule in rules for run in rule.runs]
+    assert {name for name, rule in RULES.items() if rule in ran} == set(pair)
     everything = set(adapter_layers(model))
     if {"alternate_modules", "sample_layers"} & set(pair):
         assert any(step < everything for step in trains)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from hf_sparse_peft.training import SCHEDULE_CALLBACKS
+from hf_sparse_peft.training import PruningCallback, RuleRunner
 
 
-@pytest.mark.parametrize("callback", SCHEDULE_CALLBACKS)
+@pytest.mark.parametrize("callback", [RuleRunner, PruningCallback])
 @pytest.mark.parametrize("option", ["deepspeed", "fsdp"])
 def test_a_sharded_run_is_refused_with_the_mend(callback, option):
     args = SimpleNamespace(deepspeed=None, fsdp=None)

@@ -19,7 +19,13 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     callbacks_for,
 )
-from hf_sparse_peft.training import SCHEDULE_CALLBACKS, LayerSamplingCallback, MaskRegrowthCallback, ZerothOrderTrainer
+from hf_sparse_peft.training import (
+    LayerSamplingCallback,
+    MaskRegrowthCallback,
+    PruningCallback,
+    RuleRunner,
+    ZerothOrderTrainer,
+)
 
 NOT_SHARDED = {"deepspeed": None, "fsdp": None}
 
@@ -36,7 +42,7 @@ def moving(model=None, name="default", **options):
 
 
 @pytest.mark.parametrize("event", ["on_init_end", "on_train_begin"])
-@pytest.mark.parametrize("callback", SCHEDULE_CALLBACKS)
+@pytest.mark.parametrize("callback", [RuleRunner, PruningCallback])
 @pytest.mark.parametrize(
     ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
 )

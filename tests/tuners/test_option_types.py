@@ -14,6 +14,7 @@ from hf_sparse_peft import (
     AccumulatedGradient,
     Allocate,
     AlternateModules,
+    FactorExperts,
     FactorMaskConfig,
     Freeze,
     Gradient,
@@ -32,7 +33,7 @@ from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.rules import Age
 
 NESTED = [
-    Allocate, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
+    Allocate, FactorExperts, FactorMaskConfig, Freeze, AlternateModules, L1Penalty, SampleLayers,
     NuclearNorm, Prune, Regrow, StructureConfig, SearchSupport,
     AccumulatedGradient, Gradient, LowRankMagnitude, SM3, Age,
 ]  # fmt: skip

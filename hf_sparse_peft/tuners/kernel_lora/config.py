@@ -30,7 +30,6 @@ class KernelLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "kernel_lora"
-    unattended: ClassVar[str] = "every matrix keeps its first share of the budget."
 
     r: int = field(default=32, metadata={"help": "Numbers trained for each input and each output; even."})
     kernel: Literal["distance", "mixed"] = field(

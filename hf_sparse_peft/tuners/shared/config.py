@@ -65,10 +65,6 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
 
     tuner: ClassVar[str] = ""
     """Name of the tuner, lower case: "sparse_lora"; its `peft_type` is the same in capitals."""
-    schedules: ClassVar[tuple[str, ...]] = ()
-    """Options that a callback carries out."""
-    unattended: ClassVar[str] = ""
-    """What training without the callbacks means, for the warning."""
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, or 'all-linear'; None: the architecture's default."}
@@ -222,15 +218,14 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         yield from vars(self).items()
 
     @property
-    def asked_schedules(self) -> list[str]:
-        """Names of the options that ask for a schedule, and types of the rules."""
-        rules = [rule.part_type if isinstance(rule, Rule) else str(rule.data.get("type")) for rule in self.schedule]
-        return [name for name in self.schedules if getattr(self, name) is not None] + rules
+    def rule_types(self) -> list[str]:
+        """Types of the rules of `schedule`, in its order."""
+        return [rule.part_type if isinstance(rule, Rule) else str(rule.data.get("type")) for rule in self.schedule]
 
     @property
     def has_schedule(self) -> bool:
-        """Whether something happens during training that a callback has to do."""
-        return not self.training_finished and bool(self.asked_schedules)
+        """Whether rules have to be run during training."""
+        return not self.training_finished and bool(self.schedule)
 
 
 def _default(option: Field) -> Any:

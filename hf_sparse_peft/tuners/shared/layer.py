@@ -263,22 +263,15 @@ class AdapterLayer(AdapterTensors):
             if not config.has_schedule:
                 continue
             attended = set() if run is None else run.attended(config)
-            asked = [option for option in config.asked_schedules if option not in attended]
+            asked = [name for name in config.rule_types if name not in attended]
             if not asked or not first_warning(config):
                 continue
             warnings.warn(
                 f"Adapter '{name}' asks for {', '.join(asked)}, and it trains without the callback that does it: "
-                f"{config.unattended} Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, use "
-                "hf_sparse_peft.Controller in a loop of your own, or set "
-                f"{_without(asked, config)} in its {type(config).__name__}.",
+                "nothing of that happens. Pass callbacks=hf_sparse_peft.callbacks_for(model) to the Trainer, use "
+                f"hf_sparse_peft.Controller in a loop of your own, or set schedule=[] in its {type(config).__name__}.",
                 stacklevel=2,
             )
-
-
-def _without(asked: list[str], config: AdapterConfig) -> str:
-    fields = [name for name in asked if hasattr(config, name)]
-    said = [f"{name} to None" for name in fields] + (["schedule=[]"] if len(fields) < len(asked) else [])
-    return " and ".join(said)
 
 
 def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:

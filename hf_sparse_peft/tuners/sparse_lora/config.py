@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ...rules import check_schedule
+from ...rules import check_pairs, check_schedule
 from ...sparsity import Budget, Density, Given, Random, Score
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .config_checks import check_config
-from .schedule_config import nested
-from .structure_config import FactorMaskConfig, StructureConfig
-
-SCHEDULES = {
-    "factor_masks": FactorMaskConfig,
-}
-"""Fields that hold a config of their own; most of them need a callback."""
+from .structure_config import FactorMaskConfig, StructureConfig, nested
 
 
 def exact_pattern(by_module: dict[str, float]) -> dict[str, float]:
@@ -121,12 +115,10 @@ class SparseLoraConfig(AdapterConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether weights are stored [in, out]; set by itself for Conv1D."}
     )
-    unattended: ClassVar[str] = (
-        "support and ranks will NOT move, nothing is sampled or frozen in turns, no penalty pulls."
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_pairs(self.schedule)
         check_config(self)
         check_schedule(self.schedule, self)
 
@@ -134,8 +126,7 @@ class SparseLoraConfig(AdapterConfig):
         self.criterion = load_part_by_name(Score, self.criterion, "criterion")
         if self.budget is not None:
             self.budget = load_part_by_name(Budget, self.budget, "budget")
-        for name, cls in SCHEDULES.items():
-            setattr(self, name, nested(cls, getattr(self, name), name))
+        self.factor_masks = nested(FactorMaskConfig, self.factor_masks, "factor_masks")
         if isinstance(self.structures, (list, tuple)):
             self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
 
@@ -180,13 +171,6 @@ class SparseLoraConfig(AdapterConfig):
         ranked = getattr(self.budget, "ranks_units", False) or any(one.scope == "model" for one in self.structures)
         by_data = isinstance(self.criterion, Given) or (self.data_driven and ranked)
         return by_data and self.has_support and not self.sizes
-
-    @property
-    def asked_schedules(self) -> list[str]:
-        """Names of the fields that a callback has to carry out."""
-        asked = [name for name in SCHEDULES if getattr(self, name) is not None]
-        asked = [name for name in asked if name != "factor_masks" or self.factor_masks.kind == "stochastic"]
-        return asked + super().asked_schedules
 
     def granularity_of(self, module_name: str) -> str:
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""

@@ -143,9 +143,10 @@ def drawn_expert(layer: AdapterTensors, adapter_name: str, factor: str, draw: tu
 def forward_factors(layer: AdapterTensors, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`A'` `[k, in]` and `B'` `[out, k]` of this forward pass, differentiable in the parameters."""
     config = layer.adapter_configs[adapter_name]
-    draw = getattr(config, "_draw", None)
-    if config.factor_masks is None or config.factor_masks.kind == "parallel" or draw is None or not layer.training:
+    if adapter_name not in layer.expert_draws or config.factor_masks is None or not layer.training:
         return merged_factors(layer, adapter_name)
+    now = layer.expert_draws[adapter_name]
+    draw = (now.step, now.micro_batch, now.number)
     A, B = layer.sparse_lora_A[adapter_name], layer.sparse_lora_B[adapter_name]
     if adapter_name in layer.sparse_lora_A_map:
         owned = layer.sparse_lora_A_map[adapter_name] == drawn_expert(layer, adapter_name, "A", draw)

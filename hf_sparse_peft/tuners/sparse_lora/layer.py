@@ -10,7 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from ...rules import ModuleSpace, UnitSpace
+from ...rules import ExpertDraw, ModuleSpace, UnitSpace
 from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
@@ -55,6 +55,7 @@ class SparseLoraLayer(SupportState):
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
+        self.expert_draws: dict[str, ExpertDraw] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
 
     @classmethod
@@ -97,12 +98,14 @@ class SparseLoraLayer(SupportState):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
         self._units.pop(adapter_name, None)
+        self.expert_draws.pop(adapter_name, None)
         self.sparse_lora_dense_delta.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def forget_decoded(self, adapter_name: str) -> None:
         """Forget the decoded units of this adapter, whose buffer has been replaced."""
         self._units.pop(adapter_name, None)
+        self.expert_draws.pop(adapter_name, None)
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
         """The support, the components of the low-rank half, and the module itself."""
@@ -142,6 +145,11 @@ class SparseLoraLayer(SupportState):
             raise ValueError(f"Nothing to {action}: {reason}")
         self.units(adapter_name)
 
+    def has_experts(self, adapter_name: str) -> bool:
+        """Whether the low-rank factors are split over experts."""
+        masks = self.adapter_configs[adapter_name].factor_masks
+        return masks is not None and masks.kind == "stochastic" and adapter_name in self.sparse_lora_A
+
     def alive_components(self, adapter_name: str) -> int:
         """Living components of the low-rank half."""
         if adapter_name in self.sparse_lora_rank_mask:
@@ -157,8 +165,7 @@ class SparseLoraLayer(SupportState):
         super().compact(adapter_name)
         config = self.adapter_configs[adapter_name]
         compact_tolerance = config.compact_tolerance if compact_tolerance is None else compact_tolerance
-        masks = config.factor_masks
-        if masks is not None and masks.kind == "stochastic" and adapter_name in self.sparse_lora_A:
+        if self.has_experts(adapter_name):
             fold_experts(self, adapter_name)
         sizes, kept, units = self.sizes[adapter_name], {}, None
         if adapter_name in self.sparse_lora_values:

@@ -13,7 +13,7 @@ from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Entries, LowRank, Piece
 from ..shared.state_dict import SelectedTensors
-from .config import SCHEDULES, SparseLoraConfig, exact_pattern
+from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .plan import note_sizes, plan_adapter
@@ -108,9 +108,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     low_rank = {name: next((p for p in found if isinstance(p, LowRank)), None) for name, found in pieces.items()}
     entries = {name: next((p for p in found if isinstance(p, Entries)), None) for name, found in pieces.items()}
     config = copy.deepcopy(like)
-    for name in SCHEDULES:  # masked factors are folded, like the scaling
-        setattr(config, name, None)
-    config.schedule, config.gate = [], None  # so are gates
+    config.schedule, config.factor_masks, config.gate = [], None, None  # masks and gates are folded, like the scaling
     config.structures, config.scale_support, config.support_init = [], False, "zeros"
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion = Random()

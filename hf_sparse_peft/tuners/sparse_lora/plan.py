@@ -103,6 +103,7 @@ def note_sizes(config: SparseLoraConfig, sizes: dict[str, ModuleSizes]) -> None:
         config.alpha_pattern = exact_pattern(alphas)
     if config.training_finished and config.factor_masks is not None and config.factor_masks.kind == "stochastic":
         config.factor_masks = None  # compaction has folded them
+        config.schedule = [rule for rule in config.schedule if "experts" not in getattr(rule, "needs", ())]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rules import UnitSpace
+from ...rules import ExpertDraw, UnitSpace
 from ...sparsity import UnitGrid
+from .factors import drawn_expert
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,37 @@ class RankSpace(UnitSpace):
         self.mask.copy_(mask)
         self.apply_mask()
 
+    # Experts of split factors
+
+    def split_factors(self) -> list[tuple[str, nn.Parameter]]:
+        """Names ("A", "B") and parameters of the factors that are split over experts."""
+        return [(name, p) for name, p in (("A", self.A), ("B", self.B)) if self.expert_map(name) is not None]
+
+    def expert_map(self, factor: str) -> Tensor | None:
+        """uint8, of the factor's shape: the expert of every entry; None where it is not split."""
+        if not self.layer.has_experts(self.adapter):
+            return None
+        held = getattr(self.layer, f"sparse_lora_{factor}_map")
+        return held[self.adapter] if self.adapter in held else None
+
+    def drawn_expert(self, factor: str, draw: tuple[int, int, int]) -> int:
+        """The expert that a factor uses at `draw` (step, micro-batch, pass)."""
+        return drawn_expert(self.layer, self.adapter, factor, draw)
+
+    def draw_experts(self, draw: ExpertDraw | None) -> None:
+        """Let training passes use the experts of `draw` from now on; None: the merge."""
+        if draw is None:
+            self.layer.expert_draws.pop(self.adapter, None)
+        else:
+            self.layer.expert_draws[self.adapter] = draw
+
     def check_needs(self, needs: frozenset[str]) -> None:
-        """Raises `ValueError` where a rule needs a gate and components have none."""
+        """Raises `ValueError` where a rule needs a gate, or split factors, that the layer does not have."""
+        if "experts" in needs and not self.layer.has_experts(self.adapter):
+            raise ValueError(
+                f"The factors of '{self.name}' are not split over experts. Set "
+                "factor_masks=FactorMaskConfig(kind='stochastic') in the config."
+            )
         if "gate" in needs and self.gate is None:
             raise ValueError(
                 f"The components of '{self.name}' have no gate, so that none can be switched off. Name the rule in the "

@@ -3,12 +3,39 @@ says of them, as plain data that survives the round trip of `adapter_config.json
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from ...utils.module_names import ends_with
 from ...utils.option_types import check_types
-from .schedule_config import require
+
+ConfigT = TypeVar("ConfigT")
+
+
+def nested(cls: type[ConfigT], value: Any, option: str) -> ConfigT | None:
+    """`value` (None, a dict from JSON, or an instance) as an instance of `cls`.
+
+    Raises:
+        ValueError: `value` is none of these, or names an option that `cls` does not have.
+    """
+    if value is None or isinstance(value, cls):
+        return value
+    known = {f.name for f in fields(cls)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}={value!r} is not understood: pass None, a {cls.__name__} or a dict of its options.")
+    unknown = sorted(set(value) - known, key=str)
+    if unknown:
+        raise ValueError(f"{option} has no option {unknown}; it takes {sorted(known)}.")
+    try:
+        return cls(**value)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def require(condition: bool, owner: str, field: str, value: Any, accepted: str) -> None:
+    """Raise `ValueError` naming `owner.field`, its value and what it accepts, unless `condition`."""
+    if not condition:
+        raise ValueError(f"{owner}.{field}={value!r} is out of range: it takes {accepted}.")
 
 
 @dataclass
@@ -57,7 +84,8 @@ class FactorMaskConfig:
     `parallel` (CapaBoost; Song et al., 2024): :math:`\Delta W = s \sum_{i=1}^{d} (B \odot M^B_i)(A \odot M^A_i)` with
     `d = copies` fixed random mask pairs of exactly `int(density * numel)` ones: rank up to `d * r` from one pair of
     factors. `stochastic` (MoSA; Zhang et al., 2023): the entries are split over `experts` at random, in equal parts; a
-    training forward uses one expert of each factor, evaluation and files the merge of all.
+    training forward uses one expert of each factor where the rule `FactorExperts` trains them, and the merge of all is
+    used everywhere else.
     """
 
     kind: Literal["parallel", "stochastic"] = "parallel"
@@ -74,9 +102,6 @@ class FactorMaskConfig:
     merge: Literal["add", "joint"] = "add"
     """`stochastic`: what evaluation uses: `add`, the mean of the experts (a trained entry of `B` divided by `experts`),
     or `joint`, each entry as its owner has it."""
-    consistency: float = 1.0
-    """`stochastic`: weight of the symmetric KL divergence between two passes with draws of their own; needs
-    `hf_sparse_peft.training.TwoPassTrainer` (what `methods.get("mosa").trainer_class` is). 0 trains with one pass."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -87,4 +112,3 @@ class FactorMaskConfig:
         require(1 <= self.experts <= 255, name, "experts", self.experts, "an integer from 1 to 255")
         require(self.split in ("both", "B"), name, "split", self.split, "'both' or 'B'")
         require(self.merge in ("add", "joint"), name, "merge", self.merge, "'add' or 'joint'")
-        require(self.consistency >= 0, name, "consistency", self.consistency, "a number >= 0")
