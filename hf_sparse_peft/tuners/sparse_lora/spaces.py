@@ -216,10 +216,9 @@ class RankSpace(UnitSpace):
 
     def expert_map(self, factor: str) -> Tensor | None:
         """uint8, of the factor's shape: the expert of every entry; None where it is not split."""
-        if not self.layer.has_experts(self.adapter):
-            return None
-        held = getattr(self.layer, f"sparse_lora_{factor}_map")
-        return held[self.adapter] if self.adapter in held else None
+        owners = getattr(self.layer, f"sparse_lora_{factor}_map")
+        split = self.layer.has_experts(self.adapter) and self.adapter in owners
+        return owners[self.adapter] if split else None
 
     def drawn_expert(self, factor: str, draw: tuple[int, int, int]) -> int:
         """The expert that a factor uses at `draw` (step, micro-batch, pass)."""
