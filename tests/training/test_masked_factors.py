@@ -291,6 +291,23 @@ def test_the_end_is_a_plain_adapter(merge, tmp_path):
     assert torch.equal(logits(model), unmerged)
 
 
+def test_without_the_rule_training_uses_the_merge_and_with_it_factors_must_be_split(tmp_path):
+    model = build("mosa", schedule=[])
+    run_trainer(model, tmp_path, 2, optimizer="default", callbacks=callbacks_for(model))
+    assert torch.equal(model.train()(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+    for masks in (None, FactorMaskConfig("parallel")):
+        with pytest.raises(ValueError, match=r"FactorExperts draws experts of split factors.*kind='stochastic'"):
+            build("mosa", factor_masks=masks)
+
+
+def test_the_draw_ends_with_the_run_and_the_rule_with_compaction(tmp_path):
+    model = build("mosa")
+    run_mosa(model, tmp_path, 2)
+    assert not any(layer.expert_draws for layer in layers_of(model))
+    model.compact()
+    assert model.peft_config["default"].schedule == []
+
+
 def test_a_trainer_of_one_pass_is_refused(tmp_path):
     model = build("mosa")
     with pytest.raises(ValueError, match=r"consistency=1.0 compares two passes.*TwoPassTrainer"):
