@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, AverageRank, Fraction, Orthogonality, ProximalGate, SampleRank
+from ..rules import Allocate, AverageRank, Fraction, GrowRank, Orthogonality, ProximalGate, SampleRank
 from ..training import AgedAdamWSpec
 from ..tuners import SparseLoraConfig
 from .registry import Method, register, with_overrides
@@ -73,4 +73,19 @@ def dylora(r: int = 8, freeze_lower: bool = True, **overrides: Any) -> Method:
     alpha 16, lr 5e-4, weight decay 0.1, 6 % warm-up."""
     rule = SampleRank(freeze_lower=freeze_lower)
     options = {"r": r, "density": 0.0, "schedule": [rule], "target_modules": "all-linear"}
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+
+
+@register(
+    "increlora",
+    paper="Zhang et al., 2023",
+    moves="rank: modules that matter gain components",
+    use_when="a small rank is to go where the loss asks for it, without training what is pruned later",
+    cost="a dense gradient a step while ranks grow; r components allocated in each module",
+)
+def increlora(r: int = 16, target_r: int = 2, orthogonality: float = 0.1, **overrides: Any) -> Method:
+    """IncreLoRA from rank 1 to `target_r` on average, at most `r` in a module. The authors train six kinds of modules
+    of DeBERTaV3-base with alpha 16 to 32, lr 3.5e-4 to 2.2e-3, `modules` 2 to 22, `every` 100 to 1000 by task."""
+    rules = [GrowRank(target_r, grow_by=max(target_r // 2, 1)), Orthogonality(orthogonality)]
+    options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
     return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -7,7 +7,7 @@ prune.py         units leave along a curve        search_support.py   the best o
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
 orthogonality.py a pull on low-rank factors
-sample_rank.py   nested ranks
+sample_rank.py   nested ranks                 grow_rank.py     modules gain ranks
 proximal_gate.py a threshold on gates
 factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
@@ -22,6 +22,7 @@ from .budgets import AverageRank, Budget, Fraction, Sparsity, TrainedNumbers
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
+from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
 from .orthogonality import Orthogonality
@@ -54,6 +55,7 @@ __all__ = [
     "Fraction",
     "Freeze",
     "Gradient",
+    "GrowRank",
     "Growth",
     "L1Penalty",
     "LowRankMagnitude",

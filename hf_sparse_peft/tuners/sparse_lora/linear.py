@@ -78,7 +78,9 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         tensors = {**support, "bias": bias, **low_rank}
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         if not torch.compiler.is_compiling():
-            if operands.values is not None:
+            # With dropout there are two products: the support's is read, without one the low-rank half's.
+            held = any(name in self.sparse_lora_values for name in self.active_adapters)
+            if operands.values is not None or (low_rank and not held):
                 passive = self.passive_gradient_reader
                 if hasattr(passive, "expect"):
                     passive.expect()

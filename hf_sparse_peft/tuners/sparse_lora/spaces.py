@@ -168,6 +168,11 @@ class RankSpace(UnitSpace):
         return self.layer.sparse_lora_gate.get(self.adapter)
 
     @property
+    def scalings(self) -> dict[str, float]:
+        """The layer's own dictionary, adapter -> what `B A` is multiplied by."""
+        return self.layer.sparse_lora_scaling
+
+    @property
     def mask(self) -> Tensor:
         """uint8 `[r]`: which components live; all of them where there is no gate."""
         held = self.layer.sparse_lora_rank_mask
