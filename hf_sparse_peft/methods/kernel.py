@@ -1,4 +1,4 @@
-"""Methods whose update is a kernel of two point sets."""
+"""Updates that are kernels of two point sets."""
 
 from __future__ import annotations
 

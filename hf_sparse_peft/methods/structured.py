@@ -1,22 +1,18 @@
-"""Methods whose units are structures of a transformer block: channels, heads, whole matrices, layers."""
+"""Supports of whole channels and heads."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
-from peft import PeftConfig
-
-from ..rules import AlternateModules, SampleLayers
-from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude, UnitsPerModule
-from ..training import LayerSamplingCallback
+from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude
 from ..tuners import SparseLoraConfig, StructureConfig
-from ..tuners.shared.config import AdapterConfig
 from ..utils.parts import load_part_by_name
 from .registry import Method, register, with_overrides
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
+
+
 _COLUMNS = dict.fromkeys(("o_proj", "down_proj"), "column")
 
 
@@ -86,89 +82,3 @@ def _smallest(criterion: str | Score) -> Score:
             "'magnitude', 'activation', 'weighted_activation' and 'gradient'."
         )
     return replace(score, largest=False)
-
-
-@register(
-    "sltrain",
-    paper="Han et al., 2024",
-    moves="nothing",
-    use_when="a low rank is too little and nobody knows which entries it misses",
-    cost="4 bytes of index an entry in memory, one in the file",
-)
-def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overrides: Any) -> Method:
-    """`(alpha / r) B A + S` on a uniformly random fixed support, beside the frozen weight.
-
-    The fine-tuning form: it starts as the identity, with B = 0 and values 0; `support_init="uniform"` draws the values
-    from U(+-1/sqrt(columns)) as the pre-training form does.
-    """
-    options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
-
-
-@register(
-    "dsee",
-    paper="Chen et al., 2023",
-    moves="nothing",
-    use_when="LoRA, with a few entries for what no low rank reaches",
-    cost="a decomposition of each weight at injection: minutes for large models",
-)
-def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides: Any) -> Method:
-    """`(alpha / r)(U V + S2)` on the query and value matrices (peft's default targets), with `num_sparse` entries where
-    a low-rank + sparse decomposition of the pretrained weight has its largest sparse entries. The paper's update; its
-    pruned base is another matter."""
-    options = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "budget": UnitsPerModule(num_sparse),
-        "criterion": "decomposition_residual",
-        "scale_support": True,
-        "factor_init": "normal",
-    }
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
-
-
-@register(
-    "hft",
-    paper="Hui et al., 2024",
-    moves="which half of the matrices is updated, anew every period",
-    use_when="full fine-tuning that forgets less is wanted and half of its optimizer state fits",
-    cost="a dense fp32 delta of every adapted matrix; optimizer state of half of them",
-)
-def hft(period_steps: int | None = None, fraction: float = 0.5, level: str = "category", **overrides: Any) -> Method:
-    """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a period (an epoch)."""
-    options = {"r": 0, "density": 1.0, "granularity": "row", "target_modules": "all-linear"}
-    options["schedule"] = [AlternateModules(period_steps, fraction, level)]
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
-
-
-@register(
-    "ist",
-    paper="Yao et al., 2024",
-    moves="which layers' adapters train, every step",
-    use_when="memory for activations is short, or all layers at once overfit",
-    cost="three forward passes of 16 samples in every 10 steps",
-)
-def ist(
-    adapter: PeftConfig | None = None,
-    trained: float = 0.25,
-    suppressed: float = 0.5,
-    suppression: float = 0.25,
-    interval: int = 10,
-    r: int = 32,
-    lora_alpha: float = 64,
-    **overrides: Any,
-) -> Method:
-    """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
-    paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
-    sampling = SampleLayers(trained, suppressed, suppression, interval=interval)
-    if adapter is None:
-        targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
-        return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": targets}, overrides)))
-    if overrides:
-        raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
-    if isinstance(adapter, AdapterConfig):
-        adapter = copy.copy(adapter)
-        adapter.schedule = [*adapter.schedule, sampling]
-        return Method(adapter)
-    return Method(adapter, make_callbacks=lambda model: [LayerSamplingCallback(sampling)])

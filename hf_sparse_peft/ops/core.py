@@ -20,7 +20,7 @@ from .units import column_gradient, read_units, unit_gradient, unpack_entries, w
 class GradientReader(Protocol):
     """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too.
 
-    What it is shown is lent for the call: whoever keeps it or changes it makes a copy.
+    What it is shown is lent for the call: a reader that keeps or changes it makes a copy.
     """
 
     def wanted_units(self) -> torch.Tensor | None:

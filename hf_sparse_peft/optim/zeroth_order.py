@@ -39,7 +39,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     How a parameter is shifted (`perturbation`):
 
     `in_place`: the parameter itself moves by `+eps z`, `-2 eps z` and back; the way back from the last pass is fused
-    with the update, :math:`\theta_- + (\epsilon - \eta g) z` (without decay). Works whoever reads the parameter. Every
+    with the update, :math:`\theta_- + (\epsilon - \eta g) z` (without decay). Every
     move rounds once: fp32 parameters drift by some units in the last place a step; in bf16 and fp16, where
     :math:`\epsilon z` may be smaller than the spacing of large weights, they drift visibly. Sparse MeZO's mask is
     taken before the first move of a step and kept until its last, one bit a number.

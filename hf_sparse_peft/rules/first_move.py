@@ -49,7 +49,7 @@ def restored_start(run: Run) -> bool:
 
 
 def origin_of(spaces: list[UnitSpace]) -> str | None:
-    """What makes the supports of one adapter worth keeping, as the end of a sentence; None for an untrained draw."""
+    """Why the first move should keep the supports of an adapter, as the end of a sentence; None: an untrained draw."""
     config = spaces[0].config
     if not all(space.has_first_values() for space in spaces):
         return "has trained values"

@@ -50,7 +50,7 @@ def move_trained_units(run: Run, space: UnitSpace, trained: Tensor, seeds: dict[
 
     Retired units are frozen: they keep their value and lose their optimizer state; one that is trained again keeps its
     value and starts with zero state. Where the space has too little room, those with the smallest sum of |value| give
-    theirs up. Without room (no state `frozen`) whoever leaves gives up its change, as SpIEL, SET and RigL publish it.
+    theirs up. Without room (no state `frozen`) units that leave lose their change, as SpIEL, SET and RigL publish it.
     """
     before = space.trained_units()
     entered = int((~torch.isin(trained, before)).sum())

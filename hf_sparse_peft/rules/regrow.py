@@ -28,7 +28,7 @@ class Regrow(Rule):
     grown, so that their number never changes. The defaults are SpIEL-AG (Ansell et al., 2024).
 
     A unit that is dropped and grown at once keeps value and optimizer state; grown ones start at value 0 with zero
-    state, or with the one that the growth estimates. With `retired` whoever leaves with a learned change keeps it.
+    state, or with the one that the growth estimates. With `retired` units that leave keep their learned change.
 
     Where nothing says which units matter (gradients or values that are all 0 or not finite: masked labels, a layer that
     the batches did not reach, an overflow) a layer keeps its units and is named in a warning, once a run.
@@ -40,7 +40,7 @@ class Regrow(Rule):
     every: int = 20
     """Optimizer steps between two moves (SpIEL: 20, RigL: 100)."""
     drop: Drop | None = Magnitude()
-    """Which units leave (`rules.drop`). None: the growth chooses the whole support anew and whoever it leaves out goes
+    """Which units leave (`rules.drop`). None: the growth chooses the whole support anew and all others leave
     (LIFT)."""
     grow: Growth = AccumulatedGradient()
     """Which units enter (`rules.growth`)."""
@@ -145,7 +145,7 @@ class Regrow(Rule):
             raise ValueError("Regrow moves the support, and density=0 leaves it out. Set density > 0.")
         if "entries" in self.grow.needs:
             check_entries(f"Regrow.grow={self.grow}", config)
-        if self.retired and config.sizes_from_data:
+        if self.retired and config.calibrates_sizes:
             raise ValueError(
                 "Regrow.retired allocates room by each support's size, and budget=Global(...) and structures of "
                 f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set a density or "

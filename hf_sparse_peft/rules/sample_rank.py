@@ -58,10 +58,10 @@ class SampleRank(Rule):
         """Hold the gates still, and what does not learn."""
         spaces = run.spaces(training=False)
         run.memory.rank = max(space.size for space in spaces)
-        run.updates.hold(self, [space.gate for space in spaces])
+        run.updates.hold(run, [space.gate for space in spaces])
         parts = [(space.A, partial(self._still, run, space, 0)) for space in spaces]
         parts += [(space.B, partial(self._still, run, space, 1)) for space in spaces]
-        run.updates.hold_part(self, parts, keep_state=self.strict, keep_value=self.strict)
+        run.updates.hold_part(run, parts, keep_state=self.strict, keep_value=self.strict)
 
     def _still(self, run: Run, space: UnitSpace, axis: int) -> Tensor:
         rank, held = min(run.memory.rank, space.size), torch.arange(space.size, device=space.gate.device)

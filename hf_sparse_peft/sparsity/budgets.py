@@ -313,7 +313,7 @@ class Global(Shared):
                 "criterion='magnitude', or a density or ErdosRenyi."
             )
         entries = config.granularity == "entry" and not config.granularity_pattern
-        if self.pay_head and not (config.data_driven and entries):
+        if self.pay_head and not (config.needs_calibration and entries):
             raise ValueError(
                 "Global.pay_head=True takes the head's numbers out of one budget for the whole model. It needs "
                 "granularity='entry' and a criterion that is estimated from data, e.g. 'fisher'."

@@ -16,7 +16,7 @@ from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.structures import StructureRanking
 
 
-class Choice:
+class CalibratedSelection:
     """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model.
 
     A module whose scores are all 0 or not finite has no evidence. Where a module's size is its own, it gets random
@@ -43,7 +43,7 @@ class Choice:
         if config.structures:
             _check_open_sizes(config)
             self.structures = StructureRanking(config, self.grids, model, share)
-        elif config.sizes_from_data:
+        elif config.calibrates_sizes:
             total = _global_budget(model, config, layers, adapter_name)
             self.ranking = GlobalRanking(max(len(layers), int(share * total)), config.seed)
 
@@ -127,7 +127,7 @@ def is_evidence(chunks: Callable[[], Iterable[torch.Tensor]]) -> bool:
 
 
 def _check_open_sizes(config: SparseLoraConfig) -> None:
-    if any(one.scope == "model" for one in config.structures) and not config.sizes_from_data:
+    if any(one.scope == "model" for one in config.structures) and not config.calibrates_sizes:
         raise ValueError(
             "Structures of scope='model' leave it to the criterion how many units each module has, and sizes "
             f"has fixed that already (criterion='{config.criterion.part_type}'). Start from a fresh SparseLoraConfig "

@@ -18,7 +18,7 @@ from ..tuners.sparse_lora.config import SparseLoraConfig
 from ..tuners.sparse_lora.layer import SparseLoraLayer
 from ..tuners.sparse_lora.model import sparse_layers
 from ..utils.parts import UnknownPart, load_part_by_name
-from .calibrated_selection import Choice
+from .calibrated_selection import CalibratedSelection
 from .calibration_passes import estimate, groups_within
 from .calibration_warmup import DenseWarmup, endless
 from .support_file import read_support_file, write_support_file
@@ -91,9 +91,9 @@ def initialize_support(
     warmup: DenseWarmup | None = None
     with random_state_kept():
         data = CalibrationData(dataloader, next(model.parameters()).device)
-        ask = Choice(model, config, layers, adapter_name)
+        selection = CalibratedSelection(model, config, layers, adapter_name)
         if isinstance(score, DeltaMagnitude):
-            units, warmup = _by_warmup(ask, score, data, **options)
+            units, warmup = _by_warmup(selection, score, data, **options)
         else:
             examples = max_examples or score.examples
             groups = groups_within(layers, score, accumulator_bytes)
@@ -101,7 +101,7 @@ def initialize_support(
             left_out: dict[str, int] = {}
             for readers in passes:
                 left_out |= {reader.layer.module_name: reader.left_out for reader in readers if reader.left_out}
-                ask.add(
+                selection.add(
                     {
                         reader.layer.module_name: score.scores(
                             reader.state,
@@ -112,8 +112,8 @@ def initialize_support(
                     }
                 )
             _report_left_out(score.part_type, left_out)
-            ask.check_evidence(score.part_type)
-            units = ask.units()
+            selection.check_evidence(score.part_type)
+            units = selection.units()
     write_supports(model, units, adapter_name)
     if warmup is not None:
         warmup.write_values()
@@ -133,7 +133,7 @@ def _report_left_out(criterion: str, left_out: dict[str, int]) -> None:
 
 
 def _by_warmup(
-    ask: Choice,
+    selection: CalibratedSelection,
     score: DeltaMagnitude,
     data: CalibrationData,
     *,
@@ -141,8 +141,8 @@ def _by_warmup(
     compute_loss: Any,
     show_progress: bool,
 ) -> tuple[dict[str, torch.Tensor], DenseWarmup]:
-    layers, adapter_name = ask.layers, ask.adapter_name
-    warmup = DenseWarmup(ask.model, layers, adapter_name, score)
+    layers, adapter_name = selection.layers, selection.adapter_name
+    warmup = DenseWarmup(selection.model, layers, adapter_name, score)
     batches = endless(data, layers[0].get_base_layer_device())
     chosen: dict[str, torch.Tensor] = {}
     try:
@@ -150,14 +150,16 @@ def _by_warmup(
             if iteration:
                 warmup.train_chosen(chosen, batches, batches_per_step, compute_loss, show_progress)
             warmup.train(batches, batches_per_step, compute_loss, show_progress)
-            share = Choice(ask.model, ask.config, layers, adapter_name, (iteration + 1) / score.n_iterations)
+            part = CalibratedSelection(
+                selection.model, selection.config, layers, adapter_name, (iteration + 1) / score.n_iterations
+            )
             scores = {
                 layer.module_name: score.scores({"sum": delta.detach()}, layer.sparse_lora_grid[adapter_name])
                 for layer, delta in zip(layers, warmup.deltas, strict=True)
             }
-            share.add(scores, chosen)
-            share.check_evidence(score.part_type)
-            chosen = share.units()
+            part.add(scores, chosen)
+            part.check_evidence(score.part_type)
+            chosen = part.units()
     except BaseException:
         warmup.reset()
         raise
@@ -184,7 +186,7 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
         raise ValueError(f"The units are of other modules than adapter '{adapter_name}': {odd[:3]} ({len(odd)}).")
     if not any(chosen.numel() for chosen in units.values()):
         raise ValueError("No module has a unit: there is nothing to train.")
-    open_sizes = config.sizes_from_data
+    open_sizes = config.calibrates_sizes
     for name, layer in by_name.items():
         size, given = _size(layer, adapter_name), units[name].numel()
         if not open_sizes and given != size:
@@ -212,9 +214,9 @@ def save_support(model: nn.Module, path: str | Path, adapter_name: str = "defaul
         ValueError: a support has not been chosen yet.
     """
     layers, config = _layers_of(model, adapter_name)
-    undecided = [layer.module_name for layer in layers if layer.is_undecided(adapter_name)]
-    if undecided:
-        raise ValueError(f"Nothing to save: the support of '{undecided[0]}' has not been chosen yet.")
+    waiting = [layer.module_name for layer in layers if layer.awaits_calibration(adapter_name)]
+    if waiting:
+        raise ValueError(f"Nothing to save: the support of '{waiting[0]}' has not been chosen yet.")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     none = torch.empty(0, dtype=torch.int32)

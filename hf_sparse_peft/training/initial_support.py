@@ -39,7 +39,7 @@ class InitialSupportCallback(TrainerCallback):
         warn_of_best_model(args, state, model)
         layers = sparse_layers(model)
         for name in dict.fromkeys(name for layer in layers for name in layer.active_adapters):
-            waiting = [layer for layer in layers if layer.is_undecided(name)]
+            waiting = [layer for layer in layers if layer.awaits_calibration(name)]
             if not waiting or not waiting[0].sparse_lora_values[name].requires_grad:
                 continue
             config = waiting[0].adapter_configs[name]
@@ -50,7 +50,7 @@ class InitialSupportCallback(TrainerCallback):
                     f"by {sharded[1]}, has sharded them. Call hf_sparse_peft.initialize_support(model, dataloader) "
                     "before creating the Trainer."
                 )
-            if config.sizes_from_data and args.world_size > 1:
+            if config.calibrates_sizes and args.world_size > 1:
                 raise ValueError(
                     f"budget=Global(...) or a structure of scope='model' with criterion='{score}' changes "
                     f"the sizes of the supports, and {args.world_size} processes have wrapped the model already. Call "

@@ -44,10 +44,10 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())
         waits = any(
-            layer.is_undecided(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
+            layer.awaits_calibration(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
         )
     else:
-        waits = getattr(model_or_config, "data_driven", False)
+        waits = getattr(model_or_config, "needs_calibration", False)
     # First of all: schedules look at the supports.
     return [InitialSupportCallback(), *schedules] if waits else schedules
 

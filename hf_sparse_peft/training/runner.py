@@ -27,7 +27,7 @@ _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun
 class RuleExecutor:
     """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list; a subclass with a
     `rule_class` carries the rules of that class only. Who is updated at a step (rules that write `trains`) is decided
-    before the others look. Whoever trains calls its phases (`RuleRunner`, `Controller`).
+    before the others look. The loop that trains calls its phases (`RuleRunner`, `Controller`).
 
     Args:
         rule: run this rule on all trained adapters instead of those that their configs name. One that acts on whole
@@ -146,7 +146,7 @@ class RuleExecutor:
         optimizer = self.training.optimizer
         groups = innermost(optimizer).param_groups if optimizer is not None else []
         known = {id(parameter) for group in groups for parameter in group["params"]}
-        if known and any(id(parameter) not in known for parameter in self._live.woken):
+        if known and any(id(parameter) not in known for parameter in self._live.released):
             raise ValueError(
                 "A run that was broken off held parameters still, and this optimizer was built before they were "
                 "released, without them. They train again now: make a new Trainer (or optimizer) and train with that."
@@ -185,12 +185,12 @@ class RuleExecutor:
                 yield Run(self.training, self.rule, adapter, None, spaces)
 
     def _take_charge(self, rule: Rule, config: Any) -> None:
-        if rule.part_type in self._live.attended(config):
+        if rule.part_type in self._live.rules_run_for(config):
             raise ValueError(
                 f"{type(rule).__name__} is run by two callbacks of this Trainer, {self.owner} and another. "
                 "Pass callbacks_for(model), or the callback of that one rule, not both."
             )
-        self._live.attend(config, rule.part_type)
+        self._live.note_rule(config, rule.part_type)
         config.training_finished = False
 
 

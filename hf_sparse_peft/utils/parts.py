@@ -9,7 +9,7 @@
     load_part(Rule, {"type": "prune", "final_fraction": 0.25}, "schedule[0]")       Prune(0.25)
 
 A field whose value is the default is left out, so that files stay short. A part of a plugin that is not installed, or
-of a newer release, loads as an `UnknownPart`: it is kept as it was, written back as it was, and whoever needs to run it
+of a newer release, loads as an `UnknownPart`: it is kept as it was, written back as it was, and what needs to run it
 refuses it by name.
 """
 

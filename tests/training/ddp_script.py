@@ -67,7 +67,7 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
     method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
-    if getattr(method.config, "sizes_from_data", False):
+    if getattr(method.config, "calibrates_sizes", False):
         initialize_support(model, share_of(args, rank, world), show_progress=False)
     recorder = Recorder(rank)
     trainer = method.trainer_class(

@@ -58,7 +58,7 @@ def test_training_sees_the_batches_it_would_have_seen_without_the_callback(crite
     for config in (by_data(criterion), make_config()):
         model, tape = adapted(config), Batches()
         callbacks = callbacks_for(model)
-        assert bool(callbacks) is config.data_driven
+        assert bool(callbacks) is config.needs_calibration
         run(model, tmp_path, 30, callbacks=[*callbacks, tape], data=TokenData(20), dataloader_num_workers=workers)
         tapes.append(tape)
     with_it, without = tapes

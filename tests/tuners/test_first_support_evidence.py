@@ -55,7 +55,7 @@ def test_masked_labels_choose_nothing(criterion):
     model = adapted(criterion)
     with pytest.raises(ValueError, match=rf"criterion='{criterion}' has nothing .* all 4 modules .*masked \(-100\)"):
         initialize_support(model, batches(masked=True), show_progress=False)
-    assert all(layer.is_undecided("default") for layer in sparse_layers(model))
+    assert all(layer.awaits_calibration("default") for layer in sparse_layers(model))
 
 
 def test_a_run_whose_data_has_no_labels_stops_before_its_first_step(tmp_path):

@@ -380,7 +380,7 @@ def test_gradients_that_are_finite_in_no_module_choose_nothing():
     loss = lambda model, batch: model(**batch).loss * float("inf")  # noqa: E731
     with pytest.raises(ValueError, match="scores of all 6 modules are 0 or not finite"):
         initialize_support(model, batches(), compute_loss=loss, show_progress=False)
-    assert all(layer.is_undecided("default") for layer in sparse_layers(model))
+    assert all(layer.awaits_calibration("default") for layer in sparse_layers(model))
 
 
 def test_a_criterion_with_options_can_be_given_and_is_written_to_the_config():

@@ -251,7 +251,7 @@ def test_s2ft_takes_the_papers_strategies_by_name():
     def s2ft(**options):
         method = methods.get("s2ft", down=0.1, task_type="CAUSAL_LM", **options)
         model = get_peft_model(tiny_llama(), method.config)
-        if method.config.data_driven:
+        if method.config.needs_calibration:
             initialize_support(model, batches(), show_progress=False)
         return units_of(model)
 

@@ -99,7 +99,7 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         default=None,
         metadata={"help": "Written when saved: base weights in the file too, embeddings of a resized vocabulary."},
     )
-    install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For whoever reads adapter_config.json."})
+    install_hint: str = field(default=INSTALL_HINT, metadata={"help": "For readers of adapter_config.json."})
     unknown_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Read from a file: options of a newer release or a plugin, saved again as they were."},
@@ -181,7 +181,7 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         return frozenset({"module"})
 
     @property
-    def sizes_from_data(self) -> bool:
+    def calibrates_sizes(self) -> bool:
         """Whether the sizes of layers are still to be found from data."""
         return False
 

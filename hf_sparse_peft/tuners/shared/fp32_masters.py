@@ -1,4 +1,4 @@
-"""Adapter values stay fp32 masters, whoever casts them between injection and training.
+"""Adapter values stay fp32 masters, whatever casts them between injection and training.
 
 trl casts every trained parameter to bf16 where the base is 4-bit; `model.to(torch.bfloat16)` and `model.half()` cast
 all that floats. An update smaller than 1/256 of a bf16 value is rounded away: parameters stop moving at small learning

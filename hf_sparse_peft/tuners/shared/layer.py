@@ -262,8 +262,8 @@ class AdapterLayer(AdapterTensors):
                 config.check_runnable()
             if not config.has_schedule:
                 continue
-            attended = set() if run is None else run.attended(config)
-            asked = [name for name in config.rule_types if name not in attended]
+            rules_run_for = set() if run is None else run.rules_run_for(config)
+            asked = [name for name in config.rule_types if name not in rules_run_for]
             if not asked or not first_warning(config):
                 continue
             warnings.warn(

@@ -32,13 +32,13 @@ class LiveRun:
 
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module], loop: FrameType | None) -> None:
         self.mask = UpdateMask()
-        self.woken: list[nn.Parameter] = []
+        self.released: list[nn.Parameter] = []
         """What an earlier run that was broken off had held still when this one began."""
         self.trainer = None if loop is None else weakref.ref(loop.f_locals["self"])
         self._loop, self._thread = loop, threading.get_ident()
         self._ended = False
         self._undo: dict[Any, Callable[[], None]] = {}
-        self._attended: dict[int, tuple[PeftConfig, set[str]]] = {}
+        self._rules_run: dict[int, tuple[PeftConfig, set[str]]] = {}
         for module in (model, *layers):
             _RUNS[module] = weakref.ref(self)
 
@@ -53,14 +53,14 @@ class LiveRun:
                 self.end()
         return not self._ended
 
-    def attend(self, config: PeftConfig, option: str) -> None:
+    def note_rule(self, config: PeftConfig, option: str) -> None:
         """Note that a callback carries out `option` of this adapter's config."""
         _WARNED.pop(id(config), None)
-        self._attended.setdefault(id(config), (config, set()))[1].add(option)
+        self._rules_run.setdefault(id(config), (config, set()))[1].add(option)
 
-    def attended(self, config: PeftConfig) -> set[str]:
+    def rules_run_for(self, config: PeftConfig) -> set[str]:
         """Options of this adapter's config that a callback carries out."""
-        return self._attended.get(id(config), (config, set()))[1]
+        return self._rules_run.get(id(config), (config, set()))[1]
 
     def join(self, callback: Any, undo: Callable[[], None]) -> None:
         """`callback` takes part; `undo` takes its marks off the model, whenever the run ends."""
@@ -82,7 +82,7 @@ class LiveRun:
         undo, self._undo = self._undo, {}
         for take_off in undo.values():
             take_off()
-        for config, _ in self._attended.values():
+        for config, _ in self._rules_run.values():
             _WARNED.pop(id(config), None)
         return self.mask.release()
 
@@ -106,7 +106,7 @@ def begin_run(model: nn.Module, layers: Iterable[nn.Module], alone: bool = False
             return known
         rested = known.end()
     run = LiveRun(model, layers, loop)
-    run.woken = rested
+    run.released = rested
     return run
 
 

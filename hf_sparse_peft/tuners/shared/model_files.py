@@ -9,7 +9,7 @@ from .base_overrides import base_overrides
 from .config import AdapterConfig
 from .file_check import AdapterFile, file_being_loaded, tensor_key
 from .layer import restore_fp32
-from .state_dict import SelectedTensors, check_complete, check_layer, check_others, settle_training_state
+from .state_dict import SelectedTensors, check_complete, check_layer, check_others, fit_training_state
 from .tensor_checks import check_shapes
 from .wrapped_names import plain_name, rename_to_modules
 
@@ -77,13 +77,13 @@ class ModelFiles:
         sizes = {prefix: check_layer(found, prefix, layer, adapter_name) for prefix, layer in layers}
         biases = partial(cls._get_learnable_bias_state_dict, model, config=config)
         check_others(found, model, config, adapter_name, cls.tuner_layer_cls, biases)
-        if config.sizes_from_data:
+        if config.calibrates_sizes:
             for prefix, layer in layers:
                 if adapter_name in layer.sizes and layer.sizes[adapter_name] != sizes[prefix]:
                     layer.resize(adapter_name, sizes[prefix])
             cls.note_sizes(config, model, adapter_name)
         for prefix, layer in layers:
-            settle_training_state(found, prefix, layer, adapter_name)
+            fit_training_state(found, prefix, layer, adapter_name)
         return found
 
     @classmethod

@@ -56,5 +56,5 @@ class ModelUnits:
             for name in layer.adapter_configs:
                 parameters = layer.trained_parameters(name)
                 away = any(tensor.is_meta for tensor in layer.tensors(name).values())
-                if any(p.requires_grad for p in parameters) and not away and not layer.is_undecided(name):
+                if any(p.requires_grad for p in parameters) and not away and not layer.awaits_calibration(name):
                     yield layer, name

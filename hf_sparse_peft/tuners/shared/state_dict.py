@@ -174,7 +174,7 @@ def _kinds(layer: AdapterLayer) -> list[str]:
     ]
 
 
-def settle_training_state(
+def fit_training_state(
     state_dict: dict[str, torch.Tensor], prefix: str, layer: AdapterLayer, adapter_name: str
 ) -> None:
     """Fit the file's training state to the layer's: a run that goes on gets its own, nobody else does.

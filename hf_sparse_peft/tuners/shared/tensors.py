@@ -190,7 +190,7 @@ class AdapterTensors(BaseTunerLayer):
         if had_state:
             self.allocate_training_state(adapter_name)
 
-    def is_undecided(self, adapter_name: str) -> bool:
+    def awaits_calibration(self, adapter_name: str) -> bool:
         """Whether the adapter's units wait for data: the layer computes as its base then, and refuses to train."""
         return False
 

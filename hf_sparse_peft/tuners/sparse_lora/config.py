@@ -161,15 +161,15 @@ class SparseLoraConfig(AdapterConfig):
         return self.support_budget is not None or bool(self.structures)
 
     @property
-    def data_driven(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether the first support waits for data: gradients of the training data, or units given from outside."""
         return isinstance(self.criterion, Score) and self.criterion.needs_data
 
     @property
-    def sizes_from_data(self) -> bool:
+    def calibrates_sizes(self) -> bool:
         """Whether even the number of units of each module is still to be found from data."""
         ranked = getattr(self.budget, "ranks_units", False) or any(one.scope == "model" for one in self.structures)
-        by_data = isinstance(self.criterion, Given) or (self.data_driven and ranked)
+        by_data = isinstance(self.criterion, Given) or (self.needs_calibration and ranked)
         return by_data and self.has_support and not self.sizes
 
     def granularity_of(self, module_name: str) -> str:

@@ -39,7 +39,7 @@ def _check_choices(config: AdapterConfig) -> None:
             raise ValueError(
                 f"granularity_pattern[{pattern!r}]={granularity!r} is unknown; choose one of {list(GRANULARITIES)}."
             )
-    if config.data_driven and config.support_init != "zeros":
+    if config.needs_calibration and config.support_init != "zeros":
         raise ValueError(
             f"criterion='{config.criterion.part_type}' chooses units after injection and starts them at zero, and "
             f"support_init='{config.support_init}' gives them values at injection. Set support_init='zeros', or a "

@@ -19,7 +19,7 @@ from .factors import factor_specs, fold_experts, merged_factors
 from .file_check import read_sizes
 from .plan import ModuleSizes
 from .spaces import spaces_of
-from .support import SupportState, support_specs, undecided_message
+from .support import SupportState, calibration_message, support_specs
 
 
 class SparseLoraLayer(SupportState):
@@ -50,7 +50,7 @@ class SparseLoraLayer(SupportState):
     sparse_lora_gradient_readers: dict[str, list[Callable[[torch.Tensor], None]]]
     """Who reads the dense gradient at this step; an adapter without readers has no entry."""
     sparse_lora_dense_delta: dict[str, torch.Tensor]
-    """Dense fp32 deltas `[out, in]` that stand for an undecided support while a warm-up trains them. Not registered:
+    """Dense fp32 deltas `[out, in]` that stand for a support before calibration while a warm-up trains them. Not registered:
     neither an optimizer nor a file of the run sees them."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class SparseLoraLayer(SupportState):
         cls, config: SparseLoraConfig, module_name: str, sizes: ModuleSizes, held: Mapping[str, torch.Tensor]
     ) -> ModuleSizes:
         """As many units as the file has values, where the file's run chose them from data."""
-        if not config.sizes_from_data or not sizes.capacity:
+        if not config.calibrates_sizes or not sizes.capacity:
             return sizes
         values = held.get("sparse_lora_values")
         if values is None and (isinstance(config.criterion, Given) or config.structure_of(module_name)):
@@ -128,8 +128,8 @@ class SparseLoraLayer(SupportState):
     def _before_training(self, active: list[str]) -> None:
         waiting = [name for name in active if name not in self.sparse_lora_dense_delta]
         for name in waiting:
-            if self.is_undecided(name):
-                raise ValueError(undecided_message(name, self.adapter_configs[name]))
+            if self.awaits_calibration(name):
+                raise ValueError(calibration_message(name, self.adapter_configs[name]))
         super()._before_training(waiting)
 
     def choose_units(self, adapter_name: str, action: str) -> None:
@@ -140,8 +140,8 @@ class SparseLoraLayer(SupportState):
         """
         if adapter_name not in self.sparse_lora_support:
             return
-        if self.is_undecided(adapter_name):
-            reason = undecided_message(adapter_name, self.adapter_configs[adapter_name])
+        if self.awaits_calibration(adapter_name):
+            reason = calibration_message(adapter_name, self.adapter_configs[adapter_name])
             raise ValueError(f"Nothing to {action}: {reason}")
         self.units(adapter_name)
 

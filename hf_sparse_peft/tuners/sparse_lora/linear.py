@@ -208,9 +208,9 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
 
 
 def _is_idle(layer: SparseLoraLayer, name: str) -> bool:
-    """Whether a support is undecided and nobody reads gradients or trains a dense delta in its place."""
+    """Whether a support awaits calibration and nobody reads gradients or trains a dense delta in its place."""
     # In this order: compiled graphs are guarded by what they look at, and readers come and go.
-    if not layer.is_undecided(name):
+    if not layer.awaits_calibration(name):
         return False
     return name not in layer.sparse_lora_dense_delta and name not in layer.sparse_lora_gradient_readers
 

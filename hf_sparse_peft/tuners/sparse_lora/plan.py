@@ -141,10 +141,10 @@ def plan_supports(config: SparseLoraConfig, model: nn.Module, matches) -> Suppor
         for name, grid in grids.items():
             config.criterion.check_grid(grid, name)
     chosen = {}
-    if config.structures and not config.data_driven:
+    if config.structures and not config.needs_calibration:
         chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
     counts = {name: units.numel() for name, units in chosen.items()}
-    if config.structures and config.data_driven:
+    if config.structures and config.needs_calibration:
         counts = structure_counts(config, grids, model)
     targets = _targets(config, layers, {name: grid for name, grid in grids.items() if name not in counts}, model)
     budget, ranks = config.support_budget, {}
@@ -154,7 +154,7 @@ def plan_supports(config: SparseLoraConfig, model: nn.Module, matches) -> Suppor
         _check_patterns(budget, targets)
         counts |= _counts(config, targets)
         ranks = budget.ranks(targets)
-    if config.sizes_from_data:
+    if config.calibrates_sizes:
         return SupportPlan(counts, counts, chosen)  # of no meaning yet: what data or a file says is written then
     capacities = {name: _capacity(config, count, grids[name]) for name, count in counts.items()}
     if config.structures or capacities != counts or (budget is not None and not budget.follows_from_module):
@@ -173,7 +173,7 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
     if not config.structures:
         layers = {name: base for name, base in layers.items() if config.sizes[name][1]}
     grids, chosen = _grids(config, layers), {}
-    if config.structures and not config.data_driven and not config.inference_mode:
+    if config.structures and not config.needs_calibration and not config.inference_mode:
         chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
     counts = {name: config.sizes[name][0] for name in config.sizes}
     capacities = {name: config.sizes[name][1] for name in config.sizes}
@@ -191,7 +191,7 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
 def _targets(
     config: SparseLoraConfig, layers: dict[str, nn.Module], grids: dict[str, UnitGrid], model: nn.Module
 ) -> Targets:
-    waits = config.data_driven or isinstance(config.criterion, UnknownPart)
+    waits = config.needs_calibration or isinstance(config.criterion, UnknownPart)
     factors = {name: config.rank_of(name) * (grid.rows + grid.cols) for name, grid in grids.items()}
     return Targets(
         grids,

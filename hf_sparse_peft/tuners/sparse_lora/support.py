@@ -61,7 +61,7 @@ def _first_values(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
         drawn[sizes.units :] = 0
         return drawn.to(torch.empty(0).device)
     # Values of a support that is still to be chosen are zero, whatever init_weights says.
-    at_zero = config.init_weights or config.data_driven
+    at_zero = config.init_weights or config.needs_calibration
     return (torch.zeros if at_zero else torch.randn)(shape, dtype=torch.float32)
 
 
@@ -82,7 +82,7 @@ class SupportState(AdapterLayer):
         if first is not None:
             self.write_support(adapter_name, first.to(values.device))
             return
-        waits = config.data_driven or (config.inference_mode and config.init_weights)
+        waits = config.needs_calibration or (config.inference_mode and config.init_weights)
         waits = waits or isinstance(config.criterion, UnknownPart)
         if not waits and config.structure_of(self.module_name) is None:
             self.select_support(adapter_name)
@@ -174,7 +174,7 @@ class SupportState(AdapterLayer):
             return cached[3:]
         # Values that are not zero belong to units that only the file knows: decoding refuses them.
         if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
-            if self.adapter_configs[adapter_name].data_driven:  # empty until data decides
+            if self.adapter_configs[adapter_name].needs_calibration:  # empty until data decides
                 index_dtype = self.sparse_lora_grid[adapter_name].index_dtype
                 return self._remember(adapter_name, torch.empty(0, dtype=index_dtype, device=codes.device))
             self.select_support(adapter_name)
@@ -237,9 +237,9 @@ class SupportState(AdapterLayer):
         scale = self.sparse_lora_support_scaling[adapter_name]
         return values if scale == 1.0 else values * scale
 
-    def is_undecided(self, adapter_name: str) -> bool:
+    def awaits_calibration(self, adapter_name: str) -> bool:
         """Whether the adapter's support waits for data: the layer computes as its base then, and refuses to train."""
-        if adapter_name not in self.sparse_lora_values or not self.adapter_configs[adapter_name].data_driven:
+        if adapter_name not in self.sparse_lora_values or not self.adapter_configs[adapter_name].needs_calibration:
             return False
         codes, known = self.sparse_lora_support[adapter_name], self._units.get(adapter_name)
         if torch.compiler.is_compiling() and known is not None:
@@ -250,7 +250,7 @@ class SupportState(AdapterLayer):
         return not codes.is_meta and not codes[:4].any()
 
     def resize_support(self, adapter_name: str, count: int) -> None:
-        """Make room for `count` units, all of value zero and undecided, in the same parameter; 0 removes the support.
+        """Make room for `count` units, all zero and to be chosen, in the same parameter; 0 removes the support.
 
         For sizes that only data or a file know, before an optimizer holds state of the values.
 
@@ -265,7 +265,7 @@ class SupportState(AdapterLayer):
         self.resize(adapter_name, replace(self.sizes[adapter_name], units=count, capacity=count))
 
 
-def undecided_message(adapter_name: str, config: SparseLoraConfig) -> str:
+def calibration_message(adapter_name: str, config: SparseLoraConfig) -> str:
     """What to tell a user whose adapter cannot go on without the data that its support is chosen from."""
     score = config.criterion.part_type
     start = f"Adapter '{adapter_name}' has criterion='{score}', and its support has not been chosen yet. "

@@ -1,4 +1,4 @@
-"""Sparse fine-tuning methods whose support moves, and their static baselines."""
+"""Supports that change while they train: units leave, enter, retire or freeze."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..rules import (
     Gradient,
     LowRankMagnitude,
     NuclearNorm,
+    Prune,
     Random,
     RandomUnfired,
     Regrow,
@@ -19,18 +20,28 @@ from ..sparsity import (
     BelowThreshold,
     Cosine,
     Curve,
-    Density,
     ErdosRenyi,
     Linear,
-    Numbers,
-    Proportional,
     RankEquivalent,
-    WholeTensors,
     scores,
 )
 from ..training import AgedAdamWSpec, SparseSM3Spec
 from ..tuners import SparseLoraConfig
 from .registry import Method, register, with_overrides
+
+
+@register(
+    "gradual-pruning",
+    paper="Zhu and Gupta, 2017",
+    moves="support: thins out along a cubic curve",
+    use_when="the final adapter must be small and a larger one helps to find it",
+    cost="starts at twice the final numbers",
+)
+def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
+    """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
+    options = {"r": 0, "density": density, "schedule": [Prune(final_fraction=final_fraction)]}
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
+    return Method(SparseLoraConfig(**options))
 
 
 @register(
@@ -144,56 +155,6 @@ def rigl(
 
 
 @register(
-    "random-pruning",
-    paper="Liu et al., 2022",
-    moves="nothing",
-    use_when="a random support with Erdos-Renyi layer densities, the baseline of sparse training",
-    cost="none",
-)
-def random_pruning(density: float = 0.01, **overrides: Any) -> Method:
-    """A fixed random support whose layer densities follow Erdos-Renyi; exact counts where the code draws Bernoulli."""
-    options = {"r": 0, "budget": ErdosRenyi(density), "criterion": "random"}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
-
-
-@register(
-    "apet",
-    paper="Su et al., 2023",
-    moves="nothing",
-    use_when="to know what a placement is worth: tensors at random places, as many numbers as another method trains",
-    cost="none",
-)
-def apet(
-    budget: int | None = None,
-    unit: str = "tensor",
-    density: float | None = None,
-    budget_rank: int = 8,
-    r: int | None = None,
-    **overrides: Any,
-) -> Method:
-    """APET: tensors at arbitrary places train in full until `budget` numbers are spent (arXiv:2306.02320).
-
-    `unit="tensor"`, the released rule: half of the budget goes through the pairs of low-rank factors (rank `r`, by
-    default `budget_rank`) in a random order, half through the weight matrices; what fits into the rest of its half
-    trains, what does not is skipped. Two departures: a tensor never overshoots its half (the released code compares a
-    pair's first factor alone), and norms and biases, which it draws from too, stay as they are. `r=0` spends all on
-    matrices. Without `budget` it is `density` of the weights, or the numbers of a LoRA of rank `budget_rank`.
-
-    `unit="entry"`, the authors' random mask: a fixed random support over all matrices in proportion to their sizes, of
-    exactly `budget` entries or `density` (0.01) of them.
-    """
-    if unit not in ("tensor", "entry"):
-        raise ValueError(f"unit={unit!r} is unknown; choose 'tensor' (whole tensors) or 'entry' (a random mask).")
-    if unit == "tensor":
-        total = Numbers(budget) if budget else Density(density) if density else RankEquivalent(budget_rank)
-        options = {"r": budget_rank if r is None else r, "budget": WholeTensors(total), "granularity": "row"}
-    else:
-        total = Numbers(budget) if budget else Density(0.01 if density is None else density)
-        options = {"r": r or 0, "criterion": "random", "budget": Proportional(total)}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
-
-
-@register(
     "lift",
     paper="Liu et al., 2025",
     moves="support: the largest entries of the current weight's low-rank approximation, chosen anew",
@@ -232,8 +193,8 @@ def lift(
 @register(
     "sara",
     paper="Hu et al., 2025",
-    moves="nothing but what trains: entries that grew past a threshold freeze half-way",
-    use_when="the base model's prior must survive: only its least effective weights train",
+    moves="nothing; entries above a threshold freeze at mid-training",
+    use_when="preserving pre-trained behaviour matters: only the smallest weights train",
     cost="an SVD of one matrix at every step; half-way one look at each weight",
 )
 def sara(

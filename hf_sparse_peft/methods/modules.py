@@ -1,0 +1,61 @@
+"""Which adapted modules or layers are updated at a step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft import PeftConfig
+
+from ..rules import AlternateModules, SampleLayers
+from ..training import LayerSamplingCallback
+from ..tuners import SparseLoraConfig
+from ..tuners.shared.config import AdapterConfig
+from .registry import Method, register, with_overrides
+
+
+@register(
+    "hft",
+    paper="Hui et al., 2024",
+    moves="which half of the matrices is updated, anew every period",
+    use_when="full fine-tuning that forgets less is wanted and half of its optimizer state fits",
+    cost="a dense fp32 delta of every adapted matrix; optimizer state of half of them",
+)
+def hft(period_steps: int | None = None, fraction: float = 0.5, level: str = "category", **overrides: Any) -> Method:
+    """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a period (an epoch)."""
+    options = {"r": 0, "density": 1.0, "granularity": "row", "target_modules": "all-linear"}
+    options["schedule"] = [AlternateModules(period_steps, fraction, level)]
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+
+
+@register(
+    "ist",
+    paper="Yao et al., 2024",
+    moves="which layers' adapters train, every step",
+    use_when="memory for activations is short, or all layers at once overfit",
+    cost="three forward passes of 16 samples in every 10 steps",
+)
+def ist(
+    adapter: PeftConfig | None = None,
+    trained: float = 0.25,
+    suppressed: float = 0.5,
+    suppression: float = 0.25,
+    interval: int = 10,
+    r: int = 32,
+    lora_alpha: float = 64,
+    **overrides: Any,
+) -> Method:
+    """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
+    paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
+    sampling = SampleLayers(trained, suppressed, suppression, interval=interval)
+    if adapter is None:
+        targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
+        return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": targets}, overrides)))
+    if overrides:
+        raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
+    if isinstance(adapter, AdapterConfig):
+        adapter = copy.copy(adapter)
+        adapter.schedule = [*adapter.schedule, sampling]
+        return Method(adapter)
+    return Method(adapter, make_callbacks=lambda model: [LayerSamplingCallback(sampling)])

@@ -1,0 +1,48 @@
+"""A support beside a low-rank half."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..sparsity import UnitsPerModule
+from ..tuners import SparseLoraConfig
+from .registry import Method, register, with_overrides
+
+
+@register(
+    "sltrain",
+    paper="Han et al., 2024",
+    moves="nothing",
+    use_when="a low rank is too little and nobody knows which entries it misses",
+    cost="4 bytes of index an entry in memory, one in the file",
+)
+def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overrides: Any) -> Method:
+    """`(alpha / r) B A + S` on a uniformly random fixed support, beside the frozen weight.
+
+    The fine-tuning form: it starts as the identity, with B = 0 and values 0; `support_init="uniform"` draws the values
+    from U(+-1/sqrt(columns)) as the pre-training form does.
+    """
+    options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
+
+
+@register(
+    "dsee",
+    paper="Chen et al., 2023",
+    moves="nothing",
+    use_when="LoRA, with a few entries for what no low rank reaches",
+    cost="a decomposition of each weight at injection: minutes for large models",
+)
+def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides: Any) -> Method:
+    """`(alpha / r)(U V + S2)` on the query and value matrices (peft's default targets), with `num_sparse` entries where
+    a low-rank + sparse decomposition of the pretrained weight has its largest sparse entries. The paper's update; its
+    pruned base is another matter."""
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "budget": UnitsPerModule(num_sparse),
+        "criterion": "decomposition_residual",
+        "scale_support": True,
+        "factor_init": "normal",
+    }
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
