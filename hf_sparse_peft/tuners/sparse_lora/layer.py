@@ -50,8 +50,8 @@ class SparseLoraLayer(SupportState):
     sparse_lora_gradient_readers: dict[str, list[Callable[[torch.Tensor], None]]]
     """Who reads the dense gradient at this step; an adapter without readers has no entry."""
     sparse_lora_dense_delta: dict[str, torch.Tensor]
-    """Dense fp32 deltas `[out, in]` that stand for a support before calibration while a warm-up trains them. Not registered:
-    neither an optimizer nor a file of the run sees them."""
+    """Dense fp32 deltas `[out, in]` that stand for a support before calibration, while a warm-up trains them. Not
+    registered: neither an optimizer nor a file of the run sees them."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
