@@ -11,7 +11,7 @@ from torch import nn
 from ..optim import innermost
 from ..rules import Rule, Training
 from ..tuners import adapter_layers
-from .runner import RuleExecutor
+from .executor import RuleExecutor
 from .trainer_checks import refuse_sharded
 
 

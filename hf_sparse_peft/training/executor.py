@@ -1,0 +1,220 @@
+"""`RuleExecutor`: carries out the rules of `config.schedule` in any training loop."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..optim import innermost
+from ..rules import ModuleSpace, Rule, Run, Training, in_order
+from ..tuners import AdapterLayer, adapter_layers
+from ..tuners.shared.base_weight import keep_4bit_weight_stable
+from ..tuners.shared.live_run import LiveRun, begin_run
+from ..utils.parts import UnknownPart, load_part
+from .trainer_checks import why_no_rule_runs
+
+_LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun]]] = weakref.WeakKeyDictionary()
+"""Layer -> adapter -> the run that last kept rule state there."""
+
+
+class RuleExecutor:
+    """Runs every rule of `config.schedule`, on every trained adapter, in the order of the list; a subclass with a
+    `rule_class` carries the rules of that class only. Who is updated at a step (rules that write `trains`) is decided
+    before the others look. The loop that trains calls its phases (`RuleRunner`, `Controller`).
+
+    Args:
+        rule: run this rule on all trained adapters instead of those that their configs name. One that acts on whole
+            modules runs on adapters of upstream peft too, such as `LoraConfig`'s.
+        owner: what runs them, for messages; None: the class's name.
+
+    Raises:
+        ValueError: `rule` is not one, or not of the subclass's `rule_class`.
+    """
+
+    rule_class: ClassVar[type[Rule]] = Rule
+
+    def __init__(self, rule: Rule | dict[str, Any] | None = None, owner: str | None = None) -> None:
+        self.owner = owner or type(self).__name__
+        if rule is not None:
+            rule = load_part(Rule, rule, f"{self.owner}(rule)")
+            if isinstance(rule, UnknownPart):
+                raise ValueError(f"{self.owner}({rule.data}) cannot run here: {rule.reason}.")
+            if not isinstance(rule, self.rule_class):
+                raise ValueError(f"{self.owner} carries a {self.rule_class.__name__}, not {rule!r}.")
+        self.rule = rule
+        self.runs: list[Run] = []
+        """One view of the current (or last) training run for each rule of each adapter."""
+        self.training: Training | None = None
+        self._live: LiveRun | None = None
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the rules did: dicts with `step`, `rule`, `adapter` and what the rule says of it, in order."""
+        found = [
+            {"rule": run.rule.part_type, "adapter": run.adapter, **event} for run in self.runs for event in run.events
+        ]
+        return sorted(found, key=lambda event: event["step"])
+
+    @property
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint carries beside the tensors."""
+        return {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
+
+    def begin(self, training: Training, saved: dict[str, dict[str, Any]], alone: bool = False) -> None:
+        """Take part in `training`: find the spaces of every rule, prepare their state, begin.
+
+        Args:
+            training: what the loop knows of the run.
+            saved: what a checkpoint brought.
+            alone: whether nobody else takes part; a run that goes on on this model is broken off.
+
+        Raises:
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run.
+        """
+        self.training = training
+        self._join(training.model, alone)
+        self.runs = list(self._make_runs())
+        if not self.runs:
+            raise ValueError(why_no_rule_runs(self.owner, self.rule or self.rule_class, training.model))
+        for run in self.runs:
+            run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
+        if any("trains" in run.rule.writes for run in self.runs) and training.optimizer is not None:
+            training.updates.attach(training.optimizer)
+        if any("batches" in run.rule.needs for run in self.runs):
+            for module in training.model.modules():
+                keep_4bit_weight_stable(module)  # forward passes without gradients would repack it on a CPU
+        # What chooses the first support comes before those that look at it.
+        for run in sorted(self.runs, key=lambda run: "batches" not in run.rule.needs):
+            run.rule.begin(run)
+
+    def before_step(self) -> None:
+        """Before the first micro-batch."""
+        for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
+            run.rule.before_step(run)
+
+    def after_micro_batch(self) -> None:
+        """Between micro-batches."""
+        for run in self.runs:
+            run.rule.after_micro_batch(run)
+
+    def gradients(self) -> None:
+        """Before the update."""
+        for run in self.runs:
+            run.rule.gradients(run)
+
+    def after_update(self) -> None:
+        """After the update."""
+        for run in self.runs:
+            run.rule.after_update(run)
+
+    def after_step(self) -> None:
+        """After the step is counted."""
+        for run in self.runs:
+            run.rule.after_step(run)
+
+    def end(self) -> None:
+        """Take everything off the model. If the last step is done, free the rules' state too, so that the shipped
+        adapter is small; a run that stopped early needs it when it is resumed."""
+        done = self.training.step >= self.training.total_steps
+        if done:
+            for run in self.runs:
+                run.rule.finish(run)
+        self.leave()
+        for run in (run for run in self.runs if done and run.config is not None):
+            for space in run.all_spaces:
+                space.layer.drop_training_state(space.adapter)
+            run.config.training_finished = True
+
+    def leave(self) -> None:
+        """Take everything off the model; nothing to do a second time."""
+        if self._live is not None:
+            self._live.leave(self)
+
+    # Runs
+
+    def _join(self, model: nn.Module, alone: bool) -> None:
+        self._live = begin_run(model, adapter_layers(model), alone)
+        self._live.join(self, self._release)
+        self.training.updates = self._live.mask
+        optimizer = self.training.optimizer
+        groups = innermost(optimizer).param_groups if optimizer is not None else []
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        if known and any(id(parameter) not in known for parameter in self._live.released):
+            raise ValueError(
+                "A run that was broken off held parameters still, and this optimizer was built before they were "
+                "released, without them. They train again now: make a new Trainer (or optimizer) and train with that."
+            )
+
+    def _release(self) -> None:
+        """Called when the run ends, however it does."""
+        for run in self.runs:
+            run.rule.release(run)
+
+    def _make_runs(self) -> Iterator[Run]:
+        layers: dict[str, list[AdapterLayer]] = {}
+        for layer, adapter in trained_adapters(self.training.model):
+            layers.setdefault(adapter, []).append(layer)
+        for adapter, held in layers.items():
+            config = held[0].adapter_configs[adapter]
+            config.check_runnable()
+            rules = [self.rule] if self.rule is not None else in_order(config.rules)
+            for rule in (rule for rule in rules if isinstance(rule, self.rule_class)):
+                spaces = [s for layer in held for s in layer.unit_spaces(adapter) if s.kind in rule.acts_on]
+                spaces = [space for space in spaces if space.trains or space.kind == "module"]
+                if spaces:
+                    self._take_charge(rule, config)
+                    for space in spaces:
+                        space.check_needs(rule.needs)
+                    for layer in held:
+                        _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
+                    yield Run(self.training, rule, adapter, config, spaces)
+        if self.rule is not None and "module" in self.rule.acts_on:
+            for adapter, spaces in _upstream_modules(self.training.model).items():
+                if any(self.rule.state(space) for space in spaces):
+                    raise ValueError(
+                        f"{type(self.rule).__name__} keeps tensors in the layers, and those of '{adapter}' are "
+                        "upstream peft's, which have no room for them. Use an adapter of hf_sparse_peft."
+                    )
+                yield Run(self.training, self.rule, adapter, None, spaces)
+
+    def _take_charge(self, rule: Rule, config: Any) -> None:
+        if rule.part_type in self._live.rules_run_for(config):
+            raise ValueError(
+                f"{type(rule).__name__} is run by two callbacks of this Trainer, {self.owner} and another. "
+                "Pass callbacks_for(model), or the callback of that one rule, not both."
+            )
+        self._live.note_rule(config, rule.part_type)
+        config.training_finished = False
+
+
+def trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:
+    """Layers with the active adapters that they hold and that are not for inference."""
+    for layer in adapter_layers(model):
+        for name in layer.active_adapters:
+            if layer.holds(name) and not layer.adapter_configs[name].inference_mode:
+                yield layer, name
+
+
+def _upstream_modules(model: nn.Module) -> dict[str, list[ModuleSpace]]:
+    """Modules with active adapters of upstream peft, by adapter and in model order."""
+    found: dict[str, list[ModuleSpace]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AdapterLayer):
+            for adapter in layer.active_adapters:
+                space = ModuleSpace(layer, adapter, name.removeprefix("base_model.model."))
+                if space.parameters():
+                    found.setdefault(adapter, []).append(space)
+    return found
+
+
+def _allocate_state(layer: AdapterLayer, adapter: str, rule: Rule, live: LiveRun, fresh: bool) -> None:
+    """State for `live`; where it starts afresh, not what an earlier run that did not end left behind."""
+    runs = _LAST_RUN.setdefault(layer, {})
+    if fresh and adapter in runs and runs[adapter]() is not live:
+        layer.drop_training_state(adapter)
+    runs[adapter] = weakref.ref(live)
+    layer.allocate_rule_state(adapter, [rule])
