@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig, cli, hub
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_merge_takes_the_base_from_the_config(folders, tmp_path):
     assert named == str(folders / "base")
     assert cli.main(["merge", str(folders / "entries"), str(tmp_path / "dense")]) == 0
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert not sparse_layers(dense)
+    assert not adapter_layers(dense)
     torch.testing.assert_close(logits(dense), reference(folders, "entries"), atol=1e-5, rtol=1e-5)
 
 

@@ -60,7 +60,7 @@ def adapter_card(
     Raises:
         ValueError: `model` has no adapter of this package of that name, or `metrics` is not a mapping.
     """
-    layers = adapter_layers(model, adapter_name)
+    layers = adapter_layers(model, adapter_name=adapter_name)
     config = layers[0].adapter_configs[adapter_name]
     base_model = base_model or config.base_model_name_or_path or None
     if metrics is not None and not isinstance(metrics, Mapping):

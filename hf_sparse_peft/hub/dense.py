@@ -51,7 +51,7 @@ def merge_to_dense(
         raise ValueError(f"weights has {len(given)} numbers for {len(names)} adapters; give one each.")
     terms = list(zip(names, given, strict=True))
     for name in names:
-        adapter_layers(model, name)  # refuses unknown names
+        adapter_layers(model, adapter_name=name)  # refuses unknown names
     refuse_merged(adapter_layers(model))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if path is not None and not hasattr(base, "save_pretrained"):

@@ -192,7 +192,7 @@ def _exportable(model: nn.Module, adapter_name: str) -> tuple[AdapterConfig, lis
     Raises:
         ValueError: `model` has no such adapter, or something is merged into its base weights.
     """
-    layers = adapter_layers(model, adapter_name)
+    layers = adapter_layers(model, adapter_name=adapter_name)
     refuse_merged(layers)
     return layers[0].adapter_configs[adapter_name], layers
 

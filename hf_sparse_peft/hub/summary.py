@@ -22,7 +22,7 @@ def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
         ValueError: `model` has no adapter of this package of that name, or a support is damaged.
     """
     groups: dict[tuple, dict[str, Any]] = {}
-    for layer in adapter_layers(model, adapter_name):
+    for layer in adapter_layers(model, adapter_name=adapter_name):
         rows, cols = layer.out_features, layer.in_features
         spaces, density, parameters = layer_counts(layer, adapter_name)
         name = layer.module_name.rpartition(".")[2]

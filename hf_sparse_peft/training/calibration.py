@@ -14,9 +14,7 @@ from ..rules.calibration_data import CalibrationData
 from ..rules.probing import random_state_kept
 from ..sparsity import DataCriterion, Score, UnitGrid
 from ..sparsity.statistics import DeltaMagnitude
-from ..tuners.sparse_lora.config import SparseLoraConfig
-from ..tuners.sparse_lora.layer import SparseLoraLayer
-from ..tuners.sparse_lora.model import sparse_layers
+from ..tuners import SparseLoraConfig, SparseLoraLayer, adapter_layers
 from ..utils.parts import UnknownPart, load_part_by_name
 from .calibrated_selection import CalibratedSelection
 from .calibration_passes import estimate, groups_within
@@ -203,7 +201,7 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
             layer.write_support(adapter_name, chosen)
             layer.sparse_lora_values[adapter_name].data.zero_()
     if open_sizes:
-        adapted = [layer for layer in sparse_layers(model) if adapter_name in layer.sizes]
+        adapted = [layer for layer in adapter_layers(model, SparseLoraLayer) if adapter_name in layer.sizes]
         config.sizes = {layer.module_name: layer.sizes[adapter_name].as_list() for layer in adapted}
 
 
@@ -248,9 +246,9 @@ def _grids(layers: list[SparseLoraLayer], adapter_name: str) -> dict[str, UnitGr
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> tuple[list[SparseLoraLayer], SparseLoraConfig]:
-    layers = [layer for layer in sparse_layers(model) if adapter_name in layer.sparse_lora_grid]
+    layers = [layer for layer in adapter_layers(model, SparseLoraLayer) if adapter_name in layer.sparse_lora_grid]
     if not layers:
-        known = sorted({name for layer in sparse_layers(model) for name in layer.sparse_lora_grid})
+        known = sorted({name for layer in adapter_layers(model, SparseLoraLayer) for name in layer.sparse_lora_grid})
         raise ValueError(
             f"The model has no adapter '{adapter_name}' with a support; adapters that have one: {known or 'none'}. "
             "Call get_peft_model with a SparseLoraConfig of density > 0 first."

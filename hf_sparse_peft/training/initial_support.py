@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from ..tuners import restore_fp32
+from ..tuners import SparseLoraLayer, adapter_layers, restore_fp32
 from ..tuners.shared.best_model import warn_of_best_model
-from ..tuners.sparse_lora import sparse_layers
 from .calibration import initialize_support
 from .trainer_checks import sharding_switched_on
 
@@ -37,7 +36,7 @@ class InitialSupportCallback(TrainerCallback):
             ValueError: there is no dataloader; sizes would change under a wrapped model; see `initialize_support`.
         """
         warn_of_best_model(args, state, model)
-        layers = sparse_layers(model)
+        layers = adapter_layers(model, SparseLoraLayer)
         for name in dict.fromkeys(name for layer in layers for name in layer.active_adapters):
             waiting = [layer for layer in layers if layer.awaits_calibration(name)]
             if not waiting or not waiting[0].sparse_lora_values[name].requires_grad:

@@ -19,8 +19,7 @@ from ..optim import (
     aged_adamw_groups,
     zeroth_order_groups,
 )
-from ..tuners import adapter_layers
-from ..tuners.sparse_lora import sparse_layers
+from ..tuners import SparseLoraLayer, adapter_layers
 from ..utils.parts import UnknownPart, register_part, require
 
 
@@ -69,7 +68,7 @@ class SparseSM3Spec(OptimizerSpec):
         """Groups as Trainer makes them; entries are read anew at every step."""
         places = {
             values: (layer, name)
-            for layer in sparse_layers(model)
+            for layer in adapter_layers(model, SparseLoraLayer)
             for name, values in layer.sparse_lora_values.items()
             if values.requires_grad and layer.sparse_lora_grid[name].granularity == "entry"
         }

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
-from ..tuners.sparse_lora import sparse_layers
 from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
@@ -43,9 +42,7 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     if isinstance(model_or_config, nn.Module):
         if any(name != "default" for layer in layers for name in layer.active_adapters):
             schedules.append(NamedAdapterCallback())
-        waits = any(
-            layer.awaits_calibration(name) for layer in sparse_layers(model_or_config) for name in layer.active_adapters
-        )
+        waits = any(layer.awaits_calibration(name) for layer in layers for name in layer.active_adapters)
     else:
         waits = getattr(model_or_config, "needs_calibration", False)
     # First of all: schedules look at the supports.

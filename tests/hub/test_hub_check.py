@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse_peft import Allocate, AverageRank, ErdosRenyi, Numbers, Prune, Regrow, hub
 from hf_sparse_peft.sparsity import UnitGrid, encode_support
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 FILE = "adapter_model.safetensors"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -46,7 +46,7 @@ def damaged(hybrid_folder, tmp_path):
 def test_report_says_what_the_layers_hold(tmp_path, granularity):
     model = adapted(r=2, granularity=granularity)
     report = hub.check_adapter(hub.save_adapter(model, tmp_path / "a"))
-    layers = {layer.module_name: layer for layer in sparse_layers(model)}
+    layers = {layer.module_name: layer for layer in adapter_layers(model)}
     assert {m.name for m in report.modules} == set(layers)
     for module in report.modules:
         layer = layers[module.name]
@@ -75,7 +75,7 @@ def test_low_rank_only_adapter_passes(tmp_path):
 
 def test_adapter_saved_amid_its_schedules_passes(tmp_path):
     model = adapted(r=3, schedule=[Prune(), Regrow(), Allocate(budget=AverageRank(2))])
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     layer.write_support("default", layer.units("default")[:-5])
     layer.sparse_lora_rank_mask["default"][0] = 0
     report = hub.check_adapter(hub.save_adapter(model, tmp_path / "a"))
@@ -88,7 +88,7 @@ def test_adapter_saved_amid_its_schedules_passes(tmp_path):
 
 def test_compacted_bf16_adapter_passes(tmp_path):
     model = adapted(r=3, schedule=[Allocate(budget=AverageRank(2))])
-    for layer in sparse_layers(model)[::2]:
+    for layer in adapter_layers(model)[::2]:
         layer.write_support("default", layer.units("default")[:-5])
         layer.sparse_lora_rank_mask["default"][0] = 0
     model.base_model.compact("default", values_dtype="bfloat16")

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import Numbers, Proportional, SparseLoraConfig, WholeTensors, methods
 from hf_sparse_peft.sparsity.budgets import draw_tensors
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def adapted(**options):
@@ -17,7 +17,7 @@ def adapted(**options):
 def taken(model) -> tuple[set[str], set[str]]:
     """Modules whose pair of factors trains, and those whose whole matrix does."""
     pairs, matrices = set(), set()
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         A, B = (f"sparse_lora_{name}" for name in "AB")
         assert ("default" in getattr(layer, A)) == ("default" in getattr(layer, B))
         if "default" in getattr(layer, A):
@@ -49,7 +49,7 @@ def test_the_walk_takes_what_fits_and_skips_what_does_not(monkeypatch):
 def test_whole_tensors_stay_within_their_halves_of_the_budget_and_leave_no_room_for_another(r, seed):
     budget = 9000
     model = adapted(budget=budget, r=r, seed=seed)
-    sizes = {layer.module_name: (layer.out_features, layer.in_features) for layer in sparse_layers(model)}
+    sizes = {layer.module_name: (layer.out_features, layer.in_features) for layer in adapter_layers(model)}
     pairs, matrices = taken(model)
     share = budget // 2 if r else budget
     spent = {
@@ -81,7 +81,7 @@ def test_training_moves_the_drawn_tensors_only_and_a_file_brings_them_back(tmp_p
     before = taken(model)
     tiny.train(model, tmp_path / "run", 3, weight_decay=0.1)
     assert taken(model) == before
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         moved = bool(layer.get_delta_weight("default").any()) if layer.holds("default") else False
         assert moved == (layer.module_name in before[0] | before[1])
     model.save_pretrained(tmp_path / "saved")
@@ -93,15 +93,15 @@ def test_training_moves_the_drawn_tensors_only_and_a_file_brings_them_back(tmp_p
 
 def test_without_a_budget_it_is_that_of_a_lora_of_the_rank():
     model = adapted(budget_rank=4)
-    lora = sum(4 * (layer.in_features + layer.out_features) for layer in sparse_layers(model))
+    lora = sum(4 * (layer.in_features + layer.out_features) for layer in adapter_layers(model))
     assert 0.6 * lora < model.get_nb_trainable_parameters()[0] <= lora
 
 
 def test_a_random_mask_is_proportional_to_the_sizes_and_no_rule_of_size_chooses_it():
     model = adapted(unit="entry", budget=2000)
-    whole = sum(layer.in_features * layer.out_features for layer in sparse_layers(model))
+    whole = sum(layer.in_features * layer.out_features for layer in adapter_layers(model))
     picked, every = [], []
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         weight = layer.base_layer.weight.detach().double()
         units = layer.units("default").long()
         assert abs(units.numel() - 2000 * weight.numel() / whole) < 1
@@ -128,7 +128,7 @@ def test_a_random_mask_spends_its_budget_to_the_last_entry_and_a_file_brings_it_
 
 def test_a_random_mask_of_a_density_has_that_share_of_all_entries():
     model = adapted(unit="entry", density=0.013)
-    whole = sum(layer.in_features * layer.out_features for layer in sparse_layers(model))
+    whole = sum(layer.in_features * layer.out_features for layer in adapter_layers(model))
     assert model.get_nb_trainable_parameters()[0] == int(0.013 * whole)
 
 

@@ -6,14 +6,14 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def chosen(name: str, base=None, **options) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Module name -> its weight in float64 and its units."""
     model = get_peft_model(base if base is not None else tiny.llama(layers=1), methods.get(name, **options).config)
     found = {}
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         weight = layer.base_layer.weight.detach().double()
         found[layer.module_name] = weight, layer.units("default").long()
     return found

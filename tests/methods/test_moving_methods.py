@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from hf_sparse_peft import Constant, Cosine, Prune, SparseLoraConfig, callbacks_for, methods
 from hf_sparse_peft.rules.sample_layers import updated_importance
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 NAMES = ("spiel-ag", "spiel-ma", "set", "rigl", "sara", "gradual-pruning", "lift")
 
@@ -18,7 +18,7 @@ NAMES = ("spiel-ag", "spiel-ma", "set", "rigl", "sara", "gradual-pruning", "lift
 @pytest.mark.parametrize("name", NAMES)
 def test_every_linear_layer_but_the_head_is_adapted_by_default(name):
     model = get_peft_model(tiny.llama(layers=1), methods.get(name, density=0.01).config)
-    adapted = {layer.module_name.split(".")[-1] for layer in sparse_layers(model)}
+    adapted = {layer.module_name.split(".")[-1] for layer in adapter_layers(model)}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -29,14 +29,14 @@ def supports_around_a_move(method, values_of, out, step=3, steps=5):
 
     def prepare(now, model, optimizer):
         if now == step:
-            for number, layer in enumerate(sparse_layers(model)):
+            for number, layer in enumerate(adapter_layers(model)):
                 values = layer.sparse_lora_values["default"].data
                 values.copy_(values_of(values.shape[0], torch.Generator().manual_seed(number)))
                 before[layer.module_name] = (layer.units("default").tolist(), values.double().clone())
 
     def look(now, model, optimizer):
         if now == step:
-            after.update({layer.module_name: layer.units("default").tolist() for layer in sparse_layers(model)})
+            after.update({layer.module_name: layer.units("default").tolist() for layer in adapter_layers(model)})
 
     callbacks = [tiny.At(on_step_end=prepare), *method.callbacks(model), tiny.At(on_step_end=look)]
     tiny.train(model, out, steps, callbacks=callbacks, optimizer=method.optimizer)
@@ -144,7 +144,7 @@ def test_global_pruning_compares_units_of_unequal_size_by_their_mean(tmp_path):
         r=0, density=0.5, granularity="row", target_modules=["q_proj", "down_proj"], schedule=[pruning]
     )
     model = get_peft_model(tiny.llama(layers=1), config)
-    layers = {layer.module_name.split(".")[-1]: layer for layer in sparse_layers(model)}
+    layers = {layer.module_name.split(".")[-1]: layer for layer in adapter_layers(model)}
     before = {}
 
     def prepare(step, model, optimizer):

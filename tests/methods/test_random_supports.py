@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 SIDE, DENSITY = 64, 0.1
 # name -> what gives it a random support of a tenth of the entries
@@ -21,7 +21,7 @@ RANDOM = {
 def supports(name: str, seed: int) -> list[torch.Tensor]:
     config = methods.get(name, **RANDOM[name], target_modules=["q_proj", "o_proj"], seed=seed).config
     model = get_peft_model(tiny.llama(hidden=SIDE), config)
-    return [layer.units("default").long() for layer in sparse_layers(model)]
+    return [layer.units("default").long() for layer in adapter_layers(model)]
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -41,7 +41,7 @@ def test_a_random_support_is_spread_over_rows_and_columns_and_drawn_for_every_la
 
 def test_mosas_experts_own_entries_of_any_row_and_every_layer_has_a_split_of_its_own():
     model = get_peft_model(tiny.llama(hidden=SIDE), methods.get("mosa", target_modules=["q_proj"]).config)
-    maps = [layer.sparse_lora_B_map["default"] for layer in sparse_layers(model)]
+    maps = [layer.sparse_lora_B_map["default"] for layer in adapter_layers(model)]
     assert len(maps) == 2
     for owners in maps:
         for expert in range(4):

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_sparse_peft import methods
 from hf_sparse_peft.sparsity import Random
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 HIDDEN, INNER, VOCAB, HEADS, GROUPS = 32, 64, 48, 4, 2
 IDS = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,7 @@ def adapted(name, seed=7, **options):
 
 
 def layers_of(model):
-    return {layer.module_name: layer for layer in sparse_layers(model)}
+    return {layer.module_name: layer for layer in adapter_layers(model)}
 
 
 def loss_of(model):
@@ -47,7 +47,7 @@ def loss_of(model):
 def test_s2ft_trains_three_percent_of_the_down_columns_over_all_layers():
     method = methods.get("s2ft")
     model = get_peft_model(base(), method.config)
-    columns = [layer.sparse_lora_values["default"].shape for layer in sparse_layers(model) if layer.holds("default")]
+    columns = [layer.sparse_lora_values["default"].shape for layer in adapter_layers(model) if layer.holds("default")]
     assert sum(shape[0] for shape in columns) == int(0.03 * INNER * 2)
     assert {shape[1] for shape in columns} == {HIDDEN}
     assert model.get_nb_trainable_parameters()[0] == int(0.03 * INNER * 2) * HIDDEN
@@ -159,7 +159,7 @@ def test_sltrain_has_the_papers_defaults():
 
 def test_sltrain_draws_exactly_the_share_of_entries_within_one_over_root_columns():
     model = get_peft_model(base(), methods.get("sltrain", r=4, support_init="uniform").config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         delta = layer.get_delta_weight("default")  # B = 0: the sparse half alone
         assert int((delta != 0).sum()) == int(0.03 * delta.numel())
         bound = layer.in_features**-0.5
@@ -210,7 +210,7 @@ def test_sltrain_saves_nothing_of_the_size_of_the_weight():
 
 def test_dsee_has_the_papers_defaults_and_starts_as_published():
     model = get_peft_model(base(), methods.get("dsee").config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         assert layer.module_name.endswith(("q_proj", "v_proj"))
         assert layer.units("default").numel() == layer.units("default").unique().numel() == 128
         assert layer.sparse_lora_scaling["default"] == layer.sparse_lora_support_scaling["default"] == 32 / 4
@@ -221,7 +221,7 @@ def test_dsee_has_the_papers_defaults_and_starts_as_published():
 
 def test_dsee_scales_the_entries_with_the_low_rank_half(tmp_path):
     model = adapted("dsee", num_sparse=20).eval()
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         S = torch.zeros(layer.out_features * layer.in_features, dtype=torch.float64)
         S[layer.units("default").long()] = layer.sparse_lora_values["default"].detach().double()
         A, B = (getattr(layer, f"sparse_lora_{f}")["default"].detach().double() for f in "AB")

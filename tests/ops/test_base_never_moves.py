@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 IDS = torch.arange(10).view(2, 5)
 
@@ -34,7 +34,7 @@ class BaseNeverMoves(RuleBasedStateMachine):
         self.model = get_peft_model(base, SparseLoraConfig(r=r, density=0.3, **options))
         self.model.add_adapter("other", SparseLoraConfig(r=2, density=0.3, seed=1, **options))
         self.optimizer = torch.optim.SGD([p for n, p in self.model.named_parameters() if "sparse_lora" in n], lr=0.01)
-        self.weights = [layer.get_base_layer().weight for layer in sparse_layers(self.model)]
+        self.weights = [layer.get_base_layer().weight for layer in adapter_layers(self.model)]
         self.before = [weight.detach().clone() for weight in self.weights]
         self.merged, self.loss = False, None
 
@@ -83,7 +83,7 @@ class BaseNeverMoves(RuleBasedStateMachine):
 
     @rule()
     def a_forward_that_raises(self):
-        layer = sparse_layers(self.model)[0]
+        layer = adapter_layers(self.model)[0]
         with pytest.raises(RuntimeError):
             layer(torch.zeros(3, layer.in_features + 1, dtype=torch.bfloat16))
 

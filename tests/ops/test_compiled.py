@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_peft import Regrow, SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -74,7 +74,7 @@ def test_compiled_training_is_one_graph_that_survives_steps_and_moves(granularit
 
 def move_supports(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         units, grid = layer.units("default"), layer.sparse_lora_grid["default"]
         moved = torch.randperm(grid.num_units, generator=generator)[: units.numel()].sort().values
         layer.write_support("default", moved.to(units.dtype))
@@ -88,12 +88,12 @@ def test_compiled_backward_hands_dense_gradients_to_a_reader_that_came_later(gra
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     run(input_ids=ids, labels=ids).loss.backward()
     seen = {}
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         layer.add_gradient_reader("default", lambda dense, name=layer.module_name: seen.__setitem__(name, dense))
     run(input_ids=ids, labels=ids).loss.backward()
     compiled = dict(seen)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert compiled.keys() == {layer.module_name for layer in sparse_layers(model)}
+    assert compiled.keys() == {layer.module_name for layer in adapter_layers(model)}
     for name, dense in compiled.items():
         torch.testing.assert_close(dense, seen[name], rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
@@ -102,7 +102,7 @@ def test_compiled_backward_hands_dense_gradients_to_a_reader_that_came_later(gra
 def test_a_copied_layer_answers_for_itself_not_for_the_original(ids):
     model = adapted("entry", 0)
     other = copy.deepcopy(model)
-    owners = [layer._owner for m in (model, other) for layer in sparse_layers(m)]
+    owners = [layer._owner for m in (model, other) for layer in adapter_layers(m)]
     assert len(set(owners)) == len(owners)
 
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from hf_sparse_peft import ErdosRenyi, SparseLoraConfig
 from hf_sparse_peft.sparsity import UnitGrid, competition_counts, erdos_renyi_counts
 from hf_sparse_peft.sparsity.allocation import proportional_counts
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 NAMES = [f"layers.{number}" for number in range(24)]
 # 1.5 rows a layer: 12 of the 24 layers get a second one, twice the entries of the others.
@@ -46,7 +46,9 @@ def test_the_configs_seed_decides_which_layers_get_a_row_more():
         config = SparseLoraConfig(
             r=0, budget=ErdosRenyi(1.5 / 32), granularity="row", target_modules=["q_proj"], seed=seed
         )
-        return [layer.units("default").numel() for layer in sparse_layers(get_peft_model(tiny.llama(layers=6), config))]
+        return [
+            layer.units("default").numel() for layer in adapter_layers(get_peft_model(tiny.llama(layers=6), config))
+        ]
 
     found = [sizes(seed) for seed in range(3)]
     assert all(sorted(one) == [1, 1, 1, 2, 2, 2] for one in found)

@@ -10,7 +10,7 @@ from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import nn
 
 from hf_sparse_peft import Allocate, AverageRank, Orthogonality, callbacks_for, methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 R, TARGET = 4, 2
 
@@ -79,7 +79,7 @@ def side_by_side(out, total: int, tinit: int, tfinal: int, interval: int, count_
     )  # fmt: skip
     torch.manual_seed(seed)
     model = get_peft_model(tiny.llama(layers=1, seed=seed), method.config)
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     upstream, gates, averages, later = Upstream(layers, total, tinit, tfinal, interval), {}, {}, []
 
     def after(step, model, optimizer):
@@ -134,7 +134,7 @@ def test_importances_stop_before_t_minus_t_final_so_that_later_gradients_change_
     for factor in (1.0, -50.0):
         torch.manual_seed(0)
         model = get_peft_model(tiny.llama(layers=1), method.config)
-        layers = sparse_layers(model)
+        layers = adapter_layers(model)
 
         def disturb(step, model, optimizer, factor=factor, layers=layers):
             if step >= total - tfinal:

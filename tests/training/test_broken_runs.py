@@ -35,7 +35,7 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.rules import moves
 from hf_sparse_peft.training import SupportTelemetryCallback, ZerothOrderTrainer, zeroth_order_optimizer
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -87,7 +87,7 @@ class Interrupt:
         return [tiny.At(on_step_begin=begin, on_step_end=end)]
 
     def hook(self, model):
-        last = sparse_layers(model)[-1]
+        last = adapter_layers(model)[-1]
 
         def forward(module, args, output):
             if self.step == 3 and module.training and torch.is_grad_enabled():
@@ -117,7 +117,7 @@ def fresh_copy(model, config):
     fresh = get_peft_model(tiny.llama(layers=2), config())
     own, left = fresh.state_dict(), model.state_dict()
     fresh.load_state_dict({key: left[key].clone() for key in own if not _is_training_state(key)}, strict=False)
-    for layer in sparse_layers(fresh):
+    for layer in adapter_layers(fresh):
         if layer.sparse_lora_values:
             layer.refresh_units()
     return fresh
@@ -162,7 +162,7 @@ def test_a_run_without_callbacks_after_an_interrupt_trains_everything_and_says_w
     after = dict(model.named_parameters())
     assert before
     assert all((after[n] != old).float().mean() > 0.9 for n, old in before.items())
-    assert not any(layer.sparse_lora_gradient_readers for layer in sparse_layers(model))
+    assert not any(layer.sparse_lora_gradient_readers for layer in adapter_layers(model))
 
 
 def sparse_option(name: str) -> str:
@@ -209,7 +209,7 @@ def test_the_same_trainer_may_train_again_after_an_interrupt(tmp_path):
 
 def test_an_interrupted_support_search_leaves_the_adapters_own_support(tmp_path):
     model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[SearchSupport(trials=3, steps=1)]))
-    own = [layer.units("default").clone() for layer in sparse_layers(model)]
+    own = [layer.units("default").clone() for layer in adapter_layers(model)]
     seen = []
 
     def forward(module, args, output):
@@ -217,12 +217,12 @@ def test_an_interrupted_support_search_leaves_the_adapters_own_support(tmp_path)
         if len(seen) == 7:  # in the second or third trial
             raise KeyboardInterrupt
 
-    hook = sparse_layers(model)[0].register_forward_hook(forward)
+    hook = adapter_layers(model)[0].register_forward_hook(forward)
     with pytest.raises(KeyboardInterrupt):
         tiny.train(model, tmp_path, 4, callbacks=callbacks_for(model))
     hook.remove()
-    assert all(torch.equal(u, layer.units("default")) for u, layer in zip(own, sparse_layers(model), strict=True))
-    assert not any(layer.sparse_lora_values["default"].any() for layer in sparse_layers(model))
+    assert all(torch.equal(u, layer.units("default")) for u, layer in zip(own, adapter_layers(model), strict=True))
+    assert not any(layer.sparse_lora_values["default"].any() for layer in adapter_layers(model))
 
 
 def test_experts_drawn_for_an_interrupted_run_are_not_used_after_it(tmp_path):
@@ -240,13 +240,13 @@ def test_telemetry_watches_no_gradient_after_an_interrupt(tmp_path):
     interrupted(model, tmp_path, "backward", [SupportTelemetryCallback(every=1, gradient_share=True)])
     tiny.train(model, tmp_path, 1)
     # Nothing but telemetry ran, and its Trainer was given no schedule: the next look at the layer takes it away.
-    assert all(layer.passive_gradient_reader is None for layer in sparse_layers(model))
+    assert all(layer.passive_gradient_reader is None for layer in adapter_layers(model))
 
 
 def test_an_interrupt_within_a_move_leaves_values_under_their_own_units(tmp_path, monkeypatch):
     config = sparse(schedule=[Regrow(every=2, grow=Random(), fraction=0.5)])
     model = get_peft_model(tiny.llama(layers=1), config)
-    layer, before, original = sparse_layers(model)[1], [], moves.move_rows
+    layer, before, original = adapter_layers(model)[1], [], moves.move_rows
 
     def interrupted_rows(tensor, *places):
         original(tensor, *places)
@@ -278,7 +278,7 @@ def test_an_interrupt_right_after_an_optimizer_step_leaves_what_it_must_not_move
 
     def pre(step, model, optimizer):
         if step == 5:
-            kept.update({layer: resting(layer) for layer in sparse_layers(model)})
+            kept.update({layer: resting(layer) for layer in adapter_layers(model)})
 
     def stepped(step, model, optimizer):
         if step == 5:

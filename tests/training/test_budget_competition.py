@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from hf_sparse_peft import KernelLoraConfig, Smoothed, callbacks_for
 from hf_sparse_peft.rules import Run, Training
 from hf_sparse_peft.training import RuleRunner
-from hf_sparse_peft.tuners.kernel_lora import kernel_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 STEPS = 20
 
@@ -34,7 +34,7 @@ def adapted(config: KernelLoraConfig, seed: int = 0, base=None):
 
 
 def survivors(model) -> list[int]:
-    return [int(layer.kernel_lora_survivors["default"]) for layer in kernel_layers(model)]
+    return [int(layer.kernel_lora_survivors["default"]) for layer in adapter_layers(model)]
 
 
 def rule_of(model):
@@ -55,7 +55,7 @@ def points(layer) -> tuple:
 
 
 def sizes(model) -> list[int]:
-    return [layer.in_features * layer.out_features for layer in kernel_layers(model)]
+    return [layer.in_features * layer.out_features for layer in adapter_layers(model)]
 
 
 def test_survivors_add_up_to_the_cubic_budget_at_every_step_and_reach_both_ends(tmp_path):
@@ -80,7 +80,7 @@ def test_survivors_add_up_to_the_cubic_budget_at_every_step_and_reach_both_ends(
 def test_the_update_has_as_many_entries_as_survive(tmp_path):
     model = adapted(make_config(mode="code"))
     run(model, tmp_path, STEPS, optimizer="default")
-    for layer, count in zip(kernel_layers(model), survivors(model), strict=True):
+    for layer, count in zip(adapter_layers(model), survivors(model), strict=True):
         assert int((layer.get_delta_weight("default") != 0).sum()) == count
 
 
@@ -92,7 +92,7 @@ def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_p
     def see(update, model, optimizer):
         products[update] = [
             [(p.detach().double() * p.grad.double()).abs() for p in (held["default"] for held in points(layer))]
-            for layer in kernel_layers(model)
+            for layer in adapter_layers(model)
         ]
 
     def look(update, model, optimizer):
@@ -102,7 +102,7 @@ def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_p
                 average(layer, "uncertainty"),
                 float(rule_of(model).scores(space_of(layer))),
             )
-            for layer in kernel_layers(model)
+            for layer in adapter_layers(model)
         ]
 
     run(
@@ -126,7 +126,7 @@ def test_moving_averages_and_scores_equal_a_hand_computation(accumulation, tmp_p
 
 def test_a_step_with_numbers_that_are_not_finite_is_left_out_of_the_averages():
     model = adapted(make_config())
-    layer, score = kernel_layers(model)[0], rule_of(model).score
+    layer, score = adapter_layers(model)[0], rule_of(model).score
     for held in points(layer):
         held["default"].grad = torch.ones_like(held["default"])
     score.update(space_of(layer))
@@ -147,10 +147,10 @@ def test_sensitivities_under_loss_scaling_are_those_without_it():
         ids = torch.arange(18).view(2, 9)
         scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
         scaler.step(optimizer)  # Trainer calls on_optimizer_step after this
-        spaces = [space_of(layer) for layer in kernel_layers(model)]
+        spaces = [space_of(layer) for layer in adapter_layers(model)]
         training = Training(model, STEPS, optimizer=optimizer)
         rule_of(model).after_update(Run(training, rule_of(model), "default", model.peft_config["default"], spaces))
-        found.append([average(layer, "sensitivity") for layer in kernel_layers(model)])
+        found.append([average(layer, "sensitivity") for layer in adapter_layers(model)])
     for plain, scaled in zip(*found, strict=True):
         assert plain.any()
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
@@ -159,7 +159,7 @@ def test_sensitivities_under_loss_scaling_are_those_without_it():
 def test_without_additions_and_with_fixed_shares_outputs_are_snells():
     snella = adapted(make_config())
     snell = adapted(make_config(kernel="distance", sparsity=0.6, schedule=[]))
-    for layer, other in zip(kernel_layers(snella), kernel_layers(snell), strict=True):
+    for layer, other in zip(adapter_layers(snella), adapter_layers(snell), strict=True):
         layer.kernel_lora_mix["default"].data.copy_(torch.tensor([0.0, 1.0, 0.0]))
         for name in ("kernel_lora_P", "kernel_lora_Q"):
             getattr(other, name)["default"].data.copy_(getattr(layer, name)["default"])

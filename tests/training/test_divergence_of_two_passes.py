@@ -18,7 +18,7 @@ from transformers import (
 from hf_sparse_peft import callbacks_for, methods
 from hf_sparse_peft.rules import ExpertDraw
 from hf_sparse_peft.training.trainers import TwoPassTrainer, symmetric_divergence
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.utils.label_shift import measured_shift, shift_by_class
 
 IDS = torch.randint(1, tiny.VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -100,7 +100,7 @@ MODELS = {
 def draw_experts(model, *draw):
     """Let training passes use the experts of (step, micro-batch, pass)."""
     drawn = ExpertDraw(*draw, consistency=1.0)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         layer.expert_draws["default"] = drawn
 
 
@@ -170,7 +170,7 @@ def test_the_gradient_of_a_step_is_the_loss_plus_half_of_each_detached_divergenc
     trainer, model, inputs = trainer_of("causal", tmp_path)
     draw_experts(model, 3, 0)
     trainer.compute_loss(model, dict(inputs)).backward()
-    found = [p.grad.clone() for layer in sparse_layers(model) for p in layer.parameters() if p.requires_grad]
+    found = [p.grad.clone() for layer in adapter_layers(model) for p in layer.parameters() if p.requires_grad]
     model.zero_grad()
     logits = []
     for number in (0, 1):
@@ -185,5 +185,5 @@ def test_the_gradient_of_a_step_is_the_loss_plus_half_of_each_detached_divergenc
     )
     loss = functional.nll_loss(p, labels[counted]) + 0.5 * pull / counted.sum()
     loss.backward()
-    expected = [p.grad for layer in sparse_layers(model) for p in layer.parameters() if p.requires_grad]
+    expected = [p.grad for layer in adapter_layers(model) for p in layer.parameters() if p.requires_grad]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

@@ -23,7 +23,7 @@ from hf_sparse_peft import (
     save_support,
     write_supports,
 )
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 TARGETS = ["q_proj", "down_proj"]
 FIRST, STEPS, FRACTION = 3, 8, 0.2
@@ -36,7 +36,7 @@ def adapted(base=None, **options):
 
 
 def supports(model):
-    return {layer.module_name: set(layer.units("default").tolist()) for layer in sparse_layers(model)}
+    return {layer.module_name: set(layer.units("default").tolist()) for layer in adapter_layers(model)}
 
 
 def batches():
@@ -153,7 +153,7 @@ def test_two_active_adapters_decide_each_for_itself(tmp_path):
         r=0, density=0.02, target_modules=TARGETS, criterion="magnitude", schedule=[REGROWTH]
     ))  # fmt: skip
     model.base_model.set_adapter(["default", "chosen"])
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     before = {name: set(layer.units(name).tolist()) for name in ("default", "chosen")}
     with pytest.warns(UserWarning, match="Adapter 'chosen': the first move") as caught:
         tiny.train(model, tmp_path, STEPS, callbacks=callbacks_for(model))
@@ -169,7 +169,7 @@ def test_a_resume_before_the_first_move_decides_as_the_run_did_at_its_start(star
     def fresh():
         model = adapted(density=0.02)
         if start == "trained":
-            for layer in sparse_layers(model):
+            for layer in adapter_layers(model):
                 layer.sparse_lora_values["default"].data.fill_(0.01)
         return model
 
@@ -211,7 +211,7 @@ def test_lift_says_that_it_gives_up_a_support_chosen_by_another_rule(tmp_path):
 
 def test_units_from_outside_do_not_replace_trained_ones():
     model = adapted(schedule=[])
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     units = {layer.module_name: layer.units("default").clone() for layer in layers}
     write_supports(model, units)  # nothing is lost yet
     layers[0].sparse_lora_values["default"].data[0] = 1.0

@@ -10,7 +10,7 @@ from torch import nn
 from hf_sparse_peft import AccumulatedGradient, Regrow, SparseLoraConfig, initialize_support
 from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
 from hf_sparse_peft.training.support_tracker import GradientShare
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 SIDE = 8
 
@@ -81,7 +81,7 @@ def built(net, granularities=("entry",), **options):
             model.add_adapter(name, config)
     model.base_model.set_adapter(["default", *[f"other{n}" for n in range(1, len(granularities))]])
     model.train()
-    (layer,) = sparse_layers(model)
+    (layer,) = adapter_layers(model)
     with torch.no_grad():
         for name in layer.active_adapters:
             layer.sparse_lora_values[name].normal_(std=0.1)
@@ -237,7 +237,7 @@ def test_the_gradient_share_is_that_of_the_sum_over_uses(uses):
 def test_fisher_squares_the_sum_over_the_uses_of_a_layer(uses):
     config = SparseLoraConfig(r=0, density=0.2, target_modules=["lin"], criterion="fisher")
     model = get_peft_model(Recurrent(uses), config)
-    (layer,) = sparse_layers(model)
+    (layer,) = adapter_layers(model)
     (batch,) = batches(1)
     examples = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
     fisher = sum(dense_gradient(layer, one, uses).square() for one in examples).flatten()

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 
 from hf_sparse_peft import initialize_support, methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 TARGETS, HEAD = ("v_proj", "down_proj"), "lm_head"
 DENSITY, WARM, SPARSE, LAST = 0.06, 3, 2, 3
@@ -113,7 +113,7 @@ def test_iterations_take_the_support_values_and_head_of_the_released_loop(iterat
 
 
 def compare(model, reference):
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         name = layer.module_name
         chosen = reference.mask[name].reshape(-1).nonzero().squeeze(1)
         assert layer.units("default").tolist() == chosen.tolist(), name
@@ -129,7 +129,7 @@ def compare(model, reference):
 def test_one_iteration_starts_at_nothing_and_several_at_what_was_learned():
     for iterations in (1, 2):
         model = prepared(iterations)
-        values = torch.cat([layer.sparse_lora_values["default"].detach() for layer in sparse_layers(model)])
+        values = torch.cat([layer.sparse_lora_values["default"].detach() for layer in adapter_layers(model)])
         share = float((values != 0).float().mean())
         # The units of the last warm-up have not trained yet.
         assert share == pytest.approx(1 - 1 / iterations, abs=0.01)
@@ -142,7 +142,7 @@ def test_the_adapters_output_is_that_of_the_last_sparse_phase():
     data = batches(2 * (WARM + SPARSE))
     initialize_support(model, data, show_progress=False)
     plain = prepared(2, r=2, lora_alpha=8)
-    for one, other in zip(sparse_layers(model), sparse_layers(plain), strict=True):
+    for one, other in zip(adapter_layers(model), adapter_layers(plain), strict=True):
         torch.testing.assert_close(one.get_delta_weight("default"), other.get_delta_weight("default"))
 
 
@@ -158,7 +158,7 @@ def test_a_warm_up_that_fails_puts_everything_back():
     with pytest.raises(ValueError, match="Dense warm-up: the gradient is not finite in"):
         initialize_support(model, batches(2 * (WARM + SPARSE)), compute_loss=loss, show_progress=False)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert not any(layer.sparse_lora_dense_delta for layer in sparse_layers(model))
+    assert not any(layer.sparse_lora_dense_delta for layer in adapter_layers(model))
 
 
 @pytest.mark.parametrize(("option", "value"), [("sparse_steps", 0), ("sparse_lr", 0.0)])

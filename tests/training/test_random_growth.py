@@ -6,14 +6,14 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def moves(out, steps: int = 6, **options) -> list[tuple[torch.Tensor, set[int], set[int]]]:
     """|weight|, support before and support after of every layer and move."""
     method = methods.get("set", density=0.1, every=2, fraction=0.5, **options)
     model = get_peft_model(tiny.llama(layers=1), method.config)
-    layers, seen, found = sparse_layers(model), [], []
+    layers, seen, found = adapter_layers(model), [], []
 
     def look(step, model, optimizer):
         seen.append([set(layer.units("default").tolist()) for layer in layers])

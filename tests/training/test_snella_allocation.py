@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import callbacks_for, methods
-from hf_sparse_peft.tuners.kernel_lora import kernel_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def run(out, steps: int, initial_sparsity: float, **budget):
@@ -17,7 +17,7 @@ def run(out, steps: int, initial_sparsity: float, **budget):
         schedule=[tiny.kernel_allocation(0.6, **budget)], init_weights=False,
     ).config  # fmt: skip
     model = get_peft_model(tiny.llama(layers=1), config)
-    layers, survivors, products = kernel_layers(model), {}, {}
+    layers, survivors, products = adapter_layers(model), {}, {}
 
     def see(step, model, optimizer):
         products[step] = [

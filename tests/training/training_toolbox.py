@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparse_peft import SparseLoraConfig, callbacks_for
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
-from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer
 
 VOCAB = 48
 
@@ -104,7 +105,7 @@ def moves_of(trainer, rule: str = "regrow") -> list[dict]:
 
 
 def layers_of(model) -> list[SparseLoraLayer]:
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     assert layers
     return layers
 

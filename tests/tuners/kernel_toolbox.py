@@ -7,7 +7,8 @@ from peft import get_peft_model
 from tuner_toolbox import TARGETS
 
 from hf_sparse_peft import KernelLoraConfig
-from hf_sparse_peft.tuners.kernel_lora import KernelLoraLayer, kernel_layers
+from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.kernel_lora import KernelLoraLayer
 from hf_sparse_peft.tuners.kernel_lora.kernels import KernelPlan
 
 KERNELS, MODES = ("distance", "mixed"), ("paper", "code")
@@ -75,7 +76,7 @@ def reference_of(layer: KernelLoraLayer, adapter: str = "default") -> torch.Tens
 def trained(model, adapter: str = "default") -> dict[str, torch.Tensor]:
     return {
         f"{layer.module_name}.{name}": getattr(layer, name)[adapter]
-        for layer in kernel_layers(model)
+        for layer in adapter_layers(model)
         for name in layer.adapter_layer_names
         if adapter in getattr(layer, name)
     }

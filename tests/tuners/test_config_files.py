@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_peft import Budget, KernelLoraConfig, Prune, SparseLoraConfig, callbacks_for, register_part
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 CONFIG = "adapter_config.json"
 NEEDED = {"peft_type", "peft_version", "base_model_name_or_path", "task_type", "target_modules", "install_hint"}
@@ -196,4 +196,4 @@ def test_a_registered_budget_sizes_supports_and_its_files_load_where_it_is_unkno
 
 
 def supports(model) -> dict[str, list[int]]:
-    return {layer.module_name: layer.units("default").tolist() for layer in sparse_layers(model)}
+    return {layer.module_name: layer.units("default").tolist() for layer in adapter_layers(model)}

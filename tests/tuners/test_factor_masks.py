@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.sparse_lora.factors import drawn_expert
 
 R = 8
@@ -17,14 +17,14 @@ def maps(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     model = get_peft_model(tiny.llama(hidden=64), config)
     return {
         f"{layer.module_name}.{factor}": getattr(layer, f"sparse_lora_{factor}_map")["default"]
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
         for factor in "AB"
     }
 
 
 def layer_of_mosa():
     config = methods.get("mosa", r=R, target_modules=["q_proj"]).config
-    return sparse_layers(get_peft_model(tiny.llama(layers=1), config))[0]
+    return adapter_layers(get_peft_model(tiny.llama(layers=1), config))[0]
 
 
 def agreement(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import Global, SparseLoraConfig, callbacks_for, initialize_support, methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 CRITERIA = ["gradient", "fisher", "snip", "sensitivity", "movement", "momentum", "sm3", "delta_magnitude"]
 OPTIONS = {"delta_magnitude": {"warmup_steps": 4}}
@@ -32,14 +32,14 @@ def batches(count=4, masked=False):
 def supports(model) -> dict:
     return {
         layer.module_name: layer.units("default").tolist()
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
         if "default" in layer.sparse_lora_values
     }
 
 
 def unreach(model) -> set[str]:
     model.base_model.model.model.layers[1].forward = lambda hidden_states, *args, **kwargs: hidden_states
-    return {layer.module_name for layer in sparse_layers(model) if ".1." in layer.module_name}
+    return {layer.module_name for layer in adapter_layers(model) if ".1." in layer.module_name}
 
 
 def chosen(model, data=None, **options):
@@ -55,7 +55,7 @@ def test_masked_labels_choose_nothing(criterion):
     model = adapted(criterion)
     with pytest.raises(ValueError, match=rf"criterion='{criterion}' has nothing .* all 4 modules .*masked \(-100\)"):
         initialize_support(model, batches(masked=True), show_progress=False)
-    assert all(layer.awaits_calibration("default") for layer in sparse_layers(model))
+    assert all(layer.awaits_calibration("default") for layer in adapter_layers(model))
 
 
 def test_a_run_whose_data_has_no_labels_stops_before_its_first_step(tmp_path):
@@ -79,7 +79,7 @@ def test_a_layer_that_no_batch_reaches_gets_random_units_and_is_named(criterion)
         found.append(units)
     for name in unreached:
         assert found[0][name] == found[1][name] != found[2][name]
-        layer = next(layer for layer in sparse_layers(model) if layer.module_name == name)
+        layer = next(layer for layer in adapter_layers(model) if layer.module_name == name)
         grid = layer.sparse_lora_grid["default"]
         assert found[0][name] != list(range(len(found[0][name])))
         assert max(found[0][name]) > 0.8 * grid.num_units
@@ -90,8 +90,8 @@ def test_a_global_budget_goes_to_the_layers_that_data_reaches():
     model = adapted(budget=Global(0.1))
     unreached = unreach(model)
     units, said = chosen(model)
-    total = sum(layer.sparse_lora_grid["default"].num_units for layer in sparse_layers(model))
-    assert set(units) == {layer.module_name for layer in sparse_layers(model)} - unreached
+    total = sum(layer.sparse_lora_grid["default"].num_units for layer in adapter_layers(model))
+    assert set(units) == {layer.module_name for layer in adapter_layers(model)} - unreached
     assert sum(map(len, units.values())) == int(0.1 * total)
     assert "none of the shared budget" in said[0]
     assert {n: tiny.units_of_sizes(model.peft_config["default"])[n] for n in unreached} == dict.fromkeys(unreached, 0)
@@ -124,7 +124,7 @@ def test_one_step_that_is_not_finite_changes_nothing_in_a_dense_warm_up():
     seen = []
 
     def loss(model, batch):
-        seen.append([layer.sparse_lora_dense_delta["default"].detach().clone() for layer in sparse_layers(model)])
+        seen.append([layer.sparse_lora_dense_delta["default"].detach().clone() for layer in adapter_layers(model)])
         return model(**batch).loss * (float("nan") if len(seen) == 2 else 1.0)
 
     found, said = chosen(adapted("delta_magnitude"), compute_loss=loss)

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from tuner_toolbox import read_codes, tiny_llama, token_ids
 
 from hf_sparse_peft import SparseLoraConfig, initialize_support, methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 LABELS, EXAMPLES = 3, 6
 TARGETS = ["query", "value", "output.dense"]
@@ -49,7 +49,7 @@ def expect(**overrides):
 
 
 def supports(model):
-    return {layer.module_name: read_codes(layer.sparse_lora_support["default"]) for layer in sparse_layers(model)}
+    return {layer.module_name: read_codes(layer.sparse_lora_support["default"]) for layer in adapter_layers(model)}
 
 
 def chosen(config, data, base=None):

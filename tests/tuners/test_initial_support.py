@@ -22,7 +22,7 @@ from hf_sparse_peft import (
     write_supports,
 )
 from hf_sparse_peft.sparsity.statistics import Fisher
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 EXAMPLES = 12
 
@@ -40,7 +40,7 @@ def batches(size: int = 4, count: int = EXAMPLES, seed: int = 1) -> list[dict]:
 
 
 def supports(model, adapter="default"):
-    return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in sparse_layers(model)}
+    return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in adapter_layers(model)}
 
 
 def chosen(config, data=None, base=None, **options):
@@ -52,7 +52,7 @@ def chosen(config, data=None, base=None, **options):
 def reference_gradients(model, data, single: bool) -> dict[str, list[torch.Tensor]]:
     """Flat float64 gradients of the targeted weights of a plain Llama, a batch or an example at a time; mean losses."""
     plain = tiny_llama().double()
-    found = {layer.module_name: [] for layer in sparse_layers(model)}
+    found = {layer.module_name: [] for layer in adapter_layers(model)}
     for batch in data:
         for ids in batch["input_ids"].split(1) if single else [batch["input_ids"]]:
             plain.zero_grad()
@@ -172,7 +172,7 @@ def test_one_layer_a_pass_chooses_what_one_pass_for_all_does(budget):
 
     layerwise = chosen(config_of(budget=budget), Counting(data), accumulator_bytes=1)
     assert supports(layerwise) == supports(whole)
-    assert len(passes) == len(sparse_layers(whole))
+    assert len(passes) == len(adapter_layers(whole))
 
 
 def test_the_model_is_in_evaluation_mode_and_gets_its_modes_and_gradients_back():
@@ -180,14 +180,14 @@ def test_the_model_is_in_evaluation_mode_and_gets_its_modes_and_gradients_back()
     model.train()
     model.base_model.model.model.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     layer.sparse_lora_values["default"].grad = mark = torch.ones_like(layer.sparse_lora_values["default"])
     bits = base_bits(model)
     initialize_support(model, batches(), show_progress=False)
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert layer.sparse_lora_values["default"].grad is mark
     assert all(p.grad is None for p in model.parameters() if p is not layer.sparse_lora_values["default"])
-    assert not any(layer.sparse_lora_gradient_readers for layer in sparse_layers(model))
+    assert not any(layer.sparse_lora_gradient_readers for layer in adapter_layers(model))
     assert same_bits(bits, base_bits(model))
     assert supports(model) == supports(chosen(config_of()))  # dropout had no say
 
@@ -262,7 +262,7 @@ def test_an_undecided_support_computes_as_the_base_and_refuses_to_train(case):
     with torch.no_grad():
         model(input_ids=token_ids())
     trainable, _ = model.get_nb_trainable_parameters()
-    assert trainable >= sum(layer.sparse_lora_values["default"].numel() for layer in sparse_layers(model))
+    assert trainable >= sum(layer.sparse_lora_values["default"].numel() for layer in adapter_layers(model))
 
 
 def test_an_undecided_support_is_neither_saved_nor_compacted(tmp_path):
@@ -297,7 +297,7 @@ def test_a_file_fills_an_adapter_whose_sizes_wait_for_data(tmp_path):
 def test_the_heads_numbers_are_paid_out_of_the_budget():
     plain = chosen(config_of(budget=Global(0.05)))
     model = chosen(config_of(budget=Global(0.4, pay_head=True), modules_to_save=["lm_head"]))
-    total = sum(layer.get_base_weight().numel() for layer in sparse_layers(model))
+    total = sum(layer.get_base_weight().numel() for layer in adapter_layers(model))
     head = model.base_model.model.lm_head.modules_to_save["default"].weight.numel()
     assert sum(map(len, supports(model).values())) == int(0.4 * total) - head
     assert sum(map(len, supports(plain).values())) == int(0.05 * total)
@@ -380,7 +380,7 @@ def test_gradients_that_are_finite_in_no_module_choose_nothing():
     loss = lambda model, batch: model(**batch).loss * float("inf")  # noqa: E731
     with pytest.raises(ValueError, match="scores of all 6 modules are 0 or not finite"):
         initialize_support(model, batches(), compute_loss=loss, show_progress=False)
-    assert all(layer.awaits_calibration("default") for layer in sparse_layers(model))
+    assert all(layer.awaits_calibration("default") for layer in adapter_layers(model))
 
 
 def test_a_criterion_with_options_can_be_given_and_is_written_to_the_config():
@@ -393,7 +393,7 @@ def test_a_criterion_with_options_can_be_given_and_is_written_to_the_config():
 
 def test_units_from_outside_may_leave_a_module_out(tmp_path):
     model = get_peft_model(tiny_llama(), config_of("given"))
-    names = [layer.module_name for layer in sparse_layers(model)]
+    names = [layer.module_name for layer in adapter_layers(model)]
     units = {name: torch.tensor([3, 8, 11][: i % 4]) for i, name in enumerate(names)}
     write_supports(model, units)
     assert tiny.units_of_sizes(model.peft_config["default"]) == {name: i % 4 for i, name in enumerate(names)}
@@ -418,7 +418,7 @@ def test_densities_by_module_are_kept_and_checked(tmp_path):
     pattern = {"q_proj": 0.1, r"layers\.1\.self_attn\.v_proj": 0.0}
     config = make_config("sparse-entry", budget=ByModule(pattern, otherwise=0.05))
     model = get_peft_model(tiny_llama(), config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         share = next((v for k, v in pattern.items() if k.replace("\\", "") in layer.module_name), 0.05)
         held = layer.sparse_lora_values
         assert (held["default"].shape[0] if "default" in held else 0) == int(share * layer.get_base_weight().numel())
@@ -434,7 +434,7 @@ def test_densities_by_module_are_kept_and_checked(tmp_path):
 
 
 def test_a_given_table_of_counts_is_taken_as_it_is_and_checked():
-    names = [layer.module_name for layer in sparse_layers(get_peft_model(tiny_llama(), make_config("sparse-entry")))]
+    names = [layer.module_name for layer in adapter_layers(get_peft_model(tiny_llama(), make_config("sparse-entry")))]
     table = {name: 10 * (i + 1) for i, name in enumerate(names)}
     model = chosen(config_of(sizes={name: [count, count, 0] for name, count in table.items()}))
     assert {name: len(units) for name, units in supports(model).items()} == table

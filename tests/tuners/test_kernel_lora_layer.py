@@ -14,7 +14,7 @@ from tuner_toolbox import BASES, logits, token_ids
 
 from hf_sparse_peft import KernelLoraConfig
 from hf_sparse_peft.hub import merge_to_dense
-from hf_sparse_peft.tuners.kernel_lora import kernel_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 TOLERANCE = {"bf16": {"rtol": 0.05, "atol": 0.05}, "nf4": {"rtol": 1e-3, "atol": 1e-3}}
 
@@ -34,7 +34,7 @@ def same(left, right) -> bool:
 @pytest.mark.parametrize("kind", BASES)
 def test_layers_answer_with_base_plus_the_equations_update_on_every_base(kind, base_of):
     model = adapted(base_of(kind), kind, mode="code", kernel="mixed").eval()
-    for layer in kernel_layers(model):
+    for layer in adapter_layers(model):
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
         with torch.no_grad():
@@ -54,7 +54,7 @@ def test_layers_answer_with_base_plus_the_equations_update_on_every_base(kind, b
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradients_through_a_model_are_those_of_a_dense_update(kernel, mode, kind, base_of):
     model = adapted(base_of(kind), kind, kernel=kernel, mode=mode, target_modules=["v_proj"], sparsity=0.4)
-    layers = kernel_layers(model)
+    layers = adapter_layers(model)
     ids = token_ids()
     model(input_ids=ids, labels=ids).loss.backward()
     dense = merge_to_dense(model)
@@ -83,8 +83,8 @@ def _held(layer):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_trained_numbers_are_q_times_rows_plus_columns(kernel, base_of):
     model = adapted(base_of(), kernel=kernel)
-    expected = sum(8 * (layer.in_features + layer.out_features) for layer in kernel_layers(model))
-    expected += 3 * len(kernel_layers(model)) if kernel == "mixed" else 0
+    expected = sum(8 * (layer.in_features + layer.out_features) for layer in adapter_layers(model))
+    expected += 3 * len(adapter_layers(model)) if kernel == "mixed" else 0
     assert model.get_nb_trainable_parameters()[0] == expected
 
 
@@ -93,7 +93,7 @@ def test_points_start_in_the_papers_range_and_change_the_output_from_the_first_s
     base = base_of()
     before = logits(base)
     model = adapted(base, init_weights=True, kernel=kernel)
-    for layer in kernel_layers(model):
+    for layer in adapter_layers(model):
         for held, count in ((layer.kernel_lora_P, layer.in_features), (layer.kernel_lora_Q, layer.out_features)):
             bound = (count * 4) ** -0.5
             assert 0.9 * bound < held["default"].abs().max() <= bound
@@ -118,7 +118,7 @@ def test_masters_are_fp32_over_bf16_unless_the_user_asks_otherwise(base_of):
 def test_merging_is_one_rounding_of_base_plus_update_and_unmerging_restores_every_bit(kind, base_of):
     model = adapted(base_of(kind), kind, kernel="mixed", tile_entries=512)
     before, plain = bits(model), logits(model)
-    layer = kernel_layers(model)[0]
+    layer = adapter_layers(model)[0]
     weight = layer.get_base_weight().detach().clone()
     model.merge_adapter()
     if kind in ("fp32", "bf16", "conv1d"):
@@ -138,14 +138,14 @@ def test_merge_and_unload_gives_the_model_without_wrappers(base_of):
     model = adapted(base_of(), mode="code")
     before = logits(model)
     merged = model.merge_and_unload()
-    assert kernel_layers(merged) == []
+    assert adapter_layers(merged) == []
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 
 def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_base(base_of):
     model = adapted(base_of(), sparsity=0.0)
     before = bits(model)
-    kernel_layers(model)[0].kernel_lora_Q["default"].data[0, 0, 0] = float("inf")
+    adapter_layers(model)[0].kernel_lora_Q["default"].data[0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert same(bits(model), before)
@@ -172,7 +172,7 @@ def test_adapters_add_up_switch_and_leave(base_of):
     assert not torch.equal(plain_two, plain_one)
     model.base_model.set_adapter(["one", "two"])
     both = logits(model)
-    layer = kernel_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = (
@@ -210,7 +210,7 @@ def test_a_mixed_batch_gives_every_sample_its_adapter(base_of):
 def test_a_saved_adapter_loads_to_the_same_bits(kind, low_memory, base_of, tmp_path):
     budget = tiny.kernel_allocation()
     model = adapted(base_of(kind), kind, kernel="mixed", sparsity=0.2, schedule=[budget])
-    for number, layer in enumerate(kernel_layers(model)):
+    for number, layer in enumerate(adapter_layers(model)):
         layer.write_survivors("default", 100 + number)
     before = logits(model)
     model.save_pretrained(tmp_path)
@@ -324,7 +324,7 @@ def test_what_a_model_keeps_for_the_backward_does_not_grow_with_the_weights(base
 
 def test_drop_path_leaves_out_whole_samples_in_training_only(base_of):
     model = adapted(base_of(), drop_path=0.5)
-    layer = kernel_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x = torch.randn(400, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         full = (layer.eval()(x) - layer.base_layer(x)).norm(dim=(1, 2))

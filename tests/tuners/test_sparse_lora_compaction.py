@@ -8,7 +8,7 @@ from torch import nn
 from tuner_toolbox import GRANULARITIES, fill, logits, make_config, same_adapter, trained
 
 from hf_sparse_peft import Allocate, AverageRank, Regrow
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 FILE = "adapter_model.safetensors"
 
@@ -18,7 +18,7 @@ def thinned(base_of, case="hybrid-entry", base="fp32", gated=True, **options):
     rules = [Regrow(), Allocate(budget=AverageRank(2))] if gated else [Regrow()]
     model = get_peft_model(base_of(base), make_config(case, base, schedule=rules, **options))
     fill(model)
-    for number, layer in enumerate(sparse_layers(model)):
+    for number, layer in enumerate(adapter_layers(model)):
         units = layer.units("default")
         kept = units[: max(1, units.numel() * (number + 1) // 8)]
         layer.write_support("default", kept)
@@ -68,7 +68,7 @@ def test_compact_twice_is_compact_once(base_of, tmp_path):
     model = thinned(base_of)
     model.compact()
     first = logits(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         if layer.sizes["default"].rank > 1:  # a second training thinned it further
             layer.sparse_lora_rank_mask["default"][0] = 0
             layer.sparse_lora_gate["default"].data[0] = 0
@@ -85,7 +85,7 @@ def test_compact_keeps_the_scaling_under_patterns(base_of, tmp_path, rslora):
     patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}, "use_rslora": rslora}
     model = get_peft_model(base_of(), make_config(schedule=[Allocate(budget=AverageRank(2))], **patterns))
     fill(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         rank = layer.sizes["default"].rank
         mask = layer.sparse_lora_rank_mask["default"]
         mask[4 if rank == 6 else 3 :] = 0  # q_proj: from its pattern's 6 down to the config's own r=4
@@ -121,7 +121,7 @@ def test_ranks_by_module_do_not_leak_to_names_that_end_alike(tmp_path, way):
     if way == "compact":
         model = get_peft_model(base, make_config(schedule=[Allocate(budget=AverageRank(1))], **options))
         fill(model)
-        for layer, alive in zip(sparse_layers(model), (1, 3, 4), strict=True):
+        for layer, alive in zip(adapter_layers(model), (1, 3, 4), strict=True):
             layer.sparse_lora_rank_mask["default"][alive:] = 0
             layer.sparse_lora_gate["default"].data.mul_(layer.sparse_lora_rank_mask["default"])
         model.compact()
@@ -142,7 +142,7 @@ def test_ranks_by_module_do_not_leak_to_names_that_end_alike(tmp_path, way):
 
 def test_a_layer_left_without_anything_is_fine(base_of, tmp_path):
     model = thinned(base_of)
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     layer.write_support("default", layer.units("default")[:0])
     layer.sparse_lora_rank_mask["default"].zero_()
     layer.sparse_lora_gate["default"].data.zero_()
@@ -187,7 +187,7 @@ def test_printed_trainable_parameters_are_the_living_ones(base_of, capsys):
     model = thinned(base_of)
     trainable, everything = model.get_nb_trainable_parameters()
     by_hand = 0
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         by_hand += layer.units("default").numel() * layer.sparse_lora_grid["default"].unit_numel
         by_hand += int(layer.sparse_lora_rank_mask["default"].sum()) * (layer.in_features + layer.out_features + 1)
     assert trainable == by_hand

@@ -13,8 +13,8 @@ from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_
 
 import hf_sparse_peft
 from hf_sparse_peft import Allocate, Numbers, Prune, Regrow, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared import registration
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
 
 
 def test_peft_knows_the_method_under_every_name():
@@ -182,7 +182,7 @@ def test_a_refused_adapter_leaves_the_model_unharmed(why, road):
     assert "other" not in getattr(model, "peft_config", {})
     add(make_config(target_modules=["second"], task_type=None))
     added = "default" if road == "get_peft_model" else "other"
-    assert any(added in layer.sparse_lora_values for layer in sparse_layers(model))
+    assert any(added in layer.sparse_lora_values for layer in adapter_layers(model))
 
 
 def test_support_that_cannot_be_chosen_leaves_the_model_unharmed():
@@ -191,7 +191,7 @@ def test_support_that_cannot_be_chosen_leaves_the_model_unharmed():
         model.second.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         get_peft_model(model, make_config(target_modules=["first", "second"], criterion="magnitude", task_type=None))
-    assert not sparse_layers(model)
+    assert not adapter_layers(model)
     assert type(model.first) is nn.Linear
 
 

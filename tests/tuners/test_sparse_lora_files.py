@@ -28,7 +28,7 @@ from tuner_toolbox import (
 )
 
 from hf_sparse_peft import Allocate, AverageRank, Density, ErdosRenyi, Global, Linear, Numbers, Regrow, SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 FILE = "adapter_model.safetensors"
 
@@ -60,7 +60,7 @@ def test_support_comes_from_the_file_and_not_from_the_base(base_of, tmp_path, cr
     }
     model = saved(tmp_path, base_of, criterion=criterion, budget=budgets[allocation])
     loaded = PeftModel.from_pretrained(tiny_llama(seed=99), tmp_path)  # another base, another ranking
-    for layer, other in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
+    for layer, other in zip(adapter_layers(model), adapter_layers(loaded), strict=True):
         assert torch.equal(layer.units("default"), other.units("default"))
 
 
@@ -178,7 +178,7 @@ def test_inject_adapter_and_state_dict_functions_round_trip(case):
 def test_targets_taken_from_a_state_dict_get_supports_that_the_config_alone_would_not_give():
     state = get_peft_model_state_dict(inject_adapter_in_model(make_config(target_modules=["q_proj"]), tiny_llama()))
     model = inject_adapter_in_model(make_config(target_modules=["o_proj"]), tiny_llama(), state_dict=state)
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     assert len(layers) == 2
     assert all("q_proj" in layer.module_name and "default" in layer.sparse_lora_values for layer in layers)
 
@@ -196,12 +196,12 @@ def test_training_state_is_saved_for_a_resume_and_left_out_of_inference(base_of,
     schedules = {"schedule": [Regrow(), Allocate(budget=AverageRank(2))]}
     model = get_peft_model(base_of(), make_config(**schedules))
     fill(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         layer.sparse_lora_rule_candidate_sums["default"].normal_()
         layer.sparse_lora_rule_sensitivity_A["default"].uniform_()
     model.save_pretrained(tmp_path)
     resumed = PeftModel.from_pretrained(base_of(), tmp_path, is_trainable=True)
-    for layer, other in zip(sparse_layers(model), sparse_layers(resumed), strict=True):
+    for layer, other in zip(adapter_layers(model), adapter_layers(resumed), strict=True):
         held = [name for name in layer.training_state_names if "default" in getattr(layer, name)]
         assert {
             "sparse_lora_rule_candidates",
@@ -211,7 +211,7 @@ def test_training_state_is_saved_for_a_resume_and_left_out_of_inference(base_of,
         for name in held:
             assert torch.equal(getattr(layer, name)["default"], getattr(other, name)["default"])
     served = PeftModel.from_pretrained(base_of(), tmp_path)
-    assert all(not getattr(layer, n) for layer in sparse_layers(served) for n in layer.training_state_names)
+    assert all(not getattr(layer, n) for layer in adapter_layers(served) for n in layer.training_state_names)
     assert torch.equal(logits(served), logits(model))
 
 

@@ -17,7 +17,7 @@ from tuner_toolbox import (
 )
 
 from hf_sparse_peft import Allocate, AverageRank
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def dense_base(layer):
@@ -61,7 +61,7 @@ def test_gradients_of_every_adapter_tensor_equal_the_dense_reference(base_of, ba
     model = get_peft_model(base_of(base), make_config(case.replace("gate", "hybrid"), base, **options)).train()
     fill(model)
     torch.manual_seed(3)
-    for layer in sparse_layers(model)[:3]:
+    for layer in adapter_layers(model)[:3]:
         dtype = torch.bfloat16 if base == "bf16" else torch.float32
         x = torch.randn(2, 5, layer.in_features).to(dtype).requires_grad_()
         grad_output = torch.randn(2, 5, layer.out_features).to(dtype)
@@ -82,7 +82,7 @@ def test_gradients_of_every_adapter_tensor_equal_the_dense_reference(base_of, ba
 def test_bf16_autocast_over_an_fp32_base_gives_fp32_gradients(base_of, case):
     model = get_peft_model(base_of(), make_config(case)).train()
     fill(model)
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x, grad_output = torch.randn(4, layer.in_features), torch.randn(4, layer.out_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
@@ -102,7 +102,7 @@ def test_two_active_adapters_get_the_gradients_of_their_sum(base_of, case):
     fill(model)
     fill(model, "other", seed=8)
     model.base_model.set_adapter(["default", "other"])
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x, grad_output = torch.randn(4, layer.in_features), torch.randn(4, layer.out_features)
     layer(x).backward(grad_output)
     for adapter, other in (("default", "other"), ("other", "default")):

@@ -21,7 +21,7 @@ from tuner_toolbox import (
 )
 
 from hf_sparse_peft import Allocate, AverageRank
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,7 +70,7 @@ def test_autocast_adapter_dtype_false_takes_the_dtype_of_the_base(base_of, base)
     model = get_peft_model(base_of(base), make_config(), autocast_adapter_dtype=False)
     expected = torch.bfloat16 if base == "bf16" else torch.float32  # NF4: its compute dtype
     assert {p.dtype for p in trained(model).values()} == {expected}
-    assert {layer.sparse_lora_support["default"].dtype for layer in sparse_layers(model)} == {torch.uint8}
+    assert {layer.sparse_lora_support["default"].dtype for layer in adapter_layers(model)} == {torch.uint8}
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -89,7 +89,7 @@ def test_second_adapter_is_born_frozen(base_of, autocast):
 def test_delta_weight_equals_the_equation(base_of, base, case):
     model = get_peft_model(base_of(base), make_config(case, base))
     fill(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         delta = layer.get_delta_weight("default")
         expected = dense_delta(layer, "default")
         torch.testing.assert_close(delta.double(), expected.t() if base == "conv1d" else expected, rtol=1e-5, atol=1e-6)
@@ -102,7 +102,7 @@ def test_gate_scales_components(base_of):
     before = logits(base_of())
     assert torch.equal(logits(model), before)  # the zero gate is the identity
     fill(model)
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     torch.testing.assert_close(layer.get_delta_weight("default").double(), dense_delta(layer, "default"))
     assert not torch.equal(logits(model), before)
 
@@ -110,7 +110,7 @@ def test_gate_scales_components(base_of):
 @pytest.mark.parametrize("base", BASES)
 def test_repr_names_the_method_and_status_reads_it(base_of, base):
     model = get_peft_model(base_of(base), make_config(base=base))
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         assert repr(layer).startswith("sparse_lora.SparseLoraLinear(")
         assert (layer.in_features, layer.out_features) > (0, 0)
     status = get_layer_status(model)
@@ -123,7 +123,7 @@ def test_every_dict_keyed_by_adapter_is_known_to_peft(base_of):
     config = make_config(schedule=[Allocate(budget=AverageRank(2))])
     model = get_peft_model(base_of(), config)
     logits(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         known = {*layer.adapter_layer_names, *layer.other_param_names, "_units"}
         keyed = {
             name
@@ -165,9 +165,9 @@ def test_conv1d_sets_the_transposed_layout_by_itself_without_a_warning(base_of):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = get_peft_model(base_of("conv1d"), make_config(base="conv1d"))
-    assert all(layer.fan_in_fan_out for layer in sparse_layers(model))
+    assert all(layer.fan_in_fan_out for layer in adapter_layers(model))
     fill(model)
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x = torch.randn(3, layer.in_features)
     weight = layer.get_base_layer().weight.double() + dense_delta(layer, "default").t()
     expected = x.double() @ weight + layer.get_base_layer().bias.double()

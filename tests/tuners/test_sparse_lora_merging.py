@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from tuner_toolbox import BASES, CASES, base_bits, dense_delta, fill, logits, make_config, same_bits, trained
 
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 DENSE = ("fp32", "bf16", "conv1d")
 
@@ -45,7 +45,7 @@ def test_merged_logits_equal_unmerged_ones(base_of, base, case, safe):
 @pytest.mark.parametrize("base", DENSE)
 def test_merged_weight_is_one_rounding_of_base_plus_delta(base_of, base):
     model = adapted(base_of, base)
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     expected = []
     for layer in layers:
         weight = layer.get_base_layer().weight.detach().double()
@@ -64,13 +64,13 @@ def test_quantised_merge_reports_the_error_it_measured(base_of, base, case):
     model = adapted(base_of, base, case)
     expected = {
         layer.module_name: layer.get_base_weight().double() + dense_delta(layer, "default")
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
     }
     assert model.merge_errors() == {}
     model.merge_adapter()
     errors = model.merge_errors()
     assert errors.keys() == expected.keys()
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         reference = expected[layer.module_name]
         error = (layer.get_base_weight().double() - reference).norm() / reference.norm()
         assert errors[layer.module_name] == pytest.approx(float(error), rel=1e-3)
@@ -100,7 +100,7 @@ def test_quantised_merge_warns_of_its_rounding(base_of):
 def test_safe_merge_of_nan_has_upstreams_message_and_leaves_the_base(base_of, base):
     model = adapted(base_of, base)
     bits = base_bits(model)
-    sparse_layers(model)[0].sparse_lora_values["default"].data[3] = float("nan")
+    adapter_layers(model)[0].sparse_lora_values["default"].data[3] = float("nan")
     message = r"^NaNs detected in the merged weights. The adapter default seems to be broken$"
     with pytest.raises(ValueError, match=message):
         model.merge_adapter(safe_merge=True)
@@ -118,12 +118,12 @@ def test_failed_safe_merge_keeps_what_was_merged_before(base_of, base):
     bits = base_bits(model)
     model.merge_adapter(["default"])
     merged = base_bits(model)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         layer.sparse_lora_values["broken"].data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="The adapter broken seems to be broken"):
         model.merge_adapter(["broken"], safe_merge=True)
     assert same_bits(base_bits(model), merged)
-    assert {tuple(layer.merged_adapters) for layer in sparse_layers(model)} == {("default",)}
+    assert {tuple(layer.merged_adapters) for layer in adapter_layers(model)} == {("default",)}
     model.unmerge_adapter()
     assert same_bits(base_bits(model), bits)
 
@@ -158,7 +158,7 @@ def test_explicit_names_are_honoured_and_absent_ones_skipped(base_of):
     model.add_adapter("other", make_config("sparse-entry", target_modules=["o_proj"]))
     fill(model, "other")
     model.merge_adapter(["other"])
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         assert layer.merged_adapters == (["other"] if "o_proj" in layer.module_name else [])
 
 
@@ -196,7 +196,7 @@ def test_merge_and_unload_leaves_a_plain_model_with_the_merged_output(base_of, b
     merged = logits(model)
     model.unmerge_adapter()
     plain = model.merge_and_unload()
-    assert not sparse_layers(plain)
+    assert not adapter_layers(plain)
     assert {name for name, _ in plain.named_modules()} == names
     assert torch.equal(logits(plain), merged)
 
@@ -206,7 +206,7 @@ def test_unload_gives_the_base_back(base_of, base):
     before = base_bits(base_of(base))
     model = adapted(base_of, base)
     plain = model.unload()
-    assert not sparse_layers(plain)
+    assert not adapter_layers(plain)
     assert same_bits(base_bits(plain), before)
 
 
@@ -231,7 +231,7 @@ def test_a_merged_layer_still_frees_its_adapter_parameters_of_gradients(base_of)
     model = adapted(base_of, "fp32")
     model.merge_adapter()
     x = torch.randn(2, 64, requires_grad=True)
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     layer(x).sum().backward()
     assert all(p.grad is None for p in trained(model).values())
     assert isinstance(layer.get_base_layer().weight, nn.Parameter)

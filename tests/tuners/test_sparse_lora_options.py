@@ -18,11 +18,11 @@ from tuner_toolbox import (
 )
 
 from hf_sparse_peft import SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 
 def names(model):
-    return {layer.module_name for layer in sparse_layers(model)}
+    return {layer.module_name for layer in adapter_layers(model)}
 
 
 def step(model, lr=1e-2):
@@ -76,7 +76,7 @@ def test_dropout_touches_the_low_rank_half_in_training_only(base_of, base):
     reference = get_peft_model(base_of(base), make_config("hybrid-entry", base))
     fill(reference)
     assert torch.equal(logits(model), logits(reference))
-    layer = sparse_layers(model)[0].train()
+    layer = adapter_layers(model)[0].train()
     x = torch.randn(400, layer.in_features)
     base_and_sparse = x @ layer.dense_base_weight().float().t()
     layer.sparse_lora_values["default"].data.zero_()
@@ -99,7 +99,7 @@ def test_dropout_touches_the_low_rank_half_in_training_only(base_of, base):
 def test_dropout_gradients_belong_to_the_dropped_input(base_of):
     model = get_peft_model(base_of(), make_config("hybrid-entry", lora_dropout=0.5))
     fill(model)
-    layer = sparse_layers(model)[0].train()
+    layer = adapter_layers(model)[0].train()
     x = torch.randn(6, layer.in_features)
     torch.manual_seed(3)
     layer(x).sum().backward()
@@ -116,7 +116,7 @@ def test_rank_and_alpha_patterns_and_rslora_set_rank_and_scaling(base_of):
         rank_pattern={"q_proj": 6, r"layers\.1\.mlp\.down_proj": 0}, alpha_pattern={"v_proj": 5}, lora_alpha=12
     )
     model = get_peft_model(base_of(), config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         rank = layer.sizes["default"].rank
         if "q_proj" in layer.module_name:
             assert (rank, layer.sparse_lora_scaling["default"]) == (6, 2)
@@ -126,13 +126,13 @@ def test_rank_and_alpha_patterns_and_rslora_set_rank_and_scaling(base_of):
             assert rank == (0 if "layers.1" in layer.module_name else 4)
             assert ("default" in layer.sparse_lora_A) == (rank > 0)
     rooted = get_peft_model(base_of(), make_config(use_rslora=True, lora_alpha=12, rank_pattern={"q_proj": 9}))
-    assert {layer.sparse_lora_scaling["default"] for layer in sparse_layers(rooted)} == {6.0, 4.0}
+    assert {layer.sparse_lora_scaling["default"] for layer in adapter_layers(rooted)} == {6.0, 4.0}
 
 
 def test_a_pattern_may_give_ranks_to_some_modules_alone(base_of, tmp_path):
     model = get_peft_model(base_of(), make_config(r=0, density=0.0, rank_pattern={"q_proj": 3}))
     fill(model)
-    assert {bool(layer.holds("default")) for layer in sparse_layers(model)} == {True, False}
+    assert {bool(layer.holds("default")) for layer in adapter_layers(model)} == {True, False}
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(), tmp_path)), logits(model))
 
@@ -151,7 +151,7 @@ def test_all_linear_means_all_but_the_head(base_of, base):
 def test_all_linear_finds_layers_that_are_already_wrapped(base_of):
     model = get_peft_model(base_of(), make_config(target_modules=["q_proj"]))
     model.add_adapter("other", make_config(target_modules="all-linear"))
-    assert {layer.module_name for layer in sparse_layers(model) if "other" in layer.sparse_lora_values} == ALL
+    assert {layer.module_name for layer in adapter_layers(model) if "other" in layer.sparse_lora_values} == ALL
 
 
 def test_targets_by_regex_list_layers_and_exclusion(base_of):
@@ -176,8 +176,8 @@ def test_long_target_lists_keep_every_module_and_its_support(base_of, tmp_path):
     model = get_peft_model(tiny_llama(num_hidden_layers=4), make_config(
         target_modules=[n.replace("layers.0", f"layers.{i}") for n in ALL if "layers.0" in n for i in range(4)]
     ))  # fmt: skip
-    assert len(sparse_layers(model)) == 28
-    assert all("default" in layer.sparse_lora_values for layer in sparse_layers(model))
+    assert len(adapter_layers(model)) == 28
+    assert all("default" in layer.sparse_lora_values for layer in adapter_layers(model))
 
 
 def test_target_modules_of_conv1d_by_default(base_of):
@@ -188,9 +188,9 @@ def test_target_modules_of_conv1d_by_default(base_of):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_the_whole_model_keeps_supports(base_of, dtype):
     model = get_peft_model(base_of(), make_config())
-    units = [layer.units("default").clone() for layer in sparse_layers(model)]
+    units = [layer.units("default").clone() for layer in adapter_layers(model)]
     model.to(dtype)
-    for layer, before in zip(sparse_layers(model), units, strict=True):
+    for layer, before in zip(adapter_layers(model), units, strict=True):
         assert layer.sparse_lora_support["default"].dtype == torch.uint8
         assert torch.equal(layer.units("default"), before)
     assert logits(model).dtype == dtype
@@ -203,7 +203,7 @@ def test_a_deep_copy_is_a_model_of_its_own(base_of):
     fill(model)
     before, twin = logits(model), copy.deepcopy(model)
     assert torch.equal(logits(twin), before)
-    for layer in sparse_layers(twin):
+    for layer in adapter_layers(twin):
         layer.write_support("default", layer.units("default")[:2])
     assert torch.equal(logits(model), before)
     assert not torch.equal(logits(twin), before)
@@ -211,7 +211,7 @@ def test_a_deep_copy_is_a_model_of_its_own(base_of):
 
 def test_writing_a_support_in_inference_mode_is_noticed(base_of):
     model = get_peft_model(base_of(), make_config("sparse-entry"))
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     with torch.inference_mode():
         layer.sparse_lora_support["default"] = layer.sparse_lora_support["default"].clone()
         units = layer.units("default")

@@ -19,7 +19,7 @@ from tuner_toolbox import (
     token_ids,
 )
 
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 PAIRS = [*itertools.combinations_with_replacement([f"hybrid-{unit}" for unit in GRANULARITIES], 2)]
 
@@ -41,7 +41,7 @@ def both(model):
 @pytest.mark.parametrize("base", ["fp32", "nf4", "conv1d"])
 def test_active_adapters_add_up(base_of, base, pair):
     model = both(two_adapters(base_of, *pair, base=base))
-    for layer in sparse_layers(model)[:2]:
+    for layer in adapter_layers(model)[:2]:
         x = torch.randn(3, layer.in_features)
         weight = layer.dense_base_weight().double() + dense_delta(layer, "default") + dense_delta(layer, "other")
         expected = x.double() @ weight.t()
@@ -52,7 +52,7 @@ def test_active_adapters_add_up(base_of, base, pair):
 
 def test_adapters_of_different_blocks_sizes_add_up(base_of):
     model = both(two_adapters(base_of, "sparse-block", "sparse-block", options={"block_size": 8}))
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     x = torch.randn(3, layer.in_features)
     weight = layer.dense_base_weight().double() + dense_delta(layer, "default") + dense_delta(layer, "other")
     torch.testing.assert_close(layer(x).double(), x.double() @ weight.t(), rtol=1e-4, atol=1e-4)
@@ -121,7 +121,7 @@ def test_delete_adapter_leaves_nothing(base_of, base):
     logits(both(model))
     model.delete_adapter("other")
     assert not [key for key in model.state_dict() if ".other" in key]
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         for name in (*layer.adapter_layer_names, *layer.other_param_names, "_units"):
             assert "other" not in getattr(layer, name)
     assert "other" not in model.peft_config
@@ -135,7 +135,7 @@ def test_an_adapter_added_under_a_deleted_name_gets_its_own_support(base_of):
         model.delete_adapter("other")
         model.add_adapter("other", make_config(seed=seed))
         fresh = get_peft_model(base_of(), make_config(seed=seed))
-        for layer, reference in zip(sparse_layers(model), sparse_layers(fresh), strict=True):
+        for layer, reference in zip(adapter_layers(model), adapter_layers(fresh), strict=True):
             assert torch.equal(layer.units("other"), reference.units("default"))
 
 
@@ -146,7 +146,7 @@ def test_an_adapter_added_under_a_deleted_name_gets_its_own_support(base_of):
 def test_weighted_sum_of_sparse_halves_is_exact(base_of, pair, kind, tmp_path):
     model = two_adapters(base_of, *pair)
     model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "mix", combination_type=kind)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         expected = 0.7 * dense_sparse_half(layer, "default") - 0.4 * dense_sparse_half(layer, "other")
         torch.testing.assert_close(dense_sparse_half(layer, "mix"), expected, rtol=1e-6, atol=1e-7)
         if kind == "cat":
@@ -183,7 +183,7 @@ def test_pruning_combinations_follow_merge_utils_on_the_united_support(base_of, 
         "dare_linear": lambda t, w: dare_linear(t, w, 0.5),
         "dare_ties": lambda t, w: dare_ties(t, w, 0.5),
     }
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         first, second = (dense_sparse_half(layer, name).float() for name in ("default", "other"))
         mixed = dense_sparse_half(layer, "mix").float()
         support = (first != 0) | (second != 0)
@@ -204,7 +204,7 @@ def test_combination_of_one_adapter_with_weight_one_is_that_adapter(base_of):
     model = two_adapters(base_of)
     for kind in ("cat", "linear", "svd"):
         model.add_weighted_adapter(["other"], [1.0], kind, combination_type=kind)
-        for layer in sparse_layers(model):
+        for layer in adapter_layers(model):
             torch.testing.assert_close(dense_delta(layer, kind), dense_delta(layer, "other"), rtol=1e-4, atol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_combination_of_adapters_on_different_modules(base_of, tmp_path):
 def test_combination_of_adapters_on_different_layers_holds_both(base_of):
     model = two_adapters(base_of, layers_to_transform=[0], options={"layers_to_transform": [1]})
     model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "mix", combination_type="cat")
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         source, weight = ("default", 1.0) if ".0." in layer.module_name else ("other", -0.5)
         torch.testing.assert_close(dense_delta(layer, "mix"), weight * dense_delta(layer, source), rtol=1e-5, atol=1e-6)
 

@@ -10,7 +10,7 @@ from tuner_toolbox import HIDDEN, INNER, fill, logits, make_config, read_codes
 
 from hf_sparse_peft import ErdosRenyi, SparseLoraConfig, StructureConfig, UnitsPerModule
 from hf_sparse_peft.hub import check_adapter, export_lora
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 KINDS = {"q_proj": "row", "v_proj": "entry", "down_proj": "column", r".*0.self_attn.o_proj": "block"}
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -25,14 +25,14 @@ def units_by_name(model, adapter: str = "default") -> dict[str, list[int]]:
     """Units of every layer, by the file format's definition."""
     return {
         layer.module_name: read_codes(layer.sparse_lora_support[adapter]) if adapter in layer.sparse_lora_grid else []
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
     }
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
 def test_every_module_has_the_units_of_its_pattern_and_keeps_them_through_files_and_merging(base_of, tmp_path, base):
     model = get_peft_model(base_of(base), mixed())
-    shapes = {layer.module_name: layer.sparse_lora_values["default"].shape for layer in sparse_layers(model)}
+    shapes = {layer.module_name: layer.sparse_lora_values["default"].shape for layer in adapter_layers(model)}
     assert shapes["model.layers.1.self_attn.q_proj"] == (HIDDEN // 4, HIDDEN)
     assert shapes["model.layers.1.self_attn.v_proj"] == (HIDDEN * HIDDEN // 8,)
     assert shapes["model.layers.1.self_attn.o_proj"] == (HIDDEN // 4, HIDDEN)  # no pattern matches: the default, rows
@@ -61,14 +61,14 @@ def test_adapters_of_unlike_patterns_combine_exactly(base_of, tmp_path):
         fill(model, name, seed=seed)
     deltas = {
         layer.module_name: layer.get_delta_weight("default") - 2 * layer.get_delta_weight("other")
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
     }
     model.add_weighted_adapter(["default", "other"], [1.0, -2.0], "sum", combination_type="cat")
-    kinds = {layer.module_name: layer.sparse_lora_grid["sum"].granularity for layer in sparse_layers(model)}
+    kinds = {layer.module_name: layer.sparse_lora_grid["sum"].granularity for layer in adapter_layers(model)}
     assert kinds["model.layers.0.self_attn.q_proj"] == "row"  # both agree there
     assert kinds["model.layers.0.mlp.down_proj"] == "column"
     assert kinds["model.layers.1.self_attn.o_proj"] == "entry"  # rows and columns
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         torch.testing.assert_close(layer.get_delta_weight("sum"), deltas[layer.module_name], rtol=1e-5, atol=1e-6)
     model.set_adapter("sum")
     before = logits(model)
@@ -186,7 +186,7 @@ def test_structures_survive_files_compaction_and_training_again(base_of, tmp_pat
     one = StructureConfig(ATTENTION, "head", 0.5)
     model = get_peft_model(base_of(base), structured([one], criterion="magnitude"))
     fill(model)
-    layer = next(layer for layer in sparse_layers(model) if layer.holds("default"))
+    layer = next(layer for layer in adapter_layers(model) if layer.holds("default"))
     layer.write_support("default", layer.units("default")[:-1])
     model.compact()
     before = logits(model)
@@ -222,7 +222,7 @@ def test_structures_that_do_not_fit_are_refused_by_name(base_of, structures, opt
     base = base_of()
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, structured(structures, **options))
-    assert not sparse_layers(base)
+    assert not adapter_layers(base)
 
 
 def test_structures_are_checked_when_they_are_written():

@@ -12,7 +12,7 @@ from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, read_
 
 from hf_sparse_peft import ErdosRenyi, Global, Numbers
 from hf_sparse_peft.sparsity import stream_seed
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 CRITERIA = ("random", "magnitude", "smallest_magnitude", "low_rank_magnitude")
 SIZE = 16
@@ -42,14 +42,14 @@ def total_units(layer, granularity):
 
 
 def supports(model, adapter="default"):
-    return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in sparse_layers(model)}
+    return {layer.module_name: read_codes(layer.sparse_lora_support[adapter]) for layer in adapter_layers(model)}
 
 
 @tiny.crossed(base=BASES, granularity=GRANULARITIES, criterion=CRITERIA)
 def test_every_layer_has_exactly_its_share_of_distinct_sorted_units(base_of, base, granularity, criterion):
     config = make_config(f"sparse-{granularity}", base, criterion=criterion)
     model = get_peft_model(base_of(base), config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         units, total = read_codes(layer.sparse_lora_support["default"]), total_units(layer, granularity)
         assert len(units) == int(config.density * total + 1e-9) == layer.sparse_lora_values["default"].shape[0]
         assert units == sorted(set(units))
@@ -60,7 +60,7 @@ def test_every_layer_has_exactly_its_share_of_distinct_sorted_units(base_of, bas
 @tiny.crossed(base=BASES, granularity=GRANULARITIES, criterion=["magnitude", "smallest_magnitude"])
 def test_magnitude_supports_equal_brute_force_on_the_weight_the_layer_sees(base_of, base, granularity, criterion):
     model = get_peft_model(base_of(base), make_config(f"sparse-{granularity}", base, criterion=criterion))
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         weight = layer.get_base_weight().detach().double()
         weight = weight.t() if base == "conv1d" else weight
         scores = unit_sums(weight.abs(), granularity) * (1 if criterion == "magnitude" else -1)
@@ -81,7 +81,7 @@ def test_counts_are_exact_where_all_scores_tie(granularity, criterion):
         for parameter in base.parameters():
             parameter.fill_(0.5)
     model = get_peft_model(base, make_config(f"sparse-{granularity}", criterion=criterion))
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         units = read_codes(layer.sparse_lora_support["default"])
         assert len(units) == layer.sparse_lora_values["default"].shape[0]
         if criterion in ("magnitude", "smallest_magnitude"):
@@ -98,7 +98,7 @@ def test_low_rank_magnitude_follows_the_exact_svd_where_the_spectrum_is_clear():
                 parameter.copy_(torch.randn(64, 3) @ torch.randn(3, 64) + 1e-4 * torch.randn(64, 64))
     config = make_config("sparse-entry", target_modules=["q_proj"], criterion={"type": "low_rank_magnitude", "rank": 3})
     model = get_peft_model(base, config)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         U, S, Vh = torch.linalg.svd(layer.get_base_weight().detach().double())
         scores = ((U[:, :3] * S[:3]) @ Vh[:3]).abs().reshape(-1)
         chosen = set(read_codes(layer.sparse_lora_support["default"]))
@@ -160,7 +160,7 @@ def test_allocations_over_the_model_keep_the_budget_and_are_written_to_the_confi
         options = {**options, "target_modules": ["q_proj", "o_proj"]}
     config = make_config(f"sparse-{granularity}", **options)
     model = get_peft_model(base_of(), config)
-    layers = sparse_layers(model)
+    layers = adapter_layers(model)
     counts = {layer.module_name: len(read_codes(layer.sparse_lora_support["default"])) for layer in layers}
     assert tiny.units_of_sizes(model.peft_config["default"]) == counts
     numel = {layer.module_name: layer.in_features * layer.out_features for layer in layers}
@@ -181,7 +181,7 @@ def test_erdos_renyi_gives_thin_matrices_a_higher_density():
     model = get_peft_model(tiny_llama(), make_config("sparse-entry", budget=ErdosRenyi(0.1)))
     density = {
         layer.module_name.rsplit(".")[-1]: layer.sparse_lora_values["default"].numel() / layer.get_base_weight().numel()
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
     }
     shapes = {"q_proj": (64, 64), "v_proj": (32, 64), "down_proj": (64, 128)}
     ratio = {name: (rows + cols) / (rows * cols) for name, (rows, cols) in shapes.items()}
@@ -191,7 +191,7 @@ def test_erdos_renyi_gives_thin_matrices_a_higher_density():
 
 def test_global_allocation_is_one_ranking_of_all_entries():
     model = get_peft_model(tiny_llama(), make_config("sparse-entry", budget=Global(0.05), criterion="magnitude"))
-    weights = {layer.module_name: layer.get_base_weight().detach().abs().reshape(-1) for layer in sparse_layers(model)}
+    weights = {layer.module_name: layer.get_base_weight().detach().abs().reshape(-1) for layer in adapter_layers(model)}
     everything = torch.cat(list(weights.values()))
     threshold = everything.topk(round(0.05 * everything.numel())).values[-1]
     for name, units in supports(model).items():
@@ -208,7 +208,7 @@ def test_a_config_that_was_shared_out_for_one_model_is_refused_by_another():
 
 def test_a_wrong_support_is_never_drawn_for_values_that_came_from_a_file():
     model = get_peft_model(tiny_llama(), make_config("sparse-entry", inference_mode=True))
-    layer = sparse_layers(model)[0]
+    layer = adapter_layers(model)[0]
     layer.sparse_lora_values["default"].data.fill_(1.0)  # values are here, their units are not
     with pytest.raises(ValueError, match="was not yet written"):
         logits(model)

@@ -11,7 +11,7 @@ from tuner_toolbox import HIDDEN, INNER, base_bits, fill, logits, make_config, r
 from tuner_toolbox import token_ids as tokens
 
 from hf_sparse_peft import SparseLoraConfig, StructureConfig, initialize_support, load_support, methods
-from hf_sparse_peft.tuners.sparse_lora import sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
 
 COLUMNS = ("o_proj", "down_proj")
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -43,7 +43,7 @@ def units_of(model) -> dict[str, list[int]]:
         layer.module_name: read_codes(layer.sparse_lora_support["default"])
         if "default" in layer.sparse_lora_support
         else []
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
     }
 
 
@@ -122,7 +122,7 @@ def test_structures_are_the_best_by_the_sum_over_their_rows_and_columns(criterio
     assert tiny.units_of_sizes(written) == {name: len(units) for name, units in expected.items()}
     assert written.criterion.largest is largest
     assert not any(
-        layer.sparse_lora_values["default"].any() for layer in sparse_layers(model) if layer.holds("default")
+        layer.sparse_lora_values["default"].any() for layer in adapter_layers(model) if layer.holds("default")
     )
 
 
@@ -173,7 +173,7 @@ def test_activations_need_no_labels_no_gradient_and_leave_no_trace():
     assert not any(grads)
     assert [module.training for module in model.modules()] == modes
     assert same_bits(bits, base_bits(model))
-    assert not any(layer._forward_hooks for layer in sparse_layers(model))
+    assert not any(layer._forward_hooks for layer in adapter_layers(model))
     assert units_of(model) == units_of(chosen(config_of("activation")))
 
 
@@ -184,7 +184,7 @@ def test_an_nf4_base_is_ranked_by_what_flows_through_it_and_keeps_its_bits(base_
     initialize_support(model, batches(), show_progress=False)
     assert same_bits(bits, base_bits(model))
     other = get_peft_model(base_of("nf4"), make_config("low_rank-entry", target_modules=FFN)).base_model.model
-    names = [layer.module_name for layer in sparse_layers(other)]
+    names = [layer.module_name for layer in adapter_layers(other)]
     squares = dict.fromkeys(names, 0)
 
     def watch(name):
@@ -285,7 +285,7 @@ def test_strategies_that_cannot_be_carried_out_say_what_to_change():
         ValueError, match=r"'model.layers.0.self_attn.q_proj' is cut\s+into units of granularity 'entry'"
     ):
         get_peft_model(base, make_config("sparse-entry", criterion="activation"))
-    assert not sparse_layers(base)
+    assert not adapter_layers(base)
     model = get_peft_model(tiny_llama(), make_config("sparse-entry"))
     with pytest.raises(ValueError, match=r"q_proj' is cut.*granularity_pattern to 'column'"):
         initialize_support(model, batches(), "weighted_activation", show_progress=False)

@@ -14,7 +14,8 @@ from peft import get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
-from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer, sparse_layers
+from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.sparse_lora import SparseLoraLayer
 
 HIDDEN, INNER, VOCAB = 64, 128, 96
 GRANULARITIES = ("entry", "block", "row", "column")
@@ -83,7 +84,7 @@ def make_config(case: str = "hybrid-entry", base: str = "fp32", **overrides) -> 
 def fill(model, adapter: str = "default", scale: float = 0.3, seed: int = 7) -> None:
     """Give an adapter values that change the output, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in sparse_layers(model):
+    for layer in adapter_layers(model):
         for name in layer.adapter_layer_names:
             held = getattr(layer, name)
             if adapter in held:
@@ -174,7 +175,7 @@ def trained(model, adapter: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's trained parameters, by name."""
     return {
         f"{layer.module_name}.{name}": getattr(layer, name)[adapter]
-        for layer in sparse_layers(model)
+        for layer in adapter_layers(model)
         for name in layer.adapter_layer_names
         if adapter in getattr(layer, name)
     }
@@ -189,7 +190,7 @@ def same_adapter(plain, model, adapter: str = "default") -> None:
     expected, found = trained(model), trained(plain, adapter)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name].float(), parameter.float()) for name, parameter in expected.items())
-    for layer, other in zip(sparse_layers(model), sparse_layers(plain), strict=True):
+    for layer, other in zip(adapter_layers(model), adapter_layers(plain), strict=True):
         if "default" in layer.sparse_lora_values:
             assert torch.equal(layer.units("default"), other.units(adapter))
     tolerance = 0.1 if plain.dtype == torch.bfloat16 else 1e-4

@@ -3,7 +3,7 @@
 from ..shared.registration import register_tuner
 from .config import KernelLoraConfig
 from .layer import KernelLoraLayer, KernelLoraLinear
-from .model import KernelLoraModel, kernel_layers
+from .model import KernelLoraModel
 
 register_tuner(KernelLoraConfig, KernelLoraModel)
 
@@ -12,5 +12,4 @@ __all__ = [
     "KernelLoraLayer",
     "KernelLoraLinear",
     "KernelLoraModel",
-    "kernel_layers",
 ]

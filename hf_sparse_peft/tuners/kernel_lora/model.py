@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..shared.model import AdapterModel
 from .layer import KernelLoraLayer, KernelLoraLinear
 
@@ -17,8 +15,3 @@ class KernelLoraModel(AdapterModel):
 
     tuner_layer_cls = KernelLoraLayer
     linear_cls = KernelLoraLinear
-
-
-def kernel_layers(model: nn.Module) -> list[KernelLoraLayer]:
-    """All layers of `model` with a kernel adapter, in model order."""
-    return [module for module in model.modules() if isinstance(module, KernelLoraLayer)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -274,19 +274,28 @@ class AdapterLayer(AdapterTensors):
             )
 
 
+Layer = TypeVar("Layer", bound=AdapterLayer)
+
+
 def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:
     note_parameters(layer, [name for name in layer.adapter_configs if name not in layer.active_adapters])
     remember_masters(layer)
 
 
-def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[AdapterLayer]:
-    """All layers of `model` with an adapter of this package, of whichever tuner, in model order; with `adapter_name`
-    those that this adapter reaches.
+def adapter_layers(
+    model: nn.Module, layer_class: type[Layer] = AdapterLayer, adapter_name: str | None = None
+) -> list[Layer]:
+    """The layers of `model` with an adapter of this package, in model order.
+
+    Args:
+        model: the model or a part of it.
+        layer_class: the layers of one tuner, such as `SparseLoraLayer`.
+        adapter_name: only those that this adapter reaches.
 
     Raises:
         ValueError: `model` has no adapter of that name.
     """
-    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    layers = [module for module in model.modules() if isinstance(module, layer_class)]
     if adapter_name is None:
         return layers
     reached = [layer for layer in layers if adapter_name in layer.adapter_configs]

@@ -8,7 +8,7 @@ add_peft_type("SPARSE_LORA")  # the config class names the member
 from .config import SparseLoraConfig  # noqa: E402
 from .layer import SparseLoraLayer  # noqa: E402
 from .linear import SparseLoraLinear  # noqa: E402
-from .model import SparseLoraModel, sparse_layers  # noqa: E402
+from .model import SparseLoraModel  # noqa: E402
 from .structure_config import FactorMaskConfig, StructureConfig  # noqa: E402
 
 register_tuner(SparseLoraConfig, SparseLoraModel)
@@ -22,5 +22,4 @@ __all__ = [
     "SparseLoraLinear",
     "SparseLoraModel",
     "StructureConfig",
-    "sparse_layers",
 ]

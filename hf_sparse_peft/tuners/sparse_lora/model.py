@@ -10,6 +10,7 @@ from torch import nn
 
 from ...sparsity import Random
 from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
+from ..shared.layer import adapter_layers
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Entries, LowRank, Piece
 from ..shared.state_dict import SelectedTensors
@@ -56,7 +57,7 @@ class SparseLoraModel(AdapterModel):
             config,
             {
                 layer.module_name: layer.sizes[adapter_name]
-                for layer in sparse_layers(model)
+                for layer in adapter_layers(model, SparseLoraLayer)
                 if adapter_name in layer.sizes
             },
         )
@@ -93,14 +94,9 @@ class SparseLoraModel(AdapterModel):
         super().compact(adapter_name, compact_tolerance=compact_tolerance)
         for name in [adapter_name] if adapter_name and values_dtype else self.active_adapters if values_dtype else []:
             self.peft_config[name].values_dtype = values_dtype
-            for layer in sparse_layers(self.model):
+            for layer in adapter_layers(self.model, SparseLoraLayer):
                 for parameter in layer.trained_parameters(name):
                     parameter.data = parameter.data.to(getattr(torch, values_dtype)).to(parameter.dtype)
-
-
-def sparse_layers(model: nn.Module) -> list[SparseLoraLayer]:
-    """All adapted layers of `model`, in model order."""
-    return [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
 
 
 def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> SparseLoraConfig:
