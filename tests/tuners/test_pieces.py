@@ -140,8 +140,8 @@ def test_an_adapter_without_a_part_of_a_layer_has_no_pieces_there():
     model.add_adapter("other", make_config("low_rank-entry", target_modules=["v_proj"]))
     for layer in adapter_layers(model):
         assert bool(layer.pieces("other")) == (layer.module_name.endswith("v_proj"))
-    assert [layer.module_name for layer in adapter_layers(model, "other")] == [
+    assert [layer.module_name for layer in adapter_layers(model, adapter_name="other")] == [
         f"model.layers.{i}.self_attn.v_proj" for i in range(2)
     ]
     with pytest.raises(ValueError, match=r"adapter_name='third' is no adapter.*\['default', 'other'\]"):
-        adapter_layers(model, "third")
+        adapter_layers(model, adapter_name="third")
