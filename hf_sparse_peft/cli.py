@@ -42,12 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_sources(export)
     export.add_argument("--to", required=True, choices=("lora", "shira", "dense"), help="what to write")
     export.add_argument("--rank", type=int, help="lora: cut updates without exact low-rank form to this rank by SVD")
-    export.add_argument("--pad-rank", type=int, help="lora: fill every module up to this rank with zeros")
+    export.add_argument(
+        "--uniform-rank",
+        type=int,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RANK",
+        help="lora: pad every module with zeros to one rank: RANK, or without it the largest of a module",
+    )
+    export.add_argument("--only", choices=("low_rank", "support"), help="lora, shira: one half of the adapter")
     export.set_defaults(run=_export)
 
     merge = commands.add_parser("merge", help="merge an adapter into a dense model: export --to dense")
     _add_sources(merge)
-    merge.set_defaults(run=_export, to="dense", rank=None, pad_rank=None)
+    merge.set_defaults(run=_export, to="dense", rank=None, uniform_rank=False, only=None)
     return parser
 
 
@@ -67,17 +76,19 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    if options.to != "lora" and (options.rank or options.pad_rank):
-        raise ValueError(f"--rank and --pad-rank belong to --to lora, got --to {options.to}.")
+    if options.to != "lora" and (options.rank or options.uniform_rank):
+        raise ValueError(f"--rank and --uniform-rank belong to --to lora, got --to {options.to}.")
+    if options.to == "dense" and options.only:
+        raise ValueError("--only belongs to --to lora and --to shira; a dense model has both halves.")
     check_adapter(options.path)
     model = _load(options)
     if options.to == "lora":
-        done = export_lora(model, options.out, pad_rank=options.pad_rank, rank=options.rank)
+        done = export_lora(model, options.out, uniform_rank=options.uniform_rank, rank=options.rank, only=options.only)
         for name, rank in done.ranks.items():
             print(f"{name}  rank {rank}  relative error {done.errors[name]:.3g}")
         print(f"{len(done.ranks)} modules, {done.file_bytes:,} bytes in {options.out}")
     elif options.to == "shira":
-        print(f"SHiRA with r={export_shira(model, options.out)} in {options.out}")
+        print(f"SHiRA with r={export_shira(model, options.out, only=options.only)} in {options.out}")
     else:
         dense = merge_to_dense(model, options.out)
         print(f"{sum(p.numel() for p in dense.parameters()):,} parameters in {options.out}")

@@ -71,7 +71,7 @@ def test_export_writes_what_plain_peft_loads(folders, tmp_path, capsys, adapter,
 
 def test_export_pads_and_cuts_ranks(folders, tmp_path, capsys):
     source = [str(folders / "rows"), "--base", str(folders / "base"), "--to", "lora"]
-    assert cli.main(["export", *source, "--pad-rank", "9", str(tmp_path / "padded")]) == 0
+    assert cli.main(["export", *source, "--uniform-rank", "9", str(tmp_path / "padded")]) == 0
     assert {
         t.shape[0] for k, t in load_file(tmp_path / "padded/adapter_model.safetensors").items() if "lora_A" in k
     } == {9}
@@ -82,7 +82,7 @@ def test_export_pads_and_cuts_ranks(folders, tmp_path, capsys):
         assert cli.main(["export", *source, "--rank", "4", str(tmp_path / "cut")]) == 0
     assert "relative error 0." in capsys.readouterr().out
     assert cli.main(["export", *source[:-1], "dense", "--rank", "4", str(tmp_path / "x")]) == 1
-    assert "--rank and --pad-rank belong to --to lora" in capsys.readouterr().err
+    assert "--rank and --uniform-rank belong to --to lora" in capsys.readouterr().err
 
 
 def test_merge_takes_the_base_from_the_config(folders, tmp_path):

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model_state_dict
@@ -52,8 +53,9 @@ def export_lora(
     model: nn.Module,
     path: str | os.PathLike,
     adapter_name: str = "default",
-    pad_rank: int | None = None,
+    uniform_rank: bool | int = False,
     rank: int | None = None,
+    only: Literal["low_rank", "support"] | None = None,
 ) -> LoraExport:
     r"""Write an adapter of any tuner of this package as a plain peft LoRA that loads without this package.
 
@@ -62,35 +64,43 @@ def export_lora(
     :math:`BA = \Delta W` in fp32. Modules whose update is zero by construction are left out of `target_modules`.
     `rank_pattern` and `alpha_pattern` hold equal numbers, so LoRA's scaling is 1.
 
-    `pad_rank` fills every module with zeros up to one rank, for engines that want that. `rank` allows updates whose
-    exact rank is higher (entries, blocks, kernels) to be cut to `rank` by SVD of the whole update: the measured errors
-    are returned, and the largest is warned about.
+    Args:
+        model: has the adapter; its base may be quantised.
+        path: the folder to write.
+        adapter_name: which adapter.
+        uniform_rank: pad every module with zeros to one rank, for engines that read no `rank_pattern`: True: the
+            largest rank of a module; an integer: that rank.
+        rank: fit updates whose exact rank is higher or unknown (entries, blocks, kernels) by the SVD of the whole
+            update, cut to this rank: the measured errors are returned, and the largest is warned about.
+        only: one half of the adapter: the factors ("low_rank") or the rest ("support"), which `export_shira` holds
+            without loss. None: both.
 
     Raises:
-        ValueError: entries, blocks or kernels without `rank`, `pad_rank` below a module's rank, an adapter that is
+        ValueError: entries, blocks or kernels without `rank`, `uniform_rank` below a module's rank, an adapter that is
             unknown, changes nothing or is merged, or a `path` that holds something else than a LoRA.
     """
     config, layers = _exportable(model, adapter_name)
-    for option, value in (("rank", rank), ("pad_rank", pad_rank)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option}={value} is no rank; give an integer >= 1, or None.")
+    for option, value in (("rank", rank), ("uniform_rank", uniform_rank)):
+        if value is not None and value is not False and value < 1:
+            raise ValueError(f"{option}={value} is no rank; give an integer >= 1, or leave it out.")
     factors, errors = {}, {}
     for layer in layers:
-        found = _lora_factors(layer, adapter_name, rank)
+        found = _lora_factors(layer, _pieces(layer, adapter_name, only), rank)
         if found is not None:
             factors[layer.module_name], errors[layer.module_name] = found[:2], found[2]
     if not factors:
         raise ValueError(f"Adapter '{adapter_name}' has no living unit or component; there is nothing to export.")
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    if pad_rank is not None:
+    if uniform_rank:
         largest = max(ranks, key=ranks.get)
-        if ranks[largest] > pad_rank:
+        padded = ranks[largest] if uniform_rank is True else uniform_rank
+        if ranks[largest] > padded:
             raise ValueError(
-                f"pad_rank={pad_rank} is below the rank {ranks[largest]} of '{largest}'. Raise it to {ranks[largest]}, "
-                f"or pass rank={pad_rank} to cut updates by SVD."
+                f"uniform_rank={padded} is below the rank {ranks[largest]} of '{largest}'. Raise it to "
+                f"{ranks[largest]}, or pass rank={padded} to cut updates by SVD."
             )
-        factors = {name: _padded(*halves, pad_rank) for name, halves in factors.items()}
-        ranks = dict.fromkeys(ranks, pad_rank)
+        factors = {name: _padded(*halves, padded) for name, halves in factors.items()}
+        ranks = dict.fromkeys(ranks, padded)
     default = Counter(ranks.values()).most_common(1)[0][0]
     pattern, bias = _rank_pattern(ranks, default), getattr(config, "bias", "none")
     lora = LoraConfig(
@@ -120,8 +130,14 @@ def export_lora(
 
 
 @torch.no_grad()
-def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> int:
-    """Write an adapter without low-rank pieces in upstream peft's SHiRA format, without loss. Returns SHiRA's `r`.
+def export_shira(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    only: Literal["support"] | None = None,
+) -> int:
+    """Write an adapter without low-rank pieces, or with `only="support"` the rest of one that has them, in upstream
+    peft's SHiRA format, without loss. Returns SHiRA's `r`.
 
     SHiRA's loader wants `r * (rows + cols)` entries in every module, of one `r` for the whole model: the smallest `r`
     that fits is taken and the rest filled with zeros at free places. Blocks, rows and columns are written as their
@@ -134,13 +150,13 @@ def export_shira(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             unknown, changes nothing or is merged, or `path` holds something else than a SHiRA adapter.
     """
     config, layers = _exportable(model, adapter_name)
-    pieces = {layer.module_name: layer.pieces(adapter_name) for layer in layers}
+    pieces = {layer.module_name: _pieces(layer, adapter_name, only) for layer in layers}
     for name, found in pieces.items():
         for piece in found:
             if isinstance(piece, LowRank):
                 raise ValueError(
-                    f"SHiRA has no low-rank half, and '{name}' has rank {piece.A.shape[0]}. Use merge_to_dense, or "
-                    "export_lora with rank=."
+                    f"SHiRA has no low-rank half, and '{name}' has rank {piece.A.shape[0]}. Use merge_to_dense, "
+                    "export_lora with rank=, or only='support' here and only='low_rank' in export_lora."
                 )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"SHiRA saves no biases, and this adapter has bias='{config.bias}'. Use merge_to_dense.")
@@ -195,6 +211,13 @@ def _exportable(model: nn.Module, adapter_name: str) -> tuple[AdapterConfig, lis
     layers = adapter_layers(model, adapter_name=adapter_name)
     refuse_merged(layers)
     return layers[0].adapter_configs[adapter_name], layers
+
+
+def _pieces(layer: AdapterLayer, adapter_name: str, only: str | None) -> list[Piece]:
+    if only not in (None, "low_rank", "support"):
+        raise ValueError(f"only={only!r} is no half of an adapter; choose 'low_rank', 'support' or None for both.")
+    pieces = layer.pieces(adapter_name)
+    return [piece for piece in pieces if only is None or isinstance(piece, LowRank) == (only == "low_rank")]
 
 
 def _shared_options(config: AdapterConfig) -> dict:
@@ -258,15 +281,16 @@ def _write(
 
 
 def _lora_factors(
-    layer: AdapterLayer, adapter_name: str, rank: int | None
+    layer: AdapterLayer, pieces: list[Piece], rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """`A` `[r, in]`, `B` `[out, r]`, both fp32, and the relative error of `BA`; None for an update that is zero."""
-    pieces = layer.pieces(adapter_name)
     inexact = [piece for piece in pieces if piece.exact_rank is None]
     if inexact and rank is None:
+        also = "; only='low_rank' exports the factors alone" if len(inexact) < len(pieces) else ""
         raise ValueError(
             f"'{layer.module_name}' has {_described(inexact[0])}, which has no exact low-rank form. Pass rank= to fit "
-            "a LoRA by SVD (its error is measured), or use export_shira or merge_to_dense, which lose nothing."
+            "a LoRA by SVD (its error is measured), or use export_shira or merge_to_dense, which lose nothing"
+            f"{also}."
         )
     exact = sum(piece.exact_rank or 0 for piece in pieces)
     if not inexact and exact == 0:
@@ -274,8 +298,10 @@ def _lora_factors(
     if not inexact and (rank is None or exact <= rank):
         factors = [piece.factors() for piece in pieces if piece.exact_rank]
         return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], dim=1), 0.0
-    delta = layer.get_delta_weight(adapter_name)
-    return _svd_factors(delta.t() if layer.fan_in_fan_out else delta, rank)
+    delta = torch.zeros(layer.out_features, layer.in_features, device=layer.get_base_layer_device())
+    for piece in pieces:
+        piece.add_(delta)
+    return _svd_factors(delta, rank)
 
 
 def _described(piece: Piece) -> str:
