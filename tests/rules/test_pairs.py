@@ -1,5 +1,8 @@
 """Every pair of registered rules, in both orders: composed they train and hold still what either holds, or both are
-named in the refusal. Which of the two it is follows from what the rules declare."""
+named in the refusal. Which of the two it is follows from what the rules declare.
+
+The default suite trains schedules of four rules, in which each pair that composes occurs; each pair by itself is slow.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from hf_sparse_peft import (
     Random,
     Regrow,
     SampleLayers,
+    SearchSupport,
     SparseLoraConfig,
     callbacks_for,
 )
@@ -32,7 +36,7 @@ from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.utils.parts import part_types
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-STEPS = 8
+STEPS = 12
 BUSY = {
     "alternate_modules": AlternateModules(period_steps=2),
     "factor_experts": FactorExperts(consistency=0.0),
@@ -41,7 +45,8 @@ BUSY = {
     "nuclear_norm": NuclearNorm(min_side=8),
     "prune": Prune(start=0.1, end=0.7, interval=2),
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
-    "sample_layers": SampleLayers(trained=0.5, interval=3, probes=2),
+    "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
+    "search_support": SearchSupport(trials=2, steps=1, batches=1),
 }
 """Options with which a rule acts within a few steps on a tiny model; other rules are taken with their defaults."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
@@ -60,13 +65,59 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig:
     return SparseLoraConfig(density=0.1, **options)
 
 
+def composes(*names: str) -> bool:
+    return all(conflict(rule_of(a), rule_of(b)) is None for a, b in itertools.combinations(names, 2))
+
+
+def schedules(length: int = 4) -> list[tuple[str, ...]]:
+    """Schedules of `length` rules, in which every pair of rules that composes occurs; every other one is reversed."""
+    order, found = list(OWN), []
+    left = {pair for pair in itertools.combinations(order, 2) if composes(*pair)}
+
+    def pairs(names):
+        return set(itertools.combinations(sorted(names, key=order.index), 2))
+
+    while left:
+        names = min(left)
+        while len(names) < length:
+            longer = [(*names, name) for name in order if name not in names and composes(*names, name)]
+            best = max(longer, key=lambda names: len(pairs(names) & left), default=names)
+            if not (pairs(best) - pairs(names)) & left:
+                break
+            names = best
+        left -= pairs(names)
+        found.append(tuple(sorted(names, key=order.index, reverse=len(found) % 2 == 1)))
+    return found
+
+
+ALONE = [pair for pair in itertools.permutations(OWN, 2) if composes(*pair)]
+
+
 class Watch:
-    """At every update: who is held still, by any of the rules, has no gradient and keeps every bit, and nobody else."""
+    """At every update: what is held still, by any of the rules, has no gradient and keeps every bit, and nothing else;
+    a layer without gradients keeps its units too, whichever rule acts at this step."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.seen = 0
-        self.callbacks = [tiny.At(on_pre_optimizer_step=self.before), tiny.At(on_optimizer_step=self.after)]
+        self.layers: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+        self.trained: list[set[torch.nn.Module]] = []
+
+    def around(self, runner: RuleRunner) -> list[tiny.TrainerCallback]:
+        """Callbacks that look before any rule has moved something at a step, and when all have."""
+        first = tiny.At(on_step_begin=self.begin, on_pre_optimizer_step=self.gradients)
+        last = tiny.At(on_pre_optimizer_step=self.before, on_optimizer_step=self.after, on_step_end=self.end)
+        return [first, runner, last]
+
+    def begin(self, step, model, optimizer):
+        self.layers = {
+            layer: {kind: tensor.detach().clone() for kind, tensor in state_of(layer).items()}
+            for layer in adapter_layers(model)
+        }
+
+    def gradients(self, step, model, optimizer):
+        self.trained.append(
+            {layer for layer in self.layers if any(t.grad is not None for t in state_of(layer).values())}
+        )
 
     def before(self, step, model, optimizer):
         mask = run_on(model).mask
@@ -83,44 +134,75 @@ class Watch:
             if rows is not None and parameter.grad is not None:
                 at = rows.bool()
                 self.kept.append((parameter, at, parameter.detach()[at].clone()))
-        self.seen += 1
 
     def after(self, step, model, optimizer):
         for parameter, at, value in self.kept:
             assert torch.equal(parameter.detach()[at], value), step
+
+    def end(self, step, model, optimizer):
+        for layer in set(self.layers) - self.trained[-1]:
+            for kind, tensor in state_of(layer).items():
+                assert torch.equal(tensor, self.layers[layer][kind]), (step, layer.module_name, kind)
+
+
+def state_of(layer, name: str = "default") -> dict[str, torch.Tensor]:
+    """What an adapter consists of in a layer, units included."""
+    kinds = (*layer.adapter_layer_names, "sparse_lora_support", "sparse_lora_rank_mask", "kernel_lora_survivors")
+    return {kind: getattr(layer, kind)[name] for kind in kinds if name in getattr(layer, kind, {})}
+
+
+def train_schedule(names: tuple[str, ...], out) -> None:
+    torch.manual_seed(0)
+    model, watch = get_peft_model(tiny.llama(), config_of(*map(rule_of, names))), Watch()
+    (runner,) = [one for one in callbacks_for(model) if isinstance(one, RuleRunner)]
+    tiny.train(model, out, STEPS, callbacks=watch.around(runner), weight_decay=0.1)
+    assert {run.rule.part_type for run in runner.runs} == set(names)
+    assert len(watch.trained) == STEPS
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+    layers = adapter_layers(model)
+    assert all(torch.isfinite(layer.get_delta_weight("default")).all() for layer in layers)
+    assert any(layer.get_delta_weight("default").any() for layer in layers)
+    if any(rule.acts_on == {"module"} and "trains" in rule.writes for rule in map(rule_of, names)):
+        assert any(step < set(layers) for step in watch.trained)
+        assert set().union(*watch.trained) == set(layers)
+    else:
+        assert all(step == set(layers) for step in watch.trained)
 
 
 def test_every_rule_of_the_package_is_busy_here():
     assert set(BUSY) <= set(OWN)
 
 
-@pytest.mark.parametrize("names", list(itertools.permutations(OWN, 2)), ids="+".join)
-@pytest.mark.filterwarnings("ignore")
-def test_a_pair_composes_or_is_refused_by_name_as_declared(names, tmp_path):
-    first, second = map(rule_of, names)
-    units = "units" in first.writes and "units" in second.writes and first.acts_on & second.acts_on
-    nested = second.part_type in first.within or first.part_type in second.within
-    fixed = first.acts_on & second.acts_on and any(
-        "fixed_units" in a.needs and "units" in b.writes for a, b in ((first, second), (second, first))
-    )
-    refused = bool((units and not nested) or fixed)
-    assert refused == (conflict(first, second) is not None) == (conflict(second, first) is not None)
-    if refused:
-        with pytest.raises(ValueError, match=type(first).__name__) as error:
+@pytest.mark.parametrize("name", OWN)
+def test_a_pair_is_refused_by_name_exactly_where_declared(name):
+    for other in sorted(set(OWN) - {name}):
+        first, second = map(rule_of, (name, other))
+        units = "units" in first.writes and "units" in second.writes and first.acts_on & second.acts_on
+        nested = second.part_type in first.within or first.part_type in second.within
+        fixed = first.acts_on & second.acts_on and any(
+            "fixed_units" in a.needs and "units" in b.writes for a, b in ((first, second), (second, first))
+        )
+        refused = bool((units and not nested) or fixed)
+        assert refused == (conflict(first, second) is not None) == (conflict(second, first) is not None)
+        if refused:
+            with pytest.raises(ValueError, match=type(first).__name__) as error:
+                config_of(first, second)
+            assert type(second).__name__ in str(error.value)
+        else:
             config_of(first, second)
-        assert type(second).__name__ in str(error.value)
-        return
-    torch.manual_seed(0)
-    model, watch = get_peft_model(tiny.llama(layers=4), config_of(first, second)), Watch()
-    (runner,) = [one for one in callbacks_for(model) if isinstance(one, RuleRunner)]
-    before, after = watch.callbacks
-    tiny.train(model, tmp_path, STEPS, callbacks=[runner, before, after], weight_decay=0.1)
-    assert {run.rule.part_type for run in runner.runs} == set(names)
-    assert watch.seen == STEPS
-    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
-    layers = adapter_layers(model)
-    assert all(torch.isfinite(layer.get_delta_weight("default")).all() for layer in layers)
-    assert any(layer.get_delta_weight("default").any() for layer in layers)
+
+
+@pytest.mark.parametrize("names", schedules(), ids="+".join)
+@pytest.mark.filterwarnings("ignore")
+def test_a_schedule_of_rules_that_compose_trains_and_leaves_what_is_held_still(names, tmp_path):
+    train_schedule(names, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ALONE, ids="+".join)
+@pytest.mark.filterwarnings("ignore")
+def test_a_pair_of_rules_by_itself_trains_and_leaves_what_is_held_still(names, tmp_path):
+    train_schedule(names, tmp_path)
 
 
 def test_a_rule_twice_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -14,13 +13,9 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
-    FactorExperts,
-    FactorMaskConfig,
     Freeze,
     Gradient,
     KernelLoraConfig,
-    L1Penalty,
-    NuclearNorm,
     Prune,
     Random,
     Regrow,
@@ -29,39 +24,19 @@ from hf_sparse_peft import (
     callbacks_for,
     methods,
 )
-from hf_sparse_peft.rules import Run, Training
+from hf_sparse_peft.rules import Rule, Run, Training
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import begin_run
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12
-RULES = {
-    "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
-    "pruning": Prune(start=0.1, end=0.5, interval=2),
-    "allocate": Allocate(budget=AverageRank(2), every=1, initial_warmup=0.1, final_warmup=0.5),
-    "alternate_modules": AlternateModules(period_steps=3),
-    "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
-    "freeze": Freeze(at=0.5, threshold=0.05),
-    "nuclear_norm": NuclearNorm(interval=1, min_side=8),
-    "l1_penalty": L1Penalty(weight=50.0),
-    "factor_experts": FactorExperts(consistency=0.0),
-}  # fmt: skip
-REFUSED = {
-    frozenset(pair): words
-    for pair, words in {
-        ("pruning", "freeze"): "Freeze needs the units.*Prune moves them",
-        ("regrow", "freeze"): "Regrow moves them",
-        ("allocate", "factor_experts"): "FactorExperts needs the units.*Allocate moves them",
-    }.items()
-}
+TURNS = AlternateModules(period_steps=3)
 
 
-def config_of(*rules: str, **options) -> SparseLoraConfig:
+def config_of(*rules: Rule, **options) -> SparseLoraConfig:
     fields = {"r": 4, "density": 0.1, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    if "factor_experts" in rules:
-        fields["factor_masks"] = FactorMaskConfig(kind="stochastic", experts=2)
-    return SparseLoraConfig(**{**fields, "schedule": [RULES[name] for name in rules], **options})
+    return SparseLoraConfig(**{**fields, "schedule": list(rules), **options})
 
 
 def held_by(layer, name) -> dict[str, torch.Tensor]:
@@ -113,25 +88,9 @@ def watched(config, out, steps=STEPS, layers=2, callbacks=None, **options):
     return model, watch.trains, rules
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(RULES, 2)), ids="+".join)
-def test_a_pair_of_rules_is_refused_by_name_or_leaves_what_rests_alone(pair, tmp_path):
-    if frozenset(pair) in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[frozenset(pair)]):
-            config_of(*pair)
-        return
-    model, trains, rules = watched(config_of(*pair), tmp_path)
-    ran = [run.rule for rule in rules for run in rule.runs]
-    assert {name for name, rule in RULES.items() if rule in ran} == set(pair)
-    everything = set(adapter_layers(model))
-    if {"alternate_modules", "sample_layers"} & set(pair):
-        assert any(step < everything for step in trains)
-        assert set().union(*trains) == everything
-    else:
-        assert all(step == everything for step in trains)
-
-
 def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(tmp_path):
-    model, trains, rules = watched(config_of("alternate_modules", "sample_layers"), tmp_path, layers=4)
+    config = config_of(TURNS, SampleLayers(trained=0.5, interval=5, probes=2))
+    model, trains, rules = watched(config, tmp_path, layers=4)
     ((alternate, sampling),) = (rule.runs for rule in rules)
     names = [{layer.module_name for layer in step} for step in trains]
     for step, found in enumerate(names):
@@ -144,7 +103,7 @@ def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(t
 def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_again(tmp_path):
     for scope in ("layer", "global"):
         pruning = Prune(start=0.0, end=0.25, interval=2, final_fraction=0.5, scope=scope)
-        config = config_of(schedule=[pruning, RULES["alternate_modules"]], r=0)
+        config = config_of(pruning, TURNS, r=0)
         model, _, _ = watched(config, tmp_path)
         layers = adapter_layers(model)
         left = sum(layer.units("default").numel() for layer in layers)
@@ -153,7 +112,7 @@ def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_ag
 
 
 def test_pruning_that_layers_slept_through_is_named(tmp_path):
-    config = config_of(schedule=[Prune(start=0.1, end=0.9), AlternateModules(period_steps=12)], r=0)
+    config = config_of(Prune(start=0.1, end=0.9), AlternateModules(period_steps=12), r=0)
     with pytest.warns(UserWarning, match=r"final_fraction=0\.5 was not reached: \d layers"):
         watched(config, tmp_path)
 
@@ -161,7 +120,7 @@ def test_pruning_that_layers_slept_through_is_named(tmp_path):
 def test_ranks_reach_their_budget_although_half_of_the_matrices_rest(tmp_path):
     allocation = Allocate(budget=AverageRank(2), every=1, initial_warmup=0.1, final_warmup=0.7)
     turns = AlternateModules(period_steps=2)
-    model, _, _ = watched(config_of(schedule=[turns, allocation], density=0.0), tmp_path, steps=24)
+    model, _, _ = watched(config_of(turns, allocation, density=0.0), tmp_path, steps=24)
     alive = [layer.alive_components("default") for layer in adapter_layers(model)]
     assert sum(alive) == 2 * len(alive)
 
@@ -198,7 +157,7 @@ def test_entries_of_kernel_adapters_at_rest_stay_theirs_while_matrices_compete(t
 
 def rigl(**options) -> SparseLoraConfig:
     moves = Regrow(every=2, grow=Gradient(), fraction=0.5, in_place_of_update=True)
-    return config_of(schedule=[moves], r=0, target_modules=["q_proj"], **options)
+    return config_of(moves, r=0, target_modules=["q_proj"], **options)
 
 
 def changed_at_moves(model, out, steps=5, **options) -> dict[str, list[bool]]:
@@ -222,9 +181,7 @@ def changed_at_moves(model, out, steps=5, **options) -> dict[str, list[bool]]:
 def test_a_skipped_step_is_that_of_the_moving_supports_alone(tmp_path):
     model = get_peft_model(tiny.llama(layers=1), rigl(modules_to_save=["lm_head"]))
     model.add_adapter("still", config_of(r=0, target_modules=["q_proj"], seed=1))
-    model.add_adapter(
-        "slow", config_of(r=2, target_modules=["q_proj"], seed=2, schedule=[Regrow(every=3, grow=Random())])
-    )
+    model.add_adapter("slow", config_of(Regrow(every=3, grow=Random()), r=2, target_modules=["q_proj"], seed=2))
     model.base_model.set_adapter(["default", "still", "slow"])
     found = changed_at_moves(model, tmp_path)
     moving = [name for name in found if "values.default" in name]
@@ -246,7 +203,7 @@ def test_a_skipped_step_leaves_biases_and_the_low_rank_half_their_update(tmp_pat
 
 def test_sara_leaves_out_the_update_of_its_entries_only(tmp_path):
     freezing = Freeze(at=0.5, threshold=0.3)
-    model = get_peft_model(tiny.llama(layers=1), config_of(schedule=[freezing], r=2, target_modules=["q_proj"]))
+    model = get_peft_model(tiny.llama(layers=1), config_of(freezing, r=2, target_modules=["q_proj"]))
     found = changed_at_moves(model, tmp_path, steps=8)  # step 4 is the adjustment's
     assert [seen for name, seen in found.items() if "values" in name] == [[True, False]]
     assert all(seen == [True, True] for name, seen in found.items() if "values" not in name)
