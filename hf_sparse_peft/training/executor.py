@@ -64,19 +64,19 @@ class RuleExecutor:
         """What a checkpoint carries beside the tensors."""
         return {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
 
-    def begin(self, training: Training, saved: dict[str, dict[str, Any]], alone: bool = False) -> None:
+    def begin(self, training: Training, saved: dict[str, dict[str, Any]], loop: Any = None) -> None:
         """Take part in `training`: find the spaces of every rule, prepare their state, begin.
 
         Args:
             training: what the loop knows of the run.
             saved: what a checkpoint brought.
-            alone: whether nobody else takes part; a run that goes on on this model is broken off.
+            loop: what the loop's callbacks have in common (`begin_run`); None: nobody else takes part.
 
         Raises:
             ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run.
         """
         self.training = training
-        self._join(training.model, alone)
+        self._join(training.model, loop)
         self.runs = list(self._make_runs())
         if not self.runs:
             raise ValueError(why_no_rule_runs(self.owner, self.rule or self.rule_class, training.model))
@@ -136,8 +136,8 @@ class RuleExecutor:
 
     # Runs
 
-    def _join(self, model: nn.Module, alone: bool) -> None:
-        self._live = begin_run(model, adapter_layers(model), alone)
+    def _join(self, model: nn.Module, loop: Any) -> None:
+        self._live = begin_run(model, adapter_layers(model), loop)
         self._live.join(self, self._release)
         self.training.updates = self._live.mask
         optimizer = self.training.optimizer

@@ -179,7 +179,7 @@ class _Steps:
             return
         # Around what holds parts of parameters still in a step, which hangs on the same hooks.
         self._hooks.append(self.optimizer.register_step_pre_hook(lambda *_: self._gradients()))
-        self.rules.begin(self.training, saved, alone=True)
+        self.rules.begin(self.training, saved)
         self._hooks.append(self.optimizer.register_step_post_hook(lambda *_: self._after_update()))
 
     def before_step(self) -> None:

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 from ..rules import Training
 from ..tuners import restore_fp32
 from ..tuners.shared.best_model import warn_of_best_model
-from ..tuners.shared.live_run import end_with_train, run_on, trainer_on_stack
+from ..tuners.shared.live_run import current_trainer
 from .executor import RuleExecutor, trained_adapters
 from .trainer_checks import refuse_sharded
 
@@ -35,16 +35,13 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse a sharded run before any process wraps the model, undo the casts of the trainer's constructor, end a
-        run on this model that was broken off, and let this trainer's own runs end however they end.
+        """Refuse a sharded run before any process wraps the model, and undo the casts of the trainer's constructor.
 
         Raises:
             ValueError: DeepSpeed or FSDP is switched on, by whatever means.
         """
         refuse_sharded(args, "schedule")
-        end_with_train()
         if model is not None:
-            run_on(model)
             restore_fp32(model)
             for layer, adapter in trained_adapters(model) if self.rule is not None else ():
                 layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
@@ -73,13 +70,13 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             arguments=args,
             show_progress=not args.disable_tqdm and state.is_world_process_zero,
             resumed=bool(state.global_step),
-            provides=getattr(trainer_on_stack(), "provides", frozenset()),
+            provides=getattr(current_trainer(), "provides", frozenset()),
         )
         found = (state.stateful_callbacks or {}).get(type(self).__name__, []) if state.global_step else []
         saved = {}
         for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
             saved |= one.get("attributes", {}).get("restored", {})
-        self.begin(training, saved)
+        self.begin(training, saved, loop=state)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Before the first micro-batch."""

@@ -78,7 +78,7 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Forget records after the step that training starts from."""
-        self._run = begin_run(model, adapter_layers(model))
+        self._run = begin_run(model, adapter_layers(model), state)
         self._run.join(self, self._stop_watching)
         self._trackers, self._watched, self._started = {}, [], False
         self._log = RecordLog(Path(args.output_dir) / "support_log.jsonl", _record_check(model))

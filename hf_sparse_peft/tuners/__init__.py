@@ -2,6 +2,7 @@
 
 from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
+from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
@@ -12,6 +13,7 @@ from .sparse_lora import (
 )
 
 guard_loading()
+end_runs_with_train()
 
 __all__ = [
     "AdapterLayer",

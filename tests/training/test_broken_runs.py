@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import warnings
+import weakref
 
 import pytest
 import tiny
@@ -36,6 +39,7 @@ from hf_sparse_peft import (
 from hf_sparse_peft.rules import moves
 from hf_sparse_peft.training import SupportTelemetryCallback, ZerothOrderTrainer, zeroth_order_optimizer
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.shared.live_run import run_on
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -335,13 +339,123 @@ def test_an_interrupted_zeroth_order_step_leaves_the_parameters_where_they_were(
     assert optimizer.pending_gradient == 0
 
 
+# When a run is over
+
+
+def resting(model) -> list[str]:
+    return [n for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
+
+
+def trainer_that_stops(model, out, late=False, steps=8) -> Trainer:
+    """Its third step is interrupted from a callback, while matrices rest."""
+    seen = []
+
+    def stop(step, model, optimizer):
+        seen.append(resting(model))
+        if step == 3:
+            raise KeyboardInterrupt
+
+    callbacks = [*callbacks_for(model), tiny.At(on_step_end=stop)]
+    args = tiny.arguments(out, steps)
+    trainer = Trainer(model=model, args=args, train_dataset=tiny.TokenData(), callbacks=[] if late else callbacks)
+    for callback in callbacks if late else []:
+        trainer.add_callback(callback)
+    trainer.rested = seen
+    return trainer
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["given", "added-later"])
+def test_an_interrupted_run_is_over_when_train_is_left_before_anybody_looks(late, tmp_path):
+    model = get_peft_model(tiny.llama(layers=2), CONFIGS["alternate-modules"]())
+    trainer = trainer_that_stops(model, tmp_path, late)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(trainer.rested)
+    assert resting(model) == []
+    assert run_on(model) is None
+
+
+def test_a_run_in_another_thread_goes_on_while_this_one_uses_the_model_and_ends_with_its_train(tmp_path):
+    model = get_peft_model(tiny.llama(layers=2), CONFIGS["alternate-modules"]())
+    trainer, ids, met = trainer_that_stops(model, tmp_path), torch.arange(1, 9)[None], threading.Barrier(2, timeout=60)
+    trainer.add_callback(tiny.At(on_step_begin=lambda step, *_: [met.wait(), met.wait()] if step == 2 else None))
+    caught = []
+
+    def train():
+        try:
+            trainer.train()
+        except KeyboardInterrupt as interrupt:
+            caught.append(interrupt)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    met.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()(input_ids=ids)
+    assert run_on(model) is not None
+    assert resting(model)
+    met.wait()
+    thread.join(60)
+    assert caught
+    assert resting(model) == []
+    assert run_on(model) is None
+
+
+def test_a_trainer_that_is_built_while_another_trains_the_model_ends_nothing(tmp_path):
+    model, live = get_peft_model(tiny.llama(layers=2), CONFIGS["alternate-modules"]()), []
+
+    def build(step, model, optimizer):
+        args = tiny.arguments(tmp_path, 1)
+        other = Trainer(
+            model=model, args=args, eval_dataset=tiny.TokenData(4), callbacks=callbacks_for(model)
+        )  # fmt: skip
+        other.evaluate()
+        live.append(run_on(model))
+
+    tiny.train(model, tmp_path, 2, callbacks=[*callbacks_for(model), tiny.At(on_step_begin=build)])
+    assert len(live) == 2
+    assert None not in live
+    assert run_on(model) is None
+
+
+def test_a_smaller_batch_after_running_out_of_memory_is_a_run_of_its_own(tmp_path):
+    model, sizes = get_peft_model(tiny.llama(layers=2), CONFIGS["alternate-modules"]()), []
+
+    def forward(module, args, output):
+        if module.training and torch.is_grad_enabled():
+            sizes.append(len(output))
+            if sizes[-1] == 4 and len(sizes) == 3:
+                raise RuntimeError("CUDA out of memory.")
+
+    adapter_layers(model)[-1].register_forward_hook(forward)
+    callbacks = callbacks_for(model)
+    assert asks(model, tmp_path, callbacks, steps=8, auto_find_batch_size=True) == []
+    assert sizes[:3] == [4, 4, 4]
+    assert sizes[3] < 4
+    assert [event["step"] for event in callbacks[0].events] == [0, 2, 4, 6]
+    assert resting(model) == []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["given", "added-later"])
+def test_neither_model_nor_trainer_is_kept_alive_by_an_interrupted_run(late, tmp_path):
+    model = get_peft_model(tiny.llama(layers=1), CONFIGS["alternate-modules"]())
+    trainer = trainer_that_stops(model, tmp_path, late)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    gone = [weakref.ref(model), weakref.ref(trainer)]
+    del model, trainer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
 # Who attends
 
 
-def asks(model, out, callbacks=(), steps=2) -> list[str]:
+def asks(model, out, callbacks=(), steps=2, **options) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tiny.train(model, out, steps, callbacks=callbacks)
+        tiny.train(model, out, steps, callbacks=callbacks, **options)
     return [str(w.message) for w in caught if "asks for" in str(w.message)]
 
 

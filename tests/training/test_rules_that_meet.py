@@ -130,7 +130,7 @@ class RestInTurns(tiny.TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.layers = adapter_layers(model)
-        self.run = begin_run(model, self.layers)
+        self.run = begin_run(model, self.layers, state)
         self.run.join(self, lambda: self.run.mask.hold(self, []))
 
     def on_step_begin(self, args, state, control, **kwargs):

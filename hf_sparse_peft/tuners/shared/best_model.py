@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from .live_run import trainer_on_stack
+from .live_run import current_trainer
 
 
 def warn_within_trainer(model: nn.Module) -> None:
     """`warn_of_best_model` for the Trainer whose step calls this; nothing elsewhere. For runs without our callbacks."""
-    trainer = trainer_on_stack()
+    trainer = current_trainer()
     if trainer is not None:
         warn_of_best_model(trainer.args, trainer.state, model)
 

@@ -255,7 +255,7 @@ class AdapterLayer(AdapterTensors):
         )
 
     def _notice_missing_callbacks(self, active: list[str]) -> None:
-        run = run_on(self)  # also ends one that was broken off, before it could act on this one
+        run = run_on(self)
         for name in active:
             config = self.adapter_configs[name]
             if not config.inference_mode:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterable
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -21,37 +22,32 @@ _WARNED: weakref.WeakValueDictionary[int, PeftConfig] = weakref.WeakValueDiction
 
 
 class LiveRun:
-    """One call of a training loop, from the first `on_train_begin` of a callback of this package to the last
+    """One pass through a training loop, from the first `on_train_begin` of a callback of this package to the last
     `on_train_end`, or to the exception that broke it off.
 
     Marks that rules leave on a model (parameters held still, hooks, gradient readers, draws of experts) belong to the
-    run: `end` takes them away. No event tells a callback of an exception, so a run ends in one of four ways, whichever
-    comes first: its callbacks leave; `Trainer.train` returns or raises (`end_with_train`); somebody asks for the run
-    and its loop is no longer on its thread's stack; nobody holds it any more.
+    run: `end` takes them away. A run ends when its last callback leaves, when the `Trainer.train` that it began in
+    returns or raises (`end_runs_with_train`), when another run begins on the model, or when nobody refers to it any
+    more, whichever comes first.
+
+    Args:
+        modules: the model and its adapted layers.
+        loop: identifies the loop; callbacks with the same one take part in one run.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], loop: FrameType | None) -> None:
+    def __init__(self, modules: Iterable[nn.Module], loop: Any) -> None:
         self.mask = UpdateMask()
         self.released: list[nn.Parameter] = []
         """What an earlier run that was broken off had held still when this one began."""
-        self.trainer = None if loop is None else weakref.ref(loop.f_locals["self"])
-        self._loop, self._thread = loop, threading.get_ident()
-        self._ended = False
+        self.loop = loop
+        self.is_live = True
         self._undo: dict[Any, Callable[[], None]] = {}
         self._rules_run: dict[int, tuple[PeftConfig, set[str]]] = {}
-        for module in (model, *layers):
+        for module in modules:
             _RUNS[module] = weakref.ref(self)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether its loop goes on. A loop by hand, without a Trainer, goes on until its callbacks leave."""
-        if self._loop is not None and not self._ended:
-            frame = sys._current_frames().get(self._thread)
-            while frame is not None and frame is not self._loop:
-                frame = frame.f_back
-            if frame is None:
-                self.end()
-        return not self._ended
+        call = _TRAIN_CALL.get()
+        if call is not None and loop is not None:
+            call.runs.add(self)
 
     def note_rule(self, config: PeftConfig, option: str) -> None:
         """Note that a callback carries out `option` of this adapter's config."""
@@ -76,14 +72,14 @@ class LiveRun:
 
     def end(self) -> list[nn.Parameter]:
         """Take all marks off the model; returns the parameters that were held still. Nothing to do a second time."""
-        if self._ended:
-            return []
-        self._ended, self._loop = True, None
-        undo, self._undo = self._undo, {}
-        for take_off in undo.values():
-            take_off()
+        self.is_live, self.loop = False, None
+        while self._undo:  # an interrupt in here leaves the rest to whoever ends the run next
+            callback = next(iter(self._undo))
+            self._undo[callback]()
+            self._undo.pop(callback, None)
         for config, _ in self._rules_run.values():
             _WARNED.pop(id(config), None)
+        self._rules_run = {}
         return self.mask.release()
 
     def __del__(self) -> None:
@@ -91,52 +87,30 @@ class LiveRun:
             self.end()
 
 
-def begin_run(model: nn.Module, layers: Iterable[nn.Module], alone: bool = False) -> LiveRun:
-    """The run that the calling callback takes part in: the first begins it, and ends what was broken off before.
+def begin_run(model: nn.Module, layers: Iterable[nn.Module], loop: Any = None) -> LiveRun:
+    """The run that the calling callback takes part in: the first begins it, and ends any other on these modules.
 
     Args:
-        alone: begin a run of one's own and end any other on these layers, as a loop without a Trainer does.
+        model: what trains.
+        layers: its adapted layers.
+        loop: what the callbacks of one loop have in common and no other loop has: a Trainer makes a `TrainerState` for
+            every pass through its own. None: a loop that shares its run with nobody.
     """
-    loop, known, rested = _trainer_frame(), _run_of(model), []
-    if alone:
-        layers = list(layers)
-        rested = [one for run in {_run_of(module) for module in (model, *layers)} - {None} for one in run.end()]
-    elif known is not None:
-        if known._loop is loop and not known._ended:
-            return known
-        rested = known.end()
-    run = LiveRun(model, layers, loop)
-    run.released = rested
+    modules = [model, *layers]
+    known = [run for run in {id(run): run for run in map(_run_of, modules)}.values() if run is not None]
+    for run in known:
+        if run.is_live and loop is not None and run.loop is loop:
+            return run
+    released = [parameter for run in known for parameter in run.end()]
+    run = LiveRun(modules, loop)
+    run.released = released
     return run
 
 
 def run_on(module: nn.Module) -> LiveRun | None:
-    """The live run on an adapted layer or a whole model; one that was broken off is ended here."""
+    """The live run on an adapted layer or a whole model."""
     run = _run_of(module)
     return run if run is not None and run.is_live else None
-
-
-def end_with_train() -> None:
-    """Called while a Trainer is built: let its `train` end the run however it ends itself.
-
-    Trainer tells callbacks of no exception, and the next Trainer's optimizer is built before any callback is asked.
-    """
-    frame = _trainer_frame()
-    if frame is None or "train" in vars(frame.f_locals["self"]):
-        return
-    trainer = frame.f_locals["self"]
-    train = trainer.train
-
-    @functools.wraps(train)
-    def train_and_end(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return train(*args, **kwargs)
-        finally:
-            run = _run_of(trainer.model)
-            if run is not None:
-                run.end()
-
-    trainer.train = train_and_end
 
 
 def first_warning(config: PeftConfig) -> bool:
@@ -147,20 +121,61 @@ def first_warning(config: PeftConfig) -> bool:
     return True
 
 
-def trainer_on_stack() -> Trainer | None:
-    """The Trainer whose method this is called in, however deep."""
-    frame = _trainer_frame()
-    return None if frame is None else frame.f_locals["self"]
-
-
 def _run_of(module: nn.Module) -> LiveRun | None:
     reference = _RUNS.get(module)
     return None if reference is None else reference()
 
 
-def _trainer_frame() -> FrameType | None:
-    """The innermost frame of a Trainer's method, among the callers."""
-    frame = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-        frame = frame.f_back
-    return frame
+# Calls of Trainer.train
+
+
+@dataclass(eq=False)
+class _TrainCall:
+    """A call of `Trainer.train` that has not returned."""
+
+    trainer: Trainer
+    runs: weakref.WeakSet[LiveRun] = field(default_factory=weakref.WeakSet)
+    """Runs that began within it."""
+
+
+_TRAIN_CALL: ContextVar[_TrainCall | None] = ContextVar("train_call", default=None)
+"""The innermost call in this thread."""
+
+
+def current_trainer() -> Trainer | None:
+    """The Trainer whose `train` this is called within, however deep."""
+    call = _TRAIN_CALL.get()
+    return None if call is None else call.trainer
+
+
+def end_runs_with_train() -> None:
+    """Let `Trainer.train` end the runs that began within it, however it ends itself; does nothing the second time.
+
+    Trainer tells callbacks of no exception, and hands none of them itself: whatever has to happen before the next
+    thing does anything to the model must happen where `train` is left. The method of the class is wrapped, and not
+    that of one Trainer, so that callbacks which join by `add_callback` have it too. A subclass whose `train` never
+    calls `Trainer.train` is like a loop by hand: its runs end in one of the other ways (`LiveRun`).
+    """
+    original = Trainer.train
+    if getattr(original, "_ends_runs", False):
+        return
+
+    @functools.wraps(original)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with _train_call(self):
+            return original(self, *args, **kwargs)
+
+    train._ends_runs = True
+    Trainer.train = train
+
+
+@contextmanager
+def _train_call(trainer: Trainer) -> Iterator[None]:
+    call = _TrainCall(trainer)
+    token = _TRAIN_CALL.set(call)
+    try:
+        yield
+    finally:
+        _TRAIN_CALL.reset(token)
+        for run in list(call.runs):
+            run.end()
