@@ -84,6 +84,8 @@ from .tuners import (
     KernelLoraModel,
     SparseLoraConfig,
     SparseLoraModel,
+    SpectralLoraConfig,
+    SpectralLoraModel,
     StructureConfig,
     restore_fp32,
 )
@@ -151,6 +153,8 @@ __all__ = [
     "SparseLoraModel",
     "SparseSM3Spec",
     "Sparsity",
+    "SpectralLoraConfig",
+    "SpectralLoraModel",
     "StructureConfig",
     "SupportTelemetryCallback",
     "TrainedNumbers",

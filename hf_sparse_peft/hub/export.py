@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
+from ..sparsity.decomposition import truncated_svd
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
@@ -31,7 +32,6 @@ from .folders import staged_folder
 from .saving import write_card
 
 _ROUNDING = 1e-5  # relative error up to here is fp32's own
-_SVD_EXACT_BELOW = 2048  # sides up to here take a full SVD (seconds); larger ones a randomised one
 
 
 @dataclass(frozen=True)
@@ -314,17 +314,9 @@ def _svd_factors(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     norm = delta.norm()
     if norm == 0:
         return None
-    side = min(delta.shape)
-    rank = min(rank, side)
-    if side <= _SVD_EXACT_BELOW:
-        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
-            torch.manual_seed(0)  # the same file every time
-            U, S, V = torch.svd_lowrank(delta, q=min(rank + 16, side), niter=6)
-        Vh = V.t()
-    root = S[:rank].sqrt()
-    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    U, S, Vh = truncated_svd(delta, rank)
+    root = S.sqrt()
+    A, B = root[:, None] * Vh, U * root
     return A, B, float((delta - B @ A).norm() / norm)
 
 

@@ -17,6 +17,7 @@ from . import (
     sparse_low_rank,
     sparse_moving,
     structured,
+    tiny_core,
     zeroth_order,
 )
 from .registry import (
@@ -48,5 +49,6 @@ __all__ = [
     "sparse_low_rank",
     "sparse_moving",
     "structured",
+    "tiny_core",
     "zeroth_order",
 ]

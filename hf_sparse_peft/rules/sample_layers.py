@@ -127,7 +127,7 @@ class SampleLayers(Rule):
             elif not space.scalings():
                 raise ValueError(
                     f"'{space.name}' ({type(space.layer).__name__}) has no scaling that could be suppressed. "
-                    "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora."
+                    "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora, SpectralLora."
                 )
             else:
                 layers.setdefault(space.name[: found.end()], []).append(space)

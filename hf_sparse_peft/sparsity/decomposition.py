@@ -42,3 +42,23 @@ def greedy_low_rank(
         # The first rows of the R factor need the first columns of Q only.
         V = torch.cat([V, torch.linalg.qr(left[:, :rank_step]).Q.t() @ left])
     return found
+
+
+_EXACT_SIDE = 2048  # sides up to here take a full SVD (seconds); larger ones a randomised one
+
+
+@torch.no_grad()
+def truncated_svd(matrix: Tensor, rank: int, iterations: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    r"""`U` `[rows, r]`, `S` `[r]` and `V^T` `[r, cols]` of `matrix`'s best approximation of rank r, fp32 or fp64.
+
+    Where the smaller side is above 2048 it is a randomised one, `iterations` power iterations over `rank + 16` random
+    directions drawn with `seed`; torch's own generator stays as it was.
+    """
+    side = min(matrix.shape)
+    if side <= _EXACT_SIDE:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, side), niter=iterations)
+    return U[:, :rank], S[:rank], V[:, :rank].t()

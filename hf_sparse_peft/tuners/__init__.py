@@ -11,6 +11,7 @@ from .sparse_lora import (
     SparseLoraModel,
     StructureConfig,
 )
+from .spectral_lora import SpectralLoraConfig, SpectralLoraLayer, SpectralLoraModel
 
 guard_loading()
 end_runs_with_train()
@@ -24,6 +25,9 @@ __all__ = [
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
+    "SpectralLoraConfig",
+    "SpectralLoraLayer",
+    "SpectralLoraModel",
     "StructureConfig",
     "adapter_layers",
     "restore_fp32",

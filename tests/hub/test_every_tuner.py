@@ -14,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig, hub
+from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig, SpectralLoraConfig, hub
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared import (
     AdapterConfig,
@@ -24,6 +24,7 @@ from hf_sparse_peft.tuners.shared import (
     LowRank,
     register_tuner,
 )
+from hf_sparse_peft.tuners.spectral_lora import Full
 from hf_sparse_peft.utils.tensors import TensorSpec
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}  # fp32 sums in another order
@@ -126,6 +127,7 @@ FORMS = {
         },
         combines=False,
     ),
+    "core": Form(SpectralLoraConfig, {"r": 4, "core": Full(std=0.3)}, lora=True, shira=False, combines=False),
     "somebody's-core": Form(CoreConfig, lora=True, shira=False, combines=False),
 }
 

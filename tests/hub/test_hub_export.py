@@ -112,11 +112,12 @@ def test_entries_and_blocks_need_a_rank_and_get_the_best_one_of_it(tmp_path, gra
 
 def test_randomised_svd_of_large_weights_is_close_to_the_best(monkeypatch):
     from hf_sparse_peft.hub import export
+    from hf_sparse_peft.sparsity import decomposition
 
     torch.manual_seed(0)
     delta = torch.randn(96, 4) @ torch.randn(4, 80) + 0.1 * torch.randn(96, 80)
     best = export._svd_factors(delta, 6)[2]
-    monkeypatch.setattr(export, "_SVD_EXACT_BELOW", 8)
+    monkeypatch.setattr(decomposition, "_EXACT_SIDE", 8)
     assert export._svd_factors(delta, 6)[2] == pytest.approx(best, rel=0.02)
     first, second = export._svd_factors(delta, 6), export._svd_factors(delta, 6)
     assert torch.equal(first[0], second[0])

@@ -1,0 +1,25 @@
+"""Spectral adapters: frozen or shared bases around a small trained core (LoRA-XS, SVFit, NOLA, LoLDU, ...)."""
+
+from ..shared.registration import register_tuner
+from .bases import SVD, Bases
+from .config import SpectralLoraConfig
+from .cores import Band, Core, Diagonal, Full, TwoFactors
+from .layer import SpectralLoraLayer, SpectralLoraLinear
+from .model import SpectralLoraModel, spectral_layers
+
+register_tuner(SpectralLoraConfig, SpectralLoraModel)
+
+__all__ = [
+    "SVD",
+    "Band",
+    "Bases",
+    "Core",
+    "Diagonal",
+    "Full",
+    "SpectralLoraConfig",
+    "SpectralLoraLayer",
+    "SpectralLoraLinear",
+    "SpectralLoraModel",
+    "TwoFactors",
+    "spectral_layers",
+]

@@ -1,0 +1,87 @@
+"""`SpectralLoraConfig`: two bases of which little or nothing is trained, around a small trained core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from ...rules import check_schedule
+from ...utils.parts import UnknownPart, load_part_by_name
+from ..shared.config import AdapterConfig
+from ..shared.module_patterns import pattern_key
+from .bases import SVD, Bases, Site
+from .cores import Core, Full
+
+
+@dataclass
+class SpectralLoraConfig(AdapterConfig):
+    r"""Configuration of a spectral adapter, :math:`\Delta W = s\,B\,C\,A` (or :math:`s\,B\,(C - C_0)\,A`).
+
+    `bases` say what `B` `[out, a]` and `A` `[b, in]` are and what of them is trained, `core` the form of the trained
+    matrix `C` `[a, b]`; without a core C is the identity. `s` is `lora_alpha / r`.
+
+    Raises:
+        ValueError: an option is out of range; the message names the option and the mend.
+    """
+
+    tuner: ClassVar[str] = "spectral_lora"
+
+    r: int = field(
+        default=16,
+        metadata={"help": "Components of the bases, at most the smaller side of a weight."},
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Numerator of the scaling s = lora_alpha / r; None: r, a scaling of 1."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> r of the modules that match, instead of `r`."}
+    )
+    bases: Bases | UnknownPart = field(
+        default_factory=SVD, metadata={"help": "The bases: SVD(), GradientSVD(), Random(), LDU(), Shared(), ..."}
+    )
+    core: Core | UnknownPart | None = field(
+        default_factory=Full,
+        metadata={"help": "The trained core: Full(), Diagonal(), ...; None: none."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of random bases, mixed with module names."})
+    bias: Literal["none", "all", "spectral_lora_only"] = field(
+        default="none", metadata={"help": "Which biases train: none, all of the model's, or the adapted layers'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise ValueError(f"r={self.r} is no number of components; give an integer >= 1.")
+        wrong = {name: r for name, r in self.rank_pattern.items() if r < 1}
+        if wrong:
+            raise ValueError(f"rank_pattern={wrong} has ranks below 1; leave such modules out with exclude_modules.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0, or None.")
+        if self.bias not in ("none", "all", "spectral_lora_only"):
+            raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'spectral_lora_only'.")
+        if self.core is None and not self.bases.trained:
+            raise ValueError(f"core=None leaves nothing to train between {type(self.bases).__name__}. Set core=Full().")
+        check_schedule(self.schedule, self)
+
+    def _make_nested(self) -> None:
+        self.bases = load_part_by_name(Bases, self.bases, "bases")
+        if self.core is not None:
+            self.core = load_part_by_name(Core, self.core, "core")
+        for name in ("bases", "core"):
+            part = getattr(self, name)
+            if isinstance(part, UnknownPart):
+                raise ValueError(
+                    f"{name}={part.data} cannot be used here: {part.reason}, and without it nobody knows what the "
+                    "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
+                )
+
+    @property
+    def unit_kinds(self) -> frozenset[str]:
+        """Kinds of units that an adapter has."""
+        return frozenset({"module"} | ({"core"} if self.core is not None else set()))
+
+    def site(self, module_name: str, rows: int, cols: int) -> Site:
+        """What bases are told of a module; r is `rank_pattern`'s match, else `r`, at most the smaller side."""
+        r = self.rank_pattern.get(pattern_key(self.rank_pattern, module_name, "rank_pattern"), self.r)
+        r = min(r, rows, cols)
+        return Site(module_name, rows, cols, r, 1.0 if self.lora_alpha is None else self.lora_alpha / r, self.seed)

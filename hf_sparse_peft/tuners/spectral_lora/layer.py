@@ -1,0 +1,174 @@
+"""What every adapted layer holds of spectral adapters, and the adapted linear layer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from ...utils.tensors import TensorSpec
+from ..shared.file_check import file_being_loaded
+from ..shared.layer import AdapterLayer
+from ..shared.linear import AdditiveLinear
+from ..shared.pieces import LowRank, Piece
+from ..shared.tensor_checks import side
+from .bases import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Site
+from .config import SpectralLoraConfig
+
+OFFSET, SHAPE = "spectral_lora_offset", "spectral_lora_shape"
+
+
+class SpectralLoraLayer(AdapterLayer):
+    """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
+
+    prefix: str = "spectral_lora_"
+    spectral_lora_A: nn.ParameterDict
+    """`[b, in]`, where A is trained."""
+    spectral_lora_B: nn.ParameterDict
+    """`[out, a]`, where B is trained."""
+    spectral_lora_core: nn.ParameterDict
+    """The core's numbers; see `cores`."""
+    spectral_lora_core_A: nn.ParameterDict
+    """`[r, b]`, the core's second factor."""
+    spectral_lora_core_B: nn.ParameterDict
+    """`[a, r]`, the core's first factor."""
+    spectral_lora_scale: nn.ParameterDict
+    """`[1]`, s where it is trained."""
+    spectral_lora_basis_A: BufferDict
+    """`[b, in]`, where A is fixed and does not follow from a seed."""
+    spectral_lora_basis_B: BufferDict
+    """`[out, a]`, where B is fixed and does not follow from a seed."""
+    spectral_lora_offset: BufferDict
+    """What the base keeps: :math:`C_0`, or :math:`B_0 C_0` where B is trained."""
+    spectral_lora_shape: BufferDict
+    """int64 `[2]`, rows and columns of the weight, which a file of a core alone would not tell."""
+    spectral_lora_scaling: dict[str, float]
+    """s, 1 where it is trained."""
+
+    @classmethod
+    def tensor_specs(
+        cls, config: SpectralLoraConfig, module_name: str, rows: int, cols: int, sizes: None = None
+    ) -> list[TensorSpec]:
+        """The shape of the weight, the bases and the core, and what the base keeps of them."""
+        site, bases, core = config.site(module_name, rows, cols), config.bases, config.core
+
+        def check_shape(tensor: Tensor, key: str) -> None:
+            if tensor.dtype != torch.int64 or tensor.tolist() != [rows, cols]:
+                raise ValueError(
+                    f"'{key}' is {tensor.tolist()} ({tensor.dtype}), and the weight is {[rows, cols]} (int64). The "
+                    "file is damaged or belongs to another base model."
+                )
+
+        found = [
+            TensorSpec(SHAPE, (2,), torch.int64, "saved", start=lambda _: torch.tensor([rows, cols]), check=check_shape)
+        ]
+        found += bases.specs(site)
+        if core is None:
+            return found
+        a, b = bases.inner(site)
+        found += core.specs(a, b, site.scaling)
+        if core.residual is not None:
+            shape = (rows, b) if "B" in bases.trained else (a,) if core.diagonal else (a, b)
+            found.append(TensorSpec(OFFSET, shape, role="saved"))
+        return found
+
+    @classmethod
+    def read_sizes(
+        cls, config: SpectralLoraConfig, module_name: str, held: Mapping[str, Tensor]
+    ) -> tuple[int, int, None]:
+        """Rows and columns as the file says; every other tensor is checked against them.
+
+        Raises:
+            ValueError: the tensor that says so is missing or damaged.
+        """
+        key = f"{module_name}.{SHAPE}"
+        if side(held, SHAPE, 0, 1, key) != 2 or held[SHAPE].dtype != torch.int64 or int(held[SHAPE].min()) < 1:
+            raise ValueError(f"'{key}' is {held[SHAPE].tolist()}, no shape of a weight; the file is damaged.")
+        rows, cols = held[SHAPE].tolist()
+        return rows, cols, None
+
+    def set_sizes(self, adapter_name: str, sizes: None) -> None:
+        """Note the scaling of the adapter in this layer."""
+        config = self.adapter_configs[adapter_name]
+        trained = config.core is not None and config.core.trained_scale
+        self.spectral_lora_scaling[adapter_name] = 1.0 if trained else self.site(adapter_name).scaling
+        super().set_sizes(adapter_name, sizes)
+
+    def site(self, adapter_name: str) -> Site:
+        """What the adapter's bases know of this module."""
+        return self.adapter_configs[adapter_name].site(self.module_name, self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def _begin(self, adapter_name: str, first: None) -> None:
+        """Find bases in the weight, and write what the core starts with and what the base keeps of it; a file that is
+        being loaded brings all of them."""
+        config = self.adapter_configs[adapter_name]
+        tensors, weight = self.tensors(adapter_name), self.dense_base_weight()
+        if file_being_loaded() is not None or weight.is_meta or any(tensor.is_meta for tensor in tensors.values()):
+            return
+        found = config.bases.find(weight.float(), self.site(adapter_name))
+        if found is not None:
+            trained = config.bases.trained
+            tensors[TRAINED_A if "A" in trained else FIXED_A].copy_(found.A)
+            tensors[TRAINED_B if "B" in trained else FIXED_B].copy_(found.B)
+        self._begin_core(adapter_name, None if found is None else found.values)
+
+    def _begin_core(self, adapter_name: str, values: Tensor | None) -> None:
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        core = config.core
+        if core is None:
+            return
+        core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
+        if core.residual == "init":
+            kept = core.matrix(tensors)
+        elif core.residual == "values":
+            kept = core.known(values)
+            kept = kept if core.diagonal else torch.diag(kept)
+            kept = kept * self.site(adapter_name).scaling if core.trained_scale else kept
+        else:
+            return
+        if "B" in config.bases.trained:
+            B, _ = config.bases.factors(tensors, self.site(adapter_name))
+            kept = _times(B, kept)
+        tensors[OFFSET].copy_(kept)
+
+    def _parts(self, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor, float]:
+        """B, core (a matrix, a diagonal, or None), A and the scaling, with gradients."""
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        B, A = config.bases.factors(tensors, self.site(adapter_name))
+        core, matrix = config.core, None
+        scaling = self.spectral_lora_scaling[adapter_name]
+        if core is not None:
+            matrix = core.matrix(tensors)
+            if core.residual is not None and "B" in config.bases.trained:
+                return _times(B, matrix) - tensors[OFFSET], None, A, scaling
+            matrix = matrix - tensors[OFFSET] if core.residual is not None else matrix
+        return B, matrix, A, scaling
+
+    def pieces(self, adapter_name: str) -> list[Piece]:
+        """One product of factors: the core is a gate where it is diagonal, else part of B."""
+        if not self.holds(adapter_name):
+            return []
+        B, core, A, scaling = self._parts(adapter_name)
+        if core is None:
+            return [LowRank(B, A, scale=scaling)]
+        return [LowRank(B, A, core, scaling) if core.dim() == 1 else LowRank(B @ core, A, scale=scaling)]
+
+
+class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
+    r""":math:`Y = X W^\top + b + s\,((X A^\top) C^\top) B^\top`."""
+
+    def update(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        r""":math:`X\,\Delta W^\top` of one adapter, from the input side to the output side."""
+        B, core, A, scaling = self._parts(adapter_name)
+        inner = x.to(dtype) @ A.to(dtype).t()
+        if core is not None:
+            core = core.to(dtype)
+            inner = inner * core if core.dim() == 1 else inner @ core.t()
+        return scaling * (inner @ B.to(dtype).t())
+
+
+def _times(B: Tensor, core: Tensor) -> Tensor:
+    return B * core if core.dim() == 1 else B @ core
