@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..sparsity import Cubic, Curve, competition_counts, stream_seed, whole_steps
 from ..sparsity.selection import tie_priority
+from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import register_part, require
 from ..utils.tensors import TensorSpec
 from .budgets import AverageRank, Budget, budget_of_training
@@ -56,12 +57,12 @@ class Allocate(Rule):
     unit_score: Literal["mean", "sum_of_means"] = "sum_of_means"
     """A unit's score: the mean over all of its numbers, which makes units of different kinds comparable, or as AdaLoRA
     and SNELLA have it the sum of its means over the gate, the row of A and the column of B."""
-    every: int | None = 10
+    every: PositiveInt | None = 10
     """Optimizer steps between two allocations while the budget falls. None: one allocation for good, right after
     `initial_warmup` (a split once at the start, as RA-SpaRC makes one, but by this score)."""
-    initial_warmup: float = 0.1
+    initial_warmup: Annotated[float, Range(least=0, below=1)] = 0.1
     """Fraction of the run before the budget starts to fall (t_i / T); scores are collected."""
-    final_warmup: float = 0.3
+    final_warmup: Annotated[float, Range(least=0, below=1)] = 0.3
     """Fraction of the run at the end with the target reached (t_f / T)."""
     curve: Curve = field(default_factory=lambda: Cubic(1.0, 0.0))
     """Part of b_0 - b_T that is left, over the progress between both warm-ups."""
@@ -75,13 +76,9 @@ class Allocate(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "spaces", tuple(self.spaces))
         kinds = set(self.spaces)
         accepted = "'rank' and 'support' in any combination, or 'kernel' alone"
         require(bool(kinds) and (kinds <= {"rank", "support"} or kinds == {"kernel"}), self, "spaces", accepted)
-        require(self.every is None or self.every >= 1, self, "every", "an integer >= 1, or None for one allocation")
-        for name in ("initial_warmup", "final_warmup"):
-            require(0 <= getattr(self, name) < 1, self, name, "a fraction of the run in [0, 1)")
         if self.initial_warmup + self.final_warmup >= 1:
             raise ValueError(
                 f"Allocate.initial_warmup + final_warmup={self.initial_warmup + self.final_warmup} leave no step for "

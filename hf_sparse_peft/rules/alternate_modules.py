@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from ..optim import innermost
 from ..sparsity import random_units, stream_seed
 from ..utils.module_names import block_of, ends_with
+from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import register_part, require
 from .no_effect import report_idle
 from .rule import Rule
@@ -43,9 +44,9 @@ class AlternateModules(Rule):
     `RuleRunner(AlternateModules())`. Under DDP `ddp_find_unused_parameters` must not be False.
     """
 
-    period_steps: int | None = None
+    period_steps: PositiveInt | None = None
     """Optimizer steps of a period; None: an epoch."""
-    fraction: float = 0.5
+    fraction: Annotated[float, Range(above=0, below=1)] = 0.5
     """Fraction of the modules that trains (the paper finds 0.5 best)."""
     level: Literal["category", "block", "model"] = "category"
     """Among which modules the fraction is drawn: those of one category in one block; all of one block; all of the
@@ -58,12 +59,7 @@ class AlternateModules(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = self.period_steps is None or self.period_steps >= 1
-        require(ok, self, "period_steps", "an integer >= 1, or None for an epoch")
-        require(0 < self.fraction < 1, self, "fraction", "a fraction in (0, 1)")
-        levels = ("category", "block", "model")
-        require(self.level in levels, self, "level", f"one of {levels}")
-        ok = isinstance(self.categories, dict) and bool(self.categories) and all(self.categories.values())
+        ok = bool(self.categories) and all(self.categories.values())
         require(ok, self, "categories", "a dict of category -> list of module name endings")
 
     def choose(self, names: Sequence[str], period: int, seed: int) -> set[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
-from ..utils.parts import Part, register_part, require
+from ..utils.option_types import PositiveFraction, PositiveInt, Range
+from ..utils.parts import Part, register_part
 from .space import UnitSpace
 
 
@@ -40,12 +41,8 @@ class Budget(Part):
 class AverageRank(Budget):
     """Components that a layer has on average, `r * layers` in all, whatever they cost (AdaLoRA's `target_r`)."""
 
-    r: int = 4
-    """Average rank, at least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.r >= 1, self, "r", "an integer >= 1")
+    r: PositiveInt = 4
+    """Average rank."""
 
     def check(self, config: Any) -> None:
         """Raises `ValueError` where layers start with less."""
@@ -65,12 +62,8 @@ class AverageRank(Budget):
 class Sparsity(Budget):
     """All but a fraction of the units that the weights have: entries of dense updates (SNELLA's `target_ratio`)."""
 
-    sparsity: float = 0.3
-    """Fraction of zeros, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.sparsity < 1, self, "sparsity", "a fraction of zeros in [0, 1)")
+    sparsity: Annotated[float, Range(least=0, below=1)] = 0.3
+    """Fraction of zeros."""
 
     def target(self, spaces: Sequence[UnitSpace], everybody: Sequence[UnitSpace]) -> int:
         """Units of each weight without its zeros."""
@@ -82,12 +75,8 @@ class Sparsity(Budget):
 class TrainedNumbers(Budget):
     """Trained numbers of the whole model: a component of an `[m, n]` weight costs `m + n` and its gate, an entry 1."""
 
-    numbers: int = 1_000_000
-    """How many, at least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.numbers >= 1, self, "numbers", "an integer >= 1")
+    numbers: PositiveInt = 1_000_000
+    """How many."""
 
     def cost(self, space: UnitSpace) -> int:
         """Trained numbers of a unit."""
@@ -103,12 +92,8 @@ class TrainedNumbers(Budget):
 class Fraction(Budget):
     """A fraction of the trained numbers that the model starts with."""
 
-    fraction: float = 0.5
-    """Which, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.fraction <= 1, self, "fraction", "a number in (0, 1]")
+    fraction: PositiveFraction = 0.5
+    """Which."""
 
     def cost(self, space: UnitSpace) -> int:
         """Trained numbers of a unit."""

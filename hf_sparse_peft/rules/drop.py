@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..utils.parts import Part, register_part, require
+from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
 from .budgets import unit_sums
 from .space import UnitSpace
@@ -95,10 +95,6 @@ class Age(Drop):
 
     first: Literal["oldest", "youngest"] = "oldest"
     """Which end of the ages leaves first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.first in ("oldest", "youngest"), self, "first", "'oldest' or 'youngest'")
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """`entered`, the step after which a unit entered."""

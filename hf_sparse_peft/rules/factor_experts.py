@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..utils.parts import register_part, require
+from ..utils.option_types import NonNegativeFloat
+from ..utils.parts import register_part
 from .rule import Rule
 from .run import Run
 from .space import UnitSpace
@@ -24,7 +25,7 @@ class ExpertDraw:
     micro_batch: int = 0
     number: int = 0
     """Which pass over the micro-batch, 0 or 1."""
-    consistency: float = 0.0
+    consistency: NonNegativeFloat = 0.0
     """Weight of the divergence between two passes; 0: there is one pass."""
 
     def passes(self) -> Iterator[tuple[int, int, int]]:
@@ -52,10 +53,6 @@ class FactorExperts(Rule):
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"rank"})
     writes: ClassVar[frozenset[str]] = frozenset({"forward", "trains"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.consistency >= 0, self, "consistency", "a number >= 0")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..optim import restart_optimizer_state
-from ..utils.parts import register_part, require
+from ..utils.option_types import PositiveFloat, Range
+from ..utils.parts import register_part
 from ..utils.tensors import TensorSpec
 from .frozen import frozen_state, hold_frozen
 from .no_effect import report_idle
@@ -31,9 +32,9 @@ class Freeze(Rule):
     the weights themselves, pulls these to 0.
     """
 
-    at: float = 0.5
+    at: Annotated[float, Range(above=0, below=1)] = 0.5
     """When, as a fraction of the run (SaRA: 2500 steps, about half of it)."""
-    threshold: float | None = None
+    threshold: PositiveFloat | None = None
     r""":math:`\tau`; None: each matrix's own, the largest :math:`|w|` that its support began with, so that an entry
     freezes once it is larger than any that was chosen; where that is 0, as on a 4-bit base with more zeros than the
     support has entries, the smallest :math:`|w| > 0` of the matrix."""
@@ -43,11 +44,6 @@ class Freeze(Rule):
     acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     writes: ClassVar[frozenset[str]] = frozenset({"trains"})
     needs: ClassVar[frozenset[str]] = frozenset({"fixed_units", "entries"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.at < 1, self, "at", "a fraction of the run in (0, 1)")
-        require(self.threshold is None or self.threshold > 0, self, "threshold", "None or a number > 0")
 
     @property
     def freezes_units(self) -> bool:

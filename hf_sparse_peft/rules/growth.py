@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from ..optim import SparseSM3, innermost
 from ..sparsity import excluding, make_score, stream_seed, top_units
 from ..sparsity.scores import chunks_of
 from ..sparsity.selection import chunk_size
-from ..utils.parts import Part, register_part, require
+from ..utils.option_types import NonNegativeInt, PositiveInt, Range
+from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
 from .budgets import unit_sums
 from .collectives import from_first_rank
@@ -146,17 +147,13 @@ class AccumulatedGradient(Growth):
     one dense gradient of one layer at a time. A candidate that was just dropped may return at once.
     """
 
-    steps: int = 5
+    steps: PositiveInt = 5
     """Steps before a move over which gradients are summed."""
     seed_moments: bool = True
     """Whether grown units start with moments and age estimated from their candidate gradients instead of zeros. The age
     needs an optimizer with per-unit steps (`hf_sparse_peft.optim.AgedAdamW`)."""
 
     replaces_random_start: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.steps >= 1, self, "steps", "an integer >= 1")
 
     @property
     def reads_for(self) -> int:
@@ -199,13 +196,9 @@ class AccumulatedGradient(Growth):
 class Gradient(Growth):
     """The largest |dense gradient| of the move's own step (RigL; Evci et al., 2020), untrained or just dropped."""
 
-    candidates: float | None = None
+    candidates: Annotated[float, Range(least=1)] | None = None
     """With gradient accumulation a dense fp32 gradient of every adapted weight is summed during the move's step; a
     factor `c >= 1` follows the `c` times as many best units of the first micro-batch as the move grows instead."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.candidates is None or self.candidates >= 1, self, "candidates", "None or a factor >= 1")
 
     @property
     def reads_for(self) -> int:
@@ -237,10 +230,6 @@ class SM3(Growth):
 
     needs: ClassVar[frozenset[str]] = frozenset({"entries"})
     replaces_random_start: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.score in ("product", "min"), self, "score", "'product' or 'min'")
 
     def first_move(self, every: int) -> int:
         """When SpIEL-AG's comes, which sums gradients over 5 steps."""
@@ -281,20 +270,16 @@ class LowRankMagnitude(Growth):
     on every device.
     """
 
-    rank: int = 64
+    rank: PositiveInt = 64
     """Rank `q` of the approximation."""
-    oversampling: int | None = None
+    oversampling: NonNegativeInt | None = None
     """Extra random directions of the randomised SVD; None takes as many as `rank`."""
-    power_iterations: int = 12
+    power_iterations: NonNegativeInt = 12
     """Passes that sharpen the randomised subspace."""
     exact: bool = False
     """Full SVD in fp32 instead."""
 
     chooses_all: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        make_score("low_rank_magnitude", **asdict(self))  # refuses values out of range by name
 
     def grow(self, move: Move) -> Tensor | None:
         """The best units of the current weight."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..utils.parts import register_part, require
+from ..utils.option_types import NonNegativeFloat
+from ..utils.parts import register_part
 from .rule import Rule
 from .run import Run
 
@@ -21,15 +22,11 @@ class Orthogonality(Rule):
     :math:`\partial\|AA^\top - I\|_F / \partial A = 2(AA^\top - I)A / \|AA^\top - I\|_F`; B likewise, transposed.
     """
 
-    weight: float = 0.5
+    weight: NonNegativeFloat = 0.5
     """gamma (AdaLoRA: 0.1 to 0.5 by task)."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"rank"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradient"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.weight >= 0, self, "weight", "a number >= 0")
 
     @torch.no_grad()
     def gradients(self, run: Run) -> None:

@@ -15,7 +15,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..sparsity import stream_seed
-from ..utils.parts import register_part, require
+from ..utils.option_types import NonNegativeInt, PositiveFloat, PositiveInt
+from ..utils.parts import register_part
 from .collectives import all_reduce_mean
 from .no_effect import report_idle
 from .rule import Rule, check_entries
@@ -34,18 +35,13 @@ class L1Penalty(Rule):
     what is not updated, a frozen unit, neither.
     """
 
-    weight: float = 0.1
+    weight: PositiveFloat = 0.1
     r""":math:`\lambda` (LT-SFT: 0.1 for languages; tasks have none)."""
     scope: Literal["trained", "support"] = "trained"
     """Whether heads of `modules_to_save` are pulled too, or the support's changes only."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradient"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.weight > 0, self, "weight", "a number > 0")
-        require(self.scope in ("trained", "support"), self, "scope", "'trained' or 'support'")
 
     def check(self, config: Any) -> None:
         """Refuse an adapter of which something trains that started nobody knows where."""
@@ -123,22 +119,16 @@ class NuclearNorm(Rule):
     matrix is drawn from the adapter's seed and the step, the same on all ranks.
     """
 
-    weight: float = 5e-4
+    weight: PositiveFloat = 5e-4
     r""":math:`\lambda` (SaRA: 5e-4)."""
-    min_side: int = 64
+    min_side: NonNegativeInt = 64
     """Matrices whose shorter side is not above this are left out (SaRA: 64)."""
-    interval: int = 1
+    interval: PositiveInt = 1
     """Optimizer steps between two additions (SaRA: 1). Each costs a full SVD of one matrix."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradient"})
     needs: ClassVar[frozenset[str]] = frozenset({"entries"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.weight > 0, self, "weight", "a number > 0")
-        require(self.min_side >= 0, self, "min_side", "an integer >= 0")
-        require(self.interval >= 1, self, "interval", "an integer >= 1")
 
     def check(self, config: Any) -> None:
         """Refuse an adapter without a support, or of other units than entries."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..sparsity import Cubic, stream_seed, top_units
+from ..utils.option_types import PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part, require
 from .budgets import budget_of_training, unit_sums
 from .evidence import MissingEvidence, is_evidence
@@ -35,13 +36,13 @@ class Prune(Rule):
     nothing; they follow every `interval` steps after the window, when they train again.
     """
 
-    final_fraction: float = 0.5
+    final_fraction: PositiveFraction = 0.5
     """Fraction of the injected units that lives at the end: a density d ends as `final_fraction * d`."""
-    start: float = 0.25
+    start: Annotated[float, Range(least=0, below=1)] = 0.25
     """Where pruning starts, as a fraction of the run."""
-    end: float = 0.75
+    end: PositiveFraction = 0.75
     """Where pruning has reached `final_fraction`, as a fraction of the run."""
-    interval: int = 10
+    interval: PositiveInt = 10
     """Optimizer steps between two prunings."""
     scope: Literal["layer", "global"] = "layer"
     """Whether every layer loses the same fraction, or units of all layers compete (by mean |value| of a unit)."""
@@ -52,11 +53,7 @@ class Prune(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.final_fraction <= 1, self, "final_fraction", "a number in (0, 1]")
-        require(0 <= self.start < self.end <= 1, self, "start", f"a fraction of the run from 0 to below end={self.end}")
-        require(self.end <= 1, self, "end", "a fraction of the run up to 1")
-        require(self.interval >= 1, self, "interval", "an integer >= 1")
-        require(self.scope in ("layer", "global"), self, "scope", "'layer' or 'global'")
+        require(self.start < self.end, self, "start", f"a fraction of the run from 0 to below end={self.end}")
 
     def check(self, config: Any) -> None:
         """Refuse an adapter without a support, or with units that stopped training."""

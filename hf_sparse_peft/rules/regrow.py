@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..sparsity import Constant, Curve, Linear
+from ..utils.option_types import NonNegativeFloat, PositiveFraction, PositiveInt
 from ..utils.parts import register_part, require
 from ..utils.tensors import TensorSpec
 from .drop import Drop, Magnitude
@@ -37,7 +38,7 @@ class Regrow(Rule):
     micro-batches, and every phase sums `steps` updates (the code: one more in all but the first).
     """
 
-    every: int = 20
+    every: PositiveInt = 20
     """Optimizer steps between two moves (SpIEL: 20, RigL: 100)."""
     drop: Drop | None = Magnitude()
     """Which units leave (`rules.drop`). None: the growth chooses the whole support anew and all others leave
@@ -47,9 +48,9 @@ class Regrow(Rule):
     fraction: Curve | float = Linear(0.2, 0.0)
     """Fraction of a layer's trained units that a move replaces, over progress from the run's start to `stop_at`; a
     number for a constant one. SpIEL: `Linear(0.2, 0)`, RigL: `Cosine(0.3, 0)`, SET: 0.3."""
-    first: int | None = None
+    first: PositiveInt | None = None
     """Step after which the first move comes; None: the growth's own choice, `every` for most."""
-    stop_at: float = 1.0
+    stop_at: PositiveFraction = 1.0
     """Fraction of the run after which nothing moves and at which `fraction` has reached its end (RigL: 0.75)."""
     replace_all_first: bool | None = None
     """Whether the very first move replaces every unit. None: as SpIEL publishes it, with its two growths and a `Linear`
@@ -58,7 +59,7 @@ class Regrow(Rule):
     replaces any start, False none."""
     in_place_of_update: bool = False
     """Whether a move takes the place of its step's update, as RigL publishes it."""
-    retired: float = 0.0
+    retired: NonNegativeFloat = 0.0
     """Room for retired units, as a fraction of the trained ones. A unit that leaves with a learned change then keeps
     it: it is frozen, goes on adding to the weight, merges and saves like any other, and may be trained again later. 0:
     its change is lost. Costs as much memory a unit as a trained one (about 16 bytes an entry with Adam) and one byte
@@ -71,18 +72,15 @@ class Regrow(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         reads = self.grow.reads_for
-        require(self.every >= 1, self, "every", "an integer >= 1")
         if reads > self.every:
             raise ValueError(
                 f"Regrow.grow={self.grow} reads gradients for {reads} steps before a move, and every={self.every} is "
                 "less. Raise every, or lower these steps."
             )
-        require(self.first is None or self.first >= max(reads, 1), self, "first", f"None or a step >= {max(reads, 1)}")
-        require(0 < self.stop_at <= 1, self, "stop_at", "a fraction of the run in (0, 1]")
+        require(self.first is None or self.first >= reads, self, "first", f"None or a step >= {reads}")
         start, end = self.curve(0.0), self.curve(1.0)
         ok = 0 < start <= 1 and 0 <= end <= start
         require(ok, self, "fraction", "a number in (0, 1], or a curve from there down to 0 or above")
-        require(self.retired >= 0, self, "retired", "a number >= 0")
         accepted = f"a criterion for who leaves with grow={self.grow}"
         require(self.drop is not None or self.grow.chooses_all, self, "drop", accepted)
 

@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..sparsity import random_units, stream_seed
 from ..utils.module_names import check_names
-from ..utils.parts import register_part, require
+from ..utils.option_types import PositiveFloat, PositiveFraction, PositiveInt, Range
+from ..utils.parts import register_part
 from .collectives import all_reduce_mean, rank, world_size
 from .probing import loss_of, modes_kept, random_state_kept, to_device
 from .rule import Rule
@@ -44,19 +45,19 @@ class SampleLayers(Rule):
     trains. Upstream's adapters have no schedule: `LayerSamplingCallback(SampleLayers())` runs it on them.
     """
 
-    trained: float = 0.25
+    trained: PositiveFraction = 0.25
     """Fraction of the layers that trains at a step: `int(trained * layers)`, at least one."""
-    suppressed: float = 0.5
+    suppressed: PositiveFraction = 0.5
     """Fraction of the layers whose adapter is suppressed in a probe: `int(suppressed * layers)`, at least one."""
-    suppression: float = 0.25
+    suppression: Annotated[float, Range(least=0, below=1)] = 0.25
     """Factor on the adapter's scaling in suppressed layers."""
-    probes: int = 3
+    probes: Annotated[int, Range(least=2)] = 3
     """Probes, each with layers of its own, whose losses are compared."""
-    interval: int = 10
+    interval: PositiveInt = 10
     """Optimizer steps between two sets of probes; the first is after that many steps."""
-    step_size: float = 10.0
+    step_size: PositiveFloat = 10.0
     """Factor of an importance update."""
-    probe_batch: int = 16
+    probe_batch: PositiveInt = 16
     """Training samples of a probe."""
     layers_pattern: str | None = None
     """Name of the module list that holds the layers, if it is not in the common places; several with `|` between."""
@@ -69,13 +70,6 @@ class SampleLayers(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("trained", "suppressed"):
-            require(0 < getattr(self, name) <= 1, self, name, "a fraction in (0, 1]")
-        require(0 <= self.suppression < 1, self, "suppression", "a number in [0, 1)")
-        require(self.probes >= 2, self, "probes", "an integer >= 2: one loss has nothing to compare to")
-        for name in ("interval", "probe_batch"):
-            require(getattr(self, name) >= 1, self, name, "an integer >= 1")
-        require(self.step_size > 0, self, "step_size", "a number > 0")
         check_names(self._layers.split("|"), "SampleLayers.layers_pattern")
 
     @property

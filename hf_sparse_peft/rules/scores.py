@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.parts import Part, register_part, require
+from ..utils.option_types import Range
+from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
 from .evidence import is_evidence
 from .space import UnitSpace
@@ -110,17 +111,12 @@ class Smoothed(TrainingScore):
 
     score: TrainingScore = field(default_factory=Sensitivity)
     """What is smoothed."""
-    beta1: float = 0.85
+    beta1: Annotated[float, Range(above=0, below=1)] = 0.85
     """Smoothing of the score."""
-    beta2: float = 0.85
+    beta2: Annotated[float, Range(above=0, below=1)] = 0.85
     """Smoothing of the uncertainty."""
 
     averages: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("beta1", "beta2"):
-            require(0 < getattr(self, name) < 1, self, name, "a number in (0, 1)")
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """The score that is smoothed."""

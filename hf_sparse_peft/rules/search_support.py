@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..sparsity import random_units, stream_seed
-from ..utils.parts import register_part, require
+from ..utils.option_types import PositiveFloat, PositiveInt, Range
+from ..utils.parts import register_part
 from .calibration_data import CalibrationData, items_in
 from .collectives import all_reduce_mean
 from .probing import loss_of, modes_kept, random_state_kept
@@ -44,27 +45,20 @@ class SearchSupport(Rule):
     `losses` of the trials and which one is `kept`.
     """
 
-    trials: int = 8
+    trials: Annotated[int, Range(least=2)] = 8
     """Supports tried; the first is the one the adapter was made with, so a search never does worse than none on its
     batches."""
-    steps: int = 4
+    steps: PositiveInt = 4
     """Optimizer steps a trial trains; step i sees batch i, and the first one again after the last."""
-    batches: int = 4
+    batches: PositiveInt = 4
     """The batches of the run's first optimizer steps, that all trials train on and are judged by."""
-    lr: float | None = None
+    lr: PositiveFloat | None = None
     """Learning rate of the trials; None: the run's own."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     # Units change before the first step alone, where no other rule has looked at them: it writes none in the run.
     writes: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"batches"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.trials >= 2, self, "trials", "an integer >= 2; one draw needs no search")
-        require(self.steps >= 1, self, "steps", "an integer >= 1")
-        require(self.batches >= 1, self, "batches", "an integer >= 1")
-        require(self.lr is None or self.lr > 0, self, "lr", "None (the run's own) or a number > 0")
 
     def check(self, config: Any) -> None:
         """Refuse a support that is no random draw, or that is thrown away at the first move."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
-from ..utils.parts import Part, register_part, require
+from ..utils.option_types import PositiveFloat, PositiveFraction, PositiveInt, Range
+from ..utils.parts import Part, register_part
 from .allocation import (
     counts_from_rank,
     counts_from_total,
@@ -111,14 +112,10 @@ class Total(Budget):
 class Density(Total):
     """`floor(fraction * units)` of each weight."""
 
-    fraction: float
+    fraction: PositiveFraction
     """Fraction of each weight's units in its support."""
 
     follows_from_module: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.fraction <= 1, self, "fraction", "a number above 0 and up to 1 (0.005 is 0.5 %)")
 
     def counts(self, targets: Targets) -> dict[str, int]:
         """Units of each module."""
@@ -139,14 +136,10 @@ class Numbers(Total):
     r"""As many trained numbers over the model, split in proportion to the weights' sizes: :math:`\lfloor N n_l / \sum n
     \rfloor` entries for a weight of :math:`n_l` (SpIEL; Ansell et al., 2024), at most `num_entries` in all."""
 
-    num_entries: int
+    num_entries: PositiveInt
     """Weight entries in all supports together."""
     count_factors: bool = False
     """Whether the numbers of the low-rank half are paid out of these too."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_entries >= 1, self, "num_entries", "an integer >= 1")
 
     def counts(self, targets: Targets) -> dict[str, int]:
         """Units of each module."""
@@ -175,14 +168,10 @@ class Numbers(Total):
 class RankEquivalent(Total):
     r"""As many entries in each weight as a LoRA of that rank has numbers, :math:`\min(r(m+n), mn)`."""
 
-    rank: int
+    rank: PositiveInt
     """Rank of the LoRA."""
 
     follows_from_module: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.rank >= 1, self, "rank", "an integer >= 1")
 
     def counts(self, targets: Targets) -> dict[str, int]:
         """Units of each module."""
@@ -202,14 +191,10 @@ class RankEquivalent(Total):
 class UnitsPerModule(Budget):
     """The same number of units in every module."""
 
-    units: int
+    units: PositiveInt
     """Units of each support."""
 
     follows_from_module: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.units >= 1, self, "units", "an integer >= 1")
 
     def counts(self, targets: Targets) -> dict[str, int]:
         """Units of each module."""
@@ -227,18 +212,12 @@ class UnitsPerModule(Budget):
 class ByModule(Budget):
     """A density for each module, by its name."""
 
-    densities: dict[str, float]
+    densities: dict[str, Annotated[float, Range(least=0, most=1)]]
     """Module name or regex -> fraction of its units; 0 leaves the support out there."""
-    otherwise: float = 0.005
+    otherwise: Annotated[float, Range(least=0, most=1)] = 0.005
     """Density of modules that no pattern matches; 0: they get no support."""
 
     follows_from_module: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, fraction in {**self.densities, "otherwise": self.otherwise}.items():
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"ByModule[{name!r}]={fraction} is not a fraction; give a number from 0 to 1.")
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -257,9 +236,6 @@ class ByModule(Budget):
             for name, fraction in fractions.items()
             if fraction
         }
-
-    def __hash__(self) -> int:
-        return hash((tuple(sorted(self.densities.items())), self.otherwise))
 
 
 @dataclass(frozen=True)
@@ -359,12 +335,8 @@ class Global(Shared):
 class BelowThreshold(Budget):
     r"""All entries with :math:`|w| < \tau` (SaRA; Hu et al., 2025)."""
 
-    threshold: float
+    threshold: PositiveFloat
     r"""The threshold :math:`\tau`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.threshold > 0, self, "threshold", "a number above 0")
 
     def check(self, config: Any) -> None:
         """Entries, the smallest first."""

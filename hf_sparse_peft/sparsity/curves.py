@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from ..utils.option_types import PositiveFraction, Range
 from ..utils.parts import Part, part_types, register_part
 
 
@@ -122,14 +123,14 @@ class Window(Curve):
 
     inner: Curve
     """The curve that runs inside the window."""
-    begin: float
+    begin: Annotated[float, Range(least=0, below=1)]
     """Progress at which `inner` starts to move."""
-    end: float
+    end: PositiveFraction
     """Progress at which it has arrived."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.begin < self.end <= 1.0:
+        if not self.begin < self.end:
             raise ValueError(f"A window from {self.begin} to {self.end} must satisfy 0 <= begin < end <= 1.")
 
     def __call__(self, progress: float) -> float:

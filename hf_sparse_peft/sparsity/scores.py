@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..utils.option_types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ..utils.parts import Part, part_types, register_part
 from .decomposition import greedy_low_rank
 from .selection import Source, chunk_size, find_cut, random_units, selected
@@ -89,26 +90,17 @@ class LowRankMagnitude(Score):
         ValueError: a weight of another shape or of packed integers, `rank` below 1, no generator unless `exact`.
     """
 
-    rank: int = 64
+    rank: PositiveInt = 64
     """Rank `q` of the approximation (LIFT's `filter_rank`); above `min(rows, cols)` the score is the magnitude."""
-    oversampling: int | None = None
+    oversampling: NonNegativeInt | None = None
     """Extra random directions of the randomised SVD; None takes as many as `rank` (LIFT: `2q` in total)."""
-    power_iterations: int = 12
+    power_iterations: NonNegativeInt = 12
     """Passes over the weight and its transpose that sharpen the randomised subspace. On matrices of MiniLM 12 choose
     97 to 100 % of the entries that a full SVD does, at rank 16 and 64; 2, `torch.svd_lowrank`'s default, 59 to 96 %."""
     exact: bool = False
     """Full SVD in fp32 instead: one fp32 copy of the weight and seconds to minutes a matrix."""
 
     is_slow: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} of 'low_rank_magnitude' must be at least 1.")
-        if self.oversampling is not None and self.oversampling < 0:
-            raise ValueError(f"oversampling={self.oversampling} of 'low_rank_magnitude' must be 0 or more, or None.")
-        if self.power_iterations < 0:
-            raise ValueError(f"power_iterations={self.power_iterations} of 'low_rank_magnitude' must be 0 or more.")
 
     @torch.no_grad()
     def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
@@ -148,24 +140,16 @@ class DecompositionResidual(Score):
         ValueError: a weight of another shape or of packed integers, an option out of range, or no generator.
     """
 
-    rounds: int = 100
+    rounds: PositiveInt = 100
     """Rounds, each with more rank."""
-    inner: int = 2
+    inner: PositiveInt = 2
     """Alternations of a round."""
-    threshold: float = 0.01
+    threshold: NonNegativeFloat = 0.01
     """Entries of the residual below it are left to the low-rank part."""
-    rank_step: int = 5
+    rank_step: PositiveInt = 5
     """Rank that a round adds; the first has 1."""
 
     is_slow: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rounds", "inner", "rank_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of 'decomposition_residual' must be at least 1.")
-        if self.threshold < 0:
-            raise ValueError(f"threshold={self.threshold} of 'decomposition_residual' must be 0 or more.")
 
     def __call__(self, weight: Tensor, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         check_weight(weight, grid, "decomposition_residual")

@@ -7,11 +7,12 @@ makes, `update` feeds with a dense gradient and `scores` reads in slabs. Larger 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..utils.option_types import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from ..utils.parts import register_part
 from .scores import Chunks, Score, chunks_of
 from .selection import chunk_size
@@ -24,7 +25,7 @@ State = dict[str, Tensor]
 class DataCriterion(Score):
     """What all criteria share that need data. As a data-free score it only says where the data comes from."""
 
-    examples: int = 128
+    examples: PositiveInt = 128
     """Examples that the statistic is estimated from, over all ranks together."""
     largest: bool = True
     """False chooses the units that rank lowest."""
@@ -41,10 +42,6 @@ class DataCriterion(Score):
     """Whether `update` reads the weight."""
     reads_activations: ClassVar[bool] = False
     """Whether `observe` wants inputs and outputs of the layer, and no gradient is needed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.examples >= 1, "examples", "an integer >= 1")
 
     def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         raise ValueError(
@@ -77,10 +74,6 @@ class DataCriterion(Score):
     def check_grid(self, grid: UnitGrid, name: str) -> None:
         """Raises `ValueError` where the criterion has no score for units of that kind; names the module `name`."""
 
-    def _require(self, condition: bool, field: str, accepted: str) -> None:
-        if not condition:
-            raise ValueError(f"{field}={getattr(self, field)!r} of '{self.part_type}' must be {accepted}.")
-
 
 @register_part("gradient")
 @dataclass(frozen=True)
@@ -99,21 +92,16 @@ class Fisher(DataCriterion):
     et al., 2021). Squares of a batch's mean gradient would be another statistic; the loader's batch size changes
     nothing here."""
 
-    examples: int = 1024
+    examples: PositiveInt = 1024
     """Examples that the statistic is estimated from (FISH: 1024 for GLUE, 256 for CIFAR)."""
     mode: Literal["square", "absolute", "expect"] = "square"
     r"""`absolute` sums :math:`|g_i|` instead. `expect` is the true Fisher information of a classifier,
     :math:`\sum_i \sum_y p(y|x_i)\,(\nabla -\log p(y|x_i))^2`: it needs no labels, and one backward pass for each label
     of each example."""
-    max_labels: int = 32
+    max_labels: Annotated[int, Range(least=2)] = 32
     """Labels that `expect` sums over at most; a model with more is refused."""
 
     per_example: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.mode in ("square", "absolute", "expect"), "mode", "'square', 'absolute' or 'expect'")
-        self._require(self.max_labels >= 2, "max_labels", "an integer >= 2")
 
     @property
     def over_labels(self) -> bool:
@@ -136,20 +124,15 @@ class Sensitivity(DataCriterion):
     :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I`, :math:`\bar U \leftarrow \beta_2 \bar U +
     (1-\beta_2)|I - \bar I|`, one update a step (AdaLoRA, Zhang et al., 2023; SNELLA)."""
 
-    beta1: float = 0.85
+    beta1: Decay = 0.85
     """Smoothing of the sensitivity."""
-    beta2: float = 0.85
+    beta2: Decay = 0.85
     """Smoothing of the uncertainty."""
     uncertainty: bool = True
     r"""False scores :math:`\bar I` alone."""
 
     per_step: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("beta1", "beta2"):
-            self._require(0 <= getattr(self, field) < 1, field, "a number in [0, 1)")
 
     def state_numel(self, rows: int, cols: int) -> int:
         """Two moving averages an entry."""
@@ -202,14 +185,10 @@ class Snip(DataCriterion):
 class Momentum(DataCriterion):
     r""":math:`|m|`, with :math:`m \leftarrow \beta m + (1-\beta) g` once a step (Dettmers and Zettlemoyer, 2019)."""
 
-    beta: float = 0.9
+    beta: Decay = 0.9
     """Smoothing of the gradient."""
 
     per_step: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(0 <= self.beta < 1, "beta", "a number in [0, 1)")
 
     def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
         """Take one step's gradient."""
@@ -231,10 +210,6 @@ class SM3(DataCriterion):
     r"""`min` ranks by SM3's own estimate :math:`\min(R_i, C_j)`, which is another order."""
 
     per_step: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.combine in ("product", "min"), "combine", "'product' or 'min'")
 
     def state_numel(self, rows: int, cols: int) -> int:
         """One number a row and one a column."""
@@ -271,34 +246,22 @@ class DeltaMagnitude(DataCriterion):
     itself is the last sparse phase, and starts from the values that the earlier ones reached.
     """
 
-    warmup_steps: int = 100
+    warmup_steps: PositiveInt = 100
     """Optimizer steps of the dense warm-up. The paper trains whole epochs (up to 100 k steps for languages, 3 epochs
     for tasks)."""
-    warmup_lr: float = 5e-5
+    warmup_lr: PositiveFloat = 5e-5
     """Its first learning rate (paper: 5e-5)."""
-    l1: float = 0.0
+    l1: NonNegativeFloat = 0.0
     r"""Weight :math:`\lambda` of :math:`\lambda \sum |p - p_0| / P` over the trained numbers, `P` all numbers of the
     model, added once an optimizer step (paper: 0.1 for languages, 0 for tasks)."""
-    n_iterations: int = 1
+    n_iterations: PositiveInt = 1
     """Warm-ups in a row, with a sparse phase between two; every one selects `1/n` of the budget."""
-    sparse_steps: int | None = None
+    sparse_steps: PositiveInt | None = None
     """Optimizer steps of a sparse phase between two warm-ups; None: `warmup_steps`."""
-    sparse_lr: float | None = None
+    sparse_lr: PositiveFloat | None = None
     """First learning rate of a sparse phase, which falls linearly to 0; None: `warmup_lr`, as in the released code."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.warmup_steps >= 1, "warmup_steps", "an integer >= 1")
-        self._require(self.warmup_lr > 0, "warmup_lr", "a number > 0")
-        self._require(self.n_iterations >= 1, "n_iterations", "an integer >= 1")
-        ok = self.sparse_steps is None or self.sparse_steps >= 1
-        self._require(ok, "sparse_steps", "an integer >= 1, or None for warmup_steps")
-        ok = self.sparse_lr is None or self.sparse_lr > 0
-        self._require(ok, "sparse_lr", "a number > 0, or None for warmup_lr")
-        for field in ("l1", "max_grad_norm"):
-            self._require(getattr(self, field) >= 0, field, "a number >= 0")
 
     def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
         """fp32 scores `[end - begin, cols]` of some rows."""

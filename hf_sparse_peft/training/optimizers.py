@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -20,7 +20,8 @@ from ..optim import (
     zeroth_order_groups,
 )
 from ..tuners import SparseLoraLayer, adapter_layers
-from ..utils.parts import UnknownPart, register_part, require
+from ..utils.option_types import Decay, PositiveFloat, Range
+from ..utils.parts import UnknownPart, register_part
 
 
 @register_part("aged_adamw")
@@ -29,18 +30,12 @@ class AgedAdamWSpec(OptimizerSpec):
     """`optim.AgedAdamW`: AdamW whose bias correction knows the age of every unit of the supports, for units that come
     and go."""
 
-    values_ratio: float = 1.0
+    values_ratio: PositiveFloat = 1.0
     """Learning rate of the supports' values over that of everything else (as LoRA+ does for B; Hayou et al., 2024)."""
     per_unit_age: bool = True
     """Whether every unit has an age of its own; False: one step count a parameter, as torch's AdamW."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Decay, Decay] | None = None
     """Decay rates of the moments; None: the run's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.values_ratio > 0, self, "values_ratio", "a number above 0")
-        fits = self.betas is None or (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas))
-        require(fits, self, "betas", "two numbers in [0, 1), or None")
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> AgedAdamW:
         """Groups as Trainer makes them, times values of supports or not."""
@@ -57,12 +52,8 @@ class SparseSM3Spec(OptimizerSpec):
     """`optim.SparseSM3`: SM3 that knows which entry of which matrix every value of the supports is; m + n numbers of
     state a matrix (Anil et al., 2019; sparse form Ansell et al., 2024)."""
 
-    momentum: float = 0.0
+    momentum: Decay = 0.0
     """Decay rate of the momentum; 0, as in SpIEL, keeps no buffer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.momentum < 1, self, "momentum", "a number in [0, 1)")
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> SparseSM3:
         """Groups as Trainer makes them; entries are read anew at every step."""
@@ -94,20 +85,14 @@ class ZerothOrderSpec(OptimizerSpec):
     """`optim.ZerothOrderSGD`: two forward passes and a random direction in the place of a gradient (MeZO; Malladi et
     al., 2023; Sparse MeZO; Liu et al., 2024). Trains with `ZerothOrderTrainer`."""
 
-    epsilon: float = 1e-3
+    epsilon: PositiveFloat = 1e-3
     """Size of the perturbation (paper: 1e-3 for all weights, 1e-2 for LoRA)."""
-    sparsity: float = 0.0
+    sparsity: Annotated[float, Range(least=0, below=1)] = 0.0
     """Fraction of every tensor's entries, the largest, that is neither perturbed nor trained; 0 is MeZO."""
     perturbation: Literal["in_place", "layerwise"] = "in_place"
     """How parameters are shifted; `layerwise` restores them bit for bit in every dtype."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_differences"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.epsilon > 0, self, "epsilon", "a number above 0")
-        require(0 <= self.sparsity < 1, self, "sparsity", "a fraction in [0, 1)")
-        require(self.perturbation in ("in_place", "layerwise"), self, "perturbation", "'in_place' or 'layerwise'")
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> ZerothOrderSGD:
         """Everything that trains, by name: names seed the directions."""

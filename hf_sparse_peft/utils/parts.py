@@ -3,10 +3,13 @@
     @register_part("prune")
     @dataclass(frozen=True)
     class Prune(Rule):               # Rule sets part_kind = "rule"
-        final_fraction: float = 0.5
+        final_fraction: PositiveFraction = 0.5
 
     Prune(0.25).to_dict()                                            {"type": "prune", "final_fraction": 0.25}
     load_part(Rule, {"type": "prune", "final_fraction": 0.25}, "schedule[0]")       Prune(0.25)
+
+Annotations say what an option takes, its range included (`option_types`); a part refuses anything else when it is made.
+What concerns several options is checked in `__post_init__`, with `require`, after `super().__post_init__()`.
 
 A field whose value is the default is left out, so that files stay short. A part of a plugin that is not installed, or
 of a newer release, loads as an `UnknownPart`: it is kept as it was, written back as it was, and what needs to run it
@@ -27,9 +30,31 @@ PartT = TypeVar("PartT", bound="Part")
 _PARTS: dict[tuple[str, str], type[Part]] = {}
 
 
+class FrozenDict(dict):
+    """A dict that never changes and may be a key, as the options of a part are."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict]]:
+        return FrozenDict, (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("An option of a part does not change: make another part, e.g. with dataclasses.replace.")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
 @dataclass(frozen=True)
 class Part:
-    """Base of the parts of a config. A kind of parts is a subclass that sets `part_kind`."""
+    """Base of the parts of a config: values that never change, so that a part may be a key. A kind of parts is a
+    subclass that sets `part_kind`.
+
+    Lists, sets and dicts that are given as options become tuples, frozen sets and frozen dicts.
+
+    Raises:
+        ValueError: an option of another type than its annotation's, or out of its range; names it.
+    """
 
     part_kind: ClassVar[str] = ""
     """What may stand where: "rule", "curve", "score", ..."""
@@ -43,8 +68,7 @@ class Part:
             value, place = getattr(self, field.name), f"{type(self).__name__}.{field.name}"
             if field.name in nested and not isinstance(value, (Part, int, float, type(None))):
                 value = _load_field(nested[field.name], value, place)
-            elif isinstance(value, list):
-                value = tuple(value)
+            value = _frozen(value)
             object.__setattr__(self, field.name, value)
             unknown = next((one for one in _flat(value) if isinstance(one, UnknownPart)), None)
             if unknown is not None:
@@ -56,8 +80,7 @@ class Part:
         found = {"type": self.part_type}
         for field in fields(self):
             value = getattr(self, field.name)
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            if value != default:
+            if value != _frozen(field.default if field.default_factory is MISSING else field.default_factory()):
                 found[field.name] = plain(value)
         return found
 
@@ -205,6 +228,14 @@ def _nested_bases(cls: type) -> dict[str, type[Part]]:
         if kinds:
             found[field.name] = kinds[0]
     return found
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(item) for key, item in value.items()})
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _flat(value: Any) -> tuple[Any, ...]:

@@ -242,7 +242,7 @@ def test_dsee_says_what_does_not_fit():
     tiny.lin = torch.nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"UnitsPerModule.units=128 is more than the 64 .*'lin'"):
         get_peft_model(tiny, methods.get("dsee", target_modules=["lin"]).config)
-    with pytest.raises(ValueError, match="rounds=0 of 'decomposition_residual' must be at least 1"):
+    with pytest.raises(ValueError, match=r"DecompositionResidual.rounds=0 is out of range: it takes an integer >= 1"):
         methods.get("dsee", criterion={"type": "decomposition_residual", "rounds": 0})
     with pytest.raises(ValueError, match="scale_support concerns the low-rank half"):
         methods.get("dsee", r=0)

@@ -113,11 +113,11 @@ def test_ranking_by_data_without_data_says_where_it_comes_from(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("fisher", {"mode": "cube"}, "mode='cube' of 'fisher'"),
-        ("fisher", {"examples": 0}, "examples=0 of 'fisher'"),
-        ("sensitivity", {"beta2": 1.0}, "beta2=1.0 of 'sensitivity'"),
-        ("momentum", {"beta": -0.1}, "beta=-0.1 of 'momentum'"),
-        ("sm3", {"combine": "sum"}, "combine='sum' of 'sm3'"),
+        ("fisher", {"mode": "cube"}, "Fisher.mode='cube' is out of range"),
+        ("fisher", {"examples": 0}, "Fisher.examples=0 is out of range"),
+        ("sensitivity", {"beta2": 1.0}, "Sensitivity.beta2=1.0 is out of range"),
+        ("momentum", {"beta": -0.1}, "Momentum.beta=-0.1 is out of range"),
+        ("sm3", {"combine": "sum"}, "SM3.combine='sum' is out of range"),
         ("delta_magnitude", {"warmup_steps": 0}, "warmup_steps=0"),
         ("delta_magnitude", {"warmup_lr": 0.0}, "warmup_lr=0.0"),
         ("delta_magnitude", {"l1": -1.0}, "l1=-1.0"),

@@ -341,12 +341,12 @@ def test_drop_path_leaves_out_whole_samples_in_training_only(base_of):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity=1.0 is not a fraction of zeros"),
+        ({"sparsity": 1.0}, r"KernelLoraConfig.sparsity=1.0 is out of range: it takes a number in \[0, 1\)"),
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"r": 7}, "r=7 cannot be split.*even"),
-        ({"r": 0}, "r=0"),
-        ({"mode": "soft"}, "mode='soft' is unknown.*'paper', 'code'"),
-        ({"kernel": "rbf"}, "kernel='rbf' is unknown.*'distance', 'mixed'"),
+        ({"r": 0}, "r=0 is out of range: it takes an integer >= 2"),
+        ({"mode": "soft"}, "mode='soft' is out of range: it takes 'paper' or 'code'"),
+        ({"kernel": "rbf"}, "kernel='rbf' is out of range: it takes 'distance' or 'mixed'"),
         ({"scale": 0}, "scale=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"tile_entries": 0}, "tile_entries=0"),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_schedule
+from ...utils.option_types import PositiveFloat, PositiveInt, Range
 from ..shared.config import AdapterConfig
-
-KERNELS = ("distance", "mixed")
-MODES = ("paper", "code")
 
 
 @dataclass
@@ -31,18 +29,20 @@ class KernelLoraConfig(AdapterConfig):
 
     tuner: ClassVar[str] = "kernel_lora"
 
-    r: int = field(default=32, metadata={"help": "Numbers trained for each input and each output; even."})
+    r: Annotated[int, Range(least=2)] = field(
+        default=32, metadata={"help": "Numbers trained for each input and each output; even."}
+    )
     kernel: Literal["distance", "mixed"] = field(
         default="distance", metadata={"help": "Difference of distances (SNELL), or with a softmax beside it (SNELLA)."}
     )
-    sparsity: float = field(
+    sparsity: Annotated[float, Range(least=0, below=1)] = field(
         default=0.3, metadata={"help": "Fraction of zeros in each matrix; with own_counts at injection."}
     )
     mode: Literal["paper", "code"] = field(
         default="paper", metadata={"help": "What winners keep: w max(|w| - tau, 0), or the official code's w |w|."}
     )
-    scale: float = field(default=0.1, metadata={"help": "The fixed factor c of the distances."})
-    drop_path: float = field(
+    scale: PositiveFloat = field(default=0.1, metadata={"help": "The fixed factor c of the distances."})
+    drop_path: Annotated[float, Range(least=0, below=1)] = field(
         default=0.0, metadata={"help": "Share of samples trained without the update (the paper's ViT recipe: 0.1)."}
     )
     own_counts: bool = field(
@@ -52,7 +52,7 @@ class KernelLoraConfig(AdapterConfig):
             "change. Set at injection where a rule asks for it."
         },
     )
-    tile_entries: int = field(
+    tile_entries: PositiveInt = field(
         default=1 << 22,
         metadata={"help": "Entries of the update that exist at once; a larger update is built again for every pass."},
     )
@@ -65,21 +65,8 @@ class KernelLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        accepted = {"kernel": KERNELS, "mode": MODES, "bias": ("none", "all", "kernel_lora_only")}
-        for name, choices in accepted.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(choices)}.")
-        if self.r < 2 or self.r % 2:
+        if self.r % 2:
             raise ValueError(f"r={self.r} cannot be split over two point sets; give an even number >= 2, such as 32.")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} is not a fraction of zeros; give a number from 0 to below 1.")
-        if not self.scale > 0:
-            raise ValueError(f"scale={self.scale} must be above 0; the paper's is 0.1.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path} is not a share; give a number from 0 to below 1.")
-        if self.tile_entries < 1:
-            raise ValueError(f"tile_entries={self.tile_entries} is not a size; give an integer >= 1, such as 4194304.")
-
         check_schedule(self.schedule, self)
 
     def meet_needs(self) -> None:
