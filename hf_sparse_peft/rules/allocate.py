@@ -16,7 +16,6 @@ from ..utils.parts import register_part, require
 from ..utils.tensors import TensorSpec
 from .budgets import AverageRank, Budget, budget_of_training
 from .collectives import all_reduce_mean
-from .evidence import MissingEvidence
 from .moves import move_units
 from .no_effect import report_idle
 from .rule import Rule
@@ -113,6 +112,11 @@ class Allocate(Rule):
                 f"Allocate.unit_score={self.unit_score!r} cannot compare units of {self.spaces}: a component would sum "
                 "three means, an entry one. Set unit_score='mean'."
             )
+        if self.score.of_modules:
+            raise ValueError(
+                f"Allocate.score={self.score} has one number for a whole module, and units compete. Take a score of "
+                "single numbers: Sensitivity, Magnitude, or Smoothed over one of them."
+            )
         self.budget.check(config)
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
@@ -156,8 +160,6 @@ class Allocate(Rule):
                 f"Allocate.every={self.every} is longer than the run of {run.total_steps} steps: units would be "
                 "compared once at most. Train longer or shorten it."
             )
-        run.memory.missing = MissingEvidence(f"{' and '.join(self.spaces)} units were not compared")
-        run.memory.missing.start(run.step)
         run.memory.missed = False
         if not run.resumed:  # a resumed run said it at its start
             self._check_effect(run)
@@ -193,8 +195,7 @@ class Allocate(Rule):
         if self.every is None:
             last = self.last_comparison(run.total_steps) + 1
         if step < last or not self.fixed_at_end:
-            for space in run.spaces(training=False):
-                self.score.update(space)
+            self.score.update(run, run.spaces(training=False))
 
     def after_step(self, run: Run) -> None:
         """Compare what is due, and keep dead components dead once they are fixed."""
@@ -207,8 +208,8 @@ class Allocate(Rule):
         late = fixed and step > at_end and len(training) < len(everybody)
         if due or late:
             run.memory.missed = run.memory.missed or len(training) < len(everybody)
-            judged = [space for space in training if self.score.has_evidence(space)]
-            run.memory.missing.record(run.step, [s.name for s in training if s not in judged], len(judged))
+            action = f"{' and '.join(self.spaces)} units were not compared"
+            judged = run.with_evidence(training, self.score.has_evidence, action)
             if judged:
                 self._share_out(run, judged, everybody, step, late)
         if due or fixed:
@@ -259,8 +260,7 @@ class Allocate(Rule):
             move_units(space, units[lives.to(units.device)], run.optimizer)
 
     def finish(self, run: Run) -> None:
-        """Say if no layer could ever be judged, or if layers held still kept the target from being reached."""
-        run.memory.missing.finish()
+        """Say if layers held still kept the target from being reached."""
         spaces = run.spaces(training=False)
         if not run.memory.missed or not self.fixed_at_end:
             return

@@ -18,16 +18,13 @@ class MissingEvidence:
 
     Args:
         action: what did not happen, e.g. "the support was not moved".
+        resumed: whether the run goes on from a checkpoint, before which units may have moved.
     """
 
-    def __init__(self, action: str) -> None:
+    def __init__(self, action: str, resumed: bool = False) -> None:
         self.action = action
         self._named: set[str] = set()
-        self._moved = self._looked = False
-
-    def start(self, update: int) -> None:
-        """Forget the last run; one that is resumed after `update` steps may have moved before."""
-        self._named, self._looked, self._moved = set(), False, update > 0
+        self._looked, self._moved = False, resumed
 
     def record(self, step: int, without: list[str], judged: int) -> None:
         """Take one move: the layers `without` evidence, and how many had some."""

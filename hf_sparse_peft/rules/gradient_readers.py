@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,6 +83,38 @@ class MicroBatchReader:
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Close an optimizer step's accumulation; the gradients were multiplied by `loss_scale`."""
         self.finish_micro_batch()
+
+
+class StepSumReader(MicroBatchReader):
+    """`total`, fp64: the sum of `measure(dense)` over the step, `dense` the whole step's gradient divided by the loss
+    scale: exact for what is homogeneous in the gradient, as |products| are. Several micro-batches need an fp32 sum of
+    the gradient.
+
+    Args:
+        micro_batches: of an optimizer step.
+        measure: takes a dense gradient `[rows, cols]`, returns a 0-dim tensor.
+    """
+
+    def __init__(self, micro_batches: int, measure: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.measure, self.sums_dense = measure, micro_batches > 1
+        self.total = 0.0
+        self._dense: Tensor | None = None
+
+    def take_whole(self, dense: Tensor) -> None:
+        """Measure, or add to the step's gradient."""
+        if not self.sums_dense:
+            self.total = self.total + self.measure(dense).double()
+        else:
+            self._dense = dense.to(torch.float32, copy=True) if self._dense is None else self._dense.add_(dense)
+
+    @torch.no_grad()
+    def finish_step(self, loss_scale: float = 1.0) -> None:
+        """Measure what was summed."""
+        self.finish_micro_batch()
+        if self._dense is not None:
+            self.total, self._dense = self.measure(self._dense).double(), None
+        self.total = self.total / loss_scale
 
 
 class SharedReader:

@@ -78,6 +78,14 @@ def move_units(
     return MoveResult(int(at.numel()), int(old_units.numel() - kept_old.numel()))
 
 
+@torch.no_grad()
+def restart_units(parameter: nn.Parameter, units: Tensor, optimizer: Any, axis: int = 0) -> None:
+    """Let the optimizer forget units (bool, one for each along `axis`) of a parameter: their state is zero, and an age
+    of their own (`AgedAdamW`) begins anew; values and everybody else's state stay."""
+    others = (~units).nonzero().squeeze(1)
+    move_optimizer_state(optimizer, parameter, others, others, axis=axis)
+
+
 @contextmanager
 def _whole_or_not(space: UnitSpace, units: Tensor, followers: list[Follower]) -> Iterator[None]:
     """Values under the units of others would be another adapter."""

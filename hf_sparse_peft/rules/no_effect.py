@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _NAMED = 3
 
@@ -27,3 +31,15 @@ def report_idle(idle: list[str], layers: int, cause: str, mend: str) -> None:
         return
     which = f"all {layers} layers" if len(idle) == layers else f"{len(idle)} of {layers} layers"
     warnings.warn(f"{cause} in {which} ({some_of(idle)}). {mend}", stacklevel=4)
+
+
+def report_unfinished(run: Run, last: int, cause: str, mend: str) -> None:
+    """Warn that a schedule is not done in time; nothing where it is, or in a resumed run, which said it at its start.
+
+    Args:
+        last: the step that it goes on to.
+        cause: the options, their values and what takes so long.
+        mend: what to change.
+    """
+    if last >= run.total_steps and not run.resumed:
+        warnings.warn(f"{cause} up to step {last}, and the run has {run.total_steps}. {mend}", stacklevel=4)

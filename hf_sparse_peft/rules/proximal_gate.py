@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..optim import innermost
 from ..utils.parts import register_part, require
 from .rule import Rule
 from .run import Run
@@ -22,8 +21,7 @@ class ProximalGate(Rule):
     (SoRA; Ding et al., 2023), with :math:`\xi = \eta\lambda` and the gate's own learning rate :math:`\eta`.
 
     Components whose gate is 0 do not live, and return where a step takes their gate beyond the threshold. A layer
-    without any gradient, and a step that fp16's scaler skips, change nothing. Gates want an optimizer group without
-    weight decay.
+    without any gradient, and a step that fp16's scaler skips, change nothing. Gates are to have no weight decay.
     """
 
     weight: float = 1e-2
@@ -48,9 +46,7 @@ class ProximalGate(Rule):
 
     def begin(self, run: Run) -> None:
         """Say that weight decay pulls the gates as well."""
-        gates = {id(space.gate) for space in run.spaces()}
-        groups = innermost(run.optimizer).param_groups if run.optimizer is not None else []
-        if any(group.get("weight_decay") and gates & set(map(id, group["params"])) for group in groups):
+        if any(run.group(space.gate).get("weight_decay") for space in run.spaces()):
             warnings.warn("ProximalGate: weight decay shrinks the gates too. Set weight_decay=0.", stacklevel=2)
 
     @torch.no_grad()
@@ -71,7 +67,7 @@ class ProximalGate(Rule):
 
     def after_step(self, run: Run) -> None:
         """Note how many components live."""
-        run.record(alive=sum(space.count for space in run.spaces(training=False)))
+        run.record_change(alive=sum(space.count for space in run.spaces(training=False)))
 
 
 def threshold(gate: Tensor, size: float, kind: str = "soft") -> Tensor:

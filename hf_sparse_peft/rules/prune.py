@@ -13,7 +13,7 @@ from ..sparsity import Cubic, stream_seed, top_units
 from ..utils.option_types import PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part, require
 from .budgets import budget_of_training, unit_sums
-from .evidence import MissingEvidence, is_evidence
+from .evidence import is_evidence
 from .moves import move_units
 from .no_effect import report_idle
 from .rule import Rule
@@ -85,8 +85,6 @@ class Prune(Rule):
                 f"Prune.start={self.start} and Prune.end={self.end} leave no step in a run of {run.total_steps}. Train "
                 "longer, widen the window, or leave the rule out."
             )
-        run.memory.missing = MissingEvidence("the support was not pruned")
-        run.memory.missing.start(run.step)
         run.memory.missed = False
         if not run.resumed:  # a resumed run said it at its start
             self._check_effect(run)
@@ -123,8 +121,7 @@ class Prune(Rule):
             return
         spaces = run.spaces(training=False)
         training = [space for space in spaces if space.trains]
-        judged = [space for space in training if is_evidence(space.living_values())]
-        run.memory.missing.record(run.step, [s.name for s in training if s not in judged], len(judged))
+        judged = run.with_evidence(training, lambda s: is_evidence(s.living_values()), "the support was not pruned")
         run.memory.missed = run.memory.missed or len(training) < len(spaces)
         if judged:
             self._prune(run, judged, [space for space in spaces if not space.trains])
@@ -160,8 +157,7 @@ class Prune(Rule):
         return max(1, round(fraction * space.capacity))
 
     def finish(self, run: Run) -> None:
-        """Say if no layer could ever be judged, and which ones were held still whenever they were due."""
-        run.memory.missing.finish()
+        """Say which layers were held still whenever they were due."""
         if not run.memory.missed:
             return
         spaces = run.spaces(training=False)

@@ -12,7 +12,6 @@ from ..utils.option_types import NonNegativeFloat, PositiveFraction, PositiveInt
 from ..utils.parts import register_part, require
 from ..utils.tensors import TensorSpec
 from .drop import Drop, Magnitude
-from .evidence import MissingEvidence
 from .first_move import replaces_start, restored_start
 from .frozen import Moved, frozen_state, hold_frozen, move_trained_units
 from .growth import AccumulatedGradient, Growth, Move
@@ -159,9 +158,7 @@ class Regrow(Rule):
 
     def begin(self, run: Run) -> None:
         """At least one move, and an update after it, must fit into the run."""
-        run.memory.readers, run.memory.measured = {}, {}
-        run.memory.missing = MissingEvidence("the support was not moved")
-        run.memory.missing.start(run.step)
+        run.memory.measured = {}
         if not self.moves_after(self.first_step, run.total_steps):
             timing = f"Regrow.first={self.first}" if self.first is not None else f"Regrow.every={self.every}"
             if self.first is None and self.first_step == self.grow.reads_for:
@@ -226,18 +223,9 @@ class Regrow(Rule):
             reader = self.grow.reader(run, space, starts, lambda space=space: self._count(run, space, update + ahead))
             if space.trains:
                 run.read_gradient(space, reader)
-                run.memory.readers[space] = reader
-
-    def after_micro_batch(self, run: Run) -> None:
-        """What comes next is another micro-batch's gradient."""
-        for reader in run.memory.readers.values():
-            reader.finish_micro_batch()
 
     def gradients(self, run: Run) -> None:
-        """Close the step's accumulation, and leave the step's update out where a move takes its place."""
-        for space, reader in run.memory.readers.items():
-            reader.finish_step(run.loss_scale)
-            run.stop_reading(space, reader)
+        """Leave the step's update out where a move takes its place."""
         due = self._due(run, run.step + 1)
         if self.drop is not None:
             run.memory.measured = {space: self.drop.measure(space) for space in due}
@@ -250,7 +238,7 @@ class Regrow(Rule):
         for space in due:
             one = self._move(run, space)
             if one is None:
-                without += [space.name]
+                without.append(space)
                 one = Moved(0, space.count - space.trained_units().numel(), 0)
             moved.append(one)
         if due:
@@ -259,8 +247,8 @@ class Regrow(Rule):
             if self.retired:
                 event["retired"], event["lost"] = sum(one.retired for one in moved), sum(one.lost for one in moved)
             run.record(**event)
-            run.memory.missing.record(run.step, without, len(due) - len(without))
-        run.memory.readers, run.memory.measured = {}, {}
+            run.report_missing(without, len(due) - len(without), "the support was not moved")
+        run.memory.measured = {}
 
     def _due(self, run: Run, update: int) -> list[UnitSpace]:
         """The spaces that move after `update`: what is held still at that step stays as it is."""
@@ -281,7 +269,7 @@ class Regrow(Rule):
             importance = self.drop.importance(space, run.memory.measured.get(space))
             if not self.drop.can_rank(importance, count):
                 return None
-        move = Move(space, run.step, units, count, importance, run.optimizer, run.memory.readers.get(space))
+        move = Move(space, run.step, units, count, importance, run.optimizer, run.readers.get(space))
         grown = self.grow.grow(move)
         if grown is None:
             return None
@@ -289,12 +277,3 @@ class Regrow(Rule):
         if self.drop is not None:
             self.drop.moved(space, units, run.step)
         return moved
-
-    def finish(self, run: Run) -> None:
-        """Say so if no move had evidence."""
-        run.memory.missing.finish()
-
-    def release(self, run: Run) -> None:
-        """Stop reading gradients."""
-        for space, reader in getattr(run.memory, "readers", {}).items():
-            run.stop_reading(space, reader)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ..optim import innermost
 from .collectives import world_size
+from .evidence import MissingEvidence
 from .space import UnitSpace
 from .update_mask import UpdateMask
 
@@ -30,6 +33,8 @@ class Training:
     """Micro-batches of an optimizer step."""
     learning_rate: float = 0.0
     """The run's base learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises to that; 0 where the loop does not say."""
     clips: bool = False
     """Whether gradients are clipped (and, under fp16, unscaled) before `gradients`."""
     fp16: bool = False
@@ -74,6 +79,10 @@ class Run:
     """Saved in `trainer_state.json` and found again by a resumed run; what JSON can hold."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What the rule did, one dict an event with its `step`."""
+    readers: dict[UnitSpace, Any] = field(default_factory=dict)
+    """Readers of the current step's dense gradients (`read_gradient`); closed when `Rule.gradients` is called."""
+    _step: ExitStack = field(default_factory=ExitStack)
+    _missing: MissingEvidence | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -132,14 +141,18 @@ class Run:
         return bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def lr(self, parameter: Tensor) -> float:
-        """The learning rate of `parameter` at this step.
+        """The learning rate of `parameter` at this step; raises as `group`."""
+        return float(self.group(parameter)["lr"])
+
+    def group(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's group of `parameter`.
 
         Raises:
             ValueError: the optimizer does not hold it.
         """
         for group in innermost(self.optimizer).param_groups:
             if any(one is parameter for one in group["params"]):
-                return float(group["lr"])
+                return group
         raise ValueError(f"The optimizer holds no parameter of shape {tuple(parameter.shape)} that a rule asks about.")
 
     def spaces(self, kind: str | None = None, training: bool = True) -> list[UnitSpace]:
@@ -151,18 +164,100 @@ class Run:
         """The state that rules keep for `space`, by the names of their specs."""
         return space.state()
 
-    def read_gradient(self, space: UnitSpace, reader: Callable[[Tensor], None]) -> None:
-        """Show `reader` the dense gradient of the space's weight `[out, in]` at every use of the layer, until
-        `stop_reading`. Lent: a reader keeps and changes copies only (`rules.gradient_readers`)."""
-        space.layer.add_gradient_reader(space.adapter, reader)
+    # What a rule asks for
 
-    def stop_reading(self, space: UnitSpace, reader: Callable[[Tensor], None]) -> None:
-        """End `read_gradient`; nothing where it was ended before."""
-        space.layer.remove_gradient_reader(space.adapter, reader)
+    def read_gradient(self, space: UnitSpace, reader: Any) -> None:
+        """Show `reader` (`rules.gradient_readers.MicroBatchReader`) the dense gradient of the space's weight
+        `[out, in]` at every use of the layer in this step. Its micro-batches and the step are closed before
+        `Rule.gradients`, and it ends with the step, however that ends; `readers` has it until `Rule.after_step` is
+        done. Lent: a reader keeps and changes copies only."""
+        space.layer.add_gradient_reader(space.adapter, reader)
+        self.readers[space] = reader
+
+    def for_this_step(self, context: AbstractContextManager[Any]) -> Any:
+        """Enter `context` until the step is counted: it exits before any rule's `after_step`, or when a step that is
+        broken off ends the run. What evaluation and files see is the state outside of it."""
+        return self._step.enter_context(context)
+
+    def hold_units(
+        self,
+        held: Callable[[UnitSpace, nn.Parameter], Tensor | None],
+        keep_state: bool = True,
+        keep_value: bool = True,
+    ) -> None:
+        """Exclude units from the update, from now on: those where `held(space, parameter)`, bool `[size]`, is True at
+        a step. See `UpdateMask.hold_part`."""
+        self.updates.hold_part(self, self._along_units(held), keep_state, keep_value)
+
+    def scale_updates(self, factor: Callable[[UnitSpace, nn.Parameter], Tensor | None]) -> None:
+        """Multiply the updates of units by `factor(space, parameter)`, `[size]`, from now on. See
+        `UpdateMask.scale_part`."""
+        self.updates.scale_part(self, self._along_units(factor))
+
+    def _along_units(self, of: Callable) -> list[tuple[nn.Parameter, Callable[[], Tensor | None]]]:
+        def spread(space: UnitSpace, parameter: nn.Parameter, axis: int) -> Tensor | None:
+            found = of(space, parameter)
+            if found is None or axis == 0:
+                return found
+            return found.view([-1 if at == axis else 1 for at in range(parameter.dim())]).expand_as(parameter)
+
+        spaces = self.spaces(training=False)
+        return [(p, partial(spread, space, p, axis)) for space in spaces for p, axis in space.parameter_axes()]
+
+    def with_evidence(
+        self, spaces: list[UnitSpace], has_evidence: Callable[[UnitSpace], bool], action: str
+    ) -> list[UnitSpace]:
+        """Those of `spaces` whose scores say anything. The others are to keep their units; a warning names each once a
+        run, and `action`, what did not happen there: "the rank did not grow"."""
+        judged = [space for space in spaces if has_evidence(space)]
+        self.report_missing([space for space in spaces if space not in judged], len(judged), action)
+        return judged
+
+    def report_missing(self, without: list[UnitSpace], judged: int, action: str) -> None:
+        """As `with_evidence`, where the rule has found the spaces `without` evidence itself; `judged` had some."""
+        if self._missing is None:
+            self._missing = MissingEvidence(action, self.resumed)
+        self._missing.record(self.step, [space.name for space in without], judged)
 
     def record(self, **event: Any) -> None:
         """Note what happened at this step."""
         self.events.append({"step": self.step, **event})
+
+    def record_change(self, **event: Any) -> None:
+        """Note what is the case from this step on; nothing where it was before."""
+        if not self.events or {**self.events[-1], **event} != self.events[-1]:
+            self.record(**event)
+
+    # What the loop does for every rule (`training.executor`)
+
+    def close_micro_batch(self) -> None:
+        """What comes next is another micro-batch's gradient."""
+        for reader in self.readers.values():
+            reader.finish_micro_batch()
+
+    def close_readers(self) -> None:
+        """The step's gradients are complete."""
+        for space, reader in self.readers.items():
+            reader.finish_step(self.loss_scale)
+            space.layer.remove_gradient_reader(space.adapter, reader)
+
+    def leave_step(self) -> None:
+        """End what was entered for this step."""
+        self._step.close()
+
+    def finish(self) -> None:
+        """The last step is done."""
+        self.rule.finish(self)
+        if self._missing is not None:
+            self._missing.finish()
+
+    def release(self) -> None:
+        """The run is over, however it ended: take everything off the model."""
+        for space, reader in self.readers.items():
+            space.layer.remove_gradient_reader(space.adapter, reader)
+        self.readers.clear()
+        self.leave_step()
+        self.rule.release(self)
 
 
 @torch.no_grad()

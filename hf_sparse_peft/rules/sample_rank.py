@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sparsity import stream_seed
 from ..utils.parts import register_part, require
@@ -56,36 +54,22 @@ class SampleRank(Rule):
 
     def begin(self, run: Run) -> None:
         """Hold the gates still, and what does not learn."""
-        spaces = run.spaces(training=False)
-        run.memory.rank = max(space.size for space in spaces)
-        run.updates.hold(run, [space.gate for space in spaces])
-        parts = [(space.A, partial(self._still, run, space, 0)) for space in spaces]
-        parts += [(space.B, partial(self._still, run, space, 1)) for space in spaces]
-        run.updates.hold_part(run, parts, keep_state=self.strict, keep_value=self.strict)
+        run.hold_units(lambda *of: self._still(run, *of), keep_state=self.strict, keep_value=self.strict)
+        run.updates.hold(run, [space.gate for space in run.spaces(training=False)])
 
-    def _still(self, run: Run, space: UnitSpace, axis: int) -> Tensor:
-        rank, held = min(run.memory.rank, space.size), torch.arange(space.size, device=space.gate.device)
-        held = (held >= rank) | (held < rank - 1) if self.freeze_lower else held >= rank
-        return held[:, None].expand_as(space.A) if axis == 0 else held.expand_as(space.B)
+    def _still(self, run: Run, space: UnitSpace, parameter: nn.Parameter) -> Tensor:
+        rank, number = min(run.memory.rank, space.size), torch.arange(1, space.size + 1, device=parameter.device)
+        return number != rank if self.freeze_lower else number > rank
 
     def before_step(self, run: Run) -> None:
         """Draw a rank."""
         run.memory.rank = self.drawn(run, run.step)
-        self._write(run, lambda space: run.memory.rank)
-        run.record(rank=run.memory.rank)
-
-    def after_step(self, run: Run) -> None:
-        """All components again, for evaluation and files."""
-        self._write(run, lambda space: space.size)
+        for space in run.spaces(training=False):
+            run.for_this_step(space.leading(min(run.memory.rank, space.size)))
 
     def finish(self, run: Run) -> None:
         """Let the components of `final_rank` live."""
-        self._write(run, lambda space: self.final_rank or space.size)
         for space in run.spaces(training=False):
-            space.write(torch.arange(min(self.final_rank or space.size, space.size), device=space.gate.device))
-
-    @torch.no_grad()
-    def _write(self, run: Run, rank_of: Callable[[UnitSpace], int]) -> None:
-        for space in run.spaces(training=False):
-            rank = min(rank_of(space), space.size)
-            space.gate.data[:rank], space.gate.data[rank:] = space.size / rank, 0.0
+            rank = min(self.final_rank or space.size, space.size)
+            space.gate.data.mul_(space.size / rank)
+            space.write(torch.arange(rank, device=space.gate.device))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 from ..utils.option_types import Range
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
+from .collectives import all_reduce_mean
 from .evidence import is_evidence
+from .gradient_readers import StepSumReader
 from .space import UnitSpace
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class TrainingScore(Part):
 
     `update` is called after every optimizer step, when the weights are those after it and the gradients those that it
     used: averaged over ranks, unscaled, clipped. A step whose scores are missing or not finite in some parameter of a
-    space (it did not run, or an fp16 overflow skipped the step) changes nothing there.
+    space (it did not run, or an fp16 overflow skipped the step) changes nothing there. A rule that takes any score
+    calls `before_step` too.
     """
 
     part_kind: ClassVar[str] = "training_score"
@@ -29,30 +36,46 @@ class TrainingScore(Part):
     averages: ClassVar[tuple[str, ...]] = ("score",)
     """Names of what is kept of each parameter, in its shape."""
 
+    @property
+    def of_modules(self) -> bool:
+        """Whether a module has one score, from the dense gradient of its weight (`Rule.needs`: "gradient"), instead of
+        one for each of its numbers."""
+        return False
+
+    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """Shapes of what is scored, by name, with the axis that units lie along. First what switches units on."""
+        return {name: (tuple(one.shape), axis) for name, (one, axis) in space.scored_parameters().items()}
+
+    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """Read what the scores of the coming step need beyond the gradients of parameters."""
+
+    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
+        """Scores at this step of each space, by the names of `shapes`; None as in `of`."""
+        return [{name: self.of(p) for name, (p, _) in space.scored_parameters().items()} for space in spaces]
+
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """Scores of a parameter's numbers at this step, in its shape; None where it has no gradient to tell."""
         raise NotImplementedError
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
-        """What a rule keeps for this score: fp32, in the shape of each scored parameter of `space`."""
+        """What a rule keeps for this score: fp32, in the shapes of what is scored in `space`."""
         return [
             TensorSpec(
-                f"{kept}_{name}", tuple(parameter.shape), role="rule", space=space.kind if axis is not None else None,
-                axis=axis or 0,
+                f"{kept}_{name}", shape, role="rule", space=space.kind if axis is not None else None, axis=axis or 0
             )
             for kept in self.averages
-            for name, (parameter, axis) in space.scored_parameters().items()
-        ]  # fmt: skip
+            for name, (shape, axis) in self.shapes(space).items()
+        ]
 
     @torch.no_grad()
-    def update(self, space: UnitSpace) -> None:
+    def update(self, run: Run, spaces: list[UnitSpace]) -> None:
         """Take one optimizer step."""
-        current = {name: self.of(parameter) for name, (parameter, _) in space.scored_parameters().items()}
-        if any(scores is None or not torch.isfinite(scores).all() for scores in current.values()):
-            return
-        state = space.state()
-        for name, scores in current.items():
-            self.take(scores, *[state[f"{kept}_{name}"] for kept in self.averages])
+        for space, current in zip(spaces, self.measure(run, spaces), strict=True):
+            if any(scores is None or not torch.isfinite(scores).all() for scores in current.values()):
+                continue
+            state = space.state()
+            for name, scores in current.items():
+                self.take(scores, *[state[f"{kept}_{name}"] for kept in self.averages])
 
     def take(self, current: Tensor, kept: Tensor) -> None:
         """Let `kept` know the scores of this step."""
@@ -63,16 +86,20 @@ class TrainingScore(Part):
         return kept
 
     def numbers(self, space: UnitSpace, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Scores of all numbers, by parameter."""
+        """Scores of all numbers, by parameter; of `of_modules` one, "module"."""
         state = space.state()
         return {
             name: self.read(*[state[f"{kept}_{name}"].to(dtype) for kept in self.averages])
-            for name in space.scored_parameters()
+            for name in self.shapes(space)
         }
+
+    def module_score(self, space: UnitSpace) -> float:
+        """The score of the module: the sum over its numbers, in fp64."""
+        return float(sum(scores.sum() for scores in self.numbers(space, torch.float64).values()))
 
     def has_evidence(self, space: UnitSpace) -> bool:
         """Whether the numbers that switch units on had a gradient; others may have one from a regulariser alone."""
-        first = next(iter(space.scored_parameters()))
+        first = next(iter(self.shapes(space)))
         finite = all(bool(torch.isfinite(scores).all()) for scores in self.numbers(space).values())
         return finite and is_evidence(space.state()[f"{self.averages[0]}_{first}"])
 
@@ -98,6 +125,41 @@ class Magnitude(TrainingScore):
         return parameter.detach().abs().float()
 
 
+@register_part("module_sensitivity")
+@dataclass(frozen=True)
+class ModuleSensitivity(TrainingScore):
+    r""":math:`\sum|\Delta W \odot \partial L/\partial\Delta W| / \sqrt{mn}`, one score for a module `[m, n]`
+    (IncreLoRA; Zhang et al., 2023): of the loss alone, unclipped, with the update of before the step, averaged over
+    ranks.
+
+    One dense gradient of each layer at a time; with accumulation, an fp32 sum of every layer's until the step ends.
+    """
+
+    of_modules: ClassVar[bool] = True
+
+    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """One number, "module"."""
+        return {"module": ((1,), None)}
+
+    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """Read the dense gradients."""
+        for space in spaces:
+            run.read_gradient(space, StepSumReader(run.training.accumulation, partial(_product, space)))
+
+    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
+        """The sums, over the root of the weight's size."""
+        if not spaces:
+            return []
+        devices = [space.parameters()[0].device for space in spaces]
+        sums = [torch.as_tensor(run.readers[s].total, dtype=torch.float64, device=devices[0]) for s in spaces]
+        sums = all_reduce_mean(torch.stack(sums)).float()
+        return [{"module": one.to(device)} for one, device in zip(sums.split(1), devices, strict=True)]
+
+
+def _product(space: UnitSpace, dense: Tensor) -> Tensor:
+    return (space.delta() * dense).abs().sum() / dense.numel() ** 0.5
+
+
 @register_part("smoothed")
 @dataclass(frozen=True)
 class Smoothed(TrainingScore):
@@ -118,9 +180,22 @@ class Smoothed(TrainingScore):
 
     averages: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty")
 
-    def of(self, parameter: nn.Parameter) -> Tensor | None:
+    @property
+    def of_modules(self) -> bool:
+        """As the score that is smoothed."""
+        return self.score.of_modules
+
+    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """As the score that is smoothed."""
+        return self.score.shapes(space)
+
+    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """As the score that is smoothed."""
+        self.score.before_step(run, spaces)
+
+    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
         """The score that is smoothed."""
-        return self.score.of(parameter)
+        return self.score.measure(run, spaces)
 
     def take(self, current: Tensor, sensitivity: Tensor, uncertainty: Tensor) -> None:
         """One step of both averages, in place."""

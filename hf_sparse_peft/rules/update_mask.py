@@ -21,19 +21,22 @@ class UpdateMask:
     Whole parameters (`hold`) get `requires_grad=False` and lose their gradient, so that none is computed and neither
     clipping nor the optimizer sees them. Parts of a parameter (`hold_part`) lose their gradient as it arrives, before
     clipping, and value and optimizer state are put back bit for bit after the step, whatever weight decay or momentum
-    did to them. That hangs on the optimizer's own step hooks (`attach`): it holds in any loop, and a step that a
-    gradient scaler skips does nothing. `release` ends all of it.
+    did to them. Updates of parts can be multiplied (`scale_part`), as a learning rate of their own would. That hangs on
+    the optimizer's own step hooks (`attach`): it holds in any loop, and a step that a gradient scaler skips does
+    nothing. `release` ends all of it.
     """
 
     def __init__(self) -> None:
         self._held: dict[Hashable, dict[int, nn.Parameter]] = {}
         self._still: dict[int, nn.Parameter] = {}
         self._parts: dict[Hashable, list[tuple[nn.Parameter, Mask, bool, bool]]] = {}
+        self._factors: dict[Hashable, list[tuple[nn.Parameter, Mask]]] = {}
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._hooks: dict[int, Any] = {}
         self._optimizer: Any = None
         self._optimizer_hooks: list[Any] = []
         self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scaled: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def hold(self, rule: Hashable, parameters: Iterable[nn.Parameter]) -> None:
         """Hold exactly these still as far as `rule` is concerned; what it held before is updated again unless another
@@ -71,6 +74,17 @@ class UpdateMask:
             if key not in self._hooks:
                 self._hooks[key] = parameter.register_hook(partial(self._zero, parameter))
 
+    def scale_part(self, rule: Hashable, parts: Iterable[tuple[nn.Parameter, Mask]]) -> None:
+        r"""Multiply the updates of these parameters, and of no others as far as `rule` is concerned:
+        :math:`\theta_t = \theta_{t-1} + c\,(\theta'_t - \theta_{t-1})`, :math:`\theta'_t` the optimizer's result.
+        Most updates are proportional to the learning rate, decoupled weight decay included: `c` multiplies that.
+
+        Args:
+            parts: parameters, each with a function that gives `c` at this step, in the parameter's shape or `[k]` for
+                slices along axis 0, or None for 1. Where `c` is 1 the optimizer's result stays to the bit.
+        """
+        self._factors[rule] = list(parts)
+
     def _zero(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         for mask, *_ in self._masks_of(parameter):
             held = mask.bool() if mask.shape == gradient.shape else mask.bool().view(-1, *[1] * (gradient.dim() - 1))
@@ -104,7 +118,11 @@ class UpdateMask:
 
     @torch.no_grad()
     def _save(self) -> None:
-        self._saved = []
+        self._saved, self._scaled = [], []
+        for parameter, factor in (part for parts in self._factors.values() for part in parts):
+            if parameter.grad is not None and (found := factor()) is not None:
+                found = found if found.shape == parameter.shape else found.view(-1, *[1] * (parameter.dim() - 1))
+                self._scaled.append((parameter.data, found, parameter.detach().clone()))
         for parameter in self._still.values():
             parameter.grad = None  # a closure, or a second backward pass, may have brought one
         for parameter in {id(p): p for held in self._parts.values() for p, *_ in held}.values():
@@ -129,10 +147,13 @@ class UpdateMask:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what the last step must not have changed; also what a step that was broken off half-way did."""
+        """Scale updates, and put back what the last step must not have changed; also what a step that was broken off
+        half-way did."""
+        for tensor, factor, before in self._scaled:
+            tensor.copy_(torch.where(factor == 1, tensor, before + factor * (tensor - before)))
         for tensor, place, values in self._saved:
             tensor[place] = values
-        self._saved = []
+        self._saved, self._scaled = [], []
 
     def release(self) -> list[nn.Parameter]:
         """Let everything be updated again; returns the whole parameters that were held still."""
@@ -141,7 +162,7 @@ class UpdateMask:
         for hook in self._hooks.values():
             hook.remove()
         still = list(self._still.values())
-        self._held, self._still, self._parts, self._hooks, self._places = {}, {}, {}, {}, {}
+        self._held, self._still, self._parts, self._factors, self._hooks, self._places = {}, {}, {}, {}, {}, {}
         for parameter in still:
             parameter.requires_grad_(True)
         return still
@@ -154,7 +175,7 @@ class UpdateMask:
 
 def _entry_states(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
     found = [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
-    if any(not tensor.is_floating_point() for tensor in found):
+    if any(tensor.dtype in (torch.uint8, torch.int8) for tensor in found):
         raise ValueError(
             "Parts of a parameter keep their optimizer state while they are held still, and 8-bit state cannot be "
             "edited entry by entry. Use a 32-bit optimizer, or hf_sparse_peft.optim.use_32bit_states."

@@ -99,11 +99,13 @@ class RuleExecutor:
     def after_micro_batch(self) -> None:
         """Between micro-batches."""
         for run in self.runs:
+            run.close_micro_batch()
             run.rule.after_micro_batch(run)
 
     def gradients(self) -> None:
         """Before the update."""
         for run in self.runs:
+            run.close_readers()
             run.rule.gradients(run)
 
     def after_update(self) -> None:
@@ -114,7 +116,10 @@ class RuleExecutor:
     def after_step(self) -> None:
         """After the step is counted."""
         for run in self.runs:
+            run.leave_step()
+        for run in self.runs:
             run.rule.after_step(run)
+            run.readers.clear()
 
     def end(self) -> None:
         """Take everything off the model. If the last step is done, free the rules' state too, so that the shipped
@@ -122,7 +127,7 @@ class RuleExecutor:
         done = self.training.step >= self.training.total_steps
         if done:
             for run in self.runs:
-                run.rule.finish(run)
+                run.finish()
         self.leave()
         for run in (run for run in self.runs if done and run.config is not None):
             for space in run.all_spaces:
@@ -152,7 +157,7 @@ class RuleExecutor:
     def _release(self) -> None:
         """Called when the run ends, however it does."""
         for run in self.runs:
-            run.rule.release(run)
+            run.release()
 
     def _make_runs(self) -> Iterator[Run]:
         layers: dict[str, list[AdapterLayer]] = {}

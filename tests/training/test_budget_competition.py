@@ -129,11 +129,11 @@ def test_a_step_with_numbers_that_are_not_finite_is_left_out_of_the_averages():
     layer, score = adapter_layers(model)[0], rule_of(model).score
     for held in points(layer):
         held["default"].grad = torch.ones_like(held["default"])
-    score.update(space_of(layer))
+    score.update(None, [space_of(layer)])
     before = average(layer, "sensitivity")
     assert (before > 0).all()
     layer.kernel_lora_P["default"].grad[0, 0] = torch.tensor([float("nan"), float("inf")])
-    score.update(space_of(layer))
+    score.update(None, [space_of(layer)])
     assert torch.equal(average(layer, "sensitivity"), before)
 
 

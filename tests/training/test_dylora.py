@@ -39,10 +39,13 @@ def test_the_product_of_rank_two_is_scaled_by_eight_and_the_whole_one_is_plain_l
     for layer, held in zip(layers_of(model), factors(model), strict=True):
         expected = ALPHA / R * held["B"] @ held["A"]
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
-    rule._write(view, lambda space: 2)
+    for space in view.spaces():
+        view.for_this_step(space.leading(2))
     for layer, held in zip(layers_of(model), factors(model), strict=True):
         expected = 8 * held["B"][:, :2] @ held["A"][:2]
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
+    view.leave_step()
+    assert all(held["gate"].tolist() == [1.0] * R for held in factors(model))
 
 
 def test_drawn_ranks_are_uniform_from_one_to_r():

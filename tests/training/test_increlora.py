@@ -88,7 +88,7 @@ def test_scores_and_growth_are_those_of_the_equations(accumulation, rules, tmp_p
         reference.step(step - 1)
         seen[step - 1] = ranks(model)
         for layer, expected in zip(layers_of(model), reference.smooth, strict=True):
-            kept = layer.rule_state("default")["module_score"].tolist()
+            kept = [float(layer.rule_state("default")[f"{name}_module"]) for name in ("sensitivity", "uncertainty")]
             assert kept == pytest.approx(expected, rel=2e-4, abs=1e-12)
 
     run(
@@ -202,7 +202,7 @@ def test_a_skipped_step_and_masked_labels_change_no_score_and_no_rank(tmp_path):
         optimizer._is_overflow = True  # what AcceleratedOptimizer says after GradScaler skipped
 
     def look(step, model, optimizer):
-        seen.extend(bool(layer.rule_state("default")["module_score"].any()) for layer in layers_of(model))
+        seen.extend(bool(layer.rule_state("default")["sensitivity_module"].any()) for layer in layers_of(model))
 
     hooks = {"before": [Hook(on_optimizer_step=skip)], "after": [Hook(on_step_end=look)]}
     run(model, tmp_path / "skipped", 6, optimizer="default", **hooks)
@@ -235,7 +235,7 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(stop, tmp_path):
             parameter.data.normal_()
     resume = str(tmp_path / "parts" / f"checkpoint-{stop}")
     run(fresh, tmp_path / "parts", 10, after=[keep(resumed)], resume=resume, **options)
-    assert any("module_score" in name for name in whole)
+    assert any("sensitivity_module" in name for name in whole)
     assert differences(whole, resumed) == []
 
 
@@ -244,5 +244,5 @@ def test_what_cannot_work_is_refused_or_said(tmp_path):
         adapted(GrowRank(target_r=8))
     with pytest.raises(ValueError, match="grow_by"):
         GrowRank(grow_by=0)
-    with pytest.warns(UserWarning, match="growths up to step 8 .*the run has 6"):
+    with pytest.warns(UserWarning, match="take growths up to step 8, and the run has 6"):
         run(adapted(GrowRank(every=2, warmup=2, modules=1)), tmp_path, 6, optimizer="default")

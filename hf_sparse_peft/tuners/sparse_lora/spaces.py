@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -212,6 +213,40 @@ class RankSpace(UnitSpace):
         mask[units.long()] = 1
         self.mask.copy_(mask)
         self.apply_mask()
+
+    # What a step uses, where that is not what evaluation and files use (`Run.for_this_step`)
+
+    def delta(self) -> Tensor:
+        r"""The update :math:`s B \mathrm{diag}(g) A` `[out, in]` of these components, as it is now."""
+        gate = 1.0 if self.gate is None else self.gate
+        return (self.B * (gate * self.scalings[self.adapter])) @ self.A
+
+    @contextmanager
+    def leading(self, count: int) -> Iterator[None]:
+        r"""Inside, the first `b = count` components alone, scaled by :math:`\alpha/b` as a LoRA of that rank; the gate,
+        which must not train meanwhile, is put back."""
+        before = self.gate.detach().clone()
+        self.gate.data.mul_(self.size / count)[count:] = 0.0
+        try:
+            yield
+        finally:
+            self.gate.data.copy_(before)
+
+    @contextmanager
+    def scaled_by_rank(self, epsilon: float = 0.0) -> Iterator[None]:
+        r"""Inside, the update is :math:`\frac{\alpha}{R + \epsilon} B\,\mathrm{diag}(E) A` with `R` living components,
+        and the gate is `E`, which may train; outside, the same update in the config's scaling by `r`. On leaving, the
+        gate is scaled by the rank of then, and zero for components that do not live."""
+        scaling = self.scalings[self.adapter]
+        ratio = self.size / (self.count + epsilon)
+        self.scalings[self.adapter] = scaling * ratio
+        self.gate.data.div_(ratio)
+        try:
+            yield
+        finally:
+            self.scalings[self.adapter] = scaling
+            self.apply_mask()
+            self.gate.data.mul_(self.size / (self.count + epsilon))
 
     # Experts of split factors
 
