@@ -32,6 +32,8 @@ class OptimizerSpec(Part):
     part_kind: ClassVar[str] = "optimizer"
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it asks of the loop: `loss_differences` (two forward passes in the place of forward and backward)."""
+    builds: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Optimizer
+    """Class of what `build` returns."""
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
         """The optimizer of what trains in `model`.

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..optim import innermost
-from ..rules import ModuleSpace, Rule, Run, Training, in_order
+from ..rules import ModuleSpace, Rule, Run, Training, check_pairs, in_order
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.live_run import LiveRun, begin_run
@@ -187,12 +187,16 @@ class RuleExecutor:
                 yield Run(self.training, self.rule, adapter, None, spaces)
 
     def _take_charge(self, rule: Rule, config: Any) -> None:
-        if rule.part_type in self._live.rules_run_for(config):
+        running = self._live.rules_run_for(config)
+        if any(type(one) is type(rule) for one in running):
             raise ValueError(
                 f"{type(rule).__name__} is run by two callbacks of this Trainer, {self.owner} and another. "
                 "Pass callbacks_for(model), or the callback of that one rule, not both."
             )
-        self._live.note_rule(config, rule.part_type)
+        check_pairs([*running, rule])
+        if rule is self.rule:  # the config has checked its own
+            rule.check(config)
+        self._live.note_rule(config, rule)
         config.training_finished = False
 
 

@@ -12,6 +12,7 @@ from ..optim import innermost
 from ..rules import Rule, Training
 from ..tuners import adapter_layers
 from .executor import RuleExecutor
+from .optimizers import warn_of_other_optimizer
 from .trainer_checks import refuse_sharded
 
 
@@ -102,6 +103,7 @@ class Controller:
         # A weak handle: neither model nor optimizer keeps a controller that nobody holds.
         self._closer = weakref.finalize(self, self._steps.close)
         self._closer.atexit = False
+        warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
         asked = rule is not None or any(_asks(layer) for layer in adapter_layers(model))
         try:
             self._steps.begin({} if state is None else state["saved"], asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from ..optim import (
     SparseSM3,
     ZerothOrderSGD,
     aged_adamw_groups,
+    innermost,
     zeroth_order_groups,
 )
 from ..tuners import SparseLoraLayer, adapter_layers
@@ -37,6 +39,8 @@ class AgedAdamWSpec(OptimizerSpec):
     betas: tuple[Decay, Decay] | None = None
     """Decay rates of the moments; None: the run's."""
 
+    builds: ClassVar[type[torch.optim.Optimizer]] = AgedAdamW
+
     def build(self, model: nn.Module, settings: OptimizerSettings) -> AgedAdamW:
         """Groups as Trainer makes them, times values of supports or not."""
         groups = aged_adamw_groups(model, lambda name, _: _is_support(name), settings.weight_decay)
@@ -54,6 +58,8 @@ class SparseSM3Spec(OptimizerSpec):
 
     momentum: Decay = 0.0
     """Decay rate of the momentum; 0, as in SpIEL, keeps no buffer."""
+
+    builds: ClassVar[type[torch.optim.Optimizer]] = SparseSM3
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> SparseSM3:
         """Groups as Trainer makes them; entries are read anew at every step."""
@@ -93,6 +99,7 @@ class ZerothOrderSpec(OptimizerSpec):
     """How parameters are shifted; `layerwise` restores them bit for bit in every dtype."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_differences"})
+    builds: ClassVar[type[torch.optim.Optimizer]] = ZerothOrderSGD
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> ZerothOrderSGD:
         """Everything that trains, by name: names seed the directions."""
@@ -168,6 +175,25 @@ def make_optimizer(
     if lr is None:
         raise ValueError("make_optimizer(model) has no learning rate: pass a Trainer's args, or lr=...")
     return spec.build(model, OptimizerSettings(lr, weight_decay, betas, eps, seed))
+
+
+def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None:
+    """Say that the optimizer of a run is not the one that the active adapters of `model` ask for.
+
+    Args:
+        model: with its adapters.
+        optimizer: the run's, maybe wrapped; None: not made yet, nothing is said.
+        mend: how the loop gets the right one, as the rest of a sentence.
+    """
+    trained = [config.optimizer for config in asked_configs(model) if not config.inference_mode]
+    for spec in trained if optimizer is not None else ():
+        if isinstance(spec, OptimizerSpec) and not isinstance(innermost(optimizer), spec.builds):
+            warnings.warn(
+                f"The config asks for optimizer={spec}, and the run has {type(innermost(optimizer)).__name__}: {mend}, "
+                "or set optimizer=None in the config.",
+                stacklevel=3,
+            )
+            return
 
 
 def settings_of(args: Any) -> OptimizerSettings:

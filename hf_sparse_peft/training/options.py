@@ -13,7 +13,7 @@ from ..tuners import adapter_layers
 from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
-from .trainer_checks import NamedAdapterCallback
+from .trainer_checks import RunCheckCallback
 from .trainers import TwoPassTrainer
 from .zeroth_order_trainer import ZerothOrderTrainer
 
@@ -39,12 +39,14 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
             f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
     schedules: list[TrainerCallback] = [RuleRunner()] if any(config.schedule for config in configs) else []
+    named = False
     if isinstance(model_or_config, nn.Module):
-        if any(name != "default" for layer in layers for name in layer.active_adapters):
-            schedules.append(NamedAdapterCallback())
+        named = any(name != "default" for layer in layers for name in layer.active_adapters)
         waits = any(layer.awaits_calibration(name) for layer in layers for name in layer.active_adapters)
     else:
         waits = getattr(model_or_config, "needs_calibration", False)
+    if not schedules and (named or any(config.optimizer is not None for config in configs)):
+        schedules.append(RunCheckCallback())  # a RuleRunner says it too
     # First of all: schedules look at the supports.
     return [InitialSupportCallback(), *schedules] if waits else schedules
 

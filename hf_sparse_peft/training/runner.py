@@ -10,10 +10,9 @@ from transformers.trainer_callback import ExportableState
 
 from ..rules import Training
 from ..tuners import restore_fp32
-from ..tuners.shared.best_model import warn_of_best_model
 from ..tuners.shared.live_run import current_trainer
 from .executor import RuleExecutor, trained_adapters
-from .trainer_checks import refuse_sharded
+from .trainer_checks import check_run, refuse_sharded
 
 
 class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
@@ -56,7 +55,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
                 run is sharded in a way that hides gradients and optimizer state.
         """
         refuse_sharded(args, "schedule", model)
-        warn_of_best_model(args, state, model)
+        check_run(args, state, model, kwargs.get("optimizer"))
         training = Training(
             model=model,
             total_steps=state.max_steps,

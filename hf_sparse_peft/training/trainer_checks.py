@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..rules import Rule
 from ..tuners import adapter_layers
 from ..tuners.shared.best_model import warn_of_best_model
+from .optimizers import warn_of_other_optimizer
 
 _SWITCHES = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -60,16 +62,28 @@ def _wrapped(model: nn.Module | None) -> tuple[str, str] | None:
     return None
 
 
-class NamedAdapterCallback(TrainerCallback):
-    """Says at the start of a run what Trainer does for an adapter called 'default' only."""
+class RunCheckCallback(TrainerCallback):
+    """Says at the start of a run what this Trainer does not do for the adapters of the model; a `RuleRunner` says it
+    too."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Warn where `load_best_model_at_end` will not load the best state."""
-        warn_of_best_model(args, state, model)
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Warn of an optimizer that the config does not ask for, and where `load_best_model_at_end` will not load the
+        best state."""
+        check_run(args, state, model, optimizer)
 
 
-def why_no_rule_runs(callback: str, rule: Rule | type[Rule], model: nn.Module) -> str:
-    """The message for a runner that found no trained adapter with a rule of a class, or for the `rule` it was given."""
+def check_run(args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+    """Say, once a run, what this Trainer does not do for the adapters of `model`."""
+    warn_of_best_model(args, state, model)
+    if getattr(state, "_optimizer_checked", False):
+        return
+    state._optimizer_checked = True
+    warn_of_other_optimizer(model, optimizer, "pass **hf_sparse_peft.trainer_options(model, args) to the Trainer")
+
+
+def why_no_rule_runs(owner: str, rule: Rule | type[Rule], model: nn.Module) -> str:
+    """The message for what runs rules (`owner`) and found no trained adapter with a rule of a class, or for the `rule`
+    that it was given."""
     given, rule_class = isinstance(rule, Rule), rule if isinstance(rule, type) else type(rule)
     asking = {
         name: config
@@ -80,7 +94,7 @@ def why_no_rule_runs(callback: str, rule: Rule | type[Rule], model: nn.Module) -
     active = {name for layer in adapter_layers(model) for name in layer.active_adapters}
     frozen = [name for name, config in asking.items() if name in active and config.inference_mode]
     what = "a rule" if rule_class.__name__ == "Rule" else rule_class.__name__
-    start = f"{callback} found no trained adapter " + (f"for {what}" if given else f"whose schedule has {what}")
+    start = f"{owner} found no trained adapter " + (f"for {what}" if given else f"whose schedule has {what}")
     if frozen:
         return (
             f"{start}: '{frozen[0]}' is frozen, because it was loaded with is_trainable=False (peft's default). Load "
@@ -91,6 +105,15 @@ def why_no_rule_runs(callback: str, rule: Rule | type[Rule], model: nn.Module) -
         return f"{start}: that of '{name}' has, and is not active. Call model.set_adapter('{name}') before training."
     if given:
         return f"{start}: it acts on units of {sorted(rule.acts_on)}, and no trained layer has any."
-    return (
-        f"{start}. Set schedule in its config, or leave the callback out (callbacks_for(model) picks the right ones)."
+    if asking:
+        name = next(iter(active & set(asking)))
+        return (
+            f"{start}: that of '{name}' has, and requires_grad is False for the parameters that it acts on. Call "
+            f"model.set_adapter('{name}'), or set requires_grad=True for them, before training."
+        )
+    way_out = (
+        "train without a Controller"
+        if owner == "Controller"
+        else "leave the callback out (callbacks_for(model) picks the right ones)"
     )
+    return f"{start}. Set schedule in its config, or {way_out}."

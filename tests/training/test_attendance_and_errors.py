@@ -6,18 +6,27 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from training_toolbox import adapted, make_config, run, tiny_llama
+from training_toolbox import TokenData, adapted, layers_of, make_config, run, tiny_llama
+from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    AgedAdamWSpec,
     Allocate,
     AverageRank,
+    Controller,
+    Freeze,
+    GrowRank,
     MaskRegrowthCallback,
     Prune,
     PruningCallback,
     RankReallocationCallback,
     Regrow,
+    SparseSM3Spec,
+    ZerothOrderSpec,
     callbacks_for,
+    make_optimizer,
+    trainer_options,
 )
 from hf_sparse_peft.optim import use_32bit_states
 from hf_sparse_peft.training import RuleRunner
@@ -135,6 +144,98 @@ def test_a_frozen_adapter_is_not_scheduled(tmp_path):
             parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="found no trained adapter"):
         run(model, tmp_path, 8, optimizer="default")
+
+
+def test_a_frozen_adapter_that_has_a_schedule_is_not_told_to_set_one(tmp_path):
+    model = adapted(make_config(schedule=[Prune(interval=2)]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for begin in (lambda: Controller(model, optimizer, 8), lambda: run(model, tmp_path, 8, optimizer="default")):
+        with pytest.raises(ValueError, match=r"'default' has, and requires_grad is False.*set_adapter\('default'\)"):
+            begin()
+
+
+# Rules that callbacks were given, beside the config's
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"schedule": [Freeze(at=0.5)]}, Prune(interval=2), "Prune moves them|Prune takes units away"),
+        ({"schedule": [Prune(interval=2)]}, Freeze(at=0.5), "Freeze needs the units.*Prune moves them"),
+        ({"r": 4, "schedule": [Allocate(budget=AverageRank(2), every=2)]}, GrowRank(), "both decide which units"),
+    ],
+    ids=["prune+freeze", "freeze+prune", "grow+allocate"],
+)
+def test_a_given_rule_is_checked_against_the_configs_rules(options, given, message, order, tmp_path):
+    callbacks = [RuleRunner(given), RuleRunner()][::order]
+    with pytest.raises(ValueError, match=message):
+        run(adapted(make_config(**options)), tmp_path, 8, callbacks=callbacks)
+
+
+def test_two_given_rules_are_checked_against_each_other(tmp_path):
+    callbacks = [RuleRunner(Freeze(at=0.5)), PruningCallback(Prune(interval=2))]
+    with pytest.raises(ValueError, match=r"Freeze needs the units.*Prune moves them"):
+        run(adapted(make_config()), tmp_path, 8, callbacks=callbacks)
+
+
+def test_a_given_rule_is_checked_against_the_config(tmp_path):
+    model = adapted(make_config(granularity="row", density=0.2))
+    with pytest.raises(ValueError, match=r"Freeze looks at single entries.*granularity='row'"):
+        run(model, tmp_path, 8, callbacks=[RuleRunner(Freeze(at=0.5))])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r"Freeze looks at single entries.*granularity='row'"):
+        Controller(model, optimizer, 8, rule=Freeze(at=0.5))
+
+
+def test_a_given_rule_is_not_checked_against_rules_that_have_ended(tmp_path):
+    model = adapted(make_config(r=4, schedule=[GrowRank(target_r=4, every=1, warmup=0, modules=9)]))
+    run(model, tmp_path, 8)
+    assert model.peft_config["default"].training_finished
+    run(model, tmp_path, 8, callbacks=[RankReallocationCallback(Allocate(budget=AverageRank(2), every=2))])
+    assert sum(layer.alive_components("default") for layer in layers_of(model)) == 2 * len(layers_of(model))
+
+
+# The config's optimizer
+
+
+def optimizer_warnings(make) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    return [str(w.message) for w in caught if "asks for optimizer" in str(w.message)]
+
+
+@pytest.mark.parametrize("schedule", [[], [Prune(interval=2)]], ids=["no rule", "prune"])
+@pytest.mark.parametrize("spec", [AgedAdamWSpec(), SparseSM3Spec(), ZerothOrderSpec()], ids=lambda spec: spec.part_type)
+def test_a_trainer_without_the_configs_optimizer_says_so_once_a_run(spec, schedule, tmp_path):
+    model = adapted(make_config(optimizer=spec, schedule=schedule))
+    for _ in range(2):
+        (message,) = optimizer_warnings(lambda: run(model, tmp_path, 4, optimizer="default"))
+        assert type(spec).__name__ in message
+        assert "the run has AdamW" in message
+        assert "trainer_options(model, args)" in message
+    config_alone = callbacks_for(make_config(optimizer=spec, schedule=schedule))
+    assert len(optimizer_warnings(lambda: run(model, tmp_path, 4, callbacks=config_alone, optimizer="default"))) == 1
+
+
+def test_a_run_with_the_configs_optimizer_says_nothing_of_it(tmp_path):
+    model = adapted(make_config(optimizer=AgedAdamWSpec(), schedule=[Prune(interval=2)]))
+    args = TrainingArguments(str(tmp_path), max_steps=4, save_strategy="no", report_to=[], use_cpu=True)
+    trained = Trainer(model, train_dataset=TokenData(), **trainer_options(model, args))
+    assert optimizer_warnings(trained.train) == []
+    assert optimizer_warnings(lambda: Controller(model, make_optimizer(model, lr=1e-2), 4).close()) == []
+
+
+def test_a_controller_with_another_optimizer_than_the_configs_says_so():
+    model = adapted(make_config(optimizer=SparseSM3Spec()))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    (message,) = optimizer_warnings(lambda: Controller(model, optimizer, 4).close())
+    assert "SparseSM3Spec" in message
+    assert "the run has SGD" in message
+    assert "make_optimizer(model, lr=...)" in message
 
 
 def test_eight_bit_optimizer_state_is_refused_with_the_mend_and_the_mend_works(tmp_path):

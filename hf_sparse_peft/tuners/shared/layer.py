@@ -262,7 +262,7 @@ class AdapterLayer(AdapterTensors):
                 config.check_runnable()
             if not config.has_schedule:
                 continue
-            rules_run_for = set() if run is None else run.rules_run_for(config)
+            rules_run_for = set() if run is None else {rule.part_type for rule in run.rules_run_for(config)}
             asked = [name for name in config.rule_types if name not in rules_run_for]
             if not asked or not first_warning(config):
                 continue

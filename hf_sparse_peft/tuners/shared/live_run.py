@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import Trainer
 
-from ...rules import UpdateMask
+from ...rules import Rule, UpdateMask
 
 _RUNS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LiveRun]] = weakref.WeakKeyDictionary()
 _WARNED: weakref.WeakValueDictionary[int, PeftConfig] = weakref.WeakValueDictionary()
@@ -42,21 +42,21 @@ class LiveRun:
         self.loop = loop
         self.is_live = True
         self._undo: dict[Any, Callable[[], None]] = {}
-        self._rules_run: dict[int, tuple[PeftConfig, set[str]]] = {}
+        self._rules: dict[int, tuple[PeftConfig, list[Rule]]] = {}
         for module in modules:
             _RUNS[module] = weakref.ref(self)
         call = _TRAIN_CALL.get()
         if call is not None and loop is not None:
             call.runs.add(self)
 
-    def note_rule(self, config: PeftConfig, option: str) -> None:
-        """Note that a callback carries out `option` of this adapter's config."""
+    def note_rule(self, config: PeftConfig, rule: Rule) -> None:
+        """Note that a callback runs `rule` on the adapter with this config."""
         _WARNED.pop(id(config), None)
-        self._rules_run.setdefault(id(config), (config, set()))[1].add(option)
+        self._rules.setdefault(id(config), (config, []))[1].append(rule)
 
-    def rules_run_for(self, config: PeftConfig) -> set[str]:
-        """Options of this adapter's config that a callback carries out."""
-        return self._rules_run.get(id(config), (config, set()))[1]
+    def rules_run_for(self, config: PeftConfig) -> list[Rule]:
+        """The rules that callbacks run on the adapter with this config."""
+        return self._rules.get(id(config), (config, []))[1]
 
     def join(self, callback: Any, undo: Callable[[], None]) -> None:
         """`callback` takes part; `undo` takes its marks off the model, whenever the run ends."""
@@ -77,9 +77,9 @@ class LiveRun:
             callback = next(iter(self._undo))
             self._undo[callback]()
             self._undo.pop(callback, None)
-        for config, _ in self._rules_run.values():
+        for config, _ in self._rules.values():
             _WARNED.pop(id(config), None)
-        self._rules_run = {}
+        self._rules = {}
         return self.mask.release()
 
     def __del__(self) -> None:
