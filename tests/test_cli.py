@@ -1,8 +1,7 @@
 import json
 import shutil
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -120,7 +119,5 @@ def test_options_that_make_no_sense_are_refused(folders, tmp_path, capsys, extra
 
 
 def test_the_command_runs_as_a_module(folders):
-    command = [sys.executable, "-m", "hf_sparse_peft.cli", "inspect", str(folders / "rows")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = processes.python("-m", "hf_sparse_peft.cli", "inspect", folders / "rows", check=True)
     assert "q_proj" in done.stdout

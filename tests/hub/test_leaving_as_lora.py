@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import tiny
 import torch
@@ -136,9 +135,7 @@ def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
     rows = filled(r=3, density=0.1, granularity="row")
     ranks["rows"] = hub.export_lora(rows, tmp_path / "rows").ranks
     write_expected(tmp_path, "rows", rows)
-    command = [sys.executable, "-c", LOAD_WITH_PEFT_ALONE, str(tmp_path), *ranks]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = processes.python("-c", LOAD_WITH_PEFT_ALONE, tmp_path, *ranks, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: one[1] for name, one in found.items()} == ranks
     assert max(one[0] for one in found.values()) < 1e-5, found

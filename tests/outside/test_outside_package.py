@@ -1,10 +1,9 @@
 """A package of 60 lines registers a score, a rule, a tuner and a method; everything else works without a line of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
@@ -145,8 +144,7 @@ def test_without_the_package_the_adapter_works_is_saved_again_and_refuses_to_tra
     train(model, tmp_path / "run")
     model.peft_config["default"].training_finished = False
     model.save_pretrained(tmp_path / "adapter")
-    script = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(tmp_path / "adapter")]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=Path(tiny.__file__).parent, check=True)
+    done = processes.python("-c", WITHOUT, tmp_path / "adapter", cwd=Path(tiny.__file__).parent, check=True)
     assert "schedule[0]=" in done.stdout
     assert "'shrink' is not registered" in done.stdout
     assert torch.equal(load_file(tmp_path / "adapter" / "logits.safetensors")["logits"], logits(model))

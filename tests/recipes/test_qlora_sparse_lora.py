@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -96,5 +97,5 @@ def test_adapter_file_is_no_bigger_than_the_promise_over_lora(demo):
 def test_another_process_reproduces_the_trained_logits_bit_for_bit(demo, tmp_path):
     output, _, _ = demo
     target = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", RELOAD, str(output / "adapter"), str(target)], cwd=ROOT, check=True)
+    processes.python("-c", RELOAD, output / "adapter", target, cwd=ROOT, check=True)
     assert torch.equal(torch.load(target, weights_only=True), torch.load(output / "logits.pt", weights_only=True))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -21,10 +20,10 @@ LORA_NUMBERS = sum(16 * (rows + cols) for rows, cols in WEIGHTS)
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
 def run(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("step_cost")
-    command = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--bases", request.param, "--output", output]
+    command = [SCRIPTS / "step_cost.py", *SIZES, "--bases", request.param, "--output", output]
     if request.param == "nf4":
         command.append("--check")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.python(*command)
     assert (output / "step_cost.json").exists(), done.stderr
     report = json.loads((output / "step_cost.json").read_text())
     missed = any(not bar["met"] for bar in report["bars"])
@@ -98,8 +97,8 @@ def test_bars_table_and_picture_are_there(run):
 
 def test_a_base_is_measured_once_and_compared_with_another_checkout(run):
     base, report, output, _ = run
-    again = [sys.executable, SCRIPTS / "step_cost.py", *SIZES, "--bases", base, "--output", output]
-    done = subprocess.run([*again, "--against", output / "step_cost.json"], capture_output=True, text=True, check=True)
+    again = [SCRIPTS / "step_cost.py", *SIZES, "--bases", base, "--output", output]
+    done = processes.python(*again, "--against", output / "step_cost.json", check=True)
     after = json.loads((output / "step_cost.json").read_text())
     assert after["rows"] == report["rows"]
     compared = [bar for bar in after["bars"] if "now / before" in bar["name"]]
@@ -126,7 +125,7 @@ def test_another_setting_is_not_compared(run, monkeypatch):
 
 def test_any_method_is_a_candidate(tmp_path):
     named = ["--candidates", "lora", "adalora:r=16,target_r=8", "mezo", "--bases", "bf16", "--output", tmp_path]
-    subprocess.run([sys.executable, SCRIPTS / "step_cost.py", *SIZES, *named], capture_output=True, check=True)
+    processes.python(SCRIPTS / "step_cost.py", *SIZES, *named, check=True)
     (row,) = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
     # r (rows + cols) numbers and a gate a component
     assert row["figures"]["adalora:r=16,target_r=8"]["trained_numbers"] == LORA_NUMBERS + 16 * len(WEIGHTS)

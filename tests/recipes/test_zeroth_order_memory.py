@@ -1,10 +1,9 @@
 """`recipes/benchmarks/zeroth_order_memory.py` in tiny form: the peak of a MeZO step is that of an evaluation."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "zeroth_order_memory.py"
@@ -14,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "zeroth_order_me
 def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("memory")
     sizes = ["--hidden", "64", "--layers", "2", "--tokens", "64", "--bases", "fp32", "bf16", "nf4"]
-    subprocess.run([sys.executable, SCRIPT, *sizes, "--output", output], check=True, capture_output=True)
+    processes.python(SCRIPT, *sizes, "--output", output, check=True)
     rows = json.loads((output / "zeroth_order_memory.json").read_text())["rows"]
     return {f"{row['trained']}, {row['base']}": row for row in rows}
 

@@ -1,10 +1,9 @@
 """Exact top-k with ties, random supports, seeds."""
 
 import math
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,7 +108,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (we
 
 
 def test_selecting_one_percent_of_a_7b_projection_stays_below_twice_its_bytes():
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    done = processes.python("-c", PEAK, check=True)
     assert float(done.stdout) < 2.0
 
 

@@ -6,11 +6,10 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_script
+import processes
 import pytest
 import torch
 
@@ -75,19 +74,15 @@ def free_port() -> str:
 def runs(tmp_path_factory):
     """`runs(method)`: what rank 0, rank 1 and the single process recorded after every step."""
     pair, single = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("single")
-    command = [sys.executable, str(HERE / "ddp_script.py"), str(pair), json.dumps(CASES)]
+    command = [HERE / "ddp_script.py", pair, json.dumps(CASES)]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     running = [
-        subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        processes.Started(*command, env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
     ]
     assert "WORLD_SIZE" not in os.environ
     ddp_script.main(single, CASES)
-    try:
-        assert [process.wait(timeout=300) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
+    for done in [process.wait() for process in running]:
+        assert done.returncode == 0, done.stderr
     return lambda name: [
         torch.load(file, weights_only=True)
         for file in (pair / f"{name}-rank0.pt", pair / f"{name}-rank1.pt", single / f"{name}-rank0.pt")

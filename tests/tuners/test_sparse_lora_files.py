@@ -1,13 +1,11 @@
 """Saving and loading by every road that leads to an adapter file, and what a damaged file does."""
 
 import json
-import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 
 import peft
+import processes
 import pytest
 import tiny
 import torch
@@ -89,18 +87,18 @@ from tuner_toolbox import logits
 assert torch.equal(logits(model), torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
 print("SAME")
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    result = processes.python("-c", script)
     assert "SAME" in result.stdout, result.stderr[-2000:]
 
 
-def describe(config):
-    return config.peft_type.value, config.density, type(config.schedule[0]).__name__
-
-
-def test_config_reaches_a_spawned_worker():
+def test_config_reaches_another_process_which_has_not_imported_the_package(tmp_path):
     config = make_config(schedule=[Regrow(every=7)])
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(describe, (config,)) == ("SPARSE_LORA", 0.05, "Regrow")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    code = (
+        "import pickle, sys; assert 'hf_sparse_peft' not in sys.modules; config = pickle.load(open(sys.argv[1], 'rb'))"
+        "; print(config.peft_type.value, config.density, type(config.schedule[0]).__name__)"
+    )
+    assert processes.python("-c", code, tmp_path / "config.pickle", check=True).stdout == "SPARSE_LORA 0.05 Regrow\n"
     assert pickle.loads(pickle.dumps(config)) == config
 
 
