@@ -24,8 +24,9 @@ from ..sparsity import (
 )
 from ..sparsity.scores import Magnitude, Random
 from ..sparsity.selection import Source, count_selected, find_cut, tie_priority
-from ..tuners import SparseLoraConfig
-from ..tuners.shared.base_weight import keep_4bit_weight_stable
+from ..tuners.shared import AdapterConfig
+from ..tuners.shared.base_weight import dense_weight, keep_4bit_weight_stable
+from ..tuners.shared.layer import is_supported
 from ..tuners.shared.rollback import uninterrupted
 from ..tuners.shared.target_checks import target_layers
 
@@ -51,10 +52,7 @@ class PrunableLayer:
 
     def weight(self) -> Tensor:
         """The weight as `[out, in]`: the layer's own memory where it is dense, a fresh dense copy where it is not."""
-        if self.backend is not None:
-            return self.backend.get_base_weight(self.module)
-        weight = self.module.weight.data
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        return dense_weight(self.module, self.backend)
 
 
 def prunable_layers(
@@ -68,13 +66,13 @@ def prunable_layers(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     trunk = getattr(base, "base_model", base)
     inside = {id(module) for module in trunk.modules()}
-    config = SparseLoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    config = AdapterConfig(target_modules=target_modules, exclude_modules=exclude_modules)
     found = []
     for name, module in target_layers(config, base, BaseTuner._check_target_module_exists).items():
         if id(module) not in inside or set(name.split(".")) & set(_OUTPUT_PARTS):
             continue
         backend = resolve_quantization_backend(module, **get_quantization_kwargs(base))
-        if backend is not None or isinstance(module, (nn.Linear, Conv1D)):
+        if is_supported(module, backend):
             found.append(PrunableLayer(name, module, backend))
     if not found:
         raise ValueError(

@@ -37,7 +37,7 @@ from .budgets import (
     UnitsPerModule,
     WholeTensors,
 )
-from .codec import HEADER_BYTES, codes_length, decode_support, encode_support
+from .codec import HEADER_BYTES, coded_grid, codes_length, decode_support, encode_support
 from .curves import (
     Constant,
     Cosine,
@@ -120,6 +120,7 @@ __all__ = [
     "WholeTensors",
     "Window",
     "chunks_of",
+    "coded_grid",
     "codes_length",
     "competition_counts",
     "counts_from_rank",

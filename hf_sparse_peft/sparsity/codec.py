@@ -87,32 +87,7 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
             shape, granularity or block size, with a wrong count or checksum, or with a unit out of range.
     """
     length = codes_length(grid, capacity)
-    if codes.dtype != torch.uint8 or codes.ndim != 1:
-        raise ValueError(
-            f"The support of '{name}' must be a 1-D torch.uint8 buffer, got {codes.dtype} of shape "
-            f"{tuple(codes.shape)}. Was the model cast as a whole, buffers included? Load the adapter again."
-        )
-    if codes.is_meta:
-        raise ValueError(f"The support of '{name}' is on the meta device: load the adapter's weights first.")
-    if codes.numel() < HEADER_BYTES:
-        raise ValueError(
-            f"The support of '{name}' has {codes.numel()} bytes where {length} are due: the file is truncated."
-        )
-    header = bytes(codes[:HEADER_BYTES].cpu().tolist())
-    if not any(header):
-        raise ValueError(
-            f"The support of '{name}' was not yet written: its buffer is as it was allocated. The checkpoint lacks "
-            f"its indices, or the layer was not initialised; load a file that holds '{name}', or initialise the "
-            f"adapter."
-        )
-    magic, version, granularity, block_size, count, rows, cols, checksum = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        raise ValueError(f"The support of '{name}' does not begin with {_MAGIC!r}: these are not support codes.")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"The support of '{name}' has format version {version}; this release reads version {FORMAT_VERSION}. "
-            f"Update hf-sparse-peft."
-        )
+    granularity, block_size, count, rows, cols, checksum = _read_header(codes, name)
     if (rows, cols) != (grid.rows, grid.cols):
         raise ValueError(
             f"The support of '{name}' was made for a weight of {rows}x{cols}, but the base has "
@@ -151,6 +126,52 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
             f"{grid.num_units} units."
         )
     return units.to(grid.index_dtype)
+
+
+def coded_grid(codes: Tensor, name: str) -> UnitGrid:
+    """The grid that the header of `codes` says they were made for; neither units nor checksum are looked at.
+
+    Raises:
+        ValueError: naming the module `name`, for a buffer without a readable header.
+    """
+    granularity, block_size, _, rows, cols, _ = _read_header(codes, name)
+    kind = GRANULARITIES[granularity] if granularity < len(GRANULARITIES) else f"code {granularity}"
+    try:
+        return UnitGrid(rows, cols, kind, block_size) if block_size else UnitGrid(rows, cols, kind)
+    except ValueError as error:
+        raise ValueError(f"The support of '{name}' has a damaged header: {error}") from error
+
+
+def _read_header(codes: Tensor, name: str) -> tuple[int, int, int, int, int, int]:
+    """Granularity code, block size, count, rows, columns, checksum."""
+    if codes.dtype != torch.uint8 or codes.ndim != 1:
+        raise ValueError(
+            f"The support of '{name}' must be a 1-D torch.uint8 buffer, got {codes.dtype} of shape "
+            f"{tuple(codes.shape)}. Was the model cast as a whole, buffers included? Load the adapter again."
+        )
+    if codes.is_meta:
+        raise ValueError(f"The support of '{name}' is on the meta device: load the adapter's weights first.")
+    if codes.numel() < HEADER_BYTES:
+        raise ValueError(
+            f"The support of '{name}' has {codes.numel()} bytes, less than its header's {HEADER_BYTES}: the file is "
+            "truncated."
+        )
+    header = bytes(codes[:HEADER_BYTES].cpu().tolist())
+    if not any(header):
+        raise ValueError(
+            f"The support of '{name}' was not yet written: its buffer is as it was allocated. The checkpoint lacks "
+            f"its indices, or the layer was not initialised; load a file that holds '{name}', or initialise the "
+            f"adapter."
+        )
+    magic, version, *found = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise ValueError(f"The support of '{name}' does not begin with {_MAGIC!r}: these are not support codes.")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The support of '{name}' has format version {version}; this release reads version {FORMAT_VERSION}. "
+            f"Update hf-sparse-peft."
+        )
+    return tuple(found)
 
 
 def _layout(grid: UnitGrid) -> tuple[int, int]:

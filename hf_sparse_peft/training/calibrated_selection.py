@@ -42,7 +42,7 @@ class CalibratedSelection:
         self.structures: StructureRanking | None = None
         if config.structures:
             _check_open_sizes(config)
-            self.structures = StructureRanking(config, self.grids, model, share)
+            self.structures = StructureRanking(config.structures, config.seed, self.grids, model, share)
         elif config.calibrates_sizes:
             total = _global_budget(model, config, layers, adapter_name)
             self.ranking = GlobalRanking(max(len(layers), int(share * total)), config.seed)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 from .option_types import check_types
 
 PartT = TypeVar("PartT", bound="Part")
+ClassT = TypeVar("ClassT")
 
 _PARTS: dict[tuple[str, str], type[Part]] = {}
 
@@ -190,6 +191,26 @@ def load_part_by_name(base: type[PartT], value: Any, where: str) -> PartT | Unkn
     return load_part(base, value, where)
 
 
+def load_options(cls: type[ClassT], value: Any, where: str) -> ClassT:
+    """`value` (an instance of the dataclass `cls`, or a dict of its options as files have it) as an instance.
+
+    Raises:
+        ValueError: neither of these, an option that `cls` does not have, or one out of range.
+    """
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}={value!r} is not understood: pass a {cls.__name__} or a dict of its options.")
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(value) - known, key=str)
+    if unknown:
+        raise ValueError(f"{where} has no option {unknown}; it takes {sorted(known)}.")
+    try:
+        return cls(**value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON takes it."""
     if isinstance(value, (Part, UnknownPart)):
@@ -206,7 +227,7 @@ def plain(value: Any) -> Any:
 
 
 def require(condition: bool, owner: Any, field: str, accepted: str) -> None:
-    """Raise `ValueError` naming the field of the part `owner`, its value and what it accepts, unless `condition`."""
+    """Raise `ValueError` naming the field of the dataclass `owner`, its value and what it takes, unless `condition`."""
     if not condition:
         value = getattr(owner, field)
         raise ValueError(f"{type(owner).__name__}.{field}={value!r} is out of range: it takes {accepted}.")

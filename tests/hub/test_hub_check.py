@@ -216,8 +216,8 @@ def test_low_rank_half_of_another_weight_is_found(damaged):
     [
         ({"granularity": "row", "sizes": {}}, "granularity 'entry'"),
         ({"density": 0.03, "sizes": {}}, r"room for \d+ units.*makes it \d+"),
-        ({"r": 5, "sizes": {}}, "rank 5"),
-        ({"density": 7}, "density=7 is not a fraction"),
+        ({"r": 5, "sizes": {}}, r"sparse_lora_A' .* has shape \(3, 96\), and its config makes it \(5, 96\)"),
+        ({"density": 7}, r"density=7 is out of range: it takes a number in \[0, 1\]"),
         ({"peft_type": "LORA"}, "peft_type='LORA'"),
     ],
 )

@@ -36,7 +36,7 @@ CONFIG_MISTAKES = {
         {"budget": Numbers(10_000_000)},
         ["num_entries=10000000", "6144 entries", "Lower it"],
     ),
-    "density above one": ({"density": 20.0}, ["density=20.0", "from 0 to 1"]),
+    "density above one": ({"density": 20.0}, ["density=20.0", "in [0, 1]"]),
     "percent for a share of a pattern": (
         {"density": 0.1, "sizes": {"model.layers.0.self_attn.q_proj": [99_999, 99_999, 0]}},
         ["sizes", "sizes={}"],

@@ -77,7 +77,7 @@ def test_adapters_of_unlike_patterns_combine_exactly(base_of, tmp_path):
 
 
 def test_errors_name_the_module_and_the_pattern(base_of):
-    with pytest.raises(ValueError, match=r"granularity_pattern\['q_proj'\]='rows' is unknown.*'row'"):
+    with pytest.raises(ValueError, match=r"granularity_pattern=\{'q_proj': 'rows'\} is out of range.*'row'"):
         mixed(granularity_pattern={"q_proj": "rows"})
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj': block_size=48"):
         get_peft_model(base_of(), mixed(block_size=48))

@@ -43,7 +43,7 @@ class KernelLoraConfig(AdapterConfig):
     )
     scale: PositiveFloat = field(default=0.1, metadata={"help": "The fixed factor c of the distances."})
     drop_path: Annotated[float, Range(least=0, below=1)] = field(
-        default=0.0, metadata={"help": "Share of samples trained without the update (the paper's ViT recipe: 0.1)."}
+        default=0.0, metadata={"help": "Fraction of samples trained without the update (the paper's ViT recipe: 0.1)."}
     )
     own_counts: bool = field(
         default=False,

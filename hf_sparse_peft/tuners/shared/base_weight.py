@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,6 +53,15 @@ def _observed(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def dense_weight(base: nn.Module, backend: Any) -> torch.Tensor:
+    """The weight of a linear layer as `[out, in]`: its own memory where it is dense (no `backend`), a fresh dense copy
+    by `backend`, peft's access to a quantised weight."""
+    if backend is not None:
+        return backend.get_base_weight(base)
+    weight = base.weight.data
+    return weight.t() if isinstance(base, Conv1D) else weight
 
 
 def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None) -> torch.dtype:

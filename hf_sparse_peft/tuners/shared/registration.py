@@ -45,8 +45,8 @@ def add_peft_type(name: str) -> None:
 
 
 def register_tuner(config_cls: type, model_cls: type) -> None:
-    """Register one tuner with peft under its config's name, `config_cls.tuner`, with prefix `tuner + "_"`; does nothing
-    the second time.
+    """Register one tuner with peft under its config's name, `config_cls.tuner`, with prefix `tuner + "_"`, and let peft
+    count its parameters and add its heads; does nothing the second time.
 
     Raises:
         ValueError: the config has no name.
@@ -58,6 +58,8 @@ def register_tuner(config_cls: type, model_cls: type) -> None:
     if not name or name != name.lower():
         raise ValueError(f'{config_cls.__name__}.tuner={name!r}: set a lower-case name, such as "sparse_lora".')
     add_peft_type(name.upper())
+    count_living_parameters()
+    train_task_heads()
     TUNERS[name.upper()] = model_cls
     if name.upper() not in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)

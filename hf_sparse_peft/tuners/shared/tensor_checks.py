@@ -9,6 +9,8 @@ import torch
 
 from ...utils.tensors import TensorSpec
 
+_UNLIKELY_SIDES = (2**31 - 1, 2**31 - 99)
+"""Rows and columns of a weight that is never allocated: a spec that has one of them has that side of the weight."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -82,6 +84,23 @@ def check_numbers(tensor: torch.Tensor, key: str, source: Path | str, *, trained
     wide = trained and tensor.dtype == torch.float64  # masters are fp32
     if tensor.is_floating_point() and not torch.isfinite(tensor.float() if wide else tensor).all():
         raise ValueError(f"'{key}' in '{source}' has values that are not finite; the adapter is damaged.")
+
+
+def weight_sides(
+    specs_of: Callable[[int, int], Iterable[TensorSpec]], held: Mapping[str, torch.Tensor]
+) -> tuple[int, int]:
+    """Rows and columns of a module's weight, read off its tensors `held`; 0 where no tensor has that side.
+
+    `specs_of(rows, cols)` are the specs on a weight of that shape. Whether all tensors agree is left to `check_shapes`.
+    """
+    rows, cols = _UNLIKELY_SIDES
+    found = {rows: 0, cols: 0}
+    for spec in specs_of(rows, cols):
+        shape = tuple(held[spec.name].shape) if spec.name in held else ()
+        for at, length in enumerate(spec.shape):
+            if length in found and at < len(shape):
+                found[length] = found[length] or shape[at]
+    return found[rows], found[cols]
 
 
 def side(held: Mapping[str, torch.Tensor], name: str, axis: int, ndim: int, key: str) -> int:

@@ -14,9 +14,7 @@ from torch import nn
 
 from ...rules import Follower, ModuleSpace, Rule, TensorSpace, UnitSpace
 from ...utils.tensors import TensorSpec
-
-_UNLIKELY_SIDES = (2**31 - 1, 2**31 - 99)
-"""Rows and columns of a weight that is never allocated: a spec that has one of them has that side of the weight."""
+from .tensor_checks import weight_sides
 
 
 class AdapterTensors(BaseTunerLayer):
@@ -90,14 +88,7 @@ class AdapterTensors(BaseTunerLayer):
         Raises:
             ValueError: a tensor that says so is missing or damaged, or says otherwise than the config.
         """
-        rows, cols = _UNLIKELY_SIDES
-        found = {rows: 0, cols: 0}
-        for spec in cls.tensor_specs(config, module_name, rows, cols, None):
-            shape = tuple(held[spec.name].shape) if spec.name in held else ()
-            for at, length in enumerate(spec.shape):
-                if length in found and at < len(shape):
-                    found[length] = found[length] or shape[at]
-        return found[rows], found[cols], None
+        return *weight_sides(lambda rows, cols: cls.tensor_specs(config, module_name, rows, cols, None), held), None
 
     @classmethod
     def sizes_to_load(cls, config: PeftConfig, module_name: str, sizes: Any, held: Mapping[str, torch.Tensor]) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_pairs, check_schedule
-from ...sparsity import Budget, Density, Given, Random, Score
-from ...utils.parts import UnknownPart, load_part_by_name
+from ...sparsity import Budget, Density, Given, Granularity, Random, Score
+from ...utils.option_types import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from ...utils.parts import UnknownPart, load_options, load_part_by_name
 from ..shared.config import AdapterConfig
-from ..shared.module_patterns import pattern_key
-from .config_checks import check_config
-from .structure_config import FactorMaskConfig, StructureConfig, nested
+from ..shared.module_patterns import check_pattern, pattern_key
+from .factor_masks import FactorMaskConfig
+from .structures import StructureConfig, check_structures, structure_of
 
 
 def exact_pattern(by_module: dict[str, float]) -> dict[str, float]:
@@ -32,14 +33,14 @@ class SparseLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "sparse_lora"
-    r: int = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
+    r: NonNegativeInt = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
-    lora_dropout: float = field(
+    lora_dropout: Decay = field(
         default=0.0,
         metadata={"help": "Dropout on the low-rank half's input. Above 0 it keeps a second copy of the input."},
     )
-    rank_pattern: dict[str, int] = field(
+    rank_pattern: dict[str, NonNegativeInt] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> rank, instead of `r`."}
     )
     alpha_pattern: dict[str, float] = field(
@@ -59,7 +60,7 @@ class SparseLoraConfig(AdapterConfig):
     factor_masks: FactorMaskConfig | None = field(
         default=None, metadata={"help": "Masks on the entries of A and B; None: both are dense."}
     )
-    density: float = field(
+    density: Annotated[float, Range(least=0, most=1)] = field(
         default=0.005, metadata={"help": "Fraction of each targeted weight's units in the support; 0: no support."}
     )
     budget: Budget | UnknownPart | None = field(
@@ -69,10 +70,8 @@ class SparseLoraConfig(AdapterConfig):
             "Global(0.01), ErdosRenyi(0.01), ByModule({...}), ...; None: `density`."
         },
     )
-    granularity: Literal["entry", "block", "row", "column"] = field(
-        default="entry", metadata={"help": "What a unit of the support is."}
-    )
-    granularity_pattern: dict[str, str] = field(
+    granularity: Granularity = field(default="entry", metadata={"help": "What a unit of the support is."})
+    granularity_pattern: dict[str, Granularity] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> granularity, instead of `granularity`."}
     )
     structures: list[StructureConfig] = field(
@@ -86,12 +85,14 @@ class SparseLoraConfig(AdapterConfig):
         default="zeros",
         metadata={"help": "Start of the support's values: 0, the identity, or U(+-1/sqrt(columns)) (SLTrain)."},
     )
-    block_size: int = field(default=32, metadata={"help": "Side of a block; must divide both sides of each weight."})
+    block_size: PositiveInt = field(
+        default=32, metadata={"help": "Side of a block; must divide both sides of each weight."}
+    )
     criterion: Score | UnknownPart = field(
         default_factory=Random,
         metadata={"help": "How the first support is chosen: a score, e.g. LowRankMagnitude(rank=64), or its name."},
     )
-    sizes: dict[str, list[int]] = field(
+    sizes: dict[str, list[NonNegativeInt]] = field(
         default_factory=dict,
         metadata={
             "help": "Module name -> [units, units allocated, rank]. Written at injection where they do not follow from "
@@ -99,7 +100,7 @@ class SparseLoraConfig(AdapterConfig):
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
-    compact_tolerance: float | None = field(
+    compact_tolerance: NonNegativeFloat | None = field(
         default=None,
         metadata={"help": "compact() drops units whose numbers all lie within this of 0 (LT-SFT: 1e-7); None: none."},
     )
@@ -119,16 +120,75 @@ class SparseLoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pairs(self.schedule)
-        check_config(self)
+        self._check_by_module()
+        self._check_support()
+        self._check_factors()
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
         self.criterion = load_part_by_name(Score, self.criterion, "criterion")
         if self.budget is not None:
             self.budget = load_part_by_name(Budget, self.budget, "budget")
-        self.factor_masks = nested(FactorMaskConfig, self.factor_masks, "factor_masks")
+        if self.factor_masks is not None:
+            self.factor_masks = load_options(FactorMaskConfig, self.factor_masks, "factor_masks")
         if isinstance(self.structures, (list, tuple)):
-            self.structures = [nested(StructureConfig, one, "structures") for one in self.structures]
+            self.structures = [load_options(StructureConfig, given, "structures") for given in self.structures]
+
+    # What contradicts itself; each part checks its own options
+
+    def _check_by_module(self) -> None:
+        """Options that say something of modules by name."""
+        patterns = {name: getattr(self, name) for name in ("rank_pattern", "alpha_pattern", "granularity_pattern")}
+        for name, by_pattern in {**patterns, "budget": getattr(self.budget, "patterns", ())}.items():
+            for pattern in by_pattern:
+                check_pattern(pattern, name)
+        for name, sizes in self.sizes.items():
+            if len(sizes) != 3 or sizes[0] > sizes[1] or (sizes[1] and not sizes[0]):
+                raise ValueError(
+                    f"sizes[{name!r}]={sizes} is not [units, units allocated, rank]: at least as many are allocated as "
+                    "there are, and none where there are none."
+                )
+
+    def _check_support(self) -> None:
+        """How large the support is, who chooses it, and what its values start with."""
+        check_structures(self.structures)
+        if not (self.has_support or self.r or self.rank_pattern or self.sizes):
+            raise ValueError("r=0 and density=0 leave nothing to train. Set r >= 1, density > 0, or both.")
+        if self.needs_calibration and self.support_init != "zeros":
+            raise ValueError(
+                f"criterion='{self.criterion.part_type}' chooses units after injection and starts them at zero, and "
+                f"support_init='{self.support_init}' gives them values at injection. Set support_init='zeros', or a "
+                "criterion without data, e.g. 'magnitude'."
+            )
+        if isinstance(self.criterion, Given) and self.structures:
+            raise ValueError(
+                "criterion='given' takes units from outside, and structures choose them. Set structures=[], or a "
+                "criterion that ranks, e.g. 'magnitude' or 'activation'."
+            )
+        if not isinstance(self.budget, Budget):
+            return
+        if self.density != next(option.default for option in fields(self) if option.name == "density"):
+            raise ValueError(
+                f"density={self.density} and budget={self.budget} both say how large the support is. Set one of them."
+            )
+        self.budget.check(self)
+        if self.structures and not self.budget.follows_from_module:
+            raise ValueError(
+                f"structures have densities and a scope of their own; budget={self.budget} would split the same units "
+                "again. Leave it out, or give a density to the other modules."
+            )
+
+    def _check_factors(self) -> None:
+        for name in ("factor_masks", "scale_support"):
+            if getattr(self, name) and self.r == 0 and not self.rank_pattern:
+                raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
+            if getattr(self, name) and self.gated:
+                raise ValueError(
+                    f"{name} cannot be combined with a gate (gate={self.gate!r}, or a rule that needs one): components "
+                    "that leave would take it. Leave one of them out."
+                )
+
+    # What follows
 
     def meet_needs(self) -> None:
         """Give components a gate where a rule needs one."""
@@ -168,7 +228,7 @@ class SparseLoraConfig(AdapterConfig):
     @property
     def calibrates_sizes(self) -> bool:
         """Whether even the number of units of each module is still to be found from data."""
-        ranked = getattr(self.budget, "ranks_units", False) or any(one.scope == "model" for one in self.structures)
+        ranked = getattr(self.budget, "ranks_units", False) or any(group.scope == "model" for group in self.structures)
         by_data = isinstance(self.criterion, Given) or (self.needs_calibration and ranked)
         return by_data and self.has_support and not self.sizes
 
@@ -190,5 +250,4 @@ class SparseLoraConfig(AdapterConfig):
 
     def structure_of(self, module_name: str) -> StructureConfig | None:
         """The structure that the module of that name selects with, if any."""
-        found = [one for one in self.structures if one.covers(module_name)]
-        return found[0] if found else None
+        return structure_of(self.structures, module_name)

@@ -4,8 +4,7 @@ r"""The low-rank factors of one layer: how they start, and what of them one forw
     parallel     A' = [A * M_1; A * M_2; ...]     B' = [B * M_1, B * M_2, ...]     rank d r, one pair of parameters
     stochastic   A where expert e owns the entry, its start elsewhere; B likewise, whose start is 0
 
-A map is a uint8 buffer of the factor's shape: `parallel` keeps mask i in bit i, `stochastic` the owner's number. It is
-drawn from the config's seed and the module's name, and saved with the adapter so that no draw has to be repeated.
+The first line is the plain low-rank half, the others are what `factor_masks` makes of it (`factor_masks.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ...sparsity import stream_seed
 from ...utils.tensors import TensorSpec
 from ..shared.tensors import AdapterTensors
 from .config import SparseLoraConfig
-from .structure_config import FactorMaskConfig
+from .factor_masks import draw_map
 
 
 def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: int, r: int) -> list[TensorSpec]:
@@ -29,7 +28,7 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
     if not r:
         return []
     by_gate, masks = config.gate == "zeros", config.factor_masks
-    split = masks is not None and masks.kind == "stochastic"
+    with_start = masks is not None and masks.splits and masks.masks("A")
     A_drawn: list[torch.Tensor] = []
 
     def start_A(generator: torch.Generator | None) -> torch.Tensor:
@@ -38,7 +37,7 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
             nn.init.normal_(A, std=0.02, generator=generator)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        if split and masks.split == "both":
+        if with_start:
             # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
             A_drawn.append(A.clone())
         return A
@@ -69,14 +68,12 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
         ]
     if masks is None:
         return found
-    top = masks.experts - 1 if split else 2**masks.copies - 1
+    mapped = partial(rank, dtype=torch.uint8, role="saved", check=_upto(masks.largest))
     for factor, shape, axis in (("B", (rows, r), 1), ("A", (r, cols), 0)):
-        if not (split and factor == "A" and masks.split == "B"):
-            start = partial(_drawn_map, config, module_name, factor, shape)
-            found.append(
-                rank(f"sparse_lora_{factor}_map", shape, torch.uint8, "saved", axis=axis, start=start, check=_upto(top))
-            )
-    if split and masks.split == "both":
+        if masks.masks(factor):
+            draw = partial(draw_map, masks, config.seed, module_name, factor, shape)
+            found.append(mapped(f"sparse_lora_{factor}_map", shape, axis=axis, start=lambda _, draw=draw: draw()))
+    if with_start:
         found.append(rank("sparse_lora_A_start", (r, cols), role="saved", start=lambda _: A_drawn.pop()))
     return found
 
@@ -88,47 +85,6 @@ def _upto(largest: int) -> Callable[[torch.Tensor, str], None]:
             raise ValueError(f"'{key}' must be uint8 {numbers}; the file is damaged.")
 
     return check
-
-
-def _drawn_map(
-    config: SparseLoraConfig, module_name: str, factor: str, shape: tuple[int, int], _: torch.Generator | None
-) -> torch.Tensor:
-    masks, numel = config.factor_masks, shape[0] * shape[1]
-    _check_maps(module_name, factor, numel, masks)
-    generator = torch.Generator().manual_seed(stream_seed(config.seed, module_name, "factor_masks", factor))
-    drawn = (_owners if masks.kind == "stochastic" else _mask_bits)(numel, masks, generator)
-    return drawn.view(shape)
-
-
-def _check_maps(module: str, factor: str, numel: int, masks: FactorMaskConfig) -> None:
-    """Raises `ValueError` where a mask has no entry: what it hides would never train."""
-    if masks.kind == "parallel" and int(masks.density * numel) == 0:
-        raise ValueError(
-            f"factor_masks.density={masks.density} leaves 0 of the {numel} entries of {factor} in '{module}': it would "
-            f"never train. Set density to at least {1 / numel:.1e}, or raise r."
-        )
-    if masks.kind == "stochastic" and masks.experts > numel:
-        raise ValueError(
-            f"factor_masks.experts={masks.experts} is more than the {numel} entries of {factor} in '{module}': some "
-            f"experts would have 0 entries. Set experts to at most {numel}, or raise r."
-        )
-
-
-def _mask_bits(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> torch.Tensor:
-    """uint8 `[numel]`: bit i is set for exactly `int(density * numel)` entries, a draw of its own for every i."""
-    bits = torch.zeros(numel, dtype=torch.uint8, device="cpu")
-    for copy in range(masks.copies):
-        ones = torch.randperm(numel, generator=generator, device="cpu")[: int(masks.density * numel)]
-        bits[ones] |= 1 << copy
-    return bits
-
-
-def _owners(numel: int, masks: FactorMaskConfig, generator: torch.Generator) -> torch.Tensor:
-    """uint8 `[numel]`: the expert of every entry; parts differ by one entry at most."""
-    owners = torch.empty(numel, dtype=torch.uint8, device="cpu")
-    order = torch.randperm(numel, generator=generator, device="cpu")
-    owners[order] = (torch.arange(numel, device="cpu") % masks.experts).to(torch.uint8)
-    return owners
 
 
 def drawn_expert(layer: AdapterTensors, adapter_name: str, factor: str, draw: tuple[int, ...]) -> int:

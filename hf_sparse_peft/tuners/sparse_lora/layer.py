@@ -14,12 +14,12 @@ from ...rules import ExpertDraw, ModuleSpace, UnitSpace
 from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import Entries, LowRank, Piece
+from ..shared.tensor_checks import weight_sides
 from .config import SparseLoraConfig
 from .factors import factor_specs, fold_experts, merged_factors
-from .file_check import read_sizes
 from .plan import ModuleSizes
 from .spaces import spaces_of
-from .support import SupportState, calibration_message, support_specs
+from .support import SupportState, calibration_message, read_support, support_specs
 
 
 class SparseLoraLayer(SupportState):
@@ -70,7 +70,13 @@ class SparseLoraLayer(SupportState):
         cls, config: SparseLoraConfig, module_name: str, held: Mapping[str, torch.Tensor]
     ) -> tuple[int, int, ModuleSizes]:
         """Rows and columns of a module's weight, and the sizes of both halves, by its tensors in a file."""
-        return read_sizes(config, module_name, held)
+        rank = config.rank_of(module_name)
+        rows, cols = weight_sides(lambda rows, cols: factor_specs(config, module_name, rows, cols, rank), held)
+        support = read_support(config, module_name, held, (rows, cols))
+        if support is None:
+            return rows, cols, ModuleSizes(None, 0, 0, rank)
+        grid, capacity = support
+        return grid.rows, grid.cols, ModuleSizes(grid, capacity, capacity, rank)
 
     @classmethod
     def sizes_to_load(

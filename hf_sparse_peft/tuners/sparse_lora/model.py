@@ -17,7 +17,7 @@ from ..shared.state_dict import SelectedTensors
 from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
-from .plan import note_sizes, plan_adapter
+from .plan import note_sizes, plan_adapter, sizes_for_config
 
 
 class SparseLoraModel(AdapterModel):
@@ -30,8 +30,11 @@ class SparseLoraModel(AdapterModel):
     linear_cls = SparseLoraLinear
 
     def plan(self, peft_config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
-        """Sizes of both halves in every module, and the units of supports that are chosen over the model."""
-        return plan_adapter(peft_config, model, targets, self._is_target)
+        """Sizes of both halves in every module, and the units of supports that are chosen over the model; what a file
+        of the adapter has to say of them is written to the config's `sizes`."""
+        plan = plan_adapter(peft_config, model, targets)
+        peft_config.sizes = sizes_for_config(peft_config, plan.sizes)
+        return plan
 
     # Files
 

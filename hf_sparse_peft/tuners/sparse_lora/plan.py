@@ -4,22 +4,23 @@ and which units are chosen over the whole model."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ...sparsity import Budget, DataCriterion, Given, Targets, Total, UnitGrid, stream_seed
+from ...sparsity.scores import Chunks
 from ...utils.parts import UnknownPart
+from ..shared.base_weight import dense_weight
+from ..shared.layer import is_supported
 from ..shared.model import AdapterPlan
 from ..shared.module_patterns import pattern_key
-from ..shared.target_checks import target_layers
-from ..shared.wrapped_names import plain_name
 from .config import SparseLoraConfig, exact_pattern
 from .structures import choose_structures, structure_counts
 
@@ -46,10 +47,44 @@ class ModuleSizes:
         return [self.capacity, self.capacity, self.rank]
 
 
+@dataclass(frozen=True)
+class SupportPlan:
+    """What is decided for the supports of a model, by module name."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """Units of each support."""
+    capacities: dict[str, int] = field(default_factory=dict)
+    """Units allocated, room for retired ones included."""
+    chosen: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The units themselves, where modules select together (`config.structures`)."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Ranks of the low-rank half, where the budget gives some of it to them."""
+
+
+def plan_adapter(config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+    """Sizes of both halves in every module of `targets` (base layers by module name), and the units of supports that
+    are chosen over the whole model. Neither the config nor the model is changed.
+
+    Raises:
+        ValueError: the budget, the structures or the config's patterns do not fit the model.
+    """
+    # Whatever else matched is refused by name when its layer is created.
+    layers = {name: base for name, base in targets.items() if is_supported(base, _backend(base, model))}
+    plan, sizes = plan_supports(config, layers, model), {}
+    for name, base in layers.items():
+        cols, rows = _get_in_out_features(base)
+        units, capacity = plan.counts.get(name, 0), plan.capacities.get(name, 0)
+        sizes[name] = module_sizes(config, name, rows, cols, units, capacity, plan.ranks.get(name))
+    slow = getattr(config.criterion, "is_slow", False) and not config.inference_mode
+    slow = slow and plan.counts and not plan.chosen
+    progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow else None
+    return AdapterPlan(sizes, plan.chosen, progress)
+
+
 def module_sizes(
-    config: SparseLoraConfig, name: str, rows: int, cols: int, units: int, capacity: int = 0
+    config: SparseLoraConfig, name: str, rows: int, cols: int, units: int, capacity: int = 0, rank: int | None = None
 ) -> ModuleSizes:
-    """Sizes of the module of that name with `units` units, `capacity` at least, and the config's rank.
+    """Sizes of the module of that name with `units` units, `capacity` at least, and `rank` or else the config's rank.
 
     Raises:
         ValueError: the weight has fewer units, blocks do not divide it, or `scale_support` has no scaling to take.
@@ -60,7 +95,7 @@ def module_sizes(
             f"The support of '{name}' wants {units} {grid.granularity} units, and its {rows}x{cols} weight has "
             f"{grid.num_units}. Lower the budget."
         )
-    rank = config.rank_of(name)
+    rank = config.rank_of(name) if rank is None else rank
     scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
     if units and config.scale_support and not rank:
         raise ValueError(
@@ -71,58 +106,36 @@ def module_sizes(
     return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling)
 
 
-def plan_adapter(
-    config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module], matches: Callable
-) -> AdapterPlan:
-    """Sizes of both halves in every module of `targets` (base layers by module name), and the units of supports that
-    are chosen over the whole model.
-
-    Raises:
-        ValueError: the budget, the structures or the config's patterns do not fit the model.
-    """
-    plan = plan_supports(config, model, matches)
-    sizes = {}
-    for name, base in targets.items():
-        if is_linear(base, model):  # whatever else matched is refused by name when its layer is created
-            cols, rows = _get_in_out_features(base)
-            sizes[name] = module_sizes(config, name, rows, cols, plan.counts.get(name, 0), plan.capacities.get(name, 0))
-    slow = getattr(config.criterion, "is_slow", False) and not config.inference_mode
-    slow = slow and plan.counts and not plan.chosen
-    progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow else None
-    return AdapterPlan(sizes, plan.chosen, progress)
+def sizes_for_config(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> dict[str, list[int]]:
+    """What the config's `sizes` has to say of a new adapter, so that shapes follow from the config when it is loaded or
+    resumed: empty where every count follows from the module alone, or waits for data."""
+    if config.sizes or not config.has_support or config.calibrates_sizes:
+        return config.sizes
+    budget = config.support_budget
+    extra = any(module.capacity != module.units for module in sizes.values())
+    if not (config.structures or extra or (budget is not None and not budget.follows_from_module)):
+        return {}
+    return {name: [module.units, module.capacity, module.rank] for name, module in sizes.items()}
 
 
-def note_sizes(config: SparseLoraConfig, sizes: dict[str, ModuleSizes]) -> None:
-    """Write sizes that follow from more than the config, by module name, into its `sizes` and `alpha_pattern`."""
-    reranked = any(one.rank != config.rank_of(name) for name, one in sizes.items())
+def note_sizes(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> None:
+    """Write sizes that a file brought or compaction left, by module name, into `sizes` and `alpha_pattern`."""
+    reranked = any(module.rank != config.rank_of(name) for name, module in sizes.items())
     if config.has_support or reranked:
-        config.sizes = {name: one.as_list() for name, one in sizes.items()}
+        config.sizes = {name: module.as_list() for name, module in sizes.items()}
     if reranked:
-        scaled = {name: one for name, one in sizes.items() if one.scaling is not None}
-        alphas = {n: one.scaling * (one.rank**0.5 if config.use_rslora else one.rank) for n, one in scaled.items()}
+        alphas = {}
+        for name, module in sizes.items():
+            if module.scaling is not None:
+                alphas[name] = module.scaling * (module.rank**0.5 if config.use_rslora else module.rank)
         config.alpha_pattern = exact_pattern(alphas)
-    if config.training_finished and config.factor_masks is not None and config.factor_masks.kind == "stochastic":
+    if config.training_finished and config.factor_masks is not None and config.factor_masks.splits:
         config.factor_masks = None  # compaction has folded them
         config.schedule = [rule for rule in config.schedule if "experts" not in getattr(rule, "needs", ())]
 
 
-@dataclass(frozen=True)
-class SupportPlan:
-    """What was decided for the supports of a model, by module name."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    """Units of each support."""
-    capacities: dict[str, int] = field(default_factory=dict)
-    """Units allocated, room for retired ones included."""
-    chosen: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The units themselves, where modules select together (`config.structures`)."""
-
-
-def plan_supports(config: SparseLoraConfig, model: nn.Module, matches) -> SupportPlan:
-    """Units of every targeted module's support, checked for the whole model before a layer changes.
-
-    Counts that do not follow from the module alone (a budget over the model, structures, room for retired units) are
-    written to `config.sizes`, so that shapes follow from the config when the adapter is loaded or resumed.
+def plan_supports(config: SparseLoraConfig, layers: dict[str, nn.Module], model: nn.Module) -> SupportPlan:
+    """Units of the support of every module of `layers`, checked for the whole model before a layer changes.
 
     Raises:
         ValueError: the budget leaves a module without a unit or exceeds the weights, blocks or structures do not fit,
@@ -130,22 +143,16 @@ def plan_supports(config: SparseLoraConfig, model: nn.Module, matches) -> Suppor
     """
     if not config.has_support:
         return SupportPlan()
-    # Whatever else matched is refused by name when its layer is created.
-    layers = {
-        plain_name(name): base for name, base in target_layers(config, model, matches).items() if is_linear(base, model)
-    }
     if config.sizes:
         return _plan_of_sizes(config, layers, model)
     grids = _grids(config, layers)
     if isinstance(config.criterion, DataCriterion):
         for name, grid in grids.items():
             config.criterion.check_grid(grid, name)
-    chosen = {}
-    if config.structures and not config.needs_calibration:
-        chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
+    chosen = _choose_structures(config, layers, grids, model)
     counts = {name: units.numel() for name, units in chosen.items()}
     if config.structures and config.needs_calibration:
-        counts = structure_counts(config, grids, model)
+        counts = structure_counts(config.structures, grids, model)
     targets = _targets(config, layers, {name: grid for name, grid in grids.items() if name not in counts}, model)
     budget, ranks = config.support_budget, {}
     if targets.grids and budget is not None:
@@ -157,10 +164,22 @@ def plan_supports(config: SparseLoraConfig, model: nn.Module, matches) -> Suppor
     if config.calibrates_sizes:
         return SupportPlan(counts, counts, chosen)  # of no meaning yet: what data or a file says is written then
     capacities = {name: _capacity(config, count, grids[name]) for name, count in counts.items()}
-    if config.structures or capacities != counts or (budget is not None and not budget.follows_from_module):
-        found = {n: [counts.get(n, 0), capacities.get(n, 0), ranks.get(n, config.rank_of(n))] for n in grids}
-        config.sizes = found
-    return SupportPlan(counts, capacities, chosen)
+    return SupportPlan(counts, capacities, chosen, ranks)
+
+
+def _choose_structures(
+    config: SparseLoraConfig, layers: dict[str, nn.Module], grids: dict[str, UnitGrid], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    if not config.structures or config.needs_calibration:
+        return {}
+    return choose_structures(
+        config.structures,
+        config.criterion,
+        config.seed,
+        grids,
+        model,
+        lambda name: _score_chunks(config, name, layers[name], grids[name], model),
+    )
 
 
 def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model: nn.Module) -> SupportPlan:
@@ -168,13 +187,12 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
     if missing:
         raise ValueError(
             f"sizes was made for another model: it has no entry for {missing[:3]} ({len(missing)} modules). Set "
-            "sizes={} to share the budget out anew."
+            "sizes={} to split the budget anew."
         )
     if not config.structures:
         layers = {name: base for name, base in layers.items() if config.sizes[name][1]}
-    grids, chosen = _grids(config, layers), {}
-    if config.structures and not config.needs_calibration and not config.inference_mode:
-        chosen = choose_structures(config, grids, model, lambda n: _score_chunks(config, n, layers[n], grids[n], model))
+    grids = _grids(config, layers)
+    chosen = {} if config.inference_mode else _choose_structures(config, layers, grids, model)
     counts = {name: config.sizes[name][0] for name in config.sizes}
     capacities = {name: config.sizes[name][1] for name in config.sizes}
     for name, grid in grids.items():
@@ -182,7 +200,7 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
             raise ValueError(
                 f"sizes gives '{name}' {capacities[name]} units, and its {grid.rows}x{grid.cols} weight has "
                 f"{grid.num_units} of granularity '{grid.granularity}'. Was it made for another model? Set sizes={{}} "
-                "to share the budget out anew."
+                "to split the budget anew."
             )
     # Compaction may have left other counts than the structures give; a file is about to fill those.
     return SupportPlan(counts, capacities, {n: units for n, units in chosen.items() if units.numel() == counts[n]})
@@ -198,8 +216,13 @@ def _targets(
         config.seed,
         None if waits else lambda name: _score_chunks(config, name, layers[name], grids[name], model),
         {name: numel for name, numel in factors.items() if numel},
-        lambda patterns, name: pattern_key(patterns, name, "budget"),
+        find_pattern,
     )
+
+
+def find_pattern(patterns: Mapping[str, Any], module_name: str) -> str | None:
+    """The pattern of a budget that holds for the module, None without one."""
+    return pattern_key(patterns, module_name, "budget")
 
 
 def _counts(config: SparseLoraConfig, targets: Targets) -> dict[str, int]:
@@ -223,8 +246,8 @@ def _check_patterns(budget: Budget, targets: Targets) -> None:
 
 def _capacity(config: SparseLoraConfig, count: int, grid: UnitGrid) -> int:
     """Units allocated: the count, and room for `floor(Rule.extra_capacity * count)` more where the weight has it."""
-    share = 0.0 if config.training_finished else max((rule.extra_capacity for rule in config.rules), default=0.0)
-    return min(grid.num_units, count + int(share * count))
+    extra = 0.0 if config.training_finished else max((rule.extra_capacity for rule in config.rules), default=0.0)
+    return min(grid.num_units, count + int(extra * count))
 
 
 def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, UnitGrid]:
@@ -238,18 +261,15 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
     return grids
 
 
-def is_linear(base: nn.Module, model: nn.Module) -> bool:
-    backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
-    return backend is not None or isinstance(base, (nn.Linear, Conv1D))
+def _backend(base: nn.Module, model: nn.Module) -> Any:
+    return resolve_quantization_backend(base, **get_quantization_kwargs(model))
 
 
-def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module):
+def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module) -> Chunks:
     """Score chunks of one module, computed anew at each pass so that one dense weight is alive at a time."""
 
     def chunks():
-        backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        weight = weight.t() if backend is None and isinstance(base, Conv1D) else weight
+        weight = dense_weight(base, _backend(base, model))
         generator = torch.Generator(device=weight.device).manual_seed(stream_seed(config.seed, name))
         return config.criterion(weight, grid, generator)()
 

@@ -6,19 +6,67 @@ block 1: ...                                 ranked or drawn within a block, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ...sparsity import Random, UnitGrid, random_units, stream_seed, top_units
-from ...utils.module_names import block_of
-from .config import SparseLoraConfig
-from .structure_config import StructureConfig
+from ...sparsity import Random, Score, UnitGrid, random_units, stream_seed, top_units
+from ...utils.module_names import block_of, ends_with
+from ...utils.option_types import PositiveFraction, check_types
+from ...utils.parts import require
 
 Grids = dict[str, UnitGrid]
 Chunks = Callable[[], Iterable[torch.Tensor]]
+
+
+@dataclass
+class StructureConfig:
+    """Units that enter a support together in several matrices of one transformer block (S2FT; Yang et al., 2024).
+
+    Structure j of a block is the j-th of `count` equal stretches of units in every matrix named: FFN channel j is row j
+    of the gate and up projections and column j of the down projection; key/value head j is its rows of `k_proj` and
+    `v_proj`, the rows of all its query heads in `q_proj`, and the columns of these in `o_proj`. Where only `q_proj` and
+    `o_proj` select together, or one of them alone, head j is one query head. The granularity of the
+    matrices (`granularity`, `granularity_pattern`) must be `row` or `column`. A structure scores the sum of the
+    criterion over all of its entries.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    """Endings of the names of the matrices that select together, e.g. `["gate_proj", "up_proj", "down_proj"]`."""
+    unit: Literal["channel", "head", "matrix"] = "channel"
+    """What is chosen: one unit of each matrix, one head (a key/value head takes its query heads along), or the matrices
+    as a whole."""
+    density: PositiveFraction = 0.03
+    """Fraction of the structures that is chosen."""
+    scope: Literal["model", "block"] = "model"
+    """Whether the structures of all blocks are ranked (or drawn) together, so that counts vary by block and may be zero
+    (S2FT), or every block has the same fraction."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        listed = isinstance(self.modules, (list, tuple)) and len(self.modules) > 0
+        require(listed, self, "modules", "a list of endings of module names, at least one")
+        self.modules = list(self.modules)
+
+    def covers(self, module_name: str) -> bool:
+        """Whether the module of that name belongs to the structure."""
+        return any(ends_with(module_name, ending) for ending in self.modules)
+
+
+def structure_of(structures: Sequence[StructureConfig], module_name: str) -> StructureConfig | None:
+    """The structure that the module of that name selects with, if any."""
+    return next((structure for structure in structures if structure.covers(module_name)), None)
+
+
+def check_structures(structures: Sequence[StructureConfig]) -> None:
+    """Raises `ValueError` where two structures name one module."""
+    named = [name for structure in structures for name in structure.modules]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise ValueError(f"structures name {twice} more than once; a module selects with one structure only.")
 
 
 @dataclass(frozen=True)
@@ -26,7 +74,7 @@ class Pool:
     """Structures that are drawn or ranked together: those of one block, or of all blocks one after the other."""
 
     number: int
-    """Place of the structure in `config.structures`."""
+    """Place of the structure in the list of structures."""
     structure: StructureConfig
     members: dict[str, list[str]]
     """Block -> its modules."""
@@ -62,17 +110,17 @@ class Pool:
         return chosen
 
 
-def pools_of(config: SparseLoraConfig, grids: Grids, model: nn.Module) -> list[Pool]:
-    """What `config.structures` chooses among in the modules of `grids`.
+def pools_of(structures: Sequence[StructureConfig], grids: Grids, model: nn.Module) -> list[Pool]:
+    """What `structures` choose among in the modules of `grids`.
 
     Raises:
         ValueError: a structure matches no module, or its modules cannot be cut into the same structures.
     """
     pools = []
-    for number, structure in enumerate(config.structures):
+    for number, structure in enumerate(structures):
         members: dict[str, list[str]] = {}
         for name in grids:
-            if config.structure_of(name) is structure:
+            if structure_of(structures, name) is structure:
                 members.setdefault(block_of(name), []).append(name)
         if not members:
             raise ValueError(
@@ -86,56 +134,60 @@ def pools_of(config: SparseLoraConfig, grids: Grids, model: nn.Module) -> list[P
 
 
 def choose_structures(
-    config: SparseLoraConfig,
+    structures: Sequence[StructureConfig],
+    criterion: Score,
+    seed: int,
     grids: Grids,
     model: nn.Module,
     chunks_of_module: Callable[[str], Chunks],
 ) -> dict[str, torch.Tensor]:
-    """The units of every module of `grids` that `config.structures` names, sorted; some may be empty.
+    """The units of every module of `grids` that `structures` name, sorted; some may be empty.
 
-    `chunks_of_module(name)` gives the module's score chunks, one score a unit; not asked with `criterion="random"`.
-    Exactly `int(density * structures)` structures are chosen in each scope. Random ones are drawn from `config.seed`
-    alone, the same on every rank.
+    `chunks_of_module(name)` gives the module's score chunks, one score a unit; not asked where the criterion is random.
+    Exactly `int(density * structures)` structures are chosen in each scope. Random ones are drawn from `seed` alone,
+    the same on every rank.
 
     Raises:
         ValueError: a structure matches no module, or its modules cannot be cut into the same structures.
     """
-    if not isinstance(config.criterion, Random):
-        ranking = StructureRanking(config, grids, model)
+    if not isinstance(criterion, Random):
+        ranking = StructureRanking(structures, seed, grids, model)
         for name in ranking.names:
             ranking.add(name, chunks_of_module(name))
         return ranking.units()
     chosen = {}
-    for pool in pools_of(config, grids, model):
+    for pool in pools_of(structures, grids, model):
         where = next(iter(pool.members)) if pool.structure.scope == "block" else ""
-        seed = stream_seed(config.seed, "structures", pool.number, where)
-        best = random_units(pool.total, pool.wanted, torch.Generator().manual_seed(seed)).long()
+        drawn = torch.Generator().manual_seed(stream_seed(seed, "structures", pool.number, where))
+        best = random_units(pool.total, pool.wanted, drawn).long()
         chosen |= pool.units(best, grids)
     return chosen
 
 
-def structure_counts(config: SparseLoraConfig, grids: Grids, model: nn.Module) -> dict[str, int]:
-    """Units that `config.structures` takes in every module it names, known before they are ranked: exact where the
-    scope is a block; where it is the model, room for an even share until the ranking says more."""
+def structure_counts(structures: Sequence[StructureConfig], grids: Grids, model: nn.Module) -> dict[str, int]:
+    """Units that `structures` take in every module they name, known before they are ranked: exact where the scope is a
+    block; where it is the model, room for the same fraction of every block until the ranking says more."""
     counts = {}
-    for pool in pools_of(config, grids, model):
+    for pool in pools_of(structures, grids, model):
         for block, names in pool.members.items():
-            share = max(1, pool.wanted * pool.counts[block] // pool.total)
-            counts |= {name: share * pool.size(block, grids[name]) for name in names}
+            per_block = max(1, pool.wanted * pool.counts[block] // pool.total)
+            counts |= {name: per_block * pool.size(block, grids[name]) for name in names}
     return counts
 
 
 class StructureRanking:
     """The best structures by scores that come module by module, in any order; one number a structure is kept.
 
-    A structure scores the sum over its units in all of its modules. `share` chooses that part of them.
+    A structure scores the sum over its units in all of its modules. `fraction` of the wanted ones are chosen.
 
     Raises:
         ValueError: as `pools_of`.
     """
 
-    def __init__(self, config: SparseLoraConfig, grids: Grids, model: nn.Module, share: float = 1.0) -> None:
-        self._pools, self._grids, self._share, self._seed = pools_of(config, grids, model), grids, share, config.seed
+    def __init__(
+        self, structures: Sequence[StructureConfig], seed: int, grids: Grids, model: nn.Module, fraction: float = 1.0
+    ) -> None:
+        self._pools, self._grids, self._fraction, self._seed = pools_of(structures, grids, model), grids, fraction, seed
         self._scores: dict[str, torch.Tensor] = {}
         self._place = {name: (pool, b) for pool in self._pools for b, names in pool.members.items() for name in names}
 
@@ -157,7 +209,7 @@ class StructureRanking:
             # In the order of the members: what is summed in another order may rank otherwise in the last bit.
             scores = [sum(self._scores[name] for name in names) for names in pool.members.values()]
             seed = stream_seed(self._seed, "structures", pool.number, next(iter(pool.members)))
-            best = top_units(torch.cat(scores), max(1, int(self._share * pool.wanted)), seed=seed).long()
+            best = top_units(torch.cat(scores), max(1, int(self._fraction * pool.wanted)), seed=seed).long()
             chosen |= pool.units(best, self._grids)
         return chosen
 

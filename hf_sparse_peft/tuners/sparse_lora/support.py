@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from ...ops import pack_entries, unpack_entries
 from ...sparsity import (
+    Budget,
+    ByModule,
     Given,
     Random,
+    Targets,
+    UnitGrid,
+    coded_grid,
     codes_length,
     decode_support,
     encode_support,
@@ -20,9 +26,11 @@ from ...sparsity import (
 )
 from ...utils.parts import UnknownPart
 from ...utils.tensors import TensorSpec
+from ..shared.file_check import CONFIG_FILE, tensor_key
 from ..shared.layer import AdapterLayer
+from ..shared.tensor_checks import side
 from .config import SparseLoraConfig
-from .plan import ModuleSizes
+from .plan import ModuleSizes, find_pattern
 
 
 def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes) -> list[TensorSpec]:
@@ -63,6 +71,67 @@ def _first_values(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
     # Values of a support that is still to be chosen are zero, whatever init_weights says.
     at_zero = config.init_weights or config.needs_calibration
     return (torch.zeros if at_zero else torch.randn)(shape, dtype=torch.float32)
+
+
+def read_support(
+    config: SparseLoraConfig, module_name: str, held: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> tuple[UnitGrid, int] | None:
+    """How a module's weight is cut and how many units its support has room for, by the tensors `held` of a file; None
+    where the module has no support. `shape` is the weight's by its factors, 0 where they do not say.
+
+    Raises:
+        ValueError: a tensor of the support is missing, its header is damaged, is not the config's or names a weight of
+            another shape, or there are more or fewer units than the config says; names the tensor.
+    """
+    kinds = ("sparse_lora_values", "sparse_lora_support")
+    if not (_has_units(config, module_name) or any(kind in held for kind in kinds)):
+        return None
+    for kind in kinds:
+        if kind not in held:
+            raise ValueError(f"'{tensor_key(module_name, kind)}' is missing: the config has a sparse half.")
+    values_key, codes_key = (tensor_key(module_name, kind) for kind in kinds)
+    grid = coded_grid(held[kinds[1]], codes_key)
+    if all(shape) and shape != (grid.rows, grid.cols):
+        factors = " and ".join(f"'{tensor_key(module_name, f'sparse_lora_{factor}')}'" for factor in "AB")
+        raise ValueError(
+            f"{factors} belong to a weight of {shape[0]}x{shape[1]}, '{codes_key}' beside them to one of "
+            f"{grid.rows}x{grid.cols}."
+        )
+    expected = (config.granularity_of(module_name), config.block_size)
+    if grid.granularity != expected[0] or (grid.granularity == "block" and grid.block_size != expected[1]):
+        raise ValueError(
+            f"'{codes_key}' has granularity '{grid.granularity}' (block_size={grid.block_size}), and {CONFIG_FILE} "
+            f"says '{expected[0]}' (block_size={expected[1]}). Use the config saved with the file."
+        )
+    grid = replace(grid, block_size=config.block_size)  # headers have one for blocks only
+    capacity = side(held, kinds[0], 0, len(grid.values_shape(1)), values_key)
+    if capacity > grid.num_units:
+        raise ValueError(f"'{values_key}' has {capacity} units where {grid} has {grid.num_units}.")
+    expected = _capacity_by_config(config, module_name, grid)
+    if expected not in (None, capacity):
+        raise ValueError(
+            f"'{values_key}' has room for {capacity} units, and {CONFIG_FILE} makes it {expected}. Use the config "
+            "saved with the file."
+        )
+    return grid, capacity
+
+
+def _has_units(config: SparseLoraConfig, module_name: str) -> bool:
+    if module_name in config.sizes:
+        return config.has_support and bool(config.sizes[module_name][1])
+    if isinstance(config.budget, ByModule):
+        return config.budget.density_of(module_name, find_pattern) > 0
+    return config.has_support
+
+
+def _capacity_by_config(config: SparseLoraConfig, module_name: str, grid: UnitGrid) -> int | None:
+    """Units that there is room for; None where only the file knows."""
+    if config.sizes:
+        return config.sizes[module_name][1] if module_name in config.sizes else None
+    budget = config.support_budget
+    if config.structures or not isinstance(budget, Budget) or not budget.follows_from_module:
+        return None
+    return budget.counts(Targets({module_name: grid}, find=find_pattern)).get(module_name, 0)
 
 
 class SupportState(AdapterLayer):
