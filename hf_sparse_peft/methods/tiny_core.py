@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..tuners import SpectralLoraConfig
-from ..tuners.spectral_lora import SVD, Diagonal, Full
+from ..tuners.spectral_lora import (
+    LDU,
+    SVD,
+    Diagonal,
+    Full,
+    RandomBases,
+    RandomCombination,
+    Shards,
+    SharedBases,
+    TwoFactors,
+)
 from .registry import Method, register
 
 
@@ -34,4 +44,77 @@ def svfit(r: int = 256, **overrides: Any) -> Method:
     r"""SVFit: :math:`U_r\,\mathrm{diag}(\sigma - \sigma^0)\,V_r^\top`, whose diagonal is trained from 0, so that
     weight decay pulls towards the pretrained singular values."""
     options = {"r": r, "bases": SVD(), "core": Diagonal()}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "nola",
+    paper="Koohpayegani et al., 2024",
+    moves="nothing",
+    use_when="a file of a few hundred numbers a module, whatever width and rank",
+    cost="every pass draws 2 k random matrices of a LoRA's size anew, forwards and backwards",
+)
+def nola(r: int = 8, lora_alpha: float = 8, k: int = 512, init: str = "offset", **overrides: Any) -> Method:
+    """NOLA: both factors of a LoRA are trained sums of k random matrices each, of which nothing is stored. The authors
+    train GPT-2 M with lr 5e-3 on the query and value matrices (peft's default targets)."""
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": RandomCombination(k, init=init), "core": None}
+    return Method(SpectralLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "loldu",
+    paper="Shi et al., 2024",
+    moves="nothing",
+    use_when="r + 1 numbers a module, without an SVD",
+    cost="an LU decomposition of each weight at injection; the factors are saved",
+)
+def loldu(r: int = 64, lora_alpha: float = 16, init: str = "values", **overrides: Any) -> Method:
+    """LoLDU: the first r pivots of W = P L D U and their scaling are trained. `init` "values", "values_uniform",
+    "values_normal" and "values_mean" (the code's lu, uniform, normal, constant) start at the base, which the code's
+    aliased storage makes so; "uniform", "normal", "ones" and "zeros" (s_uniform, s_normal, ...) away from it."""
+    core = Diagonal(init, "init" if init.startswith("values") else "values", trained_scale=True)
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": LDU(), "core": core}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "lora-mini",
+    paper="Singh et al., 2024 (abstract; sizes, start and scaling are this project's)",
+    moves="nothing",
+    use_when="a LoRA between two fixed random projections: r * (a + b) numbers a module",
+    cost="two random projections in memory, in no file",
+)
+def lora_mini(r: int = 16, lora_alpha: float = 16, inner: int = 64, **overrides: Any) -> Method:
+    """LoRA-Mini: LoRA's factors split in two each, of which the inner ones are trained. The outer projections have
+    `inner` components and follow from the seed."""
+    bases, core = RandomBases(inner, inner), TwoFactors()
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": bases, "core": core}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "sharelora",
+    paper="Song et al., 2024",
+    moves="nothing",
+    use_when="LoRA with about half of its numbers",
+    cost="a LoRA's",
+)
+def sharelora(r: int = 16, lora_alpha: float = 16, sides: str = "A", **overrides: Any) -> Method:
+    """ShareLoRA: A is one matrix for all modules of one type (ShareA), or B ("B"), or both ("AB"). The released code
+    does so for the query and value matrices (peft's default targets)."""
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": SharedBases(sides), "core": None}
+    return Method(SpectralLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "mos",
+    paper="Wang et al., 2025",
+    moves="nothing",
+    use_when="a LoRA of rank r at the numbers of rank e",
+    cost="the bases are put together from shards in every pass",
+)
+def mos(r: int = 8, lora_alpha: float = 16, e: int = 2, shards: int = 4, p: int = 1, **overrides: Any) -> Method:
+    """MoS: every component is put together from shards of pools for all modules of a type. The authors train all
+    linears of 4-bit Llamas with alpha 16; r, e, `shards` and p were not confirmed."""
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": Shards(e, shards, p), "core": None}
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))

@@ -58,6 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hft": {"period_steps": 3},
     "ist": {"trained": 0.5},
     "mosa": {"experts": 2},
+    "nola": {"k": 8},
+    "lora-mini": {"inner": 8},
+    "mos": {"shards": 2, "r": 3},
     "capaboost": {"density": 0.5},
     "gradual-pruning": {
         "schedule": [{"type": "prune", "final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7}]

@@ -1,21 +1,27 @@
 """Spectral adapters: frozen or shared bases around a small trained core (LoRA-XS, SVFit, NOLA, LoLDU, ...)."""
 
 from ..shared.registration import register_tuner
-from .bases import SVD, Bases
+from .bases import LDU, SVD, Bases, RandomBases, RandomCombination
 from .config import SpectralLoraConfig
 from .cores import Band, Core, Diagonal, Full, TwoFactors
 from .layer import SpectralLoraLayer, SpectralLoraLinear
 from .model import SpectralLoraModel, spectral_layers
+from .shared import Shards, SharedBases
 
 register_tuner(SpectralLoraConfig, SpectralLoraModel)
 
 __all__ = [
+    "LDU",
     "SVD",
     "Band",
     "Bases",
     "Core",
     "Diagonal",
     "Full",
+    "RandomBases",
+    "RandomCombination",
+    "Shards",
+    "SharedBases",
     "SpectralLoraConfig",
     "SpectralLoraLayer",
     "SpectralLoraLinear",

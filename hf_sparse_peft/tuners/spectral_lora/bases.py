@@ -1,19 +1,42 @@
-r"""Bases: what stands on both sides of a core, :math:`\Delta W = s\,B\,C\,A` with `B` `[out, a]`, `A` `[b, in]`."""
+r"""Bases: what stands on both sides of a core, :math:`\Delta W = s\,B\,C\,A` with `B` `[out, a]`, `A` `[b, in]`.
+
+SVD                 singular vectors of the weight, fixed or with a trained B; saved
+LDU                 triangular factors of the weight; saved
+RandomBases         drawn from a seed; in no file
+RandomCombination   trained sums of random matrices, drawn from a seed anew in every pass (NOLA)
+SharedBases, Shards trained, one for several modules: `shared.py`
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ...ops.seeded import seeded_combination, seeded_uniform
+from ...sparsity import stream_seed
 from ...sparsity.decomposition import truncated_svd
-from ...utils.parts import Part, register_part
+from ...utils.parts import Part, register_part, require
 from ...utils.tensors import TensorSpec
 
 TRAINED_A, TRAINED_B = "spectral_lora_A", "spectral_lora_B"
 FIXED_A, FIXED_B = "spectral_lora_basis_A", "spectral_lora_basis_B"
+COEFFICIENTS_A, COEFFICIENTS_B = "spectral_lora_A_coefficients", "spectral_lora_B_coefficients"
+
+
+class Sharing(NamedTuple):
+    """The modules that share tensors with one."""
+
+    owner: str
+    """The first of them in model order, which has the tensors."""
+    users: int
+    """How many they are."""
+    position: int
+    """Which of them this one is, from 0."""
 
 
 class Site(NamedTuple):
@@ -24,19 +47,34 @@ class Site(NamedTuple):
     cols: int
     r: int
     """Components."""
-    scaling: float
-    """s, or what it starts at."""
+    lora_alpha: float | None
+    """Numerator of s; None: r."""
     seed: int
     """Seed of the adapter's draws."""
+    sharing: Sharing | None = None
+
+    @property
+    def scaling(self) -> float:
+        """s, or what it starts at."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+    @property
+    def owns(self) -> bool:
+        """Whether what is shared belongs to this module."""
+        return self.sharing is None or self.sharing.owner == self.name
+
+    def stream(self, *purpose: str) -> int:
+        """Seed of a draw for this module."""
+        return stream_seed(self.seed, self.name, "spectral_lora", *purpose)
 
 
 class Found(NamedTuple):
-    """What bases start with where it follows from the weight."""
+    """What bases start with where it follows from the weight, or from data."""
 
     A: Tensor
     B: Tensor
     values: Tensor
-    """`[r]`, the spectrum, in falling order where it has one."""
+    """`[r]`, the spectrum, or what stands for it."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +84,29 @@ class Bases(Part):
     part_kind: ClassVar[str] = "bases"
     trained: ClassVar[frozenset[str]] = frozenset()
     """Sides that are trained: "A", "B"."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that the owner has for all modules of a group."""
+    derived_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that `derive` makes."""
 
     def inner(self, site: Site) -> tuple[int, int]:
         """Columns of B and rows of A, the sides of the core."""
         return site.r, site.r
 
+    def components(self, site: Site) -> int:
+        """Components of the module, where there cannot be r of them; its sides allow `site.r`."""
+        return site.r
+
+    def group(self, site: Site) -> Hashable | None:
+        """Modules of one group share tensors; None: nothing is shared."""
+        return None
+
     def specs(self, site: Site) -> list[TensorSpec]:
-        """The tensors of both bases, trained or saved; what follows from the seed alone is neither."""
+        """The tensors that the module has, trained or saved; what follows from the seed is neither.
+
+        Raises:
+            ValueError: the weight has no such bases.
+        """
         a, b = self.inner(site)
         A = TensorSpec(TRAINED_A, (b, site.cols)) if "A" in self.trained else None
         B = TensorSpec(TRAINED_B, (site.rows, a), axis=1) if "B" in self.trained else None
@@ -62,11 +116,19 @@ class Bases(Part):
         ]
 
     def find(self, weight: Tensor, site: Site) -> Found | None:
-        """The bases of `weight` `[out, in]`, fp32; None where they do not follow from it."""
+        """The bases of `weight` `[out, in]`, fp32; None where they do not follow from it.
+
+        Raises:
+            ValueError: it has none.
+        """
         return None
 
+    def derive(self, site: Site, device: torch.device | None) -> dict[str, Tensor]:
+        """The tensors that follow from the seed and are worth keeping in memory, by name."""
+        return {}
+
     def factors(self, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
-        """B and A; `tensors` are the layer's, by name."""
+        """B and A; `tensors` are the module's, the shared and the derived ones, by name."""
         A = tensors[TRAINED_A if "A" in self.trained else FIXED_A]
         return tensors[TRAINED_B if "B" in self.trained else FIXED_B], A
 
@@ -94,3 +156,120 @@ class SVD(Bases):
         """The truncated SVD."""
         U, values, Vh = truncated_svd(weight, site.r)
         return Found(values[:, None] * Vh if self.values_in_A else Vh, U, values)
+
+
+@register_part("ldu")
+@dataclass(frozen=True)
+class LDU(Bases):
+    r"""The first r pivots of :math:`W = P L D U` with partial pivoting, `L` and `U` of unit diagonal: `B` the first r
+    columns of :math:`P L`, `A` the first rows of `U`, and D's entries for a spectrum (LoLDU; Shi et al., 2024).
+
+    Both are saved, because devices choose other pivots. They are the first pivots, not the largest, and neither basis
+    is orthogonal.
+    """
+
+    def find(self, weight: Tensor, site: Site) -> Found:
+        """The factors, computed in fp64.
+
+        Raises:
+            ValueError: a pivot is 0: the weight is singular.
+        """
+        P, L, U = torch.linalg.lu(weight.double())
+        pivots = U.diagonal()[: site.r]
+        if not pivots.all():
+            raise ValueError(
+                f"'{site.name}' has rank {int(pivots.ne(0).sum())} in its first {site.r} pivots, and LDU divides by "
+                "them. Lower r, or leave the module out with exclude_modules."
+            )
+        A = U[: site.r] / pivots[:, None]
+        return Found(A.float(), (P @ L[:, : site.r]).float(), pivots.float())
+
+
+@register_part("random")
+@dataclass(frozen=True)
+class RandomBases(Bases):
+    r"""Kaiming-uniform matrices, :math:`A \sim U(\pm 1/\sqrt{in})` and :math:`B \sim U(\pm 1/\sqrt{a})`, that follow
+    from the seed and the module's name: in memory while the adapter is, in no file (LoRA-Mini's outer factors)."""
+
+    a: int | None = None
+    """Columns of B; None: r."""
+    b: int | None = None
+    """Rows of A; None: r."""
+    derived_names: ClassVar[tuple[str, ...]] = (FIXED_A, FIXED_B)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("a", "b"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "an integer >= 1, or None")
+
+    def inner(self, site: Site) -> tuple[int, int]:
+        """`a` and `b`, at most the weight's sides."""
+        return min(self.a or site.r, site.rows), min(self.b or site.r, site.cols)
+
+    def specs(self, site: Site) -> list[TensorSpec]:
+        """None."""
+        return []
+
+    def derive(self, site: Site, device: torch.device | None) -> dict[str, Tensor]:
+        """Both bases."""
+        a, b = self.inner(site)
+        return {
+            FIXED_A: seeded_uniform(site.stream("A"), b, site.cols, device=device) * site.cols**-0.5,
+            FIXED_B: seeded_uniform(site.stream("B"), site.rows, a, device=device) * a**-0.5,
+        }
+
+
+@register_part("random_combination")
+@dataclass(frozen=True)
+class RandomCombination(Bases):
+    r"""Trained sums of random matrices, :math:`A = A_0 + \sum_i \alpha_i A_i` and :math:`B = \sum_j \beta_j B_j` (NOLA;
+    Koohpayegani et al., 2024; official code UCDvision/NOLA).
+
+    `init="offset"` is the code's form for language models: entries of :math:`A_i`, :math:`B_j` are
+    :math:`U(-1, 1)/\sqrt{k}`, coefficients start at 0, and :math:`A_0` is Kaiming-uniform and fixed. `"mean"` is its
+    form for vision: Kaiming-uniform :math:`A_i`, :math:`B_j`, coefficients that start at 1/k, no :math:`A_0`, so that
+    the update is not 0 at the start. All matrices follow from the seed and the module's name, and are drawn a few at a
+    time in every pass, forwards and backwards; files have the coefficients.
+    """
+
+    k: int = 512
+    """Matrices of A."""
+    l: int | None = None  # noqa: E741 (the paper's name)
+    """Matrices of B; None: k."""
+    init: Literal["offset", "mean"] = "offset"
+    trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.k >= 1, self, "k", "an integer >= 1")
+        require(self.l is None or self.l >= 1, self, "l", "an integer >= 1, or None")
+        require(self.init in ("offset", "mean"), self, "init", "'offset' or 'mean'")
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """A_0, where there is one."""
+        return (FIXED_A,) if self.init == "offset" else ()
+
+    def specs(self, site: Site) -> list[TensorSpec]:
+        """Both lists of coefficients, whose numbers are the units of kind "core"."""
+
+        def start(count: int, _: torch.Generator | None) -> Tensor:
+            return torch.full((count,), 1 / count if self.init == "mean" else 0.0)
+
+        sizes = {COEFFICIENTS_A: self.k, COEFFICIENTS_B: self.l or self.k}
+        return [TensorSpec(name, (count,), start=partial(start, count)) for name, count in sizes.items()]
+
+    def derive(self, site: Site, device: torch.device | None) -> dict[str, Tensor]:
+        """A_0."""
+        if self.init == "mean":
+            return {}
+        return {FIXED_A: seeded_uniform(site.stream("A0"), site.r, site.cols, device=device) * site.cols**-0.5}
+
+    def factors(self, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
+        """The sums, fp32."""
+        by_count = self.init == "offset"
+        alpha, beta = tensors[COEFFICIENTS_A], tensors[COEFFICIENTS_B]
+        scales = [n**-0.5 for n in ((alpha.numel(), beta.numel()) if by_count else (site.cols, site.r))]
+        A = seeded_combination(alpha, site.stream("A"), site.r, site.cols, scales[0])
+        B = seeded_combination(beta, site.stream("B"), site.rows, site.r, scales[1])
+        return B, A + tensors[FIXED_A] if by_count else A

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ from ...rules import check_schedule
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
-from .bases import SVD, Bases, Site
+from .bases import SVD, Bases, Sharing, Site
 from .cores import Core, Full
 
 
@@ -43,6 +44,13 @@ class SpectralLoraConfig(AdapterConfig):
         default_factory=Full,
         metadata={"help": "The trained core: Full(), Diagonal(), ...; None: none."},
     )
+    sizes: dict[str, list[str | int]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Module name -> [owner, users, position]: the first of the modules that share bases with it, how "
+            "many they are, and which of them it is. Written at injection."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of random bases, mixed with module names."})
     bias: Literal["none", "all", "spectral_lora_only"] = field(
         default="none", metadata={"help": "Which biases train: none, all of the model's, or the adapted layers'."}
@@ -61,6 +69,16 @@ class SpectralLoraConfig(AdapterConfig):
             raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'spectral_lora_only'.")
         if self.core is None and not self.bases.trained:
             raise ValueError(f"core=None leaves nothing to train between {type(self.bases).__name__}. Set core=Full().")
+        if self.core is not None and self.core.residual is not None and self.bases.shared:
+            raise ValueError(
+                f"core.residual={self.core.residual!r} keeps a part of each weight in the base, and shared bases have "
+                "none. Set residual=None."
+            )
+        for name, found in self.sizes.items():
+            if [type(one) for one in found] != [str, int, int] or not 0 <= found[2] < found[1]:
+                raise ValueError(
+                    f"sizes[{name!r}]={found} is not [owner, users, position]. Load the adapter's own config."
+                )
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
@@ -80,8 +98,26 @@ class SpectralLoraConfig(AdapterConfig):
         """Kinds of units that an adapter has."""
         return frozenset({"module"} | ({"core"} if self.core is not None else set()))
 
+    def group(self, module_name: str, rows: int, cols: int) -> Hashable:
+        """Modules of one group share bases."""
+        return self.bases.group(self._site(module_name, rows, cols))
+
     def site(self, module_name: str, rows: int, cols: int) -> Site:
-        """What bases are told of a module; r is `rank_pattern`'s match, else `r`, at most the smaller side."""
+        """What bases are told of a module; r is `rank_pattern`'s match, else `r`, at most the smaller side.
+
+        Raises:
+            ValueError: `sizes` does not say with which modules it shares bases.
+        """
+        site = self._site(module_name, rows, cols)
+        if not self.bases.shared:
+            return site
+        if module_name not in self.sizes:
+            raise ValueError(
+                f"sizes has no entry for '{module_name}', whose bases are shared: the config is incomplete."
+            )
+        site = site._replace(sharing=Sharing(*self.sizes[module_name]))
+        return site._replace(r=self.bases.components(site))
+
+    def _site(self, module_name: str, rows: int, cols: int) -> Site:
         r = self.rank_pattern.get(pattern_key(self.rank_pattern, module_name, "rank_pattern"), self.r)
-        r = min(r, rows, cols)
-        return Site(module_name, rows, cols, r, 1.0 if self.lora_alpha is None else self.lora_alpha / r, self.seed)
+        return Site(module_name, rows, cols, min(r, rows, cols), self.lora_alpha, self.seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...utils.parts import Part, register_part, require
 from ...utils.tensors import TensorSpec
+from .bases import Site
 
 CORE, CORE_A, CORE_B = "spectral_lora_core", "spectral_lora_core_A", "spectral_lora_core_B"
 SCALE = "spectral_lora_scale"
@@ -34,8 +35,8 @@ class Core(Part):
     diagonal = False
     """Whether `matrix` is the diagonal alone."""
 
-    def specs(self, a: int, b: int, scaling: float) -> list[TensorSpec]:
-        """The tensors of a core `[a, b]`; a trained s starts at `scaling`.
+    def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
+        """The tensors of a core `[a, b]`; r and s are `site`'s.
 
         Raises:
             ValueError: the form has no such shape.
@@ -52,6 +53,10 @@ class Core(Part):
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """C, `[a, b]`, or its diagonal `[a]`, with gradients; `tensors` are the layer's, by name."""
         raise NotImplementedError
+
+    def around(self, B: Tensor, A: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Two factors of :math:`B C A`, where there are some of a rank below that of B and A; else None."""
+        return None
 
     def known(self, values: Tensor | None) -> Tensor:
         """`values`, where there are any.
@@ -89,7 +94,7 @@ class Full(Core):
         _check_init(self)
         require(self.std > 0, self, "std", "a number > 0")
 
-    def specs(self, a: int, b: int, scaling: float) -> list[TensorSpec]:
+    def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a, b]`, whose rows are the units of kind "core"."""
 
         def start(generator: torch.Generator | None) -> Tensor:
@@ -130,7 +135,7 @@ class Diagonal(Core):
         super().__post_init__()
         _check_init(self)
 
-    def specs(self, a: int, b: int, scaling: float) -> list[TensorSpec]:
+    def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a]`, whose numbers are the units of kind "core", and `[1]` for a trained s."""
         first = {
             "ones": lambda _: torch.ones(a),
@@ -141,7 +146,7 @@ class Diagonal(Core):
             raise ValueError(f"A diagonal core is square, and its bases have {a} and {b} components.")
         found = [TensorSpec(CORE, (a,), space="core", start=first.get(self.init))]
         if self.trained_scale:
-            found.append(TensorSpec(SCALE, (1,), start=lambda _: torch.full((1,), scaling)))
+            found.append(TensorSpec(SCALE, (1,), start=lambda _: torch.full((1,), site.scaling)))
         return found
 
     def start(self, tensors: Mapping[str, Tensor], values: Tensor | None) -> None:
@@ -175,7 +180,7 @@ class Band(Core):
         super().__post_init__()
         require(self.width >= 0, self, "width", "an integer >= 0")
 
-    def specs(self, a: int, b: int, scaling: float) -> list[TensorSpec]:
+    def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a, 2 w + 1]`: row i holds :math:`C_{i,i-w}, \\dots, C_{i,i+w}`; what lies outside of C has no effect."""
         if a != b:
             raise ValueError(f"A band is square, and its bases have {a} and {b} components.")
@@ -193,24 +198,22 @@ class Band(Core):
 @register_part("two_factors")
 @dataclass(frozen=True)
 class TwoFactors(Core):
-    r"""A product of rank `r`, :math:`C = C_B\,C_A` with `C_B` `[a, r]` = 0 and `C_A` `[r, b]` Kaiming-uniform at the
-    start (LoRA-Mini; Singh et al., 2024)."""
+    r"""A product of rank r, :math:`C = C_B\,C_A` with `C_B` `[a, r]` = 0 and `C_A` `[r, b]` Kaiming-uniform at the
+    start, for bases of more than r components (LoRA-Mini; Singh et al., 2024)."""
 
-    r: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.r >= 1, self, "r", "an integer >= 1")
-
-    def specs(self, a: int, b: int, scaling: float) -> list[TensorSpec]:
+    def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """Both factors; units of kind "core" are the r products."""
 
         def start(generator: torch.Generator | None) -> Tensor:
-            return nn.init.kaiming_uniform_(torch.empty(self.r, b), a=math.sqrt(5), generator=generator)
+            return nn.init.kaiming_uniform_(torch.empty(site.r, b), a=math.sqrt(5), generator=generator)
 
         spec = partial(TensorSpec, space="core")
-        return [spec(CORE_A, (self.r, b), start=start), spec(CORE_B, (a, self.r), axis=1)]
+        return [spec(CORE_A, (site.r, b), start=start), spec(CORE_B, (a, site.r), axis=1)]
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """C, `[a, b]`."""
         return tensors[CORE_B] @ tensors[CORE_A]
+
+    def around(self, B: Tensor, A: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """:math:`B C_B` `[out, r]` and :math:`C_A A` `[r, in]`, which have fewer components than B and A."""
+        return B @ tensors[CORE_B], tensors[CORE_A] @ A

@@ -44,8 +44,16 @@ class SpectralLoraLayer(AdapterLayer):
     """What the base keeps: :math:`C_0`, or :math:`B_0 C_0` where B is trained."""
     spectral_lora_shape: BufferDict
     """int64 `[2]`, rows and columns of the weight, which a file of a core alone would not tell."""
+    spectral_lora_A_coefficients: nn.ParameterDict
+    """`[k]`, where A is a trained sum of random matrices."""
+    spectral_lora_B_coefficients: nn.ParameterDict
+    """`[l]`, where B is."""
     spectral_lora_scaling: dict[str, float]
     """s, 1 where it is trained."""
+    spectral_lora_owner: dict[str, SpectralLoraLayer]
+    """The layer that has what this one shares, where that is another."""
+    spectral_lora_derived: dict[str, dict[str, Tensor]]
+    """What follows from the seed, made at first use."""
 
     @classmethod
     def tensor_specs(
@@ -68,7 +76,7 @@ class SpectralLoraLayer(AdapterLayer):
         if core is None:
             return found
         a, b = bases.inner(site)
-        found += core.specs(a, b, site.scaling)
+        found += core.specs(a, b, site)
         if core.residual is not None:
             shape = (rows, b) if "B" in bases.trained else (a,) if core.diagonal else (a, b)
             found.append(TensorSpec(OFFSET, shape, role="saved"))
@@ -99,6 +107,28 @@ class SpectralLoraLayer(AdapterLayer):
     def site(self, adapter_name: str) -> Site:
         """What the adapter's bases know of this module."""
         return self.adapter_configs[adapter_name].site(self.module_name, self.out_features, self.in_features)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has a part of that adapter; all of its tensors may belong to another layer."""
+        return adapter_name in self.adapter_configs
+
+    def _tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's tensors here, those of the layer that it shares with, and those that follow from the seed."""
+        config, found = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        owner = self.spectral_lora_owner.get(adapter_name)
+        if owner is not None:
+            held = owner.tensors(adapter_name)
+            found |= {name: held[name].to(found[SHAPE].device) for name in config.bases.shared}
+        if config.bases.derived_names:
+            found |= self._derived(adapter_name, found[SHAPE].device)
+        return found
+
+    def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
+        held = self.spectral_lora_derived.get(adapter_name)
+        if held is None or any(tensor.device != device for tensor in held.values()):
+            held = self.adapter_configs[adapter_name].bases.derive(self.site(adapter_name), device)
+            self.spectral_lora_derived[adapter_name] = held
+        return held
 
     @torch.no_grad()
     def _begin(self, adapter_name: str, first: None) -> None:
@@ -136,7 +166,7 @@ class SpectralLoraLayer(AdapterLayer):
 
     def _parts(self, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor, float]:
         """B, core (a matrix, a diagonal, or None), A and the scaling, with gradients."""
-        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        config, tensors = self.adapter_configs[adapter_name], self._tensors(adapter_name)
         B, A = config.bases.factors(tensors, self.site(adapter_name))
         core, matrix = config.core, None
         scaling = self.spectral_lora_scaling[adapter_name]
@@ -151,7 +181,11 @@ class SpectralLoraLayer(AdapterLayer):
         """One product of factors: the core is a gate where it is diagonal, else part of B."""
         if not self.holds(adapter_name):
             return []
+        config, tensors = self.adapter_configs[adapter_name], self._tensors(adapter_name)
         B, core, A, scaling = self._parts(adapter_name)
+        around = None if config.core is None else config.core.around(B, A, tensors)
+        if around is not None:
+            return [LowRank(*around, scale=scaling)]
         if core is None:
             return [LowRank(B, A, scale=scaling)]
         return [LowRank(B, A, core, scaling) if core.dim() == 1 else LowRank(B @ core, A, scale=scaling)]

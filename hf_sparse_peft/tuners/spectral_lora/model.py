@@ -1,11 +1,17 @@
-"""`SpectralLoraModel`: injects and checks spectral adapters."""
+"""`SpectralLoraModel`: injects and checks spectral adapters, and ties what their layers share."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from ..shared.model import AdapterModel
-from .layer import SpectralLoraLayer, SpectralLoraLinear
+from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
+from ..shared.model import AdapterModel, AdapterPlan
+from .config import SpectralLoraConfig
+from .layer import SHAPE, SpectralLoraLayer, SpectralLoraLinear
 
 
 class SpectralLoraModel(AdapterModel):
@@ -16,6 +22,58 @@ class SpectralLoraModel(AdapterModel):
 
     tuner_layer_cls = SpectralLoraLayer
     linear_cls = SpectralLoraLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject the adapter, then show each layer the one that has what it shares."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        by_name = {
+            layer.module_name: layer for layer in spectral_layers(model) if adapter_name in layer.adapter_configs
+        }
+        for name, (owner, _, _) in config.sizes.items():
+            if name in by_name and owner != name:
+                by_name[name].spectral_lora_owner[adapter_name] = by_name[owner]
+
+    def plan(self, peft_config: SpectralLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+        """Which modules share bases, written into `sizes`.
+
+        Raises:
+            ValueError: the file that is being loaded has its modules share otherwise than this base has them.
+        """
+        if not peft_config.bases.shared:
+            return AdapterPlan()
+        groups: dict[Hashable, list[str]] = {}
+        for name, base in targets.items():
+            cols, rows = _get_in_out_features(base)
+            groups.setdefault(peft_config.group(name, rows, cols), []).append(name)
+        found = {name: [names[0], len(names), at] for names in groups.values() for at, name in enumerate(names)}
+        found = {name: found[name] for name in targets}
+        if file_being_loaded() is not None and peft_config.sizes != found:
+            wrong = next(
+                name for name in [*found, *peft_config.sizes] if found.get(name) != peft_config.sizes.get(name)
+            )
+            raise ValueError(
+                f"sizes[{wrong!r}]={peft_config.sizes.get(wrong)} in {CONFIG_FILE}, and in this base it is "
+                f"{found.get(wrong)}. Load the adapter on the base that it was trained on."
+            )
+        peft_config.sizes = found
+        return AdapterPlan()
+
+    @classmethod
+    def check_file(cls, file: AdapterFile) -> None:
+        """Check that the file has all modules that share bases.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        absent = sorted(
+            {name for name, (owner, _, _) in file.config.sizes.items() for name in (name, owner)} - set(file.modules)
+        )
+        if absent:
+            raise ValueError(
+                f"'{tensor_key(absent[0], SHAPE)}' is missing from '{file.path}': sizes in {CONFIG_FILE} has "
+                f"'{absent[0]}'. The file is incomplete."
+            )
 
 
 def spectral_layers(model: nn.Module) -> list[SpectralLoraLayer]:
