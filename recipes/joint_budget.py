@@ -7,7 +7,8 @@ Every candidate ends with the trained numbers of LoRA r=`--rank` on all linears 
 equally many steps of the same data. `joint` and `joint-once` (one split for good after a tenth of the run) start with
 twice the target in components and twice in entries, so they train up to four times as many numbers before the last
 allocation, at step 42 and step 6 of 60; the others have the target from the first step on. Entries start at random
-places. Below 20 steps the one split falls on the first step, where all scores are 0, and is left out with a warning.
+places. Where scores are all 0 after a tenth of the run, as in the first step of a warm-up, the one split waits for the
+next step.
 
 Rows that `joint_budget.json` holds already are not measured again. A table goes to the terminal, `joint_budget.json`
 and `joint_budget.png` (where the target went: layers x modules, mean over seeds) to `--output`.
@@ -40,7 +41,7 @@ import demo_data  # found by harness
 
 from hf_sparse_peft.training.support_picture import save_picture
 
-ENTRIES = "criterion=random,budget={type: numbers, num_entries: $%s}"
+ENTRIES = "criterion=random,budget={type: numbers, numbers: $%s}"
 JOINT = f"joint-budget:r=$start_rank,lora_alpha=$start_alpha,{ENTRIES % 'start_entries'},fraction=$fraction"
 CANDIDATES = {
     "joint": JOINT,

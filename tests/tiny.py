@@ -24,14 +24,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sparse_peft import Allocate, Sparsity
+from hf_sparse_peft import Allocate, Density
 
 VOCAB = 64
 
 
 def kernel_allocation(sparsity: float = 0.3, **options) -> Allocate:
     """SNELLA's competition of matrices, at every step of a run."""
-    return Allocate(("kernel",), Sparsity(sparsity), **{"every": 1, "fixed_at_end": False, **options})
+    return Allocate(("kernel",), Density(1 - sparsity), **{"every": 1, "fixed_at_end": False, **options})
 
 
 BASES = ("fp32", "bf16", "nf4", "int8", "conv1d")

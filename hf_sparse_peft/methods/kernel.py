@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, Sparsity
+from ..rules import Allocate
+from ..sparsity import Density
 from ..tuners import KernelLoraConfig
 from .registry import Method, register
 
@@ -36,7 +37,7 @@ def snella(r: int = 32, sparsity: float = 0.3, initial_sparsity: float = 0.0, **
     lr 1e-3, AdamW, weight decay 0.05. In `mode="paper"` the softmax adds about 1/out to every entry at the start. The
     fraction of zeros goes from `initial_sparsity` (`init_thres`) to `sparsity`. The official code counts epochs for
     budget and allocation, so that runs of few epochs hardly move; `Allocate(every=...)` with an epoch's steps does."""
-    rule = Allocate(spaces=("kernel",), budget=Sparsity(sparsity), every=1, fixed_at_end=False)
+    rule = Allocate(spaces=("kernel",), budget=Density(round(1 - sparsity, 12)), every=1, fixed_at_end=False)
     options = {"r": r, "kernel": "mixed", "sparsity": initial_sparsity, "schedule": [rule]}
     options["target_modules"] = "all-linear"
     return Method(KernelLoraConfig(**{**options, **overrides}))

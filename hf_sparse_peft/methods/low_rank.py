@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, AverageRank, FactorExperts, Fraction, GrowRank, Orthogonality, ProximalGate, SampleRank
+from ..rules import Allocate, FactorExperts, GrowRank, Orthogonality, ProximalGate, SampleRank
+from ..sparsity import AverageRank, Fraction
 from ..training import AgedAdamWSpec
 from ..tuners import FactorMaskConfig, SparseLoraConfig
 from .registry import Method, register, with_overrides
@@ -83,9 +84,7 @@ def joint_budget(
     """Components and entries in one budget, ranked by smoothed sensitivity per number: `fraction` of the numbers that
     `r` and `density` start with is left. `once=True` makes one split for good after a tenth of the run, as RA-SpaRC
     splits its budget once (its compressors and constants are not published; the score here is Allocate's)."""
-    rule = Allocate(
-        spaces=("rank", "support"), budget=Fraction(fraction), unit_score="mean", every=None if once else 10
-    )
+    rule = Allocate(spaces=("rank", "support"), budget=Fraction(fraction), every=None if once else 10)
     options = {"r": r, "density": density, "schedule": [rule], "target_modules": "all-linear"}
     options["optimizer"] = AgedAdamWSpec()
     return Method(SparseLoraConfig(**with_overrides(options, overrides)))

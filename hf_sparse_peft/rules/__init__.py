@@ -5,7 +5,7 @@ run.py           what a rule sees of a training run   update_mask.py   who is up
 rule.py          the base of all rules, which pairs compose      pairs.py    the table of these
 prune.py         units leave along a curve        search_support.py   the best of some random supports
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
-allocate.py      one budget for all layers            scores.py, budgets.py   of which units, of how many
+allocate.py      one budget for all layers            scores.py        which units matter
 orthogonality.py a pull on low-rank factors
 sample_rank.py   nested ranks                 grow_rank.py     modules gain ranks
 proximal_gate.py a threshold on gates
@@ -18,7 +18,6 @@ sample_layers.py    drawn transformer layers train at a step        probing.py  
 
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
-from .budgets import AverageRank, Budget, Fraction, Sparsity, TrainedNumbers
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
@@ -46,13 +45,10 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
-    "AverageRank",
-    "Budget",
     "Drop",
     "ExpertDraw",
     "FactorExperts",
     "Follower",
-    "Fraction",
     "Freeze",
     "Gradient",
     "GrowRank",
@@ -78,9 +74,7 @@ __all__ = [
     "Sensitivity",
     "SignedMagnitude",
     "Smoothed",
-    "Sparsity",
     "TensorSpace",
-    "TrainedNumbers",
     "Training",
     "TrainingScore",
     "UnitSpace",

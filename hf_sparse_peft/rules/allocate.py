@@ -9,12 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..sparsity import Cubic, Curve, competition_counts, stream_seed, whole_steps
+from ..sparsity import Budget, Cubic, Curve, competition_counts, stream_seed, whole_steps
 from ..sparsity.selection import tie_priority
 from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import register_part, require
 from ..utils.tensors import TensorSpec
-from .budgets import AverageRank, Budget, budget_of_training
 from .collectives import all_reduce_mean
 from .moves import move_units
 from .no_effect import report_idle
@@ -22,6 +21,7 @@ from .rule import Rule
 from .run import Run
 from .scores import Smoothed, TrainingScore
 from .space import UnitSpace
+from .training_budget import budget_of_training
 
 
 @register_part("allocate")
@@ -42,23 +42,29 @@ class Allocate(Rule):
       its size (`sparsity.competition_counts`); which entries follows from the kernel.
 
     Scores are updated after every optimizer step `t`, up to :math:`T - t_f` where `fixed_at_end`. Units are compared at
-    multiples of `every` after :math:`t_i`, and at :math:`t = T - t_f` (or the last step) for the target. A layer whose
-    units never had a gradient keeps them and is named in a warning; the others share the budget of their own number.
+    multiples of `every` after :math:`t_i`, and at :math:`t = T - t_f` (or the last step) for the target. They are taken
+    in the order of their scores, and one that costs more than what is left of the budget is passed over: what is left
+    in the end pays for none of the others, so it is less than one unit of the largest. A layer whose units never had a
+    gradient keeps them and is named in a warning; the others share the budget of their own number.
     Layers that are held still keep what they have and follow when they train again.
     """
 
     spaces: tuple[str, ...] = ("rank",)
     """Kinds of units that share the budget: "rank" and "support" in any combination, or "kernel"."""
-    budget: Budget = field(default_factory=AverageRank)
-    """What is left at the end: `AverageRank(r)`, `TrainedNumbers(n)`, `Fraction(f)` of the start, `Sparsity(s)`."""
+    budget: Budget | None = None
+    """What is left at the end: `AverageRank(r)`, `Numbers(n)`, `Density(d)`, `Fraction(f)` of the start, or another
+    budget that answers for training (`sparsity.Budget.target`). None: the `budget` of the config, which is what its
+    supports start with, for spaces with "support"."""
     score: TrainingScore = field(default_factory=Smoothed)
     """How much each trained number matters."""
-    unit_score: Literal["mean", "sum_of_means"] = "sum_of_means"
+    unit_score: Literal["mean", "sum_of_means"] | None = None
     """A unit's score: the mean over all of its numbers, which makes units of different kinds comparable, or as AdaLoRA
-    and SNELLA have it the sum of its means over the gate, the row of A and the column of B."""
+    and SNELLA have it the sum of its means over the gate, the row of A and the column of B. None: the mean where there
+    are several kinds, else the sum of means."""
     every: PositiveInt | None = 10
     """Optimizer steps between two allocations while the budget falls. None: one allocation for good, right after
-    `initial_warmup` (a split once at the start, as RA-SpaRC makes one, but by this score)."""
+    `initial_warmup` (a split once at the start, as RA-SpaRC makes one, but by this score), or at the first step after
+    it at which every kind of `spaces` has a score other than 0 somewhere: none has before the first update."""
     initial_warmup: Annotated[float, Range(least=0, below=1)] = 0.1
     """Fraction of the run before the budget starts to fall (t_i / T); scores are collected."""
     final_warmup: Annotated[float, Range(least=0, below=1)] = 0.3
@@ -107,7 +113,7 @@ class Allocate(Rule):
                 "Allocate takes units of the support away, and another rule keeps units that stopped training (retired "
                 "or frozen ones). Keep one of the two."
             )
-        if len(self.spaces) > 1 and self.unit_score != "mean":
+        if len(self.spaces) > 1 and self.unit_score == "sum_of_means":
             raise ValueError(
                 f"Allocate.unit_score={self.unit_score!r} cannot compare units of {self.spaces}: a component would sum "
                 "three means, an entry one. Set unit_score='mean'."
@@ -117,7 +123,24 @@ class Allocate(Rule):
                 f"Allocate.score={self.score} has one number for a whole module, and units compete. Take a score of "
                 "single numbers: Sensitivity, Magnitude, or Smoothed over one of them."
             )
-        self.budget.check(config)
+        self.budget_for(config).check_training(config, self.spaces)
+
+    def budget_for(self, config: Any) -> Budget:
+        """`budget`, or the one of the adapter's config.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = self.budget
+        if found is None and "support" in self.spaces:
+            found = getattr(config, "budget", None)
+        if not isinstance(found, Budget):
+            raise ValueError(
+                f"Allocate.budget=None takes the budget of a config's supports, and with spaces={self.spaces} and "
+                f"budget={getattr(config, 'budget', None)} in the config there is none. Set Allocate.budget to "
+                "AverageRank(r), Numbers(n), Density(d) or Fraction(f)."
+            )
+        return found
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """What the score keeps."""
@@ -144,10 +167,12 @@ class Allocate(Rule):
             return target
         return target + (start - target) * self.curve((step - first) / (last - first))
 
-    def _is_due(self, step: int, total_steps: int) -> bool:
-        first = self.window(total_steps)[0]
-        at_end = self.last_comparison(total_steps)
-        if self.every is None or step <= first or step == at_end:
+    def _is_due(self, run: Run, step: int) -> bool:
+        first = self.window(run.total_steps)[0]
+        at_end = self.last_comparison(run.total_steps)
+        if self.every is None:
+            return step >= at_end and "split" not in run.saved
+        if step <= first or step == at_end:
             return step == at_end
         return step % self.every == 0 and (step < at_end or not self.fixed_at_end)
 
@@ -168,14 +193,14 @@ class Allocate(Rule):
         """Say that nothing leaves, or that all of it leaves at one step."""
         spaces = run.spaces(training=False)
         names = [space.name for space in spaces]
-        start, target = self._ends(spaces, spaces)
+        start, target = self._ends(run, spaces, spaces)
         first, last = self.window(run.total_steps)
         counted, cause = spaces[0].counted, None
         if counted and len(spaces) == 1:
             cause = "Allocate has one matrix, which has nothing to compete with: 0 entries ever move"
         elif start == target and (not counted or target == sum(space.size for space in spaces)):
-            cause = f"Allocate.budget={self.budget} is no less than the {start} that {len(names)} layers start with"
-            cause += ": 0 units ever leave"
+            cause = f"Allocate.budget={self.budget_for(run.config)} is no less than the {start} that {len(names)} "
+            cause += "layers start with: 0 units ever leave"
         if cause:
             mend = "Start with more (AdaLoRA: r = 1.5 x the average rank), lower the budget, or leave the rule out."
             report_idle(names, len(names), cause, mend)
@@ -192,47 +217,54 @@ class Allocate(Rule):
     def after_update(self, run: Run) -> None:
         """Update the scores from the weights after the step and the gradients before it."""
         step, last = run.step + self.count_from, self.window(run.total_steps)[1]
-        if self.every is None:
-            last = self.last_comparison(run.total_steps) + 1
-        if step < last or not self.fixed_at_end:
+        collects = step < last if self.every is not None else "split" not in run.saved
+        if collects or not self.fixed_at_end:
             self.score.update(run, run.spaces(training=False))
 
     def after_step(self, run: Run) -> None:
         """Compare what is due, and keep dead components dead once they are fixed."""
         step = run.step - 1 + self.count_from
-        due, at_end = self._is_due(step, run.total_steps), self.last_comparison(run.total_steps)
+        due, at_end = self._is_due(run, step), self.last_comparison(run.total_steps)
         everybody = run.spaces(training=False)
         training = [space for space in everybody if space.trains]
         fixed = self.fixed_at_end and step >= at_end
         # What was held still at the last allocation follows when it trains again.
-        late = fixed and step > at_end and len(training) < len(everybody)
+        late = fixed and step > at_end and not due and len(training) < len(everybody)
+        judged = [space for space in training if self.score.has_evidence(space)] if due or late else []
+        if due and self.every is None:
+            due = bool(judged) and {space.kind for space in judged} == {space.kind for space in training}
+            run.saved.update({"split": step} if due else {})
         if due or late:
             run.memory.missed = run.memory.missed or len(training) < len(everybody)
-            action = f"{' and '.join(self.spaces)} units were not compared"
-            judged = run.with_evidence(training, self.score.has_evidence, action)
+            run.report_missing([space for space in training if space not in judged], len(judged), self._not_done)
             if judged:
                 self._share_out(run, judged, everybody, step, late)
         if due or fixed:
             for space in training:
                 space.apply_mask()
 
-    def _ends(self, spaces: list[UnitSpace], everybody: list[UnitSpace]) -> tuple[int, int]:
-        start = self.budget.initial(spaces)
-        target = self.budget.target(spaces, everybody)
+    @property
+    def _not_done(self) -> str:
+        return f"{' and '.join(self.spaces)} units were not compared"
+
+    def _ends(self, run: Run, spaces: list[UnitSpace], everybody: list[UnitSpace]) -> tuple[int, int]:
+        budget = self.budget_for(run.config)
+        start, target = budget.initial(spaces), budget.target(spaces, everybody)
         return start, target if spaces[0].counted else min(target, start)
 
     def _share_out(self, run: Run, judged: list[UnitSpace], everybody: list[UnitSpace], step: int, late: bool) -> None:
         taking_part = [space for space in everybody if space in judged or not space.trains]
-        start, target = self._ends(taking_part, everybody)
+        start, target = self._ends(run, taking_part, everybody)
+        cost = self.budget_for(run.config).cost
         counted = judged[0].counted
         total = target
         if self.every is not None and step != self.last_comparison(run.total_steps):
             total = self.budget_at(start, target, step, run.total_steps)
-        alive = [space.count * self.budget.cost(space) for space in taking_part]
-        sizes = [space.initial * self.budget.cost(space) for space in taking_part]
+        alive = [space.count * cost(space) for space in taking_part]
+        sizes = [space.initial * cost(space) for space in taking_part]
         sizes = [space.size for space in taking_part] if counted else sizes
         total = budget_of_training(round(total) if counted else int(total), taking_part, alive, sizes)
-        living = sum(space.count * self.budget.cost(space) for space in judged)
+        living = sum(space.count * cost(space) for space in judged)
         if late and total >= living:
             return
         if counted:
@@ -253,21 +285,25 @@ class Allocate(Rule):
     def _choose(self, run: Run, spaces: list[UnitSpace], total: int, seed: int) -> None:
         scores = [self.scores(space) for space in spaces]
         numbers = [score.numel() for score in scores]
-        costs = torch.cat([torch.full((n,), self.budget.cost(s)) for n, s in zip(numbers, spaces, strict=True)])
+        cost = self.budget_for(run.config).cost
+        costs = torch.cat([torch.full((n,), cost(space)) for n, space in zip(numbers, spaces, strict=True)])
         chosen = affordable(torch.cat([score.cpu() for score in scores]), costs, total, seed)
         for space, lives in zip(spaces, chosen.split(numbers), strict=True):
             units = space.candidates()
             move_units(space, units[lives.to(units.device)], run.optimizer)
 
     def finish(self, run: Run) -> None:
-        """Say if layers held still kept the target from being reached."""
+        """Say if layers held still kept the target from being reached, or no layer had scores for the one split."""
         spaces = run.spaces(training=False)
+        if self.every is None and "split" not in run.saved:
+            run.report_missing([s for s in spaces if not self.score.has_evidence(s)], 0, self._not_done)
         if not run.memory.missed or not self.fixed_at_end:
             return
-        alive, target = sum(space.count * self.budget.cost(space) for space in spaces), self._ends(spaces, spaces)[1]
+        budget, target = self.budget_for(run.config), self._ends(run, spaces, spaces)[1]
+        alive = sum(space.count * budget.cost(space) for space in spaces)
         if alive > target:
             warnings.warn(
-                f"Allocate.budget={self.budget} was not reached: {alive} live instead of {target}, because layers were "
+                f"Allocate.budget={budget} was not reached: {alive} live instead of {target}, because layers were "
                 "held still by another rule when they were due. Let modules take turns more often, or raise "
                 "final_warmup.",
                 stacklevel=2,
@@ -279,7 +315,7 @@ class Allocate(Rule):
         # Products of two small averages leave fp32's range where a whole matrix has one score.
         numbers = self.score.numbers(space, torch.float64 if space.counted else torch.float32)
         by_parameter = [_of_units(numbers[name], axis) for name, (_, axis) in space.scored_parameters().items()]
-        if self.unit_score == "mean":
+        if self.unit_score == "mean" or (self.unit_score is None and len(self.spaces) > 1):
             found = sum(one.sum(1) for one in by_parameter) / sum(one.shape[1] for one in by_parameter)
         else:
             found = sum(one.mean(1) for one in by_parameter)
@@ -288,7 +324,11 @@ class Allocate(Rule):
 
 def affordable(scores: Tensor, costs: Tensor, total: int, seed: int) -> Tensor:
     """Bool `[k]`: the units that `total` pays for, taken in the order of their scores; one that costs more than what is
-    left is passed over. Ties are broken by a draw from `seed`."""
+    left is passed over. Ties are broken by a draw from `seed`.
+
+    With `s` the sum of the costs of the units taken, `total - s` is at least 0 and less than the cost of each unit that
+    is not taken: with units of one cost `c` the nearest multiple of `c` not above `total`.
+    """
     drawn = tie_priority(seed, torch.arange(scores.numel())).argsort(descending=True)
     order = drawn[scores[drawn].argsort(descending=True, stable=True)]
     taken, left = torch.zeros(scores.numel(), dtype=torch.bool), total

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
-from .budgets import unit_sums
-from .space import UnitSpace
+from .space import UnitSpace, unit_sums
 
 
 @dataclass(frozen=True)

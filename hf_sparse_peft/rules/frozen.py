@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..sparsity import stream_seed, top_units
 from ..utils.tensors import TensorSpec
-from .budgets import unit_sums
 from .moves import move_units
 from .run import Run
-from .space import UnitSpace
+from .space import UnitSpace, unit_sums
 
 
 def frozen_state(space: UnitSpace) -> TensorSpec:

@@ -21,12 +21,11 @@ from ..sparsity.selection import chunk_size
 from ..utils.option_types import NonNegativeInt, PositiveInt, Range
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
-from .budgets import unit_sums
 from .collectives import from_first_rank
 from .evidence import is_evidence
 from .gradient_readers import CandidateReader, MicroBatchReader, StepReader
 from .run import Run
-from .space import UnitSpace
+from .space import UnitSpace, unit_sums
 
 
 @dataclass(frozen=True)

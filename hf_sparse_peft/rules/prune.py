@@ -12,13 +12,13 @@ from torch import Tensor
 from ..sparsity import Cubic, stream_seed, top_units
 from ..utils.option_types import PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part, require
-from .budgets import budget_of_training, unit_sums
 from .evidence import is_evidence
 from .moves import move_units
 from .no_effect import report_idle
 from .rule import Rule
 from .run import Run
-from .space import UnitSpace
+from .space import UnitSpace, unit_sums
+from .training_budget import budget_of_training
 
 
 @register_part("prune")

@@ -88,6 +88,11 @@ class UnitSpace:
         """Entries of the weight that belong to one unit alone; 0 where units are no parts of it, as components."""
         return 0
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """`(out, in)` of the adapted weight."""
+        return self.layer.out_features, self.layer.in_features
+
     def alive(self) -> Tensor:
         """Living units, sorted, `[a]`."""
         raise NotImplementedError
@@ -159,6 +164,11 @@ class UnitSpace:
     def trains(self) -> bool:
         """Whether the space takes part in the current step: some parameter of it is updated."""
         return any(parameter.requires_grad for parameter in self.parameters())
+
+
+def unit_sums(values: Tensor) -> Tensor:
+    """`[k]` fp32 sums of |value| over the entries of each unit."""
+    return values.detach().float().abs().unsqueeze(1).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Score, select_units              importance of units by the weight, and the best
 DataCriterion                    importance of units estimated from data
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
-Budget, *_counts                 how many units each layer gets
+Budget, *_counts                 how many units each layer gets, and what is left of them in the end
 Curve, make_curve                how a number moves during training
 """
 
@@ -21,22 +21,18 @@ from .allocation import (
     uniform_counts,
 )
 from .bits import pack_bits, unpack_bits
-from .budgets import (
+from .budget import Budget, CountedUnits, Targets, Total
+from .budget_splits import (
     BelowThreshold,
-    Budget,
     ByModule,
-    Density,
     ErdosRenyi,
     Global,
-    Numbers,
     Proportional,
-    RankEquivalent,
     Shared,
-    Targets,
-    Total,
     UnitsPerModule,
     WholeTensors,
 )
+from .budget_totals import AverageRank, Density, Fraction, Numbers, RankEquivalent
 from .codec import HEADER_BYTES, coded_grid, codes_length, decode_support, encode_support
 from .curves import (
     Constant,
@@ -80,11 +76,13 @@ __all__ = [
     "HEADER_BYTES",
     "SM3",
     "Activation",
+    "AverageRank",
     "BelowThreshold",
     "Budget",
     "ByModule",
     "Constant",
     "Cosine",
+    "CountedUnits",
     "Cubic",
     "Curve",
     "DataCriterion",
@@ -94,6 +92,7 @@ __all__ = [
     "ErdosRenyi",
     "Exponential",
     "Fisher",
+    "Fraction",
     "Given",
     "Global",
     "Gradient",

@@ -42,22 +42,22 @@ import demo_data  # found by harness
 from evaluation import exact_match, text_loss
 
 DEMO_BASE = Path(__file__).resolve().parents[1] / "demo_base"
-ENTRIES = "shira:budget={type: numbers, num_entries: $numbers}"
-HYBRID = "sparse-lora:r=$half,budget={type: numbers, num_entries: $rest}"
+ENTRIES = "shira:budget={type: numbers, numbers: $numbers}"
+HYBRID = "sparse-lora:r=$half,budget={type: numbers, numbers: $rest}"
 CANDIDATES = {
     "lora": "lora:r=$rank,lora_alpha=$alpha",
     "entries": ENTRIES,
-    "entries-largest": "super-tuning:budget={type: numbers, num_entries: $numbers}",
+    "entries-largest": "super-tuning:budget={type: numbers, numbers: $numbers}",
     "entries-low-rank": f"{ENTRIES},criterion={{type: low_rank_magnitude, rank: 32}}",
     "entries-gradient": f"{ENTRIES},criterion=gradient",
-    "fish": "fish:budget={type: numbers, num_entries: $numbers}",
-    "spiel-ag": "spiel-ag:budget={type: numbers, num_entries: $numbers}",
+    "fish": "fish:budget={type: numbers, numbers: $numbers}",
+    "spiel-ag": "spiel-ag:budget={type: numbers, numbers: $numbers}",
     "hybrid": f"{HYBRID},criterion=random",
     "hybrid-fast-values": f"{HYBRID},criterion=random,values_ratio=3.0",
     "hybrid-largest": f"{HYBRID},criterion=magnitude",
     "hybrid-gradient": HYBRID,
     "hybrid-fisher": f"{HYBRID},criterion=fisher",
-    "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, num_entries: $rest}",
+    "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, numbers: $rest}",
 }
 
 

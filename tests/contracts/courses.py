@@ -69,7 +69,7 @@ RULES: dict[str, dict[str, Any]] = {
         "initial_warmup": 0.0, "only": ("low rank + entries",),
     },
     "allocate: kernel": {
-        "spaces": ("kernel",), "budget": {"type": "sparsity", "sparsity": 0.8}, "every": 2, "initial_warmup": 0.0,
+        "spaces": ("kernel",), "budget": {"type": "density", "fraction": 0.2}, "every": 2, "initial_warmup": 0.0,
         "fixed_at_end": False, "only": ("kernel",),
     },
     "orthogonality": {"weight": 0.5},

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import Numbers, Proportional, SparseLoraConfig, WholeTensors, methods
-from hf_sparse_peft.sparsity.budgets import draw_tensors
+from hf_sparse_peft.sparsity.budget_splits import draw_tensors
 from hf_sparse_peft.tuners import adapter_layers
 
 

@@ -34,7 +34,7 @@ CONFIG_MISTAKES = {
     ),
     "budget above the weights": (
         {"budget": Numbers(10_000_000)},
-        ["num_entries=10000000", "6144 entries", "Lower it"],
+        ["Numbers.numbers=10000000", "6144 entries", "Lower it"],
     ),
     "density above one": ({"density": 20.0}, ["density=20.0", "in [0, 1]"]),
     "percent for a share of a pattern": (

@@ -14,7 +14,9 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import (
+    Allocate,
     AlternateModules,
+    AverageRank,
     FactorExperts,
     Freeze,
     KernelLoraConfig,
@@ -38,6 +40,7 @@ from hf_sparse_peft.utils.parts import part_types
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12
 BUSY = {
+    "allocate": Allocate(budget=AverageRank(2), every=2),
     "alternate_modules": AlternateModules(period_steps=2),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.05),

@@ -61,7 +61,7 @@ def sizes(model) -> list[int]:
 def test_survivors_add_up_to_the_cubic_budget_at_every_step_and_reach_both_ends(tmp_path):
     model = adapted(make_config())
     whole = sum(sizes(model))
-    start, target = (sum(n - round(s * n) for n in sizes(model)) for s in (0.1, 0.6))
+    start, target = sum(n - round(0.1 * n) for n in sizes(model)), int(0.4 * whole)
     assert survivors(model) == [n - round(0.1 * n) for n in sizes(model)]
     seen = {}
     watch = Hook(on_step_end=lambda update, model, optimizer: seen.update({update: survivors(model)}))
@@ -237,7 +237,7 @@ def test_training_without_the_callback_warns_once_and_names_the_mend():
 def test_a_window_of_one_step_still_reaches_the_target(tmp_path):
     model = adapted(make_config({"initial_warmup": 0.75, "final_warmup": 0.24}))
     run(model, tmp_path, 4, optimizer="default")
-    assert sum(survivors(model)) == sum(n - round(0.6 * n) for n in sizes(model))
+    assert sum(survivors(model)) == int(0.4 * sum(sizes(model)))
 
 
 def test_a_schedule_longer_than_the_run_is_refused(tmp_path):

@@ -9,8 +9,8 @@ from training_toolbox import Hook, StopAt, adapted, all_state, differences, laye
 
 from hf_sparse_peft import Prune, Regrow, SparseLoraConfig
 from hf_sparse_peft.rules import Drop, Growth, UnitSpace
-from hf_sparse_peft.rules.budgets import unit_sums
 from hf_sparse_peft.rules.gradient_readers import MicroBatchReader
+from hf_sparse_peft.rules.space import unit_sums
 from hf_sparse_peft.utils.parts import register_part
 from hf_sparse_peft.utils.tensors import TensorSpec
 

@@ -6,13 +6,13 @@ import torch
 from peft import get_peft_model
 from training_toolbox import Hook, layers_of, run
 
-from hf_sparse_peft import Allocate, Fraction, SparseLoraConfig, TrainedNumbers
+from hf_sparse_peft import Allocate, Fraction, Numbers, SparseLoraConfig
 from hf_sparse_peft.rules.allocate import affordable
 
 
 def adapted(budget, base="fp32", **options):
     torch.manual_seed(2)
-    rule = Allocate(("rank", "support"), budget, unit_score="mean", **{"every": 2, "initial_warmup": 0.0, **options})
+    rule = Allocate(("rank", "support"), budget, **{"every": 2, "initial_warmup": 0.0, **options})
     config = SparseLoraConfig(
         r=4, density=0.2, target_modules=["q_proj", "down_proj"], schedule=[rule], task_type="CAUSAL_LM"
     )
@@ -63,7 +63,7 @@ def test_numbers_follow_the_cubic_curve_and_end_at_the_budget(base, tmp_path):
 
 
 def test_a_number_of_numbers_is_met_and_one_split_stays(tmp_path):
-    model, seen = adapted(TrainedNumbers(900), every=None, initial_warmup=0.2), {}
+    model, seen = adapted(Numbers(900), every=None, initial_warmup=0.2), {}
     run(
         model, tmp_path, 10,
         after=[Hook(on_step_end=lambda step, m, _: seen.update({step: [s.alive().tolist() for s in spaces(m)]}))],

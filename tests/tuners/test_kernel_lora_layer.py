@@ -355,8 +355,8 @@ def test_drop_path_leaves_out_whole_samples_in_training_only(base_of):
         ({"own_counts": 3}, "own_counts=3"),
         ({"schedule": [{"type": "allocate"}]}, r"spaces=\('rank',\) needs units of kind \['rank'\]"),
         (
-            {"schedule": [{"type": "allocate", "budget": {"type": "sparsity", "sparsity": 1.0}}]},
-            "sparsity=1.0 is out of",
+            {"schedule": [{"type": "allocate", "budget": {"type": "density", "fraction": 0.0}}]},
+            "fraction=0.0 is out of",
         ),
         (
             {"schedule": [{"type": "allocate", "score": {"type": "smoothed", "beta1": 1.0}}]},

@@ -68,7 +68,7 @@ SPARSE = [
     ("lora_alpha", math.inf), ("lora_alpha", True), ("r", 2.0), ("r", "2"), ("r", True), ("r", None),
     ("density", "0.1"),
     ("density", True), ("density", math.nan), ("seed", 1.5), ("block_size", 8.0), ("lora_dropout", "0"),
-    ("budget", {"type": "numbers", "num_entries": 3.0}), ("budget", {"type": "units_per_module", "units": "all"}),
+    ("budget", {"type": "numbers", "numbers": 3.0}), ("budget", {"type": "units_per_module", "units": "all"}),
     ("budget", {"type": "rank_equivalent", "rank": True}), ("rank_pattern", ["q_proj"]),
     ("rank_pattern", {"q_proj": 2.0}), ("rank_pattern", {"q_proj": -1}), ("rank_pattern", {"(": 1}),
     ("alpha_pattern", {"q_proj": math.nan}), ("alpha_pattern", {"[": 1.0}),

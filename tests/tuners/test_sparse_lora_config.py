@@ -12,7 +12,7 @@ from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
 
 import hf_sparse_peft
-from hf_sparse_peft import Allocate, Numbers, Prune, Regrow, SparseLoraConfig, SparseLoraModel
+from hf_sparse_peft import Allocate, AverageRank, Numbers, Prune, Regrow, SparseLoraConfig, SparseLoraModel
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared import registration
 
@@ -67,7 +67,7 @@ BAD = [
     ({"density": -0.1}, "density=-0.1"),
     ({"density": 1.5}, "density=1.5"),
     ({"density": float("nan")}, "density=nan"),
-    ({"budget": {"type": "numbers", "num_entries": 0}}, "Numbers.num_entries=0"),
+    ({"budget": {"type": "numbers", "numbers": 0}}, "Numbers.numbers=0"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
     ({"block_size": 0}, "block_size=0"),
@@ -115,10 +115,11 @@ def test_bad_value_is_refused_by_the_name_of_its_field(options, message):
 
 
 def test_schedules_may_be_given_as_dicts():
+    ranks = {"type": "allocate", "budget": "average_rank"}
     config = SparseLoraConfig(
-        schedule=[{"type": "prune", "final_fraction": 0.3}, {"type": "regrow", "every": 8}, {"type": "allocate"}]
+        schedule=[{"type": "prune", "final_fraction": 0.3}, {"type": "regrow", "every": 8}, ranks]
     )
-    assert config.schedule == [Prune(final_fraction=0.3), Regrow(every=8), Allocate()]
+    assert config.schedule == [Prune(final_fraction=0.3), Regrow(every=8), Allocate(budget=AverageRank(4))]
     assert config.has_schedule
     assert not dataclasses.replace(config, training_finished=True).has_schedule
 
@@ -144,7 +145,7 @@ REFUSED = {
         "'odd'.*block_size=16",
     ),
     "density without a unit": ("sparse-row", {"density": 0.02}, ValueError, "density=0.02 leaves no row"),
-    "too many entries": ("hybrid-entry", {"budget": Numbers(10**9)}, ValueError, "num_entries=1000000000"),
+    "too many entries": ("hybrid-entry", {"budget": Numbers(10**9)}, ValueError, "Numbers.numbers=1000000000"),
     "not a linear layer": ("hybrid-entry", {"target_modules": [*BOTH, "conv"]}, TypeError, "'conv' of type Conv1d"),
     "not a linear layer, low-rank": ("low_rank-entry", {"target_modules": [*BOTH, "conv"]}, TypeError, "'conv'"),
     "sizes of another model": ("hybrid-entry", {"sizes": {"first": [3, 3, 4]}}, ValueError, "second"),

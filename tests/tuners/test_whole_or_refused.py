@@ -14,10 +14,18 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_sparse_peft import AccumulatedGradient, ByModule, KernelLoraConfig, Regrow, SparseLoraConfig, callbacks_for
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    Allocate,
+    AverageRank,
+    ByModule,
+    KernelLoraConfig,
+    Regrow,
+    SparseLoraConfig,
+    callbacks_for,
+)
 from hf_sparse_peft.cli import main as command_line
 from hf_sparse_peft.hub import check_adapter
-from hf_sparse_peft.rules import Allocate, AverageRank
 from hf_sparse_peft.tuners import FactorMaskConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -245,7 +253,7 @@ def test_pickled_weights_are_never_read(tmp_path):
         ({"rank_pattern": {"k_proj": 10**9}, "target_modules": ["q_proj", "k_proj"]}, "k_proj"),
         ({"sizes": {"model.layers.0.self_attn.q_proj": [10**12, 10**12, 2]}}, "sparse_lora_values"),
         ({"density": 1.0}, "sparse_lora_values"),
-        ({"density": 0.005, "budget": {"type": "numbers", "num_entries": 10**15}}, "num_entries|sparse_lora_values"),
+        ({"density": 0.005, "budget": {"type": "numbers", "numbers": 10**15}}, "Numbers.numbers|sparse_lora_values"),
         ({"density": 0.005, "budget": {"type": "units_per_module", "units": 10**12}}, "units|sparse_lora_values"),
         ({"block_size": 10**9, "granularity": "block"}, "granularity"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj.*missing|missing.*v_proj"),

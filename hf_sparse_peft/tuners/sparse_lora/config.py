@@ -171,7 +171,7 @@ class SparseLoraConfig(AdapterConfig):
             raise ValueError(
                 f"density={self.density} and budget={self.budget} both say how large the support is. Set one of them."
             )
-        self.budget.check(self)
+        self.budget.check_injection(self)
         if self.structures and not self.budget.follows_from_module:
             raise ValueError(
                 f"structures have densities and a scope of their own; budget={self.budget} would split the same units "

@@ -1,189 +1,21 @@
-"""Budgets: how many units each module's support has at the start. A budget is a part, and anybody may register one:
-
-@register_part("square_root")
-@dataclass(frozen=True)
-class SquareRoot(Budget):
-    def counts(self, targets):
-        return {name: math.isqrt(grid.num_units) for name, grid in targets.grids.items()}
-
-SparseLoraConfig(r=0, budget=SquareRoot())
-"""
+"""Budgets that say how many units each module gets, or in which way a total is split over the modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 
-from ..utils.option_types import PositiveFloat, PositiveFraction, PositiveInt, Range
-from ..utils.parts import Part, register_part
-from .allocation import (
-    counts_from_rank,
-    counts_from_total,
-    erdos_renyi_counts,
-    global_counts,
-    proportional_counts,
-    uniform_counts,
-)
-from .scores import Chunks, Random, SmallestMagnitude
+from ..utils.option_types import PositiveFloat, PositiveInt, Range
+from ..utils.parts import register_part
+from .allocation import erdos_renyi_counts, global_counts, proportional_counts
+from .budget import Budget, CountedUnits, Targets, Total
+from .budget_totals import Density
+from .scores import Random, SmallestMagnitude
 from .selection import stream_seed
 from .support import UnitGrid
-
-
-def _no_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
-    return name if name in patterns else None
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a budget is shared out over."""
-
-    grids: dict[str, UnitGrid]
-    """Module name -> how its weight is cut into units."""
-    seed: int = 0
-    """For draws among modules that tie, and for those of modules."""
-    scores: Callable[[str], Chunks] | None = None
-    """Module name -> score chunks by the config's criterion; None where that waits for data."""
-    factor_numel: dict[str, int] = field(default_factory=dict)
-    """Module name -> numbers of its low-rank factors, where it has any."""
-    find: Callable[[Mapping[str, Any], str], str | None] = _no_pattern
-    """`(patterns, module name)` -> the pattern that holds for the module, None without one."""
-
-    @property
-    def entries(self) -> int:
-        """Entries of all weights."""
-        return sum(grid.rows * grid.cols for grid in self.grids.values())
-
-    @property
-    def units(self) -> int:
-        """Units of all weights."""
-        return sum(grid.num_units for grid in self.grids.values())
-
-
-@dataclass(frozen=True)
-class Budget(Part):
-    """Base of the budgets."""
-
-    part_kind: ClassVar[str] = "budget"
-    follows_from_module: ClassVar[bool] = False
-    """Whether a module's count follows from its weight's shape alone. Other counts are written to the config's `sizes`
-    at injection, so that a file says them."""
-    ranks_units: ClassVar[bool] = False
-    """Whether counts follow from one ranking of all units by the criterion."""
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Patterns of module names that must match something."""
-        return ()
-
-    def check(self, config: Any) -> None:
-        """Refuse a config that the budget does not go with. Raises `ValueError`."""
-
-    def counts(self, targets: Targets) -> dict[str, int]:
-        """Units of each module's support; modules without one may be absent.
-
-        Raises:
-            ValueError: the budget is more than the weights have, or leaves a module without a unit; names it.
-        """
-        raise NotImplementedError
-
-    def ranks(self, targets: Targets) -> dict[str, int]:
-        """Ranks of modules whose low-rank half is not the config's; none by default."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Total(Budget):
-    """Base of the budgets that say how much, which others share out in another way than by the weights' sizes."""
-
-    def density(self, targets: Targets) -> float:
-        """Fraction of all entries."""
-        raise NotImplementedError
-
-    def entries(self, targets: Targets) -> int:
-        """Entries over all modules."""
-        raise NotImplementedError
-
-
-@register_part("density")
-@dataclass(frozen=True)
-class Density(Total):
-    """`floor(fraction * units)` of each weight."""
-
-    fraction: PositiveFraction
-    """Fraction of each weight's units in its support."""
-
-    follows_from_module: ClassVar[bool] = True
-
-    def counts(self, targets: Targets) -> dict[str, int]:
-        """Units of each module."""
-        return uniform_counts(targets.grids, self.fraction)
-
-    def density(self, targets: Targets) -> float:
-        """The fraction."""
-        return self.fraction
-
-    def entries(self, targets: Targets) -> int:
-        """Entries over all modules."""
-        return UnitGrid(1, targets.entries).count_for_density(self.fraction)
-
-
-@register_part("numbers")
-@dataclass(frozen=True)
-class Numbers(Total):
-    r"""As many trained numbers over the model, split in proportion to the weights' sizes: :math:`\lfloor N n_l / \sum n
-    \rfloor` entries for a weight of :math:`n_l` (SpIEL; Ansell et al., 2024), at most `num_entries` in all."""
-
-    num_entries: PositiveInt
-    """Weight entries in all supports together."""
-    count_factors: bool = False
-    """Whether the numbers of the low-rank half are paid out of these too."""
-
-    def counts(self, targets: Targets) -> dict[str, int]:
-        """Units of each module."""
-        return counts_from_total(targets.grids, self.entries(targets))
-
-    def density(self, targets: Targets) -> float:
-        """Fraction of all entries."""
-        return self.entries(targets) / targets.entries
-
-    def entries(self, targets: Targets) -> int:
-        """Entries over all modules."""
-        factors = sum(targets.factor_numel.values()) if self.count_factors else 0
-        left = self.num_entries - factors
-        if not 1 <= left <= targets.entries:
-            paid = f" less the {factors} of the low-rank half" if factors else ""
-            kind = "more than the" if left > 0 else "not one of the"
-            raise ValueError(
-                f"num_entries={self.num_entries}{paid} is {kind} {targets.entries} entries of the targeted weights. "
-                f"{'Lower it, or target more modules.' if left > 0 else 'Raise it, or lower r.'}"
-            )
-        return left
-
-
-@register_part("rank_equivalent")
-@dataclass(frozen=True)
-class RankEquivalent(Total):
-    r"""As many entries in each weight as a LoRA of that rank has numbers, :math:`\min(r(m+n), mn)`."""
-
-    rank: PositiveInt
-    """Rank of the LoRA."""
-
-    follows_from_module: ClassVar[bool] = True
-
-    def counts(self, targets: Targets) -> dict[str, int]:
-        """Units of each module."""
-        return counts_from_rank(targets.grids, self.rank)
-
-    def density(self, targets: Targets) -> float:
-        """Fraction of all entries."""
-        return min(1.0, self.entries(targets) / targets.entries)
-
-    def entries(self, targets: Targets) -> int:
-        """Numbers of the LoRA over all modules."""
-        return self.rank * sum(grid.rows + grid.cols for grid in targets.grids.values())
 
 
 @register_part("units_per_module")
@@ -250,6 +82,14 @@ class Shared(Budget):
             object.__setattr__(self, "total", Density(self.total))
         super().__post_init__()
 
+    def cost(self, space: CountedUnits) -> int:
+        """The total's."""
+        return self.total.cost(space)
+
+    def target(self, spaces: Sequence[CountedUnits], all_spaces: Sequence[CountedUnits]) -> int:
+        """The total's: a rule splits it anew."""
+        return self.total.target(spaces, all_spaces)
+
 
 @register_part("proportional")
 @dataclass(frozen=True)
@@ -281,7 +121,7 @@ class Global(Shared):
 
     ranks_units: ClassVar[bool] = True
 
-    def check(self, config: Any) -> None:
+    def check_injection(self, config: Any) -> None:
         """A criterion that ranks; for `pay_head` one by data, over entries."""
         if isinstance(config.criterion, Random):
             raise ValueError(
@@ -338,7 +178,7 @@ class BelowThreshold(Budget):
     threshold: PositiveFloat
     r"""The threshold :math:`\tau`."""
 
-    def check(self, config: Any) -> None:
+    def check_injection(self, config: Any) -> None:
         """Entries, the smallest first."""
         if not isinstance(config.criterion, SmallestMagnitude) or config.granularity != "entry":
             raise ValueError(
@@ -369,7 +209,7 @@ class WholeTensors(Shared):
     what fits into the rest of its half is taken, what does not is skipped. Modules whose pair was not drawn get rank 0.
     """
 
-    def check(self, config: Any) -> None:
+    def check_injection(self, config: Any) -> None:
         """Rows or columns: an index of a few units a matrix."""
         if config.granularity not in ("row", "column") or config.granularity_pattern:
             raise ValueError(
