@@ -70,6 +70,7 @@ from .statistics import (
     Snip,
 )
 from .support import GRANULARITIES, Granularity, UnitGrid
+from .weight_statistics import MeanGradient, Statistic
 
 __all__ = [
     "GRANULARITIES",
@@ -100,6 +101,7 @@ __all__ = [
     "Linear",
     "LowRankMagnitude",
     "Magnitude",
+    "MeanGradient",
     "Momentum",
     "Movement",
     "Numbers",
@@ -111,6 +113,7 @@ __all__ = [
     "Shared",
     "SmallestMagnitude",
     "Snip",
+    "Statistic",
     "Targets",
     "Total",
     "UnitGrid",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..utils.parts import register_part
 from .scores import Chunks, Magnitude
-from .statistics import DataCriterion, State
+from .statistics import DataCriterion
 from .support import UnitGrid
+from .weight_statistics import State
 
 
 @register_part("activation")

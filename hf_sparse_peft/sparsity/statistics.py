@@ -17,49 +17,28 @@ from ..utils.parts import register_part
 from .scores import Chunks, Score, chunks_of
 from .selection import chunk_size
 from .support import UnitGrid
-
-State = dict[str, Tensor]
+from .weight_statistics import State, Statistic
 
 
 @dataclass(frozen=True)
-class DataCriterion(Score):
+class DataCriterion(Score, Statistic):
     """What all criteria share that need data. As a data-free score it only says where the data comes from."""
 
-    examples: PositiveInt = 128
-    """Examples that the statistic is estimated from, over all ranks together."""
     largest: bool = True
     """False chooses the units that rank lowest."""
 
     needs_data: ClassVar[bool] = True
-    per_example: ClassVar[bool] = False
-    """Whether `update` wants the gradient of one example at a time."""
-    per_step: ClassVar[bool] = False
-    """Whether `update` wants the gradient of a whole optimizer step, averaged over ranks. Else it is fed with sums over
-    micro-batches, and the states of ranks are added up at the end."""
-    over_labels: ClassVar[bool] = False
-    """Whether `update` wants gradients for all labels that the model could give instead of those of the loss."""
-    reads_weight: ClassVar[bool] = False
-    """Whether `update` reads the weight."""
-    reads_activations: ClassVar[bool] = False
-    """Whether `observe` wants inputs and outputs of the layer, and no gradient is needed."""
+
+    @property
+    def name(self) -> str:
+        """What files and messages call it."""
+        return self.part_type
 
     def __call__(self, weight: Tensor | None, grid: UnitGrid, generator: torch.Generator | None = None) -> Chunks:
         raise ValueError(
             f"criterion='{self.part_type}' ranks units by data and got none. Estimate it with "
             "hf_sparse_peft.initialize_support(model, dataloader), or pass callbacks_for(model) to the Trainer."
         )
-
-    def state_numel(self, rows: int, cols: int) -> int:
-        """fp32 numbers that `start` allocates for a weight of that shape."""
-        return rows * cols
-
-    def start(self, rows: int, cols: int, device: torch.device | str = "cpu") -> State:
-        """What is known of a `[rows, cols]` weight before any data."""
-        return {"sum": torch.zeros(rows, cols, device=device)}
-
-    def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
-        """Take a dense fp32 gradient `[rows, cols]` into `state`, in place; may overwrite `gradient`."""
-        state["sum"].add_(gradient)
 
     def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
         """fp32 scores `[end - begin, cols]` of some rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .calibration import initialize_support, load_support, save_support, write_supports
+from .calibration import calibrate, initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .initial_support import InitialSupportCallback
 from .loop import Controller
@@ -30,6 +30,7 @@ __all__ = [
     "ZerothOrderCallback",
     "ZerothOrderSpec",
     "ZerothOrderTrainer",
+    "calibrate",
     "callbacks_for",
     "draw_support_history",
     "initialize_support",

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_sparse_peft import initialize_support, measure_update_sparsity, methods, support_from_checkpoints
 from hf_sparse_peft.rules.calibration_data import CalibrationData
-from hf_sparse_peft.training.calibration_warmup import DenseWarmup
+from hf_sparse_peft.training.calibration.warmup import DenseWarmup
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS, LR, BETAS, EPS = 50, 2e-3, (0.9, 0.999), 1e-8

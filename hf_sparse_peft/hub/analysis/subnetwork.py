@@ -9,7 +9,7 @@ from torch import nn
 
 from ...sparsity import UnitGrid
 from ...sparsity.scores import chunks_of
-from ...training.calibration import _layers_of, write_supports
+from ...training.calibration import layers_with_support, write_supports
 from .checkpoints import (
     SLAB,
     Checkpoint,
@@ -146,7 +146,7 @@ def support_from_checkpoints(
         ValueError: a targeted weight is missing or has another shape or dtype, nothing changed, or the config fixes the
             sizes; names the module.
     """
-    layers, _ = _layers_of(model, adapter_name)
+    layers, _ = layers_with_support(model, adapter_name)
     first, second = CheckpointTensors(before), CheckpointTensors(after)
     units = {}
     for layer in layers:

@@ -181,6 +181,11 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         return frozenset({"module"})
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the adapter takes something from data before it trains (`tuners.shared.calibration`)."""
+        return False
+
+    @property
     def calibrates_sizes(self) -> bool:
         """Whether the sizes of layers are still to be found from data."""
         return False

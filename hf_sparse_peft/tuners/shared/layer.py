@@ -12,13 +12,13 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .calibration import CalibratedTensors
 from .config import AdapterConfig
 from .copies import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
 from .pieces import Piece
-from .tensors import AdapterTensors
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -28,10 +28,11 @@ def is_supported(base: nn.Module, backend: Any) -> bool:
     return isinstance(base, (nn.Linear, Conv1D))
 
 
-class AdapterLayer(AdapterTensors):
+class AdapterLayer(CalibratedTensors):
     r"""A linear layer with additive adapters, :math:`W + \sum \Delta W`, keyed by adapter name.
 
-    A tuner's layer declares its tensors (`AdapterTensors`) and says what an adapter does by `pieces` and `_adapted`.
+    A tuner's layer declares its tensors (`AdapterTensors`), says what an adapter does by `pieces` and `_adapted` and,
+    where it starts from data, what it reads of them (`CalibratedTensors`).
     """
 
     passive_gradient_reader: Callable[[torch.Tensor], None] | None = None
@@ -236,6 +237,9 @@ class AdapterLayer(AdapterTensors):
 
     def _before_training(self, active: list[str]) -> None:
         """Asked in every training forward: may these adapters train as they are?"""
+        for name in active:
+            if self.awaits_calibration(name):
+                raise ValueError(self.calibration_message(name))
         restore_masters(self)
         self._notice_frozen(active)
         self._notice_missing_callbacks(active)

@@ -36,7 +36,7 @@ class AdditiveLinear(nn.Module, MergeMixin, AdapterLayer):
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         dtype = compute_dtype(self, x, weight_source(self))
-        for name in names:
+        for name in (name for name in names if not self.awaits_calibration(name)):
             # Out of place: some 4-bit kernels return views that must not be written to.
             result = result + self.update(x, name, dtype).to(result.dtype)
         return result

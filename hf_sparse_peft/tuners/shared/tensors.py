@@ -181,17 +181,6 @@ class AdapterTensors(BaseTunerLayer):
         if had_state:
             self.allocate_training_state(adapter_name)
 
-    def awaits_calibration(self, adapter_name: str) -> bool:
-        """Whether the adapter's units wait for data: the layer computes as its base then, and refuses to train."""
-        return False
-
-    def choose_units(self, adapter_name: str, action: str) -> None:
-        """Choose units that are still to be chosen without data, before `action` ("save", "compact").
-
-        Raises:
-            ValueError: they wait for data.
-        """
-
     def compact(self, adapter_name: str) -> None:
         """Shrink the adapter's tensors to the units that live, and free what only rules need."""
         self.drop_training_state(adapter_name)

@@ -19,7 +19,7 @@ from .config import SparseLoraConfig
 from .factors import factor_specs, fold_experts, merged_factors
 from .plan import ModuleSizes
 from .spaces import spaces_of
-from .support import SupportState, calibration_message, read_support, support_specs
+from .support import SupportState, read_support, support_specs
 
 
 class SparseLoraLayer(SupportState):
@@ -132,11 +132,8 @@ class SparseLoraLayer(SupportState):
     # What is held
 
     def _before_training(self, active: list[str]) -> None:
-        waiting = [name for name in active if name not in self.sparse_lora_dense_delta]
-        for name in waiting:
-            if self.awaits_calibration(name):
-                raise ValueError(calibration_message(name, self.adapter_configs[name]))
-        super()._before_training(waiting)
+        # A dense delta stands for a support that data is about to choose.
+        super()._before_training([name for name in active if name not in self.sparse_lora_dense_delta])
 
     def choose_units(self, adapter_name: str, action: str) -> None:
         """Choose a support that is still to be chosen without data, so that it is not saved blank.
@@ -146,9 +143,7 @@ class SparseLoraLayer(SupportState):
         """
         if adapter_name not in self.sparse_lora_support:
             return
-        if self.awaits_calibration(adapter_name):
-            reason = calibration_message(adapter_name, self.adapter_configs[adapter_name])
-            raise ValueError(f"Nothing to {action}: {reason}")
+        super().choose_units(adapter_name, action)
         self.units(adapter_name)
 
     def has_experts(self, adapter_name: str) -> bool:

@@ -13,6 +13,7 @@ from ...ops import pack_entries, unpack_entries
 from ...sparsity import (
     Budget,
     ByModule,
+    DataCriterion,
     Given,
     Random,
     Targets,
@@ -333,17 +334,28 @@ class SupportState(AdapterLayer):
             )
         self.resize(adapter_name, replace(self.sizes[adapter_name], units=count, capacity=count))
 
+    def calibration_statistic(self, adapter_name: str) -> DataCriterion:
+        """The config's criterion.
 
-def calibration_message(adapter_name: str, config: SparseLoraConfig) -> str:
-    """What to tell a user whose adapter cannot go on without the data that its support is chosen from."""
-    score = config.criterion.part_type
-    start = f"Adapter '{adapter_name}' has criterion='{score}', and its support has not been chosen yet. "
-    if isinstance(config.criterion, Given):
+        Raises:
+            ValueError: the units come from outside, not from data.
+        """
+        criterion = self.adapter_configs[adapter_name].criterion
+        if not isinstance(criterion, DataCriterion):
+            raise ValueError(self.calibration_message(adapter_name))
+        return criterion
+
+    def calibration_message(self, adapter_name: str) -> str:
+        """What to tell a user whose support waits for data."""
+        criterion = self.adapter_configs[adapter_name].criterion
+        start = f"Adapter '{adapter_name}' has criterion='{criterion.part_type}', and its support has not been chosen "
+        if isinstance(criterion, Given):
+            return (
+                f"{start}yet. Call hf_sparse_peft.load_support(model, path) or "
+                "hf_sparse_peft.support_from_checkpoints(model, before, after) first."
+            )
         return (
-            f"{start}Call hf_sparse_peft.load_support(model, path) or hf_sparse_peft.support_from_checkpoints(model, "
-            "before, after) first."
+            f"{start}yet. Either call hf_sparse_peft.initialize_support(model, dataloader) first, or let the Trainer "
+            "do it: Trainer(..., callbacks=hf_sparse_peft.callbacks_for(model)); in a loop of your own, "
+            "Controller(..., dataloader=...). Criteria without data: 'random', 'magnitude'."
         )
-    return (
-        f"{start}Either call hf_sparse_peft.initialize_support(model, dataloader) first, or let the Trainer do it: "
-        "Trainer(..., callbacks=hf_sparse_peft.callbacks_for(model)). Criteria without data: 'random', 'magnitude'."
-    )

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sparsity import Targets, random_units, stream_seed, top_units
-from ..sparsity.ranking import GlobalRanking, raised
-from ..tuners.sparse_lora.config import SparseLoraConfig
-from ..tuners.sparse_lora.layer import SparseLoraLayer
-from ..tuners.sparse_lora.structures import StructureRanking
+from ...sparsity import Targets, random_units, stream_seed, top_units
+from ...sparsity.ranking import GlobalRanking, raised
+from ...tuners.sparse_lora.config import SparseLoraConfig
+from ...tuners.sparse_lora.layer import SparseLoraLayer
+from ...tuners.sparse_lora.structures import StructureRanking
 
 
-class CalibratedSelection:
-    """The budget of an adapter, spent on the units that score best, layer by layer or over the whole model.
+class SupportSelection:
+    """The budget of an adapter, or a fraction of it, spent on the units that score best, layer by layer or over the
+    whole model.
 
     A module whose scores are all 0 or not finite has no evidence. Where a module's size is its own, it gets random
     units; where all modules compete, it gets none (a structure's module: what its structures get). Ties and random
@@ -27,14 +28,14 @@ class CalibratedSelection:
     def __init__(
         self,
         model: nn.Module,
-        config: SparseLoraConfig,
         layers: list[SparseLoraLayer],
         adapter_name: str,
-        share: float = 1.0,
+        fraction: float = 1.0,
     ) -> None:
-        self.model, self.config, self.layers, self.adapter_name = model, config, layers, adapter_name
+        self.model, self.layers, self.adapter_name = model, layers, adapter_name
+        self.config = config = layers[0].adapter_configs[adapter_name]
         sizes = {layer.module_name: layer.sizes[adapter_name].units for layer in layers}
-        self.sizes = {name: max(1, int(share * size)) for name, size in sizes.items()}
+        self.sizes = {name: max(1, int(fraction * size)) for name, size in sizes.items()}
         self.grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
         self.ranking: GlobalRanking | None = None
         self._units: dict[str, torch.Tensor] = {}
@@ -42,10 +43,10 @@ class CalibratedSelection:
         self.structures: StructureRanking | None = None
         if config.structures:
             _check_open_sizes(config)
-            self.structures = StructureRanking(config.structures, config.seed, self.grids, model, share)
+            self.structures = StructureRanking(config.structures, config.seed, self.grids, model, fraction)
         elif config.calibrates_sizes:
             total = _global_budget(model, config, layers, adapter_name)
-            self.ranking = GlobalRanking(max(len(layers), int(share * total)), config.seed)
+            self.ranking = GlobalRanking(max(len(layers), int(fraction * total)), config.seed)
 
     def add(self, scores: dict[str, Any], kept: dict[str, torch.Tensor] | None = None) -> None:
         """Take score chunks of more modules; the sorted units in `kept` are chosen before all others."""

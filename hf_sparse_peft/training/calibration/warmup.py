@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..rules import L1Penalty
-from ..rules.calibration_data import CalibrationData, items_in
-from ..rules.collectives import all_reduce_sum, on_every_rank, world_size
-from ..rules.penalties import add_l1_gradient, model_numel
-from ..rules.probing import loss_of, modes_kept
-from ..sparsity import make_curve
-from ..sparsity.statistics import DeltaMagnitude
-from ..tuners.sparse_lora.layer import SparseLoraLayer
+from ...rules import L1Penalty
+from ...rules.calibration_data import CalibrationData, items_in
+from ...rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ...rules.penalties import add_l1_gradient, model_numel
+from ...rules.probing import loss_of, modes_kept
+from ...sparsity import make_curve
+from ...sparsity.scores import Chunks
+from ...sparsity.statistics import DeltaMagnitude
+from ...tuners.sparse_lora.layer import SparseLoraLayer
+from .selection import SupportSelection
 
 
 class DenseWarmup:
@@ -46,6 +48,50 @@ class DenseWarmup:
         self._reached_others = self.start
         self._masks: list[torch.Tensor] | None = None
         self._l1_weight, self._l1_on_others = criterion.l1, True
+
+    def choose(
+        self,
+        data: CalibrationData,
+        *,
+        batches_per_step: int = 1,
+        compute_loss: Callable | None = None,
+        show_progress: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """All iterations: warm up, choose, train what is chosen. Returns the units of each module by its name, of the
+        entries that moved furthest; the model is as it was, and `write_values` has what the sparse phases came to.
+
+        Raises:
+            ValueError: no batch, gradients that are not finite in more than half of the steps, or nothing moved.
+        """
+        criterion, layers, adapter_name = self.criterion, self.layers, self.adapter_name
+        micro_batches = (
+            endless(data, layers[0].get_base_layer_device()),
+            batches_per_step,
+            compute_loss,
+            show_progress,
+        )
+        chosen: dict[str, torch.Tensor] = {}
+        try:
+            for iteration in range(criterion.n_iterations):
+                if iteration:
+                    self.train_chosen(chosen, *micro_batches)
+                self.train(*micro_batches)
+                fraction = (iteration + 1) / criterion.n_iterations
+                selection = SupportSelection(self.model, layers, adapter_name, fraction)
+                selection.add(self._scores(), chosen)
+                selection.check_evidence(criterion.part_type)
+                chosen = selection.units()
+        except BaseException:
+            self.reset()
+            raise
+        self.rewind()
+        return chosen
+
+    def _scores(self) -> dict[str, Chunks]:
+        return {
+            layer.module_name: self.criterion.scores({"sum": delta.detach()}, layer.sparse_lora_grid[self.adapter_name])
+            for layer, delta in zip(self.layers, self.deltas, strict=True)
+        }
 
     def train(
         self,

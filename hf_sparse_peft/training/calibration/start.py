@@ -1,0 +1,159 @@
+"""Calibration of adapters of any tuner: by hand with `calibrate`, at the start of training with `calibrate_waiting`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ...rules import Training
+from ...rules.calibration_data import CalibrationData
+from ...rules.collectives import world_size
+from ...rules.probing import random_state_kept
+from ...tuners import AdapterLayer, SparseLoraLayer, adapter_layers
+from ..trainer_checks import sharding_switched_on
+from .initialize import initialize_support
+from .passes import ACCUMULATOR_BYTES, read_statistics
+
+
+def calibrate(
+    model: nn.Module,
+    dataloader: Iterable,
+    adapter_name: str = "default",
+    *,
+    batches_per_step: int = 1,
+    compute_loss: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
+    accumulator_bytes: int = ACCUMULATOR_BYTES,
+    show_progress: bool = True,
+) -> None:
+    """Let data decide what an adapter waits for: a support (as `initialize_support`), bases, whatever its tuner takes.
+
+    The model runs in evaluation mode and every module gets its mode back; neither the global random states nor a
+    DataLoader's sampler move, so that training sees its data in the order that it would have seen. Under
+    torch.distributed every rank brings its share of the data, and all decide the same. A Trainer with
+    `callbacks_for(model)` and `Controller(dataloader=...)` do it by themselves. An adapter that does not wait, because
+    it was calibrated or loaded, is left as it is.
+
+    Args:
+        model: has the adapter, active and trainable.
+        dataloader: batches as mappings of the model's arguments, labels included; a DataLoader or a list.
+        adapter_name: which adapter.
+        batches_per_step: batches whose gradients make one optimizer step, for statistics that go by steps.
+        compute_loss: `(model, batch) -> mean loss`; None: the model's own.
+        accumulator_bytes: statistics alive at once; what needs more takes further passes over the data.
+        show_progress: whether a bar shows on stderr.
+
+    Raises:
+        ValueError: no such adapter, no batch, no loss, or data that says nothing about any layer.
+        TypeError: a dataloader that cannot be read twice, or batches that are no mappings.
+    """
+    layers = adapter_layers(model, adapter_name=adapter_name)
+    waiting = {layer.module_name: layer for layer in layers if layer.awaits_calibration(adapter_name)}
+    options = {
+        "batches_per_step": batches_per_step,
+        "compute_loss": compute_loss,
+        "accumulator_bytes": accumulator_bytes,
+        "show_progress": show_progress,
+    }
+    if any(isinstance(layer, SparseLoraLayer) for layer in waiting.values()):  # layers may share a budget
+        initialize_support(model, dataloader, adapter_name=adapter_name, **options)
+    elif waiting:
+        _calibrate_each(model, waiting, dataloader, adapter_name, options)
+
+
+def _calibrate_each(
+    model: nn.Module, waiting: dict[str, AdapterLayer], dataloader: Iterable, adapter_name: str, options: dict[str, Any]
+) -> None:
+    """Give each layer its own statistic."""
+    by_statistic: dict[Any, dict[str, AdapterLayer]] = {}
+    for name, layer in waiting.items():
+        by_statistic.setdefault(layer.calibration_statistic(adapter_name), {})[name] = layer
+    without: list[str] = []
+    with random_state_kept():
+        data = CalibrationData(dataloader, next(model.parameters()).device)
+        for statistic, layers in by_statistic.items():
+            for readers in read_statistics(model, layers, statistic, data, **options):
+                for reader in readers:
+                    if reader.says_something():
+                        layers[reader.name].take_calibration(adapter_name, reader.state)
+                    else:
+                        without.append(reader.name)
+    if len(without) == len(waiting):
+        raise ValueError(
+            f"The data says nothing about any of the {len(waiting)} modules of adapter '{adapter_name}': their "
+            "statistics are 0 or not finite. Check that the labels of the batches are not all masked (-100), that the "
+            "loss is finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
+        )
+    for name in without:
+        waiting[name].take_calibration(adapter_name, None)
+    if without:
+        shown = ", ".join(without[:20]) + (", ..." if len(without) > 20 else "")
+        warnings.warn(
+            f"The data says nothing about {len(without)} of {len(waiting)} modules of adapter '{adapter_name}', whose "
+            f"statistics are 0 or not finite; they start as without data: {shown}. Did the batches reach them? Use "
+            "more or other data, or leave them out of target_modules.",
+            stacklevel=4,
+        )
+
+
+def calibrate_waiting(training: Training) -> None:
+    """Let the training data decide what trained adapters wait for, at the start of a run; nothing to do in a resumed
+    one, whose checkpoint has it.
+
+    Raises:
+        ValueError: there is no data, weights are sharded, or sizes would change under a model that is wrapped.
+    """
+    model = extract_model_from_parallel(training.model)
+    for adapter, layers in _waiting_adapters(model).items():
+        _check_loop(training, adapter, layers[0])
+        calibrate(
+            model,
+            training.dataloader,
+            adapter,
+            batches_per_step=training.accumulation,
+            show_progress=training.show_progress,
+        )
+
+
+def waits_for_data(model: nn.Module) -> bool:
+    """Whether a trained adapter of `model` waits for data."""
+    return bool(_waiting_adapters(model))
+
+
+def _waiting_adapters(model: nn.Module) -> dict[str, list[AdapterLayer]]:
+    """The layers that wait for data, by active adapter that trains."""
+    found: dict[str, list[AdapterLayer]] = {}
+    for adapter, layer in _active(model):
+        trains = any(parameter.requires_grad for parameter in layer.trained_parameters(adapter))
+        if trains and layer.awaits_calibration(adapter):
+            found.setdefault(adapter, []).append(layer)
+    return found
+
+
+def _active(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    return ((adapter, layer) for layer in adapter_layers(model) for adapter in layer.active_adapters)
+
+
+def _check_loop(training: Training, adapter: str, layer: AdapterLayer) -> None:
+    config = layer.adapter_configs[adapter]
+    what = f"Adapter '{adapter}' starts from statistics of whole weights"
+    mend = "Call hf_sparse_peft.calibrate(model, dataloader) before creating the Trainer"
+    if sharded := sharding_switched_on(training.arguments):
+        raise ValueError(f"{what}, and {sharded[0]}, switched on by {sharded[1]}, has sharded them. {mend}.")
+    processes = getattr(training.arguments, "world_size", None) or world_size()
+    if config.calibrates_sizes and processes > 1:
+        raise ValueError(
+            f"budget=Global(...) or a structure of scope='model' with criterion='{config.criterion.part_type}' changes "
+            f"the sizes of the supports, and {processes} processes have wrapped the model already. {mend}, or set a "
+            "density and scope='block'."
+        )
+    if training.dataloader is None:
+        hands = "this trainer hands its callbacks none" if training.arguments is not None else "the loop has given none"
+        raise ValueError(
+            f"{what} of the training data, and {hands}. {mend}, or pass Controller(..., dataloader=...) in a loop of "
+            "your own."
+        )
