@@ -154,7 +154,8 @@ def aged_adamw_groups(
 
     No decay for parameters of `nn.LayerNorm` and names with bias or norm in them, by the patterns of
     `Trainer.get_decay_parameter_names`. Only trainable parameters; shared ones once; empty groups are left out; the
-    order follows `model.named_parameters()`, so a checkpoint matches by position.
+    order follows `model.named_parameters()`, so a checkpoint matches by position. Without unit parameters, as in an
+    adapter of factors alone, `AgedAdamW` of these groups is `torch.optim.AdamW`.
 
     Args:
         model: any module.
@@ -164,7 +165,7 @@ def aged_adamw_groups(
     Returns: at most four dicts with `params`, `weight_decay`, `per_unit_age`.
 
     Raises:
-        ValueError: nothing trainable, or no parameter is a unit parameter (`torch.optim.AdamW` would do then).
+        ValueError: nothing trainable.
     """
     from transformers.trainer_pt_utils import get_parameter_names
 
@@ -176,11 +177,6 @@ def aged_adamw_groups(
     if not any(groups.values()):
         raise ValueError(
             "model has no trainable parameter. Add an adapter or set requires_grad before building groups."
-        )
-    if not groups[True, True] and not groups[False, True]:
-        raise ValueError(
-            "is_unit_parameter is False for every trainable parameter, so no age would be kept. Check the names it "
-            "looks for, or use torch.optim.AdamW."
         )
     return [
         {"params": params, "weight_decay": weight_decay if decay else 0.0, "per_unit_age": unit}

@@ -19,11 +19,12 @@ class UpdateMask:
     it still.
 
     Whole parameters (`hold`) get `requires_grad=False` and lose their gradient, so that none is computed and neither
-    clipping nor the optimizer sees them. Parts of a parameter (`hold_part`) lose their gradient as it arrives, before
-    clipping, and value and optimizer state are put back bit for bit after the step, whatever weight decay or momentum
-    did to them. Updates of parts can be multiplied (`scale_part`), as a learning rate of their own would. That hangs on
-    the optimizer's own step hooks (`attach`): it holds in any loop, and a step that a gradient scaler skips does
-    nothing. `release` ends all of it.
+    clipping nor the optimizer sees them. An optimizer has to be built before the run, from all that trains: one that
+    is built meanwhile would not have them, and a run that then begins with it is refused. Parts of a parameter
+    (`hold_part`) lose their gradient as it arrives, before clipping, and value and optimizer state are put back bit
+    for bit after the step, whatever weight decay or momentum did to them. Updates of parts can be multiplied
+    (`scale_part`), as a learning rate of their own would. That hangs on the optimizer's own step hooks (`attach`): it
+    holds in any loop, and a step that a gradient scaler skips does nothing. `release` ends all of it.
     """
 
     def __init__(self) -> None:

@@ -199,3 +199,26 @@ def test_a_loop_of_ones_own_builds_the_optimizer_of_the_config():
         model.train()(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         rules.after_step()
+
+
+def test_a_row_with_factors_alone_trains_with_its_own_optimizer_which_is_adamw_then(tmp_path):
+    def trained(optimizer):
+        torch.manual_seed(0)
+        config = methods.get("sparse-lora", density=0.0, r=2, target_modules=TARGETS).config
+        model = adapted(config)
+        args = arguments(tmp_path)
+        own = trainer_options(model, args)
+        if optimizer is not None:
+            own = {"args": args, "optimizers": (optimizer(model, args), None)}
+        trainer = Trainer(model=model, train_dataset=TokenData(), **own)
+        trainer.train()
+        return type(innermost(trainer.optimizer)), state_of(model, trainer.optimizer)
+
+    def adamw(model, args):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, foreach=False)
+
+    (own, ours), (other, theirs) = trained(None), trained(adamw)
+    assert (own, other) == (AgedAdamW, torch.optim.AdamW)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
