@@ -12,6 +12,7 @@ from .runner import RuleRunner
 from .support_picture import draw_support_history
 from .telemetry import SupportTelemetryCallback
 from .trainers import TwoPassTrainer
+from .upstream_runs import prepare_upstream
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "load_support",
     "make_optimizer",
     "optimizer_spec",
+    "prepare_upstream",
     "save_support",
     "trainer_class_for",
     "trainer_options",

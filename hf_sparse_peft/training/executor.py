@@ -6,16 +6,17 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..optim import innermost
-from ..rules import ModuleSpace, Rule, Run, Training, check_pairs, in_order
+from ..rules import Rule, Run, Training, check_pairs, in_order
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
+from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.parts import UnknownPart, load_part
 from .trainer_checks import why_no_rule_runs
+from .upstream_runs import finish_upstream, leave_upstream, make_upstream_runs
 
 _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun]]] = weakref.WeakKeyDictionary()
 """Layer -> adapter -> the run that last kept rule state there."""
@@ -27,8 +28,9 @@ class RuleExecutor:
     before the others look. The loop that trains calls its phases (`RuleRunner`, `Controller`).
 
     Args:
-        rule: run this rule on all trained adapters instead of those that their configs name. One that acts on whole
-            modules runs on adapters of upstream peft too, such as `LoraConfig`'s.
+        rule: run this rule on all trained adapters instead of those that their configs name, on those of upstream peft
+            too: on whole modules of any tuner, on the components of LoRA. Without one, of upstream's configs
+            `AdaLoraConfig` names rules (`tuners.upstream`).
         owner: what runs them, for messages; None: the class's name.
 
     Raises:
@@ -129,7 +131,10 @@ class RuleExecutor:
             for run in self.runs:
                 run.finish()
         self.leave()
-        for run in (run for run in self.runs if done and run.config is not None):
+        for run in (run for run in self.runs if done):
+            if run.config is None:
+                finish_upstream(run)
+                continue
             for space in run.all_spaces:
                 space.layer.drop_training_state(space.adapter)
             run.config.training_finished = True
@@ -158,6 +163,7 @@ class RuleExecutor:
         """Called when the run ends, however it does."""
         for run in self.runs:
             run.release()
+        leave_upstream(self.training.model)
 
     def _make_runs(self) -> Iterator[Run]:
         layers: dict[str, list[AdapterLayer]] = {}
@@ -166,8 +172,7 @@ class RuleExecutor:
         for adapter, held in layers.items():
             config = held[0].adapter_configs[adapter]
             config.check_runnable()
-            rules = [self.rule] if self.rule is not None else in_order(config.rules)
-            for rule in (rule for rule in rules if isinstance(rule, self.rule_class)):
+            for rule in self.pick(config.rules):
                 spaces = [s for layer in held for s in layer.unit_spaces(adapter) if s.kind in rule.acts_on]
                 spaces = [space for space in spaces if space.trains or space.kind == "module"]
                 if spaces:
@@ -177,14 +182,12 @@ class RuleExecutor:
                     for layer in held:
                         _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
                     yield Run(self.training, rule, adapter, config, spaces)
-        if self.rule is not None and "module" in self.rule.acts_on:
-            for adapter, spaces in _upstream_modules(self.training.model).items():
-                if any(self.rule.state(space) for space in spaces):
-                    raise ValueError(
-                        f"{type(self.rule).__name__} keeps tensors in the layers, and those of '{adapter}' are "
-                        "upstream peft's, which have no room for them. Use an adapter of hf_sparse_peft."
-                    )
-                yield Run(self.training, self.rule, adapter, None, spaces)
+        yield from make_upstream_runs(self.training, self.pick, self._take_charge)
+
+    def pick(self, asked: list[Rule]) -> list[Rule]:
+        """The rules to run of those that a config asks for, in the order in which they act."""
+        rules = [self.rule] if self.rule is not None else in_order(asked)
+        return [rule for rule in rules if isinstance(rule, self.rule_class)]
 
     def _take_charge(self, rule: Rule, config: Any) -> None:
         running = self._live.rules_run_for(config)
@@ -194,10 +197,11 @@ class RuleExecutor:
                 "Pass callbacks_for(model), or the callback of that one rule, not both."
             )
         check_pairs([*running, rule])
-        if rule is self.rule:  # the config has checked its own
-            rule.check(config)
+        if isinstance(config, AdapterConfig):
+            if rule is self.rule:  # the config has checked its own
+                rule.check(config)
+            config.training_finished = False
         self._live.note_rule(config, rule)
-        config.training_finished = False
 
 
 def trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:
@@ -206,18 +210,6 @@ def trained_adapters(model: nn.Module) -> Iterator[tuple[AdapterLayer, str]]:
         for name in layer.active_adapters:
             if layer.holds(name) and not layer.adapter_configs[name].inference_mode:
                 yield layer, name
-
-
-def _upstream_modules(model: nn.Module) -> dict[str, list[ModuleSpace]]:
-    """Modules with active adapters of upstream peft, by adapter and in model order."""
-    found: dict[str, list[ModuleSpace]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AdapterLayer):
-            for adapter in layer.active_adapters:
-                space = ModuleSpace(layer, adapter, name.removeprefix("base_model.model."))
-                if space.parameters():
-                    found.setdefault(adapter, []).append(space)
-    return found
 
 
 def _allocate_state(layer: AdapterLayer, adapter: str, rule: Rule, live: LiveRun, fresh: bool) -> None:

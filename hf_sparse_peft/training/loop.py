@@ -14,6 +14,7 @@ from ..tuners import adapter_layers
 from .executor import RuleExecutor
 from .optimizers import warn_of_other_optimizer
 from .trainer_checks import refuse_sharded
+from .upstream_runs import asks_for_rules
 
 
 class Controller:
@@ -104,7 +105,7 @@ class Controller:
         self._closer = weakref.finalize(self, self._steps.close)
         self._closer.atexit = False
         warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
-        asked = rule is not None or any(_asks(layer) for layer in adapter_layers(model))
+        asked = rule is not None or any(_asks(layer) for layer in adapter_layers(model)) or asks_for_rules(model)
         try:
             self._steps.begin({} if state is None else state["saved"], asked)
         except BaseException:

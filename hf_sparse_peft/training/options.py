@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import AdaLoraConfig, PeftConfig
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -15,6 +15,7 @@ from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
 from .trainer_checks import RunCheckCallback
 from .trainers import TwoPassTrainer
+from .upstream_runs import asks_for_rules
 from .zeroth_order_trainer import ZerothOrderTrainer
 
 TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differences": ZerothOrderTrainer}
@@ -26,9 +27,13 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 
     Pass them to `Trainer(callbacks=...)` or `trl.SFTTrainer(peft_config=config, callbacks=callbacks_for(config))`.
 
+    Of upstream peft's adapters AdaLoRA has a schedule, which the same runner carries out.
+
     Raises:
-        TypeError: neither a config of this package nor a model with one of its adapters.
+        TypeError: neither such a config nor a model with such an adapter.
     """
+    if isinstance(model_or_config, AdaLoraConfig) or _is_upstream_with_rules(model_or_config):
+        return [RuleRunner()]
     if hasattr(model_or_config, "rule_types"):
         configs = [model_or_config]
     elif isinstance(model_or_config, nn.Module) and (layers := adapter_layers(model_or_config)):
@@ -49,6 +54,10 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
         schedules.append(RunCheckCallback())  # a RuleRunner says it too
     # First of all: schedules look at the supports.
     return [InitialSupportCallback(), *schedules] if waits else schedules
+
+
+def _is_upstream_with_rules(model: Any) -> bool:
+    return isinstance(model, nn.Module) and not adapter_layers(model) and asks_for_rules(model)
 
 
 def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:

@@ -13,6 +13,7 @@ from ..tuners import restore_fp32
 from ..tuners.shared.live_run import current_trainer
 from .executor import RuleExecutor, trained_adapters
 from .trainer_checks import check_run, refuse_sharded
+from .upstream_runs import prepare_upstream
 
 
 class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
@@ -44,6 +45,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             restore_fp32(model)
             for layer, adapter in trained_adapters(model) if self.rule is not None else ():
                 layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
+            prepare_upstream(model, self.pick)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -1,0 +1,267 @@
+"""Adapters of upstream peft as unit spaces, so that rules act on them: whole modules, and the components of LoRA and
+AdaLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import AdaLoraConfig, PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..rules import Allocate, AverageRank, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
+from ..utils.tensors import TensorSpec
+from .shared.layer import AdapterLayer
+from .shared.wrapped_names import plain_name
+
+_STATE = "rule_"
+"""Prefix of the layer's attributes that hold the state of rules."""
+
+
+@dataclass(frozen=True)
+class UpstreamRankSpace(UnitSpace):
+    r"""Components of an upstream LoRA or AdaLoRA layer: component i is row i of `A`, column i of `B` and, under
+    AdaLoRA, number i of the gate `lora_E` `[r, 1]`.
+
+    A component that does not live has a 1 in the state `dead` and a gate of 0, as upstream's allocator leaves it. Plain
+    LoRA has no gate: none of its components can be switched off.
+    """
+
+    module_name: str = ""
+
+    kind: ClassVar[str] = "rank"
+    unit: ClassVar[str] = "component"
+    packed: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.module_name
+
+    @property
+    def seed(self) -> int:
+        """Upstream's configs have no seed."""
+        return 0
+
+    @property
+    def A(self) -> nn.Parameter:
+        """`[r, in]`."""
+        return getattr(self.layer.lora_A[self.adapter], "weight", self.layer.lora_A[self.adapter])
+
+    @property
+    def B(self) -> nn.Parameter:
+        """`[out, r]`."""
+        return getattr(self.layer.lora_B[self.adapter], "weight", self.layer.lora_B[self.adapter])
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """`[r, 1]`; None for plain LoRA."""
+        return self.layer.lora_E[self.adapter] if isinstance(self.layer, AdaLoraLayer) else None
+
+    @property
+    def size(self) -> int:
+        """Components that there is room for."""
+        return self.A.shape[0]
+
+    capacity = size
+
+    @property
+    def unit_numel(self) -> int:
+        """Numbers of a component: its row of `A`, its column of `B`, its gate."""
+        return self.A.shape[1] + self.B.shape[0] + (self.gate is not None)
+
+    def alive(self) -> Tensor:
+        """Living components, sorted."""
+        dead = self.state().get("dead")
+        return torch.arange(self.size) if dead is None else (dead == 0).nonzero().squeeze(1)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Gate (if any), A, B."""
+        return [parameter for parameter in (self.gate, self.A, self.B) if parameter is not None]
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """Components lie along the rows of A, the columns of B, and the gate."""
+        return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
+
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """Gate (if any), A, B."""
+        held = {"gate": (self.gate, 0), "A": (self.A, 0), "B": (self.B, 1)}
+        return {name: pair for name, pair in held.items() if pair[0] is not None}
+
+    def followers(self) -> list[Follower]:
+        """The parameters; where every component has its own slice, the state of rules stays with it."""
+        return [Follower(parameter, axis) for parameter, axis in self.parameter_axes()]
+
+    def state(self) -> dict[str, Tensor]:
+        """State that rules keep for this adapter in this layer, by name."""
+        return upstream_state(self.layer, self.adapter)
+
+    def write(self, units: Tensor) -> None:
+        """Let the components `units` live: the others' gates are zero from now on, in place.
+
+        Raises:
+            ValueError: without a gate no component can die.
+        """
+        self.check_needs(frozenset({"gate"}))
+        dead = torch.ones_like(self.state()["dead"])
+        dead[units.long()] = 0
+        self.state()["dead"].copy_(dead)
+        self.apply_mask()
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Zero the gates of components that do not live; an optimizer may have moved them."""
+        self.gate.data.mul_(1 - self.state()["dead"][:, None])
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raises `ValueError` where a rule needs what upstream's layers do not have."""
+        if "gate" in needs and self.gate is None:
+            raise ValueError(
+                f"The components of '{self.name}' are upstream LoRA's, which have no gate, so that none can be "
+                "switched off. Use AdaLoraConfig, or SparseLoraConfig(r=..., density=0, schedule=[rule])."
+            )
+        missing = needs - {"gate", "batches", "fixed_units", "two_passes"}
+        if missing:
+            raise ValueError(
+                f"'{self.name}' is a layer of upstream peft, which has no {' or '.join(sorted(missing))} for a rule. "
+                "Use an adapter of hf_sparse_peft."
+            )
+
+
+def upstream_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """Layers of upstream tuners in `model`, with the base's names for them, in model order."""
+    found = [(plain_name(name), module) for name, module in model.named_modules()]
+    return [
+        (name.removeprefix("module.").removeprefix("base_model.model."), module)
+        for name, module in found
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, AdapterLayer)
+    ]
+
+
+def upstream_spaces(model: nn.Module) -> dict[str, list[UnitSpace]]:
+    """Unit spaces of the active adapters of upstream peft, by adapter and in model order: every adapted module, and the
+    components of linear LoRA and AdaLoRA layers."""
+    found: dict[str, list[UnitSpace]] = {}
+    for name, layer in upstream_layers(model):
+        for adapter in layer.active_adapters:
+            module = ModuleSpace(layer, adapter, name)
+            if module.parameters():
+                found.setdefault(adapter, []).append(module)
+            if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+                rank = UpstreamRankSpace(layer, adapter, name)
+                if rank.A.ndim == 2 and rank.size:
+                    found[adapter].append(rank)
+    return found
+
+
+def upstream_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """Configs of the active adapters of upstream peft, by adapter."""
+    held = next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
+    return {name: held[name] for name in upstream_spaces(model) if name in held}
+
+
+# State of rules in layers that are not ours
+
+
+def upstream_state(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
+    """The state that rules keep for `adapter` in an upstream layer, by the names of their specs."""
+    names = [name for name in layer.other_param_names if name.startswith(_STATE)]
+    return {
+        name.removeprefix(_STATE): getattr(layer, name)[adapter] for name in names if adapter in getattr(layer, name)
+    }
+
+
+def allocate_upstream_state(space: UnitSpace, specs: Iterable[TensorSpec]) -> None:
+    """Allocate what rules keep for `space` as buffers of its layer, zeros; what is there stays. peft saves and loads
+    them with the adapter, and deletes them with it."""
+    layer = space.layer
+    for spec in specs:
+        name = f"{_STATE}{spec.name}"
+        if not hasattr(layer, name):
+            setattr(layer, name, BufferDict({}, persistent=True))
+            layer.other_param_names = (*layer.other_param_names, name)
+        held = getattr(layer, name)
+        if space.adapter not in held:
+            held[space.adapter] = torch.zeros(spec.shape, dtype=spec.dtype, device=space.parameters()[0].device)
+
+
+def drop_upstream_state(layer: BaseTunerLayer, adapter: str, names: Iterable[str]) -> None:
+    """Free the state of these names, so that it is not shipped with the adapter."""
+    for name in (f"{_STATE}{name}" for name in names):
+        held = getattr(layer, name, {})
+        if adapter in held:
+            del held[adapter]
+            if not len(held):
+                delattr(layer, name)
+                layer.other_param_names = tuple(known for known in layer.other_param_names if known != name)
+
+
+def upstream_specs(rule: Rule, space: UnitSpace) -> list[TensorSpec]:
+    """What `rule` keeps for `space`; where it moves components, with the mark of those that do not live."""
+    found = list(rule.state(space))
+    if space.kind == "rank" and "units" in rule.writes:
+        found.append(TensorSpec("dead", (space.size,), torch.uint8, role="rule", space="rank"))
+    return found
+
+
+# AdaLoRA
+
+
+def rules_of_upstream(config: PeftConfig, total_steps: int) -> list[Rule]:
+    r"""The rules that an upstream config asks for: of `AdaLoraConfig` its allocator and its regulariser.
+
+    `Allocate` is upstream's `update_and_allocate`, called after the optimizer's step with the number of steps done
+    before it: the same masks, gates and averages, with these departures where upstream fails: a run whose budget never
+    falls (`init_r == target_r`) trains on instead of stopping, the target is reached also with `tfinal=0`, ties take no
+    more than the budget says, a run that is resumed has its averages. `Orthogonality` adds the gradient of
+    `orth_reg_weight` once a step: not to evaluation losses, nor again for each micro-batch or rank.
+
+    Raises:
+        ValueError: `tinit` and `tfinal` leave no step for the budget to fall in.
+    """
+    if not isinstance(config, AdaLoraConfig):
+        return []
+    if config.tinit + config.tfinal >= total_steps:
+        raise ValueError(
+            f"AdaLoraConfig(tinit={config.tinit}, tfinal={config.tfinal}) leaves none of this run's {total_steps} "
+            "steps for the budget to fall in. Lower them, or train longer; total_step is the run's own."
+        )
+    allocate = Allocate(
+        budget=AverageRank(config.target_r),
+        score=Smoothed(beta1=config.beta1, beta2=config.beta2),
+        initial_warmup=config.tinit / total_steps,
+        final_warmup=config.tfinal / total_steps,
+        every=config.deltaT,
+        count_from=0,
+    )
+    return [allocate, Orthogonality(config.orth_reg_weight)]
+
+
+def take_over_adalora(model: nn.Module) -> None:
+    """Let AdaLoRA's model leave its regulariser out of the loss, which `Orthogonality` replaces, until `give_back`."""
+    for module in model.modules():
+        if isinstance(module, AdaLoraModel):
+            module.forward = module.model.forward
+
+
+def give_back_adalora(model: nn.Module) -> None:
+    """Undo `take_over_adalora`."""
+    for module in model.modules():
+        if isinstance(module, AdaLoraModel):
+            module.__dict__.pop("forward", None)
+
+
+def finish_adalora(space: UnitSpace, config: Any, total_steps: int) -> None:
+    """Note in `config` which components of `space` live, as upstream does, whose saver then leaves the others out."""
+    config.total_step = total_steps
+    alive = torch.zeros(space.size, dtype=torch.bool)
+    alive[space.alive().cpu().long()] = True
+    pattern = {} if config.rank_pattern is None else config.rank_pattern
+    config.rank_pattern = {**pattern, f"{space.name}.lora_E.{space.adapter}": alive.tolist()}
