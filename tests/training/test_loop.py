@@ -9,12 +9,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
+from torch.utils.data import DataLoader
 from training_toolbox import TokenData, adapted, make_config, tiny_llama
 from transformers import Trainer, TrainingArguments
 
-from hf_sparse_peft import Controller, Prune, Rule, callbacks_for
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    Allocate,
+    AlternateModules,
+    AverageRank,
+    Controller,
+    FactorExperts,
+    FactorMaskConfig,
+    Freeze,
+    GrowRank,
+    L1Penalty,
+    NuclearNorm,
+    Orthogonality,
+    ProximalGate,
+    Prune,
+    Regrow,
+    Rule,
+    SampleLayers,
+    SampleRank,
+    SearchSupport,
+    SparseLoraConfig,
+    callbacks_for,
+)
 from hf_sparse_peft.tuners.shared.live_run import run_on
-from hf_sparse_peft.utils.parts import load_part
+from hf_sparse_peft.utils.parts import load_part, part_types
 
 STEPS = 12
 PRUNE = Prune(final_fraction=0.4, start=0.1, end=0.8, interval=3)
@@ -28,16 +51,38 @@ CASES = {
 }  # fmt: skip
 
 
+RULES = {
+    "allocate": Allocate(budget=AverageRank(2), every=1),
+    "alternate_modules": AlternateModules(period_steps=2),
+    "factor_experts": FactorExperts(consistency=0.0),
+    "freeze": Freeze(at=0.5, threshold=0.01),
+    "grow_rank": GrowRank(target_r=3, modules=1, every=1, warmup=0),
+    "l1_penalty": L1Penalty(weight=5.0),
+    "nuclear_norm": NuclearNorm(min_side=8),
+    "orthogonality": Orthogonality(),
+    "prune": Prune(start=0.1, end=0.8, interval=2),
+    "proximal_gate": ProximalGate(weight=20.0),
+    "regrow": Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=0.5),
+    "sample_layers": SampleLayers(trained=0.5, interval=3, probes=2),
+    "sample_rank": SampleRank(),
+    "search_support": SearchSupport(trials=6, steps=1, batches=2),
+}
+"""Every rule of the package, with options with which it acts within a few steps on a tiny model."""
+
+
 class Recorder(Trainer):
-    """Keeps what each micro-batch was, and the learning rate of its step."""
+    """Takes the samples in their order; keeps what each micro-batch was, and the learning rate of its step."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.seen.append((copy.deepcopy(inputs), num_items_in_batch, self.optimizer.param_groups[0]["lr"]))
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def trained_by_trainer(config, out, accumulation: int = 1, **arguments):
-    model = adapted(config)
+def trained_by_trainer(config, out, accumulation: int = 1, layers: int = 1, **arguments):
+    model = adapted(config, layers=layers)
     args = TrainingArguments(
         out, max_steps=STEPS, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
         learning_rate=1e-2, weight_decay=0.0, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
@@ -50,7 +95,9 @@ def trained_by_trainer(config, out, accumulation: int = 1, **arguments):
 
 
 def optimizer_for(model) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer.param_groups[0]["initial_lr"] = 1e-2  # written by torch's schedulers, of which the Trainer has one
+    return optimizer
 
 
 def steps_of(seen, accumulation: int = 1):
@@ -142,6 +189,44 @@ def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
         for micro_batches in steps_of(seen)[5:]:
             step_by_hand(rules, again, optimizer, micro_batches)
     assert_same(again, expected)
+
+
+def config_for(rule: Rule) -> SparseLoraConfig:
+    split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
+    return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, r in part_types(Rule).items() if r.__module__.startswith("hf_sparse")))
+def test_every_rule_does_in_a_loop_by_hand_what_it_does_in_a_trainer_also_resumed(name, tmp_path):
+    config, layers, middle = config_for(RULES[name]), 2, 5
+    expected, seen = trained_by_trainer(config, tmp_path, 2, layers)
+    steps, loader = steps_of(seen, 2), DataLoader(TokenData(), batch_size=4)
+
+    def trained(model, steps, state=None, moments=None):
+        optimizer = optimizer_for(model)
+        if moments is not None:
+            optimizer.load_state_dict(moments)
+        with Controller(model, optimizer, STEPS, accumulation=2, dataloader=loader, state=state) as rules:
+            for micro_batches in steps:
+                step_by_hand(rules, model, optimizer, micro_batches)
+            return rules.events, rules.state_dict(), optimizer.state_dict(), copy.deepcopy(model.state_dict())
+
+    model = adapted(config, layers=layers)
+    trained(model, steps)
+    assert_same(model, expected)
+
+    model = adapted(config, layers=layers)
+    _, state, moments, tensors = copy.deepcopy(trained(model, steps[:middle]))
+    again = adapted(config, layers=layers)
+    again.load_state_dict(tensors)
+    trained(again, steps[middle:], state, moments)
+    assert_same(again, expected)
+
+    idle = adapted(config, layers=layers)
+    idle.peft_config["default"].schedule = []
+    trained(idle, steps)
+    ours, theirs = idle.state_dict(), expected.state_dict()
+    assert not all(torch.equal(ours[key], theirs[key]) for key in theirs)  # the rule has done something
 
 
 class Overflow:
