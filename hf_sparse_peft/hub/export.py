@@ -1,6 +1,6 @@
 """Export of adapters to formats that engines without this package load. Reads an adapter's pieces, whatever its tuner.
 
-low-rank pieces, rows, columns   -> plain LoRA, exactly
+low-rank pieces, rows, columns   -> plain LoRA, exactly; with a magnitude beside them DoRA
 entries, blocks, sparse tiles    -> upstream SHiRA, exactly; or LoRA by SVD, with the error measured
 anything                         -> dense model (dense.py)
 """
@@ -25,7 +25,7 @@ from ..sparsity.decomposition import truncated_svd
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
-from ..tuners.shared.pieces import Entries, LowRank, Piece
+from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece
 from ..tuners.shared.wrapped_names import plain_name
 from .card import exported_card
 from .folders import staged_folder
@@ -62,7 +62,8 @@ def export_lora(
     `k` rows are a LoRA of rank k whose `B` has one-hot columns, `k` columns one whose `A` has one-hot rows; gate and
     scaling are multiplied into `B`, components whose gate is 0 are left out. All of this is exact:
     :math:`BA = \Delta W` in fp32. Modules whose update is zero by construction are left out of `target_modules`.
-    `rank_pattern` and `alpha_pattern` hold equal numbers, so LoRA's scaling is 1.
+    `rank_pattern` and `alpha_pattern` hold equal numbers, so LoRA's scaling is 1. Updates with a magnitude of their own
+    are written with `use_dora`, as exactly.
 
     Args:
         model: has the adapter; its base may be quantised.
@@ -83,9 +84,13 @@ def export_lora(
     for option, value in (("rank", rank), ("uniform_rank", uniform_rank)):
         if value is not None and value is not False and value < 1:
             raise ValueError(f"{option}={value} is no rank; give an integer >= 1, or leave it out.")
-    factors, errors = {}, {}
+    factors, errors, magnitudes = {}, {}, {}
     for layer in layers:
-        found = _lora_factors(layer, _pieces(layer, adapter_name, only), rank)
+        pieces = _pieces(layer, adapter_name, only)
+        if rank is not None:
+            pieces = [piece.dense() if isinstance(piece, Decomposed) else piece for piece in pieces]
+        magnitudes.update((layer.module_name, one.magnitude) for one in pieces if isinstance(one, Decomposed))
+        found = _lora_factors(layer, pieces, rank)
         if found is not None:
             factors[layer.module_name], errors[layer.module_name] = found[:2], found[2]
     if not factors:
@@ -110,6 +115,7 @@ def export_lora(
         alpha_pattern=dict(pattern),
         target_modules=_target_modules(model, set(ranks)),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers if layer.module_name in ranks),
+        use_dora=bool(magnitudes),
         bias="lora_only" if bias.endswith("_only") else bias,
         **_shared_options(config),
     )
@@ -117,6 +123,8 @@ def export_lora(
     for name, (A, B) in factors.items():
         tensors[f"{_prefix(name)}lora_A.weight"] = A.contiguous().cpu()
         tensors[f"{_prefix(name)}lora_B.weight"] = B.contiguous().cpu()
+    for name, magnitude in magnitudes.items():
+        tensors[f"{_prefix(name)}lora_magnitude_vector"] = magnitude.float().contiguous().cpu()
     size = _write(path, lora, tensors, config)
     worst = max(errors, key=errors.get)
     if errors[worst] > _ROUNDING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..rules import FreezeGradually
 from ..tuners import SpectralLoraConfig
 from ..tuners.spectral_lora import (
     LDU,
@@ -117,4 +118,33 @@ def mos(r: int = 8, lora_alpha: float = 16, e: int = 2, shards: int = 4, p: int 
     """MoS: every component is put together from shards of pools for all modules of a type. The authors train all
     linears of 4-bit Llamas with alpha 16; r, e, `shards` and p were not confirmed."""
     options = {"r": r, "lora_alpha": lora_alpha, "bases": Shards(e, shards, p), "core": None}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "edora",
+    paper="Nasiri & Garraghan, 2025",
+    moves="nothing",
+    use_when="DoRA at the numbers of LoRA-XS: r * r + out a module",
+    cost="an SVD of each weight at injection; the rows' norms anew in every pass",
+)
+def edora(r: int = 32, lora_alpha: float = 16, std: float = 1e-5, **overrides: Any) -> Method:
+    """EDoRA: LoRA-XS with the norms of the weight's rows trained apart. The authors train RoBERTa-base with r 4 to 32
+    and another learning rate for the classifier."""
+    return lora_xs(r=r, lora_alpha=lora_alpha, std=std, **{"use_dora": True, **overrides})
+
+
+@register(
+    "lamda",
+    paper="Azizi et al., 2024",
+    moves="nothing: columns of B stop training one after the other, the largest singular values' first",
+    use_when="r * r numbers a module in the end, and activations of r instead of in numbers a token throughout",
+    cost="an SVD of each weight at injection; optimizer state for B",
+)
+def lamda(r: int = 64, lora_alpha: float = 16, until: float = 0.3, **overrides: Any) -> Method:
+    """LaMDA: singular vectors around a full core that starts with the singular values, which the base gives up; B
+    trains at first and freezes gradually. The exact start was not confirmed; the released code has none of its own and
+    leaves the core at a random one."""
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": SVD(train_B=True), "core": Full("values", residual="init")}
+    options["schedule"] = [FreezeGradually(until)]
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))

@@ -11,6 +11,7 @@ sample_rank.py   nested ranks                 grow_rank.py     modules gain rank
 proximal_gate.py a threshold on gates
 factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
+freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
 penalties.py     L1 and nuclear norm on what trains
 sample_layers.py    drawn transformer layers train at a step        probing.py    passes beside training
@@ -21,6 +22,7 @@ from .alternate_modules import AlternateModules
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
+from .freeze_gradually import FreezeGradually
 from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
@@ -50,6 +52,7 @@ __all__ = [
     "FactorExperts",
     "Follower",
     "Freeze",
+    "FreezeGradually",
     "Gradient",
     "GrowRank",
     "Growth",

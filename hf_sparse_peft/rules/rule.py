@@ -171,8 +171,13 @@ def check_schedule(schedule: Iterable[Rule | UnknownPart], config: Any) -> None:
     """Refuse rules that cannot be combined, or cannot work with `config`.
 
     Raises:
-        ValueError: names both rules, or the rule's option.
+        ValueError: names both rules, the rule's option, or the kinds of units that adapters of that config never have.
     """
     check_pairs(schedule)
     for rule in (rule for rule in schedule if isinstance(rule, Rule)):
+        if not rule.acts_on & config.possible_kinds:
+            raise ValueError(
+                f"{type(rule).__name__} acts on units of {sorted(rule.acts_on)}, and adapters of a "
+                f"{type(config).__name__} have {sorted(config.possible_kinds)}. Leave it out of schedule."
+            )
         rule.check(config)

@@ -42,7 +42,7 @@ KINDS = {
     "low rank": {"rank", "module"},
     "low rank + entries": {"support", "rank", "module"},
     "kernel": {"kernel", "module"},
-    "core": {"core", "module"},
+    "core": {"core", "basis", "module"},
     "shared bases": {"core", "module"},
 }
 """Kinds of unit spaces that each has."""
@@ -72,6 +72,7 @@ RULES: dict[str, dict[str, Any]] = {
         "spaces": ("kernel",), "budget": {"type": "density", "fraction": 0.2}, "every": 2, "initial_warmup": 0.0,
         "fixed_at_end": False, "only": ("kernel",),
     },
+    "freeze_gradually": {"until": 0.7},
     "orthogonality": {"weight": 0.5},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},

@@ -78,6 +78,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "snell",
     ): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("identity", "snella"): "as snell",
+    ("identity", "edora"): "as lora-xs",
     ("identity", "lora-xs"): "the core starts at N(0, 1e-10), not at 0 (as published)",
     ("moves", "dylora"): "a rank is sampled for a step, and all components live between steps",
     ("loss", "mezo"): "eight random directions need not lead down",

@@ -28,6 +28,7 @@ from hf_sparse_peft import (
     SampleLayers,
     SearchSupport,
     SparseLoraConfig,
+    SpectralLoraConfig,
     callbacks_for,
 )
 from hf_sparse_peft.rules import Rule, conflict
@@ -35,6 +36,7 @@ from hf_sparse_peft.rules.pairs import pair_table
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import run_on
+from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import part_types
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -52,6 +54,8 @@ BUSY = {
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
 }
 """Options with which a rule acts within a few steps on a tiny model; other rules are taken with their defaults."""
+KINDS = ({"support", "rank", "module"}, {"basis", "core", "module"})
+"""Units of sparse adapters, and of spectral ones with a trained basis."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -59,17 +63,22 @@ def rule_of(name: str) -> Rule:
     return BUSY.get(name) or OWN[name]()
 
 
-def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig:
+def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLoraConfig:
     options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "schedule": list(rules)}
     if any(rule.acts_on == {"kernel"} for rule in rules):
         return KernelLoraConfig(sparsity=0.5, **options)
+    if any(rule.acts_on == {"basis"} for rule in rules):
+        return SpectralLoraConfig(bases=SVD(train_B=True), **options)
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     return SparseLoraConfig(density=0.1, **options)
 
 
 def composes(*names: str) -> bool:
-    return all(conflict(rule_of(a), rule_of(b)) is None for a, b in itertools.combinations(names, 2))
+    """Whether no two conflict, and there are adapters with units for all."""
+    rules = [rule_of(name) for name in names]
+    together = any(all(rule.acts_on & kinds for rule in rules) for kinds in KINDS)
+    return together and all(conflict(a, b) is None for a, b in itertools.combinations(rules, 2))
 
 
 def schedules(length: int = 4) -> list[tuple[str, ...]]:
@@ -191,8 +200,11 @@ def test_a_pair_is_refused_by_name_exactly_where_declared(name):
             with pytest.raises(ValueError, match=type(first).__name__) as error:
                 config_of(first, second)
             assert type(second).__name__ in str(error.value)
-        else:
+        elif composes(name, other):
             config_of(first, second)
+        else:
+            with pytest.raises(ValueError, match="acts on units of"):
+                config_of(first, second)
 
 
 @pytest.mark.parametrize("names", schedules(), ids="+".join)

@@ -28,6 +28,7 @@ class KernelLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "kernel_lora"
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"kernel", "module"})
 
     r: Annotated[int, Range(least=2)] = field(
         default=32, metadata={"help": "Numbers trained for each input and each output; even."}

@@ -9,13 +9,14 @@ from .config import AdapterConfig
 from .layer import AdapterLayer
 from .linear import AdditiveLinear
 from .model import AdapterModel
-from .pieces import Entries, LowRank, Piece, Tiles
+from .pieces import Decomposed, Entries, LowRank, Piece, Tiles
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
     "AdapterModel",
     "AdditiveLinear",
+    "Decomposed",
     "Entries",
     "LowRank",
     "Piece",

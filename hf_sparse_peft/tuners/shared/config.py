@@ -66,6 +66,9 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
     tuner: ClassVar[str] = ""
     """Name of the tuner, lower case: "sparse_lora"; its `peft_type` is the same in capitals."""
 
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"module"})
+    """Kinds of units that adapters may have."""
+
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, or 'all-linear'; None: the architecture's default."}
     )

@@ -34,12 +34,16 @@ class AdditiveLinear(nn.Module, MergeMixin, AdapterLayer):
     forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
+        base = result = self.base_layer(x, *args, **kwargs)
         dtype = compute_dtype(self, x, weight_source(self))
         for name in (name for name in names if not self.awaits_calibration(name)):
             # Out of place: some 4-bit kernels return views that must not be written to.
-            result = result + self.update(x, name, dtype).to(result.dtype)
+            result = result + self._update_beside(base, x, name, dtype).to(result.dtype)
         return result
+
+    def _update_beside(self, base: torch.Tensor, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """`update`, for forms that the base layer's output `base` is cheaper for."""
+        return self.update(x, name, dtype)
 
     def update(self, x: torch.Tensor, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
         r""":math:`X\,\Delta W^\top` of one adapter, `[..., out]`, computed in `dtype`: here the sum over its pieces.

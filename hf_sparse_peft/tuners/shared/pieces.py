@@ -5,6 +5,7 @@ r"""Pieces: what an adapter adds to one weight, in forms that merging, export, c
 | piece | update | leaves as |
 |---|---|---|
 | `LowRank` | :math:`s\,B\,\mathrm{diag}(g)\,A` | LoRA, exactly |
+| `Decomposed` | :math:`\mathrm{diag}(m/n)(W + P) - W` with a low-rank P | DoRA, exactly |
 | `Entries` | values at the units of a support | rows and columns: LoRA, exactly; all: SHiRA, exactly |
 | `Tiles` | a dense matrix that is built tile after tile | SHiRA where most of it is zero, else LoRA by SVD |
 """
@@ -84,6 +85,48 @@ class LowRank(Piece):
             gate = self.gate.float()
             A, B = A[gate != 0], (B * gate)[:, gate != 0]
         return A, B
+
+
+@dataclass(frozen=True)
+class Decomposed(Piece):
+    r"""Direction and magnitude trained apart, :math:`\Delta W = \mathrm{diag}(m/n)(W + P) - W` with a low-rank P and
+    :math:`n_i = \|W_i + P_i\|` (DoRA; Liu et al., 2024). It is alone in its layer."""
+
+    low_rank: LowRank
+    """P."""
+    magnitude: Tensor
+    """`[out]`, m."""
+    weight: Callable[[], Tensor]
+    """The base weight W, `[out, in]`; not to be written to."""
+
+    @property
+    def exact_rank(self) -> int:
+        """Rank of a DoRA that equals this piece."""
+        return self.low_rank.A.shape[0]
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the piece to `weight`, in fp32 or wider."""
+        base = self.weight().to(weight.dtype)
+        moved = base.clone()
+        self.low_rank.add_(moved)
+        weight += moved * (self.magnitude.to(moved.dtype) / moved.norm(dim=1))[:, None] - base
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Those of P, dead components too; a DoRA has `magnitude` beside them."""
+        P = self.low_rank
+        B = P.B.float() * P.scale
+        return P.A.float(), B if P.gate is None else B * P.gate.float()
+
+    def dense(self) -> Tiles:
+        """The piece as the dense update that it is."""
+
+        def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
+            update = torch.zeros(self.weight().shape, device=self.magnitude.device)
+            self.add_(update)
+            yield slice(None), slice(None), update
+
+        return Tiles(tuple(self.weight().shape), tiles)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class SparseLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "sparse_lora"
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"support", "rank", "module"})
     r: NonNegativeInt = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})

@@ -108,8 +108,8 @@ class Bases(Part):
             ValueError: the weight has no such bases.
         """
         a, b = self.inner(site)
-        A = TensorSpec(TRAINED_A, (b, site.cols)) if "A" in self.trained else None
-        B = TensorSpec(TRAINED_B, (site.rows, a), axis=1) if "B" in self.trained else None
+        A = TensorSpec(TRAINED_A, (b, site.cols), space="basis") if "A" in self.trained else None
+        B = TensorSpec(TRAINED_B, (site.rows, a), space="basis", axis=1) if "B" in self.trained else None
         return [
             A or TensorSpec(FIXED_A, (b, site.cols), role="saved"),
             B or TensorSpec(FIXED_B, (site.rows, a), role="saved"),

@@ -26,6 +26,7 @@ class SpectralLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "spectral_lora"
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"core", "basis", "module"})
 
     r: int = field(
         default=16,
@@ -43,6 +44,10 @@ class SpectralLoraConfig(AdapterConfig):
     core: Core | UnknownPart | None = field(
         default_factory=Full,
         metadata={"help": "The trained core: Full(), Diagonal(), ...; None: none."},
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "Whether the norms of the rows are trained apart from their directions (DoRA; EDoRA)."},
     )
     sizes: dict[str, list[str | int]] = field(
         default_factory=dict,
@@ -96,7 +101,8 @@ class SpectralLoraConfig(AdapterConfig):
     @property
     def unit_kinds(self) -> frozenset[str]:
         """Kinds of units that an adapter has."""
-        return frozenset({"module"} | ({"core"} if self.core is not None else set()))
+        bases = {"basis"} if self.bases.trained and not self.bases.shared else set()
+        return frozenset({"module"} | bases | ({"core"} if self.core is not None else set()))
 
     def group(self, module_name: str, rows: int, cols: int) -> Hashable:
         """Modules of one group share bases."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,12 +13,12 @@ from ...utils.tensors import TensorSpec
 from ..shared.file_check import file_being_loaded
 from ..shared.layer import AdapterLayer
 from ..shared.linear import AdditiveLinear
-from ..shared.pieces import LowRank, Piece
+from ..shared.pieces import Decomposed, LowRank, Piece
 from ..shared.tensor_checks import side
 from .bases import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Site
 from .config import SpectralLoraConfig
 
-OFFSET, SHAPE = "spectral_lora_offset", "spectral_lora_shape"
+OFFSET, SHAPE, MAGNITUDE = "spectral_lora_offset", "spectral_lora_shape", "spectral_lora_magnitude"
 
 
 class SpectralLoraLayer(AdapterLayer):
@@ -48,12 +49,16 @@ class SpectralLoraLayer(AdapterLayer):
     """`[k]`, where A is a trained sum of random matrices."""
     spectral_lora_B_coefficients: nn.ParameterDict
     """`[l]`, where B is."""
+    spectral_lora_magnitude: nn.ParameterDict
+    """`[out]`, the trained norms of the rows, with `use_dora`."""
     spectral_lora_scaling: dict[str, float]
     """s, 1 where it is trained."""
     spectral_lora_owner: dict[str, SpectralLoraLayer]
     """The layer that has what this one shares, where that is another."""
     spectral_lora_derived: dict[str, dict[str, Tensor]]
     """What follows from the seed, made at first use."""
+    spectral_lora_norms: dict[str, tuple[Tensor, ...]]
+    """Of the base weight, what norms are computed from, made at first use."""
 
     @classmethod
     def tensor_specs(
@@ -73,6 +78,8 @@ class SpectralLoraLayer(AdapterLayer):
             TensorSpec(SHAPE, (2,), torch.int64, "saved", start=lambda _: torch.tensor([rows, cols]), check=check_shape)
         ]
         found += bases.specs(site)
+        if config.use_dora:
+            found.append(TensorSpec(MAGNITUDE, (rows,)))
         if core is None:
             return found
         a, b = bases.inner(site)
@@ -143,6 +150,8 @@ class SpectralLoraLayer(AdapterLayer):
             trained = config.bases.trained
             tensors[TRAINED_A if "A" in trained else FIXED_A].copy_(found.A)
             tensors[TRAINED_B if "B" in trained else FIXED_B].copy_(found.B)
+        if config.use_dora:
+            tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
         self._begin_core(adapter_name, None if found is None else found.values)
 
     def _begin_core(self, adapter_name: str, values: Tensor | None) -> None:
@@ -185,14 +194,40 @@ class SpectralLoraLayer(AdapterLayer):
         B, core, A, scaling = self._parts(adapter_name)
         around = None if config.core is None else config.core.around(B, A, tensors)
         if around is not None:
-            return [LowRank(*around, scale=scaling)]
-        if core is None:
-            return [LowRank(B, A, scale=scaling)]
-        return [LowRank(B, A, core, scaling) if core.dim() == 1 else LowRank(B @ core, A, scale=scaling)]
+            found = LowRank(*around, scale=scaling)
+        elif core is None or core.dim() == 1:
+            found = LowRank(B, A, core, scaling)
+        else:
+            found = LowRank(B @ core, A, scale=scaling)
+        return [Decomposed(found, tensors[MAGNITUDE], self.dense_base_weight) if config.use_dora else found]
+
+    def _norm_ratio(self, adapter_name: str) -> Tensor:
+        r""":math:`m / n` `[out]` of a layer with `use_dora`, with the norms n as constants, which is how DoRA is
+        published.
+
+        :math:`n^2 = \|W_i\|^2 + 2 \langle L_i, W_i A^\top\rangle + \langle L_i A A^\top, L_i\rangle` with
+        :math:`L = s B C`: no step reads the base weight again, which is dear where that is in 4 bits.
+        """
+        B, core, A, scaling = (one.detach() if isinstance(one, Tensor) else one for one in self._parts(adapter_name))
+        held = self.spectral_lora_norms.get(adapter_name)
+        if held is None or held[0].device != A.device:
+            weight = self.dense_base_weight().detach().float()
+            held = weight.square().sum(1), weight @ A.t(), A @ A.t()
+            self.spectral_lora_norms[adapter_name] = held
+        squares, projected, gram = held
+        L = scaling * (B if core is None else _times(B, core))
+        squares = squares + 2 * (L * projected).sum(1) + (L @ gram * L).sum(1)
+        return self.spectral_lora_magnitude[adapter_name] / squares.clamp_min(0).sqrt()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SpectralLoraLayer:
+        self.spectral_lora_norms.clear()  # of the weight as it was: moved, or cast
+        return super()._apply(*args, **kwargs)
 
 
 class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
     r""":math:`Y = X W^\top + b + s\,((X A^\top) C^\top) B^\top`."""
+
+    _apply = SpectralLoraLayer._apply
 
     def update(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
         r""":math:`X\,\Delta W^\top` of one adapter, from the input side to the output side."""
@@ -202,6 +237,14 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
             core = core.to(dtype)
             inner = inner * core if core.dim() == 1 else inner @ core.t()
         return scaling * (inner @ B.to(dtype).t())
+
+    def _update_beside(self, base: Tensor, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        r"""With `use_dora` :math:`(m/n - 1) \odot X W^\top + m/n \odot X P^\top`; the bias stays out of it."""
+        update = self.update(x, name, dtype)
+        if not self.adapter_configs[name].use_dora:
+            return update
+        bias, ratio = self.get_base_layer().bias, self._norm_ratio(name)
+        return (ratio - 1) * (base if bias is None else base - bias) + ratio * update
 
 
 def _times(B: Tensor, core: Tensor) -> Tensor:
