@@ -16,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..rules import Allocate, AverageRank, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
+from ..rules import Allocate, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
+from ..sparsity import AverageRank
 from ..utils.tensors import TensorSpec
 from .shared.layer import AdapterLayer
 from .shared.wrapped_names import plain_name
