@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sparsity import Budget, Cubic, Curve, competition_counts, stream_seed, whole_steps
 from ..sparsity.selection import tie_priority
 from ..utils.option_types import PositiveInt, Range
-from ..utils.parts import register_part, require
+from ..utils.parts import UnknownPart, register_part, require
 from ..utils.tensors import TensorSpec
 from .collectives import all_reduce_mean
 from .moves import move_units
@@ -123,7 +123,8 @@ class Allocate(Rule):
                 f"Allocate.score={self.score} has one number for a whole module, and units compete. Take a score of "
                 "single numbers: Sensitivity, Magnitude, or Smoothed over one of them."
             )
-        self.budget_for(config).check_training(config, self.spaces)
+        if self.budget is not None or not isinstance(getattr(config, "budget", None), UnknownPart):
+            self.budget_for(config).check_training(config, self.spaces)
 
     def budget_for(self, config: Any) -> Budget:
         """`budget`, or the one of the adapter's config.

@@ -76,19 +76,6 @@ def check_types(config: Any) -> None:
         check_value(getattr(config, field.name), hints[field.name], f"{type(config).__name__}.{field.name}")
 
 
-def check_options(cls: type, options: Mapping[str, Any], field: str) -> None:
-    """Refuse an option whose value is not what the annotation of the dataclass `cls` takes; unknown ones are left to
-    it.
-
-    Raises:
-        ValueError: names `field` and the option, the value and what is accepted.
-    """
-    hints = _hints(cls)
-    for name, value in options.items():
-        if name in hints:
-            check_value(value, hints[name], f"{field}[{name!r}]")
-
-
 def check_value(value: Any, accepted: Any, where: str) -> None:
     """Refuse a `value` that the annotation `accepted` does not take.
 

@@ -1,12 +1,13 @@
 """One kind of budget for injection and for training: who answers which question, and who is refused by name."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
-from training_toolbox import Hook, layers_of, run
+from peft import PeftModel, get_peft_model
+from training_toolbox import Hook, StopAt, layers_of, run
 
 from hf_sparse_peft import (
     Allocate,
@@ -110,6 +111,35 @@ def test_budgets_for_injection_alone_are_refused_in_training_by_name(budget, whe
 def test_a_rule_without_a_budget_that_fits_is_refused(config, words):
     with pytest.raises(ValueError, match=words):
         config()
+
+
+def test_a_budget_that_is_unknown_here_loads_for_inference_and_refuses_to_train(tmp_path):
+    rule = Allocate(BOTH, every=2)
+    model = trained(SparseLoraConfig(r=4, budget=Numbers(900), schedule=[rule], **TARGETS), tmp_path / "run")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    budget = {"type": "of_a_plugin", "numbers": 900}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "budget": budget}))
+    loaded = PeftModel.from_pretrained(tiny.base("fp32", layers=2), tmp_path)
+    assert loaded.peft_config["default"].to_dict()["budget"] == budget
+    loaded = PeftModel.from_pretrained(tiny.base("fp32", layers=2), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="'of_a_plugin' is not registered"):
+        run(loaded, tmp_path / "more", 2)
+
+
+@pytest.mark.parametrize("stop", [1, 4], ids=["before the split", "after it"])
+def test_one_split_is_not_made_again_by_a_resumed_run(stop, tmp_path):
+    config = methods.get("joint-budget", r=4, density=0.2, once=True, **TARGETS).config
+    hooks, seen = [StopAt(stop)], {}
+    trained(config, tmp_path / "part", 8, hooks, warmup_steps=2)
+    hook = Hook(on_step_end=lambda step, model, _: seen.update({step: [u.alive().tolist() for u in spaces(model)]}))
+    whole = trained(config, tmp_path / "whole", 8, [hook], warmup_steps=2)
+    assert seen[1] != seen[2] == seen[8]
+    resumed = trained(
+        config, tmp_path / "part", 8, warmup_steps=2, resume=str(tmp_path / "part" / f"checkpoint-{stop}")
+    )
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def spaces(model):

@@ -6,14 +6,17 @@ from dataclasses import MISSING, fields
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from peft import PeftConfig
 
 import hf_sparse_peft
-from hf_sparse_peft import KernelLoraConfig
+from hf_sparse_peft import KernelLoraConfig, Prune, SparseLoraConfig, SpectralLoraConfig
 from hf_sparse_peft.rules import AlternateModules
 from hf_sparse_peft.sparsity import ByModule, Density, Linear
 from hf_sparse_peft.utils import parts
+from hf_sparse_peft.utils.option_docs import Option, options_of
 from hf_sparse_peft.utils.option_types import Range, check_value, described
 
+CONFIGS = (KernelLoraConfig, SparseLoraConfig, SpectralLoraConfig)
 NEEDED = {"end": 1.0, float: 0.5, int: 1, str: "x", "curve": Linear(1.0, 0.0), "budget": Density(0.5)}
 """What fields without a default are given, by name, type or kind of part."""
 
@@ -63,7 +66,7 @@ def options_for(cls):
 
 
 def cases():
-    for cls in (*own_parts(), KernelLoraConfig):
+    for cls in (*own_parts(), *CONFIGS):
         for name, hint in get_type_hints(cls, include_extras=True).items():
             if name in {field.name for field in fields(cls)} and name not in ("peft_type", "task_type"):
                 for value, bound in bounds(hint):
@@ -132,3 +135,22 @@ def test_a_value_is_of_the_wrong_type_before_it_is_out_of_range():
             check_value(value, hint, "x")
     with pytest.raises(ValueError, match=r"^x=0 is out of range: it takes an integer >= 1 or None\.$"):
         check_value(0, hint, "x")
+
+
+@pytest.mark.parametrize("cls", [*own_parts(), *CONFIGS], ids=lambda cls: cls.__name__)
+def test_every_option_has_one_description_that_help_texts_can_read(cls):
+    found = options_of(cls)
+    upstreams = {field.name for field in fields(PeftConfig)}
+    assert [option.name for option in found] == [field.name for field in fields(cls) if field.init]
+    assert not [option.name for option in found if not option.description and option.name not in upstreams]
+
+
+def test_options_are_described_as_they_stand_in_the_class():
+    assert options_of(Prune)[0] == Option(
+        "final_fraction", "a number in (0, 1]", 0.5,
+        "Fraction of the injected units that lives at the end: a density d ends as `final_fraction * d`.",
+    )  # fmt: skip
+    inherited = {option.name: option for option in options_of(hf_sparse_peft.sparsity.Fisher)}
+    assert inherited["examples"].description.startswith("Examples that the statistic is estimated from (FISH")
+    assert inherited["largest"].description == "False chooses the units that rank lowest."
+    assert options_of(Density)[0].default is MISSING

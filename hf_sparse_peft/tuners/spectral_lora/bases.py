@@ -20,7 +20,8 @@ from torch import Tensor
 from ...ops.seeded import seeded_combination, seeded_uniform
 from ...sparsity import stream_seed
 from ...sparsity.decomposition import truncated_svd
-from ...utils.parts import Part, register_part, require
+from ...utils.option_types import PositiveInt
+from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
 
 TRAINED_A, TRAINED_B = "spectral_lora_A", "spectral_lora_B"
@@ -144,6 +145,7 @@ class SVD(Bases):
     """
 
     values_in_A: bool = False
+    """Whether A is multiplied by the singular values."""
     train_B: bool = False
     """Whether B is trained as well (LaMDA)."""
 
@@ -191,16 +193,11 @@ class RandomBases(Bases):
     r"""Kaiming-uniform matrices, :math:`A \sim U(\pm 1/\sqrt{in})` and :math:`B \sim U(\pm 1/\sqrt{a})`, that follow
     from the seed and the module's name: in memory while the adapter is, in no file (LoRA-Mini's outer factors)."""
 
-    a: int | None = None
+    a: PositiveInt | None = None
     """Columns of B; None: r."""
-    b: int | None = None
+    b: PositiveInt | None = None
     """Rows of A; None: r."""
     derived_names: ClassVar[tuple[str, ...]] = (FIXED_A, FIXED_B)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("a", "b"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "an integer >= 1, or None")
 
     def inner(self, site: Site) -> tuple[int, int]:
         """`a` and `b`, at most the weight's sides."""
@@ -232,18 +229,13 @@ class RandomCombination(Bases):
     time in every pass, forwards and backwards; files have the coefficients.
     """
 
-    k: int = 512
+    k: PositiveInt = 512
     """Matrices of A."""
-    l: int | None = None  # noqa: E741 (the paper's name)
+    l: PositiveInt | None = None  # noqa: E741 (the paper's name)
     """Matrices of B; None: k."""
     init: Literal["offset", "mean"] = "offset"
+    """Which of the code's two forms."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.k >= 1, self, "k", "an integer >= 1")
-        require(self.l is None or self.l >= 1, self, "l", "an integer >= 1, or None")
-        require(self.init in ("offset", "mean"), self, "init", "'offset' or 'mean'")
 
     @property
     def derived_names(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ...rules import check_schedule
+from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
@@ -28,14 +29,14 @@ class SpectralLoraConfig(AdapterConfig):
     tuner: ClassVar[str] = "spectral_lora"
     possible_kinds: ClassVar[frozenset[str]] = frozenset({"core", "basis", "module"})
 
-    r: int = field(
+    r: PositiveInt = field(
         default=16,
         metadata={"help": "Components of the bases, at most the smaller side of a weight."},
     )
-    lora_alpha: float | None = field(
+    lora_alpha: PositiveFloat | None = field(
         default=None, metadata={"help": "Numerator of the scaling s = lora_alpha / r; None: r, a scaling of 1."}
     )
-    rank_pattern: dict[str, int] = field(
+    rank_pattern: dict[str, PositiveInt] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> r of the modules that match, instead of `r`."}
     )
     bases: Bases | UnknownPart = field(
@@ -63,15 +64,6 @@ class SpectralLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ValueError(f"r={self.r} is no number of components; give an integer >= 1.")
-        wrong = {name: r for name, r in self.rank_pattern.items() if r < 1}
-        if wrong:
-            raise ValueError(f"rank_pattern={wrong} has ranks below 1; leave such modules out with exclude_modules.")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0, or None.")
-        if self.bias not in ("none", "all", "spectral_lora_only"):
-            raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'spectral_lora_only'.")
         if self.core is None and not self.bases.trained:
             raise ValueError(f"core=None leaves nothing to train between {type(self.bases).__name__}. Set core=Full().")
         if self.core is not None and self.core.residual is not None and self.bases.shared:

@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...utils.parts import Part, register_part, require
+from ...utils.option_types import NonNegativeInt, PositiveFloat
+from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
 from .bases import Site
 
@@ -72,12 +73,6 @@ class Core(Part):
         return values
 
 
-def _check_init(core: Core) -> None:
-    accepted = type(core).INITS
-    require(core.init in accepted, core, "init", f"one of {list(accepted)}")
-    require(core.residual in ("init", "values", None), core, "residual", "'init', 'values' or None")
-
-
 @register_part("full")
 @dataclass(frozen=True)
 class Full(Core):
@@ -85,14 +80,10 @@ class Full(Core):
 
     init: Literal["normal", "zeros", "values"] = "normal"
     """`normal`: N(0, std^2); `values`: the spectrum of the bases on the diagonal."""
-    std: float = 1e-5
+    std: PositiveFloat = 1e-5
+    """Of `normal`."""
     residual: Literal["init", "values"] | None = None
-    INITS: ClassVar[tuple[str, ...]] = ("normal", "zeros", "values")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_init(self)
-        require(self.std > 0, self, "std", "a number > 0")
+    """What :math:`C_0` is; None: 0."""
 
     def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a, b]`, whose rows are the units of kind "core"."""
@@ -124,16 +115,10 @@ class Diagonal(Core):
     """`normal`: N(0, 1), `uniform`: U(-1, 1). Of the bases' spectrum d: d itself, its mean m, N(m, std(d)^2), or
     U(-m/2, m/2)."""
     residual: Literal["init", "values"] | None = None
+    """What :math:`C_0` is; None: 0."""
     trained_scale: bool = False
+    """Whether s is trained too."""
     diagonal = True
-    INITS: ClassVar[tuple[str, ...]] = (
-        *("zeros", "ones", "normal", "uniform"),
-        *("values", "values_mean", "values_normal", "values_uniform"),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_init(self)
 
     def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a]`, whose numbers are the units of kind "core", and `[1]` for a trained s."""
@@ -174,11 +159,8 @@ class Diagonal(Core):
 class Band(Core):
     r"""The diagonals up to `width` away from the main one: :math:`C_{ij} \neq 0` for :math:`|i - j| \le w`."""
 
-    width: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.width >= 0, self, "width", "an integer >= 0")
+    width: NonNegativeInt = 1
+    """The furthest diagonal."""
 
     def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """`[a, 2 w + 1]`: row i holds :math:`C_{i,i-w}, \\dots, C_{i,i+w}`; what lies outside of C has no effect."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.seeded import seeded_permutation
+from ...utils.option_types import NonNegativeInt, PositiveInt
 from ...utils.parts import register_part, require
 from ...utils.tensors import TensorSpec
 from .bases import TRAINED_A, TRAINED_B, Bases, Site
@@ -35,12 +36,6 @@ class SharedBases(Bases):
     init: Literal["lora", "normal"] = "lora"
     """A Kaiming-uniform and B = 0, or both N(0, 0.02^2)."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        accepted = {"sides": ("A", "B", "AB"), "across": ("type", "shape"), "init": ("lora", "normal")}
-        for name, choices in accepted.items():
-            require(getattr(self, name) in choices, self, name, f"one of {list(choices)}")
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -81,20 +76,18 @@ class Shards(Bases):
     few shared rows for r, it is what they allow.
     """
 
-    e: int = 2
+    e: PositiveInt = 2
     """Rank of a LoRA of as many numbers."""
-    l: int = 4  # noqa: E741 (the paper's name)
+    l: PositiveInt = 4  # noqa: E741 (the paper's name)
     """Shards of a vector."""
-    p: int = 1
+    p: NonNegativeInt = 1
     """Components' worth of rows that are a module's own."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     shared: ClassVar[tuple[str, ...]] = (TRAINED_A, TRAINED_B)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.e >= 1, self, "e", "an integer >= 1")
-        require(self.l >= 1, self, "l", "an integer >= 1")
-        require(0 <= self.p <= self.e, self, "p", "an integer from 0 to e")
+        require(self.p <= self.e, self, "p", f"an integer from 0 to e={self.e}")
 
     def group(self, site: Site) -> Hashable:
         """Type and sides."""

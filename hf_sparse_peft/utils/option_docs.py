@@ -1,0 +1,66 @@
+"""The options of parts and configs as help texts show them: what stands in a dataclass, read once."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+from .option_types import described
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a part or config."""
+
+    name: str
+    """The field's name."""
+    accepts: str
+    """What its annotation takes, in words: "an integer >= 1 or None"."""
+    default: Any
+    """Its default; `dataclasses.MISSING` where it must be given."""
+    description: str
+    """The docstring below the field, or the `help` of its metadata; empty without one."""
+
+
+def options_of(cls: type) -> list[Option]:
+    """The options of a dataclass, inherited ones first.
+
+    Args:
+        cls: its source must be readable where options are described by docstrings.
+    """
+    hints, docs = get_type_hints(cls, include_extras=True), _docstrings(cls)
+    return [
+        Option(
+            field.name,
+            described(hints[field.name]),
+            field.default if field.default_factory is MISSING else field.default_factory(),
+            field.metadata.get("help") or docs.get(field.name, ""),
+        )
+        for field in fields(cls)
+        if field.init
+    ]
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """Field -> the string below it, of the class that declared it last."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        if "__annotations__" not in vars(base) and "__annotate_func__" not in vars(base):
+            continue
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError):  # made at run time: there is no source
+            continue
+        for line, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and _is_text(below.value):
+                found[line.target.id] = inspect.cleandoc(below.value.value)
+    return found
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
