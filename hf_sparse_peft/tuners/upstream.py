@@ -78,6 +78,11 @@ class UpstreamRankSpace(UnitSpace):
         """Numbers of a component: its row of `A`, its column of `B`, its gate."""
         return self.A.shape[1] + self.B.shape[0] + (self.gate is not None)
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """`(out, in)` of the adapted weight."""
+        return self.B.shape[0], self.A.shape[1]
+
     def alive(self) -> Tensor:
         """Living components, sorted."""
         dead = self.state().get("dead")
