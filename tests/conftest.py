@@ -18,13 +18,17 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick():
+def _one_thread():
     torch.set_num_threads(1)
-    # Trainer collects garbage after every run: 0.2 s over a million objects of imported modules, more than the run.
-    gc.collect()
-    gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect():
+    """Trainer collects garbage after every run: 0.2 s over a million objects of imported modules, more than the run."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

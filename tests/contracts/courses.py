@@ -6,6 +6,7 @@ A rule that is new is covered by being registered: it gets its options from `RUL
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,18 +114,34 @@ def rule_of(name: str) -> Rule:
     return part_types(Rule)[name.split(":")[0]](**options)
 
 
-def combinations() -> list[Any]:
-    """Every parametrization with every rule that fits; bases are dealt out in turns, the rest is slow."""
-    pairs = [(p, rule) for p in PARAMETRIZATIONS for rule in (None, *RULES) if fits(p, rule)]
+PAIRS = [(p, rule) for p in PARAMETRIZATIONS for rule in (None, *RULES) if fits(p, rule)]
+
+
+def combinations(default: list[tuple[str, str | None]], bases: tuple[str, ...] = BASES) -> pytest.MarkDecorator:
+    """Every pair of `PAIRS` on each of `bases`. Those of `default` run by default, on one base, which is dealt out in
+    turns; the rest is slow."""
     cases = []
-    for number, (parametrization, rule) in enumerate(pairs):
-        for place, base in enumerate(BASES):
-            marks = () if place == number % len(BASES) else (pytest.mark.slow,)
+    for parametrization, rule in PAIRS:
+        turn = default.index((parametrization, rule)) % len(bases) if (parametrization, rule) in default else None
+        for place, base in enumerate(bases):
+            marks = () if place == turn else (pytest.mark.slow,)
             cases.append(pytest.param(parametrization, base, rule, marks=marks, id=f"{parametrization}-{base}-{rule}"))
-    return cases
+    return pytest.mark.parametrize(("parametrization", "base", "rule"), cases)
 
 
-EVERY_COMBINATION = pytest.mark.parametrize(("parametrization", "base", "rule"), combinations())
+def each_rule_once() -> list[tuple[str, str | None]]:
+    """Each rule, and none, with the parametrization that has had fewest; then those parametrizations that had none."""
+    seen, found = Counter(), []
+    for rule in (*RULES, None):
+        least = min((p for p, other in PAIRS if other == rule), key=seen.__getitem__)
+        seen[least] += 1
+        found.append((least, rule))
+    return found + [(parametrization, None) for parametrization in PARAMETRIZATIONS if not seen[parametrization]]
+
+
+EVERY_PAIR = combinations(PAIRS)
+EVERY_PART = combinations(each_rule_once(), tuple(base for base in BASES if base != "bf16"))
+"""Without bf16, which rounds the sum of two micro-batches otherwise than that of one."""
 
 
 def config_of(parametrization: str, base: str, rule: str | None):

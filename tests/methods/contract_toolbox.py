@@ -98,6 +98,30 @@ def build(name: str):
     return methods.get(name, **copy.deepcopy({**options, "task_type": "CAUSAL_LM", **OPTIONS.get(name, {})}))
 
 
+@functools.cache
+def brings_a_part() -> list[str]:
+    """Methods with a kind of adapter, a part of the config (rule, score, growth, budget, optimizer), a Trainer's class
+    or a step of their own that no method before them has."""
+    seen: set[Any] = set()
+    found = []
+    for name in methods.names():
+        method = build(name)
+        parts = {type(method.config), method.trainer_class, method.make_callbacks, method.make_ready is None}
+        parts |= set(_types(method.config.to_dict()))
+        if parts - seen:
+            found.append(name)
+        seen |= parts
+    return found
+
+
+def _types(value: Any, key: str = "") -> list[tuple[str, str]]:
+    """Where a part stands, and its type: `("grow", "gradient")`."""
+    if isinstance(value, dict):
+        own = [(key, value["type"])] if "type" in value else []
+        return own + [one for name, inner in value.items() for one in _types(inner, name)]
+    return [one for inner in value for one in _types(inner, key)] if isinstance(value, list | tuple) else []
+
+
 def save_base(folder: Path) -> None:
     """The tiny Llama that all courses start from."""
     tiny.llama(vocab_size=VOCAB, pad_token_id=None).save_pretrained(folder)
