@@ -304,8 +304,13 @@ def test_the_draw_ends_with_the_run_and_the_rule_with_compaction(tmp_path):
     model = build("mosa")
     run_mosa(model, tmp_path, 2)
     assert not any(layer.expert_draws for layer in layers_of(model))
+    config = model.peft_config["default"]
+    model.base_model.note_sizes(config, model, "default")  # a file that brings sizes says nothing of experts
+    assert config.training_finished
+    assert config.factor_masks is not None
+    assert config.schedule
     model.compact()
-    assert model.peft_config["default"].schedule == []
+    assert (config.schedule, config.factor_masks) == ([], None)
 
 
 def test_a_trainer_of_one_pass_is_refused(tmp_path):

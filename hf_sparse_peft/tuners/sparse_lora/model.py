@@ -95,8 +95,14 @@ class SparseLoraModel(AdapterModel):
         if values_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"values_dtype={values_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
         super().compact(adapter_name, compact_tolerance=compact_tolerance)
-        for name in [adapter_name] if adapter_name and values_dtype else self.active_adapters if values_dtype else []:
-            self.peft_config[name].values_dtype = values_dtype
+        for name in [adapter_name] if adapter_name else self.active_adapters:
+            config = self.peft_config[name]
+            if config.factor_masks is not None and config.factor_masks.splits:  # the layers have folded the experts
+                config.factor_masks = None
+                config.schedule = [rule for rule in config.schedule if "experts" not in getattr(rule, "needs", ())]
+            if values_dtype is None:
+                continue
+            config.values_dtype = values_dtype
             for layer in adapter_layers(self.model, SparseLoraLayer):
                 for parameter in layer.trained_parameters(name):
                     parameter.data = parameter.data.to(getattr(torch, values_dtype)).to(parameter.dtype)

@@ -129,9 +129,6 @@ def note_sizes(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> No
             if module.scaling is not None:
                 alphas[name] = module.scaling * (module.rank**0.5 if config.use_rslora else module.rank)
         config.alpha_pattern = exact_pattern(alphas)
-    if config.training_finished and config.factor_masks is not None and config.factor_masks.splits:
-        config.factor_masks = None  # compaction has folded them
-        config.schedule = [rule for rule in config.schedule if "experts" not in getattr(rule, "needs", ())]
 
 
 def plan_supports(config: SparseLoraConfig, layers: dict[str, nn.Module], model: nn.Module) -> SupportPlan:
