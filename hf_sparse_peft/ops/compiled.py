@@ -48,6 +48,7 @@ def _plan(
     block_size: int,
     scale: float,
     dtype: torch.dtype,
+    read: bool,
 ) -> Plan:
     runtime = _owners[owner]
     source: Source | None = None
@@ -55,7 +56,7 @@ def _plan(
         source = DenseSource(weight, transposed)
     elif dequantized:
         source = runtime.runtime_source()
-    return Plan(rows, cols, dtype, source, granularity, block_size, scale, runtime.runtime_reader())
+    return Plan(rows, cols, dtype, source, granularity, block_size, scale, runtime.runtime_reader() if read else None)
 
 
 @torch.library.custom_op("hf_sparse_peft::sparse_linear", mutates_args=())
@@ -77,8 +78,11 @@ def _forward_node(
     block_size: int,
     scale: float,
     may_read: bool,
+    read: bool,
 ) -> torch.Tensor:
-    plan = _plan(owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype)
+    plan = _plan(
+        owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype, read
+    )
     y = forward_product(x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends))
     return y.view(*x.shape[:-1], rows)
 
@@ -107,11 +111,14 @@ def _backward_node(
     granularity: str,
     block_size: int,
     scale: float,
+    read: bool,
     columns_only: bool,
     needs: list[bool],
 ) -> list[torch.Tensor]:
     rows = grad_output.shape[-1]
-    plan = _plan(owner, weight, transposed, dequantized, rows, cols, granularity, block_size, scale, grad_output.dtype)
+    plan = _plan(
+        owner, weight, transposed, dequantized, rows, cols, granularity, block_size, scale, grad_output.dtype, read
+    )
     dy = grad_output.reshape(-1, rows)
     x2d = None if x is None else x.reshape(-1, x.shape[-1])
     operands = Operands(values, units, A, B, gate, bias, row_ends)
@@ -134,13 +141,13 @@ def _(grad_output, x, weight, values, units, A, B, gate, bias, row_ends, owner, 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, *tensors = inputs[:9]
-    owner, transposed, dequantized, _, granularity, block_size, scale, may_read = inputs[9:]
+    owner, transposed, dequantized, _, granularity, block_size, scale, may_read, read = inputs[9:]
     operands = Operands(*tensors)
     # Whether a gradient is read at a given step is not known when the graph is made; `may_read` says whether ever.
     ctx.columns_only = granularity == "column" and operands.A is None and not may_read
     kept = x.index_select(-1, operands.units) if ctx.columns_only else x
     ctx.save_for_backward(kept, weight, *operands)
-    ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, ctx.columns_only)
+    ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, read, ctx.columns_only)
 
 
 def _backward(ctx, grad_output):
@@ -149,7 +156,7 @@ def _backward(ctx, grad_output):
     needs = [wanted[0], wanted[2], wanted[4], wanted[5], wanted[6], wanted[7]]
     grads = _backward_node(grad_output.contiguous(), x, weight, *operands, *ctx.options, needs)
     x_grad, values, A, B, gate, bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return x_grad, None, values, None, A, B, gate, bias, *[None] * 9
+    return x_grad, None, values, None, A, B, gate, bias, *[None] * 10
 
 
 _forward_node.register_autograd(_backward, setup_context=_setup_context)
@@ -174,14 +181,16 @@ def sparse_linear_node(
     block_size: int = 0,
     scale: float = 1.0,
     may_read: bool = False,
+    read: bool = True,
 ) -> torch.Tensor:
     """`sparse_linear` for use inside `torch.compile`, on an `x` that is already in the compute dtype.
 
     The weight is `weight` (its transpose with `transposed`), or what the owner's `runtime_source` gives
-    (`dequantized`), or nothing. `may_read` says whether dense gradients may ever be asked for.
+    (`dequantized`), or nothing. `may_read` says whether dense gradients may ever be asked for, `read` whether
+    the layer's reader is shown this product's: a layer of two products shows one.
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward_node(
             x, weight, values, units, A, B, gate, bias, row_ends,
-            owner, transposed, dequantized, rows, granularity, block_size, scale, may_read,
+            owner, transposed, dequantized, rows, granularity, block_size, scale, may_read, read,
         )  # fmt: skip

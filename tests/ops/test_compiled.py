@@ -14,7 +14,7 @@ from hf_sparse_peft.tuners import adapter_layers
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
-def adapted(granularity: str, r: int):
+def adapted(granularity: str, r: int, density: float = 0.15, **more):
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -26,8 +26,8 @@ def adapted(granularity: str, r: int):
             vocab_size=50,
         )
     )
-    options = {"granularity": granularity, "block_size": 8, "schedule": [Regrow()]}
-    config = SparseLoraConfig(r=r, density=0.15, target_modules="all-linear", init_weights=False, **options)
+    options = {"granularity": granularity, "block_size": 8, "schedule": [Regrow()] if density else [], **more}
+    config = SparseLoraConfig(r=r, density=density, target_modules="all-linear", init_weights=False, **options)
     model = get_peft_model(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -97,6 +97,26 @@ def test_compiled_backward_hands_dense_gradients_to_a_reader_that_came_later(gra
     for name, dense in compiled.items():
         torch.testing.assert_close(dense, seen[name], rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("density", [0.15, 0.0], ids=["beside a support", "low-rank alone"])
+def test_a_reader_is_shown_one_gradient_a_use_of_a_layer_that_drops_out_also_when_compiled(density, ids):
+    model, shown = adapted("entry", 4, density, lora_dropout=0.5).train(), []
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run(input_ids=ids, labels=ids).loss.backward()
+    layers = adapter_layers(model)
+    for layer in layers:
+        layer.add_gradient_reader("default", lambda dense, name=layer.module_name: shown.append((name, dense.clone())))
+    found = []
+    for call in (run, model):
+        shown.clear()
+        torch.manual_seed(0)
+        call(input_ids=ids, labels=ids).loss.backward()
+        found.append(dict(shown))
+        assert sorted(name for name, _ in shown) == sorted(layer.module_name for layer in layers)
+    for name, dense in found[0].items():
+        torch.testing.assert_close(dense, found[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_copied_layer_answers_for_itself_not_for_the_original(ids):

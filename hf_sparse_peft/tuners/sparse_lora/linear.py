@@ -77,10 +77,11 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         support = {"values": operands.values, "units": operands.units, "row_ends": operands.row_ends}
         tensors = {**support, "bias": bias, **low_rank}
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
+        # With dropout there are two products: the support's is read, without one the low-rank half's.
+        with_support = any(name in self.sparse_lora_values for name in self.active_adapters)
+        read = operands.values is not None or (bool(low_rank) and not with_support)
         if not torch.compiler.is_compiling():
-            # With dropout there are two products: the support's is read, without one the low-rank half's.
-            held = any(name in self.sparse_lora_values for name in self.active_adapters)
-            if operands.values is not None or (low_rank and not held):
+            if read:
                 passive = self.passive_gradient_reader
                 if hasattr(passive, "expect"):
                     passive.expect()
@@ -95,7 +96,8 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
             weight=source.weight if dense else None,
             transposed=dense and source.transposed,
             dequantized=source is not None and not dense,
-            may_read=self._may_be_read(),
+            may_read=read and self._may_be_read(),
+            read=read,
             **tensors,
             **cut,
         )
