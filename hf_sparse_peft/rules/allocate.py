@@ -13,7 +13,6 @@ from ..sparsity import Budget, Cubic, Curve, competition_counts, stream_seed, wh
 from ..sparsity.selection import tie_priority
 from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import UnknownPart, register_part, require
-from ..utils.tensors import TensorSpec
 from .collectives import all_reduce_mean
 from .moves import move_units
 from .no_effect import report_idle
@@ -118,7 +117,7 @@ class Allocate(Rule):
                 f"Allocate.unit_score={self.unit_score!r} cannot compare units of {self.spaces}: a component would sum "
                 "three means, an entry one. Set unit_score='mean'."
             )
-        if self.score.of_modules:
+        if "gradient" in self.score.needs:
             raise ValueError(
                 f"Allocate.score={self.score} has one number for a whole module, and units compete. Take a score of "
                 "single numbers: Sensitivity, Magnitude, or Smoothed over one of them."
@@ -142,10 +141,6 @@ class Allocate(Rule):
                 "AverageRank(r), Numbers(n), Density(d) or Fraction(f)."
             )
         return found
-
-    def state(self, space: UnitSpace) -> list[TensorSpec]:
-        """What the score keeps."""
-        return self.score.state(space)
 
     # When
 

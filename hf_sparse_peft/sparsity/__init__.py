@@ -7,6 +7,7 @@ top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
 Budget, *_counts                 how many units each layer gets, and what is left of them in the end
 Curve, make_curve                how a number moves during training
+soft_threshold, ...              what a proximal step does to numbers
 """
 
 from .activations import Activation, WeightedActivation
@@ -57,6 +58,7 @@ from .scores import (
     select_units,
 )
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
+from .shrinkage import dead_zone_threshold, soft_threshold
 from .statistics import (
     SM3,
     DataCriterion,
@@ -127,6 +129,7 @@ __all__ = [
     "competition_counts",
     "counts_from_rank",
     "counts_from_total",
+    "dead_zone_threshold",
     "decode_support",
     "encode_support",
     "erdos_renyi_counts",
@@ -140,6 +143,7 @@ __all__ = [
     "random_units",
     "random_units_outside",
     "select_units",
+    "soft_threshold",
     "stream_seed",
     "top_units",
     "uniform_counts",
