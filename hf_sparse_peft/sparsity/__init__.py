@@ -12,6 +12,7 @@ soft_threshold, ...              what a proximal step does to numbers
 
 from .activations import Activation, WeightedActivation
 from .allocation import (
+    affordable,
     competition_counts,
     counts_from_rank,
     counts_from_total,
@@ -29,7 +30,7 @@ from .budget_splits import (
     ErdosRenyi,
     Global,
     Proportional,
-    Shared,
+    Split,
     UnitsPerModule,
     WholeTensors,
 )
@@ -112,9 +113,9 @@ __all__ = [
     "RankEquivalent",
     "Score",
     "Sensitivity",
-    "Shared",
     "SmallestMagnitude",
     "Snip",
+    "Split",
     "Statistic",
     "Targets",
     "Total",
@@ -123,6 +124,7 @@ __all__ = [
     "WeightedActivation",
     "WholeTensors",
     "Window",
+    "affordable",
     "chunks_of",
     "coded_grid",
     "codes_length",

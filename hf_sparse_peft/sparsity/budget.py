@@ -48,7 +48,7 @@ def _no_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a budget is shared out over."""
+    """The weights that a budget is for."""
 
     grids: dict[str, UnitGrid]
     """Module name -> how its weight is cut into units."""
