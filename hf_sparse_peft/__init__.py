@@ -58,7 +58,6 @@ from .sparsity import (
     WholeTensors,
 )
 from .training import (
-    AdamWSpec,
     AgedAdamWSpec,
     Controller,
     InitialSupportCallback,
@@ -100,7 +99,6 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "AccumulatedGradient",
-    "AdamWSpec",
     "AgedAdamWSpec",
     "Allocate",
     "AlternateModules",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..sparsity import UnitsPerModule
-from .registry import Method, register, row
+from ..tuners import SparseLoraConfig
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -22,7 +23,7 @@ def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overr
     from U(+-1/sqrt(columns)) as the pre-training form does.
     """
     options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
-    return row(overrides, **options, target_modules="all-linear")
+    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
 
 
 @register(
@@ -44,4 +45,4 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
         "scale_support": True,
         "factor_init": "normal",
     }
-    return row(overrides, **options)
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -26,7 +26,8 @@ from ..sparsity import (
     scores,
 )
 from ..training import AgedAdamWSpec, SparseSM3Spec
-from .registry import Method, register, row
+from ..tuners import SparseLoraConfig
+from .registry import Method, register, with_overrides
 
 
 @register(
@@ -39,7 +40,8 @@ from .registry import Method, register, row
 def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
     """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
     options = {"r": 0, "density": density, "schedule": [Prune(final_fraction=final_fraction)]}
-    return row(overrides, **options, target_modules="all-linear")
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
+    return Method(SparseLoraConfig(**options))
 
 
 @register(
@@ -65,7 +67,8 @@ def spiel_ag(
     """
     move = Regrow(every=every, grow=AccumulatedGradient(steps=steps), fraction=fraction)
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
-    return row(overrides, **options, optimizer=AgedAdamWSpec())
+    options = with_overrides(options, overrides)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -91,7 +94,8 @@ def spiel_ma(
     """
     move = Regrow(every=every, first=first, fraction=fraction, grow=SM3(score))
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
-    return row(overrides, **options, optimizer=SparseSM3Spec(momentum=momentum))
+    options = with_overrides(options, overrides)
+    return Method(SparseLoraConfig(**{"optimizer": SparseSM3Spec(momentum=momentum), **options}))
 
 
 @register(
@@ -117,7 +121,8 @@ def sparse_evolutionary_training(
     """
     move = Regrow(every=every, fraction=fraction, drop=drop, grow=RandomUnfired() if unfired else Random())
     options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
-    return row(overrides, **options, target_modules="all-linear", optimizer=AgedAdamWSpec())
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -145,7 +150,8 @@ def rigl(
         every=every, fraction=fraction, stop_at=stop_at, first=first, grow=Gradient(), in_place_of_update=True
     )
     options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
-    return row(overrides, **options, target_modules="all-linear", optimizer=AgedAdamWSpec())
+    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
+    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
 
 
 @register(
@@ -179,8 +185,9 @@ def lift(
     budget = {"budget": RankEquivalent(budget_rank)} if density is None else {"density": density}
     start = {"criterion": scores.LowRankMagnitude(**approximation)}
     options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear"}
+    options = with_overrides(options, overrides)
     optimizer = AgedAdamWSpec(betas=tuple(betas), per_unit_age=per_unit_age)
-    return row(overrides, **options, optimizer=optimizer)
+    return Method(SparseLoraConfig(**{"optimizer": optimizer, **options}))
 
 
 @register(
@@ -215,4 +222,4 @@ def sara(
         "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": schedule,
         "target_modules": "all-linear",
     }  # fmt: skip
-    return row(overrides, **options)
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import FreezeGradually
+from ..rules import FreezeGradually, ProximalGate
 from ..tuners import SpectralLoraConfig
 from ..tuners.spectral_lora import (
     LDU,
     SVD,
     Diagonal,
+    Fastfood,
     Full,
     RandomBases,
     RandomCombination,
@@ -148,3 +149,33 @@ def lamda(r: int = 64, lora_alpha: float = 16, until: float = 0.3, **overrides: 
     options = {"r": r, "lora_alpha": lora_alpha, "bases": SVD(train_B=True), "core": Full("values", residual="init")}
     options["schedule"] = [FreezeGradually(until)]
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "s2-lora",
+    paper="Liu et al., 2024 (start, penalty and rates are this project's)",
+    moves="rank: each module chooses among components that all modules of its shape share",
+    use_when="r numbers a module beside one pair of factors for all of a shape",
+    cost="a LoRA's for each pass, the numbers of one module",
+)
+def s2_lora(r: int = 32, weight: float = 0.1, **overrides: Any) -> Method:
+    """S2-LoRA: B diag(e) A with shared, trained A and B and coefficients e that a threshold keeps sparse. `weight`
+    times the learning rate is the threshold; below 1, or no coefficient ever leaves its start at 0. Sweep it."""
+    bases = SharedBases("AB", across="shape", init="normal")
+    options = {"r": r, "bases": bases, "core": Diagonal(), "schedule": [ProximalGate(weight)]}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "intrinsic-dimension",
+    paper="Aghajanyan et al., 2021; Li et al., 2018",
+    moves="nothing",
+    use_when="measuring how few numbers a task needs, or training that few",
+    cost="transforms of each weight's size in every pass, forwards and backwards",
+)
+def intrinsic_dimension(dimension: int = 20_000, structure_aware: bool = True, **overrides: Any) -> Method:
+    """SAID, or DID with `structure_aware=False`: all updates are projections of one trained point, which has
+    `dimension` numbers less one a weight. The authors train T5-base with 20,000 and lr 3e-2; d90 is the smallest that
+    reaches 90 % of full fine-tuning."""
+    options = {"bases": Fastfood(dimension, structure_aware), "core": None, "target_modules": "all-linear"}
+    return Method(SpectralLoraConfig(**{**options, **overrides}))

@@ -16,19 +16,20 @@ GENERATOR = "hash32"
 _MASK, _CHUNK = 0xFFFFFFFF, 1 << 22
 
 
-def hashed(seed: int, start: int, count: int, device: torch.device | str | None = None) -> Tensor:
-    """int64 `[count]`: the 32-bit hashes of the positions `start`, ..., `start + count - 1` under `seed` (63 bits),
-    distinct for the positions below 2**32.
+def hashed(seed: int, start: int, count: int, device: torch.device | str | None = None, bits: int = 32) -> Tensor:
+    """int64 `[count]`: the hashes of `bits` bits, at most 32, of the positions `start`, ..., `start + count - 1` under
+    `seed` (63 bits), distinct for the positions below `2**bits`.
 
     Mixing as in https://github.com/skeeto/hash-prospector (16 21f0aaad 15 735a2d97 15), whose factors are below 2**31,
     so that no product leaves int64.
     """
+    mask, shifts = (1 << bits) - 1, [max(1, shift * bits // 32) for shift in (16, 15, 15)]
     stride, offset = (seed >> 31) | 1, seed & _MASK  # a bijection of the positions, one for each seed
-    x = torch.arange(start, start + count, device=device).bitwise_and_(_MASK)
-    x = x.mul_(stride & 0x7FFFFFFF).add_(offset).bitwise_and_(_MASK)
-    x = x.bitwise_xor_(x >> 16).mul_(0x21F0AAAD).bitwise_and_(_MASK)
-    x = x.bitwise_xor_(x >> 15).mul_(0x735A2D97).bitwise_and_(_MASK)
-    return x.bitwise_xor_(x >> 15)
+    x = torch.arange(start, start + count, device=device).bitwise_and_(mask)
+    x = x.mul_(stride & 0x7FFFFFFF).add_(offset).bitwise_and_(mask)
+    x = x.bitwise_xor_(x >> shifts[0]).mul_(0x21F0AAAD).bitwise_and_(mask)
+    x = x.bitwise_xor_(x >> shifts[1]).mul_(0x735A2D97).bitwise_and_(mask)
+    return x.bitwise_xor_(x >> shifts[2])
 
 
 def seeded_uniform(seed: int, *shape: int, start: int = 0, device: torch.device | str | None = None) -> Tensor:
@@ -39,9 +40,13 @@ def seeded_uniform(seed: int, *shape: int, start: int = 0, device: torch.device 
     return hashed(seed, start, count, device).bitwise_right_shift_(8).float().mul_(2.0**-23).sub_(1.0).view(shape)
 
 
-def seeded_permutation(seed: int, count: int) -> Tensor:
-    """A permutation of 0, ..., `count - 1` (at most 2**32), int64 on the CPU: the order of their hashes."""
-    return hashed(seed, 0, count).argsort()
+def seeded_permutation(seed: int, count: int, device: torch.device | str | None = None) -> Tensor:
+    """A permutation of 0, ..., `count - 1` (at most 2**32), int64: the order of their hashes, or where `count` is a
+    power of two the hashes of so many bits themselves, which need no sorting."""
+    bits = (count - 1).bit_length()
+    if count == 1 << bits:
+        return hashed(seed, 0, count, device, bits)
+    return hashed(seed, 0, count, device).argsort()
 
 
 @torch.compiler.disable

@@ -36,9 +36,11 @@ class TrainingScore(Part):
     averages: ClassVar[tuple[str, ...]] = ("score",)
     """Names of what is kept of each parameter, in its shape."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """As `Rule.needs`: `gradient` where a module has one score, from the dense gradient of its weight, instead of one
-    for each of its numbers."""
+    @property
+    def of_modules(self) -> bool:
+        """Whether a module has one score, from the dense gradient of its weight (`Rule.needs`: "gradient"), instead of
+        one for each of its numbers."""
+        return False
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """Shapes of what is scored, by name, with the axis that units lie along. First what switches units on."""
@@ -84,7 +86,7 @@ class TrainingScore(Part):
         return kept
 
     def numbers(self, space: UnitSpace, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Scores of all numbers, by parameter; of a module one, "module"."""
+        """Scores of all numbers, by parameter; of `of_modules` one, "module"."""
         state = space.state()
         return {
             name: self.read(*[state[f"{kept}_{name}"].to(dtype) for kept in self.averages])
@@ -133,7 +135,7 @@ class ModuleSensitivity(TrainingScore):
     One dense gradient of each layer at a time; with accumulation, an fp32 sum of every layer's until the step ends.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    of_modules: ClassVar[bool] = True
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """One number, "module"."""
@@ -179,9 +181,9 @@ class Smoothed(TrainingScore):
     averages: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def of_modules(self) -> bool:
         """As the score that is smoothed."""
-        return self.score.needs
+        return self.score.of_modules
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """As the score that is smoothed."""

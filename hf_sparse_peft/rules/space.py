@@ -216,6 +216,14 @@ class TensorSpace(UnitSpace):
                 "Give it a UnitSpace of its own."
             )
 
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raises `ValueError` where a rule lets units die, or counts them."""
+        for need in sorted(needs & {"gate", "counts"}):
+            raise ValueError(
+                f"Units of kind '{self.kind}' of '{self.name}' have no {need}, so that none can leave. Leave the rule "
+                "out of schedule, or choose a form that has one."
+            )
+
 
 @dataclass(frozen=True)
 class ModuleSpace(UnitSpace):

@@ -36,7 +36,7 @@ from hf_sparse_peft.rules.pairs import pair_table
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import run_on
-from hf_sparse_peft.tuners.spectral_lora import SVD
+from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
 from hf_sparse_peft.utils.parts import part_types
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -68,7 +68,7 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
     if any(rule.acts_on == {"kernel"} for rule in rules):
         return KernelLoraConfig(sparsity=0.5, **options)
     if any(rule.acts_on == {"basis"} for rule in rules):
-        return SpectralLoraConfig(bases=SVD(train_B=True), **options)
+        return SpectralLoraConfig(bases=SVD(train_B=True), core=Diagonal(), **options)
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     return SparseLoraConfig(density=0.1, **options)

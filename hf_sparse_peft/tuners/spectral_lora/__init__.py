@@ -1,12 +1,13 @@
 """Spectral adapters: frozen or shared bases around a small trained core (LoRA-XS, SVFit, NOLA, LoLDU, ...)."""
 
 from ..shared.registration import register_tuner
-from .bases import LDU, SVD, Bases, RandomBases, RandomCombination
+from .bases import LDU, SVD, Bases, GradientSVD, RandomBases, RandomCombination
 from .config import SpectralLoraConfig
 from .cores import Band, Core, Diagonal, Full, TwoFactors
 from .layer import SpectralLoraLayer, SpectralLoraLinear
 from .model import SpectralLoraModel, spectral_layers
 from .shared import Shards, SharedBases
+from .subspace import Fastfood
 
 register_tuner(SpectralLoraConfig, SpectralLoraModel)
 
@@ -17,7 +18,9 @@ __all__ = [
     "Bases",
     "Core",
     "Diagonal",
+    "Fastfood",
     "Full",
+    "GradientSVD",
     "RandomBases",
     "RandomCombination",
     "Shards",

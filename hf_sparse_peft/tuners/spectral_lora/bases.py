@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ...ops.seeded import seeded_combination, seeded_uniform
-from ...sparsity import stream_seed
+from ...sparsity import MeanGradient, Statistic, stream_seed
 from ...sparsity.decomposition import truncated_svd
-from ...utils.option_types import PositiveInt
+from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
 
@@ -89,6 +89,8 @@ class Bases(Part):
     """Names of the tensors that the owner has for all modules of a group."""
     derived_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that `derive` makes."""
+    dense: ClassVar[bool] = False
+    """Whether the update is no product of factors: `update` and `product` say what it is then."""
 
     def inner(self, site: Site) -> tuple[int, int]:
         """Columns of B and rows of A, the sides of the core."""
@@ -124,6 +126,15 @@ class Bases(Part):
         """
         return None
 
+    @property
+    def statistic(self) -> Statistic | None:
+        """What the bases wait for, read from the training data; None: nothing."""
+        return None
+
+    def find_in(self, state: dict[str, Tensor] | None, weight: Tensor, site: Site) -> Found:
+        """The bases by the state of `statistic`, fp32; None: the data says nothing about the layer."""
+        raise NotImplementedError
+
     def derive(self, site: Site, device: torch.device | None) -> dict[str, Tensor]:
         """The tensors that follow from the seed and are worth keeping in memory, by name."""
         return {}
@@ -158,6 +169,38 @@ class SVD(Bases):
         """The truncated SVD."""
         U, values, Vh = truncated_svd(weight, site.r)
         return Found(values[:, None] * Vh if self.values_in_A else Vh, U, values)
+
+
+@register_part("gradient_svd")
+@dataclass(frozen=True)
+class GradientSVD(Bases):
+    r"""The leading singular vectors of the first step of full fine-tuning with Adam, :math:`D = -\eta_0\,
+    \mathrm{sign}(\sum_i \nabla_W \ell_i)`: :math:`B = U_r`, :math:`A = V_r^\top` and the values for a core that starts
+    there (LoRA-SB; Ponkshe et al., 2024; official code RaghavSinghal10/lora-sb).
+
+    The gradients are read from the training data at the start of training, in evaluation mode (the official code's is
+    training mode); until then the layer computes as its base. Where the data says nothing about a layer, its bases are
+    those of the weight, and the core starts at 0. Both are saved.
+    """
+
+    step_size: PositiveFloat = 3e-7
+    r""":math:`\eta_0`. The official code takes the learning rate over the warm-up steps of its estimation batches: 3e-7
+    for 50,000 examples of MetaMath. Where it is too large the start already hurts."""
+    examples: PositiveInt = 50
+    """Examples to read, over all ranks (official code: 50 for arithmetic, 170 for commonsense)."""
+
+    @property
+    def statistic(self) -> Statistic:
+        """The mean gradient."""
+        return MeanGradient(self.examples)
+
+    def find_in(self, state: dict[str, Tensor] | None, weight: Tensor, site: Site) -> Found:
+        """The truncated SVD of the step."""
+        if state is None:
+            U, values, Vh = truncated_svd(weight, site.r)
+            return Found(Vh, U, torch.zeros_like(values))
+        U, values, Vh = truncated_svd(state["mean"].sign_().mul_(-self.step_size), site.r)
+        return Found(Vh, U, values)
 
 
 @register_part("ldu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from ...rules import check_schedule
@@ -12,7 +12,7 @@ from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
 from .bases import SVD, Bases, Sharing, Site
-from .cores import Core, Full
+from .cores import Core, Diagonal, Full
 
 
 @dataclass
@@ -64,6 +64,8 @@ class SpectralLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bases.dense and (self.core is not None or self.use_dora):
+            raise ValueError(f"{type(self.bases).__name__} makes whole updates: set core=None and use_dora=False.")
         if self.core is None and not self.bases.trained:
             raise ValueError(f"core=None leaves nothing to train between {type(self.bases).__name__}. Set core=Full().")
         if self.core is not None and self.core.residual is not None and self.bases.shared:
@@ -89,6 +91,16 @@ class SpectralLoraConfig(AdapterConfig):
                     f"{name}={part.data} cannot be used here: {part.reason}, and without it nobody knows what the "
                     "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
                 )
+
+    def meet_needs(self) -> None:
+        """Give a diagonal core a mask where a rule lets components die."""
+        if isinstance(self.core, Diagonal) and any("gate" in rule.needs for rule in self.rules):
+            self.core = replace(self.core, masked=True)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the bases are found in the training data."""
+        return self.bases.statistic is not None
 
     @property
     def unit_kinds(self) -> frozenset[str]:

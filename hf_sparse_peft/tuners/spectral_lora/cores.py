@@ -17,7 +17,7 @@ from ...utils.tensors import TensorSpec
 from .bases import Site
 
 CORE, CORE_A, CORE_B = "spectral_lora_core", "spectral_lora_core_A", "spectral_lora_core_B"
-SCALE = "spectral_lora_scale"
+SCALE, MASK = "spectral_lora_scale", "spectral_lora_core_mask"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Core(Part):
     """Whether s is trained too; `matrix` contains it then."""
     diagonal = False
     """Whether `matrix` is the diagonal alone."""
+    masked = False
+    """Whether components may die."""
 
     def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
         """The tensors of a core `[a, b]`; r and s are `site`'s.
@@ -118,6 +120,8 @@ class Diagonal(Core):
     """What :math:`C_0` is; None: 0."""
     trained_scale: bool = False
     """Whether s is trained too."""
+    masked: bool = False
+    """Whether components may die, noted in a mask. Set at injection where a rule needs it."""
     diagonal = True
 
     def specs(self, a: int, b: int, site: Site) -> list[TensorSpec]:
@@ -130,6 +134,11 @@ class Diagonal(Core):
         if a != b:
             raise ValueError(f"A diagonal core is square, and its bases have {a} and {b} components.")
         found = [TensorSpec(CORE, (a,), space="core", start=first.get(self.init))]
+        if self.masked:
+            ones = partial(torch.ones, a, dtype=torch.uint8)
+            found.append(
+                TensorSpec(MASK, (a,), torch.uint8, "saved", "core", start=lambda _: ones(), check=_check_mask)
+            )
         if self.trained_scale:
             found.append(TensorSpec(SCALE, (1,), start=lambda _: torch.full((1,), site.scaling)))
         return found
@@ -152,6 +161,11 @@ class Diagonal(Core):
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The diagonal `[a]`, times the trained s."""
         return tensors[CORE] * tensors[SCALE] if self.trained_scale else tensors[CORE]
+
+
+def _check_mask(tensor: Tensor, key: str) -> None:
+    if tensor.dtype != torch.uint8 or bool((tensor > 1).any()):
+        raise ValueError(f"'{key}' must be uint8 of 0 and 1; the file is damaged.")
 
 
 @register_part("band")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from ...rules import UnitSpace
+from ...sparsity import Statistic
 from ...utils.tensors import TensorSpec
 from ..shared.file_check import file_being_loaded
 from ..shared.layer import AdapterLayer
 from ..shared.linear import AdditiveLinear
-from ..shared.pieces import Decomposed, LowRank, Piece
+from ..shared.pieces import Decomposed, LowRank, Piece, Tiles
 from ..shared.tensor_checks import side
-from .bases import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Site
+from .bases import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Found, Site
 from .config import SpectralLoraConfig
+from .spaces import DiagonalSpace
 
 OFFSET, SHAPE, MAGNITUDE = "spectral_lora_offset", "spectral_lora_shape", "spectral_lora_magnitude"
 
@@ -41,6 +44,8 @@ class SpectralLoraLayer(AdapterLayer):
     """`[b, in]`, where A is fixed and does not follow from a seed."""
     spectral_lora_basis_B: BufferDict
     """`[out, a]`, where B is fixed and does not follow from a seed."""
+    spectral_lora_core_mask: BufferDict
+    """uint8 `[r]`, which components of a diagonal core live, where some may die."""
     spectral_lora_offset: BufferDict
     """What the base keeps: :math:`C_0`, or :math:`B_0 C_0` where B is trained."""
     spectral_lora_shape: BufferDict
@@ -49,6 +54,8 @@ class SpectralLoraLayer(AdapterLayer):
     """`[k]`, where A is a trained sum of random matrices."""
     spectral_lora_B_coefficients: nn.ParameterDict
     """`[l]`, where B is."""
+    spectral_lora_point: nn.ParameterDict
+    """`[d]`, the point that is projected to all updates; at its owner."""
     spectral_lora_magnitude: nn.ParameterDict
     """`[out]`, the trained norms of the rows, with `use_dora`."""
     spectral_lora_scaling: dict[str, float]
@@ -57,6 +64,8 @@ class SpectralLoraLayer(AdapterLayer):
     """The layer that has what this one shares, where that is another."""
     spectral_lora_derived: dict[str, dict[str, Tensor]]
     """What follows from the seed, made at first use."""
+    spectral_lora_found: dict[str, bool]
+    """Whether bases that wait for data were seen to be there."""
     spectral_lora_norms: dict[str, tuple[Tensor, ...]]
     """Of the base weight, what norms are computed from, made at first use."""
 
@@ -111,6 +120,13 @@ class SpectralLoraLayer(AdapterLayer):
         self.spectral_lora_scaling[adapter_name] = 1.0 if trained else self.site(adapter_name).scaling
         super().set_sizes(adapter_name, sizes)
 
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The core's units, a trained basis's, and the module itself."""
+        found = super().unit_spaces(adapter_name)
+        if adapter_name not in self.spectral_lora_core_mask:
+            return found
+        return [DiagonalSpace(self, adapter_name), *(space for space in found if space.kind != "core")]
+
     def site(self, adapter_name: str) -> Site:
         """What the adapter's bases know of this module."""
         return self.adapter_configs[adapter_name].site(self.module_name, self.out_features, self.in_features)
@@ -145,18 +161,38 @@ class SpectralLoraLayer(AdapterLayer):
         tensors, weight = self.tensors(adapter_name), self.dense_base_weight()
         if file_being_loaded() is not None or weight.is_meta or any(tensor.is_meta for tensor in tensors.values()):
             return
-        found = config.bases.find(weight.float(), self.site(adapter_name))
+        if config.use_dora:
+            tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
+        if not config.needs_calibration:
+            self._begin_with(adapter_name, config.bases.find(weight.float(), self.site(adapter_name)))
+
+    def awaits_calibration(self, adapter_name: str) -> bool:
+        """Whether the adapter's bases are still to be found in data."""
+        if adapter_name not in self.spectral_lora_basis_A or self.spectral_lora_found.get(adapter_name, False):
+            return False
+        basis = self.spectral_lora_basis_A[adapter_name]
+        if not self.adapter_configs[adapter_name].needs_calibration or basis.is_meta:
+            return False
+        self.spectral_lora_found[adapter_name] = found = bool(basis.any())
+        return not found
+
+    def calibration_statistic(self, adapter_name: str) -> Statistic:
+        """That of the bases."""
+        return self.adapter_configs[adapter_name].bases.statistic
+
+    @torch.no_grad()
+    def take_calibration(self, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+        """Find the bases, and start the core."""
+        bases, weight = self.adapter_configs[adapter_name].bases, self.dense_base_weight().float()
+        self._begin_with(adapter_name, bases.find_in(state, weight, self.site(adapter_name)))
+
+    def _begin_with(self, adapter_name: str, found: Found | None) -> None:
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         if found is not None:
             trained = config.bases.trained
             tensors[TRAINED_A if "A" in trained else FIXED_A].copy_(found.A)
             tensors[TRAINED_B if "B" in trained else FIXED_B].copy_(found.B)
-        if config.use_dora:
-            tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
-        self._begin_core(adapter_name, None if found is None else found.values)
-
-    def _begin_core(self, adapter_name: str, values: Tensor | None) -> None:
-        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
-        core = config.core
+        core, values = config.core, None if found is None else found.values
         if core is None:
             return
         core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
@@ -191,6 +227,8 @@ class SpectralLoraLayer(AdapterLayer):
         if not self.holds(adapter_name):
             return []
         config, tensors = self.adapter_configs[adapter_name], self._tensors(adapter_name)
+        if config.bases.dense:
+            return [self._dense_piece(adapter_name)]
         B, core, A, scaling = self._parts(adapter_name)
         around = None if config.core is None else config.core.around(B, A, tensors)
         if around is not None:
@@ -200,6 +238,14 @@ class SpectralLoraLayer(AdapterLayer):
         else:
             found = LowRank(B @ core, A, scale=scaling)
         return [Decomposed(found, tensors[MAGNITUDE], self.dense_base_weight) if config.use_dora else found]
+
+    def _dense_piece(self, adapter_name: str) -> Tiles:
+        def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
+            bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
+            update = bases.update(self._tensors(adapter_name), site).detach()
+            yield slice(None), slice(None), update * self.spectral_lora_scaling[adapter_name]
+
+        return Tiles((self.out_features, self.in_features), tiles)
 
     def _norm_ratio(self, adapter_name: str) -> Tensor:
         r""":math:`m / n` `[out]` of a layer with `use_dora`, with the norms n as constants, which is how DoRA is
@@ -231,6 +277,10 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
 
     def update(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
         r""":math:`X\,\Delta W^\top` of one adapter, from the input side to the output side."""
+        bases = self.adapter_configs[adapter_name].bases
+        if bases.dense:
+            product = bases.product(x, self._tensors(adapter_name), self.site(adapter_name), dtype)
+            return self.spectral_lora_scaling[adapter_name] * product
         B, core, A, scaling = self._parts(adapter_name)
         inner = x.to(dtype) @ A.to(dtype).t()
         if core is not None:
