@@ -58,6 +58,7 @@ from .sparsity import (
     WholeTensors,
 )
 from .training import (
+    AdamWSpec,
     AgedAdamWSpec,
     Controller,
     InitialSupportCallback,
@@ -99,6 +100,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "AccumulatedGradient",
+    "AdamWSpec",
     "AgedAdamWSpec",
     "Allocate",
     "AlternateModules",

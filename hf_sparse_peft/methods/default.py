@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..training import AgedAdamWSpec
-from ..tuners import SparseLoraConfig
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 
 @register(
@@ -25,4 +24,4 @@ def sparse_lora(r: int = 8, density: float = 0.005, values_ratio: float = 1.0, *
     """
     options = {"r": r, "lora_alpha": 2 * r, "density": density, "criterion": "gradient", "target_modules": "all-linear"}
     options["optimizer"] = AgedAdamWSpec(values_ratio=values_ratio)
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)

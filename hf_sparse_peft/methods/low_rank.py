@@ -6,9 +6,11 @@ from typing import Any
 
 from ..rules import Allocate, FactorExperts, GrowRank, Orthogonality, ProximalGate, SampleRank
 from ..sparsity import AverageRank, Fraction
-from ..training import AgedAdamWSpec
-from ..tuners import FactorMaskConfig, SparseLoraConfig
-from .registry import Method, register, with_overrides
+from ..training import AdamWSpec, AgedAdamWSpec
+from ..tuners import FactorMaskConfig
+from .registry import Method, register, row
+
+_ALL_LINEAR = {"density": 0.0, "target_modules": "all-linear"}
 
 
 @register(
@@ -22,11 +24,7 @@ def capaboost(r: int = 8, lora_alpha: float = 16, copies: int = 2, density: floa
     """Parallel masked copies of one pair of factors; the LoRA form, on the query and value matrices (peft's default
     targets). `density` is that of the masks."""
     masks = FactorMaskConfig("parallel", copies=copies, density=density)
-    return Method(
-        SparseLoraConfig(
-            **with_overrides({"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}, overrides)
-        )
-    )
+    return row(overrides, r=r, lora_alpha=lora_alpha, density=0.0, factor_masks=masks)
 
 
 @register(
@@ -51,9 +49,8 @@ def mosa(
     (peft's default targets).
     """
     masks = FactorMaskConfig("stochastic", experts=experts, split=split, merge=merge)
-    options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "factor_masks": masks}
-    options["schedule"] = [FactorExperts(consistency=consistency)]
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    rules = [FactorExperts(consistency=consistency)]
+    return row(overrides, r=r, lora_alpha=lora_alpha, density=0.0, factor_masks=masks, schedule=rules)
 
 
 @register(
@@ -67,8 +64,7 @@ def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overri
     """AdaLoRA's budget, importance and regulariser on the gate of every linear layer, as published; the rule does
     what upstream leaves to you."""
     rules = [Allocate(budget=AverageRank(target_r)), Orthogonality(orthogonality)]
-    options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, r=r, schedule=rules, **_ALL_LINEAR)
 
 
 @register(
@@ -85,9 +81,8 @@ def joint_budget(
     `r` and `density` start with is left. `once=True` makes one split for good after a tenth of the run, as RA-SpaRC
     splits its budget once (its compressors and constants are not published; the score here is Allocate's)."""
     rule = Allocate(spaces=("rank", "support"), budget=Fraction(fraction), every=None if once else 10)
-    options = {"r": r, "density": density, "schedule": [rule], "target_modules": "all-linear"}
-    options["optimizer"] = AgedAdamWSpec()
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    options = {**_ALL_LINEAR, "density": density, "optimizer": AgedAdamWSpec()}
+    return row(overrides, r=r, schedule=[rule], **options)
 
 
 @register(
@@ -99,10 +94,9 @@ def joint_budget(
 )
 def sora(r: int = 8, weight: float = 1e-2, **overrides: Any) -> Method:
     """SoRA: gates from N(0, 1), thresholded after every update by `weight` times their learning rate. The authors train
-    all linears with lr 8e-4, weight decay 0.1 (0 for gates), gradients clipped at 0.1, 6 % warm-up; their released code
-    is `schedule=[ProximalGate(3e-4, scaled_by_lr=False, kind="dead_zone", l1=10)]`."""
-    options = {"r": r, "density": 0.0, "schedule": [ProximalGate(weight)], "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    all linears with lr 8e-4, weight decay 0.1 (0 for gates), gradients clipped at 0.1, 6 % warm-up; their code's rules
+    are `[ProximalGate(3e-4, scaled_by_lr=False, kind="dead_zone"), L1Penalty(10, scope="gate")]`."""
+    return row(overrides, r=r, schedule=[ProximalGate(weight)], optimizer=AdamWSpec(), **_ALL_LINEAR)
 
 
 @register(
@@ -115,9 +109,7 @@ def sora(r: int = 8, weight: float = 1e-2, **overrides: Any) -> Method:
 def dylora(r: int = 8, freeze_lower: bool = True, **overrides: Any) -> Method:
     """DyLoRA, whose ranks are nested: `final_rank` of `SampleRank` ships any. The authors train q and v of RoBERTa with
     alpha 16, lr 5e-4, weight decay 0.1, 6 % warm-up."""
-    rule = SampleRank(freeze_lower=freeze_lower)
-    options = {"r": r, "density": 0.0, "schedule": [rule], "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, r=r, schedule=[SampleRank(freeze_lower=freeze_lower)], **_ALL_LINEAR)
 
 
 @register(
@@ -130,6 +122,5 @@ def dylora(r: int = 8, freeze_lower: bool = True, **overrides: Any) -> Method:
 def increlora(r: int = 16, target_r: int = 2, orthogonality: float = 0.1, **overrides: Any) -> Method:
     """IncreLoRA from rank 1 to `target_r` on average, at most `r` in a module. The authors train six kinds of modules
     of DeBERTaV3-base with alpha 16 to 32, lr 3.5e-4 to 2.2e-3, `modules` 2 to 22, `every` 100 to 1000 by task."""
-    rules = [GrowRank(target_r, grow_by=max(target_r // 2, 1)), Orthogonality(orthogonality)]
-    options = {"r": r, "density": 0.0, "schedule": rules, "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    rules = [GrowRank(AverageRank(target_r), grow_by=max(target_r // 2, 1)), Orthogonality(orthogonality)]
+    return row(overrides, r=r, schedule=rules, optimizer=AgedAdamWSpec(component_ages=True), **_ALL_LINEAR)

@@ -9,9 +9,8 @@ from peft import PeftConfig
 
 from ..rules import AlternateModules, SampleLayers
 from ..training import LayerSamplingCallback
-from ..tuners import SparseLoraConfig
 from ..tuners.shared.config import AdapterConfig
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 
 @register(
@@ -25,7 +24,7 @@ def hft(period_steps: int | None = None, fraction: float = 0.5, level: str = "ca
     """Whole-matrix deltas; 2 of 4 attention and 1 or 2 of 3 FFN matrices of a block train in a period (an epoch)."""
     options = {"r": 0, "density": 1.0, "granularity": "row", "target_modules": "all-linear"}
     options["schedule"] = [AlternateModules(period_steps, fraction, level)]
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 @register(
@@ -51,7 +50,7 @@ def ist(
     if adapter is None:
         targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
         options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
-        return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": targets}, overrides)))
+        return row(overrides, **options, target_modules=targets)
     if overrides:
         raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
     if isinstance(adapter, AdapterConfig):

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..hub.analysis.checkpoints import Checkpoint
 from ..training import callbacks_for, make_optimizer, trainer_class_for
+from ..tuners import SparseLoraConfig
 
 CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]
 FirstRun = Callable[[], tuple[Checkpoint, Checkpoint]]
@@ -145,6 +146,11 @@ def markdown_table() -> str:
     lines = ["| method | source | what moves | use it when | cost |", "|---|---|---|---|---|"]
     lines += [f"| `{i.name}` | {i.paper} | {i.moves} | {i.use_when} | {i.cost} |" for _, i in sorted(_METHODS.items())]
     return "\n".join(lines)
+
+
+def row(overrides: dict[str, Any], **options: Any) -> Method:
+    """The form of most rows: a method that is one `SparseLoraConfig`, the row's `options` with the user's in place."""
+    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
 
 
 def with_overrides(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

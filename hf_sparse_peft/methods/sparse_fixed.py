@@ -25,7 +25,7 @@ from ..sparsity import (
     WholeTensors,
 )
 from ..tuners import SparseLoraConfig
-from .registry import FirstRun, Method, register, with_overrides
+from .registry import FirstRun, Method, register, row, with_overrides
 
 
 @register(
@@ -38,7 +38,7 @@ from .registry import FirstRun, Method, register, with_overrides
 def shira(density: float = 0.01, **overrides: Any) -> Method:
     """SHiRA's random mask, with a draw of its own for every layer (upstream draws one per shape)."""
     options = {"r": 0, "density": density, "criterion": "random", "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 @register(
@@ -51,7 +51,7 @@ def shira(density: float = 0.01, **overrides: Any) -> Method:
 def super_tuning(density: float = 0.01, r: int = 0, **overrides: Any) -> Method:
     """The largest weights as the support; `r > 0` adds the low-rank half of the paper's hybrid."""
     options = {"r": r, "density": density, "criterion": "magnitude", "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 @register(
@@ -71,7 +71,7 @@ def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **o
     criterion = overrides.get("criterion", Fisher(examples=examples, mode=mode))
     entries = overrides.get("granularity", "entry") == "entry" and isinstance(criterion, Fisher)
     options = {"r": 0, "budget": Global(density, pay_head=entries), "criterion": criterion}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
+    return row(overrides, **options, target_modules="all-linear")
 
 
 @register(
@@ -172,7 +172,7 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
             "the model misses every weight, and no entry is free."
         )
     options = {"r": 0, "budget": Global(sparsity), "criterion": "smallest_magnitude", "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 @register(
@@ -193,7 +193,7 @@ def random_search(
     """Seeded random supports, each trained for some steps; training goes on with the one that has the smallest loss."""
     search = SearchSupport(trials=trials, steps=steps, batches=batches, lr=search_lr)
     options = {"r": 0, "density": density, "schedule": [search], "target_modules": "all-linear"}
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 @register(
@@ -206,7 +206,7 @@ def random_search(
 def random_pruning(density: float = 0.01, **overrides: Any) -> Method:
     """A fixed random support whose layer densities follow Erdos-Renyi; exact counts where the code draws Bernoulli."""
     options = {"r": 0, "budget": ErdosRenyi(density), "criterion": "random"}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
+    return row(overrides, **options, target_modules="all-linear")
 
 
 @register(
@@ -243,4 +243,4 @@ def apet(
     else:
         total = Numbers(budget) if budget else Density(0.01 if density is None else density)
         options = {"r": r or 0, "criterion": "random", "budget": Proportional(total)}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
+    return row(overrides, **options, target_modules="all-linear")

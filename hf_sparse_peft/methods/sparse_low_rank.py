@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..sparsity import UnitsPerModule
-from ..tuners import SparseLoraConfig
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 
 @register(
@@ -23,7 +22,7 @@ def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overr
     from U(+-1/sqrt(columns)) as the pre-training form does.
     """
     options = {"r": r, "lora_alpha": lora_alpha, "density": density, "criterion": "random"}
-    return Method(SparseLoraConfig(**with_overrides({**options, "target_modules": "all-linear"}, overrides)))
+    return row(overrides, **options, target_modules="all-linear")
 
 
 @register(
@@ -45,4 +44,4 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
         "scale_support": True,
         "factor_init": "normal",
     }
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)

@@ -26,8 +26,7 @@ from ..sparsity import (
     scores,
 )
 from ..training import AgedAdamWSpec, SparseSM3Spec
-from ..tuners import SparseLoraConfig
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 
 @register(
@@ -40,8 +39,7 @@ from .registry import Method, register, with_overrides
 def gradual_pruning(density: float = 0.01, final_fraction: float = 0.5, **overrides: Any) -> Method:
     """Gradual magnitude pruning of the delta: `density` at first, `final_fraction * density` at the end."""
     options = {"r": 0, "density": density, "schedule": [Prune(final_fraction=final_fraction)]}
-    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
-    return Method(SparseLoraConfig(**options))
+    return row(overrides, **options, target_modules="all-linear")
 
 
 @register(
@@ -67,8 +65,7 @@ def spiel_ag(
     """
     move = Regrow(every=every, grow=AccumulatedGradient(steps=steps), fraction=fraction)
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
-    options = with_overrides(options, overrides)
-    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
+    return row(overrides, **options, optimizer=AgedAdamWSpec())
 
 
 @register(
@@ -94,8 +91,7 @@ def spiel_ma(
     """
     move = Regrow(every=every, first=first, fraction=fraction, grow=SM3(score))
     options = {"r": 0, "density": density, "schedule": [move], "target_modules": "all-linear"}
-    options = with_overrides(options, overrides)
-    return Method(SparseLoraConfig(**{"optimizer": SparseSM3Spec(momentum=momentum), **options}))
+    return row(overrides, **options, optimizer=SparseSM3Spec(momentum=momentum))
 
 
 @register(
@@ -121,8 +117,7 @@ def sparse_evolutionary_training(
     """
     move = Regrow(every=every, fraction=fraction, drop=drop, grow=RandomUnfired() if unfired else Random())
     options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
-    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
-    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
+    return row(overrides, **options, target_modules="all-linear", optimizer=AgedAdamWSpec())
 
 
 @register(
@@ -150,8 +145,7 @@ def rigl(
         every=every, fraction=fraction, stop_at=stop_at, first=first, grow=Gradient(), in_place_of_update=True
     )
     options = {"r": 0, "budget": ErdosRenyi(density), "schedule": [move]}
-    options = with_overrides({**options, "target_modules": "all-linear"}, overrides)
-    return Method(SparseLoraConfig(**{"optimizer": AgedAdamWSpec(), **options}))
+    return row(overrides, **options, target_modules="all-linear", optimizer=AgedAdamWSpec())
 
 
 @register(
@@ -185,9 +179,8 @@ def lift(
     budget = {"budget": RankEquivalent(budget_rank)} if density is None else {"density": density}
     start = {"criterion": scores.LowRankMagnitude(**approximation)}
     options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear"}
-    options = with_overrides(options, overrides)
     optimizer = AgedAdamWSpec(betas=tuple(betas), per_unit_age=per_unit_age)
-    return Method(SparseLoraConfig(**{"optimizer": optimizer, **options}))
+    return row(overrides, **options, optimizer=optimizer)
 
 
 @register(
@@ -222,4 +215,4 @@ def sara(
         "r": 0, **budget, "criterion": "smallest_magnitude", "schedule": schedule,
         "target_modules": "all-linear",
     }  # fmt: skip
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..sparsity import DataCriterion, Magnitude, Score, SmallestMagnitude
-from ..tuners import SparseLoraConfig, StructureConfig
+from ..tuners import StructureConfig
 from ..utils.parts import load_part_by_name
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 _ROWS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "row")
 
@@ -68,7 +68,7 @@ def s2ft(
         "target_modules": targets,
         "criterion": criterion if largest else _smallest(criterion),
     }
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)
 
 
 def _smallest(criterion: str | Score) -> Score:

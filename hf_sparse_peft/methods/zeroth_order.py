@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..training import ZerothOrderSpec
-from ..tuners import SparseLoraConfig
-from .registry import Method, register, with_overrides
+from .registry import Method, register, row
 
 
 @register(
@@ -31,7 +30,7 @@ def mezo(r: int = 8, epsilon: float = 1e-2, perturbation: str = "in_place", **ov
     bit for bit in every dtype.
     """
     optimizer = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
-    return Method(SparseLoraConfig(**with_overrides({"r": r, "density": 0.0, "optimizer": optimizer}, overrides)))
+    return row(overrides, r=r, density=0.0, optimizer=optimizer)
 
 
 @register(
@@ -59,4 +58,4 @@ def sparse_mezo(
         )
     options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", "target_modules": "all-linear"}
     options["optimizer"] = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)
-    return Method(SparseLoraConfig(**with_overrides(options, overrides)))
+    return row(overrides, **options)

@@ -1,6 +1,7 @@
 """Optimizers for supports that move, and the one function that edits optimizer state."""
 
 from .aged_adamw import AgedAdamW, aged_adamw_groups
+from .groups import parameter_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
 from .optimizer_kinds import innermost, use_32bit_states
 from .sm3 import SparseSM3
@@ -20,6 +21,7 @@ __all__ = [
     "innermost",
     "move_optimizer_state",
     "move_rows",
+    "parameter_groups",
     "replay",
     "restart_optimizer_state",
     "use_32bit_states",

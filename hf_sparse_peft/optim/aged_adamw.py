@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ._fp32_state import Fp32StateOptimizer, state_dtype
+from .groups import parameter_groups
 from .moves import bias_correction
-
-# Trainer.get_decay_parameter_names of transformers 5.23; it is a method of Trainer and needs one to be called.
-_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-
 
 # Where int16 ages stop counting: 1 - beta^age has been 1 in fp32 for long by then, for every beta2 up to 0.9994.
 _LARGEST_AGE = 32767
@@ -29,10 +26,11 @@ class AgedAdamW(Fp32StateOptimizer):
         m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
         \theta &\leftarrow \theta - \eta\,\frac{m/(1-\beta_1^a)}{\sqrt{v/(1-\beta_2^a)}+\epsilon}
 
-    In groups with `per_unit_age=True`, `a` is a tensor `step` of shape `[k]` for a parameter `[k]` or `[k, ...]`; a
-    unit that `move_optimizer_state` has just placed there starts at 0 (or at SpIEL's seed), all others go on. In other
-    groups `a` is one scalar and the update equals `torch.optim.AdamW(foreach=False)` bit for bit on fp32 parameters. A
-    unit whose value, moments and gradient are 0 stays exactly 0.
+    In groups with `per_unit_age=True`, `a` is a tensor `step` of shape `[k]` for a parameter `[k]` or `[k, ...]`, or
+    one with `k` units along `unit_axis`; a unit that `move_optimizer_state` has just placed there starts at 0 (or at
+    SpIEL's seed), all others go on. In other groups `a` is one scalar and the update equals
+    `torch.optim.AdamW(foreach=False)` bit for bit on fp32 parameters. A unit whose value, moments and gradient are 0
+    stays exactly 0.
 
     Weight decay acts on the values. These are differences to the pretrained weights, so it pulls back to the base
     model; SpIEL's grid for it is 1 to 30.
@@ -45,7 +43,8 @@ class AgedAdamW(Fp32StateOptimizer):
     Args:
         params: parameters or groups; a group may set any option below.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; `eps > 0`, since a dead unit would be 0/0 without it.
-        per_unit_age: whether `step` is kept per unit (dim 0).
+        per_unit_age: whether `step` is kept per unit.
+        unit_axis: the dimension that units lie along.
 
     Raises:
         ValueError: an option out of range, a scalar parameter in a `per_unit_age` group, loaded state of the wrong
@@ -63,8 +62,10 @@ class AgedAdamW(Fp32StateOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         per_unit_age: bool = False,
+        unit_axis: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "per_unit_age": per_unit_age}
+        defaults["unit_axis"] = unit_axis
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -80,16 +81,18 @@ class AgedAdamW(Fp32StateOptimizer):
             raise ValueError(f"weight_decay={group['weight_decay']} must be >= 0.")
         super().add_param_group(param_group)
         added = self.param_groups[-1]
-        if added["per_unit_age"] and any(p.dim() == 0 for p in added["params"]):
+        if added["per_unit_age"] and any(p.dim() <= added["unit_axis"] for p in added["params"]):
             self.param_groups.pop()
             raise ValueError(
-                "per_unit_age=True needs units along dim 0, got a scalar parameter. Move it to another group."
+                f"per_unit_age=True needs units along dim {added['unit_axis']}, got a scalar parameter or one of fewer "
+                "dimensions. Move it to another group."
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("per_unit_age", False)
+            group.setdefault("unit_axis", 0)
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         if grad.is_sparse or grad.is_complex():
@@ -113,7 +116,7 @@ class AgedAdamW(Fp32StateOptimizer):
             denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
             w.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
         else:
-            age = age.float().view(-1, *[1] * (p.dim() - 1))
+            age = age.float().view([-1 if axis == group["unit_axis"] else 1 for axis in range(p.dim())])
             denominator = v.sqrt().div_(bias_correction(beta2, age).sqrt_()).add_(eps).mul_(bias_correction(beta1, age))
             w.addcdiv_(m, denominator, value=-lr)
         if w is not p:
@@ -143,19 +146,15 @@ def _age(group: dict[str, Any], p: Tensor) -> Tensor:
     if group["per_unit_age"]:
         # 2 bytes an age are enough where Adam no longer tells the largest from any older one.
         short = max(group["betas"]) ** _LARGEST_AGE < 2.0**-25
-        return torch.zeros(p.shape[0], dtype=torch.int16 if short else torch.float32, device=p.device)
+        return torch.zeros(p.shape[group["unit_axis"]], dtype=torch.int16 if short else torch.float32, device=p.device)
     return torch.zeros((), dtype=torch.float32)
 
 
 def aged_adamw_groups(
     model: nn.Module, is_unit_parameter: Callable[[str, nn.Parameter], bool], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `AgedAdamW`: Trainer's decay / no-decay split, times units / no units.
-
-    No decay for parameters of `nn.LayerNorm` and names with bias or norm in them, by the patterns of
-    `Trainer.get_decay_parameter_names`. Only trainable parameters; shared ones once; empty groups are left out; the
-    order follows `model.named_parameters()`, so a checkpoint matches by position. Without unit parameters, as in an
-    adapter of factors alone, `AgedAdamW` of these groups is `torch.optim.AdamW`.
+    """`parameter_groups` for `AgedAdamW`, times units or no units. Without unit parameters, as in an adapter of factors
+    alone, `AgedAdamW` of these groups is `torch.optim.AdamW`.
 
     Args:
         model: any module.
@@ -167,19 +166,4 @@ def aged_adamw_groups(
     Raises:
         ValueError: nothing trainable.
     """
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    groups = {(d, u): [] for d in (True, False) for u in (True, False)}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[name in decayed, bool(is_unit_parameter(name, p))].append(p)
-    if not any(groups.values()):
-        raise ValueError(
-            "model has no trainable parameter. Add an adapter or set requires_grad before building groups."
-        )
-    return [
-        {"params": params, "weight_decay": weight_decay if decay else 0.0, "per_unit_age": unit}
-        for (decay, unit), params in groups.items()
-        if params
-    ]
+    return parameter_groups(model, weight_decay, lambda *of: {"per_unit_age": bool(is_unit_parameter(*of))})

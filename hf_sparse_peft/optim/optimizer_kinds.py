@@ -112,7 +112,7 @@ def unit_views(
                 views[name] = view
         elif got == shape:
             views[name] = value.movedim(axis, 0)
-        elif axis == 0 and name == "step" and got in ((k,), (k, *[1] * (len(shape) - 1))):
+        elif name == "step" and (got == (k,) or (axis == 0 and got == (k, *[1] * (len(shape) - 1)))):
             views[name] = value
         elif name == "state1" and got == (2, *shape):  # bitsandbytes' AdEMAMix stacks its two first moments
             views[name] = value.movedim(1 + axis, 0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import pack_bits, stream_seed, unpack_bits
-from .aged_adamw import _NO_DECAY
+from .groups import _NO_DECAY
 from .layerwise_shift import layerwise_shift
 from .parameter_chunks import add_rounded_once, chunks, magnitude_threshold
 

@@ -7,8 +7,8 @@ prune.py         units leave along a curve        search_support.py   the best o
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py        which units matter
 orthogonality.py a pull on low-rank factors
-sample_rank.py   nested ranks                 grow_rank.py     modules gain ranks
-proximal_gate.py a threshold on gates
+sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
+entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 freeze_gradually.py     columns of a basis stop training, one after the other
@@ -20,6 +20,7 @@ sample_layers.py    drawn transformer layers train at a step        probing.py  
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
+from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
@@ -32,11 +33,11 @@ from .proximal_gate import ProximalGate
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
 from .regrow import Regrow
-from .rule import Rule, check_pairs, check_schedule, conflict, in_order
+from .rule import RankRule, Rule, check_pairs, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
 from .sample_rank import SampleRank
-from .scores import Smoothed, TrainingScore
+from .scores import ModuleSensitivity, Smoothed, TrainingScore
 from .search_support import SearchSupport
 from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
 from .update_mask import UpdateMask
@@ -47,7 +48,9 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "ConstantRate",
     "Drop",
+    "EnteringRate",
     "ExpertDraw",
     "FactorExperts",
     "Follower",
@@ -59,18 +62,22 @@ __all__ = [
     "L1Penalty",
     "LowRankMagnitude",
     "Magnitude",
+    "ModuleSensitivity",
     "ModuleSpace",
     "Move",
     "MoveResult",
     "NuclearNorm",
     "Orthogonality",
+    "OwnClock",
     "ProximalGate",
     "Prune",
     "Random",
     "RandomUnfired",
+    "RankRule",
     "Regrow",
     "Rule",
     "Run",
+    "RunRate",
     "SampleLayers",
     "SampleRank",
     "SearchSupport",

@@ -1,4 +1,4 @@
-"""`Allocate`: one budget shared out over the units of all layers, and over several kinds of units at once."""
+"""`Allocate`: one budget for the units of all layers, and for several kinds of units at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..sparsity import Budget, Cubic, Curve, competition_counts, stream_seed, whole_steps
-from ..sparsity.selection import tie_priority
+from ..sparsity import Budget, Cubic, Curve, affordable, competition_counts, stream_seed, whole_steps
 from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import UnknownPart, register_part, require
-from ..utils.tensors import TensorSpec
 from .collectives import all_reduce_mean
 from .moves import move_units
 from .no_effect import report_idle
@@ -27,7 +25,7 @@ from .training_budget import budget_of_training
 @register_part("allocate")
 @dataclass(frozen=True)
 class Allocate(Rule):
-    r"""Shares a budget out over the units of all layers: the best by score live, whatever layer and kind they are of.
+    r"""Allocates a budget to the units of all layers: the best by score live, whatever layer and kind they are of.
 
     From what the model starts with, :math:`b_0`, to the target :math:`b_T` the budget falls as
     :math:`b_T + (b_0 - b_T)\,c\big(\frac{t - t_i}{T - t_f - t_i}\big)`, cubic by default.
@@ -45,12 +43,12 @@ class Allocate(Rule):
     multiples of `every` after :math:`t_i`, and at :math:`t = T - t_f` (or the last step) for the target. They are taken
     in the order of their scores, and one that costs more than what is left of the budget is passed over: what is left
     in the end pays for none of the others, so it is less than one unit of the largest. A layer whose units never had a
-    gradient keeps them and is named in a warning; the others share the budget of their own number.
+    gradient keeps them and is named in a warning; the others compete for the budget of their own number.
     Layers that are held still keep what they have and follow when they train again.
     """
 
     spaces: tuple[str, ...] = ("rank",)
-    """Kinds of units that share the budget: "rank" and "support" in any combination, or "kernel"."""
+    """Kinds of units that compete for the budget: "rank" and "support" in any combination, or "kernel"."""
     budget: Budget | None = None
     """What is left at the end: `AverageRank(r)`, `Numbers(n)`, `Density(d)`, `Fraction(f)` of the start, or another
     budget that answers for training (`sparsity.Budget.target`). None: the `budget` of the config, which is what its
@@ -118,7 +116,7 @@ class Allocate(Rule):
                 f"Allocate.unit_score={self.unit_score!r} cannot compare units of {self.spaces}: a component would sum "
                 "three means, an entry one. Set unit_score='mean'."
             )
-        if self.score.of_modules:
+        if "gradient" in self.score.needs:
             raise ValueError(
                 f"Allocate.score={self.score} has one number for a whole module, and units compete. Take a score of "
                 "single numbers: Sensitivity, Magnitude, or Smoothed over one of them."
@@ -142,10 +140,6 @@ class Allocate(Rule):
                 "AverageRank(r), Numbers(n), Density(d) or Fraction(f)."
             )
         return found
-
-    def state(self, space: UnitSpace) -> list[TensorSpec]:
-        """What the score keeps."""
-        return self.score.state(space)
 
     # When
 
@@ -226,20 +220,20 @@ class Allocate(Rule):
         """Compare what is due, and keep dead components dead once they are fixed."""
         step = run.step - 1 + self.count_from
         due, at_end = self._is_due(run, step), self.last_comparison(run.total_steps)
-        everybody = run.spaces(training=False)
-        training = [space for space in everybody if space.trains]
+        all_spaces = run.spaces(training=False)
+        training = [space for space in all_spaces if space.trains]
         fixed = self.fixed_at_end and step >= at_end
         # What was held still at the last allocation follows when it trains again.
-        late = fixed and step > at_end and not due and len(training) < len(everybody)
+        late = fixed and step > at_end and not due and len(training) < len(all_spaces)
         judged = [space for space in training if self.score.has_evidence(space)] if due or late else []
         if due and self.every is None:
             due = bool(judged) and {space.kind for space in judged} == {space.kind for space in training}
             run.saved.update({"split": step} if due else {})
         if due or late:
-            run.memory.missed = run.memory.missed or len(training) < len(everybody)
+            run.memory.missed = run.memory.missed or len(training) < len(all_spaces)
             run.report_missing([space for space in training if space not in judged], len(judged), self._not_done)
             if judged:
-                self._share_out(run, judged, everybody, step, late)
+                self._allocate(run, judged, all_spaces, step, late)
         if due or fixed:
             for space in training:
                 space.apply_mask()
@@ -248,23 +242,23 @@ class Allocate(Rule):
     def _not_done(self) -> str:
         return f"{' and '.join(self.spaces)} units were not compared"
 
-    def _ends(self, run: Run, spaces: list[UnitSpace], everybody: list[UnitSpace]) -> tuple[int, int]:
+    def _ends(self, run: Run, spaces: list[UnitSpace], all_spaces: list[UnitSpace]) -> tuple[int, int]:
         budget = self.budget_for(run.config)
-        start, target = budget.initial(spaces), budget.target(spaces, everybody)
+        start, target = budget.initial(spaces), budget.target(spaces, all_spaces)
         return start, target if spaces[0].counted else min(target, start)
 
-    def _share_out(self, run: Run, judged: list[UnitSpace], everybody: list[UnitSpace], step: int, late: bool) -> None:
-        taking_part = [space for space in everybody if space in judged or not space.trains]
-        start, target = self._ends(run, taking_part, everybody)
+    def _allocate(self, run: Run, judged: list[UnitSpace], all_spaces: list[UnitSpace], step: int, late: bool) -> None:
+        competing = [space for space in all_spaces if space in judged or not space.trains]
+        start, target = self._ends(run, competing, all_spaces)
         cost = self.budget_for(run.config).cost
         counted = judged[0].counted
         total = target
         if self.every is not None and step != self.last_comparison(run.total_steps):
             total = self.budget_at(start, target, step, run.total_steps)
-        alive = [space.count * cost(space) for space in taking_part]
-        sizes = [space.initial * cost(space) for space in taking_part]
-        sizes = [space.size for space in taking_part] if counted else sizes
-        total = budget_of_training(round(total) if counted else int(total), taking_part, alive, sizes)
+        alive = [space.count * cost(space) for space in competing]
+        sizes = [space.initial * cost(space) for space in competing]
+        sizes = [space.size for space in competing] if counted else sizes
+        total = budget_of_training(round(total) if counted else int(total), competing, alive, sizes)
         living = sum(space.count * cost(space) for space in judged)
         if late and total >= living:
             return
@@ -272,7 +266,7 @@ class Allocate(Rule):
             self._resize(run, judged, total)
         else:
             self._choose(run, judged, total, stream_seed(run.seed, "rank allocation", step))
-        living = {kind: sum(space.count for space in everybody if space.kind == kind) for kind in self.spaces}
+        living = {kind: sum(space.count for space in all_spaces if space.kind == kind) for kind in self.spaces}
         run.record(budget=total, alive=living)
 
     def _resize(self, run: Run, spaces: list[UnitSpace], total: int) -> None:
@@ -317,29 +311,10 @@ class Allocate(Rule):
         numbers = self.score.numbers(space, torch.float64 if space.counted else torch.float32)
         by_parameter = [_of_units(numbers[name], axis) for name, (_, axis) in space.scored_parameters().items()]
         if self.unit_score == "mean" or (self.unit_score is None and len(self.spaces) > 1):
-            found = sum(one.sum(1) for one in by_parameter) / sum(one.shape[1] for one in by_parameter)
+            found = sum(scores.sum(1) for scores in by_parameter) / sum(scores.shape[1] for scores in by_parameter)
         else:
-            found = sum(one.mean(1) for one in by_parameter)
+            found = sum(scores.mean(1) for scores in by_parameter)
         return found if space.counted else found[: space.candidates().numel()]
-
-
-def affordable(scores: Tensor, costs: Tensor, total: int, seed: int) -> Tensor:
-    """Bool `[k]`: the units that `total` pays for, taken in the order of their scores; one that costs more than what is
-    left is passed over. Ties are broken by a draw from `seed`.
-
-    With `s` the sum of the costs of the units taken, `total - s` is at least 0 and less than the cost of each unit that
-    is not taken: with units of one cost `c` the nearest multiple of `c` not above `total`.
-    """
-    drawn = tie_priority(seed, torch.arange(scores.numel())).argsort(descending=True)
-    order = drawn[scores[drawn].argsort(descending=True, stable=True)]
-    taken, left = torch.zeros(scores.numel(), dtype=torch.bool), total
-    while order.numel():
-        order = order[costs[order] <= left]
-        fits = costs[order].cumsum(0) <= left
-        taken[order[fits]] = True
-        left -= int(costs[order[fits]].sum())
-        order = order[~fits]
-    return taken
 
 
 def _of_units(numbers: Tensor, axis: int | None) -> Tensor:

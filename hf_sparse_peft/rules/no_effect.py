@@ -33,13 +33,15 @@ def report_idle(idle: list[str], layers: int, cause: str, mend: str) -> None:
     warnings.warn(f"{cause} in {which} ({some_of(idle)}). {mend}", stacklevel=4)
 
 
-def report_unfinished(run: Run, last: int, cause: str, mend: str) -> None:
-    """Warn that a schedule is not done in time; nothing where it is, or in a resumed run, which said it at its start.
+def report_unfinished(run: Run, start: int, every: int, rounds: int, cause: str, mend: str) -> None:
+    """Warn that a run is too short for a schedule that acts after updates that are multiples of `every` and beyond
+    `start`; nothing in a resumed run, which said it at its start.
 
     Args:
-        last: the step that it goes on to.
+        rounds: how often it is to act.
         cause: the options, their values and what takes so long.
         mend: what to change.
     """
-    if last >= run.total_steps and not run.resumed:
+    last = (start // every + rounds) * every
+    if rounds > 0 and last >= run.total_steps and not run.resumed:
         warnings.warn(f"{cause} up to step {last}, and the run has {run.total_steps}. {mend}", stacklevel=4)

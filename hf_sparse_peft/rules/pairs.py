@@ -27,7 +27,7 @@ def pair_table(rules: list[Rule] | None = None) -> str:
     names = [type(rule).__name__ for rule in rules]
     lines = ["| rule | acts on | writes | needs |", "|---|---|---|---|"]
     for rule, name in zip(rules, names, strict=True):
-        cells = [", ".join(sorted(one)) or "nothing" for one in (rule.acts_on, rule.writes, rule.needs)]
+        cells = [", ".join(sorted(one)) or "nothing" for one in (rule.acts_on, rule.writes, rule.all_needs)]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for rule, name in zip(rules, names, strict=True):

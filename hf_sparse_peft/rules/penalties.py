@@ -33,18 +33,29 @@ class L1Penalty(Rule):
     The support's changes start at 0; a head of `modules_to_save` starts at the weights that peft keeps beside it:
     where the base draws its head anew, draw it from the same seed to resume a run. A low-rank half is not pulled, and
     what is not updated, a frozen unit, neither.
+
+    With `scope="gate"` it pulls the gates of low-rank components to 0 instead, and `P` is the number of these (SoRA's
+    released code; Ding et al., 2023).
     """
 
     weight: PositiveFloat = 0.1
-    r""":math:`\lambda` (LT-SFT: 0.1 for languages; tasks have none)."""
-    scope: Literal["trained", "support"] = "trained"
-    """Whether heads of `modules_to_save` are pulled too, or the support's changes only."""
+    r""":math:`\lambda` (LT-SFT: 0.1 for languages; tasks have none; SoRA's gates: 10)."""
+    scope: Literal["trained", "support", "gate"] = "trained"
+    """Whether heads of `modules_to_save` are pulled too, or the support's changes only, or gates."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """Supports, or low-rank components."""
+        return frozenset({"rank" if self.scope == "gate" else "support"})
+
     def check(self, config: Any) -> None:
-        """Refuse an adapter of which something trains that started nobody knows where."""
+        """Refuse an adapter without a gate, or of which something trains that started nobody knows where."""
+        if self.scope == "gate":
+            if not config.gated:
+                raise ValueError("L1Penalty.scope='gate' pulls gates, and gate=None. Set gate, or add ProximalGate.")
+            return
         if not config.has_support or config.support_init != "zeros":
             raise ValueError(
                 f"L1Penalty pulls the support's changes to 0, and density={config.density}, support_init="
@@ -63,6 +74,12 @@ class L1Penalty(Rule):
 
     def gradients(self, run: Run) -> None:
         """Pull everything that trains to its start."""
+        if self.scope == "gate":
+            gates = [space.gate for space in run.spaces() if space.gate.grad is not None]
+            for gate in gates:
+                scale = run.gradient_scale * self.weight / sum(one.numel() for one in gates)
+                add_l1_gradient(gate, gate.detach(), scale)
+            return
         weight = run.gradient_scale * self.weight / run.memory.numel
         for space in run.spaces():
             distance = space.values.detach().clone()

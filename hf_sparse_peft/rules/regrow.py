@@ -87,8 +87,8 @@ class Regrow(Rule):
 
     @property
     def needs(self) -> frozenset[str]:
-        """`gradient` where the growth reads dense gradients, and its own needs."""
-        return self.grow.needs | (frozenset({"gradient"}) if self.grow.reads_for else frozenset())
+        """`gradient` where the growth reads dense gradients."""
+        return frozenset({"gradient"} if self.grow.reads_for else ())
 
     @property
     def freezes_units(self) -> bool:
@@ -138,6 +138,7 @@ class Regrow(Rule):
 
     def check(self, config: Any) -> None:
         """Refuse an adapter without a support, units that the growth cannot rank, and room without a size."""
+        super().check(config)
         if not config.has_support:
             raise ValueError("Regrow moves the support, and density=0 leaves it out. Set density > 0.")
         if "entries" in self.grow.needs:
@@ -151,7 +152,7 @@ class Regrow(Rule):
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """What drop and growth keep, and the mark of retired units."""
-        found = [*self.grow.state(space), *(self.drop.state(space) if self.drop is not None else ())]
+        found = super().state(space)
         return [*found, frozen_state(space)] if self.retired else found
 
     # In training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ..utils.parts import Part, UnknownPart
@@ -38,13 +38,16 @@ class Rule(Part):
     """What it changes: `units` (which ones live), `trains` (who is updated), `values`, `gradient`, `forward`. Two rules
     that write the units of one space are refused; see `conflict`."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it relies on: `gate` (rank components with a trained gate), `counts` (matrices with a number of living
-    entries of their own), `fixed_units` (no other rule moves them), `entries` (units that are single weight entries),
-    `gradient` (dense gradients of a layer, `Run.read_gradient`),
-    `batches` (a dataloader at the start), `experts` (split low-rank factors), `two_passes` (a loop that gives each
-    batch to the model twice)."""
+    """What it relies on: `gate` (rank components with a trained gate), `scaling` (their number and scaling may be other
+    ones in a step than between steps), `counts` (matrices with a number of living entries of their own), `fixed_units`
+    (no other rule moves them), `entries` (units that are single weight entries), `gradient` (dense gradients of a
+    layer, `Run.read_gradient`), `batches` (a dataloader at the start), `experts` (split low-rank factors), `two_passes`
+    (a loop that gives each batch to the model twice). Asked for by `all_needs`."""
     gate: ClassVar[str] = "zeros"
     """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of its spaces, by name (`UnitSpace.scored_parameters`), that are to have no weight decay: the
+    optimizers of a config leave them out, others are warned of."""
     within: ClassVar[frozenset[str]] = frozenset()
     """Types of the rules that may write the same units: this one acts at their moves, before them."""
 
@@ -59,16 +62,27 @@ class Rule(Part):
         return 0.0
 
     def check(self, config: Any) -> None:
-        """Refuse a config that the rule cannot work with, when the config is made.
+        """Refuse a config that the rule, or a part among its options, cannot work with, when the config is made.
 
         Raises:
             ValueError: names the option and the mend.
         """
+        for part in self._parts("check_training"):
+            part.check_training(config, sorted(self.acts_on))
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """The tensors (role "rule") to keep for one space: allocated at injection as zeros, saved in checkpoints, moved
-        with the units that they follow, dropped when the last step is done."""
-        return []
+        with the units that they follow, dropped when the last step is done. Here: what parts among the options keep."""
+        return [spec for part in self._parts("state") for spec in part.state(space)]
+
+    @property
+    def all_needs(self) -> frozenset[str]:
+        """`needs`, and those of the parts among the options."""
+        return self.needs.union(*[part.needs for part in self._parts("needs")])
+
+    def _parts(self, method: str) -> list[Any]:
+        options = [getattr(self, option.name) for option in fields(self)]
+        return [part for part in options if isinstance(part, Part) and hasattr(part, method)]
 
     def begin(self, run: Run) -> None:
         """Training begins (`run.resumed`: goes on).
@@ -99,6 +113,14 @@ class Rule(Part):
         """The run is over, however it ended: take everything off the model that is not part of the adapter."""
 
 
+@dataclass(frozen=True)
+class RankRule(Rule):
+    """Base of the rules that act on components of low-rank halves by their gate."""
+
+    acts_on: ClassVar[frozenset[str]] = frozenset({"rank"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gate", "scaling"})
+
+
 def conflict(first: Rule, second: Rule) -> str | None:
     """Why two rules of one adapter cannot be combined, as a sentence with its mend; None where they compose.
 
@@ -114,7 +136,7 @@ def conflict(first: Rule, second: Rule) -> str | None:
     if both and spaces and second.part_type not in first.within and first.part_type not in second.within:
         return f"{names} both decide which units of {sorted(spaces)} live. Keep one of them."
     for one, other in ((first, second), (second, first)):
-        if spaces and "fixed_units" in one.needs and "units" in other.writes:
+        if spaces and "fixed_units" in one.all_needs and "units" in other.writes:
             return (
                 f"{type(one).__name__} needs the units that training began with, and {type(other).__name__} moves "
                 "them. Keep one of them."
@@ -125,7 +147,7 @@ def conflict(first: Rule, second: Rule) -> str | None:
 def why_not_without_gradients(rule: Rule) -> str | None:
     """What a rule does that no training without gradients (zeroth order) allows, as the rest of a sentence; None for
     rules that may run there: those that write values only, or nothing, and read no gradient."""
-    if "gradient" in rule.needs | rule.writes:
+    if "gradient" in rule.all_needs | rule.writes:
         return "reads or changes gradients"
     if "trains" in rule.writes:
         return "holds numbers still that noise would move"

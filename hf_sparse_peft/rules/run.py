@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import innermost
+from ..sparsity import stream_seed
 from .collectives import world_size
+from .entering import EnteringRate, Schedule, rate_factors, start_units
 from .evidence import MissingEvidence
 from .space import UnitSpace
 from .update_mask import UpdateMask
@@ -83,6 +86,7 @@ class Run:
     """Readers of the current step's dense gradients (`read_gradient`); closed when `Rule.gradients` is called."""
     _step: ExitStack = field(default_factory=ExitStack)
     _missing: MissingEvidence | None = None
+    _trained: Callable[[UnitSpace, nn.Parameter], Tensor] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -174,10 +178,11 @@ class Run:
         space.layer.add_gradient_reader(space.adapter, reader)
         self.readers[space] = reader
 
-    def for_this_step(self, context: AbstractContextManager[Any]) -> Any:
-        """Enter `context` until the step is counted: it exits before any rule's `after_step`, or when a step that is
-        broken off ends the run. What evaluation and files see is the state outside of it."""
-        return self._step.enter_context(context)
+    def for_this_step(self, contexts: Iterable[AbstractContextManager[Any]]) -> None:
+        """Enter `contexts` until the step is counted: they exit before any rule's `after_step`, or when a step that is
+        broken off ends the run. What evaluation and files see is the state outside of them."""
+        for context in contexts:
+            self._step.enter_context(context)
 
     def hold_units(
         self,
@@ -193,6 +198,18 @@ class Run:
         """Multiply the updates of units by `factor(space, parameter)`, `[size]`, from now on. See
         `UpdateMask.scale_part`."""
         self.updates.scale_part(self, self._along_units(factor))
+
+    def train_units(self, trained: Callable[[UnitSpace, nn.Parameter], Tensor], rate: EnteringRate) -> None:
+        """Update units only where `trained(space, parameter)`, bool `[size]`, is True, from now on. One that begins in
+        the middle of the run starts with fresh optimizer state, and with the learning rate that `rate` says."""
+        self._trained = trained
+        self.hold_units(lambda space, parameter: ~trained(space, parameter))
+        self.scale_updates(lambda space, parameter: rate_factors(space, parameter, rate, self._schedule(parameter)))
+
+    def _schedule(self, parameter: Tensor) -> Schedule:
+        group = self.group(parameter)
+        lr, warmup = float(group["lr"]), self.training.warmup_steps
+        return Schedule(self.step, self.total_steps, warmup, float(group.get("initial_lr", lr)), lr)
 
     def _along_units(self, of: Callable) -> list[tuple[nn.Parameter, Callable[[], Tensor | None]]]:
         def spread(space: UnitSpace, parameter: nn.Parameter, axis: int) -> Tensor | None:
@@ -219,6 +236,11 @@ class Run:
             self._missing = MissingEvidence(action, self.resumed)
         self._missing.record(self.step, [space.name for space in without], judged)
 
+    def draw(self, what: str, weights: Tensor) -> int:
+        """An index, drawn for this step by `weights`; the same on every rank and in a resumed run."""
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, what, self.step))
+        return int(torch.multinomial(weights, 1, generator=generator))
+
     def record(self, **event: Any) -> None:
         """Note what happened at this step."""
         self.events.append({"step": self.step, **event})
@@ -229,6 +251,29 @@ class Run:
             self.record(**event)
 
     # What the loop does for every rule (`training.executor`)
+
+    def begin(self) -> None:
+        """Training begins."""
+        if self.rule.undecayed and self.optimizer is not None:
+            groups = [group for group in innermost(self.optimizer).param_groups if group.get("weight_decay")]
+            decayed = {id(parameter) for group in groups for parameter in group["params"]}
+            held = [space.scored_parameters() for space in self.spaces()]
+            names = [name for name in sorted(self.rule.undecayed) if any(id(one[name][0]) in decayed for one in held)]
+            if names:
+                warnings.warn(
+                    f"{type(self.rule).__name__}: weight decay shrinks what is to have none ({', '.join(names)}). Take "
+                    "the config's optimizer, which leaves it out (optimizer=AdamWSpec() and Trainer(model=model, "
+                    "**trainer_options(model, args))), or set weight_decay=0.",
+                    stacklevel=2,
+                )
+        self.rule.begin(self)
+
+    def before_step(self) -> None:
+        """Before the first micro-batch."""
+        for space in self.spaces(training=False) if self._trained is not None else ():
+            for parameter, axis in space.parameter_axes():
+                start_units(space, parameter, axis, self._trained(space, parameter), self.step, self.optimizer)
+        self.rule.before_step(self)
 
     def close_micro_batch(self) -> None:
         """What comes next is another micro-batch's gradient."""

@@ -36,11 +36,9 @@ class TrainingScore(Part):
     averages: ClassVar[tuple[str, ...]] = ("score",)
     """Names of what is kept of each parameter, in its shape."""
 
-    @property
-    def of_modules(self) -> bool:
-        """Whether a module has one score, from the dense gradient of its weight (`Rule.needs`: "gradient"), instead of
-        one for each of its numbers."""
-        return False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """As `Rule.needs`: `gradient` where a module has one score, from the dense gradient of its weight, instead of one
+    for each of its numbers."""
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """Shapes of what is scored, by name, with the axis that units lie along. First what switches units on."""
@@ -86,7 +84,7 @@ class TrainingScore(Part):
         return kept
 
     def numbers(self, space: UnitSpace, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Scores of all numbers, by parameter; of `of_modules` one, "module"."""
+        """Scores of all numbers, by parameter; of a module one, "module"."""
         state = space.state()
         return {
             name: self.read(*[state[f"{kept}_{name}"].to(dtype) for kept in self.averages])
@@ -135,7 +133,7 @@ class ModuleSensitivity(TrainingScore):
     One dense gradient of each layer at a time; with accumulation, an fp32 sum of every layer's until the step ends.
     """
 
-    of_modules: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """One number, "module"."""
@@ -181,9 +179,9 @@ class Smoothed(TrainingScore):
     averages: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty")
 
     @property
-    def of_modules(self) -> bool:
+    def needs(self) -> frozenset[str]:
         """As the score that is smoothed."""
-        return self.score.of_modules
+        return self.score.needs
 
     def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """As the score that is smoothed."""

@@ -7,10 +7,12 @@ top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
 Budget, *_counts                 how many units each layer gets, and what is left of them in the end
 Curve, make_curve                how a number moves during training
+soft_threshold, ...              what a proximal step does to numbers
 """
 
 from .activations import Activation, WeightedActivation
 from .allocation import (
+    affordable,
     competition_counts,
     counts_from_rank,
     counts_from_total,
@@ -28,7 +30,7 @@ from .budget_splits import (
     ErdosRenyi,
     Global,
     Proportional,
-    Shared,
+    Split,
     UnitsPerModule,
     WholeTensors,
 )
@@ -57,6 +59,7 @@ from .scores import (
     select_units,
 )
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
+from .shrinkage import dead_zone_threshold, soft_threshold
 from .statistics import (
     SM3,
     DataCriterion,
@@ -110,9 +113,9 @@ __all__ = [
     "RankEquivalent",
     "Score",
     "Sensitivity",
-    "Shared",
     "SmallestMagnitude",
     "Snip",
+    "Split",
     "Statistic",
     "Targets",
     "Total",
@@ -121,12 +124,14 @@ __all__ = [
     "WeightedActivation",
     "WholeTensors",
     "Window",
+    "affordable",
     "chunks_of",
     "coded_grid",
     "codes_length",
     "competition_counts",
     "counts_from_rank",
     "counts_from_total",
+    "dead_zone_threshold",
     "decode_support",
     "encode_support",
     "erdos_renyi_counts",
@@ -140,6 +145,7 @@ __all__ = [
     "random_units",
     "random_units_outside",
     "select_units",
+    "soft_threshold",
     "stream_seed",
     "top_units",
     "uniform_counts",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
-from .selection import Source, count_selected, find_cut, rereadable, stream_seed
+from .selection import Source, count_selected, find_cut, rereadable, stream_seed, tie_priority
 from .support import UnitGrid
 
 
@@ -33,7 +34,7 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
     total = _total_entries(grids)
     if not 1 <= num_entries <= total:
         raise ValueError(
-            f"num_entries={num_entries} must be between 1 and the {total} entries of the targeted weights."
+            f"A budget of {num_entries} entries is not between 1 and the {total} entries of the targeted weights."
         )
     counts = {name: num_entries * g.rows * g.cols // total // g.unit_numel for name, g in grids.items()}
     for name, count in counts.items():
@@ -41,8 +42,8 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
             grid = grids[name]
             need = -(-grid.unit_numel * total // (grid.rows * grid.cols))
             raise ValueError(
-                f"num_entries={num_entries} leaves no {grid.granularity} in '{name}' ({grid.rows}x{grid.cols}). Raise "
-                f"num_entries to at least {need}, or leave the module out of target_modules."
+                f"A budget of {num_entries} entries leaves no {grid.granularity} in '{name}' "
+                f"({grid.rows}x{grid.cols}). Raise it to at least {need}, or leave the module out of target_modules."
             )
     return counts
 
@@ -62,8 +63,8 @@ def proportional_counts(grids: dict[str, UnitGrid], num_entries: int, seed: int 
     smallest = min(grid.unit_numel for grid in grids.values())
     if not smallest <= num_entries <= total:
         raise ValueError(
-            f"num_entries={num_entries} must be between {smallest}, the smallest unit, and the {total} entries of the "
-            "targeted weights."
+            f"A budget of {num_entries} entries is not between {smallest}, the smallest unit, and the {total} entries "
+            "of the targeted weights."
         )
     # In integers: n_l / total as a float would lose entries of large models.
     counts = {name: num_entries * grid.num_units // total for name, grid in grids.items()}
@@ -93,7 +94,7 @@ def erdos_renyi_densities(grids: dict[str, UnitGrid], density: float) -> dict[st
     """
     _total_entries(grids)
     if not 0.0 < density <= 1.0:
-        raise ValueError(f"density={density} must be in (0, 1]: it is the share of entries that live.")
+        raise ValueError(f"density={density} must be in (0, 1]: it is the fraction of entries that live.")
     raw = {name: (g.rows + g.cols) / (g.rows * g.cols) for name, g in grids.items()}
     size = {name: g.rows * g.cols for name, g in grids.items()}
     dense: set[str] = set()
@@ -178,13 +179,14 @@ def global_counts(
 def competition_counts(
     scores: dict[str, float], capacities: dict[str, int], budget: int, seed: int = 0
 ) -> dict[str, int]:
-    r"""Shares of `budget` in proportion to scores, none above its capacity (SNELLA's outer competition; Shen et al.,
-    2025): :math:`k_l = \min(N_l, B z_l)` with :math:`z = scores / \sum scores`, the surplus of full layers shared out
-    again among the others in proportion to their scores, until it is used up.
+    r"""Parts of `budget` in proportion to scores, none above its capacity (SNELLA's outer competition; Shen et al.,
+    2025): :math:`k_l = \min(N_l, B z_l)` with :math:`z = scores / \sum scores`, the surplus of full layers split
+    again over the others in proportion to their scores, until it is used up.
 
-    Layers that are left with a surplus and no score share it in proportion to their capacities; that is all of them
-    where all scores are 0. Fractions are rounded down and the rest goes to the largest remainders (a draw from `seed`
-    and the layers' names on a tie): the counts sum to `budget` exactly, and a layer whose score rises never gets less.
+    Layers that are left with a surplus and no score split it in proportion to their capacities; that is all of them
+    where all scores are 0. Fractions are rounded down and what is left goes to the largest remainders (a draw from
+    `seed` and the layers' names on a tie): the counts sum to `budget` exactly, and a layer whose score rises never gets
+    less.
 
     Raises:
         ValueError: no layers, names that differ, a score that is negative or not finite, or a budget below 0 or above
@@ -198,7 +200,7 @@ def competition_counts(
             raise ValueError(f"The score of '{name}' is {score}; scores must be finite and >= 0.")
     if not 0 <= budget <= sum(capacities.values()):
         raise ValueError(f"budget={budget} must be between 0 and the {sum(capacities.values())} entries of all layers.")
-    exact = _filled_shares(scores, capacities, budget)
+    exact = _proportional_parts(scores, capacities, budget)
     counts = {name: min(capacities[name], math.floor(value)) for name, value in exact.items()}
     spare = budget - sum(counts.values())
     order = _largest_first({name: exact[name] - counts[name] for name in scores}, seed)
@@ -214,8 +216,27 @@ def competition_counts(
     return counts
 
 
-def _filled_shares(scores: dict[str, float], capacities: dict[str, int], budget: int) -> dict[str, float]:
-    shares: dict[str, float] = {}
+def affordable(scores: Tensor, costs: Tensor, total: int, seed: int) -> Tensor:
+    """Bool `[k]`: the units that `total` pays for, taken in the order of their scores; one that costs more than what is
+    left is passed over. Ties are broken by a draw from `seed`.
+
+    With `s` the sum of the costs of the units taken, `total - s` is at least 0 and less than the cost of each unit that
+    is not taken: with units of one cost `c` the nearest multiple of `c` not above `total`.
+    """
+    drawn = tie_priority(seed, torch.arange(scores.numel())).argsort(descending=True)
+    order = drawn[scores[drawn].argsort(descending=True, stable=True)]
+    taken, left = torch.zeros(scores.numel(), dtype=torch.bool), total
+    while order.numel():
+        order = order[costs[order] <= left]
+        fits = costs[order].cumsum(0) <= left
+        taken[order[fits]] = True
+        left -= int(costs[order[fits]].sum())
+        order = order[~fits]
+    return taken
+
+
+def _proportional_parts(scores: dict[str, float], capacities: dict[str, int], budget: int) -> dict[str, float]:
+    parts: dict[str, float] = {}
     open_layers, left = list(scores), budget
     while open_layers:
         weights = {name: scores[name] for name in open_layers}
@@ -226,12 +247,12 @@ def _filled_shares(scores: dict[str, float], capacities: dict[str, int], budget:
         offers = {name: left * (weights[name] / largest / total if total else 0.0) for name in open_layers}
         full = [name for name in open_layers if offers[name] >= capacities[name]]
         if not full:
-            return shares | offers
+            return parts | offers
         for name in full:
-            shares[name] = float(capacities[name])
+            parts[name] = float(capacities[name])
             left -= capacities[name]
-        open_layers = [name for name in open_layers if name not in shares]
-    return shares
+        open_layers = [name for name in open_layers if name not in parts]
+    return parts
 
 
 def _filled_up(
@@ -255,5 +276,5 @@ def _largest_first(remainders: dict[str, float], seed: int) -> list[str]:
 
 def _total_entries(grids: dict[str, UnitGrid]) -> int:
     if not grids:
-        raise ValueError("There are no modules to share a budget: target_modules matched none.")
+        raise ValueError("There are no modules to split a budget over: target_modules matched none.")
     return sum(grid.rows * grid.cols for grid in grids.values())

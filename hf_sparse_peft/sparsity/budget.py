@@ -32,6 +32,8 @@ class CountedUnits(Protocol):
     """Name of the module."""
     initial: int
     """Units that live when the adapter is injected."""
+    count: int
+    """Units that live."""
     unit_numel: int
     """Trained numbers of a unit."""
     unit_entries: int
@@ -46,7 +48,7 @@ def _no_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a budget is shared out over."""
+    """The weights that a budget is for."""
 
     grids: dict[str, UnitGrid]
     """Module name -> how its weight is cut into units."""
@@ -138,6 +140,11 @@ class Budget(Part):
     def target(self, spaces: Sequence[CountedUnits], all_spaces: Sequence[CountedUnits]) -> int:
         """What the units of `spaces`, some or all of the model's `all_spaces`, may take together in the end."""
         raise NotImplementedError
+
+    def left(self, spaces: Sequence[CountedUnits]) -> int:
+        """What the living units of all `spaces` leave of it; 0 where no unit is to be had for that."""
+        left = self.target(spaces, spaces) - sum(space.count * self.cost(space) for space in spaces)
+        return left if left >= min(map(self.cost, spaces)) else 0
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ class ByModule(Budget):
 
 
 @dataclass(frozen=True)
-class Shared(Budget):
-    """Base of the budgets that share a total out in a way of their own; a number is a density."""
+class Split(Budget):
+    """Base of the budgets that split a total in a way of their own; a number is a density."""
 
     total: Total | float
     """How much: `Density`, `Numbers`, `RankEquivalent`, or a number, a density."""
@@ -93,7 +93,7 @@ class Shared(Budget):
 
 @register_part("proportional")
 @dataclass(frozen=True)
-class Proportional(Shared):
+class Proportional(Split):
     """In proportion to the weights' sizes, and so that the whole total is spent: a module may get none."""
 
     def counts(self, targets: Targets) -> dict[str, int]:
@@ -103,7 +103,7 @@ class Proportional(Shared):
 
 @register_part("erdos_renyi")
 @dataclass(frozen=True)
-class ErdosRenyi(Shared):
+class ErdosRenyi(Split):
     r"""A density of :math:`\varepsilon (m+n)/(mn)` for each weight (Mocanu et al., 2018; Evci et al., 2020)."""
 
     def counts(self, targets: Targets) -> dict[str, int]:
@@ -113,8 +113,8 @@ class ErdosRenyi(Shared):
 
 @register_part("global")
 @dataclass(frozen=True)
-class Global(Shared):
-    """The best units of the whole model, by one ranking of all by the config's criterion; each module keeps one."""
+class Global(Split):
+    """The best units of the whole model, ranked by the config's criterion, at least one in each module."""
 
     pay_head: bool = False
     """Whether the numbers of `modules_to_save` are paid out of the total (FISH); needs a criterion by data."""
@@ -202,11 +202,12 @@ class BelowThreshold(Budget):
 
 @register_part("whole_tensors")
 @dataclass(frozen=True)
-class WholeTensors(Shared):
+class WholeTensors(Split):
     """Whole matrices, and pairs of low-rank factors where the config has them, drawn at random (APET; Su et al., 2023).
 
     With a low-rank half, one half of the total goes to pairs of factors and one to matrices, each in a random order:
-    what fits into the rest of its half is taken, what does not is skipped. Modules whose pair was not drawn get rank 0.
+    what fits into what is left of its half is taken, what does not is skipped. Modules whose pair was not drawn get
+    rank 0.
     """
 
     def check_injection(self, config: Any) -> None:

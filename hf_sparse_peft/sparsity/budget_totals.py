@@ -125,7 +125,7 @@ class AverageRank(Budget):
     """Average rank."""
 
     def check_training(self, config: Any, kinds: Sequence[str]) -> None:
-        """Raises `ValueError` for units other than components, or where layers start with fewer."""
+        """Raises `ValueError` for units other than components, or where layers have room for fewer."""
         if set(kinds) != {"rank"}:
             raise ValueError(
                 f"Allocate.budget={self} counts components, and Allocate.spaces={tuple(kinds)} has other units. Set "
@@ -133,8 +133,8 @@ class AverageRank(Budget):
             )
         if self.r > config.r:
             raise ValueError(
-                f"AverageRank.r={self.r} is above r={config.r}, the rank every layer starts with. Set r to at least "
-                f"{self.r} (AdaLoRA: 1.5 x the average at the end)."
+                f"AverageRank.r={self.r} is above r={config.r}, the components that a layer has room for. Set r to at "
+                f"least {self.r} (AdaLoRA: 1.5 x the average at the end; IncreLoRA: a few times it)."
             )
 
     def cost(self, space: CountedUnits) -> int:

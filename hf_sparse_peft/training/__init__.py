@@ -6,7 +6,7 @@ from .calibration import calibrate, initialize_support, load_support, save_suppo
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .initial_support import InitialSupportCallback
 from .loop import Controller
-from .optimizers import AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
+from .optimizers import AdamWSpec, AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
 from .runner import RuleRunner
 from .support_picture import draw_support_history
@@ -17,6 +17,7 @@ from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zerot
 
 __all__ = [
     "TRAINERS",
+    "AdamWSpec",
     "AgedAdamWSpec",
     "Controller",
     "InitialSupportCallback",

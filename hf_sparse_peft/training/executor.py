@@ -86,17 +86,17 @@ class RuleExecutor:
             run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
         if any("trains" in run.rule.writes for run in self.runs) and training.optimizer is not None:
             training.updates.attach(training.optimizer)
-        if any("batches" in run.rule.needs for run in self.runs):
+        if any("batches" in run.rule.all_needs for run in self.runs):
             for module in training.model.modules():
                 keep_4bit_weight_stable(module)  # forward passes without gradients would repack it on a CPU
         # What chooses the first support comes before those that look at it.
-        for run in sorted(self.runs, key=lambda run: "batches" not in run.rule.needs):
-            run.rule.begin(run)
+        for run in sorted(self.runs, key=lambda run: "batches" not in run.rule.all_needs):
+            run.begin()
 
     def before_step(self) -> None:
         """Before the first micro-batch."""
         for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
-            run.rule.before_step(run)
+            run.before_step()
 
     def after_micro_batch(self) -> None:
         """Between micro-batches."""
@@ -178,7 +178,7 @@ class RuleExecutor:
                 if spaces:
                     self._take_charge(rule, config)
                     for space in spaces:
-                        space.check_needs(rule.needs)
+                        space.check_needs(rule.all_needs)
                     for layer in held:
                         _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
                     yield Run(self.training, rule, adapter, config, spaces)

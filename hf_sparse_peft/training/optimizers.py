@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,36 +18,63 @@ from ..optim import (
     OptimizerSpec,
     SparseSM3,
     ZerothOrderSGD,
-    aged_adamw_groups,
     innermost,
+    parameter_groups,
     zeroth_order_groups,
 )
+from ..rules import UnitSpace
 from ..tuners import SparseLoraLayer, adapter_layers
 from ..utils.option_types import Decay, PositiveFloat, Range
 from ..utils.parts import UnknownPart, register_part
+
+
+@register_part("adamw")
+@dataclass(frozen=True)
+class AdamWSpec(OptimizerSpec):
+    """`torch.optim.AdamW` with a Trainer's groups, but no weight decay for what a rule of the config wants to have none
+    (`Rule.undecayed`), as SoRA's gates."""
+
+    builds: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
+
+    def build(self, model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+        """Groups as Trainer makes them, without decay for what rules name."""
+        groups = parameter_groups(model, settings.weight_decay, _no_decay_of_rules(model))
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 @register_part("aged_adamw")
 @dataclass(frozen=True)
 class AgedAdamWSpec(OptimizerSpec):
     """`optim.AgedAdamW`: AdamW whose bias correction knows the age of every unit of the supports, for units that come
-    and go."""
+    and go; of low-rank components too where these do (`component_ages`). No weight decay for what a rule of the config
+    wants to have none."""
 
     values_ratio: PositiveFloat = 1.0
     """Learning rate of the supports' values over that of everything else (as LoRA+ does for B; Hayou et al., 2024)."""
     per_unit_age: bool = True
     """Whether every unit has an age of its own; False: one step count a parameter, as torch's AdamW."""
+    component_ages: bool = False
+    """Whether components of low-rank halves have an age, in each of their parameters."""
     betas: tuple[Decay, Decay] | None = None
     """Decay rates of the moments; None: the run's."""
 
     builds: ClassVar[type[torch.optim.Optimizer]] = AgedAdamW
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> AgedAdamW:
-        """Groups as Trainer makes them, times values of supports or not."""
-        groups = aged_adamw_groups(model, lambda name, _: _is_support(name), settings.weight_decay)
-        for group in groups:
-            group["lr"] = settings.lr * (self.values_ratio if group["per_unit_age"] else 1.0)
-            group["per_unit_age"] = group["per_unit_age"] and self.per_unit_age
+        """Groups as Trainer makes them, times values of supports, components and everything else.
+
+        Raises:
+            ValueError: nothing trains.
+        """
+        axes, no_decay = _component_axes(model) if self.component_ages else {}, _no_decay_of_rules(model)
+
+        def options_of(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+            lr = settings.lr * (self.values_ratio if _is_support(name) else 1.0)
+            ages = self.per_unit_age and (_is_support(name) or id(parameter) in axes)
+            found = {"lr": lr, "per_unit_age": ages, "unit_axis": axes.get(id(parameter), 0) if ages else 0}
+            return found | no_decay(name, parameter)
+
+        groups = parameter_groups(model, settings.weight_decay, options_of)
         return AgedAdamW(groups, lr=settings.lr, betas=self.betas or settings.betas, eps=settings.eps)
 
 
@@ -80,8 +108,7 @@ class SparseSM3Spec(OptimizerSpec):
                 units = torch.cat([units, units.new_zeros(missing)])
             return units, layer.out_features, layer.in_features
 
-        groups = aged_adamw_groups(model, lambda name, _: _is_support(name), settings.weight_decay)
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        groups = parameter_groups(model, settings.weight_decay)
         return SparseSM3(groups, lr=settings.lr, indices_of=indices_of, momentum=self.momentum)
 
 
@@ -111,6 +138,35 @@ class ZerothOrderSpec(OptimizerSpec):
             sparsity=self.sparsity,
             perturbation=self.perturbation,
         )
+
+
+def _active_spaces(model: nn.Module) -> list[tuple[PeftConfig, UnitSpace]]:
+    """Unit spaces of the active adapters, each with its adapter's config."""
+    return [
+        (layer.adapter_configs[name], space)
+        for layer in adapter_layers(model)
+        for name in layer.active_adapters
+        if layer.holds(name)
+        for space in layer.unit_spaces(name)
+    ]
+
+
+def _component_axes(model: nn.Module) -> dict[int, int]:
+    """Parameter's id -> the axis that low-rank components lie along."""
+    spaces = [space for _, space in _active_spaces(model) if space.kind == "rank"]
+    return {id(parameter): axis for space in spaces for parameter, axis in space.parameter_axes()}
+
+
+def _no_decay_of_rules(model: nn.Module) -> Callable[[str, nn.Parameter], dict[str, float]]:
+    """Options for `parameter_groups`: weight decay 0 for what rules want to have none."""
+    undecayed = {
+        id(space.scored_parameters()[name][0])
+        for config, space in _active_spaces(model)
+        for rule in config.rules
+        if space.kind in rule.acts_on
+        for name in rule.undecayed
+    }
+    return lambda _, parameter: {"weight_decay": 0.0} if id(parameter) in undecayed else {}
 
 
 def _is_support(name: str) -> bool:

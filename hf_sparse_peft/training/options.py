@@ -70,7 +70,7 @@ def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:
     needs = set() if spec is None else set(spec.needs)
     for config in asked_configs(model_or_config):
         for rule in getattr(config, "rules", []):
-            needs |= rule.needs
+            needs |= rule.all_needs
     classes = {TRAINERS[need] for need in needs & set(TRAINERS)}
     if len(classes) > 1:
         raise ValueError(

@@ -65,6 +65,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             optimizer=kwargs.get("optimizer"),
             accumulation=args.gradient_accumulation_steps,
             learning_rate=args.learning_rate,
+            warmup_steps=args.get_warmup_steps(state.max_steps),
             clips=bool(args.max_grad_norm),
             fp16=bool(args.fp16),
             dataloader=kwargs.get("train_dataloader"),

@@ -59,8 +59,8 @@ def make_upstream_runs(
 
 
 def _check(rule: Rule, space: UnitSpace) -> None:
-    space.check_needs(rule.needs)
-    if "gate" in rule.needs and rule.gate != "zeros":
+    space.check_needs(rule.all_needs)
+    if "gate" in rule.all_needs and rule.gate != "zeros":
         raise ValueError(
             f"{type(rule).__name__} needs gates that start with {rule.gate}, and AdaLoRA's in '{space.name}' start "
             "with zeros. Use SparseLoraConfig(r=..., density=0, schedule=[rule])."

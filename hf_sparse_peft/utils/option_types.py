@@ -106,9 +106,9 @@ def _fits(value: Any, accepted: Any, ranges: bool) -> bool:
         limits = [limit for limit in inner[1:] if isinstance(limit, Range)] if ranges else []
         return _fits(value, inner[0], ranges) and all(value in limit for limit in limits)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one, ranges) for one in inner)
+        return any(_fits(value, hint, ranges) for hint in inner)
     if origin is Literal:
-        same_type = [one for one in inner if type(one) is type(value)]
+        same_type = [choice for choice in inner if type(choice) is type(value)]
         return value in same_type if ranges else bool(same_type)
     if accepted is None or accepted is type(None):
         return value is None
@@ -156,7 +156,7 @@ def described(accepted: Any) -> str:
         kind = "a number" if limits and inner[0] is float else described(inner[0])
         return " ".join([kind, *limits])
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(described(one) for one in inner))
+        return " or ".join(dict.fromkeys(map(described, inner)))
     if origin is Literal:
         return " or ".join(map(repr, inner)) if len(inner) <= 2 else f"one of {list(inner)}"
     if accepted is None or accepted is type(None):

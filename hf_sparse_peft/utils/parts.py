@@ -71,7 +71,7 @@ class Part:
                 value = _load_field(nested[field.name], value, place)
             value = _frozen(value)
             object.__setattr__(self, field.name, value)
-            unknown = next((one for one in _flat(value) if isinstance(one, UnknownPart)), None)
+            unknown = next((part for part in _flat(value) if isinstance(part, UnknownPart)), None)
             if unknown is not None:
                 raise _HoldsUnknownPart(unknown.reason)
         check_types(self)
@@ -127,10 +127,10 @@ def register_part(name: str) -> Callable[[type[PartT]], type[PartT]]:
             raise TypeError(f"{cls!r} is no part: derive it from one of the kinds, e.g. hf_sparse_peft.Rule.")
         if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
             raise TypeError(f"{cls.__name__} is no frozen dataclass: put @dataclass(frozen=True) below the decorator.")
-        held = _PARTS.setdefault((cls.part_kind, name), cls)
-        if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+        known = _PARTS.setdefault((cls.part_kind, name), cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"{cls.part_kind} {name!r} is taken by {held.__module__}.{held.__qualname__}; choose another name."
+                f"{cls.part_kind} {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another name."
             )
         _PARTS[cls.part_kind, name] = cls  # a module that is reloaded brings its class anew
         cls.part_type = name
@@ -216,11 +216,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (Part, UnknownPart)):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return value
@@ -235,7 +235,7 @@ def require(condition: bool, owner: Any, field: str, accepted: str) -> None:
 
 def _load_field(base: type[Part], value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(load_part(base, one, f"{where}[{number}]") for number, one in enumerate(value))
+        return tuple(load_part(base, item, f"{where}[{number}]") for number, item in enumerate(value))
     return load_part_by_name(base, value, where)
 
 
@@ -245,7 +245,7 @@ def _nested_bases(cls: type) -> dict[str, type[Part]]:
     found = {}
     hints = get_type_hints(cls)
     for field in fields(cls):
-        kinds = [one for one in _leaves(hints[field.name]) if isinstance(one, type) and issubclass(one, Part)]
+        kinds = [leaf for leaf in _leaves(hints[field.name]) if isinstance(leaf, type) and issubclass(leaf, Part)]
         if kinds:
             found[field.name] = kinds[0]
     return found
@@ -265,4 +265,4 @@ def _flat(value: Any) -> tuple[Any, ...]:
 
 def _leaves(hint: Any) -> list[Any]:
     inner = get_args(hint)
-    return [leaf for one in inner for leaf in _leaves(one)] if inner else [hint]
+    return [leaf for argument in inner for leaf in _leaves(argument)] if inner else [hint]

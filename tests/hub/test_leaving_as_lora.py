@@ -23,7 +23,7 @@ METHODS = {
     "adalora": {"r": 2, "schedule": [Allocate(budget=AverageRank(1), initial_warmup=0.1, final_warmup=0.2, every=2)]},
     "sora": {"r": 4, "weight": 10.0},
     "dylora": {"r": 4, "schedule": [SampleRank(final_rank=3)]},
-    "increlora": {"r": 4, "schedule": [GrowRank(target_r=2, modules=2, every=1, warmup=1), Orthogonality(0.1)]},
+    "increlora": {"r": 4, "schedule": [GrowRank(AverageRank(2), modules=2, every=1, warmup=1), Orthogonality(0.1)]},
     "joint-budget": {"r": 4, "density": 0.05, "fraction": 0.4},
     "capaboost": {"r": 2},
     "mosa": {"r": 2, "experts": 2},

@@ -81,6 +81,37 @@ def test_parts_of_a_parameter_keep_value_and_state_under_momentum_and_decay(slic
         assert not torch.equal(optimizer.state[first][name][~at], state[~at])
 
 
+@pytest.mark.parametrize("slices", [True, False], ids=["slices", "numbers"])
+def test_a_scaled_update_is_the_one_of_another_learning_rate_and_one_changes_no_bit(slices):
+    factor = torch.tensor([1.0, 0.25, 0.0])
+    model, (first, second), optimizer = made()
+    twin, (other, _), twin_optimizer = made()
+    mask = UpdateMask()
+    mask.attach(optimizer)
+    mask.scale_part(
+        "rule", [(first, lambda: factor if slices else factor[:, None].expand(3, 4)), (second, lambda: None)]
+    )
+    for _ in range(3):
+        before = first.detach().clone()
+        other.data.copy_(before)
+        for pair in ((model, optimizer), (twin, twin_optimizer)):
+            torch.manual_seed(1)
+            step(*pair)
+        assert torch.equal(first[0], other[0])
+        assert torch.equal(first[2], before[2])
+        torch.testing.assert_close(first[1].double(), before[1].double() + (other[1].double() - before[1].double()) / 4)
+        for name, state in optimizer.state[first].items():
+            assert torch.equal(state, twin_optimizer.state[other][name])
+    held = torch.tensor([0, 1, 0], dtype=torch.uint8)
+    mask.hold_part("another", [(first, lambda: held)])
+    before = first.detach().clone()
+    step(model, optimizer)
+    assert torch.equal(first[1:], before[1:])
+    mask.release()
+    step(model, optimizer)
+    assert not (first.detach() == before).any()
+
+
 def test_the_gradient_of_a_held_part_is_zero_before_clipping_sees_it():
     model, (first, _), _ = made()
     mask = UpdateMask()

@@ -139,7 +139,7 @@ def test_global_counts_are_those_of_one_sort_over_all_layers(sizes, seed, data):
             "gives 'row'.*no row",
         ),
         (lambda: counts_from_total(WORKED, 4673), "4672 entries"),
-        (lambda: counts_from_total(WORKED, 0), "num_entries=0"),
+        (lambda: counts_from_total(WORKED, 0), "budget of 0 entries"),
         (lambda: counts_from_total(WORKED, 50), "no entry in 'a' .*at least 73"),
         (lambda: global_counts({"a": [torch.ones(64)]}, WORKED, 5), "only one of them has: b, c, d"),
         (lambda: global_counts({"m": [torch.ones(4)]}, {"m": UnitGrid(2, 2)}, 5), "total_units=5"),
@@ -174,5 +174,5 @@ def test_a_proportional_budget_is_spent_to_the_last_entry(sizes, data):
 def test_a_proportional_budget_in_blocks_stays_within_it_and_refuses_less_than_one():
     grids = {"a": UnitGrid(8, 8, "block", 4), "b": UnitGrid(16, 8, "block", 4)}
     assert proportional_counts(grids, 5 * 16 + 7) == {"a": 2, "b": 3}
-    with pytest.raises(ValueError, match="num_entries=15 must be between 16"):
+    with pytest.raises(ValueError, match="budget of 15 entries is not between 16"):
         proportional_counts(grids, 15)

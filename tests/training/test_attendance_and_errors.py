@@ -191,7 +191,7 @@ def test_a_given_rule_is_checked_against_the_config(tmp_path):
 
 
 def test_a_given_rule_is_not_checked_against_rules_that_have_ended(tmp_path):
-    model = adapted(make_config(r=4, schedule=[GrowRank(target_r=4, every=1, warmup=0, modules=9)]))
+    model = adapted(make_config(r=4, schedule=[GrowRank(AverageRank(4), every=1, warmup=0, modules=9)]))
     run(model, tmp_path, 8)
     assert model.peft_config["default"].training_finished
     run(model, tmp_path, 8, callbacks=[RankReallocationCallback(Allocate(budget=AverageRank(2), every=2))])

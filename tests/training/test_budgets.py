@@ -24,7 +24,7 @@ from hf_sparse_peft import (
     UnitsPerModule,
     methods,
 )
-from hf_sparse_peft.rules.allocate import affordable
+from hf_sparse_peft.sparsity import affordable
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 BOTH = ("rank", "support")

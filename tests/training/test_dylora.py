@@ -39,8 +39,7 @@ def test_the_product_of_rank_two_is_scaled_by_eight_and_the_whole_one_is_plain_l
     for layer, held in zip(layers_of(model), factors(model), strict=True):
         expected = ALPHA / R * held["B"] @ held["A"]
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
-    for space in view.spaces():
-        view.for_this_step(space.leading(2))
+    view.for_this_step(space.leading(2) for space in view.spaces())
     for layer, held in zip(layers_of(model), factors(model), strict=True):
         expected = 8 * held["B"][:, :2] @ held["A"][:2]
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
@@ -52,7 +51,12 @@ def test_drawn_ranks_are_uniform_from_one_to_r():
     model, rule = adapted(SampleRank()), SampleRank()
     spaces = [s for layer in layers_of(model) for s in layer.unit_spaces("default") if s.kind == "rank"]
     view = Run(Training(model, 4), rule, "default", model.peft_config["default"], spaces)
-    drawn = torch.tensor([rule.drawn(view, step) for step in range(4000)])
+    drawn = []
+    for view.training.step in range(4000):
+        rule.before_step(view)
+        drawn.append(view.memory.rank)
+        view.leave_step()
+    drawn = torch.tensor(drawn)
     assert torch.bincount(drawn, minlength=R + 1)[1:].min() > 400
     assert (int(drawn.min()), int(drawn.max())) == (1, R)
 
@@ -113,3 +117,15 @@ def test_the_final_rank_is_a_plain_lora_of_that_rank_and_the_other_adapter_stays
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
         assert layer.alive_components("default") == 3
         assert torch.equal(layer.get_delta_weight("other"), other)
+
+
+def test_a_broken_step_leaves_all_components(tmp_path):
+    model = adapted(SampleRank())
+
+    def stop(step, model, optimizer):
+        if step == 3:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run(model, tmp_path, 6, optimizer="default", after=[Hook(on_pre_optimizer_step=stop)])
+    assert all(held["gate"].tolist() == [1.0] * R for held in factors(model))

@@ -6,18 +6,29 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from training_toolbox import Hook, StopAt, all_state, differences, layers_of, moves_of, run
+from training_toolbox import Hook, StopAt, TokenData, all_state, differences, layers_of, moves_of, run
+from transformers import Trainer
 
-from hf_sparse_peft import GrowRank, Orthogonality, SparseLoraConfig
+from hf_sparse_peft import (
+    AgedAdamWSpec,
+    AverageRank,
+    GrowRank,
+    Numbers,
+    Orthogonality,
+    Smoothed,
+    SparseLoraConfig,
+    trainer_options,
+)
+from hf_sparse_peft.rules import ConstantRate, OwnClock, RunRate
 
 R, ALPHA = 6, 16
-FAST = {"every": 2, "warmup": 2, "modules": 2, "target_r": 3}
+FAST = {"budget": AverageRank(3), "every": 2, "warmup": 2, "modules": 2}
 
 
-def adapted(rule: GrowRank, base: str = "fp32", rules=(), seed: int = 2):
+def adapted(rule: GrowRank, base: str = "fp32", rules=(), seed: int = 2, **options):
     config = SparseLoraConfig(
         r=R, lora_alpha=ALPHA, density=0.0, target_modules=["q_proj", "v_proj", "down_proj"],
-        schedule=[rule, *rules], task_type="CAUSAL_LM",
+        schedule=[rule, *rules], task_type="CAUSAL_LM", **options,
     )  # fmt: skip
     torch.manual_seed(seed)
     return get_peft_model(tiny.base(base, layers=1), config)
@@ -60,7 +71,7 @@ class Reference:
 
     def step(self, t: int) -> None:
         """One call of the allocator, `t` from 0."""
-        target = self.rule.target_r * len(self.layers)
+        target = self.rule.budget.r * len(self.layers)
         if sum(self.ranks) < target:
             for number, G in self.gradients.items():
                 score = float((self.deltas[number] * G).abs().sum()) / G.numel() ** 0.5
@@ -102,10 +113,10 @@ def test_scores_and_growth_are_those_of_the_equations(accumulation, rules, tmp_p
 
 def test_growth_steps_are_the_worked_ones_and_nothing_overshoots(tmp_path):
     # In hundredths of the published 100: first at twice the warm-up, not at its end.
-    model = adapted(GrowRank(every=3, warmup=3, modules=1, target_r=2))
+    model = adapted(GrowRank(every=3, warmup=3, modules=1))
     trainer = run(model, tmp_path / "one", 16, optimizer="default")
     assert [(move["step"], move["alive"]) for move in moves_of(trainer, "grow_rank")] == [(6, 4), (9, 5), (12, 6)]
-    model = adapted(GrowRank(every=1, warmup=1, modules=2, target_r=3, grow_by=4))
+    model = adapted(GrowRank(AverageRank(3), every=1, warmup=1, modules=2, grow_by=4))
     trainer = run(model, tmp_path / "clamped", 6, optimizer="default")
     assert [move["alive"] for move in moves_of(trainer, "grow_rank")] == [9]
     assert sorted(ranks(model)) == [1, 3, 5]
@@ -240,9 +251,93 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(stop, tmp_path):
 
 
 def test_what_cannot_work_is_refused_or_said(tmp_path):
-    with pytest.raises(ValueError, match="target_r=8 is above r=6"):
-        adapted(GrowRank(target_r=8))
+    with pytest.raises(ValueError, match=r"AverageRank\.r=8 is above r=6"):
+        adapted(GrowRank(AverageRank(8)))
     with pytest.raises(ValueError, match="grow_by"):
         GrowRank(grow_by=0)
     with pytest.warns(UserWarning, match="take growths up to step 8, and the run has 6"):
         run(adapted(GrowRank(every=2, warmup=2, modules=1)), tmp_path, 6, optimizer="default")
+
+
+def own_clock(step: int, first: int, steps: int, warmup: int, base: float) -> float:
+    """IncreLoRA's released schedule of a group that was added before update `first` (from 0)."""
+    done, left = step - first, steps - first
+    return base * (done / warmup if done < warmup else (left - done) / max(1, left - warmup))
+
+
+RATES = {
+    "own clock": (OwnClock(), lambda now, *of: own_clock(*of)),
+    "constant": (ConstantRate(), lambda now, *of: of[-1]),
+    "run": (RunRate(), lambda now, *of: now),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_what_enters_starts_as_a_new_group_of_adam_with_its_own_rate(rate, tmp_path):
+    rule, expected_lr = RATES[rate]
+    steps, warmup, base, decay = 14, 3, 1e-2, 0.1
+    model = adapted(GrowRank(**FAST, entering_lr=rule), optimizer=AgedAdamWSpec(component_ages=True))
+    args = tiny.arguments(tmp_path, steps, learning_rate=base, weight_decay=decay, warmup_steps=warmup)
+    seen, first, entered = {}, {}, set()
+
+    def look(step, model, optimizer):
+        t, reserve = step - 1, int(step > 1 and sum(ranks(model)) < 9)
+        for number, layer in enumerate(layers_of(model)):
+            rank = layer.alive_components("default")
+            for name in ("gate", "A", "B"):
+                parameter = getattr(layer, f"sparse_lora_{name}")["default"]
+                trained = rank + (0 if name == "gate" else reserve)
+                for k in range(trained):
+                    if first.setdefault((number, name, k), t) == t and t:
+                        entered.add((name, t))
+                seen[number, name] = (parameter.detach().clone(), parameter.grad.clone(), trained)
+
+    moments = {}
+
+    def compare(step, model, optimizer):
+        t = step - 1
+        now = next(iter({group["lr"] for group in optimizer.param_groups}))
+        for (number, name), (before, gradient, trained) in seen.items():
+            after = held(layers_of(model)[number], name)
+            axis = 1 if name == "B" else 0
+            before, gradient, after = (one.double().movedim(axis, 0) for one in (before, gradient, after))
+            assert torch.equal(after[trained:], before[trained:])
+            for k in range(trained):
+                born = first[number, name, k]
+                m, v = moments.get((number, name, k), (0.0, 0.0))
+                m, v = 0.9 * m + 0.1 * gradient[k], 0.999 * v + 0.001 * gradient[k] ** 2
+                moments[number, name, k] = (m, v)
+                age = t - born + 1
+                lr = expected_lr(now, t, born, steps, warmup, base) if born else now
+                adam = m / (1 - 0.9**age) / ((v / (1 - 0.999**age)).sqrt() + 1e-8)
+                wanted = before[k] - lr * decay * before[k] - lr * adam
+                torch.testing.assert_close(after[k], wanted, rtol=1e-5, atol=2e-7)
+                if rate == "own clock" and born == t and t:
+                    assert torch.equal(after[k], before[k])  # rate 0 at the first update
+
+    options = trainer_options(model, args)
+    options["callbacks"] = [Hook(on_optimizer_step=compare), *options["callbacks"], Hook(on_pre_optimizer_step=look)]
+    Trainer(model=model, train_dataset=TokenData(), **options).train()
+    assert sum(ranks(model)) == 9
+    assert {name for name, t in entered} == {"gate", "A", "B"}
+    assert len({t for _, t in entered}) > 2
+
+
+def test_a_score_of_single_numbers_reads_no_dense_gradient(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a dense gradient was read")
+
+    model = adapted(GrowRank(**FAST, score=Smoothed()))
+    monkeypatch.setattr(type(layers_of(model)[0]), "add_gradient_reader", refuse)
+    run(model, tmp_path, 10, optimizer="default")
+    assert sum(ranks(model)) == 9
+
+
+def test_a_budget_of_numbers_is_filled_as_far_as_it_goes(tmp_path):
+    costs = [s.unit_numel for layer in layers_of(adapted(GrowRank())) for s in layer.unit_spaces("default")[:1]]
+    numbers = 2 * sum(costs) + min(costs) - 1
+    model = adapted(GrowRank(Numbers(numbers), every=1, warmup=1, modules=1))
+    run(model, tmp_path, 16, optimizer="default")
+    left = numbers - sum(rank * cost for rank, cost in zip(ranks(model), costs, strict=True))
+    assert 0 <= left < max(costs)
+    assert sum(ranks(model)) > 3

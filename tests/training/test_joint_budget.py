@@ -7,7 +7,7 @@ from peft import get_peft_model
 from training_toolbox import Hook, layers_of, run
 
 from hf_sparse_peft import Allocate, Fraction, Numbers, SparseLoraConfig
-from hf_sparse_peft.rules.allocate import affordable
+from hf_sparse_peft.sparsity import affordable
 
 
 def adapted(budget, base="fp32", **options):

@@ -56,7 +56,7 @@ RULES = {
     "alternate_modules": AlternateModules(period_steps=2),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.01),
-    "grow_rank": GrowRank(target_r=3, modules=1, every=1, warmup=0),
+    "grow_rank": GrowRank(AverageRank(3), modules=1, every=1, warmup=0),
     "l1_penalty": L1Penalty(weight=5.0),
     "nuclear_norm": NuclearNorm(min_side=8),
     "orthogonality": Orthogonality(),

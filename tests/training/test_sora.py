@@ -1,20 +1,29 @@
 """SoRA's threshold on the gate, against the equation, the released lines and worked numbers."""
 
+import itertools
+import warnings
+
 import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from training_toolbox import Hook, layers_of, run
+from training_toolbox import Hook, layers_of, moves_of, run
+from transformers import Trainer
 
-from hf_sparse_peft import ProximalGate, SparseLoraConfig, hub
-from hf_sparse_peft.rules.proximal_gate import threshold
+from hf_sparse_peft import AdamWSpec, L1Penalty, ProximalGate, SparseLoraConfig, callbacks_for, hub, trainer_options
+from hf_sparse_peft.sparsity import dead_zone_threshold, soft_threshold
 
 
-def adapted(rule: ProximalGate, base: str = "fp32", names=("default",), **options):
+def adapted(rule: ProximalGate, base: str = "fp32", names=("default",), rules=(), **options):
     torch.manual_seed(2)
     config = SparseLoraConfig(
-        r=4, density=0.0, target_modules=["q_proj", "down_proj"], schedule=[rule], task_type="CAUSAL_LM", **options
+        r=4,
+        density=0.0,
+        target_modules=["q_proj", "down_proj"],
+        schedule=[rule, *rules],
+        task_type="CAUSAL_LM",
+        **options,
     )
     model = get_peft_model(tiny.base(base, layers=1), config, adapter_name=names[0])
     for name in names[1:]:
@@ -39,15 +48,15 @@ def test_thresholds_are_the_equation_and_the_released_lines():
     size = 0.25
     x = torch.tensor([-1.0, -0.5, -0.3, -0.25, -0.1, 0.0, 0.1, 0.25, 0.3, 0.5, 1.0], dtype=torch.float64)
     soft = [max(abs(float(v)) - size, 0) * (1 if v > 0 else -1) for v in x]
-    assert threshold(x, size).tolist() == pytest.approx(soft)
-    assert torch.equal(threshold(x, size, "dead_zone"), released(x, size))
-    assert threshold(x, size, "dead_zone").tolist() != pytest.approx(soft)
+    assert soft_threshold(x, size).tolist() == pytest.approx(soft)
+    assert torch.equal(dead_zone_threshold(x, size), released(x, size))
+    assert dead_zone_threshold(x, size).tolist() != pytest.approx(soft)
 
 
 def test_a_gate_of_one_without_other_pull_is_gone_after_3333_steps_of_the_released_threshold():
     gate, steps = torch.ones(1, dtype=torch.float64), 0
     while gate.any():
-        gate, steps = threshold(gate, 3e-4, "dead_zone"), steps + 1
+        gate, steps = dead_zone_threshold(gate, 3e-4), steps + 1
     assert steps == 3333
 
 
@@ -83,7 +92,7 @@ def test_after_every_update_gates_are_thresholded_once_with_the_steps_own_rate(s
 
 
 def test_the_mean_of_gates_pulls_by_its_gradient(tmp_path):
-    model, seen = adapted(ProximalGate(weight=1e-9, l1=3.0)), {}
+    model, seen = adapted(ProximalGate(weight=1e-9), rules=[L1Penalty(3.0, scope="gate")]), {}
 
     def look(into):
         return Hook(
@@ -139,3 +148,34 @@ def test_two_adapters_and_their_export_to_plain_lora(base, tmp_path):
     for layer, rank in zip(layers_of(model), ranks, strict=True):
         assert layer.alive_components("one") == rank
         torch.testing.assert_close(layer.get_delta_weight("one"), deltas[layer.module_name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("from_config", [True, False])
+def test_weight_decay_leaves_gates_to_the_configs_optimizer_and_is_warned_of_in_another(from_config, tmp_path):
+    model = adapted(ProximalGate(weight=1e-12), optimizer=AdamWSpec())
+    args = tiny.arguments(tmp_path, 2, weight_decay=0.1)
+    options = trainer_options(model, args) if from_config else {"args": args, "callbacks": callbacks_for(model)}
+    trainer = Trainer(model=model, train_dataset=tiny.TokenData(), **options)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    warned = [one for one in found if "weight decay shrinks" in str(one.message)]
+    assert bool(warned) != from_config
+    groups = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for layer in layers_of(model):
+        assert groups[id(layer.sparse_lora_gate["default"])] == (0.0 if from_config else 0.1)
+        assert groups[id(layer.sparse_lora_A["default"])] == 0.1
+
+
+def test_events_are_changes(tmp_path):
+    model = adapted(ProximalGate(weight=0.05, scaled_by_lr=False))
+    trainer = run(model, tmp_path, 40, optimizer="default", weight_decay=0.0)
+    alive = [event["alive"] for event in moves_of(trainer, "proximal_gate")]
+    assert len(alive) < 20
+    assert all(one != next_one for one, next_one in itertools.pairwise(alive))
+    assert alive[-1] == sum(layer.alive_components("default") for layer in layers_of(model))
+
+
+def test_a_penalty_on_gates_needs_some():
+    with pytest.raises(ValueError, match="scope='gate' pulls gates"):
+        SparseLoraConfig(r=4, density=0.0, schedule=[L1Penalty(scope="gate")])

@@ -72,7 +72,7 @@ class KernelLoraConfig(AdapterConfig):
 
     def meet_needs(self) -> None:
         """Give matrices counts of their own where a rule changes them."""
-        self.own_counts = self.own_counts or any("counts" in rule.needs for rule in self.rules)
+        self.own_counts = self.own_counts or any("counts" in rule.all_needs for rule in self.rules)
 
     @property
     def unit_kinds(self) -> frozenset[str]:

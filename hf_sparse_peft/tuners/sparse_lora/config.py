@@ -194,12 +194,12 @@ class SparseLoraConfig(AdapterConfig):
     def meet_needs(self) -> None:
         """Give components a gate where a rule needs one."""
         if self.gate is None:
-            self.gate = next((rule.gate for rule in self.rules if "gate" in rule.needs), None)
+            self.gate = next((rule.gate for rule in self.rules if "gate" in rule.all_needs), None)
 
     @property
     def gated(self) -> bool:
         """Whether components have a gate, or get one at injection."""
-        return self.gate is not None or any("gate" in rule.needs for rule in self.rules)
+        return self.gate is not None or any("gate" in rule.all_needs for rule in self.rules)
 
     @property
     def unit_kinds(self) -> frozenset[str]:

@@ -115,7 +115,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
 
     def _may_be_read(self) -> bool:
         configs = [self.adapter_configs[name] for name in self.active_adapters if self.holds(name)]
-        return any("gradient" in rule.needs for config in configs for rule in config.rules)
+        return any("gradient" in rule.all_needs for config in configs for rule in config.rules)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

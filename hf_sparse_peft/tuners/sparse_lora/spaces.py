@@ -223,24 +223,42 @@ class RankSpace(UnitSpace):
 
     @contextmanager
     def leading(self, count: int) -> Iterator[None]:
-        r"""Inside, the first `b = count` components alone, scaled by :math:`\alpha/b` as a LoRA of that rank; the gate,
-        which must not train meanwhile, is put back."""
+        r"""Inside, the first `b = count` components alone (all, where there are fewer), scaled by :math:`\alpha/b` as a
+        LoRA of that rank; the gate, which must not train meanwhile, is put back."""
         before = self.gate.detach().clone()
-        self.gate.data.mul_(self.size / count)[count:] = 0.0
+        self._scale_leading(count)
         try:
             yield
         finally:
             self.gate.data.copy_(before)
 
+    @torch.no_grad()
+    def truncate(self, count: int) -> None:
+        """Let the first `count` components alone live, scaled as in `leading`."""
+        self._scale_leading(count)
+        self.write(torch.arange(min(count, self.size), device=self.gate.device))
+
+    @torch.no_grad()
+    def _scale_leading(self, count: int) -> None:
+        count = min(count, self.size)
+        self.gate.data.mul_(self.size / count)[count:] = 0.0
+
+    def entering(self, count: int) -> Tensor:
+        """Bool `[r]`: the first `count` components that do not live."""
+        dead = self.mask == 0
+        return dead & (dead.cumsum(0) <= count)
+
     @contextmanager
-    def scaled_by_rank(self, epsilon: float = 0.0) -> Iterator[None]:
+    def scaled_by_rank(self, reserve: Tensor, reserve_gate: float, epsilon: float = 0.0) -> Iterator[None]:
         r"""Inside, the update is :math:`\frac{\alpha}{R + \epsilon} B\,\mathrm{diag}(E) A` with `R` living components,
-        and the gate is `E`, which may train; outside, the same update in the config's scaling by `r`. On leaving, the
-        gate is scaled by the rank of then, and zero for components that do not live."""
+        and the gate is `E`, which may train; components of `reserve` (bool `[r]`), which do not live, have
+        `reserve_gate`. Outside, the update is that of the living ones in the config's scaling by `r`: on leaving, the
+        gate is scaled by the rank of then, and zero for all others."""
         scaling = self.scalings[self.adapter]
         ratio = self.size / (self.count + epsilon)
         self.scalings[self.adapter] = scaling * ratio
         self.gate.data.div_(ratio)
+        self.gate.data[reserve] = reserve_gate
         try:
             yield
         finally:

@@ -79,6 +79,9 @@ class SpectralLoraConfig(AdapterConfig):
                     f"sizes[{name!r}]={found} is not [owner, users, position]. Load the adapter's own config."
                 )
         check_schedule(self.schedule, self)
+        gates = [rule for rule in self.rules if "gate" in rule.needs]
+        if gates and not isinstance(self.core, Diagonal):
+            raise ValueError(f"{type(gates[0]).__name__} lets single components die; set core=Diagonal().")
 
     def _make_nested(self) -> None:
         self.bases = load_part_by_name(Bases, self.bases, "bases")

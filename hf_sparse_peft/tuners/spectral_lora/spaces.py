@@ -49,6 +49,10 @@ class DiagonalSpace(UnitSpace):
         """The diagonal."""
         return [self.gate]
 
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """The diagonal, as a gate."""
+        return {"gate": (self.gate, 0)}
+
     def write(self, units: Tensor) -> None:
         """Let the components `units` live; the others' numbers are 0 from now on, in place."""
         self.mask.copy_(torch.zeros_like(self.mask).index_fill_(0, units.long(), 1))
