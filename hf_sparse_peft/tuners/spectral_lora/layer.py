@@ -197,17 +197,25 @@ class SpectralLoraLayer(AdapterLayer):
             return
         core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
         if core.residual == "init":
-            kept = core.matrix(tensors)
+            self.keep_residual(adapter_name)
         elif core.residual == "values":
             kept = core.known(values)
-            kept = kept if core.diagonal else torch.diag(kept)
             kept = kept * self.site(adapter_name).scaling if core.trained_scale else kept
-        else:
-            return
+            self._keep(adapter_name, kept if core.diagonal else torch.diag(kept))
+
+    @torch.no_grad()
+    def keep_residual(self, adapter_name: str) -> None:
+        """Let the base keep what the core is now, if it keeps what the core starts with."""
+        core = self.adapter_configs[adapter_name].core
+        if core is not None and core.residual == "init":
+            self._keep(adapter_name, core.matrix(self.tensors(adapter_name)))
+
+    def _keep(self, adapter_name: str, core: Tensor) -> None:
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         if "B" in config.bases.trained:
             B, _ = config.bases.factors(tensors, self.site(adapter_name))
-            kept = _times(B, kept)
-        tensors[OFFSET].copy_(kept)
+            core = _times(B, core)
+        tensors[OFFSET].copy_(core)
 
     def _parts(self, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor, float]:
         """B, core (a matrix, a diagonal, or None), A and the scaling, with gradients."""
@@ -236,7 +244,7 @@ class SpectralLoraLayer(AdapterLayer):
         elif core is None or core.dim() == 1:
             found = LowRank(B, A, core, scaling)
         else:
-            found = LowRank(B @ core, A, scale=scaling)
+            found = LowRank(_times(B, core), A, scale=scaling)
         return [Decomposed(found, tensors[MAGNITUDE], self.dense_base_weight) if config.use_dora else found]
 
     def _dense_piece(self, adapter_name: str) -> Tiles:
@@ -298,4 +306,5 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
 
 
 def _times(B: Tensor, core: Tensor) -> Tensor:
+    B, core = B.float(), core.float()  # one of them may have been cast to the base's dtype
     return B * core if core.dim() == 1 else B @ core

@@ -34,6 +34,13 @@ class SpectralLoraModel(AdapterModel):
             if name in by_name and owner != name:
                 by_name[name].spectral_lora_owner[adapter_name] = by_name[owner]
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype and file_being_loaded() is None:
+            for layer in spectral_layers(self.model):  # rounded to the base's dtype, it starts at other numbers
+                if adapter_name in layer.adapter_configs:
+                    layer.keep_residual(adapter_name)
+
     def plan(self, peft_config: SpectralLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
         """Which modules share bases, written into `sizes`.
 
