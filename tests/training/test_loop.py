@@ -22,6 +22,7 @@ from hf_sparse_peft import (
     FactorExperts,
     FactorMaskConfig,
     Freeze,
+    FreezeGradually,
     GrowRank,
     L1Penalty,
     NuclearNorm,
@@ -34,9 +35,11 @@ from hf_sparse_peft import (
     SampleRank,
     SearchSupport,
     SparseLoraConfig,
+    SpectralLoraConfig,
     callbacks_for,
 )
 from hf_sparse_peft.tuners.shared.live_run import run_on
+from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import load_part, part_types
 
 STEPS = 12
@@ -56,6 +59,7 @@ RULES = {
     "alternate_modules": AlternateModules(period_steps=2),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.01),
+    "freeze_gradually": FreezeGradually(0.7),
     "grow_rank": GrowRank(AverageRank(3), modules=1, every=1, warmup=0),
     "l1_penalty": L1Penalty(weight=5.0),
     "nuclear_norm": NuclearNorm(min_side=8),
@@ -191,7 +195,9 @@ def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
     assert_same(again, expected)
 
 
-def config_for(rule: Rule) -> SparseLoraConfig:
+def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig:
+    if rule.acts_on == {"basis"}:
+        return SpectralLoraConfig(r=4, target_modules=["q_proj", "v_proj"], bases=SVD(train_B=True), schedule=[rule])
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
     return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split)
 
