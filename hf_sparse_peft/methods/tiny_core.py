@@ -138,7 +138,7 @@ def edora(r: int = 32, lora_alpha: float = 16, std: float = 1e-5, **overrides: A
 @register(
     "lamda",
     paper="Azizi et al., 2024",
-    moves="nothing: columns of B stop training one after the other, the largest singular values' first",
+    moves="nothing",
     use_when="r * r numbers a module in the end, and activations of r instead of in numbers a token throughout",
     cost="an SVD of each weight at injection; optimizer state for B",
 )

@@ -58,6 +58,8 @@ class SpectralLoraLayer(AdapterLayer):
     """`[d]`, the point that is projected to all updates; at its owner."""
     spectral_lora_magnitude: nn.ParameterDict
     """`[out]`, the trained norms of the rows, with `use_dora`."""
+    spectral_lora_site: dict[str, Site]
+    """What bases know of this module."""
     spectral_lora_scaling: dict[str, float]
     """s, 1 where it is trained."""
     spectral_lora_owner: dict[str, SpectralLoraLayer]
@@ -114,10 +116,12 @@ class SpectralLoraLayer(AdapterLayer):
         return rows, cols, None
 
     def set_sizes(self, adapter_name: str, sizes: None) -> None:
-        """Note the scaling of the adapter in this layer."""
+        """Note what the adapter's bases know of this module, and its scaling."""
         config = self.adapter_configs[adapter_name]
+        site = config.site(self.module_name, self.out_features, self.in_features)
+        self.spectral_lora_site[adapter_name] = site
         trained = config.core is not None and config.core.trained_scale
-        self.spectral_lora_scaling[adapter_name] = 1.0 if trained else self.site(adapter_name).scaling
+        self.spectral_lora_scaling[adapter_name] = 1.0 if trained else site.scaling
         super().set_sizes(adapter_name, sizes)
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
@@ -129,7 +133,7 @@ class SpectralLoraLayer(AdapterLayer):
 
     def site(self, adapter_name: str) -> Site:
         """What the adapter's bases know of this module."""
-        return self.adapter_configs[adapter_name].site(self.module_name, self.out_features, self.in_features)
+        return self.spectral_lora_site[adapter_name]
 
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has a part of that adapter; all of its tensors may belong to another layer."""
