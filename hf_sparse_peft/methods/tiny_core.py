@@ -42,10 +42,11 @@ def lora_xs(r: int = 64, lora_alpha: float = 16, std: float = 1e-5, **overrides:
     use_when="r numbers a module, the largest singular values themselves",
     cost="an SVD of each weight at injection; bases of r * (in + out) numbers in memory and file",
 )
-def svfit(r: int = 256, **overrides: Any) -> Method:
+def svfit(r: int = 256, energy: float | None = None, **overrides: Any) -> Method:
     r"""SVFit: :math:`U_r\,\mathrm{diag}(\sigma - \sigma^0)\,V_r^\top`, whose diagonal is trained from 0, so that
-    weight decay pulls towards the pretrained singular values."""
-    options = {"r": r, "bases": SVD(), "core": Diagonal()}
+    weight decay pulls towards the pretrained singular values. With `energy=0.99` each weight has as many components as
+    hold 99 % of its squared singular values (which measure the authors mean was not confirmed), at most r."""
+    options = {"r": r, "bases": SVD(energy=energy), "core": Diagonal()}
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 

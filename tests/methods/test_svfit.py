@@ -1,11 +1,13 @@
 """SVFit (Sun et al., 2024): what the abstract says of the split and of what trains, in float64. Its other details are
 this project's reading and are not claimed to be the authors'."""
 
+import pytest
 import torch
 from peft import PeftModel
 from spectral_toolbox import Linears, close, on, random, tensors, trained, weight_gradient
 
 from hf_sparse_peft import hub
+from hf_sparse_peft.tuners.spectral_lora import SVD
 
 W = random(24, 16)
 
@@ -51,3 +53,17 @@ def test_after_training_the_update_is_diagonal_in_the_singular_basis_and_leaves_
     assert hub.export_lora(model, tmp_path).ranks == {"lin.0": 4}
     x = random(3, 16, seed=2)
     close(PeftModel.from_pretrained(Linears(W), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(("energy_of", "components"), [("squares", 2), ("values", 3)])
+def test_components_hold_the_energy_asked_for_in_each_weight_and_are_r_at_most(energy_of, components, tmp_path):
+    W = torch.diag(torch.tensor([6.0, 3.0, 1.0]))  # squares: 36, 45, 46 of 46; values: 6, 9, 10 of 10
+    bases = SVD(energy=0.95, energy_of=energy_of)
+    _, (layer,) = on("svfit", W, r=8, bases=bases)
+    assert layer.spectral_lora_core["default"].numel() == components
+    model, (layer,) = on("svfit", W, r=1, bases=bases)
+    assert layer.spectral_lora_core["default"].tolist() == [0.0]
+    layer.spectral_lora_core["default"].data.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    x = random(3, 3)
+    assert torch.equal(PeftModel.from_pretrained(Linears(W), tmp_path)(x), model(x))

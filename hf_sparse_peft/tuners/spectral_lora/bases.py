@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ops.seeded import seeded_combination, seeded_uniform
 from ...sparsity import MeanGradient, Statistic, stream_seed
 from ...sparsity.decomposition import truncated_svd
-from ...utils.option_types import PositiveFloat, PositiveInt
+from ...utils.option_types import PositiveFloat, PositiveFraction, PositiveInt
 from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
 
@@ -104,6 +104,15 @@ class Bases(Part):
         """Modules of one group share tensors; None: nothing is shared."""
         return None
 
+    @property
+    def ranks_by_weight(self) -> bool:
+        """Whether the components of each module follow from its weight (`rank_of`), when the adapter is injected."""
+        return False
+
+    def rank_of(self, weight: Tensor) -> int:
+        """Components for `weight` `[out, in]`, fp32; at most `r` of them are taken."""
+        raise NotImplementedError
+
     def specs(self, site: Site) -> list[TensorSpec]:
         """The tensors that the module has, trained or saved; what follows from the seed is neither.
 
@@ -159,11 +168,26 @@ class SVD(Bases):
     """Whether A is multiplied by the singular values."""
     train_B: bool = False
     """Whether B is trained as well (LaMDA)."""
+    energy: PositiveFraction | None = None
+    """Take the fewest components of each weight that have this fraction of its energy, at most r; None: r. It takes
+    all singular values of all weights at injection."""
+    energy_of: Literal["values", "squares"] = "squares"
+    """What adds up to the energy: singular values or their squares."""
 
     @property
     def trained(self) -> frozenset[str]:
         """B with `train_B`."""
         return frozenset({"B"} if self.train_B else ())
+
+    @property
+    def ranks_by_weight(self) -> bool:
+        """With an `energy`."""
+        return self.energy is not None
+
+    def rank_of(self, weight: Tensor) -> int:
+        """The fewest components with that energy."""
+        held = torch.linalg.svdvals(weight).double().pow(2 if self.energy_of == "squares" else 1).cumsum(0)
+        return 1 + int((held < self.energy * held[-1]).sum())
 
     def find(self, weight: Tensor, site: Site) -> Found:
         """The truncated SVD."""

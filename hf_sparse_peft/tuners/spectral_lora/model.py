@@ -6,8 +6,10 @@ from collections.abc import Hashable
 from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
+from ..shared.base_weight import dense_weight
 from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
 from .config import SpectralLoraConfig
@@ -42,26 +44,20 @@ class SpectralLoraModel(AdapterModel):
                     layer.keep_residual(adapter_name)
 
     def plan(self, peft_config: SpectralLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
-        """Which modules share bases, written into `sizes`.
+        """Which modules share bases, written into `sizes`; ranks that follow from weights, into `rank_pattern`.
 
         Raises:
             ValueError: the file that is being loaded has its modules share otherwise than this base has them.
         """
-        if not peft_config.bases.shared:
-            return AdapterPlan()
-        groups: dict[Hashable, list[str]] = {}
-        for name, base in targets.items():
-            cols, rows = _get_in_out_features(base)
-            groups.setdefault(peft_config.group(name, rows, cols), []).append(name)
-        found = {name: [names[0], len(names), at] for names in groups.values() for at, name in enumerate(names)}
-        found = {name: found[name] for name in targets}
-        if file_being_loaded() is not None and peft_config.sizes != found:
-            wrong = next(
-                name for name in [*found, *peft_config.sizes] if found.get(name) != peft_config.sizes.get(name)
-            )
+        if peft_config.bases.ranks_by_weight and file_being_loaded() is None:
+            peft_config.rank_pattern = _ranks(peft_config, targets)
+        found = _sharing(peft_config, targets) if peft_config.bases.shared else {}
+        held = peft_config.sizes
+        if file_being_loaded() is not None and held != found:
+            wrong = next(name for name in [*found, *held] if found.get(name) != held.get(name))
             raise ValueError(
-                f"sizes[{wrong!r}]={peft_config.sizes.get(wrong)} in {CONFIG_FILE}, and in this base it is "
-                f"{found.get(wrong)}. Load the adapter on the base that it was trained on."
+                f"sizes[{wrong!r}]={held.get(wrong)} in {CONFIG_FILE}, and in this base it is {found.get(wrong)}. Load "
+                "the adapter on the base that it was trained on."
             )
         peft_config.sizes = found
         return AdapterPlan()
@@ -86,3 +82,24 @@ class SpectralLoraModel(AdapterModel):
 def spectral_layers(model: nn.Module) -> list[SpectralLoraLayer]:
     """All layers of `model` with a spectral adapter, in model order."""
     return [module for module in model.modules() if isinstance(module, SpectralLoraLayer)]
+
+
+def _ranks(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[str, int]:
+    """`rank_pattern` with the components that follow from each weight, at most those that the config gives it."""
+    found = {}
+    for name, base in targets.items():
+        cols, rows = _get_in_out_features(base)
+        if not base.weight.is_meta:
+            weight = dense_weight(base, resolve_quantization_backend(base)).float()
+            found[f"^{name}"] = min(config.bases.rank_of(weight), config.site(name, rows, cols).r)
+    return found
+
+
+def _sharing(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[str, list[str | int]]:
+    """`sizes`: owner, users and position of each module."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, base in targets.items():
+        cols, rows = _get_in_out_features(base)
+        groups.setdefault(config.group(name, rows, cols), []).append(name)
+    found = {name: [names[0], len(names), at] for names in groups.values() for at, name in enumerate(names)}
+    return {name: found[name] for name in targets}
