@@ -26,12 +26,14 @@ from .registry import Method, register
     paper="Bałazy et al., 2024",
     moves="nothing",
     use_when="an adapter of r * r numbers a module, whatever the width",
-    cost="an SVD of each weight at injection; the bases are saved with the core",
+    cost="an SVD of each weight at injection; the bases are in the file, or found again in the base",
 )
-def lora_xs(r: int = 64, lora_alpha: float = 16, std: float = 1e-5, **overrides: Any) -> Method:
+def lora_xs(r: int = 64, lora_alpha: float = 16, std: float = 1e-5, saved: bool = True, **overrides: Any) -> Method:
     """LoRA-XS: a full core between the leading singular vectors, the singular values on the input side, as released;
-    the update starts at N(0, std^2), not at 0. The authors train with lr 4e-3 (r 64, 7B), 10 to 50 times LoRA's."""
-    options = {"r": r, "lora_alpha": lora_alpha, "bases": SVD(values_in_A=True), "core": Full(std=std)}
+    the update starts at N(0, std^2), not at 0. With `saved=False` files leave the bases out, which are found again in
+    the base. The authors train with lr 4e-3 (r 64, 7B), 10 to 50 times LoRA's."""
+    bases = SVD(values_in_A=True, saved=saved)
+    options = {"r": r, "lora_alpha": lora_alpha, "bases": bases, "core": Full(std=std)}
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 

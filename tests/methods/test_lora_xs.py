@@ -1,10 +1,14 @@
 """LoRA-XS (Bałazy et al., 2024; official code MohammadrezaBanaei/LoRA-XS) against its equations, in float64."""
 
+import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from spectral_toolbox import Linears, close, on, random, tensors, trained, weight_gradient
 
 from hf_sparse_peft import hub
+from hf_sparse_peft.sparsity.decomposition import truncated_svd
+from hf_sparse_peft.tuners.spectral_lora import bases
 
 W = random(24, 16)
 OPTIONS = {"r": 4, "lora_alpha": 16}
@@ -50,3 +54,47 @@ def test_the_exported_lora_is_of_rank_r_and_answers_alike(tmp_path):
     assert done.errors == {"lin.0": 0.0}
     x = random(5, 16, seed=4)
     close(PeftModel.from_pretrained(Linears(W), tmp_path)(x), model(x))
+
+
+# Bases that no file has
+
+
+def unsaved():
+    model, (layer,) = on("lora-xs", W, saved=False, **OPTIONS)
+    layer.spectral_lora_core["default"].data.copy_(random(4, 4, seed=2))
+    return model, layer
+
+
+def test_a_file_without_bases_has_r_squared_and_2_r_numbers_and_finds_them_in_the_base(tmp_path):
+    model, layer = unsaved()
+    _, (other,) = on("lora-xs", W, **OPTIONS)
+    other.spectral_lora_core["default"].data.copy_(random(4, 4, seed=2))
+    close(layer.get_delta_weight("default"), other.get_delta_weight("default"))
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() for t in held.values() if t.is_floating_point()) == 16 + 8
+    x = random(5, 16, seed=4)
+    loaded = PeftModel.from_pretrained(Linears(W), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    assert hub.export_lora(loaded, tmp_path / "lora").ranks == {"lin.0": 4}
+
+
+def test_signs_of_another_library_are_put_right_and_other_vectors_refused(tmp_path, monkeypatch):
+    model, _ = unsaved()
+    model.save_pretrained(tmp_path)
+    x = random(5, 16, seed=4)
+    answer = model(x)
+    turned = torch.tensor([1.0, -1, -1, 1])
+
+    def other_signs(matrix, rank):
+        U, S, Vh = truncated_svd(matrix, rank)
+        return U * turned, S, Vh * turned[:, None]
+
+    monkeypatch.setattr(bases, "truncated_svd", other_signs)
+    close(PeftModel.from_pretrained(Linears(W), tmp_path)(x), answer)
+    again, _ = unsaved()  # its own bases have other signs now, until the file is loaded into it
+    assert not torch.allclose(again(x), answer, atol=1e-3)
+    again.load_adapter(tmp_path, "default")
+    close(again(x), answer)
+    with pytest.raises(ValueError, match=r"singular vectors of 'lin\.0' here are not those that"):
+        PeftModel.from_pretrained(Linears(random(24, 16, seed=9)), tmp_path)(x)

@@ -26,6 +26,7 @@ from ...utils.tensors import TensorSpec
 
 TRAINED_A, TRAINED_B = "spectral_lora_A", "spectral_lora_B"
 FIXED_A, FIXED_B = "spectral_lora_basis_A", "spectral_lora_basis_B"
+FINGERPRINT = "spectral_lora_fingerprint"
 COEFFICIENTS_A, COEFFICIENTS_B = "spectral_lora_A_coefficients", "spectral_lora_B_coefficients"
 
 
@@ -89,6 +90,8 @@ class Bases(Part):
     """Names of the tensors that the owner has for all modules of a group."""
     derived_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that `derive` makes."""
+    recomputed = False
+    """Whether bases are found in the weight anew wherever the adapter is loaded."""
     dense: ClassVar[bool] = False
     """Whether the update is no product of factors: `update` and `product` say what it is then."""
 
@@ -148,6 +151,15 @@ class Bases(Part):
         """The tensors that follow from the seed and are worth keeping in memory, by name."""
         return {}
 
+    def derive_from(self, found: Found, fingerprint: Tensor, site: Site) -> dict[str, Tensor]:
+        """`derive` for bases that are found in the weight again instead of saved (`recomputed`); `fingerprint` is that
+        of those that the core belongs to.
+
+        Raises:
+            ValueError: these are others.
+        """
+        raise NotImplementedError
+
     def factors(self, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
         """B and A; `tensors` are the module's, the shared and the derived ones, by name."""
         A = tensors[TRAINED_A if "A" in self.trained else FIXED_A]
@@ -160,8 +172,10 @@ class SVD(Bases):
     r"""The leading singular vectors of the weight, :math:`W \approx U_r \Sigma_r V_r^\top`: :math:`B = U_r` and
     :math:`A = V_r^\top`, or :math:`\Sigma_r V_r^\top` with `values_in_A`.
 
-    Of a quantised weight it is the SVD of what it dequantises to. Both are saved: another library or device finds other
-    signs, and rotations among equal values, under which a trained core means nothing.
+    Of a quantised weight it is the SVD of what it dequantises to. Another library or device finds other signs, and
+    rotations among equal values, under which a trained core means nothing: by default the file has the bases. With
+    `saved=False` it has two numbers a component to know them by, and they are found in the base's weight again where
+    the adapter is used first; signs are put right, and a base that gives others is refused.
     """
 
     values_in_A: bool = False
@@ -174,10 +188,48 @@ class SVD(Bases):
     energy_of: Literal["values", "squares"] = "squares"
     """What adds up to the energy: singular values or their squares."""
 
+    saved: bool = True
+    """Whether files have the bases."""
+
     @property
     def trained(self) -> frozenset[str]:
         """B with `train_B`."""
         return frozenset({"B"} if self.train_B else ())
+
+    @property
+    def recomputed(self) -> bool:
+        """With `saved=False`."""
+        return not self.saved
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """The bases that are not saved."""
+        fixed = (FIXED_A,) if self.train_B else (FIXED_A, FIXED_B)
+        return fixed if self.recomputed else ()
+
+    def specs(self, site: Site) -> list[TensorSpec]:
+        """The bases, or what they are known by."""
+        held = [spec for spec in super().specs(site) if spec.name not in self.derived_names]
+        return [*held, TensorSpec(FINGERPRINT, (2, site.r), role="saved")] if self.recomputed else held
+
+    @staticmethod
+    def fingerprint(found: Found, site: Site) -> Tensor:
+        """`[2, r]`: each component's inner products with a fixed random vector on either side."""
+        left = seeded_uniform(site.stream("left"), site.rows, device=found.B.device)
+        right = seeded_uniform(site.stream("right"), site.cols, device=found.A.device)
+        return torch.stack([left @ found.B, (found.A @ right) / found.A.norm(dim=1).clamp_min(1e-30)])
+
+    def derive_from(self, found: Found, fingerprint: Tensor, site: Site) -> dict[str, Tensor]:
+        """The bases with the signs of those that the core belongs to."""
+        here = self.fingerprint(found, site)
+        signs = torch.where((here * fingerprint).sum(0) < 0, -1.0, 1.0)
+        if not torch.allclose(here * signs, fingerprint, rtol=0, atol=1e-3 * float(fingerprint.abs().max())):
+            raise ValueError(
+                f"The singular vectors of '{site.name}' here are not those that the adapter was trained with: it is "
+                "another base, another rounding of it, or one with equal singular values. Train with SVD(saved=True)."
+            )
+        both = {FIXED_A: found.A * signs[:, None], FIXED_B: found.B * signs}
+        return {name: both[name] for name in self.derived_names}
 
     @property
     def ranks_by_weight(self) -> bool:

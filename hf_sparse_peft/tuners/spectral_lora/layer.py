@@ -17,7 +17,7 @@ from ..shared.layer import AdapterLayer
 from ..shared.linear import AdditiveLinear
 from ..shared.pieces import Decomposed, LowRank, Piece, Tiles
 from ..shared.tensor_checks import side
-from .bases import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Found, Site
+from .bases import FINGERPRINT, FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Found, Site
 from .config import SpectralLoraConfig
 from .spaces import DiagonalSpace
 
@@ -46,6 +46,8 @@ class SpectralLoraLayer(AdapterLayer):
     """`[out, a]`, where B is fixed and does not follow from a seed."""
     spectral_lora_core_mask: BufferDict
     """uint8 `[r]`, which components of a diagonal core live, where some may die."""
+    spectral_lora_fingerprint: BufferDict
+    """`[2, r]`, what fixed bases are known by that are found in the weight again instead of saved."""
     spectral_lora_offset: BufferDict
     """What the base keeps: :math:`C_0`, or :math:`B_0 C_0` where B is trained."""
     spectral_lora_shape: BufferDict
@@ -115,6 +117,11 @@ class SpectralLoraLayer(AdapterLayer):
         rows, cols = held[SHAPE].tolist()
         return rows, cols, None
 
+    def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        """Take `base_layer`'s place."""
+        super().place_over(base_layer, module_name, **kwargs)
+        self.register_load_state_dict_post_hook(_find_bases_again)
+
     def set_sizes(self, adapter_name: str, sizes: None) -> None:
         """Note what the adapter's bases know of this module, and its scaling."""
         config = self.adapter_configs[adapter_name]
@@ -150,12 +157,25 @@ class SpectralLoraLayer(AdapterLayer):
             found |= self._derived(adapter_name, found[SHAPE].device)
         return found
 
+    @torch.no_grad()
     def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
         held = self.spectral_lora_derived.get(adapter_name)
-        if held is None or any(tensor.device != device for tensor in held.values()):
-            held = self.adapter_configs[adapter_name].bases.derive(self.site(adapter_name), device)
-            self.spectral_lora_derived[adapter_name] = held
+        if held is not None and all(tensor.device == device for tensor in held.values()):
+            return held
+        bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
+        if held is not None:
+            held = {name: tensor.to(device) for name, tensor in held.items()}
+        elif bases.recomputed:
+            found = bases.find(self.dense_base_weight().float(), site)
+            held = bases.derive_from(found, self.spectral_lora_fingerprint[adapter_name], site)
+        else:
+            held = bases.derive(site, device)
+        self.spectral_lora_derived[adapter_name] = held
         return held
+
+    def forget_decoded(self, adapter_name: str) -> None:
+        """Derive bases again at the next use."""
+        self.spectral_lora_derived.pop(adapter_name, None)
 
     @torch.no_grad()
     def _begin(self, adapter_name: str, first: None) -> None:
@@ -193,9 +213,14 @@ class SpectralLoraLayer(AdapterLayer):
     def _begin_with(self, adapter_name: str, found: Found | None) -> None:
         config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         if found is not None:
-            trained = config.bases.trained
-            tensors[TRAINED_A if "A" in trained else FIXED_A].copy_(found.A)
-            tensors[TRAINED_B if "B" in trained else FIXED_B].copy_(found.B)
+            for fixed, learned, basis in ((FIXED_A, TRAINED_A, found.A), (FIXED_B, TRAINED_B, found.B)):
+                for name in {fixed, learned} & set(tensors):
+                    tensors[name].copy_(basis)
+        if config.bases.recomputed:
+            site, fingerprint = self.site(adapter_name), tensors[FINGERPRINT]
+            fingerprint.copy_(config.bases.fingerprint(found, site))
+            held = config.bases.derive_from(found, fingerprint.to(found.A.device), site)
+            self.spectral_lora_derived[adapter_name] = held
         core, values = config.core, None if found is None else found.values
         if core is None:
             return
@@ -312,3 +337,9 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
 def _times(B: Tensor, core: Tensor) -> Tensor:
     B, core = B.float(), core.float()  # one of them may have been cast to the base's dtype
     return B * core if core.dim() == 1 else B @ core
+
+
+def _find_bases_again(layer: SpectralLoraLayer, incompatible_keys: Any) -> None:
+    """What was loaded may belong to bases of other signs."""
+    for name in list(layer.spectral_lora_fingerprint):
+        layer.forget_decoded(name)

@@ -26,6 +26,7 @@ from hf_sparse_peft.tuners.spectral_lora import (
 
 FORMS: dict[str, dict[str, Any]] = {
     "full core": {"bases": SVD(values_in_A=True), "core": Full(), "lora_alpha": 8},
+    "bases found again": {"bases": SVD(saved=False), "core": Full()},
     "band": {"bases": SVD(), "core": Band(1)},
     "trained basis": {"bases": SVD(train_B=True), "core": Full("values", residual="init")},
     "norms": {"bases": SVD(), "core": Full("zeros"), "use_dora": True},
