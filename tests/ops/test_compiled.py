@@ -11,6 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sparse_peft import Regrow, SparseLoraConfig
 from hf_sparse_peft.tuners import adapter_layers
 
+# Each granularity, with and without factors; the other combinations of the two are slow.
+CASES = [
+    pytest.param(granularity, r, marks=() if granularity == "entry" or r == other else (pytest.mark.slow,))
+    for granularity, other in (("entry", 0), ("block", 4), ("row", 0), ("column", 4))
+    for r in (0, 4)
+]
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
@@ -45,8 +51,7 @@ def ids():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("r", [0, 4])
-@pytest.mark.parametrize("granularity", ["entry", "block", "row", "column"])
+@pytest.mark.parametrize(("granularity", "r"), CASES)
 def test_compiled_training_is_one_graph_that_survives_steps_and_moves(granularity, r, backend, ids):
     eager = adapted(granularity, r)
     compiled = copy.deepcopy(eager)
