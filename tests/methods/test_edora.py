@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model
 from spectral_toolbox import Linears, close, on, random, tensors, trained, weight_gradient
 
 from hf_sparse_peft import hub, methods
+from hf_sparse_peft.tuners.spectral_lora import SharedBases
 
 W = random(12, 10)
 OPTIONS = {"r": 3, "lora_alpha": 6}
@@ -98,3 +99,16 @@ def test_on_other_bases_the_layer_is_its_equation_with_the_dequantised_weight_an
     bias = layer.base_layer.bias
     found = layer(x).double() - (0 if bias is None else bias.double())
     close(found, x.double() @ expected.t(), 2e-2 if base == "bf16" else 1e-4)
+
+
+def test_norms_follow_a_basis_that_is_trained():
+    bases = SharedBases("A", init="normal")
+    _, (layer,) = on("edora", W, bases=bases, core=None, **OPTIONS)
+    for seed in (5, 6):  # no norm of the first may be left for the second
+        layer.spectral_lora_A["default"].data.copy_(random(3, 10, seed=seed))
+        layer.spectral_lora_B["default"].data.copy_(random(12, 3, seed=seed + 2))
+        held = tensors(layer)
+        V = W.double() + 2 * held["B"] @ held["A"]
+        expected = V / V.norm(dim=1, keepdim=True) * held["magnitude"][:, None]
+        x = random(4, 10, seed=1)
+        close(layer(x), x.double() @ expected.t())

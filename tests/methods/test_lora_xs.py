@@ -8,7 +8,7 @@ from spectral_toolbox import Linears, close, on, random, tensors, trained, weigh
 
 from hf_sparse_peft import hub
 from hf_sparse_peft.sparsity.decomposition import truncated_svd
-from hf_sparse_peft.tuners.spectral_lora import bases
+from hf_sparse_peft.tuners.spectral_lora import found as found_bases
 
 W = random(24, 16)
 OPTIONS = {"r": 4, "lora_alpha": 16}
@@ -90,7 +90,7 @@ def test_signs_of_another_library_are_put_right_and_other_vectors_refused(tmp_pa
         U, S, Vh = truncated_svd(matrix, rank)
         return U * turned, S, Vh * turned[:, None]
 
-    monkeypatch.setattr(bases, "truncated_svd", other_signs)
+    monkeypatch.setattr(found_bases, "truncated_svd", other_signs)
     close(PeftModel.from_pretrained(Linears(W), tmp_path)(x), answer)
     again, _ = unsaved()  # its own bases have other signs now, until the file is loaded into it
     assert not torch.allclose(again(x), answer, atol=1e-3)

@@ -11,8 +11,9 @@ from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
-from .bases import SVD, Bases, Sharing, Site
+from .bases import Bases, Sharing, Site
 from .cores import Core, Diagonal, Full
+from .found import SVD
 
 
 @dataclass

@@ -15,9 +15,7 @@ from ...utils.option_types import NonNegativeInt, PositiveFloat
 from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
 from .bases import Site
-
-CORE, CORE_A, CORE_B = "spectral_lora_core", "spectral_lora_core_A", "spectral_lora_core_B"
-SCALE, MASK = "spectral_lora_scale", "spectral_lora_core_mask"
+from .names import CORE, CORE_A, CORE_B, MASK, SCALE
 
 
 @dataclass(frozen=True)

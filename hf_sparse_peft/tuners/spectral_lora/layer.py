@@ -10,21 +10,18 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ...rules import UnitSpace
-from ...sparsity import Statistic
 from ...utils.tensors import TensorSpec
-from ..shared.file_check import file_being_loaded
-from ..shared.layer import AdapterLayer
 from ..shared.linear import AdditiveLinear
 from ..shared.pieces import Decomposed, LowRank, Piece, Tiles
 from ..shared.tensor_checks import side
-from .bases import FINGERPRINT, FIXED_A, FIXED_B, TRAINED_A, TRAINED_B, Found, Site
+from .bases import Site
 from .config import SpectralLoraConfig
+from .names import MAGNITUDE, OFFSET, SHAPE
 from .spaces import DiagonalSpace
+from .start import SpectralStart, times
 
-OFFSET, SHAPE, MAGNITUDE = "spectral_lora_offset", "spectral_lora_shape", "spectral_lora_magnitude"
 
-
-class SpectralLoraLayer(AdapterLayer):
+class SpectralLoraLayer(SpectralStart):
     """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
 
     prefix: str = "spectral_lora_"
@@ -117,11 +114,6 @@ class SpectralLoraLayer(AdapterLayer):
         rows, cols = held[SHAPE].tolist()
         return rows, cols, None
 
-    def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
-        """Take `base_layer`'s place."""
-        super().place_over(base_layer, module_name, **kwargs)
-        self.register_load_state_dict_post_hook(_find_bases_again)
-
     def set_sizes(self, adapter_name: str, sizes: None) -> None:
         """Note what the adapter's bases know of this module, and its scaling."""
         config = self.adapter_configs[adapter_name]
@@ -138,113 +130,9 @@ class SpectralLoraLayer(AdapterLayer):
             return found
         return [DiagonalSpace(self, adapter_name), *(space for space in found if space.kind != "core")]
 
-    def site(self, adapter_name: str) -> Site:
-        """What the adapter's bases know of this module."""
-        return self.spectral_lora_site[adapter_name]
-
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has a part of that adapter; all of its tensors may belong to another layer."""
         return adapter_name in self.adapter_configs
-
-    def _tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The adapter's tensors here, those of the layer that it shares with, and those that follow from the seed."""
-        config, found = self.adapter_configs[adapter_name], self.tensors(adapter_name)
-        owner = self.spectral_lora_owner.get(adapter_name)
-        if owner is not None:
-            held = owner.tensors(adapter_name)
-            found |= {name: held[name].to(found[SHAPE].device) for name in config.bases.shared}
-        if config.bases.derived_names:
-            found |= self._derived(adapter_name, found[SHAPE].device)
-        return found
-
-    @torch.no_grad()
-    def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
-        held = self.spectral_lora_derived.get(adapter_name)
-        if held is not None and all(tensor.device == device for tensor in held.values()):
-            return held
-        bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
-        if held is not None:
-            held = {name: tensor.to(device) for name, tensor in held.items()}
-        elif bases.recomputed:
-            found = bases.find(self.dense_base_weight().float(), site)
-            held = bases.derive_from(found, self.spectral_lora_fingerprint[adapter_name], site)
-        else:
-            held = bases.derive(site, device)
-        self.spectral_lora_derived[adapter_name] = held
-        return held
-
-    def forget_decoded(self, adapter_name: str) -> None:
-        """Derive bases again at the next use."""
-        self.spectral_lora_derived.pop(adapter_name, None)
-
-    @torch.no_grad()
-    def _begin(self, adapter_name: str, first: None) -> None:
-        """Find bases in the weight, and write what the core starts with and what the base keeps of it; a file that is
-        being loaded brings all of them."""
-        config = self.adapter_configs[adapter_name]
-        tensors, weight = self.tensors(adapter_name), self.dense_base_weight()
-        if file_being_loaded() is not None or weight.is_meta or any(tensor.is_meta for tensor in tensors.values()):
-            return
-        if config.use_dora:
-            tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
-        if not config.needs_calibration:
-            self._begin_with(adapter_name, config.bases.find(weight.float(), self.site(adapter_name)))
-
-    def awaits_calibration(self, adapter_name: str) -> bool:
-        """Whether the adapter's bases are still to be found in data."""
-        if adapter_name not in self.spectral_lora_basis_A or self.spectral_lora_found.get(adapter_name, False):
-            return False
-        basis = self.spectral_lora_basis_A[adapter_name]
-        if not self.adapter_configs[adapter_name].needs_calibration or basis.is_meta:
-            return False
-        self.spectral_lora_found[adapter_name] = found = bool(basis.any())
-        return not found
-
-    def calibration_statistic(self, adapter_name: str) -> Statistic:
-        """That of the bases."""
-        return self.adapter_configs[adapter_name].bases.statistic
-
-    @torch.no_grad()
-    def take_calibration(self, adapter_name: str, state: dict[str, Tensor] | None) -> None:
-        """Find the bases, and start the core."""
-        bases, weight = self.adapter_configs[adapter_name].bases, self.dense_base_weight().float()
-        self._begin_with(adapter_name, bases.find_in(state, weight, self.site(adapter_name)))
-
-    def _begin_with(self, adapter_name: str, found: Found | None) -> None:
-        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
-        if found is not None:
-            for fixed, learned, basis in ((FIXED_A, TRAINED_A, found.A), (FIXED_B, TRAINED_B, found.B)):
-                for name in {fixed, learned} & set(tensors):
-                    tensors[name].copy_(basis)
-        if config.bases.recomputed:
-            site, fingerprint = self.site(adapter_name), tensors[FINGERPRINT]
-            fingerprint.copy_(config.bases.fingerprint(found, site))
-            held = config.bases.derive_from(found, fingerprint.to(found.A.device), site)
-            self.spectral_lora_derived[adapter_name] = held
-        core, values = config.core, None if found is None else found.values
-        if core is None:
-            return
-        core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
-        if core.residual == "init":
-            self.keep_residual(adapter_name)
-        elif core.residual == "values":
-            kept = core.known(values)
-            kept = kept * self.site(adapter_name).scaling if core.trained_scale else kept
-            self._keep(adapter_name, kept if core.diagonal else torch.diag(kept))
-
-    @torch.no_grad()
-    def keep_residual(self, adapter_name: str) -> None:
-        """Let the base keep what the core is now, if it keeps what the core starts with."""
-        core = self.adapter_configs[adapter_name].core
-        if core is not None and core.residual == "init":
-            self._keep(adapter_name, core.matrix(self.tensors(adapter_name)))
-
-    def _keep(self, adapter_name: str, core: Tensor) -> None:
-        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
-        if "B" in config.bases.trained:
-            B, _ = config.bases.factors(tensors, self.site(adapter_name))
-            core = _times(B, core)
-        tensors[OFFSET].copy_(core)
 
     def _parts(self, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor, float]:
         """B, core (a matrix, a diagonal, or None), A and the scaling, with gradients."""
@@ -255,7 +143,7 @@ class SpectralLoraLayer(AdapterLayer):
         if core is not None:
             matrix = core.matrix(tensors)
             if core.residual is not None and "B" in config.bases.trained:
-                return _times(B, matrix) - tensors[OFFSET], None, A, scaling
+                return times(B, matrix) - tensors[OFFSET], None, A, scaling
             matrix = matrix - tensors[OFFSET] if core.residual is not None else matrix
         return B, matrix, A, scaling
 
@@ -273,7 +161,7 @@ class SpectralLoraLayer(AdapterLayer):
         elif core is None or core.dim() == 1:
             found = LowRank(B, A, core, scaling)
         else:
-            found = LowRank(_times(B, core), A, scale=scaling)
+            found = LowRank(times(B, core), A, scale=scaling)
         return [Decomposed(found, tensors[MAGNITUDE], self.dense_base_weight) if config.use_dora else found]
 
     def _dense_piece(self, adapter_name: str) -> Tiles:
@@ -289,16 +177,16 @@ class SpectralLoraLayer(AdapterLayer):
         published.
 
         :math:`n^2 = \|W_i\|^2 + 2 \langle L_i, W_i A^\top\rangle + \langle L_i A A^\top, L_i\rangle` with
-        :math:`L = s B C`: no step reads the base weight again, which is dear where that is in 4 bits.
+        :math:`L = s B C`: where A is fixed no step reads the base weight again, which is dear where that is in 4 bits.
         """
         B, core, A, scaling = (one.detach() if isinstance(one, Tensor) else one for one in self._parts(adapter_name))
         held = self.spectral_lora_norms.get(adapter_name)
-        if held is None or held[0].device != A.device:
+        if held is None or held[0].device != A.device or "A" in self.adapter_configs[adapter_name].bases.trained:
             weight = self.dense_base_weight().detach().float()
-            held = weight.square().sum(1), weight @ A.t(), A @ A.t()
+            held = weight.square().sum(1), weight @ A.t().float(), A.float() @ A.t().float()
             self.spectral_lora_norms[adapter_name] = held
         squares, projected, gram = held
-        L = scaling * (B if core is None else _times(B, core))
+        L = scaling * (B.float() if core is None else times(B, core))
         squares = squares + 2 * (L * projected).sum(1) + (L @ gram * L).sum(1)
         return self.spectral_lora_magnitude[adapter_name] / squares.clamp_min(0).sqrt()
 
@@ -332,14 +220,3 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
             return update
         bias, ratio = self.get_base_layer().bias, self._norm_ratio(name)
         return (ratio - 1) * (base if bias is None else base - bias) + ratio * update
-
-
-def _times(B: Tensor, core: Tensor) -> Tensor:
-    B, core = B.float(), core.float()  # one of them may have been cast to the base's dtype
-    return B * core if core.dim() == 1 else B @ core
-
-
-def _find_bases_again(layer: SpectralLoraLayer, incompatible_keys: Any) -> None:
-    """What was loaded may belong to bases of other signs."""
-    for name in list(layer.spectral_lora_fingerprint):
-        layer.forget_decoded(name)

@@ -13,7 +13,8 @@ from ..shared.base_weight import dense_weight
 from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
 from .config import SpectralLoraConfig
-from .layer import SHAPE, SpectralLoraLayer, SpectralLoraLinear
+from .layer import SpectralLoraLayer, SpectralLoraLinear
+from .names import SHAPE
 
 
 class SpectralLoraModel(AdapterModel):

@@ -16,7 +16,8 @@ from ...ops.seeded import seeded_permutation
 from ...utils.option_types import NonNegativeInt, PositiveInt
 from ...utils.parts import register_part, require
 from ...utils.tensors import TensorSpec
-from .bases import TRAINED_A, TRAINED_B, Bases, Site
+from .bases import Bases, Site
+from .names import TRAINED_A, TRAINED_B
 
 
 def _type_of(name: str) -> str:

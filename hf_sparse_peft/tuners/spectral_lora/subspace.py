@@ -17,9 +17,7 @@ from ...utils.option_types import PositiveInt
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
 from .bases import Bases, Site
-from .cores import SCALE
-
-POINT = "spectral_lora_point"
+from .names import POINT, SCALE
 
 
 @register_part("fastfood")

@@ -1,0 +1,13 @@
+"""Names of the tensors of spectral adapters, which are those of the layer's containers."""
+
+SHAPE = "spectral_lora_shape"
+TRAINED_A, TRAINED_B = "spectral_lora_A", "spectral_lora_B"
+FIXED_A, FIXED_B = "spectral_lora_basis_A", "spectral_lora_basis_B"
+FINGERPRINT = "spectral_lora_fingerprint"
+COEFFICIENTS_A, COEFFICIENTS_B = "spectral_lora_A_coefficients", "spectral_lora_B_coefficients"
+POINT = "spectral_lora_point"
+CORE, CORE_A, CORE_B = "spectral_lora_core", "spectral_lora_core_A", "spectral_lora_core_B"
+MASK = "spectral_lora_core_mask"
+SCALE = "spectral_lora_scale"
+OFFSET = "spectral_lora_offset"
+MAGNITUDE = "spectral_lora_magnitude"

@@ -1,0 +1,140 @@
+"""Where the tensors of a spectral adapter in one layer come from, and what they start with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...sparsity import Statistic
+from ..shared.file_check import file_being_loaded
+from ..shared.layer import AdapterLayer
+from .bases import Found, Site
+from .names import FINGERPRINT, FIXED_A, FIXED_B, MAGNITUDE, OFFSET, SHAPE, TRAINED_A, TRAINED_B
+
+
+class SpectralStart(AdapterLayer):
+    """The part of `SpectralLoraLayer` that finds bases, starts cores, and gathers what a pass uses."""
+
+    def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        """Take `base_layer`'s place."""
+        super().place_over(base_layer, module_name, **kwargs)
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def site(self, adapter_name: str) -> Site:
+        """What the adapter's bases know of this module."""
+        return self.spectral_lora_site[adapter_name]
+
+    def _tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's tensors here, those of the layer that it shares with, and those that follow from the seed."""
+        config, found = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        owner = self.spectral_lora_owner.get(adapter_name)
+        if owner is not None:
+            held = owner.tensors(adapter_name)
+            found |= {name: held[name].to(found[SHAPE].device) for name in config.bases.shared}
+        if config.bases.derived_names:
+            found |= self._derived(adapter_name, found[SHAPE].device)
+        return found
+
+    @torch.no_grad()
+    def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
+        held = self.spectral_lora_derived.get(adapter_name)
+        if held is not None and all(tensor.device == device for tensor in held.values()):
+            return held
+        bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
+        if held is not None:
+            held = {name: tensor.to(device) for name, tensor in held.items()}
+        elif bases.recomputed:
+            found = bases.find(self.dense_base_weight().float(), site)
+            held = bases.derive_from(found, self.spectral_lora_fingerprint[adapter_name], site)
+        else:
+            held = bases.derive(site, device)
+        self.spectral_lora_derived[adapter_name] = held
+        return held
+
+    def forget_decoded(self, adapter_name: str) -> None:
+        """Derive bases again at the next use."""
+        self.spectral_lora_derived.pop(adapter_name, None)
+
+    @torch.no_grad()
+    def _begin(self, adapter_name: str, first: None) -> None:
+        """Find bases in the weight, and write what the core starts with and what the base keeps of it; a file that is
+        being loaded brings all of them."""
+        config = self.adapter_configs[adapter_name]
+        tensors, weight = self.tensors(adapter_name), self.dense_base_weight()
+        if file_being_loaded() is not None or weight.is_meta or any(tensor.is_meta for tensor in tensors.values()):
+            return
+        if config.use_dora:
+            tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
+        if not config.needs_calibration:
+            self._begin_with(adapter_name, config.bases.find(weight.float(), self.site(adapter_name)))
+
+    def awaits_calibration(self, adapter_name: str) -> bool:
+        """Whether the adapter's bases are still to be found in data."""
+        if adapter_name not in self.spectral_lora_basis_A or self.spectral_lora_found.get(adapter_name, False):
+            return False
+        basis = self.spectral_lora_basis_A[adapter_name]
+        if not self.adapter_configs[adapter_name].needs_calibration or basis.is_meta:
+            return False
+        self.spectral_lora_found[adapter_name] = found = bool(basis.any())
+        return not found
+
+    def calibration_statistic(self, adapter_name: str) -> Statistic:
+        """That of the bases."""
+        return self.adapter_configs[adapter_name].bases.statistic
+
+    @torch.no_grad()
+    def take_calibration(self, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+        """Find the bases, and start the core."""
+        bases, weight = self.adapter_configs[adapter_name].bases, self.dense_base_weight().float()
+        self._begin_with(adapter_name, bases.find_in(state, weight, self.site(adapter_name)))
+
+    def _begin_with(self, adapter_name: str, found: Found | None) -> None:
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        if found is not None:
+            for fixed, learned, basis in ((FIXED_A, TRAINED_A, found.A), (FIXED_B, TRAINED_B, found.B)):
+                for name in {fixed, learned} & set(tensors):
+                    tensors[name].copy_(basis)
+        if config.bases.recomputed:
+            site, fingerprint = self.site(adapter_name), tensors[FINGERPRINT]
+            fingerprint.copy_(config.bases.fingerprint(found, site))
+            held = config.bases.derive_from(found, fingerprint.to(found.A.device), site)
+            self.spectral_lora_derived[adapter_name] = held
+        core, values = config.core, None if found is None else found.values
+        if core is None:
+            return
+        core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
+        if core.residual == "init":
+            self.keep_residual(adapter_name)
+        elif core.residual == "values":
+            kept = core.known(values)
+            kept = kept * self.site(adapter_name).scaling if core.trained_scale else kept
+            self._keep(adapter_name, kept if core.diagonal else torch.diag(kept))
+
+    @torch.no_grad()
+    def keep_residual(self, adapter_name: str) -> None:
+        """Let the base keep what the core is now, if it keeps what the core starts with."""
+        core = self.adapter_configs[adapter_name].core
+        if core is not None and core.residual == "init":
+            self._keep(adapter_name, core.matrix(self.tensors(adapter_name)))
+
+    def _keep(self, adapter_name: str, core: Tensor) -> None:
+        config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
+        if "B" in config.bases.trained:
+            B, _ = config.bases.factors(tensors, self.site(adapter_name))
+            core = times(B, core)
+        tensors[OFFSET].copy_(core)
+
+
+def times(B: Tensor, core: Tensor) -> Tensor:
+    """:math:`B C`, fp32, for a core or its diagonal: one of the two may have been cast to the base's dtype."""
+    B, core = B.float(), core.float()
+    return B * core if core.dim() == 1 else B @ core
+
+
+def _after_loading(layer: SpectralStart, incompatible_keys: Any) -> None:
+    """What was loaded may belong to other bases."""
+    layer.spectral_lora_norms.clear()
+    for name in list(layer.spectral_lora_fingerprint):
+        layer.forget_decoded(name)
