@@ -163,7 +163,7 @@ def test_compiled_nodes_mutate_and_alias_nothing(granularity):
     config = SparseLoraConfig(r=0, density=0.1, target_modules=["0"])
     owner = get_peft_model(torch.nn.Sequential(torch.nn.Linear(COLS, ROWS)), config).base_model.model[0]
     arguments = (x, weight, values.requires_grad_(), units, None, None, None, None, None)
-    options = (owner._owner, False, False, ROWS, granularity, BLOCK, 1.0, False)
+    options = (owner._owner, False, False, ROWS, granularity, BLOCK, 1.0, False, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.hf_sparse_peft.sparse_linear.default, (*arguments, *options), test_utils=checks)
 

@@ -353,7 +353,10 @@ def test_drop_path_leaves_out_whole_samples_in_training_only(base_of):
         ({"bias": "some"}, "bias='some'"),
         ({"target_modules": "q_proj", "layers_to_transform": [0]}, "layers_to_transform cannot be used"),
         ({"own_counts": 3}, "own_counts=3"),
-        ({"schedule": [{"type": "allocate"}]}, r"spaces=\('rank',\) needs units of kind \['rank'\]"),
+        (
+            {"schedule": [{"type": "allocate"}]},
+            r"Allocate acts on units of \['rank'\].*KernelLoraConfig have \['kernel', 'module'\]",
+        ),
         (
             {"schedule": [{"type": "allocate", "budget": {"type": "density", "fraction": 0.0}}]},
             "fraction=0.0 is out of",
