@@ -72,7 +72,7 @@ class CalibrationData:
             if left <= 0:
                 return
         if left == count:
-            raise ValueError("The dataloader has no batch to choose a support from.")
+            raise ValueError("The dataloader has no batch to read.")
 
 
 def _copy_of(loader: Any) -> Iterable:

@@ -68,7 +68,7 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any], compute_loss: Any = None
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
-            f"The model returns no loss for batches of {sorted(batch)}. Give the batches labels; a support may also be "
-            "chosen by initialize_support(..., compute_loss=lambda model, batch: ...) before training."
+            f"The model returns no loss for batches of {sorted(batch)}. Give the batches labels; what is read before "
+            "training may also come from hf_sparse_peft.calibrate(..., compute_loss=lambda model, batch: ...)."
         )
     return loss

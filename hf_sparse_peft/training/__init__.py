@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .calibration import calibrate, initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
-from .initial_support import InitialSupportCallback
 from .loop import Controller
 from .optimizers import AdamWSpec, AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
@@ -20,7 +19,6 @@ __all__ = [
     "AdamWSpec",
     "AgedAdamWSpec",
     "Controller",
-    "InitialSupportCallback",
     "LayerSamplingCallback",
     "MaskRegrowthCallback",
     "PruningCallback",

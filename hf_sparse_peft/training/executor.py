@@ -15,6 +15,7 @@ from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.parts import UnknownPart, load_part
+from .calibration import calibrate_waiting
 from .trainer_checks import why_no_rule_runs
 from .upstream_runs import finish_upstream, leave_upstream, make_upstream_runs
 
@@ -67,7 +68,8 @@ class RuleExecutor:
         return {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
 
     def begin(self, training: Training, saved: dict[str, dict[str, Any]], loop: Any = None) -> None:
-        """Take part in `training`: find the spaces of every rule, prepare their state, begin.
+        """Take part in `training`: let its data decide what adapters wait for, find the spaces of every rule, prepare
+        their state, begin.
 
         Args:
             training: what the loop knows of the run.
@@ -75,12 +77,14 @@ class RuleExecutor:
             loop: what the loop's callbacks have in common (`begin_run`); None: nobody else takes part.
 
         Raises:
-            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run.
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, or an
+                adapter waits for data and the loop has none (`calibrate_waiting`).
         """
         self.training = training
         self._join(training.model, loop)
+        calibrate_waiting(training)  # first of all: rules look at supports
         self.runs = list(self._make_runs())
-        if not self.runs:
+        if not self.runs and not self._runs_for_calibration():
             raise ValueError(why_no_rule_runs(self.owner, self.rule or self.rule_class, training.model))
         for run in self.runs:
             run.saved.update(saved.get(f"{run.adapter}/{run.rule.part_type}", {}))
@@ -189,6 +193,12 @@ class RuleExecutor:
         rules = [self.rule] if self.rule is not None else in_order(asked)
         return [rule for rule in rules if isinstance(rule, self.rule_class)]
 
+    def _runs_for_calibration(self) -> bool:
+        """Whether there is nothing to do but to let data decide, which a checkpoint or a call may have done before."""
+        configs = [layer.adapter_configs[adapter] for layer, adapter in trained_adapters(self.training.model)]
+        every_rule = self.rule is None and self.rule_class is Rule
+        return every_rule and any(config.needs_calibration and not config.schedule for config in configs)
+
     def _take_charge(self, rule: Rule, config: Any) -> None:
         running = self._live.rules_run_for(config)
         if any(type(one) is type(rule) for one in running):
@@ -219,3 +229,9 @@ def _allocate_state(layer: AdapterLayer, adapter: str, rule: Rule, live: LiveRun
         layer.drop_training_state(adapter)
     runs[adapter] = weakref.ref(live)
     layer.allocate_rule_state(adapter, [rule])
+
+
+def has_schedule(model: nn.Module) -> bool:
+    """Whether the config of an active adapter of `model` has a schedule."""
+    active = ((layer, name) for layer in adapter_layers(model) for name in layer.active_adapters)
+    return any(layer.adapter_configs[name].schedule for layer, name in active if layer.holds(name))

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..optim import innermost
 from ..rules import Rule, Training
-from ..tuners import adapter_layers
-from .executor import RuleExecutor
+from .calibration import waits_for_data
+from .executor import RuleExecutor, has_schedule
 from .optimizers import warn_of_other_optimizer
 from .trainer_checks import refuse_sharded
 from .upstream_runs import asks_for_rules
@@ -45,7 +45,8 @@ class Controller:
     tensors are dropped; leaving the block earlier, by an exception too, takes everything off the model and keeps them
     for a run that goes on. Without `with`, call `close()`; a controller that nobody holds any more closes itself.
 
-    A model none of whose adapters asks for a rule is left alone, so that one loop serves every config.
+    A support or bases that wait for data are chosen from `dataloader` first; a run that goes on has them. A model none
+    of whose adapters asks for a rule or for data is left alone, so that one loop serves every config.
 
     Args:
         model: holds the adapters; as accelerate has prepared it, where it does.
@@ -54,14 +55,15 @@ class Controller:
         rule: run this rule on all trained adapters instead of those that their configs name.
         accumulation: micro-batches of an optimizer step.
         scaler: the `torch.amp.GradScaler` of an fp16 loop; accelerate's is found by itself.
-        dataloader: the training data, for rules that look at it before the first step.
+        dataloader: the training data, for rules that look at it before the first step and for adapters that start from
+            data (`calibrate`).
         state: `state_dict()` of the run that goes on, whose model and optimizer have been loaded.
         show_progress: whether rules may draw progress bars.
 
     Raises:
         TypeError: an optimizer without step hooks, which nothing of torch is.
         ValueError: a number out of range, a rule that is unknown here or does not fit into the run, an adapter that
-            asks for rules and does not train.
+            asks for rules and does not train, or one that waits for data and no dataloader.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Controller:
         self._closer = weakref.finalize(self, self._steps.close)
         self._closer.atexit = False
         warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
-        asked = rule is not None or any(_asks(layer) for layer in adapter_layers(model)) or asks_for_rules(model)
+        asked = rule is not None or has_schedule(model) or waits_for_data(model) or asks_for_rules(model)
         try:
             self._steps.begin({} if state is None else state["saved"], asked)
         except BaseException:
@@ -239,8 +241,3 @@ class _Steps:
     def _require_begun(self, what: str) -> None:
         if not self._begun:
             raise ValueError(f"{what} without Controller.before_step(): call it before the step's first forward pass.")
-
-
-def _asks(layer: Any) -> bool:
-    configs = [layer.adapter_configs[name] for name in layer.active_adapters if layer.holds(name)]
-    return any(config.schedule for config in configs)

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
-from .initial_support import InitialSupportCallback
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
 from .trainer_checks import RunCheckCallback
@@ -23,7 +22,8 @@ TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differ
 
 
 def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallback]:
-    """The callbacks that carry out the schedules of a model's active adapters, or of a config; often an empty list.
+    """The callbacks that carry out the schedules of a model's active adapters, or of a config, and let the training
+    data decide what they wait for; often an empty list.
 
     Pass them to `Trainer(callbacks=...)` or `trl.SFTTrainer(peft_config=config, callbacks=callbacks_for(config))`.
 
@@ -43,17 +43,16 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
             "callbacks_for takes a config of this package or a model that has such an adapter, not "
             f"{type(model_or_config).__name__}. Call it after get_peft_model, or pass the config."
         )
-    schedules: list[TrainerCallback] = [RuleRunner()] if any(config.schedule for config in configs) else []
     named = False
     if isinstance(model_or_config, nn.Module):
         named = any(name != "default" for layer in layers for name in layer.active_adapters)
         waits = any(layer.awaits_calibration(name) for layer in layers for name in layer.active_adapters)
     else:
-        waits = getattr(model_or_config, "needs_calibration", False)
-    if not schedules and (named or any(config.optimizer is not None for config in configs)):
-        schedules.append(RunCheckCallback())  # a RuleRunner says it too
-    # First of all: schedules look at the supports.
-    return [InitialSupportCallback(), *schedules] if waits else schedules
+        waits = model_or_config.needs_calibration
+    if waits or any(config.schedule for config in configs):
+        return [RuleRunner()]
+    # A RuleRunner says it too.
+    return [RunCheckCallback()] if named or any(config.optimizer is not None for config in configs) else []
 
 
 def _is_upstream_with_rules(model: Any) -> bool:

@@ -8,16 +8,22 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..rules import Training
+from ..rules import Rule, Training
 from ..tuners import restore_fp32
 from ..tuners.shared.live_run import current_trainer
-from .executor import RuleExecutor, trained_adapters
+from .executor import RuleExecutor, has_schedule, trained_adapters
 from .trainer_checks import check_run, refuse_sharded
-from .upstream_runs import prepare_upstream
+from .upstream_runs import asks_for_rules, prepare_upstream
 
 
 class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
-    """The callback that runs the rules in a `transformers.Trainer`; `callbacks_for(model)` gives it."""
+    """The callback that runs the rules in a `transformers.Trainer`; `callbacks_for(model)` gives it.
+
+    It also lets the training data decide what adapters wait for (supports by a criterion that reads gradients, bases),
+    at `on_train_begin` and through copies of the dataloader's sampler and of the random states, so that training sees
+    the batches that it would have seen. A resumed run finds that in the checkpoint. Under DDP every rank reads its
+    share and all decide the same.
+    """
 
     restored: ClassVar[dict[str, dict[str, Any]]] = {}
     """Set by Trainer where it makes callbacks anew from a checkpoint; `on_train_begin` reads the checkpoint itself."""
@@ -40,7 +46,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         Raises:
             ValueError: DeepSpeed or FSDP is switched on, by whatever means.
         """
-        refuse_sharded(args, "schedule")
+        self._refuse_sharded(args, model)
         if model is not None:
             restore_fp32(model)
             for layer, adapter in trained_adapters(model) if self.rule is not None else ():
@@ -50,13 +56,15 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Find the spaces of every rule, prepare their state, and let the rules check themselves against the run.
+        """Let the training data decide what adapters wait for, find the spaces of every rule, prepare their state, and
+        let the rules check themselves against the run.
 
         Raises:
-            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, or the
-                run is sharded in a way that hides gradients and optimizer state.
+            ValueError: no trained adapter asks for a rule, a rule is unknown here or does not fit into the run, the run
+                is sharded in a way that hides gradients and optimizer state, or an adapter waits for data that the run
+                cannot give it.
         """
-        refuse_sharded(args, "schedule", model)
+        self._refuse_sharded(args, model)
         check_run(args, state, model, kwargs.get("optimizer"))
         training = Training(
             model=model,
@@ -79,6 +87,11 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
             saved |= one.get("attributes", {}).get("restored", {})
         self.begin(training, saved, loop=state)
+
+    def _refuse_sharded(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        carries_rule = self.rule is not None or self.rule_class is not Rule
+        if carries_rule or model is None or has_schedule(model) or asks_for_rules(model):
+            refuse_sharded(args, "schedule", model)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Before the first micro-batch."""

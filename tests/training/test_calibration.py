@@ -14,11 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from hf_sparse_peft import calibrate
+from hf_sparse_peft import Controller, calibrate, callbacks_for
 from hf_sparse_peft.rules.calibration_data import CalibrationData
 from hf_sparse_peft.rules.probing import random_state_kept
 from hf_sparse_peft.sparsity import Activation, Fisher, MeanGradient, Momentum, Statistic
-from hf_sparse_peft.training.calibration import read_statistics
+from hf_sparse_peft.training import RuleRunner
+from hf_sparse_peft.training.calibration import read_statistics, start
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared import (
     AdapterConfig,
@@ -253,3 +254,31 @@ def test_an_adapter_that_does_not_wait_is_left_as_it_is():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="adapter_name='other'"):
         calibrate(model, batches(), "other")
+
+
+def test_a_trainer_and_a_plain_loop_calibrate_at_the_start_and_a_resumed_run_does_not(tmp_path, monkeypatch):
+    def trained(folder, **options):
+        model = adapted()
+        assert [type(callback) for callback in callbacks_for(model)] == [RuleRunner]
+        tiny.train(model, folder, 4, callbacks=callbacks_for(model), save_strategy="steps", save_steps=2, **options)
+        return model.state_dict()
+
+    expected = trained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "calibrate", lambda *args, **options: pytest.fail("calibrated again"))
+        found = trained(tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+    model, data = adapted(), batches()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"'MeanGradient' of whole weights.*Controller\(\.\.\., dataloader=\.\.\.\)"):
+        Controller(model, optimizer, total_steps=1)
+    with Controller(model, optimizer, total_steps=1, dataloader=data) as rules:
+        rules.before_step()
+        model.train()(**data[0]).loss.backward()
+        optimizer.step()
+        rules.after_step()
+    by_hand = adapted()
+    calibrate(by_hand, data, show_progress=False)
+    for one, two in zip(adapter_layers(model), adapter_layers(by_hand), strict=True):
+        assert torch.equal(one.gradient_core_V["default"], two.gradient_core_V["default"])
+        assert one.gradient_core_C["default"].any()

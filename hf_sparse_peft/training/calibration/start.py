@@ -140,20 +140,20 @@ def _active(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 
 def _check_loop(training: Training, adapter: str, layer: AdapterLayer) -> None:
     config = layer.adapter_configs[adapter]
-    what = f"Adapter '{adapter}' starts from statistics of whole weights"
+    what = f"Adapter '{adapter}' starts from '{layer.calibration_statistic(adapter).name}' of whole weights"
     mend = "Call hf_sparse_peft.calibrate(model, dataloader) before creating the Trainer"
     if sharded := sharding_switched_on(training.arguments):
         raise ValueError(f"{what}, and {sharded[0]}, switched on by {sharded[1]}, has sharded them. {mend}.")
     processes = getattr(training.arguments, "world_size", None) or world_size()
     if config.calibrates_sizes and processes > 1:
         raise ValueError(
-            f"budget=Global(...) or a structure of scope='model' with criterion='{config.criterion.part_type}' changes "
-            f"the sizes of the supports, and {processes} processes have wrapped the model already. {mend}, or set a "
-            "density and scope='block'."
+            f"{what}, which changes the sizes of supports with budget=Global(...) or a structure of scope='model', and "
+            f"{processes} processes have wrapped the model already. {mend}, or set a density and scope='block'."
+        )
+    if training.dataloader is None and training.arguments is None:
+        raise ValueError(
+            f"{what}, and this loop gives no data: pass Controller(..., dataloader=...), or call "
+            "hf_sparse_peft.calibrate(model, dataloader) first."
         )
     if training.dataloader is None:
-        hands = "this trainer hands its callbacks none" if training.arguments is not None else "the loop has given none"
-        raise ValueError(
-            f"{what} of the training data, and {hands}. {mend}, or pass Controller(..., dataloader=...) in a loop of "
-            "your own."
-        )
+        raise ValueError(f"{what}, and this trainer hands its callbacks no dataloader. {mend}.")

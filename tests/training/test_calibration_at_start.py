@@ -9,15 +9,18 @@ from transformers import TrainerCallback
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Controller,
     Density,
     Global,
-    InitialSupportCallback,
+    MaskRegrowthCallback,
     Regrow,
     StructureConfig,
     callbacks_for,
     initialize_support,
 )
-from hf_sparse_peft.training import initial_support
+from hf_sparse_peft.rules import Training
+from hf_sparse_peft.training import RuleRunner
+from hf_sparse_peft.training.calibration import calibrate_waiting, start
 
 WARMUP = {"warmup_steps": 3, "warmup_lr": 1e-3}
 
@@ -53,7 +56,7 @@ class Batches(TrainerCallback):
 
 @pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_sees_the_batches_it_would_have_seen_without_the_callback(criterion, workers, tmp_path):
+def test_training_sees_the_batches_it_would_have_seen_without_calibration(criterion, workers, tmp_path):
     tapes = []
     for config in (by_data(criterion), make_config()):
         model, tape = adapted(config), Batches()
@@ -68,7 +71,7 @@ def test_training_sees_the_batches_it_would_have_seen_without_the_callback(crite
     assert not torch.equal(torch.cat(with_it.seen[:5]), torch.cat(with_it.seen[5:10]))  # the order is a shuffled one
 
 
-def test_the_callback_chooses_from_the_first_batches_of_training(tmp_path):
+def test_the_runner_chooses_from_the_first_batches_of_training(tmp_path):
     model, tape = adapted(by_data(options={"examples": 8})), Batches()
     run(model, tmp_path, 3, callbacks=[*callbacks_for(model), tape])
     data = [{"input_ids": ids, "labels": ids.clone()} for ids in tape.seen]
@@ -99,9 +102,8 @@ def test_a_resumed_run_takes_its_supports_from_the_checkpoint(criterion, budget,
     trainer = run(whole, tmp_path / "whole", 12)
     expected = all_state(whole, trainer.optimizer)
     run(adapted(config), tmp_path / "parts", 12, after=[StopAt(6)])
-    monkeypatch.setattr(initial_support, "initialize_support", lambda *args, **kwargs: pytest.fail("chosen again"))
+    monkeypatch.setattr(start, "calibrate", lambda *args, **kwargs: pytest.fail("chosen again"))
     resumed = adapted(config)
-    assert next(type(callback) for callback in callbacks_for(resumed)) is InitialSupportCallback
     trainer = run(resumed, tmp_path / "parts", 12, resume=str(tmp_path / "parts" / "checkpoint-6"))
     assert differences(expected, all_state(resumed, trainer.optimizer)) == []
     assert resumed.peft_config["default"].sizes == whole.peft_config["default"].sizes
@@ -122,7 +124,7 @@ def test_structures_are_chosen_at_the_start_and_a_resumed_run_keeps_them(criteri
     initialize_support(by_hand, data, show_progress=False)
     assert supports(whole) == supports(by_hand)
     run(adapted(config, layers=2), tmp_path / "parts", 6, after=[StopAt(3)])
-    monkeypatch.setattr(initial_support, "initialize_support", lambda *args, **kwargs: pytest.fail("chosen again"))
+    monkeypatch.setattr(start, "calibrate", lambda *args, **kwargs: pytest.fail("chosen again"))
     resumed = adapted(config, layers=2)
     trainer = run(resumed, tmp_path / "parts", 6, resume=str(tmp_path / "parts" / "checkpoint-3"))
     assert differences(expected, all_state(resumed, trainer.optimizer)) == []
@@ -133,25 +135,116 @@ def test_training_with_neither_call_nor_callback_is_an_error_that_shows_both(tmp
         run(adapted(by_data()), tmp_path, 2, callbacks=[])
 
 
-def test_the_callback_is_given_where_a_support_waits_for_data():
-    config = by_data()
-    assert [type(callback) for callback in callbacks_for(config)] == [InitialSupportCallback]
+def test_one_runner_is_given_where_a_support_waits_for_data():
+    assert [type(callback) for callback in callbacks_for(by_data())] == [RuleRunner]
     model = adapted(by_data(schedule=[Regrow()]))
-    assert next(type(callback) for callback in callbacks_for(model)) is InitialSupportCallback
+    assert [type(callback) for callback in callbacks_for(model)] == [RuleRunner]
+    model = adapted(by_data())
+    assert [type(callback) for callback in callbacks_for(model)] == [RuleRunner]
     ids = torch.randint(48, (2, 8))
     initialize_support(model, [{"input_ids": ids, "labels": ids}], show_progress=False)
-    assert InitialSupportCallback not in [type(callback) for callback in callbacks_for(model)]
+    assert callbacks_for(model) == []
+
+
+def test_a_runner_without_rules_has_nothing_to_do_where_a_support_was_chosen_before(tmp_path):
+    model = adapted(by_data())
+    callbacks = callbacks_for(model)
+    ids = torch.randint(48, (2, 8))
+    initialize_support(model, [{"input_ids": ids, "labels": ids}], show_progress=False)
+    chosen = supports(model)
+    run(model, tmp_path, 2, callbacks=callbacks)
+    assert supports(model) == chosen
+
+
+def test_a_callback_that_carries_one_rule_chooses_too(tmp_path):
+    model = adapted(by_data(schedule=[Regrow(every=2, grow=AccumulatedGradient(steps=1))]))
+    callback = MaskRegrowthCallback()
+    run(model, tmp_path, 6, callbacks=[callback])
+    assert callback.events
+    assert all(len(units) for units in supports(model).values())
 
 
 def test_sizes_do_not_change_under_a_wrapped_model():
     model = adapted(by_data(budget=Global(0.05)))
-    args = SimpleNamespace(world_size=2, disable_tqdm=True, gradient_accumulation_steps=1)
-    with pytest.raises(ValueError, match="before creating the Trainer"):
-        InitialSupportCallback().on_train_begin(args, None, None, model=model, train_dataloader=[])
+    training = Training(model, 1, arguments=SimpleNamespace(world_size=2), dataloader=[])
+    with pytest.raises(ValueError, match=r"'fisher'.*2 processes have wrapped the model.*before creating the Trainer"):
+        calibrate_waiting(training)
 
 
 def test_a_trainer_that_hands_out_no_data_is_told_so():
-    model = adapted(by_data())
-    args = SimpleNamespace(world_size=1, disable_tqdm=True, gradient_accumulation_steps=1)
-    with pytest.raises(ValueError, match="hands its callbacks no dataloader"):
-        InitialSupportCallback().on_train_begin(args, None, None, model=model)
+    training = Training(adapted(by_data()), 1, arguments=SimpleNamespace(world_size=1))
+    with pytest.raises(ValueError, match=r"hands its callbacks no dataloader.*calibrate\(model, dataloader\)"):
+        calibrate_waiting(training)
+
+
+# Loops without a Trainer
+
+
+def loop(model, data, steps, *, state=None, optimizer_state=None, stop=None, **options):
+    """AdamW over `data`, one batch a step; returns the optimizer and what a checkpoint needs."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    model.train()
+    with Controller(model, optimizer, total_steps=steps, dataloader=data, state=state, **options) as rules:
+        for batch in data[rules.step : stop]:
+            rules.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            rules.after_step()
+            optimizer.zero_grad()
+        saved = rules.state_dict()
+    return optimizer, saved
+
+
+def batches(count):
+    data = TokenData(4 * count)
+    stack = lambda key, at: torch.stack([data[i][key] for i in range(at, at + 4)])  # noqa: E731
+    return [{key: stack(key, at) for key in ("input_ids", "labels")} for at in range(0, 4 * count, 4)]
+
+
+@pytest.mark.parametrize("budget", [Density(0.05), Global(0.05)], ids=["uniform", "global"])
+@pytest.mark.parametrize("criterion", ["fisher", "delta_magnitude"])
+def test_a_plain_loop_chooses_as_a_call_before_it_would(criterion, budget):
+    data = batches(6)
+    by_hand, by_loop = (adapted(by_data(criterion, budget=budget)) for _ in range(2))
+    initialize_support(by_hand, data, show_progress=False)
+    expected = all_state(by_hand, loop(by_hand, data, 6)[0])
+    found = all_state(by_loop, loop(by_loop, data, 6)[0])
+    assert differences(expected, found) == []
+    assert any(layer.sparse_lora_values["default"].any() for layer in layers_of(by_loop))
+
+
+def test_a_plain_loop_without_data_is_refused_and_leaves_the_model_alone():
+    model, data = adapted(by_data()), batches(2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"'fisher'.*Controller\(\.\.\., dataloader=\.\.\.\).*calibrate"):
+        Controller(model, optimizer, total_steps=2)
+    assert all(layer.awaits_calibration("default") for layer in layers_of(model))
+    loop(model, data, 2)
+
+
+def test_a_plain_loop_that_goes_on_takes_its_supports_from_the_checkpoint(monkeypatch):
+    data, config = batches(6), by_data(schedule=[Regrow(every=2, grow=AccumulatedGradient(steps=1))])
+    whole, first, second = (adapted(config) for _ in range(3))
+    expected = all_state(whole, loop(whole, data, 6)[0])
+    optimizer, state = loop(first, data, 6, stop=3)
+    monkeypatch.setattr(start, "calibrate", lambda *args, **kwargs: pytest.fail("chosen again"))
+    second.load_state_dict(first.state_dict())
+    optimizer, _ = loop(second, data, 6, state=state, optimizer_state=optimizer.state_dict())
+    assert differences(expected, all_state(second, optimizer)) == []
+
+
+def test_a_model_inside_ddp_is_calibrated_without_its_wrapper():
+    class Wrapped(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            torch.nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            pytest.fail("asked")
+
+    by_hand, wrapped, data = adapted(by_data()), adapted(by_data()), batches(3)
+    initialize_support(by_hand, data, show_progress=False)
+    calibrate_waiting(Training(Wrapped(wrapped), 3, dataloader=data))
+    assert supports(wrapped) == supports(by_hand)
