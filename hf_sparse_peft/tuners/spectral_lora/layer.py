@@ -9,6 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from ...ops.frozen_product import frozen_product
 from ...rules import UnitSpace
 from ...utils.tensors import TensorSpec
 from ..shared.linear import AdditiveLinear
@@ -207,11 +208,11 @@ class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):
             product = bases.product(x, self._tensors(adapter_name), self.site(adapter_name), dtype)
             return self.spectral_lora_scaling[adapter_name] * product
         B, core, A, scaling = self._parts(adapter_name)
-        inner = x.to(dtype) @ A.to(dtype).t()
+        inner = frozen_product(x, A, dtype)
         if core is not None:
             core = core.to(dtype)
             inner = inner * core if core.dim() == 1 else inner @ core.t()
-        return scaling * (inner @ B.to(dtype).t())
+        return scaling * frozen_product(inner, B, dtype)
 
     def _update_beside(self, base: Tensor, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         r"""With `use_dora` :math:`(m/n - 1) \odot X W^\top + m/n \odot X P^\top`; the bias stays out of it."""
