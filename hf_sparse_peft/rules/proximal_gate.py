@@ -31,6 +31,7 @@ class ProximalGate(RankRule):
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"rank", "core"})
     writes: ClassVar[frozenset[str]] = frozenset({"units", "values"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gate"})
     undecayed: ClassVar[frozenset[str]] = frozenset({"gate"})
     gate: ClassVar[str] = "normal"
 
