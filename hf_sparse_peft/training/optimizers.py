@@ -23,7 +23,7 @@ from ..optim import (
     zeroth_order_groups,
 )
 from ..rules import UnitSpace
-from ..tuners import SparseLoraLayer, adapter_layers
+from ..tuners import adapter_layers
 from ..utils.option_types import Decay, PositiveFloat, Range
 from ..utils.parts import UnknownPart, register_part
 
@@ -66,11 +66,13 @@ class AgedAdamWSpec(OptimizerSpec):
         Raises:
             ValueError: nothing trains.
         """
+        values = {id(parameter) for space in _supports(model) for parameter in space.parameters()}
         axes, no_decay = _component_axes(model) if self.component_ages else {}, _no_decay_of_rules(model)
 
         def options_of(name: str, parameter: nn.Parameter) -> dict[str, Any]:
-            lr = settings.lr * (self.values_ratio if _is_support(name) else 1.0)
-            ages = self.per_unit_age and (_is_support(name) or id(parameter) in axes)
+            in_support = id(parameter) in values
+            lr = settings.lr * (self.values_ratio if in_support else 1.0)
+            ages = self.per_unit_age and (in_support or id(parameter) in axes)
             found = {"lr": lr, "per_unit_age": ages, "unit_axis": axes.get(id(parameter), 0) if ages else 0}
             return found | no_decay(name, parameter)
 
@@ -91,22 +93,18 @@ class SparseSM3Spec(OptimizerSpec):
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> SparseSM3:
         """Groups as Trainer makes them; entries are read anew at every step."""
-        places = {
-            values: (layer, name)
-            for layer in adapter_layers(model, SparseLoraLayer)
-            for name, values in layer.sparse_lora_values.items()
-            if values.requires_grad and layer.sparse_lora_grid[name].granularity == "entry"
-        }
+        supports = [space for space in _supports(model) if space.unit == "entry"]
+        spaces = {parameter: space for space in supports for parameter in space.parameters()}
 
         def indices_of(parameter: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
-            if parameter not in places:
+            if parameter not in spaces:
                 return None
-            layer, name = places[parameter]
-            units = layer.units(name)
+            space = spaces[parameter]
+            units = space.alive()
             missing = parameter.shape[0] - units.numel()
             if missing:  # spare capacity has no gradient: any position does
                 units = torch.cat([units, units.new_zeros(missing)])
-            return units, layer.out_features, layer.in_features
+            return units, *space.weight_shape
 
         groups = parameter_groups(model, settings.weight_decay)
         return SparseSM3(groups, lr=settings.lr, indices_of=indices_of, momentum=self.momentum)
@@ -169,8 +167,8 @@ def _no_decay_of_rules(model: nn.Module) -> Callable[[str, nn.Parameter], dict[s
     return lambda _, parameter: {"weight_decay": 0.0} if id(parameter) in undecayed else {}
 
 
-def _is_support(name: str) -> bool:
-    return "sparse_lora_values" in name
+def _supports(model: nn.Module) -> list[UnitSpace]:
+    return [space for _, space in _active_spaces(model) if space.kind == "support"]
 
 
 def asked_configs(model_or_config: nn.Module | PeftConfig) -> list[PeftConfig]:

@@ -159,7 +159,7 @@ def support_from_checkpoints(
                 )
         old, new = pair(first, second, key, dtype)
         old, new = (old.t(), new.t()) if layer.fan_in_fan_out else (old, new)
-        units[layer.module_name] = _changed_units(old, new, layer.sparse_lora_grid[adapter_name], atol, key)
+        units[layer.module_name] = _changed_units(old, new, layer.sizes[adapter_name].grid, atol, key)
     write_supports(model, units, adapter_name)
 
 
