@@ -235,7 +235,7 @@ def _legend(rows: list[dict[str, Any]]) -> str:
     kinds = dict.fromkeys(space["kind"] for row in rows for space in row["spaces"])
     meanings = "; ".join(_MEANING[kind] for kind in kinds if kind in _MEANING)
     units = f"Units are what the update is made of: {meanings}. Only living ones are counted. " if meanings else ""
-    return f"{units}Density is the share of a weight's entries that living units change one by one."
+    return f"{units}Density is the fraction of a weight's entries that living units change one by one."
 
 
 _ALWAYS_SHOWN = ("r", "lora_alpha", "density", "granularity", "criterion", "seed")
@@ -271,8 +271,8 @@ def _config_rows(config: AdapterConfig) -> list[tuple[str, str]]:
 def _option_value(value: Any) -> str:
     """A JSON value as a reader of a table takes it: `{"type": "cosine", "start": 0.3}` -> `cosine(start=0.3)`."""
     if isinstance(value, dict):
-        kind, rest = value.get("type"), {key: inner for key, inner in value.items() if key != "type"}
-        inside = ", ".join(f"{key}={_option_value(inner)}" for key, inner in rest.items() if inner is not None)
+        kind, options = value.get("type"), {key: inner for key, inner in value.items() if key != "type"}
+        inside = ", ".join(f"{key}={_option_value(inner)}" for key, inner in options.items() if inner is not None)
         return f"{kind}({inside})" if kind and inside else kind or inside
     if isinstance(value, (list, tuple, set)):
         return ", ".join(_option_value(inner) for inner in (sorted(value) if isinstance(value, set) else value))

@@ -73,8 +73,8 @@ def export_lora(
             largest rank of a module; an integer: that rank.
         rank: fit updates whose exact rank is higher or unknown (entries, blocks, kernels) by the SVD of the whole
             update, cut to this rank: the measured errors are returned, and the largest is warned about.
-        only: one half of the adapter: the factors ("low_rank") or the rest ("support"), which `export_shira` holds
-            without loss. None: both.
+        only: one half of the adapter: the factors ("low_rank") or all other pieces ("support"), which
+            `export_shira` writes without loss. None: both.
 
     Raises:
         ValueError: entries, blocks or kernels without `rank`, `uniform_rank` below a module's rank, an adapter that is
@@ -144,14 +144,13 @@ def export_shira(
     adapter_name: str = "default",
     only: Literal["support"] | None = None,
 ) -> int:
-    """Write an adapter without low-rank pieces, or with `only="support"` the rest of one that has them, in upstream
-    peft's SHiRA format, without loss. Returns SHiRA's `r`.
+    """Write an adapter without low-rank pieces, or with `only="support"` all but those of one that has them, in
+    upstream peft's SHiRA format, without loss. Returns SHiRA's `r`.
 
     SHiRA's loader wants `r * (rows + cols)` entries in every module, of one `r` for the whole model: the smallest `r`
-    that fits is taken and the rest filled with zeros at free places. Blocks, rows and columns are written as their
-    entries, kernels as the entries that are not zero. Read it with `PeftModel.from_pretrained`: transformers' own
-    `load_adapter` ignores SHiRA's indices, so the config names a mask type that makes it fail there instead of running
-    with random ones.
+    that fits is taken, and zeros at free places fill up. Blocks, rows and columns are written as their entries, kernels
+    as the entries that are not zero. Read it with `PeftModel.from_pretrained`: transformers' own `load_adapter` ignores
+    SHiRA's indices, so the config names a mask type that makes it fail there instead of running with random ones.
 
     Raises:
         ValueError: the adapter has low-rank pieces or trains biases, adapts Conv1D layers, is too dense for any `r`, is
@@ -251,11 +250,11 @@ def _other_tensors(
     found = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         key = f"base_model.model.{plain_name(key).removeprefix('base_model.model.')}"
-        owner, inside, rest = key.partition(".base_layer.")
+        owner, inside, name = key.partition(".base_layer.")
         if not inside and key.removeprefix("base_model.model.").rpartition(".")[0] in owned:
             continue  # a tensor of the adapter itself
         if inside and owner.removeprefix("base_model.model.") not in adapted:
-            key = f"{owner}.{rest}"  # nothing wraps that module any more
+            key = f"{owner}.{name}"  # nothing wraps that module any more
         found[key] = tensor.detach().clone().contiguous().cpu()
     return found
 

@@ -12,11 +12,11 @@ from ..tuners import AdapterLayer, adapter_layers
 def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
     """What an adapter changes, a row for each group of equally named modules of one shape, in model order.
 
-    Keys: `group` (last part of the module names), `modules`, `rows`, `cols`, `spaces`, `density` (share of the weights'
-    entries that living units are or contain; components of factors contain none) and `parameters` (trained numbers of
-    living units). `spaces` has a dict for each kind of unit space that the group's layers have: `kind` ("support",
-    "rank", ...), `unit` (what one unit is: "entry", "row", "component", ...), and summed over the group `alive` and
-    `capacity` (units that there is room for).
+    Keys: `group` (last part of the module names), `modules`, `rows`, `cols`, `spaces`, `density` (fraction of the
+    weights' entries that living units are or contain; components of factors contain none) and `parameters` (trained
+    numbers of living units). `spaces` has a dict for each kind of unit space that the group's layers have: `kind`
+    ("support", "rank", ...), `unit` (what one unit is: "entry", "row", "component", ...), and summed over the group
+    `alive` and `capacity` (units that there is room for).
 
     Raises:
         ValueError: `model` has no adapter of this package of that name, or a support is damaged.

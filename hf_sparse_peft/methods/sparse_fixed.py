@@ -66,7 +66,7 @@ def fish(density: float = 0.005, examples: int = 1024, mode: str = "square", **o
 
     The numbers of `modules_to_save` (the classifier) train in full and are paid out of the budget, as published. Two
     departures: the paper ranks biases, norms and embeddings too, here the targeted weights compete, and `density` is a
-    share of those; and every module keeps at least its best entry.
+    fraction of those; and every module keeps at least its best entry.
     """
     criterion = overrides.get("criterion", Fisher(examples=examples, mode=mode))
     entries = overrides.get("granularity", "entry") == "entry" and isinstance(criterion, Fisher)
@@ -151,7 +151,7 @@ def _take_subnetwork(before: Any, after: Any, atol: float, model: nn.Module, fir
     "essential-sparsity",
     paper="Jaiswal et al., 2023",
     moves="nothing",
-    use_when="essential_sparsity(model, evaluate) first finds the share that the model does not miss; this trains it",
+    use_when="essential_sparsity(model, evaluate) first finds the sparsity that costs the model nothing",
     cost="one evaluation a swept sparsity; the adapter has s* of all entries, which is many",
 )
 def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Method:
@@ -163,13 +163,13 @@ def essential_sparsity_support(sparsity: float = 0.1, **overrides: Any) -> Metho
     `with one_shot_pruned(model, s):`.
 
     Args:
-        sparsity: take `essential_sparsity(model, evaluate).drop_point`; the default is the smallest share the paper
+        sparsity: take `essential_sparsity(model, evaluate).drop_point`; the default is the smallest sparsity the paper
             sweeps.
     """
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"sparsity={sparsity} is not a share in (0, 1). Take essential_sparsity(model, evaluate).drop_point; at 0 "
-            "the model misses every weight, and no entry is free."
+            f"sparsity={sparsity} is not a fraction in (0, 1). Take essential_sparsity(model, evaluate).drop_point; at "
+            "0 the model misses every weight, and no entry is free."
         )
     options = {"r": 0, "budget": Global(sparsity), "criterion": "smallest_magnitude", "target_modules": "all-linear"}
     return row(overrides, **options)
@@ -227,7 +227,7 @@ def apet(
     """APET: tensors at arbitrary places train in full until `budget` numbers are spent (arXiv:2306.02320).
 
     `unit="tensor"`, the released rule: half of the budget goes through the pairs of low-rank factors (rank `r`, by
-    default `budget_rank`) in a random order, half through the weight matrices; what fits into the rest of its half
+    default `budget_rank`) in a random order, half through the weight matrices; what still fits into its half
     trains, what does not is skipped. Two departures: a tensor never overshoots its half (the released code compares a
     pair's first factor alone), and norms and biases, which it draws from too, stay as they are. `r=0` spends all on
     matrices. Without `budget` it is `density` of the weights, or the numbers of a LoRA of rank `budget_rank`.

@@ -59,7 +59,7 @@ def spiel_ag(
     """SpIEL with accumulated gradients: a random start, replaced whole at the first move, then a falling fraction.
 
     A support that was chosen otherwise, or trained before, is kept at the first move. With
-    `fraction=Cosine(0.2, 0.0)` nothing is replaced whole, as in the released code. `density` is a share of the
+    `fraction=Cosine(0.2, 0.0)` nothing is replaced whole, as in the released code. `density` is a fraction of the
     adapted weights, where the released code's is one of all parameters; `budget=Numbers(n)` gives the number itself
     (the paper: as many as a LoRA has, `RankEquivalent(r)` per matrix).
     """

@@ -54,7 +54,7 @@ def sparse_mezo(
     """
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"sparsity={sparsity} is not a share in (0, 1): it is how much of each weight stays (paper: 0.75)."
+            f"sparsity={sparsity} is not a fraction in (0, 1): it is how much of each weight stays (paper: 0.75)."
         )
     options = {"r": 0, "density": 1 - sparsity, "criterion": "smallest_magnitude", "target_modules": "all-linear"}
     options["optimizer"] = ZerothOrderSpec(epsilon=epsilon, perturbation=perturbation)

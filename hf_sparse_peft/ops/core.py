@@ -1,7 +1,7 @@
 r"""The products behind `sparse_linear` and their gradients, without autograd.
 
 :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`:
-`W` is frozen, `S` lives on a support, `A`, `B`, `g` are the low-rank half; every part may be absent.
+`W` is frozen, `S` is nonzero on a support, `A`, `B`, `g` are the low-rank half; every part may be absent.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Ten
 
 
 def _low_rank_gradients(dy, x2d, A, B, gate, scale, grad_x, needs):
-    """Gradients of `A`, `B`, `gate`; adds the low-rank half's share to `grad_x` in place."""
+    """Gradients of `A`, `B`, `gate`; adds the low-rank half's part to `grad_x` in place."""
     grad_hidden = dy @ B.to(dy.dtype)  # [tokens, r], before the gate
     hidden = x2d @ A.to(x2d.dtype).t() if needs.B or needs.gate else None
     grad_gate = None

@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ENTRIES, _ENTRY_TOKENS, _ENTRY_WARPS = 32, 128, 4
 _BLOCK_TOKENS = 64
-# Programs that fill a large GPU (132 multiprocessors, several each), and the fewest tokens worth a split.
+# Programs that fill a large GPU (132 multiprocessors, several each), and the fewest tokens that a split pays for.
 _FILLING_PROGRAMS, _FEWEST_SPLIT_TOKENS = 1024, 512
 
 

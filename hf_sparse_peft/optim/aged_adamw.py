@@ -142,7 +142,7 @@ class AgedAdamW(Fp32StateOptimizer):
 
 
 def _age(group: dict[str, Any], p: Tensor) -> Tensor:
-    # A scalar step lives on the CPU, as in torch: reading it must not wait for the GPU.
+    # A scalar step is on the CPU, as in torch: reading it must not wait for the GPU.
     if group["per_unit_age"]:
         # 2 bytes an age are enough where Adam no longer tells the largest from any older one.
         short = max(group["betas"]) ** _LARGEST_AGE < 2.0**-25

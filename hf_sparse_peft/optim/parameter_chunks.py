@@ -12,8 +12,9 @@ from ..sparsity import top_units
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 20, 1 << 24
 
 
-def magnitude_threshold(parameter: Tensor, share: float, name: str = "") -> Tensor:
-    r"""The :math:`h` with a `share` of all :math:`|\theta| \le h`: the `round(share * numel)`-th smallest magnitude.
+def magnitude_threshold(parameter: Tensor, fraction: float, name: str = "") -> Tensor:
+    r"""The :math:`h` with a `fraction` of all :math:`|\theta| \le h`: the
+    `round(fraction * numel)`-th smallest magnitude.
 
     Returns a 0-dim tensor in the parameter's dtype, so that a checkpoint's cast changes nothing.
 
@@ -21,12 +22,12 @@ def magnitude_threshold(parameter: Tensor, share: float, name: str = "") -> Tens
         ValueError: `h` is 0, as in a parameter that starts at zero: its entries would freeze as soon as they moved.
     """
     flat = parameter.reshape(-1)
-    count = max(1, round(share * flat.numel()))
+    count = max(1, round(fraction * flat.numel()))
     pieces = lambda: (piece.abs() for piece in flat.split(_CPU_CHUNK))  # noqa: E731
     threshold = flat[top_units(pieces, count, largest=False).long()].abs().max()
     if threshold == 0:
         raise ValueError(
-            f"sparsity={1 - share:g} gives '{name}' a threshold of 0: that share of it is zero, as in a new adapter, "
+            f"sparsity={1 - fraction:g} gives '{name}' a threshold of 0: so much of it is zero, as in a new adapter, "
             "and an entry would freeze as soon as it moved. Choose the support instead (methods.get('sparse-mezo')), "
             "set sparsity=0, or do not train this parameter."
         )

@@ -61,7 +61,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         epsilon: size of the perturbation (paper: 1e-3 for all weights, 1e-2 for LoRA).
         weight_decay: decay of the group's parameters.
         seed: base seed of all directions.
-        sparsity: share of every tensor's entries, the largest, that is neither perturbed nor trained; 0 is MeZO.
+        sparsity: fraction of every tensor's entries, the largest, that is neither perturbed nor trained; 0 is MeZO.
         perturbation: `in_place` or `layerwise`.
 
     Raises:
@@ -81,7 +81,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         _check("lr", lr, lr >= 0, "a number >= 0")
         _check("epsilon", epsilon, epsilon > 0 and math.isfinite(epsilon), "a positive number (paper: 1e-3, LoRA 1e-2)")
         _check("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
-        _check("sparsity", sparsity, 0 <= sparsity < 1, "a share in [0, 1); 0 perturbs every entry")
+        _check("sparsity", sparsity, 0 <= sparsity < 1, "a fraction in [0, 1); 0 perturbs every entry")
         _check("perturbation", perturbation, perturbation in PERTURBATIONS, f"one of {PERTURBATIONS}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "seed": int(seed), "updates": 0})
         if not all("param_names" in group for group in self.param_groups):
@@ -182,7 +182,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     # Steps
 
     def add_difference(self, difference: float) -> None:
-        """Add one micro-batch's :math:`L_+ - L_-`, scaled as its share of the whole batch's loss."""
+        """Add one micro-batch's :math:`L_+ - L_-`, weighted by its part in the whole batch's loss."""
         self._difference += float(difference)
         self._passes += 1
 

@@ -93,18 +93,18 @@ def one_shot_pruned(
     target_modules: Any = "all-linear",
     exclude_modules: Any = None,
 ) -> Iterator[dict[str, float]]:
-    """Inside, the share `sparsity` of the trunk's linear weights is zero; afterwards every bit is back.
+    """Inside, the fraction `sparsity` of the trunk's linear weights is zero; afterwards every bit is back.
 
     Which go (Jaiswal et al., 2023): `global` the smallest |w| of all matrices together, exactly
     `floor(sparsity * entries)` of them, ties drawn for from `seed`; `layer` the smallest of each matrix;
-    `random` any, over all matrices; `erdos_renyi` any, with `1 - sparsity` shared out by Erdos-Renyi; `n:m` the
+    `random` any, over all matrices; `erdos_renyi` any, with densities by Erdos-Renyi; `n:m` the
     smallest of every `group` neighbours along the inputs. A larger sparsity removes what a smaller one does, and more.
 
     No weight is written to. Dense layers hold a pruned copy of their weight inside, as many bytes once more; 4-bit and
     other quantised layers compute with a dense copy of theirs, made anew in each forward, zeroed and thrown away, and
     keep a bit an entry. At sparsity 0 nothing is touched.
 
-    Yields: share of zeroed entries by module name.
+    Yields: fraction of zeroed entries by module name.
 
     Raises:
         ValueError: sparsity or scope out of range, `n:m` that does not fit, nothing to prune, or a parametrized weight.
@@ -114,9 +114,9 @@ def one_shot_pruned(
     undo: list[Callable[[], None]] = []
     try:
         for layer in layers if sparsity else ():
-            with uninterrupted():  # what is pruned is known to whoever undoes it
+            with uninterrupted():  # what is pruned is known to the code that undoes it
                 undo.append((_hold_pruned_copy if layer.backend is None else _compute_pruned)(layer, masks[layer.name]))
-        yield {layer.name: share_of(masks[layer.name], layer.grid) for layer in layers}
+        yield {layer.name: set_fraction(masks[layer.name], layer.grid) for layer in layers}
     finally:
         with uninterrupted():
             for bring_back in undo:
@@ -135,9 +135,7 @@ def pruning_masks(
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; choose one of {list(SCOPES)}.")
     if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"sparsity={sparsity} is not a share in [0, 1): it is the part of the weights that is removed."
-        )
+        raise ValueError(f"sparsity={sparsity} is not a fraction in [0, 1): it is how much of the weights is removed.")
     for layer in layers:  # a forward without gradients repacks 4-bit weights on a CPU, and rounds their scales
         keep_4bit_weight_stable(layer.module)
     if scope == "n:m":
@@ -148,8 +146,8 @@ def pruning_masks(
     return {layer.name: pack_bits(_mask(layer, sources[layer.name], counts[layer.name])) for layer in layers}
 
 
-def share_of(packed: Tensor, grid: UnitGrid) -> float:
-    """Share of set bits of a layer's mask."""
+def set_fraction(packed: Tensor, grid: UnitGrid) -> float:
+    """Fraction of set bits in a layer's mask."""
     return int(unpack_bits(packed, grid.num_units).sum()) / grid.num_units
 
 

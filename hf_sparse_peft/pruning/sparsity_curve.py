@@ -30,15 +30,15 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class EssentialSparsity:
-    """Quality of a model over the share of its weights that one-shot pruning removed."""
+    """Quality of a model over the fraction of its weights that one-shot pruning removed."""
 
     scope: str
     """How they were chosen; see `one_shot_pruned`."""
     sparsities: tuple[float, ...]
-    """Swept shares, rising from 0."""
+    """Swept sparsities, rising from 0."""
     quality: tuple[float, ...]
     """What `evaluate` gave at each."""
-    zero_shares: dict[str, tuple[float, ...]]
+    zero_fractions: dict[str, tuple[float, ...]]
     """Share of zeros of each matrix, at each: a global threshold can empty one."""
     higher_is_better: bool = True
     """False: `quality` is a loss."""
@@ -93,7 +93,7 @@ def essential_sparsity(
     exclude_modules: Any = None,
     show_progress: bool = True,
 ) -> EssentialSparsity:
-    """Remove the smallest weights of `model` in one shot, share after share, and ask `evaluate` what is left of it.
+    """Remove the smallest weights of `model` in one shot, sparsity by sparsity, and ask `evaluate` what is left of it.
 
     The paper fine-tunes under each mask; for that, let `evaluate` train a copy or an adapter before it measures.
     Without, this is its evaluation-only form. Dense and quantised models; every weight is back, bit for bit, at the
@@ -102,7 +102,7 @@ def essential_sparsity(
     Args:
         model: a transformers model, with adapters or without.
         evaluate: `model -> quality`. It chooses the mode (`model.eval()`) and leaves the base weights alone.
-        sparsities: shares to remove, 0 among them; None: 0 to 0.9 in tenths, for `n:m` every multiple of `1 / group`.
+        sparsities: fractions to remove, 0 among them; None: 0 to 0.9 in tenths, for `n:m` multiples of `1 / group`.
         scope: `global`, `layer`, `random`, `erdos_renyi` or `n:m`; see `one_shot_pruned`.
         higher_is_better: False where `evaluate` gives a loss.
         tolerance: relative quality that counts as unharmed, for `drop_point`.
@@ -119,27 +119,27 @@ def essential_sparsity(
         raise ValueError(f"scope={scope!r} is unknown; choose one of {list(SCOPES)}.")
     if sparsities is None:
         sparsities = tuple(gone / group for gone in range(group)) if scope == "n:m" else DEFAULT_SPARSITIES
-    shares = tuple(sorted({float(s) for s in sparsities}))
-    if not shares or shares[0] != 0:
+    fractions = tuple(sorted({float(s) for s in sparsities}))
+    if not fractions or fractions[0] != 0:
         raise ValueError(
             f"sparsities={list(sparsities)} must have 0 among them: quality is related to the whole model's."
         )
     quality, zeros = [], {}
-    for share in tqdm(shares, desc=f"Pruning, {scope}", disable=not show_progress, delay=1):
+    for sparsity in tqdm(fractions, desc=f"Pruning, {scope}", disable=not show_progress, delay=1):
         options = {"group": group, "seed": seed, "target_modules": target_modules, "exclude_modules": exclude_modules}
-        with one_shot_pruned(model, share, scope, **options) as lost:
-            quality.append(_checked(float(evaluate(model)), share, first=not quality))
+        with one_shot_pruned(model, sparsity, scope, **options) as lost:
+            quality.append(_checked(float(evaluate(model)), sparsity, first=not quality))
             for name, part in lost.items():
                 zeros.setdefault(name, []).append(part)
     zeros = {name: tuple(parts) for name, parts in zeros.items()}
-    return EssentialSparsity(scope, shares, tuple(quality), zeros, higher_is_better, tolerance)
+    return EssentialSparsity(scope, fractions, tuple(quality), zeros, higher_is_better, tolerance)
 
 
-def _checked(quality: float, share: float, first: bool) -> float:
+def _checked(quality: float, sparsity: float, first: bool) -> float:
     if math.isnan(quality) or (first and not 0 < quality < math.inf):
         raise ValueError(
-            f"evaluate(model) gave {quality} at sparsity {share:g}. It must give a number, and a positive one for the "
-            "whole model (accuracy, or a loss with higher_is_better=False)."
+            f"evaluate(model) gave {quality} at sparsity {sparsity:g}. It must give a number, and a positive one for "
+            "the whole model (accuracy, or a loss with higher_is_better=False)."
         )
     return quality
 
@@ -174,12 +174,12 @@ def _draw(path: Path, main: EssentialSparsity, others: tuple[EssentialSparsity, 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install 'hf-sparse-peft[recipes]'.") from error
-    rows = len(main.zero_shares)
+    rows = len(main.zero_fractions)
     # No pyplot: it would choose a backend for the whole process.
     figure = Figure(figsize=(9, 5 + max(2.5, 0.18 * rows)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(5, max(2.5, 0.18 * rows)))
     _draw_curves(top, main, others)
-    _draw_zero_shares(figure, bottom, main)
+    _draw_zero_fractions(figure, bottom, main)
     save_picture(figure, path, dpi=120)
 
 
@@ -201,10 +201,10 @@ def _draw_curves(axis: Any, main: EssentialSparsity, others: tuple[EssentialSpar
     axis.annotate(f"{bar:g} %", (1, bar), xycoords=("axes fraction", "data"), xytext=(-4, 3), color="grey",
                   textcoords="offset points", ha="right", va="bottom", fontsize=9)  # fmt: skip
     marks = [("drop point", main.drop_point, "C0", "-"), ("knee", main.knee, "C1", "-.")]
-    for height, (what, share, color, style) in zip((0.985, 0.92), marks, strict=True):
-        if share is not None:
-            axis.axvline(100 * share, color=color, linewidth=1.2, linestyle=style)
-            axis.annotate(f"{what} {100 * share:g} %", (100 * share, height), xycoords=("data", "axes fraction"),
+    for height, (what, sparsity, color, style) in zip((0.985, 0.92), marks, strict=True):
+        if sparsity is not None:
+            axis.axvline(100 * sparsity, color=color, linewidth=1.2, linestyle=style)
+            axis.annotate(f"{what} {100 * sparsity:g} %", (100 * sparsity, height), xycoords=("data", "axes fraction"),
                           xytext=(5, 0), textcoords="offset points", va="top", color=color)  # fmt: skip
     kind = "q(s) / q(0)" if main.higher_is_better else "loss(0) / loss(s)"
     axis.set(xlabel="weights removed [%]", ylabel=f"relative quality {kind} [%]", title="Essential sparsity, one shot")
@@ -213,10 +213,10 @@ def _draw_curves(axis: Any, main: EssentialSparsity, others: tuple[EssentialSpar
     axis.legend(title="what is removed", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
-def _draw_zero_shares(figure: Any, axis: Any, main: EssentialSparsity) -> None:
-    names = list(main.zero_shares)
-    shares = [[100 * share for share in main.zero_shares[name]] for name in names]
-    mesh = axis.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+def _draw_zero_fractions(figure: Any, axis: Any, main: EssentialSparsity) -> None:
+    names = list(main.zero_fractions)
+    fractions = [[100 * sparsity for sparsity in main.zero_fractions[name]] for name in names]
+    mesh = axis.imshow(fractions, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
     axis.set_xticks(range(len(main.sparsities)), [f"{100 * s:g}" for s in main.sparsities])
     axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7 if len(names) > 20 else 9)
     title = f"zeros in each matrix [%] ({_LABELS[main.scope]})"

@@ -155,7 +155,7 @@ class UnitGrid:
         """
         where = f" in '{name}'" if name else ""
         if not 0.0 < density <= 1.0:
-            raise ValueError(f"density={density}{where} must be in (0, 1]: it is the share of units that live.")
+            raise ValueError(f"density={density}{where} must be in (0, 1]: it is the fraction of units in the support.")
         exact = density * self.num_units
         nearest = round(exact)
         # 0.29 * 100 is 28.999999999999996: a few units in the last place below an integer are that integer.

@@ -90,11 +90,11 @@ def test_global_pruning_is_that_of_one_sorted_list_and_leaves_no_trace(kind, fol
         twin = load(folder, "fp32")
         for name, module in linears(twin).items():
             module.weight.data = (found[name] * ~gone[name]).float()
-        with one_shot_pruned(model, share) as zero_shares:
+        with one_shot_pruned(model, share) as zero_fractions:
             total = sum(part.sum() for part in gone.values())
             assert total == round(share * sum(weight.numel() for weight in found.values()))
             if kind == "fp32":
-                assert zero_shares == pytest.approx({n: part.double().mean().item() for n, part in gone.items()})
+                assert zero_fractions == pytest.approx({n: part.double().mean().item() for n, part in gone.items()})
                 for name, module in linears(model).items():
                     assert torch.equal(module.weight == 0, gone[name])
             torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-5)
@@ -232,7 +232,7 @@ def test_sweep_asks_the_pruned_model_and_gives_it_back(kind, folder):
     assert found.quality[0] == pytest.approx(1, abs=1e-5)
     assert all(later < earlier + 0.02 for earlier, later in pairwise(found.quality))
     assert found.quality[-1] < 0.95
-    assert set(found.zero_shares) == set(linears(model))
+    assert set(found.zero_fractions) == set(linears(model))
     assert same(before, bits(model))
 
 
@@ -278,7 +278,7 @@ def test_picture_and_json_are_written(tmp_path):
     [
         ({"scope": "structured"}, "scope='structured' is unknown"),
         ({"sparsities": [0.1, 0.5]}, "must have 0 among them"),
-        ({"sparsities": [0, 1.0]}, r"sparsity=1.0 is not a share in \[0, 1\)"),
+        ({"sparsities": [0, 1.0]}, r"sparsity=1.0 is not a fraction in \[0, 1\)"),
         ({"scope": "n:m", "sparsities": [0, 0.3]}, "sparsity=0.3 removes 1.2 of every 4"),
         ({"scope": "n:m", "group": 5}, "groups of 5 do not divide the 32 inputs"),
         ({"target_modules": ["nothing"]}, "matches no linear layer"),

@@ -24,12 +24,12 @@ def test_overlap_of_two_masks_is_counted_by_definition(tmp_path):
     second["b"][[30, 50]] -= 1  # 1 of both
     save_file(second, tmp_path / "second.safetensors")
     found = measure_mask_overlap(before, first, tmp_path / "second.safetensors")
-    assert found.share == pytest.approx(3 / 10)
+    assert found.repeated == pytest.approx(3 / 10)
     assert found.chance == pytest.approx(16 / 100)
     assert found.over_chance == pytest.approx(3 / 10 / (16 / 100))
     counts = {name: (t.numel, t.first, t.second, t.both) for name, t in found.tensors.items()}
     assert counts == {"a": (40, 8, 14, 2), "b": (60, 2, 2, 1)}
-    assert measure_mask_overlap(before, first, first).share == 1.0
+    assert measure_mask_overlap(before, first, first).repeated == 1.0
 
 
 def test_random_masks_overlap_by_chance_and_related_ones_above_it():
@@ -44,7 +44,7 @@ def test_random_masks_overlap_by_chance_and_related_ones_above_it():
 def test_a_tolerance_and_a_dtype_decide_what_counts_as_changed():
     before = {"w": torch.ones(8)}
     small, large = {"w": torch.ones(8) + 1e-6}, {"w": torch.ones(8) + 0.5}
-    assert measure_mask_overlap(before, small, large).share == 1.0
+    assert measure_mask_overlap(before, small, large).repeated == 1.0
     with pytest.raises(ValueError, match="The first run changed no number"):
         measure_mask_overlap(before, small, large, atol=1e-5)
     with pytest.raises(ValueError, match="The second run changed no number"):

@@ -38,19 +38,19 @@ class MaskOverlap:
     """By name; tensors that share memory are counted once."""
 
     @property
-    def share(self) -> float:
+    def repeated(self) -> float:
         r""":math:`|m_1 \wedge m_2| / |m_1|`: how much of the first run's mask the second repeats."""
         return self._sum("both") / self._sum("first")
 
     @property
     def chance(self) -> float:
-        r""":math:`|m_2| / n`: the `share` to expect of a mask of that size at random places."""
+        r""":math:`|m_2| / n`: the `repeated` to expect of a mask of that size at random places."""
         return self._sum("second") / self._sum("numel")
 
     @property
     def over_chance(self) -> float:
-        """`share / chance`: 1 is chance."""
-        return self.share / self.chance
+        """`repeated / chance`: 1 is chance."""
+        return self.repeated / self.chance
 
     def _sum(self, count: str) -> int:
         return sum(getattr(overlap, count) for overlap in self.tensors.values())

@@ -41,7 +41,7 @@ class TensorUpdate:
 
     @property
     def sparsity(self) -> float:
-        """Share of numbers that are exactly what they were."""
+        """Fraction of numbers that are exactly what they were."""
         return 1.0 - self.changed / self.numel
 
 
@@ -81,8 +81,8 @@ class UpdateSparsity:
     @property
     def mean_rank(self) -> float | None:
         """Mean of rank over full rank of the changed 2-D tensors; None where ranks were not asked for."""
-        shares = [u.rank / u.full_rank for u in self.tensors.values() if u.rank is not None and u.changed]
-        return sum(shares) / len(shares) if shares else None
+        fractions = [u.rank / u.full_rank for u in self.tensors.values() if u.rank is not None and u.changed]
+        return sum(fractions) / len(fractions) if fractions else None
 
 
 def measure_update_sparsity(

@@ -38,8 +38,8 @@ def add_weighted_adapter(
 
     Supports: `svd`, `cat` and `linear` give :math:`\sum_i w_i S_i`, exactly; `ties`, `dare_*` and `magnitude_prune`
     work on the values over the united support. Low-rank pieces: `cat` is exact (ranks add up), `svd` and `*_svd` fit
-    rank `svd_rank` (default: the largest) to the combined update, the rest combine the factors one by one as upstream's
-    `LoraModel.add_weighted_adapter` does.
+    rank `svd_rank` (default: the largest) to the combined update, all others combine the factors one by one as
+    upstream's `LoraModel.add_weighted_adapter` does.
 
     Heads (`modules_to_save`) are whole modules and are copied as they are, whatever the weights: those of the one
     adapter that has them, equal ones, or those of the adapter `modules_to_save_from`.
@@ -95,7 +95,7 @@ def _check(model, adapters, weights, adapter_name, combination_type, density) ->
         raise ValueError(f"adapter_name={adapter_name!r} is taken; choose another or delete that adapter first.")
     if density is None and not combination_type.startswith(("svd", "cat", "linear")):
         raise ValueError(
-            f"combination_type={combination_type!r} needs density, the share of values it keeps, e.g. 0.5."
+            f"combination_type={combination_type!r} needs density, the fraction of values it keeps, e.g. 0.5."
         )
 
 

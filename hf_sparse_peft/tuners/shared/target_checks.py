@@ -152,11 +152,11 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
         return
     sizes = [_weight_size(module) for _, module in modules]
     left_out = sum(tensor.numel() for tensor in experts.values())
-    share = left_out / (left_out + sum(sizes))
+    fraction = left_out / (left_out + sum(sizes))
     name, tensor = next(iter(experts.items()))
     warnings.warn(
         f"The experts of this model are left out: {len(experts)} parameters with the matrices of all experts, such as "
-        f"'{name}' {tuple(tensor.shape)}, hold {share:.0%} of the layers' weights and stay as they are. Adapters of "
+        f"'{name}' {tuple(tensor.shape)}, hold {fraction:.0%} of the layers' weights and stay as they are. Adapters of "
         "this package work on linear layers; peft's LoraConfig(target_parameters=[...]) adapts such parameters.",
         stacklevel=2,
     )
