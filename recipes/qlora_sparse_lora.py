@@ -171,9 +171,10 @@ def finish(model, method, trainer, telemetry, figures: dict, args: TrainingArgum
     """Write the adapter, its card and the picture; print the table."""
     output = Path(args.output_dir)
     folder = output / "adapter"
+    metrics = {key: round(value, 4) for key, value in figures.items() if key != "seconds_per_step"}  # the machine's
     card = {
         **method_card(method),
-        "metrics": {key: round(value, 4) for key, value in figures.items()},
+        "metrics": metrics,
         "training_data": data,
         "notes": f"Trained for {trainer.state.global_step} steps by recipes/qlora_sparse_lora.py, seed {args.seed}.",
     }

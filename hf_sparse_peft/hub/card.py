@@ -238,6 +238,8 @@ def _legend(rows: list[dict[str, Any]]) -> str:
     return f"{units}Density is the fraction of a weight's entries that living units change one by one."
 
 
+_LONGEST = 12
+"""Entries of a dict that a table shows."""
 _ALWAYS_SHOWN = ("r", "lora_alpha", "density", "granularity", "criterion", "seed")
 _NOT_SHOWN = {
     *(field.name for field in dataclasses.fields(PeftConfig)),
@@ -272,7 +274,9 @@ def _option_value(value: Any) -> str:
     """A JSON value as a reader of a table takes it: `{"type": "cosine", "start": 0.3}` -> `cosine(start=0.3)`."""
     if isinstance(value, dict):
         kind, options = value.get("type"), {key: inner for key, inner in value.items() if key != "type"}
-        inside = ", ".join(f"{key}={_option_value(inner)}" for key, inner in options.items() if inner is not None)
+        shown = [f"{key}={_option_value(inner)}" for key, inner in options.items() if inner is not None]
+        # An option by module names has an entry for every layer; what the config takes has fewer.
+        inside = ", ".join(shown if len(shown) <= _LONGEST else [*shown[:2], f"... ({len(shown)} in all)"])
         return f"{kind}({inside})" if kind and inside else kind or inside
     if isinstance(value, (list, tuple, set)):
         return ", ".join(_option_value(inner) for inner in (sorted(value) if isinstance(value, set) else value))
