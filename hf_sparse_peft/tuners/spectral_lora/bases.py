@@ -73,7 +73,8 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Bases(Part):
-    """Base of the ways to get the two bases of a module."""
+    """Base of the ways to get the two bases of a module. Their tensors are among those that the layer has containers
+    for (`names`)."""
 
     part_kind: ClassVar[str] = "bases"
     trained: ClassVar[frozenset[str]] = frozenset()

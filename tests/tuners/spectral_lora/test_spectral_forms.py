@@ -1,6 +1,7 @@
 """Every form of a spectral adapter under peft's contract: several adapters, bases, files, heads, training."""
 
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -10,8 +11,37 @@ from safetensors.torch import load_file
 from spectral_forms import FORMS, RULED, TARGETS, adapted, config_of, deltas, fill, logits
 from transformers import LlamaForSequenceClassification
 
-from hf_sparse_peft import callbacks_for, hub
-from hf_sparse_peft.tuners.spectral_lora import spectral_layers
+from hf_sparse_peft import callbacks_for, hub, register_part
+from hf_sparse_peft.tuners.spectral_lora import Bases, Core, spectral_layers
+from hf_sparse_peft.utils.tensors import TensorSpec
+
+
+@register_part("alternating")
+@dataclass(frozen=True)
+class Alternating(Bases):
+    """Signs that alternate with the position's bits, of which nothing is stored."""
+
+    def specs(self, site):
+        return []
+
+    def factors(self, tensors, site):
+        signs = torch.tensor(
+            [[(-1.0) ** ((at >> k) & 1) for at in range(site.rows + site.cols)] for k in range(site.r)]
+        )
+        return signs[:, : site.rows].t(), signs[:, site.rows :] * 0.1
+
+
+@register_part("symmetric")
+@dataclass(frozen=True)
+class Symmetric(Core):
+    """C + C^T of a trained C that starts at 0."""
+
+    def specs(self, a, b, site):
+        return [TensorSpec("spectral_lora_core", (a, b), space="core")]
+
+    def matrix(self, tensors):
+        return tensors["spectral_lora_core"] + tensors["spectral_lora_core"].t()
+
 
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 
@@ -152,6 +182,16 @@ def test_masters_are_fp32_over_bf16_and_lean_ones_train_finitely(form):
     ids = torch.arange(24).view(2, 12)
     lean(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in lean.parameters() if p.requires_grad)
+
+
+def test_bases_and_a_core_of_somebody_else_train_save_and_load(tmp_path):
+    model = adapted("band", bases=Alternating(), core=Symmetric())
+    before = logits(model)
+    tiny.train(model, tmp_path / "run", 2, callbacks=callbacks_for(model))
+    assert not torch.equal(logits(model.eval()), before)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.base(), tmp_path / "adapter")), logits(model))
+    assert set(hub.export_lora(model, tmp_path / "lora").ranks.values()) == {3}
 
 
 # Training
