@@ -12,6 +12,7 @@ from ..tuners.spectral_lora import (
     Diagonal,
     Fastfood,
     Full,
+    GradientSVD,
     RandomBases,
     RandomCombination,
     Shards,
@@ -34,6 +35,20 @@ def lora_xs(r: int = 64, lora_alpha: float = 16, std: float = 1e-5, saved: bool 
     the base. The authors train with lr 4e-3 (r 64, 7B), 10 to 50 times LoRA's."""
     bases = SVD(values_in_A=True, saved=saved)
     options = {"r": r, "lora_alpha": lora_alpha, "bases": bases, "core": Full(std=std)}
+    return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "lora-sb",
+    paper="Ponkshe et al., 2024",
+    moves="nothing",
+    use_when="LoRA-XS that starts with the best approximation of full fine-tuning's first step",
+    cost="one pass over some examples and an SVD of each weight's gradient before the first step",
+)
+def lora_sb(r: int = 96, step_size: float = 3e-7, examples: int = 50, **overrides: Any) -> Method:
+    """LoRA-SB: the core between the singular vectors of -step_size * sign(gradient), which it starts with; scaling 1,
+    on the original base. The authors train Mistral-7B with lr 1e-4 (r 96), RoBERTa-large with 1e-3 (r 24)."""
+    options = {"r": r, "bases": GradientSVD(step_size, examples), "core": Full("values")}
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 
