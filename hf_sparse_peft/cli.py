@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 from . import __version__
 from .hub import check_adapter, export_lora, export_shira, merge_to_dense
 from .hub.base_model import load_base
+from .methods import markdown_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="merge an adapter into a dense model: export --to dense")
     _add_sources(merge)
     merge.set_defaults(run=_export, to="dense", rank=None, uniform_rank=False, only=None)
+
+    table = commands.add_parser("methods", help="print the methods by name, with what moves, source and cost")
+    table.set_defaults(run=lambda options: print(markdown_table()))
     return parser
 
 

@@ -27,10 +27,16 @@ def chosen_method(name: str, options: dict[str, Any], adapter: dict[str, Any], s
         if config.has_support and config.optimizer is None:
             config.optimizer = AgedAdamWSpec()
         return Method(config)
-    method = methods.get(name, **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
+    method = methods.get(name, **{**common_options(name), **options})
     if "seed" not in options and hasattr(method.config, "seed"):
         method.config.seed = seed
     return method
+
+
+def common_options(name: str) -> dict[str, Any]:
+    """What every method of a language model is given: its task, and all linear layers but where norms train."""
+    norms = methods.describe(name).upstream == "LNTuningConfig"
+    return {"task_type": "CAUSAL_LM", **({} if norms else {"target_modules": "all-linear"})}
 
 
 def method_card(method: Method) -> dict[str, str | None]:

@@ -18,6 +18,7 @@ from . import (
     sparse_moving,
     structured,
     tiny_core,
+    upstream,
     zeroth_order,
 )
 from .registry import (
@@ -50,5 +51,6 @@ __all__ = [
     "sparse_moving",
     "structured",
     "tiny_core",
+    "upstream",
     "zeroth_order",
 ]

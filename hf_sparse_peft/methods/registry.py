@@ -36,6 +36,8 @@ class MethodInfo:
     cost: str
     """One line: what it costs beyond a plain adapter."""
     build: Callable[..., Method] = field(repr=False)
+    upstream: str | None = None
+    """The config class of upstream peft that the method is, where it is one of upstream's."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class Method:
 _METHODS: dict[str, MethodInfo] = {}
 
 
-def register(name: str, *, paper: str, moves: str, use_when: str, cost: str):
+def register(name: str, *, paper: str, moves: str, use_when: str, cost: str, upstream: str | None = None):
     """Decorator: enter a function that builds a `Method` under `name`; its keyword arguments are the method's options.
+    `upstream` names the config class of upstream peft for methods that are its own.
 
     Raises:
         ValueError: the name is taken or is not lower case with dashes.
@@ -102,7 +105,7 @@ def register(name: str, *, paper: str, moves: str, use_when: str, cost: str):
         def with_info(**options: Any) -> Method:
             return replace(build(**options), info=_METHODS[name])
 
-        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info)
+        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream)
         return with_info
 
     return enter
@@ -128,9 +131,9 @@ def get(name: str, **options: Any) -> Method:
         ) from error
 
 
-def names() -> list[str]:
-    """All method names, sorted."""
-    return sorted(_METHODS)
+def names(upstream: bool | None = None) -> list[str]:
+    """All method names, sorted; with `upstream` those of upstream peft's own methods (True), or the others (False)."""
+    return sorted(n for n, info in _METHODS.items() if upstream is None or bool(info.upstream) == upstream)
 
 
 def describe(name: str) -> MethodInfo:
@@ -144,7 +147,9 @@ def describe(name: str) -> MethodInfo:
 def markdown_table() -> str:
     """The methods as the table that README shows."""
     lines = ["| method | source | what moves | use it when | cost |", "|---|---|---|---|---|"]
-    lines += [f"| `{i.name}` | {i.paper} | {i.moves} | {i.use_when} | {i.cost} |" for _, i in sorted(_METHODS.items())]
+    for name, info in sorted(_METHODS.items()):
+        paper = f"{info.paper}; peft's `{info.upstream}`" if info.upstream else info.paper
+        lines.append(f"| `{name}` | {paper} | {info.moves} | {info.use_when} | {info.cost} |")
     return "\n".join(lines)
 
 

@@ -231,6 +231,8 @@ class ModuleSpace(UnitSpace):
 
     module_name: str | None = None
     """Name of the module, for layers of upstream tuners, which do not know theirs."""
+    shared: frozenset[int] = frozenset()
+    """Ids of parameters that other modules have as well (a bank of vectors): they belong to none of them."""
 
     kind: ClassVar[str] = "module"
 
@@ -251,8 +253,9 @@ class ModuleSpace(UnitSpace):
         return torch.zeros(1, dtype=torch.int32)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters of the adapter in this module."""
-        return list(self._parameters())
+        """All parameters of the adapter in this module alone."""
+        # peft's DoRA lists its magnitudes twice.
+        return list({id(p): p for p in self._parameters() if id(p) not in self.shared}.values())
 
     def scalings(self) -> list[dict[str, float]]:
         """The layer's dictionaries, adapter -> what its update is multiplied by; empty where the tuner has none."""

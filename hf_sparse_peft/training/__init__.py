@@ -12,6 +12,7 @@ from .support_picture import draw_support_history
 from .telemetry import SupportTelemetryCallback
 from .trainers import TwoPassTrainer
 from .upstream_runs import prepare_upstream
+from .upstream_start import UpstreamStartCallback, initialize_upstream
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SparseSM3Spec",
     "SupportTelemetryCallback",
     "TwoPassTrainer",
+    "UpstreamStartCallback",
     "ZerothOrderCallback",
     "ZerothOrderSpec",
     "ZerothOrderTrainer",
@@ -34,6 +36,7 @@ __all__ = [
     "callbacks_for",
     "draw_support_history",
     "initialize_support",
+    "initialize_upstream",
     "load_support",
     "make_optimizer",
     "optimizer_spec",

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
+from ..tuners.upstream import upstream_configs
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
 from .trainer_checks import RunCheckCallback
 from .trainers import TwoPassTrainer
-from .upstream_runs import asks_for_rules
+from .upstream_start import UpstreamStartCallback
 from .zeroth_order_trainer import ZerothOrderTrainer
 
 TRAINERS: dict[str, type[Trainer]] = {"two_passes": TwoPassTrainer, "loss_differences": ZerothOrderTrainer}
@@ -27,13 +28,14 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
 
     Pass them to `Trainer(callbacks=...)` or `trl.SFTTrainer(peft_config=config, callbacks=callbacks_for(config))`.
 
-    Of upstream peft's adapters AdaLoRA has a schedule, which the same runner carries out.
+    Of upstream peft's adapters AdaLoRA has a schedule, which the same runner carries out, and a LoRA with
+    `init_lora_weights="eva"` or `"lora_ga"` is given its start by the training data (`UpstreamStartCallback`).
 
     Raises:
         TypeError: neither such a config nor a model with such an adapter.
     """
-    if isinstance(model_or_config, AdaLoraConfig) or _is_upstream_with_rules(model_or_config):
-        return [RuleRunner()]
+    if (found := upstream_callbacks(model_or_config)) is not None:
+        return found
     if hasattr(model_or_config, "rule_types"):
         configs = [model_or_config]
     elif isinstance(model_or_config, nn.Module) and (layers := adapter_layers(model_or_config)):
@@ -55,8 +57,19 @@ def callbacks_for(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallba
     return [RunCheckCallback()] if named or any(config.optimizer is not None for config in configs) else []
 
 
-def _is_upstream_with_rules(model: Any) -> bool:
-    return isinstance(model, nn.Module) and not adapter_layers(model) and asks_for_rules(model)
+def upstream_callbacks(model_or_config: nn.Module | PeftConfig) -> list[TrainerCallback] | None:
+    """The same for a config of upstream peft, or a model with its adapters alone; None where that is not so, or nothing
+    is to be done for them."""
+    if isinstance(model_or_config, nn.Module):
+        configs = [] if adapter_layers(model_or_config) else list(upstream_configs(model_or_config).values())
+    else:
+        configs = [model_or_config]
+    found: list[TrainerCallback] = []
+    if any(getattr(config, "init_lora_weights", None) in ("eva", "lora_ga") for config in configs):
+        found.append(UpstreamStartCallback())
+    if any(isinstance(config, AdaLoraConfig) for config in configs):
+        found.append(RuleRunner())
+    return found or None
 
 
 def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:

@@ -3,6 +3,7 @@ AdaLoRA."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -155,9 +156,13 @@ def upstream_spaces(model: nn.Module) -> dict[str, list[UnitSpace]]:
     """Unit spaces of the active adapters of upstream peft, by adapter and in model order: every adapted module, and the
     components of linear LoRA and AdaLoRA layers."""
     found: dict[str, list[UnitSpace]] = {}
-    for name, layer in upstream_layers(model):
+    layers = upstream_layers(model)
+    held = [(layer, adapter, name) for name, layer in layers for adapter in layer.active_adapters]
+    owners = Counter(id(parameter) for place in held for parameter in ModuleSpace(*place).parameters())
+    shared = frozenset(key for key, count in owners.items() if count > 1)
+    for name, layer in layers:
         for adapter in layer.active_adapters:
-            module = ModuleSpace(layer, adapter, name)
+            module = ModuleSpace(layer, adapter, name, shared)
             if module.parameters():
                 found.setdefault(adapter, []).append(module)
             if isinstance(layer, LoraLayer) and adapter in layer.lora_A:

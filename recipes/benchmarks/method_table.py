@@ -27,7 +27,7 @@ from hf_sparse_peft import methods
 
 # isort: split
 import demo_data  # found by harness
-from chosen_method import first_run
+from chosen_method import common_options, first_run
 from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
@@ -94,8 +94,9 @@ def measure(name: str, base: str, options: TableOptions, folder: Path) -> dict[s
     recipe, dense = RecipeArguments(load_in_4bit=base == "nf4"), RecipeArguments(load_in_4bit=False)
     set_seed(options.seed)
     tokenizer, frozen = load_base(recipe, args)
-    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    method = harness.build_method(CANDIDATES.get(name, name), seed=options.seed, **common)
+    method = harness.build_method(
+        CANDIDATES.get(name, name), seed=options.seed, **common_options(name.partition(":")[0])
+    )
     model = get_peft_model(frozen, method.config)
     train = demo_data.word_problems(options.examples, seed=options.seed, split="train")
     test = demo_data.word_problems(options.test_examples, seed=options.seed, split="test")

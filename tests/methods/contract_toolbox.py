@@ -107,7 +107,7 @@ def brings_a_part() -> list[str]:
     or a step of their own that no method before them has."""
     seen: set[Any] = set()
     found = []
-    for name in methods.names():
+    for name in methods.names(upstream=False):
         method = build(name)
         parts = {type(method.config), method.trainer_class, method.make_callbacks, method.make_ready is None}
         parts |= set(_types(method.config.to_dict()))

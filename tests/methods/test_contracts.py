@@ -28,7 +28,7 @@ EVERY_METHOD = pytest.mark.parametrize(
     [
         pytest.param(name, kind, marks=() if kind == "dense" and name in brings_a_part() else (pytest.mark.slow,))
         for kind in ("dense", "nf4")
-        for name in methods.names()
+        for name in methods.names(upstream=False)
     ],
 )
 

@@ -23,13 +23,13 @@ def adapted(name: str, **options) -> set[str]:
     return {layer.module_name for layer in adapter_layers(model)}
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.names(upstream=False))
 def test_a_method_adapts_its_papers_matrices_in_every_block_and_no_head(name):
     found = adapted(name)
     assert {module.rpartition(".")[2] for module in found} == expected(name)
     assert len(found) == 2 * len(expected(name))
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.names(upstream=False))
 def test_named_targets_take_the_place_of_the_default(name):
     assert {module.rpartition(".")[2] for module in adapted(name, target_modules=["down_proj"])} == {"down_proj"}

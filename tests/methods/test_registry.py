@@ -17,7 +17,7 @@ def base():
     return tiny.llama(layers=1)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.names(upstream=False))
 def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path):
     method = methods.get(name, target_modules="all-linear")
     model = get_peft_model(base, method.config)
