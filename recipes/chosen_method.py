@@ -17,7 +17,7 @@ from hf_sparse_peft.methods import Method
 
 SCHEDULE_METHODS = {"regrow": "spiel-ag", "prune": "gradual-pruning", "allocate": "adalora"}
 FIRST_RUN_RATE = 0.01
-"""Learning rate of full fine-tuning, as a share of an adapter's."""
+"""Learning rate of full fine-tuning, as a fraction of an adapter's."""
 
 
 def chosen_method(name: str, options: dict[str, Any], adapter: dict[str, Any], seed: int) -> Method:

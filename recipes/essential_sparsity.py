@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 
 @torch.no_grad()
 def next_token_accuracy(model: nn.Module, chunks: Dataset, batch_size: int = 16) -> float:
-    """Share of tokens that the model puts first, on rows of `input_ids` of one length."""
+    """Fraction of tokens that the model puts first, on rows of `input_ids` of one length."""
     model.eval()
     right = total = 0
     for start in range(0, len(chunks), batch_size):

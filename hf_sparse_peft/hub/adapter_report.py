@@ -23,7 +23,7 @@ class ModuleReport:
     """A dict for each unit space: `kind` ("support", "rank", ...), `unit` (what one unit is), `alive` and `capacity`
     (units that there is room for), `bytes` (of the tensors that its units lie in)."""
     density: float
-    """Share of the weight's entries that living units are or contain."""
+    """Fraction of the weight's entries that living units are or contain."""
     parameters: int
     """Trained numbers of living units."""
     bytes: int
@@ -51,7 +51,7 @@ class AdapterReport:
 
     @property
     def density(self) -> float:
-        """Share of all adapted weights' entries in living units."""
+        """Fraction of all adapted weights' entries in living units."""
         return sum(m.density * m.rows * m.cols for m in self.modules) / sum(m.rows * m.cols for m in self.modules)
 
     @property

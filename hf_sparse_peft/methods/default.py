@@ -1,4 +1,4 @@
-"""The house default, chosen by `recipes/benchmarks/learning.py`."""
+"""The project's default, chosen by `recipes/benchmarks/learning.py`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ import warnings
 
 import torch
 
-# Share of a weight's entries above which a dense gradient, tile by tile, is faster than one dot product an entry.
+# Fraction of a weight's entries above which a dense gradient, tile by tile, is faster than one dot product an entry.
 # Not measured on a GPU yet: recipes/benchmarks/kernel_cost.py prints it.
 SAMPLED_DENSITY = 0.01
 

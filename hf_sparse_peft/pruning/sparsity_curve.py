@@ -39,7 +39,7 @@ class EssentialSparsity:
     quality: tuple[float, ...]
     """What `evaluate` gave at each."""
     zero_fractions: dict[str, tuple[float, ...]]
-    """Share of zeros of each matrix, at each: a global threshold can empty one."""
+    """Fraction of zeros of each matrix, at each: a global threshold can empty one."""
     higher_is_better: bool = True
     """False: `quality` is a loss."""
     tolerance: float = 0.99

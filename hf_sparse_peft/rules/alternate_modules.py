@@ -30,8 +30,8 @@ def _llama_categories() -> dict[str, list[str]]:
 @register_part("alternate_modules")
 @dataclass(frozen=True)
 class AlternateModules(Rule):
-    r"""Block-coordinate training: a fraction of the adapted modules is updated per period, the rest is frozen (HFT; Hui
-    et al., 2024).
+    r"""Block-coordinate training: a fraction of the adapted modules is updated per period, the others are frozen (HFT;
+    Hui et al., 2024).
 
     In period `k` (from 0) a random `fraction` of the modules of each category of each block (`level`) trains. Where
     that is no whole number, a random part of these groups rounds up and the others down, so that the sum is right.

@@ -145,7 +145,7 @@ def conflict(first: Rule, second: Rule) -> str | None:
 
 
 def why_not_without_gradients(rule: Rule) -> str | None:
-    """What a rule does that no training without gradients (zeroth order) allows, as the rest of a sentence; None for
+    """What a rule does that no training without gradients (zeroth order) allows, as the end of a sentence; None for
     rules that may run there: those that write values only, or nothing, and read no gradient."""
     if "gradient" in rule.all_needs | rule.writes:
         return "reads or changes gradients"

@@ -215,7 +215,7 @@ def make_optimizer(
 
     Args:
         model: with its adapters.
-        args: a Trainer's arguments, from which the rest is taken.
+        args: a Trainer's arguments, from which all other options are taken.
         lr, weight_decay, betas, eps, seed: of a loop without them; `lr` is needed.
 
     Raises:
@@ -237,7 +237,7 @@ def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None
     Args:
         model: with its adapters.
         optimizer: the run's, maybe wrapped; None: not made yet, nothing is said.
-        mend: how the loop gets the right one, as the rest of a sentence.
+        mend: how the loop gets the right one, as the end of a sentence.
     """
     trained = [config.optimizer for config in asked_configs(model) if not config.inference_mode]
     for spec in trained if optimizer is not None else ():

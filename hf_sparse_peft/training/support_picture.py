@@ -14,7 +14,7 @@ _HEAT_MAPS = (
     ("churn", "churn: units that were not there at the last record [% of the living]", 100.0, 100.0),
     ("overlap", "units left from the start [% of the living]", 100.0, 100.0),
     ("rank", "rank: living components", 1.0, None),
-    ("gradient_share", "share of the gradient's square in the support [%]", 100.0, None),
+    ("gradient_share", "gradient's square in the support [%]", 100.0, None),
 )
 
 

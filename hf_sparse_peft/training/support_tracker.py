@@ -87,7 +87,7 @@ def quantiles(values: torch.Tensor) -> list[float]:
 
 
 class GradientShare(MicroBatchReader):
-    r"""Share of a layer's gradient that its living units see: :math:`\|G_S\|_F^2 / \|G\|_F^2`.
+    r"""Fraction of a layer's gradient that its living units see: :math:`\|G_S\|_F^2 / \|G\|_F^2`.
 
     `G` is the dense gradient `[out, in]` of one micro-batch, which lives inside this layer's backward pass only; with
     several micro-batches or ranks both squares are summed over them (no sum of gradients is kept).

@@ -33,16 +33,16 @@ class SupportTelemetryCallback(TrainerCallback):
     List it behind the callbacks that move units. The file lies in the Trainer's `output_dir`, one line a record:
     `step`, and by module (`module:adapter` where several adapters are active)
 
-    - `density`: share of the weight's units that live: of a support, or the entries of a kernel that survive;
+    - `density`: fraction of the weight's units that are alive: of a support, or the entries of a kernel that survive;
     - `rank`: living components; other kinds of spaces whose units are no parts of the weight likewise, by their kind;
 
     and of supports, and every space whose units are parts of the weight and move,
 
-    - `churn`: share of the living units that did not live at the last record;
-    - `overlap`: share of the living units that lived when training began;
+    - `churn`: fraction of the living units that were not alive at the last record;
+    - `overlap`: fraction of the living units that were alive when training began;
     - `age`: least, quartiles and largest age of the living units in updates, from the optimizer where it keeps one per
       unit (`AgedAdamW`), otherwise the updates since the unit entered; `age_source` says which;
-    - `gradient_share` (with `gradient_share=True`): share of the last update's squared gradient in the support
+    - `gradient_share` (with `gradient_share=True`): fraction of the last update's squared gradient in the support
       (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
       input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
 

@@ -38,7 +38,7 @@ class ZerothOrderTrainer(Trainer):
     logged loss is the mean of the two.
 
     - Gradient accumulation: every micro-batch is evaluated with the same `z`, and the differences of the losses, which
-      Trainer scales as shares of the whole batch's, are added: the step is that of the whole batch.
+      Trainer scales as fractions of the whole batch's, are added: the step is that of the whole batch.
     - DDP: seeds are equal on all ranks, the difference is averaged over them, nothing else is exchanged. (DDP itself
       allocates buckets of the trainable parameters' size.)
     - The learning rate is the scheduler's; the paper's is constant (`lr_scheduler_type="constant"`).
@@ -105,7 +105,7 @@ class ZerothOrderTrainer(Trainer):
         return both.mean().to(losses[0].dtype)
 
     def _loss_of_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
-        """The micro-batch's share of the step's loss, scaled as Trainer's own `training_step` scales it."""
+        """The micro-batch's part of the step's loss, scaled as Trainer's own `training_step` scales it."""
         loss = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
@@ -120,7 +120,7 @@ class ZerothOrderTrainer(Trainer):
         return abs(optimizer.pending_gradient)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the last step's projected gradient, and with a mask the share of entries it let move."""
+        """Add the last step's projected gradient, and with a mask the fraction of entries that it let move."""
         optimizer = self.optimizer and zeroth_order_of(self.optimizer)
         if "loss" in logs and optimizer and optimizer.last_update:
             logs["projected_gradient"] = optimizer.last_update["projected_gradient"]

@@ -43,7 +43,7 @@ class KernelOptions(Options):
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "of gradients and inputs")
     tokens: int = option(4 * 768, "rows of both")
     rounds: int = option(9, "timings of each way")
-    densities: list[float] = option([0.001, 0.002, 0.005, 0.01, 0.02, 0.05], "shares of the weight's units")
+    densities: list[float] = option([0.001, 0.002, 0.005, 0.01, 0.02, 0.05], "fractions of the weight's units")
     blocks: list[int] = option([0, *sorted(triton_kernels.BLOCK_WARPS)], "sides of a unit; 0: entries")
 
 

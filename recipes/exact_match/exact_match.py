@@ -10,7 +10,7 @@ import re
 import datasets
 import evaluate
 
-_DESCRIPTION = "Share of predictions equal to their reference after stripping outer white space, in percent."
+_DESCRIPTION = "Fraction of predictions equal to their reference after stripping outer white space, in percent."
 
 _KWARGS_DESCRIPTION = """
 Args:

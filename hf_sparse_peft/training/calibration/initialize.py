@@ -45,7 +45,7 @@ def initialize_support(
     `budget=Global(...)` all units of the model compete, each module keeps at least its best one, and the sizes are
     written to the config's `sizes`; so they are with structures of `scope="model"`, where a module may be
     left without a unit. Criteria that read activations make forward passes alone and need no labels. Call it before
-    there is an optimizer. Under torch.distributed every rank brings its share of the data, statistics are reduced, and
+    there is an optimizer. Under torch.distributed every rank brings its part of the data, statistics are reduced, and
     supports are identical.
 
     Readings that are not finite (an fp16 overflow) are left out. A module whose scores are all 0 or not finite (no

@@ -39,7 +39,7 @@ def read_statistics(
     Any linear layers of `model` will do: adapted by this package, by upstream peft, or plain; dense or quantised.
     The model runs in evaluation mode and every module gets its mode back; gradients of base weights exist for one layer
     at a time, and no `.grad` is touched. Statistics that read activations get forward passes alone and need no labels.
-    Call it inside `rules.probing.random_state_kept`. Under torch.distributed every rank brings its share of the data.
+    Call it inside `rules.probing.random_state_kept`. Under torch.distributed every rank brings its part of the data.
 
     Args:
         model: computes the loss.

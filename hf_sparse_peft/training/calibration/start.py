@@ -34,7 +34,7 @@ def calibrate(
 
     The model runs in evaluation mode and every module gets its mode back; neither the global random states nor a
     DataLoader's sampler move, so that training sees its data in the order that it would have seen. Under
-    torch.distributed every rank brings its share of the data, and all decide the same. A Trainer with
+    torch.distributed every rank brings its part of the data, and all decide the same. A Trainer with
     `callbacks_for(model)` and `Controller(dataloader=...)` do it by themselves. An adapter that does not wait, because
     it was calibrated or loaded, is left as it is.
 

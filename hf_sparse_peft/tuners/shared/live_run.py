@@ -73,7 +73,7 @@ class LiveRun:
     def end(self) -> list[nn.Parameter]:
         """Take all marks off the model; returns the parameters that were held still. Nothing to do a second time."""
         self.is_live, self.loop = False, None
-        while self._undo:  # an interrupt in here leaves the rest to whoever ends the run next
+        while self._undo:  # an interrupt in here is followed by another call of `end`, which goes on here
             callback = next(iter(self._undo))
             self._undo[callback]()
             self._undo.pop(callback, None)

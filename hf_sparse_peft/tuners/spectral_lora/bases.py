@@ -141,7 +141,7 @@ class Bases(Part):
         raise NotImplementedError
 
     def derive(self, site: Site, device: torch.device | None) -> dict[str, Tensor]:
-        """The tensors that follow from the seed and are worth keeping in memory, by name."""
+        """The tensors that follow from the seed and are kept in memory, by name."""
         return {}
 
     def derive_from(self, found: Found, fingerprint: Tensor, site: Site) -> dict[str, Tensor]:
