@@ -17,6 +17,7 @@ from torch import nn
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import base_overrides
 from ..tuners.shared.config import AdapterConfig
+from ..tuners.shared.pieces import Decomposed
 from ..utils.parts import plain
 from .summary import adapter_summary
 
@@ -180,9 +181,10 @@ def _load_code(auto_class: str | None, shown: str, base_model: str | None, label
 
 
 def _leaving(layers: list[AdapterLayer], adapter_name: str) -> str:
-    exact = all(piece.exact_rank is not None for layer in layers for piece in layer.pieces(adapter_name))
-    if exact:
-        return "`sparse-peft export` turns it into a plain LoRA without loss, for engines that know only LoRA."
+    pieces = [piece for layer in layers for piece in layer.pieces(adapter_name)]
+    if all(piece.exact_rank is not None for piece in pieces):
+        kind = "DoRA" if any(isinstance(piece, Decomposed) for piece in pieces) else "LoRA"
+        return f"`sparse-peft export` turns it into a plain {kind} without loss, for engines that know only {kind}."
     return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
 
 
