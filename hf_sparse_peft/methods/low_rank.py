@@ -86,6 +86,18 @@ def joint_budget(
 
 
 @register(
+    "lora-plus",
+    paper="Hayou et al., 2024",
+    moves="nothing",
+    use_when="a wide model whose LoRA learns slowly at every learning rate",
+    cost="a LoRA's",
+)
+def lora_plus(r: int = 8, ratio: float = 16.0, **overrides: Any) -> Method:
+    """LoRA+: `B` learns `ratio` times as fast as `A`. Beside a support, `optimizer=AgedAdamWSpec(B_ratio=16)` does it."""
+    return row(overrides, r=r, optimizer=AdamWSpec(B_ratio=ratio), **_ALL_LINEAR)
+
+
+@register(
     "sora",
     paper="Ding et al., 2023",
     moves="rank: components whose gate falls under a threshold die, and may return",

@@ -34,12 +34,29 @@ class AdamWSpec(OptimizerSpec):
     """`torch.optim.AdamW` with a Trainer's groups, but no weight decay for what a rule of the config wants to have none
     (`Rule.undecayed`), as SoRA's gates."""
 
+    B_ratio: PositiveFloat = 1.0
+    """Learning rate of low-rank factors `B` over the run's (LoRA+: about 16, peft's `loraplus_lr_ratio`; Hayou et al.,
+    2024)."""
+
     builds: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-        """Groups as Trainer makes them, without decay for what rules name."""
-        groups = parameter_groups(model, settings.weight_decay, _no_decay_of_rules(model))
+        """Groups as Trainer makes them, times `B` and everything else; without decay for what rules name.
+
+        Raises:
+            ValueError: nothing trains, or no `B` does and it is to have a rate of its own.
+        """
+        ratios, no_decay = self.ratios(model), _no_decay_of_rules(model)
+
+        def options_of(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+            return {"lr": settings.lr * ratios.get(id(parameter), 1.0)} | no_decay(name, parameter)
+
+        groups = parameter_groups(model, settings.weight_decay, options_of)
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+    def ratios(self, model: nn.Module) -> dict[int, float]:
+        """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
+        return _ratios_of_B(model, self)
 
 
 @register_part("aged_adamw")
@@ -50,7 +67,9 @@ class AgedAdamWSpec(OptimizerSpec):
     wants to have none."""
 
     values_ratio: PositiveFloat = 1.0
-    """Learning rate of the supports' values over that of everything else (as LoRA+ does for B; Hayou et al., 2024)."""
+    """Learning rate of the supports' values over the run's."""
+    B_ratio: PositiveFloat = 1.0
+    """Learning rate of low-rank factors `B` over the run's, as that of `AdamWSpec`."""
     per_unit_age: bool = True
     """Whether every unit has an age of its own; False: one step count a parameter, as torch's AdamW."""
     component_ages: bool = False
@@ -61,23 +80,28 @@ class AgedAdamWSpec(OptimizerSpec):
     builds: ClassVar[type[torch.optim.Optimizer]] = AgedAdamW
 
     def build(self, model: nn.Module, settings: OptimizerSettings) -> AgedAdamW:
-        """Groups as Trainer makes them, times values of supports, components and everything else.
+        """Groups as Trainer makes them, times values of supports, components, `B` and everything else.
 
         Raises:
-            ValueError: nothing trains.
+            ValueError: as `AdamWSpec.build`.
         """
         values = {id(parameter) for space in _supports(model) for parameter in space.parameters()}
         axes, no_decay = _component_axes(model) if self.component_ages else {}, _no_decay_of_rules(model)
+        ratios = self.ratios(model)
 
         def options_of(name: str, parameter: nn.Parameter) -> dict[str, Any]:
-            in_support = id(parameter) in values
-            lr = settings.lr * (self.values_ratio if in_support else 1.0)
-            ages = self.per_unit_age and (in_support or id(parameter) in axes)
+            ages = self.per_unit_age and (id(parameter) in values or id(parameter) in axes)
+            lr = settings.lr * ratios.get(id(parameter), 1.0)
             found = {"lr": lr, "per_unit_age": ages, "unit_axis": axes.get(id(parameter), 0) if ages else 0}
             return found | no_decay(name, parameter)
 
         groups = parameter_groups(model, settings.weight_decay, options_of)
         return AgedAdamW(groups, lr=settings.lr, betas=self.betas or settings.betas, eps=settings.eps)
+
+    def ratios(self, model: nn.Module) -> dict[int, float]:
+        """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
+        values = {id(parameter): self.values_ratio for space in _supports(model) for parameter in space.parameters()}
+        return values | _ratios_of_B(model, self)
 
 
 @register_part("sparse_sm3")
@@ -171,6 +195,28 @@ def _supports(model: nn.Module) -> list[UnitSpace]:
     return [space for _, space in _active_spaces(model) if space.kind == "support"]
 
 
+def _ratios_of_B(model: nn.Module, spec: AdamWSpec | AgedAdamWSpec) -> dict[int, float]:
+    if spec.B_ratio == 1:
+        return {}
+    held = [space.scored_parameters().get("B") for _, space in _active_spaces(model)]
+    factors = [pair[0] for pair in held if pair is not None and pair[0].requires_grad]
+    if not factors:
+        raise ValueError(
+            f"{type(spec).__name__}.B_ratio={spec.B_ratio} is for low-rank factors B, and none trains in this model. "
+            "Set r >= 1, or B_ratio=1."
+        )
+    return {id(factor): spec.B_ratio for factor in factors}
+
+
+def _misses_ratios(model: nn.Module, optimizer: Any, spec: AdamWSpec | AgedAdamWSpec) -> bool:
+    """Whether parameters have other learning rates, relative to each other, than the config says."""
+    groups = {id(p): group for group in innermost(optimizer).param_groups for p in group["params"]}
+    trained = {id(p) for _, space in _active_spaces(model) for p in space.parameters()} & set(groups)
+    ratios = spec.ratios(model)
+    rates = [float(groups[p].get("initial_lr", groups[p]["lr"])) / ratios.get(p, 1.0) for p in trained]
+    return bool(rates) and max(rates) > min(rates) * (1 + 1e-6)
+
+
 def asked_configs(model_or_config: nn.Module | PeftConfig) -> list[PeftConfig]:
     """A config itself, or those of a model's active adapters of this package, each once."""
     if isinstance(model_or_config, PeftConfig):
@@ -241,10 +287,13 @@ def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None
     """
     trained = [config.optimizer for config in asked_configs(model) if not config.inference_mode]
     for spec in trained if optimizer is not None else ():
-        if isinstance(spec, OptimizerSpec) and not isinstance(innermost(optimizer), spec.builds):
+        other = isinstance(spec, OptimizerSpec) and not isinstance(innermost(optimizer), spec.builds)
+        asks = getattr(spec, "B_ratio", 1) != 1
+        if other or (asks and _misses_ratios(model, optimizer, spec)):
+            found = type(innermost(optimizer)).__name__ + ("" if other else " with other learning rates")
             warnings.warn(
-                f"The config asks for optimizer={spec}, and the run has {type(innermost(optimizer)).__name__}: {mend}, "
-                "or set optimizer=None in the config.",
+                f"The config asks for optimizer={spec}, and the run has {found}: {mend}, or set optimizer=None in the "
+                "config.",
                 stacklevel=3,
             )
             return

@@ -10,12 +10,15 @@ from training_toolbox import StopAt, TokenData, adapted, make_config, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft import (
+    AdamWSpec,
     AgedAdamWSpec,
     Controller,
     KernelLoraConfig,
+    Orthogonality,
     SparseLoraConfig,
     SparseSM3Spec,
     ZerothOrderSpec,
+    callbacks_for,
     make_optimizer,
     methods,
     trainer_class_for,
@@ -26,6 +29,7 @@ from hf_sparse_peft.training import TwoPassTrainer, ZerothOrderTrainer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SPECS = {
+    AdamWSpec(): torch.optim.AdamW,
     AgedAdamWSpec(values_ratio=3.0, betas=(0.8, 0.95)): AgedAdamW,
     AgedAdamWSpec(per_unit_age=False): AgedAdamW,
     SparseSM3Spec(momentum=0.9): SparseSM3,
@@ -222,3 +226,43 @@ def test_a_row_with_factors_alone_trains_with_its_own_optimizer_which_is_adamw_t
     assert (own, other) == (AgedAdamW, torch.optim.AdamW)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(B_ratio=4.0), AgedAdamWSpec(B_ratio=4.0, component_ages=True)], ids=str)
+def test_b_learns_at_a_ratio_of_as_rate_through_every_door(spec, tmp_path):
+    """LoRA+: the first step of Adam moves every number by its own rate, whatever its gradient."""
+    config = make_config(r=2, optimizer=spec, init_weights=False)
+
+    def moved(train) -> dict[str, float]:
+        model = adapted(config)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        train(model)
+        after = dict(model.named_parameters())
+        return {name: float((after[name] - was).abs().median()) for name, was in before.items()}
+
+    def by_trainer(model):
+        args = arguments(tmp_path, 1, weight_decay=0.0)
+        Trainer(model=model, train_dataset=TokenData(), **trainer_options(model, args)).train()
+
+    def by_hand(model):
+        optimizer = make_optimizer(model, lr=1e-2)
+        ids = torch.stack([TokenData()[number]["input_ids"] for number in range(4)])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    for train in (by_trainer, by_hand):
+        for name, size in moved(train).items():
+            assert size == pytest.approx(4e-2 if "lora_B" in name else 1e-2, rel=1e-2), name
+
+
+def test_a_ratio_that_the_runs_optimizer_has_not_is_warned_of_and_one_without_b_is_refused(tmp_path):
+    model = adapted(make_config(r=2, optimizer=AdamWSpec(B_ratio=4.0), schedule=[Orthogonality()]))
+    args = arguments(tmp_path, 1, weight_decay=0.0)
+    with pytest.warns(UserWarning, match=r"B_ratio=4.*AdamW with other learning rates"):
+        Trainer(model=model, args=args, train_dataset=TokenData(), callbacks=callbacks_for(model)).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        Trainer(model=model, train_dataset=TokenData(), **trainer_options(model, args)).train()
+    with pytest.raises(ValueError, match="none trains in this model"):
+        make_optimizer(adapted(make_config(optimizer=AgedAdamWSpec(B_ratio=4.0))), lr=1e-3)
