@@ -93,7 +93,7 @@ def joint_budget(
     cost="a LoRA's",
 )
 def lora_plus(r: int = 8, ratio: float = 16.0, **overrides: Any) -> Method:
-    """LoRA+: `B` learns `ratio` times as fast as `A`. Beside a support, `optimizer=AgedAdamWSpec(B_ratio=16)` does it."""
+    """LoRA+: `B` learns `ratio` times as fast as `A`. Beside a support `optimizer=AgedAdamWSpec(B_ratio=16)` does."""
     return row(overrides, r=r, optimizer=AdamWSpec(B_ratio=ratio), **_ALL_LINEAR)
 
 
