@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from . import __version__
 from .hub import check_adapter, export_lora, export_shira, merge_to_dense
+from .hub.analysis import IntruderReport, UtilizationReport, intruder_dimensions, utilized_rank
 from .hub.base_model import load_base
 from .methods import markdown_table
 
@@ -59,14 +60,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_sources(merge)
     merge.set_defaults(run=_export, to="dense", rank=None, uniform_rank=False, only=None)
 
+    intruders = commands.add_parser("intruders", help="count the intruder dimensions of an adapter")
+    _add_base(intruders)
+    intruders.add_argument("--k", type=int, default=10, help="leading singular vectors to look at (default: 10)")
+    intruders.add_argument("--epsilon", type=float, default=0.5, help="similarity of an intruder (default: 0.5)")
+    intruders.add_argument("--picture", type=Path, help="file to draw the counts to: PNG, PDF or SVG")
+    intruders.set_defaults(run=_intruders)
+
+    utilized = commands.add_parser("utilized-rank", help="measure how much of the adapted weights' rank a text uses")
+    _add_base(utilized)
+    utilized.add_argument("--text", required=True, type=Path, help="file of examples, one a line")
+    utilized.add_argument("--threshold", type=float, default=0.99, help="variance to hold, in (0, 1] (default: 0.99)")
+    utilized.add_argument("--examples", type=int, default=128, help="examples to read (default: 128)")
+    utilized.add_argument("--picture", type=Path, help="file to draw the ranks to: PNG, PDF or SVG")
+    utilized.set_defaults(run=_utilized_rank)
+
     table = commands.add_parser("methods", help="print the methods by name, with what moves, source and cost")
     table.set_defaults(run=lambda options: print(markdown_table()))
     return parser
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", type=Path, help="adapter folder")
+    _add_base(command)
     command.add_argument("out", type=Path, help="folder to write")
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", type=Path, help="adapter folder")
     command.add_argument("--base", help="base model, a Hub id or a folder; default: what the adapter's config names")
     command.add_argument("--dtype", default="auto", help="dtype to load the base in, e.g. bfloat16 (default: its own)")
     command.add_argument("--nf4", action="store_true", help="quantise the base to NF4 first, as QLoRA training did")
@@ -96,6 +116,26 @@ def _export(options: argparse.Namespace) -> None:
     else:
         dense = merge_to_dense(model, options.out)
         print(f"{sum(p.numel() for p in dense.parameters()):,} parameters in {options.out}")
+
+
+def _intruders(options: argparse.Namespace) -> None:
+    report = intruder_dimensions(_load(options), k=options.k, epsilon=options.epsilon)
+    _print_report(report, options.picture)
+
+
+def _utilized_rank(options: argparse.Namespace) -> None:
+    lines = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    model = _load(options)
+    tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    batches = [dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=1024)) for line in lines]
+    report = utilized_rank(model, batches, threshold=options.threshold, examples=options.examples)
+    _print_report(report, options.picture)
+
+
+def _print_report(report: IntruderReport | UtilizationReport, picture: Path | None) -> None:
+    print(report.table())
+    if picture is not None:
+        print(f"picture in {report.draw(picture)}")
 
 
 def _load(options: argparse.Namespace) -> nn.Module:

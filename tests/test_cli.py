@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sparse_peft import SparseLoraConfig, cli, hub, methods
 from hf_sparse_peft.tuners import adapter_layers
@@ -128,3 +128,31 @@ def test_options_that_make_no_sense_are_refused(folders, tmp_path, capsys, extra
 def test_the_command_runs_as_a_module(folders):
     done = processes.python("-m", "hf_sparse_peft.cli", "inspect", folders / "rows", check=True)
     assert "q_proj" in done.stdout
+
+
+def test_rank_reports_print_a_table_and_draw_a_picture(folders, tmp_path, capsys):
+    source = [str(folders / "rows"), "--base", str(folders / "base")]
+    assert cli.main(["intruders", *source, "--k", "4", "--picture", str(tmp_path / "intruders.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "intruders" in printed
+    assert "2 modules" in printed
+    assert (tmp_path / "intruders.png").stat().st_size > 5_000
+    assert cli.main(["intruders", *source, "--k", "0"]) == 1
+    assert "k=0 counts leading singular vectors" in capsys.readouterr().err
+
+
+def test_the_utilized_rank_reads_a_text(folders, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, **{f"w{i}": i + 1 for i in range(20)}}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    base = tmp_path / "base"
+    shutil.copytree(folders / "base", base)
+    PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(base)
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7\n")
+    command = ["utilized-rank", str(folders / "rows"), "--base", str(base), "--text", str(tmp_path / "text.txt")]
+    assert cli.main([*command, "--picture", str(tmp_path / "ranks.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["module", "utilized", "weight", "inputs", "outputs", "of"]
+    assert all(1 <= int(line.split()[1]) <= 7 for line in lines[1:3])
+    assert (tmp_path / "ranks.png").stat().st_size > 5_000

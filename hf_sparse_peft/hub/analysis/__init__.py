@@ -1,12 +1,19 @@
-"""What checkpoints and adapters tell after training: changed entries, supports made of them, overlap of masks."""
+"""What checkpoints and adapters tell after training: changed entries, supports made of them, overlap of masks, intruder
+dimensions, utilized ranks."""
 
+from .intruders import IntruderReport, intruder_dimensions
 from .mask_overlap import MaskOverlap, measure_mask_overlap
 from .subnetwork import UpdateSparsity, measure_update_sparsity, support_from_checkpoints
+from .utilization import UtilizationReport, utilized_rank
 
 __all__ = [
+    "IntruderReport",
     "MaskOverlap",
     "UpdateSparsity",
+    "UtilizationReport",
+    "intruder_dimensions",
     "measure_mask_overlap",
     "measure_update_sparsity",
     "support_from_checkpoints",
+    "utilized_rank",
 ]
