@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 GENERATOR = "hash32"
-"""Name of the function, to be changed with it."""
+"""Name of the function of seed and position, which files note: another one gets another name."""
 _MASK, _CHUNK = 0xFFFFFFFF, 1 << 22
 
 

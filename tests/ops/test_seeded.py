@@ -23,6 +23,13 @@ def test_hashes_are_those_of_the_integers_and_distinct():
     assert hashed(SEED, 0, 1 << 16).unique().numel() == 1 << 16
 
 
+def test_files_that_name_this_generator_depend_on_these_numbers():
+    assert seeded.GENERATOR == "hash32"
+    assert hashed(SEED, 0, 4).tolist() == [1019427948, 1472426243, 233777880, 1653738409]
+    assert seeded_permutation(SEED, 5).tolist() == [2, 0, 1, 3, 4]
+    assert seeded_permutation(SEED, 8).tolist() == [7, 6, 1, 0, 3, 4, 5, 2]
+
+
 def test_numbers_are_uniform_and_independent_of_seed_neighbour_and_row():
     drawn, other = seeded_uniform(SEED, 400, 400), seeded_uniform(SEED + 1, 400, 400)
     assert -1 <= drawn.min() < -0.999 < 0.999 < drawn.max() < 1

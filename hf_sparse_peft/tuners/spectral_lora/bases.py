@@ -83,6 +83,8 @@ class Bases(Part):
     """Names of the tensors that the owner has for all modules of a group."""
     derived_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that `derive` makes."""
+    drawn: ClassVar[bool] = False
+    """Whether anything that files leave out is drawn from the seed."""
     recomputed = False
     """Whether bases are found in the weight anew wherever the adapter is loaded."""
     dense: ClassVar[bool] = False

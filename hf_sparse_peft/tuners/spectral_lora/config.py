@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from ...ops.seeded import GENERATOR
 from ...rules import check_schedule
 from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
@@ -58,6 +59,10 @@ class SpectralLoraConfig(AdapterConfig):
             "many they are, and which of them it is. Written at injection."
         },
     )
+    generator: str | None = field(
+        default=None,
+        metadata={"help": "How random bases follow from the seed. Written at injection, where files have no bases."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of random bases, mixed with module names."})
     bias: Literal["none", "all", "spectral_lora_only"] = field(
         default="none", metadata={"help": "Which biases train: none, all of the model's, or the adapted layers'."}
@@ -73,6 +78,11 @@ class SpectralLoraConfig(AdapterConfig):
             raise ValueError(
                 f"core.residual={self.core.residual!r} keeps a part of each weight in the base, and shared bases have "
                 "none. Set residual=None."
+            )
+        if self.generator not in (None, GENERATOR):
+            raise ValueError(
+                f"generator={self.generator!r} drew this adapter's bases, and {GENERATOR!r} is what is known here. "
+                "Update hf-sparse-peft."
             )
         for name, found in self.sizes.items():
             if [type(one) for one in found] != [str, int, int] or not 0 <= found[2] < found[1]:

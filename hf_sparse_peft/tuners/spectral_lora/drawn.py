@@ -29,6 +29,7 @@ class RandomBases(Bases):
     b: PositiveInt | None = None
     """Rows of A; None: r."""
     derived_names: ClassVar[tuple[str, ...]] = (FIXED_A, FIXED_B)
+    drawn: ClassVar[bool] = True
 
     def inner(self, site: Site) -> tuple[int, int]:
         """`a` and `b`, at most the weight's sides."""
@@ -67,6 +68,7 @@ class RandomCombination(Bases):
     init: Literal["offset", "mean"] = "offset"
     """Which of the code's two forms."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    drawn: ClassVar[bool] = True
 
     @property
     def derived_names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
+from ...ops.seeded import GENERATOR
 from ..shared.base_weight import dense_weight
 from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
@@ -50,6 +51,8 @@ class SpectralLoraModel(AdapterModel):
         Raises:
             ValueError: the file that is being loaded has its modules share otherwise than this base has them.
         """
+        if peft_config.bases.drawn or peft_config.bases.recomputed:
+            peft_config.generator = GENERATOR
         if peft_config.bases.ranks_by_weight and file_being_loaded() is None:
             peft_config.rank_pattern = _ranks(peft_config, targets)
         found = _sharing(peft_config, targets) if peft_config.bases.shared else {}

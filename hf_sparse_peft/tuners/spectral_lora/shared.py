@@ -85,6 +85,7 @@ class Shards(Bases):
     """Components' worth of rows that are a module's own."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     shared: ClassVar[tuple[str, ...]] = (TRAINED_A, TRAINED_B)
+    drawn: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,6 +37,7 @@ class Fastfood(Bases):
     structure_aware: bool = True
     """Whether each weight has a trained factor."""
     dense: ClassVar[bool] = True
+    drawn: ClassVar[bool] = True
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     shared: ClassVar[tuple[str, ...]] = (POINT,)
 

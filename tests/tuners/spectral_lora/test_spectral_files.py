@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from spectral_forms import adapted, logits
+from spectral_forms import FORMS, adapted, logits
 
 from hf_sparse_peft import SpectralLoraConfig, hub
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, RandomBases, SharedBases
@@ -26,6 +26,7 @@ def tampered(folder, tensors=None, options=None):
 @pytest.mark.parametrize(
     ("form", "tensors", "options", "message"),
     [
+        ("combination", {}, {"generator": "hash64"}, "generator='hash64' drew this adapter's bases"),
         ("combination", {"shape": None}, {}, r"spectral_lora_shape' is missing"),
         ("combination", {"shape": torch.tensor([32, 48])}, {}, r"q_proj.spectral_lora_shape.* is \[32, 48\]"),
         ("combination", {"shape": torch.tensor([0, 32])}, {}, "no shape of a weight"),
@@ -67,6 +68,14 @@ def test_sizes_of_other_owners_are_refused_with_and_without_a_model(tmp_path):
             hub.check_adapter(tmp_path)
         with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(tiny.base(), tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_without_bases_say_how_these_follow_from_the_seed(form, tmp_path):
+    adapted(form).save_pretrained(tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    drawn = {"bases found again", "two factors", "combination", "shards", "subspace"}
+    assert options.get("generator") == ("hash32" if form in drawn else None)
 
 
 def test_an_adapter_without_stored_bases_does_not_load_on_a_base_of_other_sides(tmp_path):
