@@ -81,7 +81,12 @@ def move_units(
 @torch.no_grad()
 def restart_units(parameter: nn.Parameter, units: Tensor, optimizer: Any, axis: int = 0) -> None:
     """Let the optimizer forget units (bool, one for each along `axis`) of a parameter: their state is zero, and an age
-    of their own (`AgedAdamW`) begins anew; values and everybody else's state stay."""
+    of their own (`AgedAdamW`) begins anew; values and everybody else's state stay. A parameter that was frozen before
+    the optimizer was built has none.
+    """
+    groups = innermost(optimizer).param_groups
+    if not parameter.requires_grad and not any(one is parameter for group in groups for one in group["params"]):
+        return
     others = (~units).nonzero().squeeze(1)
     move_optimizer_state(optimizer, parameter, others, others, axis=axis)
 

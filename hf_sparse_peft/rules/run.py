@@ -44,6 +44,10 @@ class Training:
     """Whether a gradient scaler may skip steps."""
     scaler: Any = None
     """That scaler, where the optimizer does not hold it (accelerate's does)."""
+    loss_scale: float = 1.0
+    """What the scaler multiplies the loss of the current step by; it may have changed it before the step is counted."""
+    step_skipped: bool = False
+    """Whether the scaler has left the current step's update out."""
     dataloader: Iterable | None = None
     """The training data, where the loop hands it out."""
     arguments: Any = None
@@ -131,8 +135,7 @@ class Run:
     @property
     def loss_scale(self) -> float:
         """What gradients are multiplied by while they are summed (fp16's loss scale, else 1)."""
-        scaler = self.training.scaler or getattr(self.optimizer, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0
+        return self.training.loss_scale
 
     @property
     def gradient_scale(self) -> float:
@@ -142,7 +145,7 @@ class Run:
     @property
     def step_skipped(self) -> bool:
         """In `after_update`: whether a gradient scaler has left the update out."""
-        return bool(getattr(self.optimizer, "step_was_skipped", False))
+        return self.training.step_skipped
 
     def lr(self, parameter: Tensor) -> float:
         """The learning rate of `parameter` at this step; raises as `group`."""
@@ -179,8 +182,8 @@ class Run:
         self.readers[space] = reader
 
     def for_this_step(self, contexts: Iterable[AbstractContextManager[Any]]) -> None:
-        """Enter `contexts` until the step is counted: they exit before any rule's `after_step`, or when a step that is
-        broken off ends the run. What evaluation and files see is the state outside of them."""
+        """Enter `contexts` until the update is done: they exit after the last rule's `after_update`, or where a step is
+        broken off and the run ends. What evaluation and files see is the state outside of them."""
         for context in contexts:
             self._step.enter_context(context)
 
@@ -287,7 +290,7 @@ class Run:
             space.layer.remove_gradient_reader(space.adapter, reader)
 
     def leave_step(self) -> None:
-        """End what was entered for this step."""
+        """Exit what was entered for this step."""
         self._step.close()
 
     def finish(self) -> None:

@@ -73,7 +73,15 @@ class UpdateMask:
             self._hooks.pop(key).remove()
         for key, parameter in wanted.items():
             if key not in self._hooks:
-                self._hooks[key] = parameter.register_hook(partial(self._zero, parameter))
+                self._hooks[key] = self._on_gradient(parameter)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> Any:
+        trains = parameter.requires_grad
+        parameter.requires_grad_(True)  # else torch takes no hook; what is frozen now may train later
+        try:
+            return parameter.register_hook(partial(self._zero, parameter))
+        finally:
+            parameter.requires_grad_(trains)
 
     def scale_part(self, rule: Hashable, parts: Iterable[tuple[nn.Parameter, Mask]]) -> None:
         r"""Multiply the updates of these parameters, and of no others as far as `rule` is concerned:

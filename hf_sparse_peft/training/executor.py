@@ -98,7 +98,14 @@ class RuleExecutor:
             run.begin()
 
     def before_step(self) -> None:
-        """Before the first micro-batch."""
+        """Before the first micro-batch.
+
+        Raises:
+            ValueError: another run has begun on the model meanwhile, and ended this one.
+        """
+        self._check_live()
+        scaler = self.training.scaler or getattr(self.training.optimizer, "scaler", None)
+        self.training.loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
         for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
             run.before_step()
 
@@ -109,20 +116,22 @@ class RuleExecutor:
             run.rule.after_micro_batch(run)
 
     def gradients(self) -> None:
-        """Before the update."""
+        """Before the update; raises as `before_step`."""
+        self._check_live()
         for run in self.runs:
             run.close_readers()
             run.rule.gradients(run)
 
-    def after_update(self) -> None:
-        """After the update."""
+    def after_update(self, skipped: bool = False) -> None:
+        """After the update, or instead of one that a gradient scaler has left out (`skipped`)."""
+        self.training.step_skipped = skipped
         for run in self.runs:
             run.rule.after_update(run)
+        for run in self.runs:
+            run.leave_step()
 
     def after_step(self) -> None:
         """After the step is counted."""
-        for run in self.runs:
-            run.leave_step()
         for run in self.runs:
             run.rule.after_step(run)
             run.readers.clear()
@@ -161,6 +170,13 @@ class RuleExecutor:
             raise ValueError(
                 "A run that was broken off held parameters still, and this optimizer was built before they were "
                 "released, without them. They train again now: make a new Trainer (or optimizer) and train with that."
+            )
+
+    def _check_live(self) -> None:
+        if self._live is not None and not self._live.is_live:
+            raise ValueError(
+                f"Another training run has begun on this model after {self.training.step} steps of this one, and ended "
+                "what the rules do here. Train one after the other, or each a model of its own."
             )
 
     def _release(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..optim import innermost
 from ..rules import Rule, Training
+from ..utils.option_types import NonNegativeInt, check_value
 from .calibration import waits_for_data
 from .executor import RuleExecutor, has_schedule
 from .optimizers import warn_of_other_optimizer
@@ -62,8 +63,9 @@ class Controller:
 
     Raises:
         TypeError: an optimizer without step hooks, which nothing of torch is.
-        ValueError: a number out of range, a rule that is unknown here or does not fit into the run, an adapter that
-            asks for rules and does not train, or one that waits for data and no dataloader.
+        ValueError: a number out of range, a state that `state_dict` did not make, a rule that is unknown here or does
+            not fit into the run, an adapter that asks for rules and does not train, or one that waits for data and no
+            dataloader.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Controller:
         inner = innermost(optimizer)
         if not hasattr(inner, "register_step_pre_hook"):
             raise TypeError(f"{type(inner).__name__} has no step hooks. Derive it from torch.optim.Optimizer.")
+        if state is not None:
+            _check_state(state)
         scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         group = inner.param_groups[0]
         training = Training(
@@ -163,6 +167,17 @@ class Controller:
         self.close()
 
 
+def _check_state(state: Any) -> None:
+    keys = {"step": NonNegativeInt, "saved": dict[str, dict[str, Any]]}
+    if not isinstance(state, dict) or set(state) != set(keys):
+        raise ValueError(
+            f"Controller(state={state!r}) takes what state_dict() of another Controller returned, a dict with "
+            f"{' and '.join(keys)}."
+        )
+    for key, accepted in keys.items():
+        check_value(state[key], accepted, f"Controller(state): {key}")
+
+
 class _Steps:
     """The phases of a `Controller`'s steps, in order, with the two that the optimizer's hooks call."""
 
@@ -222,8 +237,8 @@ class _Steps:
                     "Controller.after_step() without a step of the optimizer that it was given. Call it after "
                     "optimizer.step(), or pass the gradient scaler that may skip steps: Controller(scaler=...)."
                 )
-            self.rules.gradients()  # skipped by the scaler: a step like any other for the rules
-            self.rules.after_update()
+            self.rules.gradients()  # skipped by the scaler, and counted as a step
+            self.rules.after_update(skipped=True)
         self._begun = self._stepped = False
         self.training.step += 1
         self.rules.after_step()

@@ -109,7 +109,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """After the update."""
-        self.after_update()
+        self.after_update(skipped=bool(getattr(self.training.optimizer, "step_was_skipped", False)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """After the step is counted."""

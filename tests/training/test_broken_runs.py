@@ -23,6 +23,7 @@ from hf_sparse_peft import (
     FactorMaskConfig,
     Freeze,
     Gradient,
+    GrowRank,
     L1Penalty,
     Linear,
     MaskRegrowthCallback,
@@ -31,6 +32,7 @@ from hf_sparse_peft import (
     RandomUnfired,
     Regrow,
     SampleLayers,
+    SampleRank,
     SearchSupport,
     SparseLoraConfig,
     callbacks_for,
@@ -518,3 +520,35 @@ def test_two_pass_training_is_asked_of_the_trainer_that_runs(tmp_path):
     method.trainer_class(model=model, args=args, train_dataset=tiny.TokenData(), callbacks=method.callbacks(model))
     with pytest.raises(ValueError, match=r"this Trainer makes one"):
         tiny.train(model, tmp_path, 1, callbacks=method.callbacks(model))
+
+
+def test_a_run_inside_another_one_on_the_same_model_ends_that_one_with_an_error(tmp_path):
+    model = get_peft_model(tiny.llama(layers=1), CONFIGS["alternate-modules"]())
+
+    def train_again(step, model, optimizer):
+        if step == 2:
+            tiny.train(model, tmp_path, 2, callbacks=callbacks_for(model))
+
+    with pytest.raises(ValueError, match="Another training run has begun on this model after 2 steps"):
+        tiny.train(model, tmp_path, 6, callbacks=[*callbacks_for(model), tiny.At(on_step_end=train_again)])
+    assert run_on(model) is None
+    assert not resting(model)
+
+
+@pytest.mark.parametrize("rule", [SampleRank(), GrowRank(AverageRank(3), modules=1, every=1, warmup=0)])
+def test_callbacks_on_either_side_of_the_runner_see_the_adapter_that_is_saved(rule, tmp_path):
+    model, seen = get_peft_model(tiny.llama(layers=1), sparse(r=4, density=0.0, schedule=[rule])), []
+    for layer in adapter_layers(model):
+        torch.nn.init.normal_(layer.sparse_lora_B["default"], std=0.1)
+
+    def look(step, model, optimizer):
+        if step < 4:  # at the last step ranks are final after it
+            seen.append([layer.get_delta_weight("default").clone() for layer in adapter_layers(model)])
+
+    class Other(tiny.At):
+        pass
+
+    callbacks = [tiny.At(on_step_end=look), *callbacks_for(model), Other(on_step_end=look)]
+    tiny.train(model, tmp_path, 4, callbacks=callbacks)
+    for before, after in zip(seen[::2], seen[1::2], strict=True):
+        assert all(map(torch.equal, before, after))

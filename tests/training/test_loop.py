@@ -3,10 +3,12 @@
 import copy
 import gc
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
@@ -38,6 +40,7 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
     callbacks_for,
 )
+from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import load_part, part_types
@@ -268,6 +271,50 @@ def test_a_step_that_the_scaler_skips_counts_and_moves_nothing():
     assert calls == ["before_step", "gradients", "after_update", "after_step"] * 4
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_step_that_the_scaler_skips_thresholds_no_gate_and_the_next_one_does(accelerated):
+    model = adapted(make_config(r=4, density=0.0, schedule=[ProximalGate(weight=0.05, scaled_by_lr=False)]))
+    layer = adapter_layers(model)[0]
+    optimizer, scaler, gates = optimizer_for(model), Overflow({2}), []
+    given = AcceleratedOptimizer(optimizer, scaler=Reporting({2})) if accelerated else optimizer
+    with Controller(model, given, 3, scaler=None if accelerated else scaler) as rules:
+        for _ in range(3):
+            inputs, items, _ = a_batch()[0]
+            before = layer.sparse_lora_gate["default"].detach().clone()
+            rules.before_step()
+            model(**inputs, num_items_in_batch=items).loss.backward()
+            given.step() if accelerated else scaler.step(optimizer)
+            stepped = layer.sparse_lora_gate["default"].detach().clone()
+            rules.after_step()
+            gates.append((before, stepped, layer.sparse_lora_gate["default"].detach().clone()))
+            optimizer.zero_grad()
+    assert [not torch.equal(before, after) for before, _, after in gates] == [True, False, True]
+
+
+class Reporting(Overflow):
+    """As accelerate calls it."""
+
+    def step(self, optimizer, closure=None):
+        super().step(optimizer)
+
+    def update(self):
+        pass
+
+
+def test_what_readers_see_is_in_the_scale_of_the_step_whatever_the_scaler_made_of_it_meanwhile():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer, scales = optimizer_for(model), [8.0]
+    scaler = SimpleNamespace(get_scale=lambda: scales[-1])
+    with Controller(model, optimizer, STEPS, scaler=scaler) as rules:
+        (run,) = rules._steps.rules.runs
+        rules.before_step()
+        scales.append(4.0)  # an overflow: the scaler has skipped the step and lowered its scale
+        assert run.loss_scale == 8.0
+        rules.after_step()
+        rules.before_step()
+        assert run.loss_scale == 4.0
+
+
 class Watched(Prune):
     """Notes its phases in a list that is no option of it."""
 
@@ -364,6 +411,9 @@ def test_what_cannot_run_is_refused_when_the_controller_is_made():
         Controller(model, optimizer, 0)
     with pytest.raises(ValueError, match="no step left"):
         Controller(model, optimizer, 5, state={"step": 5, "saved": {}})
+    for state in ([], {}, {"step": 1}, {"step": "1", "saved": {}}, {"step": -1, "saved": {}}, {"step": 1, "saved": []}):
+        with pytest.raises(ValueError, match=r"Controller\(state"):
+            Controller(model, optimizer, 5, state=state)
     with pytest.raises(TypeError, match="no step hooks"):
         Controller(model, object(), 5)
     with pytest.raises(ValueError, match="leave no step in a run of 1"):
@@ -374,3 +424,31 @@ def test_what_cannot_run_is_refused_when_the_controller_is_made():
     with pytest.raises(ValueError, match="from_a_plugin"):
         Controller(unknown, optimizer_for(unknown), 5)
     Controller(tiny_llama(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 5).close()
+
+
+def test_a_run_that_another_one_has_ended_says_so_instead_of_training_without_its_rules():
+    model = adapted(make_config(schedule=[PRUNE]))
+    optimizer = optimizer_for(model)
+    with Controller(model, optimizer, STEPS) as first:
+        step_by_hand(first, model, optimizer, a_batch())
+        with Controller(model, optimizer_for(model), STEPS):
+            pass
+        with pytest.raises(ValueError, match="Another training run has begun on this model after 1 steps"):
+            first.before_step()
+
+
+@pytest.mark.parametrize("rule", [SampleRank(), GrowRank(AverageRank(3), modules=1, every=1, warmup=0)])
+def test_rank_rules_train_one_factor_where_the_other_is_frozen(rule):
+    model = adapted(make_config(r=4, density=0.0, schedule=[rule]))
+    layers = adapter_layers(model)
+    for layer in layers:
+        layer.sparse_lora_A["default"].requires_grad_(False)
+    before = [layer.sparse_lora_A["default"].detach().clone() for layer in layers]
+    optimizer = optimizer_for(model)
+    with Controller(model, optimizer, STEPS) as rules:
+        for _ in range(STEPS):
+            step_by_hand(rules, model, optimizer, a_batch())
+    for layer, old in zip(layers, before, strict=True):
+        assert torch.equal(layer.sparse_lora_A["default"], old)
+        assert not layer.sparse_lora_A["default"].requires_grad
+        assert layer.sparse_lora_B["default"].any()

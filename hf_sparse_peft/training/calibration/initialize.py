@@ -15,8 +15,9 @@ from ...rules.probing import random_state_kept
 from ...sparsity import DataCriterion, DeltaMagnitude, Score, UnitGrid
 from ...sparsity.scores import Chunks
 from ...tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
+from ...utils.option_types import PositiveInt, check_value
 from ...utils.parts import UnknownPart, load_part_by_name
-from .passes import ACCUMULATOR_BYTES, read_statistics
+from .passes import ACCUMULATOR_BYTES, check_numbers, read_statistics
 from .readers import Reader, dense_weight
 from .selection import SupportSelection
 from .supports import check_fresh, layers_with_support, save_support, write_supports
@@ -65,15 +66,16 @@ def initialize_support(
         show_progress: whether a bar shows on stderr.
 
     Raises:
-        ValueError: a criterion that needs no data, an adapter that is unknown, frozen, merged or trained already, a
-            budget that leaves a module without a unit, no batch, no loss, or scores of all modules that are 0 or not
-            finite.
+        ValueError: a number that is no integer >= 1, a criterion that needs no data, an adapter that is unknown,
+            frozen, merged or trained already, a budget that leaves a module without a unit, no batch, no loss, or
+            scores of all modules that are 0 or not finite.
         TypeError: a dataloader that cannot be read twice, or batches that are no mappings.
     """
     layers, config = layers_with_support(model, adapter_name)
     layers = [layer for layer in layers if adapter_name in layer.sparse_lora_values]
     score = _criterion(config, criterion)
-    _check_numbers(max_examples=max_examples, batches_per_step=batches_per_step)
+    check_numbers(batches_per_step, accumulator_bytes)
+    check_value(max_examples, PositiveInt | None, "max_examples")
     check_fresh(layers, adapter_name)
     _check_criterion(score, layers, adapter_name, compute_loss)
     passes = {"batches_per_step": batches_per_step, "compute_loss": compute_loss, "show_progress": show_progress}
@@ -120,12 +122,6 @@ def _report_left_out(score: DataCriterion, left_out: dict[str, int]) -> None:
             f"in '{most}': {left_out[most]}. Under fp16 use bf16 or fp32; else look at the loss of the first batches.",
             stacklevel=4,
         )
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be an integer >= 1.")
 
 
 def _check_criterion(

@@ -15,6 +15,7 @@ from ...rules.collectives import all_reduce_sum, on_every_rank, world_size
 from ...rules.probing import loss_of, modes_kept
 from ...sparsity import Statistic
 from ...tuners.shared.base_weight import keep_4bit_weight_stable
+from ...utils.option_types import PositiveInt, check_value
 from .readers import ActivationReader, GradientReader, Reader
 
 ACCUMULATOR_BYTES = 4 << 30
@@ -70,6 +71,16 @@ def read_statistics(
             for reader in readers:
                 reader.finish()
             yield readers
+
+
+def check_numbers(batches_per_step: int, accumulator_bytes: int) -> None:
+    """Refuse, before any pass, numbers that no pass can take.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_value(batches_per_step, PositiveInt, "batches_per_step")
+    check_value(accumulator_bytes, PositiveInt, "accumulator_bytes")
 
 
 def groups_within(modules: Mapping[str, nn.Module], statistic: Statistic, limit: int) -> list[dict[str, nn.Module]]:

@@ -17,7 +17,7 @@ from ...rules.probing import random_state_kept
 from ...tuners import AdapterLayer, SparseLoraLayer, adapter_layers
 from ..trainer_checks import sharding_switched_on
 from .initialize import initialize_support
-from .passes import ACCUMULATOR_BYTES, read_statistics
+from .passes import ACCUMULATOR_BYTES, check_numbers, read_statistics
 
 
 def calibrate(
@@ -48,9 +48,11 @@ def calibrate(
         show_progress: whether a bar shows on stderr.
 
     Raises:
-        ValueError: no such adapter, no batch, no loss, or data that says nothing about any layer.
+        ValueError: no such adapter, a number that is no integer >= 1, no batch, no loss, or data that says nothing
+            about any layer.
         TypeError: a dataloader that cannot be read twice, or batches that are no mappings.
     """
+    check_numbers(batches_per_step, accumulator_bytes)
     layers = adapter_layers(model, adapter_name=adapter_name)
     waiting = {layer.module_name: layer for layer in layers if layer.awaits_calibration(adapter_name)}
     options = {
