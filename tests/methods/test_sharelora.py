@@ -140,3 +140,10 @@ def test_a_file_of_modules_that_share_otherwise_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"sizes.* in this base it is"):
         PeftModel.from_pretrained(Blocks(4), tmp_path)
+
+
+def test_what_is_shared_and_not_whole_is_refused_by_the_names_of_both_layers():
+    _, layers = shared("A")
+    layers[0].spectral_lora_A["default"].data = torch.empty(0)  # as a sharded parameter is between its uses
+    with pytest.raises(ValueError, match=r"'block\.1\.q' shares 'spectral_lora_A' of 'block\.0\.q', which is sharded"):
+        layers[1](random(5, 6))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...sparsity import Statistic
 from ..shared.file_check import file_being_loaded
@@ -31,11 +32,19 @@ class SpectralStart(AdapterLayer):
         config, found = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         owner = self.spectral_lora_owner.get(adapter_name)
         if owner is not None:
-            held = owner.tensors(adapter_name)
-            found |= {name: held[name].to(found[SHAPE].device) for name in config.bases.shared}
+            found |= {name: self._of(owner, adapter_name, name) for name in config.bases.shared}
         if config.bases.derived_names:
             found |= self._derived(adapter_name, found[SHAPE].device)
         return found
+
+    def _of(self, owner: AdapterLayer, adapter_name: str, name: str) -> Tensor:
+        tensor, device = getattr(owner, name)[adapter_name], self.spectral_lora_shape[adapter_name].device
+        if isinstance(tensor, DTensor) or not tensor.numel() or (tensor.is_meta and device.type != "meta"):
+            raise ValueError(
+                f"'{self.module_name}' shares '{name}' of '{owner.module_name}', which is sharded (FSDP, ZeRO-3) or "
+                "offloaded, so that it is whole only while that layer runs. Train shared bases on whole weights (DDP)."
+            )
+        return tensor.to(device)
 
     @torch.no_grad()
     def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:

@@ -80,6 +80,14 @@ def test_adapters_add_up_and_one_leaves_without_a_trace(form):
 
 
 @EVERY_FORM
+def test_it_is_merged_for_good_and_taken_off(form):
+    model = adapted(form)
+    before, plain = logits(model), logits(tiny.base())
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(adapted(form).unload()), plain)
+
+
+@EVERY_FORM
 @pytest.mark.parametrize("base", ["bf16", "nf4", "conv1d"])
 def test_layers_answer_with_base_plus_update_on_every_base(form, base):
     targets = ["c_attn", "c_proj"] if base == "conv1d" else TARGETS
