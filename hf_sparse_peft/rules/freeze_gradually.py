@@ -39,12 +39,12 @@ class FreezeGradually(Rule):
     def begin(self, run: Run) -> None:
         """Hold what is frozen, from now on."""
 
-        def held(space: UnitSpace, parameter: nn.Parameter) -> Tensor:
+        def frozen_columns(space: UnitSpace, parameter: nn.Parameter) -> Tensor:
             return torch.arange(space.size, device=parameter.device) < self.frozen(
                 space.size, run.step, run.total_steps
             )
 
-        run.hold_units(held, keep_state=False)
+        run.hold_units(frozen_columns, keep_state=False)
 
     def before_step(self, run: Run) -> None:
         """Note how many are frozen."""

@@ -61,8 +61,8 @@ class SVD(Bases):
 
     def specs(self, site: Site) -> list[TensorSpec]:
         """The bases, or what they are known by."""
-        held = [spec for spec in super().specs(site) if spec.name not in self.derived_names]
-        return [*held, TensorSpec(FINGERPRINT, (2, site.r), role="saved")] if self.recomputed else held
+        found = [spec for spec in super().specs(site) if spec.name not in self.derived_names]
+        return [*found, TensorSpec(FINGERPRINT, (2, site.r), role="saved")] if self.recomputed else found
 
     @staticmethod
     def fingerprint(found: Found, site: Site) -> Tensor:
@@ -90,8 +90,8 @@ class SVD(Bases):
 
     def rank_of(self, weight: Tensor) -> int:
         """The fewest components with that energy."""
-        held = torch.linalg.svdvals(weight).double().pow(2 if self.energy_of == "squares" else 1).cumsum(0)
-        return 1 + int((held < self.energy * held[-1]).sum())
+        energies = torch.linalg.svdvals(weight).double().pow(2 if self.energy_of == "squares" else 1).cumsum(0)
+        return 1 + int((energies < self.energy * energies[-1]).sum())
 
     def find(self, weight: Tensor, site: Site) -> Found:
         """The truncated SVD."""

@@ -180,13 +180,15 @@ class SpectralLoraLayer(SpectralStart):
         :math:`n^2 = \|W_i\|^2 + 2 \langle L_i, W_i A^\top\rangle + \langle L_i A A^\top, L_i\rangle` with
         :math:`L = s B C`: where A is fixed no step reads the base weight again, which is dear where that is in 4 bits.
         """
-        B, core, A, scaling = (one.detach() if isinstance(one, Tensor) else one for one in self._parts(adapter_name))
-        held = self.spectral_lora_norms.get(adapter_name)
-        if held is None or held[0].device != A.device or "A" in self.adapter_configs[adapter_name].bases.trained:
+        B, core, A, scaling = (
+            part.detach() if isinstance(part, Tensor) else part for part in self._parts(adapter_name)
+        )
+        cached = self.spectral_lora_norms.get(adapter_name)
+        if cached is None or cached[0].device != A.device or "A" in self.adapter_configs[adapter_name].bases.trained:
             weight = self.dense_base_weight().detach().float()
-            held = weight.square().sum(1), weight @ A.t().float(), A.float() @ A.t().float()
-            self.spectral_lora_norms[adapter_name] = held
-        squares, projected, gram = held
+            cached = weight.square().sum(1), weight @ A.t().float(), A.float() @ A.t().float()
+            self.spectral_lora_norms[adapter_name] = cached
+        squares, projected, gram = cached
         L = scaling * (B.float() if core is None else times(B, core))
         squares = squares + 2 * (L * projected).sum(1) + (L @ gram * L).sum(1)
         return self.spectral_lora_magnitude[adapter_name] / squares.clamp_min(0).sqrt()

@@ -43,7 +43,7 @@ class SpectralLoraModel(AdapterModel):
         if not autocast_adapter_dtype and file_being_loaded() is None:
             for layer in spectral_layers(self.model):  # rounded to the base's dtype, it starts at other numbers
                 if adapter_name in layer.adapter_configs:
-                    layer.keep_residual(adapter_name)
+                    layer.fix_residual(adapter_name)
 
     def plan(self, peft_config: SpectralLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
         """Which modules share bases, written into `sizes`; ranks that follow from weights, into `rank_pattern`.
@@ -56,12 +56,12 @@ class SpectralLoraModel(AdapterModel):
         if peft_config.bases.ranks_by_weight and file_being_loaded() is None:
             peft_config.rank_pattern = _ranks(peft_config, targets)
         found = _sharing(peft_config, targets) if peft_config.bases.shared else {}
-        held = peft_config.sizes
-        if file_being_loaded() is not None and held != found:
-            wrong = next(name for name in [*found, *held] if found.get(name) != held.get(name))
+        given = peft_config.sizes
+        if file_being_loaded() is not None and given != found:
+            wrong = next(name for name in [*found, *given] if found.get(name) != given.get(name))
             raise ValueError(
-                f"sizes[{wrong!r}]={held.get(wrong)} in {CONFIG_FILE}, and in this base it is {found.get(wrong)}. Load "
-                "the adapter on the base that it was trained on."
+                f"sizes[{wrong!r}]={given.get(wrong)} in {CONFIG_FILE}, and in this base it is {found.get(wrong)}. "
+                "Load the adapter on the base that it was trained on."
             )
         peft_config.sizes = found
         return AdapterPlan()

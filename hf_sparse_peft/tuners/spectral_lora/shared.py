@@ -82,7 +82,7 @@ class Shards(Bases):
     l: PositiveInt = 4  # noqa: E741 (the paper's name)
     """Shards of a vector."""
     p: NonNegativeInt = 1
-    """Components' worth of rows that are a module's own."""
+    """Of the e components, those whose rows are a module's own."""
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     shared: ClassVar[tuple[str, ...]] = (TRAINED_A, TRAINED_B)
     drawn: ClassVar[bool] = True

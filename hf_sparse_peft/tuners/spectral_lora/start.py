@@ -48,19 +48,19 @@ class SpectralStart(AdapterLayer):
 
     @torch.no_grad()
     def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
-        held = self.spectral_lora_derived.get(adapter_name)
-        if held is not None and all(tensor.device == device for tensor in held.values()):
-            return held
+        derived = self.spectral_lora_derived.get(adapter_name)
+        if derived is not None and all(tensor.device == device for tensor in derived.values()):
+            return derived
         bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
-        if held is not None:
-            held = {name: tensor.to(device) for name, tensor in held.items()}
+        if derived is not None:
+            derived = {name: tensor.to(device) for name, tensor in derived.items()}
         elif bases.recomputed:
             found = bases.find(self.dense_base_weight().float(), site)
-            held = bases.derive_from(found, self.spectral_lora_fingerprint[adapter_name], site)
+            derived = bases.derive_from(found, self.spectral_lora_fingerprint[adapter_name], site)
         else:
-            held = bases.derive(site, device)
-        self.spectral_lora_derived[adapter_name] = held
-        return held
+            derived = bases.derive(site, device)
+        self.spectral_lora_derived[adapter_name] = derived
+        return derived
 
     def forget_decoded(self, adapter_name: str) -> None:
         """Derive bases again at the next use."""
@@ -108,27 +108,27 @@ class SpectralStart(AdapterLayer):
         if config.bases.recomputed:
             site, fingerprint = self.site(adapter_name), tensors[FINGERPRINT]
             fingerprint.copy_(config.bases.fingerprint(found, site))
-            held = config.bases.derive_from(found, fingerprint.to(found.A.device), site)
-            self.spectral_lora_derived[adapter_name] = held
+            derived = config.bases.derive_from(found, fingerprint.to(found.A.device), site)
+            self.spectral_lora_derived[adapter_name] = derived
         core, values = config.core, None if found is None else found.values
         if core is None:
             return
         core.start(tensors, None if values is None else values.to(tensors[SHAPE].device))
         if core.residual == "init":
-            self.keep_residual(adapter_name)
+            self.fix_residual(adapter_name)
         elif core.residual == "values":
-            kept = core.known(values)
-            kept = kept * self.site(adapter_name).scaling if core.trained_scale else kept
-            self._keep(adapter_name, kept if core.diagonal else torch.diag(kept))
+            residual = core.known(values)
+            residual = residual * self.site(adapter_name).scaling if core.trained_scale else residual
+            self._write_offset(adapter_name, residual if core.diagonal else torch.diag(residual))
 
     @torch.no_grad()
-    def keep_residual(self, adapter_name: str) -> None:
+    def fix_residual(self, adapter_name: str) -> None:
         """Let the base keep what the core is now, if it keeps what the core starts with."""
         core = self.adapter_configs[adapter_name].core
         if core is not None and core.residual == "init":
-            self._keep(adapter_name, core.matrix(self.tensors(adapter_name)))
+            self._write_offset(adapter_name, core.matrix(self.tensors(adapter_name)))
 
-    def _keep(self, adapter_name: str, core: Tensor) -> None:
+    def _write_offset(self, adapter_name: str, core: Tensor) -> None:
         config, tensors = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         if "B" in config.bases.trained:
             B, _ = config.bases.factors(tensors, self.site(adapter_name))
