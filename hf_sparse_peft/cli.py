@@ -19,6 +19,9 @@ from .hub.analysis import IntruderReport, UtilizationReport, intruder_dimensions
 from .hub.base_model import load_base
 from .methods import markdown_table
 
+_UPSTREAM = ("LORA", "ADALORA")
+"""Types of upstream's that are exported as well."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 after an error that the user can mend."""
@@ -104,7 +107,8 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(f"--rank and --uniform-rank belong to --to lora, got --to {options.to}.")
     if options.to == "dense" and options.only:
         raise ValueError("--only belongs to --to lora and --to shira; a dense model has both halves.")
-    check_adapter(options.path)
+    if json.loads((options.path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") not in _UPSTREAM:
+        check_adapter(options.path)
     model = _load(options)
     if options.to == "lora":
         done = export_lora(model, options.out, uniform_rank=options.uniform_rank, rank=options.rank, only=options.only)

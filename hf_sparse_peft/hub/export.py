@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
@@ -27,6 +28,7 @@ from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
 from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece
 from ..tuners.shared.wrapped_names import plain_name
+from ..tuners.upstream import UpstreamLowRank, configs_of, upstream_low_rank
 from .card import exported_card
 from .folders import staged_folder
 from .saving import write_card
@@ -57,7 +59,8 @@ def export_lora(
     rank: int | None = None,
     only: Literal["low_rank", "support"] | None = None,
 ) -> LoraExport:
-    r"""Write an adapter of any tuner of this package as a plain peft LoRA that loads without this package.
+    r"""Write an adapter of any tuner of this package, or an AdaLoRA or LoRA of upstream's, as a plain peft LoRA that
+    loads without this package.
 
     `k` rows are a LoRA of rank k whose `B` has one-hot columns, `k` columns one whose `A` has one-hot rows; gate and
     scaling are multiplied into `B`, components whose gate is 0 are left out. All of this is exact:
@@ -209,14 +212,17 @@ def export_shira(
 # What both formats share
 
 
-def _exportable(model: nn.Module, adapter_name: str) -> tuple[AdapterConfig, list[AdapterLayer]]:
+def _exportable(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, list[AdapterLayer | UpstreamLowRank]]:
     """Config and layers of an adapter that may be read out.
 
     Raises:
         ValueError: `model` has no such adapter, or something is merged into its base weights.
     """
-    layers = adapter_layers(model, adapter_name=adapter_name)
+    upstream = upstream_low_rank(model, adapter_name)
+    layers = upstream or adapter_layers(model, adapter_name=adapter_name)
     refuse_merged(layers)
+    if upstream:
+        return configs_of(model)[adapter_name], upstream
     return layers[0].adapter_configs[adapter_name], layers
 
 
@@ -251,7 +257,10 @@ def _other_tensors(
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         key = f"base_model.model.{plain_name(key).removeprefix('base_model.model.')}"
         owner, inside, name = key.partition(".base_layer.")
-        if not inside and key.removeprefix("base_model.model.").rpartition(".")[0] in owned:
+        place = key.removeprefix("base_model.model.")
+        while place and place not in owned:
+            place = place.rpartition(".")[0]
+        if place and not inside:
             continue  # a tensor of the adapter itself
         if inside and owner.removeprefix("base_model.model.") not in adapted:
             key = f"{owner}.{name}"  # nothing wraps that module any more
@@ -262,7 +271,7 @@ def _other_tensors(
 def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
     """The shortest way to name exactly `adapted`: last parts of names, whole names, or else a regex."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    inside = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, AdapterLayer))
+    inside = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
     everything = [name for name, _ in base.named_modules() if name and not name.startswith(inside)]
     for names in ({name.rpartition(".")[2] for name in adapted}, adapted):
         endings = tuple(f".{name}" for name in names)

@@ -16,11 +16,13 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..rules import Allocate, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
 from ..sparsity import AverageRank
 from ..utils.tensors import TensorSpec
 from .shared.layer import AdapterLayer
+from .shared.pieces import LowRank, Piece
 from .shared.wrapped_names import plain_name
 
 _STATE = "rule_"
@@ -172,9 +174,85 @@ def upstream_spaces(model: nn.Module) -> dict[str, list[UnitSpace]]:
     return found
 
 
+@dataclass(frozen=True)
+class UpstreamLowRank:
+    """A linear LoRA or AdaLoRA layer of upstream's, as exports read an `AdapterLayer`."""
+
+    module_name: str
+    layer: LoraLayer
+
+    @property
+    def merged(self) -> bool:
+        """Whether something is merged into the base weight."""
+        return self.layer.merged
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """What."""
+        return self.layer.merged_adapters
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.layer.out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as `[in, out]`."""
+        return isinstance(self.layer.get_base_layer(), Conv1D)
+
+    def get_base_layer_device(self) -> torch.device:
+        """Device of the base layer's weight."""
+        return self.layer.get_base_layer().weight.device
+
+    def pieces(self, adapter_name: str) -> list[Piece]:
+        r""":math:`s\,B\,\mathrm{diag}(E)\,A`, with AdaLoRA's :math:`s = \alpha / (r_0 + 10^{-5})`."""
+        space = UpstreamRankSpace(self.layer, adapter_name, self.module_name)
+        scale, gate = self.layer.scaling[adapter_name], space.gate
+        if gate is not None:
+            scale, gate = scale / (float(self.layer.ranknum[adapter_name]) + 1e-5), gate.detach()[:, 0]
+        return [LowRank(space.B.detach(), space.A.detach(), gate, scale)]
+
+
+def upstream_low_rank(model: nn.Module, adapter_name: str) -> list[UpstreamLowRank]:
+    """The layers of an upstream LoRA or AdaLoRA, in model order; an empty list for other adapters.
+
+    Raises:
+        ValueError: an adapter that is more than `B A` on the weights of the base: DoRA and other variants, LoRA of
+            embeddings and convolutions, biases of B, initialisations that changed the base.
+    """
+    layers = [(name, layer) for name, layer in upstream_layers(model) if isinstance(layer, LoraLayer)]
+    layers = [(name, layer) for name, layer in layers if adapter_name in layer.scaling]
+    config = configs_of(model).get(adapter_name)
+    init = str(getattr(config, "init_lora_weights", True)).lower()
+    if layers and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(
+            f"init_lora_weights={init!r} has changed the base weights, and a LoRA of these factors would be another "
+            "model. save_pretrained(..., path_initial_model_for_weight_conversion=...) makes one of both."
+        )
+    for name, layer in layers:
+        held = adapter_name in layer.lora_A and UpstreamRankSpace(layer, adapter_name, name).A.ndim == 2
+        if not held or adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
+            raise ValueError(
+                f"'{name}' is more than B A on a linear layer's weight (DoRA or another variant, an embedding, a "
+                "convolution, lora_bias). Save it with save_pretrained; it is upstream's already."
+            )
+    return [UpstreamLowRank(name, layer) for name, layer in layers]
+
+
+def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
+    """Configs of all adapters of `model`, by name."""
+    return next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
+
+
 def upstream_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """Configs of the active adapters of upstream peft, by adapter."""
-    held = next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
+    held = configs_of(model)
     return {name: held[name] for name in upstream_spaces(model) if name in held}
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from hf_sparse_peft import Allocate, AverageRank, Fraction, SparseLoraConfig, hub, methods
 from hf_sparse_peft.rules import GrowRank, Orthogonality, SampleRank
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.upstream import upstream_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 8
@@ -24,6 +25,8 @@ METHODS = {
     "sora": {"r": 4, "weight": 10.0},
     "dylora": {"r": 4, "schedule": [SampleRank(final_rank=3)]},
     "increlora": {"r": 4, "schedule": [GrowRank(AverageRank(2), modules=2, every=1, warmup=1), Orthogonality(0.1)]},
+    "adalora-peft": {"init_r": 3, "target_r": 1, "every": 2, "tfinal": 2},
+    "eva": {"r": 2, "lora_alpha": 3},
     "joint-budget": {"r": 4, "density": 0.05, "fraction": 0.4},
     "capaboost": {"r": 2},
     "mosa": {"r": 2, "experts": 2},
@@ -90,6 +93,8 @@ def gated_ranks(model):
         layer.module_name: getattr(layer, "sparse_lora_gate", getattr(layer, "spectral_lora_core", None))["default"]
         for layer in adapter_layers(model)
     }
+    for name, layer in upstream_layers(model):
+        gates[name] = layer.lora_E["default"] if hasattr(layer, "lora_E") else torch.ones(layer.r["default"])
     counts = {name: int((gate != 0).sum()) for name, gate in gates.items()}
     return {name: count for name, count in counts.items() if count}
 
@@ -151,7 +156,7 @@ def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
     assert max(one[0] for one in found.values()) < 1e-5, found
     # Ranks moved: modules differ, some of them left.
     assert any(len(ranks[name]) < 6 for name in METHODS)
-    for name in ("adalora", "sora", "increlora", "joint-budget"):
+    for name in ("adalora", "adalora-peft", "eva", "sora", "increlora", "joint-budget"):
         assert len(set(ranks[name].values())) > 1, name
 
 
@@ -237,3 +242,40 @@ def test_upstreams_own_conversion_takes_our_adapters(form, rank, tmp_path):
     for name, delta in deltas(model).items():
         torch.testing.assert_close(products(tmp_path)[name], delta, atol=1e-4, rtol=1e-4)
     assert len([key for key in tensors if "lora_A" in key]) == len(deltas(model))
+
+
+def upstream_model(adapter_name="default", **options):
+    torch.manual_seed(1)
+    model = get_peft_model(base(), LoraConfig(r=3, target_modules=TARGETS, **options), adapter_name=adapter_name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def test_an_upstream_lora_of_several_ranks_leaves_with_one_rank_and_its_head(tmp_path):
+    model = upstream_model("mine", rank_pattern={"q_proj": 1}, use_rslora=True, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["mine"].weight.mul_(1.5)
+    done = hub.export_lora(model, tmp_path, "mine", uniform_rank=True)
+    assert set(done.ranks.values()) == {3}
+    assert not any(
+        "mine" in key or "lora_A.weight.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["use_rslora"]) == (3, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"use_dora": True}, "is more than B A"),
+        ({"init_lora_weights": "pissa"}, "'pissa' has changed the base weights"),
+    ],
+)
+def test_upstream_adapters_that_are_no_plain_lora_are_refused_by_name(options, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        hub.export_lora(upstream_model(**options), tmp_path / "lora")
