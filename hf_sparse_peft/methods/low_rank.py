@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, FactorExperts, GrowRank, Orthogonality, ProximalGate, SampleRank
+from ..rules import Allocate, FactorExperts, GroupLasso, GrowRank, Orthogonality, ProximalGate, SampleRank
 from ..sparsity import AverageRank, Fraction
 from ..training import AdamWSpec, AgedAdamWSpec
 from ..tuners import FactorMaskConfig
@@ -136,3 +136,18 @@ def increlora(r: int = 16, target_r: int = 2, orthogonality: float = 0.1, **over
     of DeBERTaV3-base with alpha 16 to 32, lr 3.5e-4 to 2.2e-3, `modules` 2 to 22, `every` 100 to 1000 by task."""
     rules = [GrowRank(AverageRank(target_r), grow_by=max(target_r // 2, 1)), Orthogonality(orthogonality)]
     return row(overrides, r=r, schedule=rules, optimizer=AgedAdamWSpec(component_ages=True), **_ALL_LINEAR)
+
+
+@register(
+    "maestro",
+    paper="Horváth et al., 2024",
+    moves="rank: a drawn module trains a drawn number of leading components; the last of each leave",
+    use_when="ranks are to be ordered and found, a module at a time",
+    cost="nothing",
+)
+def maestro(r: int = 8, weight: float = 1.0, every: int | None = None, **overrides: Any) -> Method:
+    """Maestro's ordered sampling and hierarchical group lasso, on the factors of an adapter instead of whole layers,
+    with a proximal step; `GroupLasso(kind="gradient", tolerance=1e-7)` is the paper's. `weight` is this project's: the
+    paper's values are unconfirmed. Weight decay is best 0."""
+    rules = [SampleRank(modules="one", freeze_lower=False, rescaled=False), GroupLasso(weight, every=every)]
+    return row(overrides, r=r, schedule=rules, **_ALL_LINEAR)

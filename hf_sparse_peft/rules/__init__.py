@@ -8,6 +8,7 @@ regrow.py        supports move                        drop.py, growth.py   who l
 allocate.py      one budget for all layers            scores.py        which units matter
 orthogonality.py a pull on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
+group_lasso.py   ranks that shrink from their end
 entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
@@ -24,6 +25,7 @@ from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
+from .group_lasso import GroupLasso
 from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .moves import MoveResult, move_units
@@ -57,6 +59,7 @@ __all__ = [
     "Freeze",
     "FreezeGradually",
     "Gradient",
+    "GroupLasso",
     "GrowRank",
     "Growth",
     "L1Penalty",

@@ -239,6 +239,17 @@ class Run:
             self._missing = MissingEvidence(action, self.resumed)
         self._missing.record(self.step, [space.name for space in without], judged)
 
+    def interval(self, option: str, steps: int | None) -> int:
+        """`steps`, or those of an epoch.
+
+        Raises:
+            ValueError: None, and nobody knows an epoch's; names `option`.
+        """
+        found = steps or self.training.steps_per_epoch
+        if found is None:
+            raise ValueError(f"{option}=None is an epoch, and the training data has no length. Set {option}.")
+        return found
+
     def draw(self, what: str, weights: Tensor) -> int:
         """An index, drawn for this step by `weights`; the same on every rank and in a resumed run."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, what, self.step))

@@ -1,4 +1,4 @@
-"""`SampleRank`: every step trains a drawn number of leading components (DyLoRA)."""
+"""`SampleRank`: every step trains a drawn number of leading components (DyLoRA, Maestro)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ class SampleRank(RankRule):
 
     A module of lower rank takes part with all of its own. The gate that does it is not trained; between steps, in
     evaluation and in files it stands for all components, at the end for `final_rank`.
+
+    With `modules="one"` a step draws one of all pairs of a module and a `b` up to its current rank, and every other
+    module has its full rank (Maestro; Horváth et al., 2024), without any scaling by `b` if `rescaled=False`.
     """
 
     distribution: Literal["uniform", "geometric"] = "uniform"
     """Of `b` over 1 to r: all ranks alike, or each half as likely as the one before."""
+    modules: Literal["all", "one"] = "all"
+    """Whether a step's `b` is that of all modules, or of one that is drawn with it."""
+    rescaled: bool = True
+    r"""Whether the update is scaled by :math:`\alpha / b`, or by :math:`\alpha / r` at every `b`."""
     freeze_lower: bool = True
     """Whether only component `b` learns (released script), or all of the first `b`."""
     strict: bool = False
@@ -43,16 +50,27 @@ class SampleRank(RankRule):
         run.updates.hold(run, [space.gate for space in run.all_spaces])
 
     def _still(self, run: Run, space: UnitSpace, parameter: nn.Parameter) -> Tensor:
-        rank, number = min(run.memory.rank, space.size), torch.arange(1, space.size + 1, device=parameter.device)
+        rank, number = run.memory.ranks[space], torch.arange(1, space.size + 1, device=parameter.device)
         return number != rank if self.freeze_lower else number > rank
 
     def before_step(self, run: Run) -> None:
         """Draw a rank."""
-        weights = (1.0 if self.distribution == "uniform" else 0.5) ** torch.arange(max(s.size for s in run.all_spaces))
-        run.memory.rank = 1 + run.draw("sampled rank", weights)
-        run.for_this_step(space.leading(run.memory.rank) for space in run.all_spaces)
+        run.memory.ranks = self._draw(run, {space: space.count for space in run.all_spaces})
+        run.for_this_step(space.leading(rank, self.rescaled) for space, rank in run.memory.ranks.items() if rank)
+
+    def _draw(self, run: Run, ranks: dict[UnitSpace, int]) -> dict[UnitSpace, int]:
+        """The rank of each module at this step, at most what lives of it."""
+        if not any(ranks.values()):
+            return ranks
+        ratio = 1.0 if self.distribution == "uniform" else 0.5
+        if self.modules == "all":
+            drawn = 1 + run.draw("sampled rank", ratio ** torch.arange(max(space.size for space in ranks)))
+            return {space: min(drawn, rank) for space, rank in ranks.items()}
+        pairs = [(space, b) for space, rank in ranks.items() for b in range(rank)]
+        space, b = pairs[run.draw("sampled module and rank", ratio ** torch.tensor([float(b) for _, b in pairs]))]
+        return {**ranks, space: b + 1}
 
     def finish(self, run: Run) -> None:
         """Let the components of `final_rank` live."""
         for space in run.all_spaces:
-            space.truncate(self.final_rank or space.size)
+            space.truncate(self.final_rank or space.size, self.rescaled)

@@ -59,7 +59,7 @@ from .scores import (
     select_units,
 )
 from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
-from .shrinkage import dead_zone_threshold, soft_threshold
+from .shrinkage import dead_zone_threshold, nested_group_slopes, nested_group_threshold, soft_threshold
 from .statistics import (
     SM3,
     DataCriterion,
@@ -140,6 +140,8 @@ __all__ = [
     "global_counts",
     "make_curve",
     "make_score",
+    "nested_group_slopes",
+    "nested_group_threshold",
     "pack_bits",
     "proportional_counts",
     "random_units",

@@ -77,6 +77,7 @@ RULES: dict[str, dict[str, Any]] = {
     "orthogonality": {"weight": 0.5},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},
+    "group_lasso": {"weight": 3.0, "every": 2, "only": RANKS},
     "grow_rank": {"every": 1, "warmup": 2, "modules": 1, "only": RANKS},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
 }  # fmt: skip

@@ -27,6 +27,7 @@ METHODS = {
     "increlora": {"r": 4, "schedule": [GrowRank(AverageRank(2), modules=2, every=1, warmup=1), Orthogonality(0.1)]},
     "adalora-peft": {"init_r": 3, "target_r": 1, "every": 2, "tfinal": 2},
     "eva": {"r": 2, "lora_alpha": 3},
+    "maestro": {"r": 4, "weight": 2.0, "every": 2},
     "joint-budget": {"r": 4, "density": 0.05, "fraction": 0.4},
     "capaboost": {"r": 2},
     "mosa": {"r": 2, "experts": 2},
@@ -156,7 +157,7 @@ def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
     assert max(one[0] for one in found.values()) < 1e-5, found
     # Ranks moved: modules differ, some of them left.
     assert any(len(ranks[name]) < 6 for name in METHODS)
-    for name in ("adalora", "adalora-peft", "eva", "sora", "increlora", "joint-budget"):
+    for name in ("adalora", "adalora-peft", "eva", "sora", "increlora", "maestro", "joint-budget"):
         assert len(set(ranks[name].values())) > 1, name
 
 

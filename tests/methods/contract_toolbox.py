@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sora": {"schedule": [ProximalGate(0.2, scaled_by_lr=False)]},
     "dylora": {"schedule": [SampleRank(final_rank=2)]},
     "increlora": {"schedule": [GrowRank(every=1, warmup=2, modules=2), Orthogonality(0.1)]},
+    "maestro": {"weight": 3.0, "every": 2},
     "joint-budget": {
         "schedule": [
             Allocate(("rank", "support"), Fraction(0.5), unit_score="mean", every=2, initial_warmup=0.0),

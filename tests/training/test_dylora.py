@@ -54,7 +54,7 @@ def test_drawn_ranks_are_uniform_from_one_to_r():
     drawn = []
     for view.training.step in range(4000):
         rule.before_step(view)
-        drawn.append(view.memory.rank)
+        drawn.append(max(view.memory.ranks.values()))
         view.leave_step()
     drawn = torch.tensor(drawn)
     assert torch.bincount(drawn, minlength=R + 1)[1:].min() > 400

@@ -222,26 +222,29 @@ class RankSpace(UnitSpace):
         return (self.B * (gate * self.scalings[self.adapter])) @ self.A
 
     @contextmanager
-    def leading(self, count: int) -> Iterator[None]:
-        r"""Inside, the first `b = count` components alone (all, where there are fewer), scaled by :math:`\alpha/b` as a
-        LoRA of that rank; the gate, which must not train meanwhile, is put back."""
+    def leading(self, count: int, rescaled: bool = True) -> Iterator[None]:
+        r"""Inside, the first `b = count` components alone (all that live, where there are fewer), if `rescaled` scaled
+        by R / b with R living ones: by :math:`\alpha/b`, as a LoRA of that rank, while all live. The gate, which must
+        not train meanwhile, is put back."""
         before = self.gate.detach().clone()
-        self._scale_leading(count)
+        self._cut(count, rescaled)
         try:
             yield
         finally:
             self.gate.data.copy_(before)
 
     @torch.no_grad()
-    def truncate(self, count: int) -> None:
-        """Let the first `count` components alone live, scaled as in `leading`."""
-        self._scale_leading(count)
-        self.write(torch.arange(min(count, self.size), device=self.gate.device))
+    def truncate(self, count: int, rescaled: bool = True) -> None:
+        """Let the first `count` of the living components alone live, scaled as in `leading`."""
+        self._cut(count, rescaled)
+        self.write(self.alive()[:count])
 
     @torch.no_grad()
-    def _scale_leading(self, count: int) -> None:
-        count = min(count, self.size)
-        self.gate.data.mul_(self.size / count)[count:] = 0.0
+    def _cut(self, count: int, rescaled: bool) -> None:
+        alive = self.alive()
+        if rescaled and 0 < count < alive.numel():
+            self.gate.data.mul_(alive.numel() / count)
+        self.gate.data[alive[count:]] = 0.0
 
     def entering(self, count: int) -> Tensor:
         """Bool `[r]`: the first `count` components that do not live."""
