@@ -190,11 +190,13 @@ class LivingUnits:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its title, a key or function of the row, and the form of a cell; None leaves it empty."""
+    """One column of a table: its title, a key or function of the row, and the form of a cell; None leaves it empty.
+    Long cells wrap on a terminal with `wrap`."""
 
     title: str
     value: str | Callable[[dict[str, Any]], Any]
     form: str = "{}"
+    wrap: bool = False
 
     def cell(self, row: dict[str, Any]) -> str:
         """The row's cell."""
@@ -206,7 +208,8 @@ def print_table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, 
     """Print one line a row; every column but the first is aligned to the right."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column.title, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+        wrap = column.wrap or not number
+        table.add_column(column.title, justify="right" if number else "left", no_wrap=not wrap, overflow="fold")
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
     Console(width=140, soft_wrap=True).print(table)

@@ -3,6 +3,7 @@
     python recipes/benchmarks/learning.py                                   # the embedded demo task
     python recipes/benchmarks/learning.py --task cola --encoder PATH --data PATH
     python recipes/benchmarks/learning.py --candidates lora hybrid 'spiel-ag:density=0.02' --seeds 0 1 2
+    python recipes/benchmarks/learning.py --group small --steps 60 --seeds 0  # every rank and tiny-core method by name
 
 `--encoder` is a local sequence encoder (all-MiniLM-L6-v2, for one), `--data` a folder with CoLA's `train.tsv` and
 `dev.tsv`. The budget is that of LoRA r=`--rank` on all targeted linears: in a candidate (harness.py says how one is
@@ -10,6 +11,9 @@ written) `$numbers` is that many, `$rank` the rank, `$half` half of it and `$res
 learning rate of each candidate is chosen with the first seed; all seeds run at the best one. So the first seed's score
 at the chosen rate is slightly flattered, for every candidate alike. Runs that `learning.json` holds already are not
 repeated. A table goes to the terminal, `learning.json` and `learning_<task>.png` to `--output`.
+
+`--group small` asks another question: does each method learn at all? Its candidates have numbers of their own, and the
+rates of each (`SMALL`) lie around what its paper or a first look suggests.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import harness
 import torch
 from datasets import Dataset
 from harness import Column, option
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +40,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from hf_sparse_peft.methods import Method
 
 # isort: split
 import demo_data  # found by harness
@@ -59,6 +65,44 @@ CANDIDATES = {
     "hybrid-fisher": f"{HYBRID},criterion=fisher",
     "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, numbers: $rest}",
 }
+LORA_RATES, FAST, FASTEST = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
+SMALL = {
+    "lora": ("lora:r=8,lora_alpha=16", LORA_RATES),
+    "adalora": ("adalora", FAST),
+    "adalora-peft": ("adalora-peft", FAST),
+    "sora": ("sora", LORA_RATES),
+    "dylora": ("dylora", LORA_RATES),
+    "increlora": ("increlora", FAST),
+    "joint-budget": ("joint-budget", LORA_RATES),
+    "lora-xs": ("lora-xs:r=16", FAST),
+    "edora": ("edora:r=16", FAST),
+    "lora-sb": ("lora-sb:r=16", FAST),
+    "svfit": ("svfit", FASTEST),
+    "lamda": ("lamda:r=16", LORA_RATES),
+    "lora-mini": ("lora-mini", FAST),
+    "loldu": ("loldu", FAST),
+    "s2-lora": ("s2-lora", FAST),
+    "sharelora": ("sharelora", LORA_RATES),
+    "mos": ("mos", LORA_RATES),
+    "nola": ("nola:k=64", FAST),
+    "intrinsic-dimension": ("intrinsic-dimension", FAST),
+    "lora-plus": ("lora-plus", (3e-4, 1e-3, 3e-3)),
+    "dora": ("dora", LORA_RATES),
+    "rslora": ("rslora", LORA_RATES),
+    "pissa": ("pissa", LORA_RATES),
+    "lora-ga": ("lora-ga", (3e-4, 1e-3, 3e-3)),
+    "eva": ("eva", FAST),
+    "randlora": ("randlora", LORA_RATES),
+    "vb-lora": ("vb-lora:vector_length=64", FAST),
+    "miss": ("miss", LORA_RATES),
+    "loha": ("loha", FAST),
+    "lokr": ("lokr", FAST),
+    "gralora": ("gralora", LORA_RATES),
+    "hira": ("hira", FAST),
+    "ln-tuning": ("ln-tuning:target_modules=null", FAST),
+}
+"""Methods whose ranks move or whose cores are tiny, and upstream's: candidate and learning rates."""
+GROUPS = {"budget": list(CANDIDATES), "small": list(SMALL)}
 
 
 @dataclass
@@ -66,11 +110,13 @@ class LearningOptions(harness.Options):
     """Options of this benchmark."""
 
     task: Literal["demo", "cola"] = option("demo", "what to learn")
-    candidates: list[str] = option(list(CANDIDATES), f"of {', '.join(CANDIDATES)}, or methods")
-    learning_rates: list[float] = option([], "rates to choose from; by default the task's")
+    group: Literal["budget", "small"] = option("budget", "candidates at equal numbers, or small ones at their own")
+    candidates: list[str] = option([], "of the group, by default all, or methods")
+    learning_rates: list[float] = option([], "rates to choose from; by default the candidate's, or the task's")
     seeds: list[int] = option([0, 1], "seeds of the data, the supports and the factors")
     steps: int = option(100, "optimizer steps of a run")
     batch_size: int = option(16, "examples of a step")
+    test_examples: int = option(200, "word problems of the demo task to score on")
     rank: int = option(16, "rank of the LoRA whose trained numbers all get")
     encoder: Path | None = option(None, "model folder, for CoLA")
     data: Path | None = option(None, "folder with train.tsv and dev.tsv, for CoLA")
@@ -87,7 +133,8 @@ class DemoTask:
 
     def __init__(self, options: LearningOptions) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
-        self.test = demo_data.word_problems(200, seed=0, split="test")
+        self.test = demo_data.word_problems(options.test_examples, seed=0, split="test")
+        self.data: dict[int, dict[str, Any]] = {}
         self.held_out = demo_data.chunk_text(demo_data.pretraining_text(100, seed=0, split="heldout"), self.tokenizer)
 
     def model(self) -> nn.Module:
@@ -96,9 +143,11 @@ class DemoTask:
 
     def training_data(self, seed: int) -> dict[str, Any]:
         """Data of one run."""
-        pairs = demo_data.word_problems(3000, seed=seed, split="train")
-        data = demo_data.tokenize_pairs(pairs, self.tokenizer)
-        return {"train_dataset": data, "data_collator": DataCollatorForSeq2Seq(self.tokenizer)}
+        if seed not in self.data:
+            pairs = demo_data.word_problems(3000, seed=seed, split="train")
+            data = demo_data.tokenize_pairs(pairs, self.tokenizer)
+            self.data[seed] = {"train_dataset": data, "data_collator": DataCollatorForSeq2Seq(self.tokenizer)}
+        return self.data[seed]
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """Exact match, and the loss on held-out pretraining text (forgetting)."""
@@ -179,16 +228,22 @@ def with_head_rate(
     return optimizer
 
 
-def run(
-    candidate: str, task: Any, options: LearningOptions, numbers: dict[str, int], rate: float, seed: int
-) -> dict[str, Any]:
-    """Train one candidate once and score it."""
+def adapted(candidate: str, task: Any, numbers: dict[str, int], seed: int) -> tuple[Method, PeftModel]:
+    """The candidate's method, and a fresh base with its adapter."""
     set_seed(seed)
-    start = time.perf_counter()
     common = {"target_modules": task.targets, "task_type": task.task_type, "modules_to_save": task.head}
     method = harness.build_method(candidate, numbers, seed, **common)
     model = get_peft_model(task.model(), method.config)
     method.prepare(model)
+    return method, model
+
+
+def run(
+    candidate: str, task: Any, options: LearningOptions, numbers: dict[str, int], rate: float, seed: int
+) -> dict[str, Any]:
+    """Train one candidate once and score it."""
+    start = time.perf_counter()
+    method, model = adapted(candidate, task, numbers, seed)
     args = harness.training_arguments(
         options,
         (options.output or Path("runs/learning")) / "run",
@@ -210,17 +265,25 @@ def run(
 def sweep(rows: harness.Rows, task: Any, options: LearningOptions) -> list[dict[str, Any]]:
     """Every candidate: all learning rates at the first seed, the other seeds at the best of them; a summary of each."""
     numbers, summaries = budget(task, options.rank), []
-    for name in options.candidates:
+    for name in options.candidates or GROUPS[options.group]:
+        candidate, rates = SMALL[name] if options.group == "small" and name in SMALL else (name, task.learning_rates)
+        candidate = CANDIDATES.get(candidate, candidate)
 
-        def measured(rate: float, seed: int, name: str = name) -> dict[str, Any]:
-            work = partial(run, CANDIDATES.get(name, name), task, options, numbers, rate, seed)
+        def measured(rate: float, seed: int, name: str = name, candidate: str = candidate) -> dict[str, Any]:
+            work = partial(run, candidate, task, options, numbers, rate, seed)
             return rows.measure(work, candidate=name, learning_rate=rate, seed=seed)
 
-        first = [measured(rate, options.seeds[0]) for rate in options.learning_rates or task.learning_rates]
+        def untrained(candidate: str = candidate) -> dict[str, Any]:
+            return task.score(adapted(candidate, task, numbers, options.seeds[0])[1])
+
+        before = rows.measure(untrained, candidate=name, learning_rate=0.0, seed=options.seeds[0])
+        first = [measured(rate, options.seeds[0]) for rate in options.learning_rates or rates]
         best = max(first, key=lambda row: (row["score"], -row["train_loss"]))
         runs = [best, *(measured(best["learning_rate"], seed) for seed in options.seeds[1:])]
         others = " ".join(f"{row['learning_rate']:g}:{row['score']:.1f}" for row in first if row is not best)
-        summaries.append(best | {"runs": runs, "mean": _mean(runs, "score"), "others": others})
+        summaries.append(
+            best | {"before": before["score"], "runs": runs, "mean": _mean(runs, "score"), "others": others}
+        )
     return sorted(summaries, key=lambda row: -row["mean"])
 
 
@@ -237,6 +300,7 @@ COLUMNS = (
     Column("candidate", "candidate"),
     Column("trained", "trained", "{:,}"),
     Column("learning rate", "learning_rate", "{:g}"),
+    Column("score before", "before", "{:.1f}"),
     Column("score", _spread),
     Column("train loss", lambda row: _mean(row["runs"], "train_loss"), "{:.3f}"),
     Column("held-out loss", lambda row: _mean(row["runs"], "held_out_loss"), "{:.3f}"),
@@ -248,7 +312,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the sweep, print, draw and write it; returns a summary of each candidate, best first."""
     options = harness.parse(LearningOptions, __doc__, argv)
     task = TASKS[options.task](options)
-    setting = {name: getattr(options, name) for name in ("task", "steps", "batch_size", "rank")}
+    setting = {name: getattr(options, name) for name in ("task", "steps", "batch_size", "test_examples", "rank")}
     rows = harness.Rows(options, "learning", setting)
     summaries = sweep(rows, task, options)
     harness.print_table(f"{task.metric}: mean over seeds (lowest to highest)", COLUMNS, summaries)
@@ -256,8 +320,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         title: {row["candidate"]: [[run[key] for run in row["runs"]]] for row in summaries}
         for title, key in ((task.metric, "score"), ("training loss", "train_loss"))
     }
-    title = f"{options.task}: {options.steps} steps of {options.batch_size}, numbers of LoRA r={options.rank}"
-    harness.draw(rows.folder / f"learning_{options.task}.png", title, panels, ["mean, lowest and highest of the seeds"])
+    sizes = f"numbers of LoRA r={options.rank}" if options.group == "budget" else "numbers of their own"
+    title = f"{options.task}: {options.steps} steps of {options.batch_size}, {sizes}"
+    picture = "learning" if options.group == "budget" else f"learning_{options.group}"
+    harness.draw(
+        rows.folder / f"{picture}_{options.task}.png", title, panels, ["mean, lowest and highest of the seeds"]
+    )
     return summaries
 
 

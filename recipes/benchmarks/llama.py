@@ -37,6 +37,7 @@ PRESETS = {
     # A small vocabulary, so that the head, which nothing here adapts, does not dominate.
     "cpu": Preset(4, 1024, 2816, 16, 4, 512, 1, 1024),
     "llama-3b": Preset(28, 3072, 8192, 24, 8, 128256, 4, 768),  # meta-llama/Llama-3.2-3B
+    "llama-8b": Preset(32, 4096, 14336, 32, 8, 128256, 4, 768),  # meta-llama/Llama-3.1-8B
 }
 
 
@@ -45,7 +46,7 @@ class LlamaOptions(Options):
     """Options of the benchmarks on this model."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "where to compute")
-    preset: Literal["cpu", "llama-3b"] = option("cpu", "shapes of model and batch")
+    preset: Literal["cpu", "llama-3b", "llama-8b"] = option("cpu", "shapes of model and batch")
     layers: int | None = option(None, "instead of the preset's")
     hidden: int | None = option(None, "instead of the preset's, a multiple of 32; the feed-forward is 2.75 x as wide")
     tokens: int | None = option(None, "tokens of a sequence, instead of the preset's")
@@ -97,10 +98,18 @@ def _to_nf4(model: LlamaForCausalLM, device: str) -> None:
             dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
         )
         quantised.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4").to(device)
-        # On a CPU the first forward without gradients would repack the weight for good, for a kernel without gradients.
-        quantised.support_avx512bf16_for_cpu = False
         model.set_submodule(name, quantised)
+    keep_4bit_layout(model)
     model.is_loaded_in_4bit = True  # what peft's dispatcher for 4-bit LoRA layers asks
+
+
+def keep_4bit_layout(model: nn.Module) -> nn.Module:
+    """`model`, whose 4-bit weights stay as they are: on a CPU the first forward without gradients would repack them for
+    good, for a kernel without gradients. This package's layers see to it themselves, upstream's do not."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def targets(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -44,7 +44,9 @@ def test_every_named_candidate_is_one_that_the_package_takes():
     numbers = {"rank": 4, "alpha": 8, "half": 2, "numbers": 400, "rest": 200, "sparsity": 0.9}
     adapters = {name: text for name, text in step_cost.CANDIDATES.items() if text not in ("frozen", "full", "spiel")}
     moving = {name: step_cost.MOVING + text.removeprefix("shira:") for name, text in step_cost.OURS.items()}
-    for candidates in (adapters, moving, learning.CANDIDATES):
+    small = {name: text for name, (text, rates) in learning.SMALL.items() if len(set(rates)) == 3}
+    assert small.keys() == learning.SMALL.keys()
+    for candidates in (adapters, moving, learning.CANDIDATES, small):
         for text in candidates.values():
             assert build_method(text, numbers, target_modules=["q_proj"]).config.peft_type
 
@@ -73,8 +75,23 @@ def test_a_sweep_chooses_a_rate_and_trains_equally_many_numbers(tmp_path):
     assert {row["trained"] for row in best} == {27136}
     assert [len(row["runs"]) for row in best] == [2, 2]
     rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
+    untrained = [row for row in rows if not row["learning_rate"]]
+    assert [row["candidate"] for row in untrained] == ["lora", "hybrid"]
+    assert {row["before"] for row in best} == {row["score"] for row in untrained}
+    rows = [row for row in rows if row["learning_rate"]]
     assert learning.main([*sizes, "--candidates", "hybrid", "--learning_rates", "1e-3"])[0]["runs"] == rows[2:]
     assert (tmp_path / "learning_demo.png").stat().st_size > 10_000
+
+
+def test_each_small_method_has_rates_of_its_own(tmp_path):
+    import learning
+
+    sizes = ["--steps", "1", "--batch_size", "2", "--test_examples", "2", "--seeds", "0", "--output", str(tmp_path)]
+    (best,) = learning.main([*sizes, "--group", "small", "--candidates", "svfit"])
+    tried = [row["learning_rate"] for row in json.loads((tmp_path / "learning.json").read_text())["rows"]]
+    assert tuple(tried) == (0.0, *learning.SMALL["svfit"][1])
+    assert (best["candidate"], best["learning_rate"] in tried) == ("svfit", True)
+    assert (tmp_path / "learning_small_demo.png").exists()
 
 
 def test_a_new_head_learns_at_a_rate_of_its_own():

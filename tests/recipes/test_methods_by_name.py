@@ -22,6 +22,7 @@ def recipes(monkeypatch):
         "chosen_method",
         "qlora_sparse_lora",
         "harness",
+        "llama",
         "method_table",
     ):
         sys.modules.pop(name, None)
@@ -57,16 +58,29 @@ def test_the_method_table_keeps_what_it_has_and_says_what_each_method_did(recipe
     import method_table
 
     short = ["--candidates", "spiel-ag", "--bases", "nf4", "--steps", "6", "--examples", "32", "--test_examples", "4"]
-    (row,) = method_table.main([*short, "--output", str(tmp_path)])
-    assert row["moves"] == 1  # after step 5 of 20
-    assert (row["reload_exact"], row["merge_exact"]) == ("yes", "yes")
-    assert row["trainable"] > 0
+    large, run = method_table.main([*short, "--output", str(tmp_path)])
+    assert (run["moves"], run["late_moves"]) == (1, 1)  # after step 5 of 20, and the checkpoint is after step 3
+    assert (run["reload_exact"], run["merge_exact"], run["resume_exact"]) == ("yes", "yes", "yes")
+    assert run["trainable"] > 0
+    assert run["file_bytes"] == (tmp_path / "adapters/spiel-ag-nf4/adapter_model.safetensors").stat().st_size
+    assert large["trainable"] == 69_793_152  # 1 % of each of 224 weights, rounded
     table = (tmp_path / "method_table.md").read_text()
     assert "| spiel-ag | nf4 |" in table
-    assert json.loads((tmp_path / "method_table.json").read_text()) == {"rows": [row]}
-    assert method_table.main([*short, "--output", str(tmp_path)]) == [row]
+    assert "| 0 / 1 | yes |" in table
+    assert json.loads((tmp_path / "method_table.json").read_text()) == {"rows": [run, large]}
+    assert method_table.main([*short, "--output", str(tmp_path)]) == [large, run]
     with pytest.raises(ValueError, match="unknown"):
         method_table.main(["--candidates", "no-such-method", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("name", "leaves"), [("sora", "yes, "), ("shira", "refused: has a support of entry units")])
+def test_the_method_table_says_whether_a_method_leaves_as_a_plain_lora(name, leaves, recipes, tmp_path):
+    import method_table
+
+    short = ["--candidates", name, "--bases", "dense", "--large", "false", "--steps", "2", "--examples", "32"]
+    rows = method_table.main([*short, "--test_examples", "2", "--output", str(tmp_path)])
+    assert [row["resume_exact"] for row in rows] == ["yes"]
+    assert method_table.summaries(rows)[0]["export"].startswith(leaves)
 
 
 def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_path):
@@ -77,6 +91,8 @@ def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_pa
     assert figures["trainable"] > 0
     assert figures["train_loss"] > 0
     short = [
+        "--large",
+        "false",
         "--candidates",
         "rl-subnetwork",
         "--bases",
