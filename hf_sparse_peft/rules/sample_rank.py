@@ -45,7 +45,17 @@ class SampleRank(RankRule):
     gate: ClassVar[str] = "ones"
 
     def begin(self, run: Run) -> None:
-        """Hold the gates still, and what does not learn."""
+        """Hold the gates still, and what does not learn.
+
+        Raises:
+            ValueError: no module has `final_rank` components.
+        """
+        largest = max(space.size for space in run.all_spaces)
+        if self.final_rank is not None and self.final_rank > largest:
+            raise ValueError(
+                f"SampleRank.final_rank={self.final_rank} is above the largest rank of a module, {largest}, and would "
+                "leave all components. Lower it, or set None."
+            )
         run.hold_units(lambda *of: self._still(run, *of), keep_state=self.strict, keep_value=self.strict)
         run.updates.hold(run, [space.gate for space in run.all_spaces])
 

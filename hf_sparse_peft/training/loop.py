@@ -63,9 +63,9 @@ class Controller:
 
     Raises:
         TypeError: an optimizer without step hooks, which nothing of torch is.
-        ValueError: a number out of range, a state that `state_dict` did not make, a rule that is unknown here or does
-            not fit into the run, an adapter that asks for rules and does not train, or one that waits for data and no
-            dataloader.
+        ValueError: an optimizer of other parameters, a number out of range, a state that `state_dict` did not make, a
+            rule that is unknown here or does not fit into the run, an adapter that asks for rules and does not train,
+            or one that waits for data and no dataloader.
     """
 
     def __init__(
@@ -140,7 +140,8 @@ class Controller:
         """Call it after the backward pass of a micro-batch that is not the step's last.
 
         Raises:
-            ValueError: `before_step()` was not called, or the optimizer has stepped.
+            ValueError: `before_step()` was not called, the optimizer has stepped, or the step has more micro-batches
+                than `accumulation`.
         """
         self._steps.after_micro_batch()
 
@@ -186,6 +187,8 @@ class _Steps:
         self.closed = False
         self._hooks: list[Any] = []
         self._begun = self._stepped = False
+        self._micro_batches = 0
+        """Finished ones of the current step."""
 
     def begin(self, saved: dict[str, Any], asked: bool) -> None:
         if self.training.step >= self.training.total_steps:
@@ -200,13 +203,20 @@ class _Steps:
         # Around what holds parts of parameters still in a step, which hangs on the same hooks.
         self._hooks.append(self.optimizer.register_step_pre_hook(lambda *_: self._gradients()))
         self.rules.begin(self.training, saved)
+        self._check_optimizer()
         self._hooks.append(self.optimizer.register_step_post_hook(lambda *_: self._after_update()))
 
-    def before_step(self) -> None:
-        if self.closed:
+    def _check_optimizer(self) -> None:
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        trained = [p for run in self.rules.runs for space in run.all_spaces for p in space.parameters()]
+        if trained and not any(id(parameter) in held for parameter in trained):
             raise ValueError(
-                f"Controller is closed after {self.training.step} of {self.training.total_steps} steps; make a new one."
+                f"Controller(optimizer={type(self.optimizer).__name__}) has none of the parameters that the rules act "
+                "on. Pass the optimizer that trains the adapter, built after get_peft_model."
             )
+
+    def before_step(self) -> None:
+        self._require_open()
         if self._stepped:
             raise ValueError("The optimizer has stepped: call Controller.after_step() before the next before_step().")
         if not self._begun:
@@ -217,6 +227,13 @@ class _Steps:
         self._require_begun("after_micro_batch()")
         if self._stepped:
             raise ValueError("The optimizer has stepped: call Controller.after_step(), not after_micro_batch().")
+        self._micro_batches += 1
+        if self._micro_batches >= self.training.accumulation:
+            raise ValueError(
+                f"Controller.after_micro_batch() for the {self._micro_batches}. time in a step, and accumulation="
+                f"{self.training.accumulation}: it follows all micro-batches of a step but the last. Pass their number "
+                "as Controller(accumulation=...)."
+            )
         self.rules.after_micro_batch()
 
     def _gradients(self) -> None:
@@ -239,7 +256,7 @@ class _Steps:
                 )
             self.rules.gradients()  # skipped by the scaler, and counted as a step
             self.rules.after_update(skipped=True)
-        self._begun = self._stepped = False
+        self._begun, self._stepped, self._micro_batches = False, False, 0
         self.training.step += 1
         self.rules.after_step()
         if self.training.step >= self.training.total_steps:
@@ -253,6 +270,13 @@ class _Steps:
         self._hooks = []
         self.rules.leave()
 
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError(
+                f"Controller is closed after {self.training.step} of {self.training.total_steps} steps; make a new one."
+            )
+
     def _require_begun(self, what: str) -> None:
+        self._require_open()
         if not self._begun:
             raise ValueError(f"{what} without Controller.before_step(): call it before the step's first forward pass.")

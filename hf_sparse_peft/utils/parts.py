@@ -162,16 +162,17 @@ def load_part(base: type[PartT], value: Any, where: str) -> PartT | UnknownPart:
     data = {"type": value} if isinstance(value, str) else value
     if not isinstance(data, Mapping) or not isinstance(data.get("type"), str):
         raise ValueError(
-            f"{where}={value!r} is not understood: pass a {base.part_kind} (one of "
+            f"{where}={value!r} is not understood: pass {_with_article(base.part_kind)} (one of "
             f"{[cls.__name__ for cls in part_types(base).values()]}), or a dict with its 'type' and options."
         )
     cls = _PARTS.get((base.part_kind, data["type"]))
     if cls is None:
         return UnknownPart(base.part_kind, dict(data), f"its type {data['type']!r} is not registered")
     options = {name: option for name, option in data.items() if name != "type"}
-    surplus = sorted(set(options) - {field.name for field in fields(cls)})
+    surplus = sorted(set(options) - {field.name for field in fields(cls)}, key=str)
     if surplus:
         return UnknownPart(base.part_kind, dict(data), f"{cls.__name__} has no option {surplus}")
+    _check_complete(cls, options, f"{where}={value!r}")
     try:
         return cls(**options)
     except _HoldsUnknownPart as error:
@@ -205,10 +206,23 @@ def load_options(cls: type[ClassT], value: Any, where: str) -> ClassT:
     unknown = sorted(set(value) - known, key=str)
     if unknown:
         raise ValueError(f"{where} has no option {unknown}; it takes {sorted(known)}.")
+    _check_complete(cls, value, f"{where}={value!r}")
     try:
         return cls(**value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check_complete(cls: type, options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that lack one without a default."""
+    required = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise ValueError(f"{where} is incomplete: {cls.__name__} has no default for {missing}. Give a value for each.")
+
+
+def _with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def plain(value: Any) -> Any:

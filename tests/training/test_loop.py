@@ -454,3 +454,35 @@ def test_rank_rules_train_one_factor_where_the_other_is_frozen(rule):
         assert torch.equal(layer.sparse_lora_A["default"], old)
         assert not layer.sparse_lora_A["default"].requires_grad
         assert layer.sparse_lora_B["default"].any()
+
+
+def test_more_micro_batches_than_accumulation_says_are_refused():
+    model = adapted(make_config(schedule=[PRUNE]))
+    with Controller(model, optimizer_for(model), STEPS, accumulation=2) as rules:
+        rules.before_step()
+        rules.after_micro_batch()
+        with pytest.raises(ValueError, match=r"for the 2\. time in a step, and accumulation=2"):
+            rules.after_micro_batch()
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model = adapted(make_config(schedule=[PRUNE]))
+    with pytest.raises(ValueError, match="has none of the parameters that the rules act on"):
+        Controller(model, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), STEPS)
+    assert run_on(model) is None
+
+
+def test_a_closed_controller_takes_no_further_call():
+    model = adapted(make_config(schedule=[PRUNE]))
+    rules = Controller(model, optimizer_for(model), STEPS, accumulation=2)
+    rules.before_step()
+    rules.close()
+    for call in (rules.before_step, rules.after_micro_batch, rules.after_step):
+        with pytest.raises(ValueError, match="closed after 0 of 12 steps"):
+            call()
+
+
+def test_a_final_rank_that_no_module_has_is_refused():
+    model = adapted(make_config(r=4, density=0.0, schedule=[SampleRank(final_rank=5)]))
+    with pytest.raises(ValueError, match="final_rank=5 is above the largest rank of a module, 4"):
+        Controller(model, optimizer_for(model), STEPS)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from hf_sparse_peft import Prune, Rule
+from hf_sparse_peft import Prune, Rule, SparseLoraConfig
 from hf_sparse_peft.sparsity import Cosine, Curve, Linear, Window
 from hf_sparse_peft.utils.parts import Part, UnknownPart, load_part, part_types, register_part
 
@@ -107,3 +107,15 @@ def test_a_name_is_taken_once_and_only_by_a_frozen_dataclass_of_a_kind():
         register_part("Big-Soup")
     assert part_types(Dish) == {"soup": Soup}
     assert "prune" in part_types(Rule)
+
+
+@pytest.mark.parametrize("given", ["numbers", {"type": "numbers"}])
+def test_a_part_that_lacks_an_option_without_default_says_which(given):
+    with pytest.raises(ValueError, match=r"budget=.*numbers.* is incomplete: Numbers has no default for \['numbers'\]"):
+        SparseLoraConfig(r=0, budget=given)
+
+
+def test_a_low_rank_half_that_is_multiplied_by_zero_is_refused():
+    with pytest.raises(ValueError, match="lora_alpha=0 multiplies the low-rank half by 0"):
+        SparseLoraConfig(r=4, lora_alpha=0)
+    SparseLoraConfig(r=0, lora_alpha=0, density=0.1)

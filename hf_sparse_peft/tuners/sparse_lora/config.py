@@ -180,6 +180,11 @@ class SparseLoraConfig(AdapterConfig):
             )
 
     def _check_factors(self) -> None:
+        if self.lora_alpha == 0 and (self.r or self.rank_pattern) and not self.alpha_pattern:
+            raise ValueError(
+                "lora_alpha=0 multiplies the low-rank half by 0, so that it never trains. Set another lora_alpha, or "
+                "r=0 for no low-rank half."
+            )
         for name in ("factor_masks", "scale_support"):
             if getattr(self, name) and self.r == 0 and not self.rank_pattern:
                 raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
