@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 from ..rules import Rule, check_pairs
 from ..training import RuleRunner
 from ..training.options import upstream_callbacks
+from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..utils.parts import load_part
-from .registry import Method, register
+from .registry import FirstRun, Method, register
 
 Rules = Sequence[Rule | dict[str, Any]]
 
@@ -46,7 +47,14 @@ def _method(config_class: str, schedule: Rules, overrides: dict[str, Any], **opt
     rules = [load_part(Rule, rule, "schedule") for rule in schedule]
     check_pairs(rules)
     config = upstream_config(config_class, **{"target_modules": "all-linear", **options, **overrides})
-    return Method(config, make_callbacks=partial(_callbacks, rules))
+    return Method(config, make_callbacks=partial(_callbacks, rules), make_ready=_keep_4bit_stable)
+
+
+def _keep_4bit_stable(model: nn.Module, first_run: FirstRun | None) -> None:
+    """Let a 4-bit base on a CPU be evaluated before training: bitsandbytes would repack it, and it cannot be trained
+    then. This package's own layers see to it themselves."""
+    for module in model.modules():
+        keep_4bit_weight_stable(module)
 
 
 def _callbacks(rules: list[Rule], model: nn.Module) -> list[TrainerCallback]:

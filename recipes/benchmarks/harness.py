@@ -46,6 +46,7 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 
 import hf_sparse_peft
 from hf_sparse_peft import methods
+from hf_sparse_peft.tuners.upstream import upstream_spaces
 
 UPSTREAM = {"lora": peft.LoraConfig, "peft-shira": peft.ShiraConfig, "peft-supertuning": peft.SupertuningConfig}
 
@@ -118,7 +119,7 @@ class Rows:
             if not go_on:
                 raise
             traceback.print_exc()
-            figures = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            figures = {"error": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])}
         row = {**key, **figures, "setting": self.setting, "machine": self.machine}
         self.rows = [old for old in self.rows if old not in found] + [row]
         self.save()
@@ -180,6 +181,7 @@ class LivingUnits:
     def __init__(self, model: nn.Module):
         layers = [module for module in model.modules() if hasattr(module, "unit_spaces")]
         self._spaces = [space for layer in layers for space in layer.unit_spaces("default")]
+        self._spaces += [space for spaces in upstream_spaces(model).values() for space in spaces]
         self._seen = [space.alive().clone() for space in self._spaces]
 
     def moved(self) -> bool:

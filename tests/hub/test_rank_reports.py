@@ -209,3 +209,14 @@ def test_the_report_of_an_adapter_is_a_rank_pattern_with_a_picture(tmp_path):
     LoraConfig(r=8, rank_pattern=report.rank_pattern, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"No batch reached|no batch"):
         utilized_rank(model, [], show_progress=False)
+
+
+@pytest.mark.parametrize("name", ["adalora-peft", "dora", "miss"])
+def test_a_report_on_a_4bit_base_measures_the_dequantised_weight_and_changes_no_bit(name):
+    ranks = {"init_r": 4, "target_r": 2} if name == "adalora-peft" else {"r": 4}
+    model = get_peft_model(tiny.base("nf4", layers=1), methods.get(name, target_modules=["q_proj"], **ranks).config)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert intruder_dimensions(model.eval()).total == 0  # fresh
+    (report,) = utilized_rank(model, [{"input_ids": torch.arange(1, 9)[None]}], show_progress=False).modules.values()
+    assert (report.weight, report.inputs <= 8) == (32, True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ...rules.probing import modes_kept
 from ...training.calibration.readers import dense_weight
 from ...tuners import AdapterLayer
-from ...tuners.upstream import upstream_layers
+from ...tuners.shared.base_weight import keep_4bit_weight_stable
+from ...tuners.upstream import UpstreamLowRank, upstream_layers
 
 
 def adapted_linears(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
@@ -24,7 +25,7 @@ def adapted_linears(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]
         ValueError: it changes none.
     """
     names = dict(upstream_layers(model))
-    own = {m.module_name: m for m in model.modules() if isinstance(m, AdapterLayer) and m.holds(adapter_name)}
+    own = {m.module_name: m for m in model.modules() if isinstance(m, AdapterLayer) and _holds(m, adapter_name)}
     upstream = {n: m for n, m in names.items() if _holds(m, adapter_name) and _is_linear(m.get_base_layer())}
     places = {id(module): at for at, module in enumerate(model.modules())}
     found = sorted({**own, **upstream}.items(), key=lambda pair: places[id(pair[1])])
@@ -46,6 +47,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _holds(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    if isinstance(layer, AdapterLayer):
+        return layer.holds(adapter_name)
     return any(adapter_name in getattr(layer, name, ()) for name in layer.adapter_layer_names)
 
 
@@ -69,25 +72,26 @@ def merged_weight(layer: nn.Module, adapter_names: Iterable[str]) -> Tensor:
     if layer.merged:
         raise ValueError(f"{layer.merged_adapters} are merged into the base weights. Call model.unmerge_adapter().")
     weight = base_weight(layer).clone()
-    if isinstance(layer, AdapterLayer):
-        for name in (name for name in names if layer.holds(name)):
-            for piece in layer.pieces(name):
-                piece.add_(weight)
-        return weight
     names = [name for name in names if _holds(layer, name)]
-    # Not supports_lora_conversion: peft 0.21.2 says True of DoRA, whose get_delta_weight leaves the magnitudes out.
-    if isinstance(layer, LoraLayer) and not any(name in layer.lora_variant for name in names):
-        for name in names:
-            delta = layer.get_delta_weight(name).float()
-            weight += delta.t() if isinstance(layer.get_base_layer(), Conv1D) else delta
+    source = layer if isinstance(layer, AdapterLayer) else _as_low_rank(layer, names)
+    if source is not None:
+        for piece in (piece for name in names for piece in source.pieces(name)):
+            piece.add_(weight)
         return weight
     if set(layer.active_adapters) != set(names):
         raise ValueError(
             f"The update of {type(layer).__name__} is read off its outputs, and {layer.active_adapters} are active. "
             f"Call model.set_adapter({names})."
         )
+    keep_4bit_weight_stable(layer.get_base_layer())  # a forward pass without gradients would repack it on a CPU
     cols, _ = _get_in_out_features(layer.get_base_layer())
     with modes_kept(layer, training=False):
         dtype = next((p.dtype for p in layer.get_base_layer().parameters() if p.is_floating_point()), torch.float32)
         unit = torch.eye(cols, device=weight.device, dtype=dtype)
         return (layer(unit) - layer(torch.zeros_like(unit[:1]))).float().t().contiguous()
+
+
+def _as_low_rank(layer: BaseTunerLayer, names: list[str]) -> UpstreamLowRank | None:
+    """Upstream's LoRA or AdaLoRA without a variant (DoRA), whose update is added to the weight; None for others."""
+    plain = isinstance(layer, LoraLayer) and all(name in layer.lora_A for name in names)
+    return UpstreamLowRank("", layer) if plain and not any(name in layer.lora_variant for name in names) else None
