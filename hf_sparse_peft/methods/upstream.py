@@ -92,7 +92,7 @@ def rslora(r: int = 64, lora_alpha: float = 16, schedule: Rules = (), **override
     paper="Meng et al., 2024",
     moves="nothing",
     use_when="LoRA starts slowly",
-    cost="a singular value decomposition of every weight at injection; peft writes the rest into the base",
+    cost="an SVD of every weight at injection; peft writes the rest into the base; dense bases only",
     upstream="LoraConfig",
 )
 def pissa(r: int = 16, lora_alpha: float = 16, iterations: int = 0, schedule: Rules = (), **overrides: Any) -> Method:
@@ -125,7 +125,7 @@ def eva(
     paper="Wang et al., 2024",
     moves="nothing",
     use_when="LoRA should take full fine-tuning's first step",
-    cost="dense gradients of all adapted weights before the first step; peft writes the start into the base",
+    cost="dense gradients of all adapted weights first; peft writes the start into the base; dense bases only",
     upstream="LoraConfig",
 )
 def lora_ga(
@@ -166,7 +166,7 @@ def adalora_peft(
     paper="Hyeon-Woo et al., 2022",
     moves="nothing",
     use_when="a higher rank is wanted of as many numbers: two factor pairs multiplied entry by entry",
-    cost="the dense update of every weight at each step",
+    cost="the dense update of every weight at each step; dense bases only",
     upstream="LoHaConfig",
 )
 def loha(r: int = 8, alpha: float = 8, schedule: Rules = (), **overrides: Any) -> Method:
@@ -179,7 +179,7 @@ def loha(r: int = 8, alpha: float = 8, schedule: Rules = (), **overrides: Any) -
     paper="Yeh et al., 2024",
     moves="nothing",
     use_when="very few numbers, or updates of a block structure",
-    cost="the dense update of every weight at each step",
+    cost="the dense update of every weight at each step; dense bases only",
     upstream="LoKrConfig",
 )
 def lokr(r: int = 8, alpha: float = 8, decompose_factor: int = -1, schedule: Rules = (), **overrides: Any) -> Method:
@@ -218,7 +218,7 @@ def miss(r: int = 64, schedule: Rules = (), **overrides: Any) -> Method:
     paper="Jung et al., 2025",
     moves="nothing",
     use_when="LoRA of a high rank suffers from outlier channels",
-    cost="none beyond LoRA's numbers; k * k small products",
+    cost="none beyond LoRA's numbers; k * k small products; dense bases only",
     upstream="GraloraConfig",
 )
 def gralora(r: int = 32, alpha: float = 64, k: int = 2, schedule: Rules = (), **overrides: Any) -> Method:
@@ -231,7 +231,7 @@ def gralora(r: int = 32, alpha: float = 64, k: int = 2, schedule: Rules = (), **
     paper="Albert et al., 2025",
     moves="nothing",
     use_when="updates of full rank from few numbers; a larger r means fewer of them",
-    cost="products with all random bases at each step; the bases, unless save_projection=False, in the file",
+    cost="products with all random bases; these in the file, unless save_projection=False; dense bases only",
     upstream="RandLoraConfig",
 )
 def randlora(r: int = 32, alpha: float = 640, schedule: Rules = (), **overrides: Any) -> Method:
@@ -244,7 +244,7 @@ def randlora(r: int = 32, alpha: float = 640, schedule: Rules = (), **overrides:
     paper="Li et al., 2024",
     moves="which vectors of the bank a factor is mixed of, every forward pass",
     use_when="the file must be tiny: one bank of vectors for the whole model",
-    cost="a softmax over the bank for every piece of every factor",
+    cost="a softmax over the bank for every piece of every factor; dense bases only",
     upstream="VBLoRAConfig",
 )
 def vb_lora(
