@@ -118,7 +118,9 @@ class Watch:
 
     def around(self, runner: RuleRunner) -> list[tiny.TrainerCallback]:
         """Callbacks that look before any rule has moved something at a step, and when all have."""
-        first = tiny.At(on_step_begin=self.begin, on_pre_optimizer_step=self.gradients)
+        first = tiny.At(
+            on_step_begin=self.begin, on_pre_optimizer_step=self.gradients, on_optimizer_step=self.updated
+        )
         last = tiny.At(on_pre_optimizer_step=self.before, on_optimizer_step=self.after, on_step_end=self.end)
         return [first, runner, last]
 
@@ -149,9 +151,15 @@ class Watch:
                 at = rows.bool()
                 self.kept.append((parameter, at, parameter.detach()[at].clone()))
 
-    def after(self, step, model, optimizer):
+    def updated(self, step, model, optimizer):
         for parameter, at, value in self.kept:
             assert torch.equal(parameter.detach()[at], value), step
+
+    def after(self, step, model, optimizer):
+        # Gates that a step alone uses are put back by now, and those of components that enter are written.
+        gates = {id(p) for n, p in model.named_parameters() if "lora_gate" in n}
+        self.kept = [held for held in self.kept if id(held[0]) not in gates]
+        self.updated(step, model, optimizer)
 
     def end(self, step, model, optimizer):
         for layer in set(self.layers) - self.trained[-1]:

@@ -1,6 +1,6 @@
 """Two processes decide as one: supports, ranks and values on both ranks, and against one process with their batch.
 
-`python -m pytest -m slow tests/callbacks/test_distributed.py` (about half a minute: two processes import everything).
+`python -m pytest -m slow tests/training/test_distributed.py` (about half a minute: two processes import everything).
 """
 
 import json
@@ -17,12 +17,12 @@ from hf_sparse_peft import methods
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-MOVES = {"density": 0.1, "every": 3, "steps": 2}
+MOVES = {"density": 0.1, "every": 3}
 CASES: dict[str, dict] = {
-    "spiel-ag": MOVES,
+    "spiel-ag": {**MOVES, "steps": 2},
     "gradual-pruning": {
         "density": 0.1,
-        "schedule": [{"type": "prune", "final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7}],
+        "schedule": [{"type": "prune", "final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7}],
     },
     "adalora": {
         "r": 4,
@@ -38,9 +38,9 @@ CASES: dict[str, dict] = {
     },
     "spiel-ma": MOVES,
     "spiel-ma-with-ties": {"method": "spiel-ma", "score": "min", **MOVES},
-    "set": {"density": 0.1, "interval": 3},
-    "rigl": {"density": 0.1, "interval": 3},
-    "lift": {"density": 0.1, "interval": 3},
+    "set": {"density": 0.1, "every": 3},
+    "rigl": {"density": 0.1, "every": 3},
+    "lift": {"density": 0.1, "every": 3},
     "s2ft": {},
     "s2ft-by-activation": {
         "method": "s2ft",
