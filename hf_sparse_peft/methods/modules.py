@@ -39,14 +39,14 @@ def ist(
     trained: float = 0.25,
     suppressed: float = 0.5,
     suppression: float = 0.25,
-    interval: int = 10,
+    every: int = 10,
     r: int = 32,
     lora_alpha: float = 64,
     **overrides: Any,
 ) -> Method:
     """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
     paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
-    sampling = SampleLayers(trained, suppressed, suppression, interval=interval)
+    sampling = SampleLayers(trained, suppressed, suppression, every=every)
     if adapter is None:
         targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
         options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}

@@ -140,7 +140,7 @@ class NuclearNorm(Rule):
     r""":math:`\lambda` (SaRA: 5e-4)."""
     min_side: NonNegativeInt = 64
     """Matrices whose shorter side is not above this are left out (SaRA: 64)."""
-    interval: PositiveInt = 1
+    every: PositiveInt = 1
     """Optimizer steps between two additions (SaRA: 1). Each costs a full SVD of one matrix."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
@@ -159,9 +159,9 @@ class NuclearNorm(Rule):
                 f"NuclearNorm.min_side={self.min_side} leaves no matrix: none of the adapted ones has a shorter side "
                 "above it. Lower it, or leave the rule out."
             )
-        if self.interval > run.total_steps:
+        if self.every > run.total_steps:
             raise ValueError(
-                f"NuclearNorm.interval={self.interval} is more than the run's {run.total_steps} steps: the norm would "
+                f"NuclearNorm.every={self.every} is more than the run's {run.total_steps} steps: the norm would "
                 "never pull. Lower it, train longer, or leave the rule out."
             )
         if not run.resumed:
@@ -175,7 +175,7 @@ class NuclearNorm(Rule):
     def gradients(self, run: Run) -> None:
         """Draw a matrix and pull it to low rank."""
         update = run.step + 1
-        spaces = [space for space in self._eligible(run) if space.trains] if update % self.interval == 0 else []
+        spaces = [space for space in self._eligible(run) if space.trains] if update % self.every == 0 else []
         if spaces:
             seed = stream_seed(run.seed, "nuclear norm", update)
             drawn = int(torch.randint(len(spaces), (), generator=torch.Generator().manual_seed(seed)))

@@ -28,12 +28,12 @@ class Prune(Rule):
     :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3` of the injected units lives, the units with the smallest
     :math:`\sum|\delta|` leaving first.
 
-    Every `interval` steps of the window, and once at its end, units leave until the curve's fraction is left; capacity
+    Once in `every` steps of the window, and once at its end, units leave until the curve's fraction is left; capacity
     stays allocated until `compact()`. Beside a rule that regrows supports, units leave at its moves instead, before new
     ones enter: a fresh unit is never judged while its value is still 0. Where no move comes after the window's end, the
     last pruning is at its end all the same. Every layer keeps at least one unit. A layer whose values are all 0 (it
     never had a gradient) or not finite keeps its units and is named in a warning. Layers that are held still lose
-    nothing; they follow every `interval` steps after the window, when they train again.
+    nothing; they follow, once in `every` steps, after the window, when they train again.
     """
 
     final_fraction: PositiveFraction = 0.5
@@ -42,7 +42,7 @@ class Prune(Rule):
     """Where pruning starts, as a fraction of the run."""
     end: PositiveFraction = 0.75
     """Where pruning has reached `final_fraction`, as a fraction of the run."""
-    interval: PositiveInt = 10
+    every: PositiveInt = 10
     """Optimizer steps between two prunings."""
     scope: Literal["layer", "global"] = "layer"
     """Whether every layer loses the same fraction, or units of all layers compete (by mean |value| of a unit)."""
@@ -109,8 +109,8 @@ class Prune(Rule):
         steps = sum(self._due(run, update) for update in range(first, last + 1))
         if steps == 1 and last - first > 1 and len(idle) < len(spaces):
             warnings.warn(
-                f"Prune.interval={self.interval} is not below the window's {last - first} steps (start={self.start}, "
-                f"end={self.end} of {run.total_steps}): all units leave at once, not along a curve. Lower interval (or "
+                f"Prune.every={self.every} is not below the window's {last - first} steps (start={self.start}, "
+                f"end={self.end} of {run.total_steps}): all units leave at once, not along a curve. Lower every (or "
                 "Regrow's, where supports regrow), widen the window or train longer.",
                 stacklevel=2,
             )
@@ -130,7 +130,7 @@ class Prune(Rule):
         first, last = self._window(run.total_steps)
         moves_after = _moves_of(run.config)
         if moves_after is None:
-            return update == last or (first < update and (update - first) % self.interval == 0)
+            return update == last or (first < update and (update - first) % self.every == 0)
         # Moves go on after the window; the fraction is constant there, so that pruning again does nothing.
         if first < update < run.total_steps and moves_after(update, run.total_steps):
             return True

@@ -33,7 +33,7 @@ class SampleLayers(Rule):
     layers that has a `scaling`, upstream LoRA and DoRA included. The defaults are the paper's.
 
     Each step draws `int(trained * L)` layers with probability :math:`\propto \sigma(-I)`, in every stack of L layers
-    where a model has several; only their adapters get gradients. Every `interval` steps, `probes` sets of
+    where a model has several; only their adapters get gradients. Once in `every` steps, `probes` sets of
     `int(suppressed * L)` layers are drawn by :math:`\sigma(I)`, the scaling of their adapters is multiplied by
     `suppression`, and the loss :math:`\ell_k` of one training batch is taken in eval mode. With
     :math:`\rho_k = e^{-\ell_k}`, :math:`p_i = \sigma(I_i)` from before the probes:
@@ -53,7 +53,7 @@ class SampleLayers(Rule):
     """Factor on the adapter's scaling in suppressed layers."""
     probes: Annotated[int, Range(least=2)] = 3
     """Probes, each with layers of its own, whose losses are compared."""
-    interval: PositiveInt = 10
+    every: PositiveInt = 10
     """Optimizer steps between two sets of probes; the first is after that many steps."""
     step_size: PositiveFloat = 10.0
     """Factor of an importance update."""
@@ -83,7 +83,7 @@ class SampleLayers(Rule):
         refuse_fixed_ddp(run, "SampleLayers")
         run.memory.layers = self._find_layers(run)
         run.memory.trained = []
-        if self.interval < run.total_steps:
+        if self.every < run.total_steps:
             _dataset(run)
         if run.resumed:
             self._check_importance(run)
@@ -93,7 +93,7 @@ class SampleLayers(Rule):
 
     def before_step(self, run: Run) -> None:
         """Probe where it is due, then draw the layers of the coming step."""
-        if run.step and run.step % self.interval == 0:
+        if run.step and run.step % self.every == 0:
             self._probe(run)
         weights = torch.sigmoid(-torch.tensor(run.saved["importance"], dtype=torch.float64))
         run.memory.trained = self._draw_in_stacks(run, weights, self.trained, run.step, "trained")
@@ -175,9 +175,9 @@ class SampleLayers(Rule):
             )
         elif suppressed == 0:
             said.append(f"suppressed={self.suppressed} of {count} layers rounds to 0; a probe suppresses 1 layer")
-        if self.interval >= run.total_steps:
+        if self.every >= run.total_steps:
             said.append(
-                f"interval={self.interval} leaves no probe in {run.total_steps} steps: all layers are drawn alike, "
+                f"every={self.every} leaves no probe in {run.total_steps} steps: all layers are drawn alike, "
                 "and the importance never changes"
             )
         if said:

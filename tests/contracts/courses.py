@@ -54,11 +54,11 @@ RANKS = ("low rank", "low rank + entries")
 RULES: dict[str, dict[str, Any]] = {
     "freeze": {"only": ("entries", "low rank + entries")},
     "regrow": {"every": 3, "grow": "gradient", "fraction": 0.5, "retired": 0.3},
-    "sample_layers": {"trained": 0.5, "interval": 3, "probe_batch": 4, "only": SCALED},
+    "sample_layers": {"trained": 0.5, "every": 3, "probe_batch": 4, "only": SCALED},
     "l1_penalty": {"weight": 10.0},
     "nuclear_norm": {"weight": 0.1, "min_side": 8, "only": ("entries", "low rank + entries")},
     "search_support": {"trials": 2, "steps": 1, "batches": 1},
-    "prune": {"final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7},
+    "prune": {"final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
     },

@@ -26,7 +26,6 @@ VOCAB, STEPS, SAVE_AT = 64, 8, 4
 TINY: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj", "down_proj"],
     "density": 0.1,
-    "interval": 3,
     "every": 3,
     "steps": 2,
     "first": 2,
@@ -67,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mos": {"shards": 2, "r": 3},
     "capaboost": {"density": 0.5},
     "gradual-pruning": {
-        "schedule": [{"type": "prune", "final_fraction": 0.5, "interval": 2, "start": 0.0, "end": 0.7}]
+        "schedule": [{"type": "prune", "final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7}]
     },
 }  # fmt: skip
 """What a method needs beyond `TINY` to move within eight steps."""

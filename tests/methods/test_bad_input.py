@@ -138,7 +138,7 @@ def test_every_method_refuses_an_option_that_it_does_not_have(name):
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if n in ("spiel-ag", "rigl", "set", "spiel-ma", "lift")])
 def test_a_method_by_name_that_cannot_move_in_its_run_says_so(name, folder, tmp_path):
-    method = methods.get(name, target_modules=TARGETS, task_type="CAUSAL_LM")  # the paper's interval
+    method = methods.get(name, target_modules=TARGETS, task_type="CAUSAL_LM")  # the paper's period
     torch.manual_seed(0)
     model = get_peft_model(load_base(folder / "base", "dense"), method.config)
     with pytest.raises(ValueError, match=r"Train longer|lower|shorter"):

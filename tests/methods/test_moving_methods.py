@@ -95,7 +95,7 @@ def test_rigl_has_the_papers_defaults_and_the_released_codes_as_options():
 
 
 def test_the_cubic_curve_has_the_published_values():
-    rule = Prune(final_fraction=0.2, start=0.0, end=1.0, interval=10)
+    rule = Prune(final_fraction=0.2, start=0.0, end=1.0, every=10)
     sparsity = [1 - rule.living_fraction(step, 100) for step in range(0, 101, 10)]
     expected = [0, 0.2168, 0.3904, 0.5256, 0.6272, 0.7, 0.7488, 0.7784, 0.7936, 0.7992, 0.8]
     assert sparsity == pytest.approx(expected, abs=1e-12)
@@ -110,7 +110,7 @@ def test_ists_importance_moves_as_worked_out_by_hand():
 @pytest.mark.parametrize("favoured", [0, 3])
 def test_ist_trains_and_suppresses_layers_by_their_importance(favoured, tmp_path):
     # sigma(-I) of the favoured layer is 1, of the others e^-12: it trains at every step, and is not suppressed.
-    method = methods.get("ist", r=2, trained=0.25, suppressed=0.25, interval=100, target_modules=["q_proj"])
+    method = methods.get("ist", r=2, trained=0.25, suppressed=0.25, every=100, target_modules=["q_proj"])
     model = get_peft_model(tiny.llama(layers=4), method.config)
     (callback,) = method.callbacks(model)
     importance = [12.0] * 4

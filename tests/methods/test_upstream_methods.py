@@ -149,7 +149,7 @@ SCALED = ("dora", "rslora", "pissa", "adalora-peft", "loha", "lokr", "gralora", 
 def test_layer_sampling_acts_where_an_update_has_a_scale_and_is_refused_by_name_elsewhere(name, tmp_path):
     if name in ("eva", "lora-ga"):
         return  # LoRA, as dora
-    model, method = adapted(name, schedule=[SampleLayers(0.5, 0.5, interval=2)])
+    model, method = adapted(name, schedule=[SampleLayers(0.5, 0.5, every=2)])
     callbacks = method.callbacks(model)
     if name not in SCALED:
         with pytest.raises(ValueError, match="no scaling that could be suppressed"):

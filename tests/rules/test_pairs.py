@@ -50,9 +50,9 @@ BUSY = {
     "group_lasso": GroupLasso(weight=1.0, every=2),
     "l1_penalty": L1Penalty(weight=50.0),
     "nuclear_norm": NuclearNorm(min_side=8),
-    "prune": Prune(start=0.1, end=0.7, interval=2),
+    "prune": Prune(start=0.1, end=0.7, every=2),
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
-    "sample_layers": SampleLayers(trained=0.5, interval=5, probes=2),
+    "sample_layers": SampleLayers(trained=0.5, every=5, probes=2),
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
 }
 """Options with which a rule acts within a few steps on a tiny model; other rules are taken with their defaults."""
@@ -118,9 +118,7 @@ class Watch:
 
     def around(self, runner: RuleRunner) -> list[tiny.TrainerCallback]:
         """Callbacks that look before any rule has moved something at a step, and when all have."""
-        first = tiny.At(
-            on_step_begin=self.begin, on_pre_optimizer_step=self.gradients, on_optimizer_step=self.updated
-        )
+        first = tiny.At(on_step_begin=self.begin, on_pre_optimizer_step=self.gradients, on_optimizer_step=self.updated)
         last = tiny.At(on_pre_optimizer_step=self.before, on_optimizer_step=self.after, on_step_end=self.end)
         return [first, runner, last]
 

@@ -34,7 +34,7 @@ from hf_sparse_peft.training import RuleRunner
 IDS = torch.arange(18).view(2, 9)
 SCHEDULES = {
     "regrow": (MaskRegrowthCallback, {"schedule": [Regrow(every=4, grow=AccumulatedGradient(steps=2))]}),
-    "prune": (PruningCallback, {"schedule": [Prune(interval=2)]}),
+    "prune": (PruningCallback, {"schedule": [Prune(every=2)]}),
     "allocate": (
         RankReallocationCallback,
         {"r": 4, "density": 0.0, "schedule": [Allocate(budget=AverageRank(2), every=2)]},
@@ -147,7 +147,7 @@ def test_a_frozen_adapter_is_not_scheduled(tmp_path):
 
 
 def test_a_frozen_adapter_that_has_a_schedule_is_not_told_to_set_one(tmp_path):
-    model = adapted(make_config(schedule=[Prune(interval=2)]))
+    model = adapted(make_config(schedule=[Prune(every=2)]))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -163,8 +163,8 @@ def test_a_frozen_adapter_that_has_a_schedule_is_not_told_to_set_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"schedule": [Freeze(at=0.5)]}, Prune(interval=2), "Prune moves them|Prune takes units away"),
-        ({"schedule": [Prune(interval=2)]}, Freeze(at=0.5), "Freeze needs the units.*Prune moves them"),
+        ({"schedule": [Freeze(at=0.5)]}, Prune(every=2), "Prune moves them|Prune takes units away"),
+        ({"schedule": [Prune(every=2)]}, Freeze(at=0.5), "Freeze needs the units.*Prune moves them"),
         ({"r": 4, "schedule": [Allocate(budget=AverageRank(2), every=2)]}, GrowRank(), "both decide which units"),
     ],
     ids=["prune+freeze", "freeze+prune", "grow+allocate"],
@@ -176,7 +176,7 @@ def test_a_given_rule_is_checked_against_the_configs_rules(options, given, messa
 
 
 def test_two_given_rules_are_checked_against_each_other(tmp_path):
-    callbacks = [RuleRunner(Freeze(at=0.5)), PruningCallback(Prune(interval=2))]
+    callbacks = [RuleRunner(Freeze(at=0.5)), PruningCallback(Prune(every=2))]
     with pytest.raises(ValueError, match=r"Freeze needs the units.*Prune moves them"):
         run(adapted(make_config()), tmp_path, 8, callbacks=callbacks)
 
@@ -208,7 +208,7 @@ def optimizer_warnings(make) -> list[str]:
     return [str(w.message) for w in caught if "asks for optimizer" in str(w.message)]
 
 
-@pytest.mark.parametrize("schedule", [[], [Prune(interval=2)]], ids=["no rule", "prune"])
+@pytest.mark.parametrize("schedule", [[], [Prune(every=2)]], ids=["no rule", "prune"])
 @pytest.mark.parametrize("spec", [AgedAdamWSpec(), SparseSM3Spec(), ZerothOrderSpec()], ids=lambda spec: spec.part_type)
 def test_a_trainer_without_the_configs_optimizer_says_so_once_a_run(spec, schedule, tmp_path):
     model = adapted(make_config(optimizer=spec, schedule=schedule))
@@ -222,7 +222,7 @@ def test_a_trainer_without_the_configs_optimizer_says_so_once_a_run(spec, schedu
 
 
 def test_a_run_with_the_configs_optimizer_says_nothing_of_it(tmp_path):
-    model = adapted(make_config(optimizer=AgedAdamWSpec(), schedule=[Prune(interval=2)]))
+    model = adapted(make_config(optimizer=AgedAdamWSpec(), schedule=[Prune(every=2)]))
     args = TrainingArguments(str(tmp_path), max_steps=4, save_strategy="no", report_to=[], use_cpu=True)
     trained = Trainer(model, train_dataset=TokenData(), **trainer_options(model, args))
     assert optimizer_warnings(trained.train) == []

@@ -67,7 +67,7 @@ CONFIGS = {
     "freeze": lambda: sparse(schedule=[Freeze(at=0.34, threshold=0.025)], criterion="smallest_magnitude"),
     "ranks": lambda: sparse(r=3, density=0.0, schedule=[Allocate(budget=AverageRank(1), every=1)]),
     "alternate-modules": lambda: sparse(schedule=[AlternateModules(period_steps=2)]),
-    "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, interval=2, suppressed=0.5)]),
+    "sample-layers": lambda: sparse(schedule=[SampleLayers(trained=0.5, every=2, suppressed=0.5)]),
     "experts": lambda: sparse(
         r=4, density=0.0, factor_masks=FactorMaskConfig(kind="stochastic", experts=2),
         schedule=[FactorExperts(consistency=0.0)],
@@ -505,7 +505,7 @@ def test_a_copy_made_during_a_run_is_attended_by_nobody(tmp_path):
 
 
 def test_a_schedule_whose_callback_alone_is_missing_is_named_alone(tmp_path):
-    config = sparse(schedule=[Prune(interval=1), Regrow(every=1, grow=Random())])
+    config = sparse(schedule=[Prune(every=1), Regrow(every=1, grow=Random())])
     model = get_peft_model(tiny.llama(layers=1), config)
     callbacks = [MaskRegrowthCallback()]
     (message,) = asks(model, tmp_path, callbacks, steps=4)

@@ -22,7 +22,7 @@ STEPS = 6
 
 def run(out, *callbacks, resume=None, **options):
     """Train a thinning support with telemetry; returns trained values, telemetry and the distinct warnings."""
-    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, interval=1)
+    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, every=1)
     config = SparseLoraConfig(r=0, density=0.2, target_modules=["q_proj"], schedule=[pruning])
     model, telemetry = get_peft_model(tiny.llama(layers=1), config), SupportTelemetryCallback(1)
     with warnings.catch_warnings(record=True) as caught:

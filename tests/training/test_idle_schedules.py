@@ -71,7 +71,7 @@ NEVER = {
         r"AlternateModules\.fraction=0\.5.*0 in period 0",
     ),
     "a nuclear norm after the end": (
-        sparse(schedule=[NuclearNorm(interval=9, min_side=8)]), r"NuclearNorm\.interval=9",
+        sparse(schedule=[NuclearNorm(every=9, min_side=8)]), r"NuclearNorm\.every=9",
     ),
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ IDLE = {
     "global pruning of nothing": (
         sparse(schedule=[Prune(final_fraction=1.0, scope="global")]), "0 units ever leave in all 2",
     ),
-    "pruning at one step": (sparse(schedule=[Prune(interval=10)]), r"Prune\.interval=10 .* 4 steps"),
+    "pruning at one step": (sparse(schedule=[Prune(every=10)]), r"Prune\.every=10 .* 4 steps"),
     "ranks that all stay": (ranks(schedule=[Allocate(budget=AverageRank(4))]), r"AverageRank\(r=4\) .* 0 units"),
     "ranks that leave at once": (
         ranks(schedule=[Allocate(budget=AverageRank(2), every=50)]), r"Allocate\.every=50",
@@ -114,7 +114,7 @@ IDLE = {
     "no layer of four": (ranks(schedule=[SampleLayers(trained=0.2)]), r"trained=0\.2 of 4.* rounds to 0"),
     "probes that are all alike": (ranks(schedule=[SampleLayers(suppressed=1.0)]), r"suppressed=1\.0 of 4"),
     "probes of no layer": (ranks(schedule=[SampleLayers(suppressed=0.1)]), r"suppressed=0\.1.* rounds to 0"),
-    "probes after the end": (ranks(schedule=[SampleLayers(interval=8)]), "interval=8 leaves no probe"),
+    "probes after the end": (ranks(schedule=[SampleLayers(every=8)]), "every=8 leaves no probe"),
     "a threshold below all weights": (sparse(schedule=[Freeze(threshold=1e-9)]), r"1e-09 .* all 8 layers"),
     "matrices too small for the norm": (
         sparse(schedule=[NuclearNorm(min_side=16)]), r"min_side=16 .* never pulls in 1 of 2 .*v_proj",
@@ -184,13 +184,13 @@ def test_a_threshold_that_nothing_outgrew_is_said_when_it_is_due(tmp_path):
 
 
 def test_pruning_a_pruned_support_again_says_that_it_is_done(tmp_path):
-    model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[Prune(interval=1)]))
+    model = get_peft_model(tiny.llama(layers=1), sparse(schedule=[Prune(every=1)]))
     assert not said_at_start(None, tmp_path, model=model)
     assert "0 units ever leave" in said_at_start(None, tmp_path, model=model)[0]
 
 
 def test_sampling_over_upstreams_lora_says_it_too(tmp_path):
-    method = methods.get("ist", adapter=LoraConfig(r=2, target_modules=Q), trained=1.0, interval=2)
+    method = methods.get("ist", adapter=LoraConfig(r=2, target_modules=Q), trained=1.0, every=2)
     model = get_peft_model(tiny.llama(layers=2), method.config)
     assert "trains all of them" in said_at_start(None, tmp_path, model=model, callbacks=method.callbacks(model))[0]
 
@@ -198,10 +198,10 @@ def test_sampling_over_upstreams_lora_says_it_too(tmp_path):
 WORKING = {
     "regrow": sparse(schedule=[SPIEL]),
     "regrow and prune": sparse(schedule=[Prune(), regrowing(every=1)]),
-    "pruning": sparse(schedule=[Prune(interval=1)]),
+    "pruning": sparse(schedule=[Prune(every=1)]),
     "allocated ranks": ranks(schedule=[Allocate(budget=AverageRank(2), every=1)]),
     "alternating modules": sparse(schedule=[AlternateModules(period_steps=2)]),
-    "sampled layers": ranks(schedule=[SampleLayers(interval=2)]),
+    "sampled layers": ranks(schedule=[SampleLayers(every=2)]),
     "freeze": sparse(schedule=[Freeze()], criterion="smallest_magnitude"),
     "experts": ranks(factor_masks={"kind": "stochastic"}, schedule=[FactorExperts(consistency=0.0)]),
     "a nuclear norm": sparse(schedule=[NuclearNorm(min_side=8)]),

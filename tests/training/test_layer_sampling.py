@@ -49,7 +49,7 @@ def adapter_parameters(model):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_quarter_of_the_layers_trains_and_the_rest_keeps_every_bit_and_moment(kind, tmp_path):
-    model, method = build(kind, interval=3)
+    model, method = build(kind, every=3)
     before, drawn = {}, []
 
     def snapshot(model, optimizer):
@@ -84,7 +84,7 @@ def test_a_quarter_of_the_layers_trains_and_the_rest_keeps_every_bit_and_moment(
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_probes_suppress_half_of_the_layers_and_restore_scaling_and_modes_and_random_state(kind, monkeypatch, tmp_path):
-    model, method = build(kind, interval=2)
+    model, method = build(kind, every=2)
     (callback,) = method.callbacks(model)
     seen, original = [], SampleLayers._suppressed
     run(model, tmp_path, 1, callbacks=[callback], optimizer="default")
@@ -169,7 +169,7 @@ def test_a_layer_that_does_nothing_becomes_the_least_important(tmp_path):
 def test_resumed_training_goes_on_with_the_importance_it_had(kind, restores, tmp_path):
     def course(resume=None):
         last = {}
-        model, method = build(kind, interval=2)
+        model, method = build(kind, every=2)
         hook = Hook(on_step_end=lambda update, m, o: last.update(all_state(m, o)) if update == 9 else None)
         callbacks = method.callbacks(model)
         trainer = run(
@@ -190,7 +190,7 @@ def test_resumed_training_goes_on_with_the_importance_it_had(kind, restores, tmp
 def test_probes_do_not_change_the_order_of_the_data(tmp_path):
     orders = []
     for interval in (2, 100):
-        model, method = build("lora", interval=interval)
+        model, method = build("lora", every=interval)
         ids = []
 
         def look(module, args, kwargs, ids=ids):

@@ -47,11 +47,11 @@ from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import load_part, part_types
 
 STEPS = 12
-PRUNE = Prune(final_fraction=0.4, start=0.1, end=0.8, interval=3)
+PRUNE = Prune(final_fraction=0.4, start=0.1, end=0.8, every=3)
 CASES = {
     "Prune": {"schedule": [PRUNE]},
     "Prune-global-blocks": {
-        "schedule": [Prune(final_fraction=0.4, start=0.1, end=0.8, interval=2, scope="global")], "granularity": "block",
+        "schedule": [Prune(final_fraction=0.4, start=0.1, end=0.8, every=2, scope="global")], "granularity": "block",
         "density": 0.3, "r": 2,
     },
     "no rule": {},
@@ -69,10 +69,10 @@ RULES = {
     "l1_penalty": L1Penalty(weight=5.0),
     "nuclear_norm": NuclearNorm(min_side=8),
     "orthogonality": Orthogonality(),
-    "prune": Prune(start=0.1, end=0.8, interval=2),
+    "prune": Prune(start=0.1, end=0.8, every=2),
     "proximal_gate": ProximalGate(weight=20.0),
     "regrow": Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=0.5),
-    "sample_layers": SampleLayers(trained=0.5, interval=3, probes=2),
+    "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
     "search_support": SearchSupport(trials=6, steps=1, batches=2),
 }

@@ -39,8 +39,8 @@ MOVES = {
     "sensitivity": {"schedule": [Regrow(every=3, drop="sensitivity", grow=Gradient(), fraction=Linear(0.5, 0.0))]},
     "set": {"schedule": [Regrow(every=3, grow=Random(), fraction=0.5)]},
     "set-by-sign": {"schedule": [Regrow(every=3, drop="signed_magnitude", grow=Random(), fraction=Linear(0.5, 0.0))]},
-    "pruning": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2)]},
-    "pruning-global": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, interval=2, scope="global")]},
+    "pruning": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, every=2)]},
+    "pruning-global": {"schedule": [Prune(final_fraction=0.5, start=0.1, end=0.6, every=2, scope="global")]},
 }
 
 

@@ -24,7 +24,7 @@ def magnitudes(side: dict) -> list[float]:
 @pytest.mark.parametrize("optimizer", ["aged", "default"])
 @pytest.mark.parametrize("granularity", ["entry", "block", "row", "column"])
 def test_layers_follow_the_cubic_curve_and_keep_the_largest_units(granularity, optimizer, tmp_path):
-    pruning = Prune(final_fraction=0.3, start=0.25, end=0.74, interval=3)
+    pruning = Prune(final_fraction=0.3, start=0.25, end=0.74, every=3)
     density = 0.05 if granularity == "entry" else 0.5
     model = adapted(make_config(granularity=granularity, density=density, schedule=[pruning]))
     steps, begin, end = 20, 5, 15
@@ -52,7 +52,7 @@ def test_layers_follow_the_cubic_curve_and_keep_the_largest_units(granularity, o
 
 
 def test_the_dead_stay_dead_and_out_of_the_forward_pass(tmp_path):
-    model = adapted(make_config(r=2, schedule=[Prune(final_fraction=0.4, start=0.1, end=0.5, interval=2)]))
+    model = adapted(make_config(r=2, schedule=[Prune(final_fraction=0.4, start=0.1, end=0.5, every=2)]))
     for update, (_, new) in watched(model, tmp_path, 14, decay=0.5).items():
         if update >= 7:
             for side in new:
@@ -81,7 +81,7 @@ def test_the_dead_stay_dead_and_out_of_the_forward_pass(tmp_path):
 
 @pytest.mark.parametrize("granularity", ["entry", "block"])
 def test_compact_after_pruning_keeps_the_logits_and_drops_the_dead(granularity, tmp_path):
-    pruning = Prune(final_fraction=0.4, start=0.1, end=0.6, interval=2)
+    pruning = Prune(final_fraction=0.4, start=0.1, end=0.6, every=2)
     density = 0.05 if granularity == "entry" else 0.5
     model = adapted(make_config(r=2, granularity=granularity, density=density, schedule=[pruning]))
     run(model, tmp_path, 8)
@@ -98,7 +98,7 @@ def test_compact_after_pruning_keeps_the_logits_and_drops_the_dead(granularity, 
 
 @pytest.mark.parametrize("granularity", ["entry", "block"])
 def test_global_scope_keeps_the_units_of_largest_mean_magnitude_of_the_whole_model(granularity, tmp_path):
-    pruning = Prune(final_fraction=0.3, start=0.25, end=0.75, interval=4, scope="global")
+    pruning = Prune(final_fraction=0.3, start=0.25, end=0.75, every=4, scope="global")
     density = 0.05 if granularity == "entry" else 0.5
     model = adapted(make_config(granularity=granularity, density=density, schedule=[pruning]))
     total = 0
@@ -129,7 +129,7 @@ def test_global_scope_keeps_the_units_of_largest_mean_magnitude_of_the_whole_mod
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_every_layer_keeps_a_unit_however_hard_the_pruning(scope, tmp_path):
-    pruning = Prune(final_fraction=1e-4, start=0.0, end=0.5, interval=2, scope=scope)
+    pruning = Prune(final_fraction=1e-4, start=0.0, end=0.5, every=2, scope=scope)
     model = adapted(make_config(density=0.01, schedule=[pruning]))
     run(model, tmp_path, 6)
     assert all(len(support_of(layer)) >= 1 for layer in layers_of(model))
@@ -140,7 +140,7 @@ def test_every_layer_keeps_a_unit_however_hard_the_pruning(scope, tmp_path):
 @pytest.mark.parametrize(("end", "last"), [(0.5, 14), (0.95, 19)])
 def test_with_regrowth_units_leave_at_moves_only_and_the_final_count_is_exact(end, last, tmp_path):
     # end=0.5: the move after the window's end (step 14) prunes last. end=0.95: no move follows, so step 19 itself does.
-    pruning = Prune(final_fraction=0.4, start=0.1, end=end, interval=1)
+    pruning = Prune(final_fraction=0.4, start=0.1, end=end, every=1)
     model = adapted(make_config(schedule=[pruning, Regrow(every=6, grow=AccumulatedGradient(steps=2))]))
     counts, fresh = {}, {}
     for update, (old, new) in watched(model, tmp_path, 20).items():

@@ -47,7 +47,7 @@ def everything_moves(granularity: str = "entry", **overrides) -> SparseLoraConfi
         "density": 0.05 if granularity == "entry" else 0.5,
         "granularity": granularity,
         "schedule": [
-            Prune(start=0.1, end=0.9, interval=2),
+            Prune(start=0.1, end=0.9, every=2),
             Regrow(every=4, grow=AccumulatedGradient(steps=2), fraction=Linear(0.9, 0.0)),
             Allocate(budget=AverageRank(2), every=2, initial_warmup=0.1, final_warmup=0.2),
             Orthogonality(),
@@ -186,7 +186,7 @@ def test_a_file_without_state_resumes_in_the_middle_of_a_phase(tmp_path):
 
 
 def test_the_best_checkpoint_comes_back_whole_at_the_end(tmp_path):
-    model = adapted(everything_moves(r=0, schedule=[Prune(start=0.1, end=0.9, interval=2)]))
+    model = adapted(everything_moves(r=0, schedule=[Prune(start=0.1, end=0.9, every=2)]))
     best = {}
 
     def look(update, model, optimizer):

@@ -89,7 +89,7 @@ def watched(config, out, steps=STEPS, layers=2, callbacks=None, **options):
 
 
 def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(tmp_path):
-    config = config_of(TURNS, SampleLayers(trained=0.5, interval=5, probes=2))
+    config = config_of(TURNS, SampleLayers(trained=0.5, every=5, probes=2))
     model, trains, rules = watched(config, tmp_path, layers=4)
     ((alternate, sampling),) = (rule.runs for rule in rules)
     names = [{layer.module_name for layer in step} for step in trains]
@@ -102,7 +102,7 @@ def test_who_trains_under_alternation_and_layer_sampling_is_who_both_let_train(t
 
 def test_what_pruning_takes_from_matrices_that_rested_follows_when_they_train_again(tmp_path):
     for scope in ("layer", "global"):
-        pruning = Prune(start=0.0, end=0.25, interval=2, final_fraction=0.5, scope=scope)
+        pruning = Prune(start=0.0, end=0.25, every=2, final_fraction=0.5, scope=scope)
         config = config_of(pruning, TURNS, r=0)
         model, _, _ = watched(config, tmp_path)
         layers = adapter_layers(model)

@@ -40,7 +40,7 @@ from hf_sparse_peft.tuners import adapter_layers
 
 
 def a_model():
-    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, interval=1)
+    pruning = Prune(final_fraction=0.5, start=0.0, end=0.8, every=1)
     ranks = Allocate(budget=AverageRank(2), every=2, initial_warmup=0.0, final_warmup=0.2)
     return adapted(make_config(r=4, schedule=[pruning, ranks]))
 

@@ -225,7 +225,7 @@ def test_layer_sampling_trains_and_suppresses_a_share_of_every_stack(monkeypatch
     """Drawn over both towers at once, there are steps at which no layer that the batch reaches trains."""
     config = SparseLoraConfig(r=2, density=0.1, target_modules=r".*(blocks|layers)\.\d+")
     model, seen, sets = get_peft_model(Towers(), config), [], []
-    callback = LayerSamplingCallback(SampleLayers(trained=0.25, suppressed=0.5, interval=4, probes=3))
+    callback = LayerSamplingCallback(SampleLayers(trained=0.25, suppressed=0.5, every=4, probes=3))
     draw = SampleLayers._suppressed_sets
     monkeypatch.setattr(SampleLayers, "_suppressed_sets", lambda *args: sets.extend(found := draw(*args)) or found)
     look = tiny.At(on_step_end=lambda step, model, optimizer: seen.append(tuple(callback.runs[0].memory.trained)))
@@ -241,6 +241,6 @@ def test_layer_sampling_trains_and_suppresses_a_share_of_every_stack(monkeypatch
 
 def test_layers_of_a_list_that_the_pattern_does_not_match_are_named(tmp_path):
     model = get_peft_model(Towers(), SparseLoraConfig(r=2, density=0.1, target_modules="all-linear"))
-    options = SampleLayers(trained=0.5, interval=3)
+    options = SampleLayers(trained=0.5, every=3)
     with pytest.warns(UserWarning, match=r"\['stages'\] always train.*layers_pattern='.*\|stages'"):
         tiny.train(model, tmp_path, 2, callbacks=[LayerSamplingCallback(options)], data=rows())

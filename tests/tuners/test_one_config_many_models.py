@@ -109,7 +109,7 @@ def test_a_support_that_data_chose_is_written_to_the_copy_only():
 
 def test_a_finished_run_leaves_the_config_ready_for_the_next_model(tmp_path):
     config = SparseLoraConfig(
-        r=0, density=0.1, target_modules=["q_proj"], schedule=[Prune(interval=1, final_fraction=0.5)], **NAMES
+        r=0, density=0.1, target_modules=["q_proj"], schedule=[Prune(every=1, final_fraction=0.5)], **NAMES
     )
     ends = []
     for layers in (1, 2):

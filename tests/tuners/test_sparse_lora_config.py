@@ -96,7 +96,7 @@ BAD = [
     ({"schedule": [{"type": "regrow", "fraction": "step"}]}, "Regrow.fraction='step'"),
     ({"schedule": [{"type": "prune", "final_fraction": 0}]}, "Prune.final_fraction=0"),
     ({"schedule": [{"type": "prune", "start": 0.8, "end": 0.5}]}, "Prune.start=0.8"),
-    ({"schedule": [{"type": "prune", "interval": 0}]}, "Prune.interval=0"),
+    ({"schedule": [{"type": "prune", "every": 0}]}, "Prune.every=0"),
     ({"schedule": [{"type": "prune", "scope": "model"}]}, "Prune.scope='model'"),
     ({"schedule": [{"type": "allocate", "budget": {"type": "average_rank", "r": 0}}]}, "AverageRank.r=0"),
     ({"schedule": [{"type": "allocate", "initial_warmup": 0.6, "final_warmup": 0.6}]}, "final_warmup"),
