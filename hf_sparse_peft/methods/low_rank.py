@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..rules import Allocate, FactorExperts, GroupLasso, GrowRank, Orthogonality, ProximalGate, SampleRank
+from ..rules import (
+    AdaptiveRowScale,
+    Allocate,
+    FactorExperts,
+    GradientNoise,
+    GroupLasso,
+    GrowRank,
+    Orthogonality,
+    ProximalGate,
+    SampleRank,
+)
 from ..sparsity import AverageRank, Fraction
 from ..training import AdamWSpec, AgedAdamWSpec
 from ..tuners import FactorMaskConfig
@@ -151,3 +161,28 @@ def maestro(r: int = 8, weight: float = 1.0, every: int | None = None, **overrid
     paper's values are unconfirmed. Weight decay is best 0."""
     rules = [SampleRank(modules="one", freeze_lower=False, rescaled=False), GroupLasso(weight, every=every)]
     return row(overrides, r=r, schedule=rules, **_ALL_LINEAR)
+
+
+@register(
+    "allora",
+    paper="Huang & Balestriero, 2024",
+    moves="nothing",
+    use_when="short runs, where B starts slowly and dropout has no time to average out",
+    cost="a LoRA's products once more",
+)
+def allora(r: int = 8, max_scale: float = 1.0, **overrides: Any) -> Method:
+    """ALLoRA: no scaling, no dropout, and gradients larger where rows of the update are small. The authors train with
+    lr 1e-4 and `max_scale` of 1 to 2."""
+    return row(overrides, r=r, lora_alpha=r, schedule=[AdaptiveRowScale(max_scale)], **_ALL_LINEAR)
+
+
+@register(
+    "lora-ggpo",
+    paper="Chang et al., 2025 (version 1; constants of sd-scripts)",
+    moves="nothing",
+    use_when="a LoRA that overfits: flat minima by noise on the weights",
+    cost="a dense draw a layer, twice a pass",
+)
+def lora_ggpo(r: int = 8, sigma: float = 0.03, beta: float = 0.01, **overrides: Any) -> Method:
+    """LoRA-GGPO: weights are perturbed in training passes, by their rows' norms and gradients."""
+    return row(overrides, r=r, schedule=[GradientNoise(sigma, beta)], **_ALL_LINEAR)

@@ -9,6 +9,7 @@ allocate.py      one budget for all layers            scores.py        which uni
 orthogonality.py a pull on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 group_lasso.py   ranks that shrink from their end
+gradient_noise.py, adaptive_row_scale.py    noise on weights, gradients by the rows of the update
 entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
@@ -18,6 +19,7 @@ penalties.py     L1 and nuclear norm on what trains
 sample_layers.py    drawn transformer layers train at a step        probing.py    passes beside training
 """
 
+from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
@@ -25,6 +27,7 @@ from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
+from .gradient_noise import GradientNoise
 from .group_lasso import GroupLasso
 from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
@@ -47,6 +50,7 @@ from .update_mask import UpdateMask
 __all__ = [
     "SM3",
     "AccumulatedGradient",
+    "AdaptiveRowScale",
     "Age",
     "Allocate",
     "AlternateModules",
@@ -59,6 +63,7 @@ __all__ = [
     "Freeze",
     "FreezeGradually",
     "Gradient",
+    "GradientNoise",
     "GroupLasso",
     "GrowRank",
     "Growth",

@@ -77,6 +77,8 @@ RULES: dict[str, dict[str, Any]] = {
     "orthogonality": {"weight": 0.5},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},
+    "adaptive_row_scale": {"max_scale": 2.0, "only": RANKS},
+    "gradient_noise": {"sigma": 0.1, "only": RANKS},
     "group_lasso": {"weight": 3.0, "every": 2, "only": RANKS},
     "grow_rank": {"every": 1, "warmup": 2, "modules": 1, "only": RANKS},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
@@ -92,6 +94,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 EXCEPTIONS = {
     ("identity", "kernel"): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
+    ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
 }
 """(contract, parametrization or rule) -> why it is not kept; the tests hold these to be true too."""
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    AdaptiveRowScale,
     Allocate,
     AlternateModules,
     AverageRank,
@@ -25,6 +26,7 @@ from hf_sparse_peft import (
     FactorMaskConfig,
     Freeze,
     FreezeGradually,
+    GradientNoise,
     GroupLasso,
     GrowRank,
     L1Penalty,
@@ -59,11 +61,13 @@ CASES = {
 
 
 RULES = {
+    "adaptive_row_scale": AdaptiveRowScale(2.0),
     "allocate": Allocate(budget=AverageRank(2), every=1),
     "alternate_modules": AlternateModules(period_steps=2),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.01),
     "freeze_gradually": FreezeGradually(0.7),
+    "gradient_noise": GradientNoise(sigma=0.3),
     "group_lasso": GroupLasso(weight=3.0, every=2),
     "grow_rank": GrowRank(AverageRank(3), modules=1, every=1, warmup=0),
     "l1_penalty": L1Penalty(weight=5.0),

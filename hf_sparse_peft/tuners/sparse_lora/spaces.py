@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...rules import ExpertDraw, UnitSpace
 from ...sparsity import UnitGrid
-from .factors import drawn_expert
+from .factors import drawn_expert, forward_factors
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,18 @@ class RankSpace(UnitSpace):
 
     def delta(self) -> Tensor:
         r"""The update :math:`s B \mathrm{diag}(g) A` `[out, in]` of these components, as it is now."""
+        return self.scaled_columns(self.B) @ self.A
+
+    def scaled_columns(self, B: Tensor) -> Tensor:
+        r""":math:`s B \mathrm{diag}(g)` of a tensor in the shape of the factor `B`."""
         gate = 1.0 if self.gate is None else self.gate
-        return (self.B * (gate * self.scalings[self.adapter])) @ self.A
+        return B * (gate * self.scalings[self.adapter])
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor]:
+        r""":math:`s B' \mathrm{diag}(g)` `[out, k]` and :math:`A'` `[k, in]` of a forward pass (`factors.py`),
+        differentiable in the parameters."""
+        A, B = forward_factors(self.layer, self.adapter)
+        return self.scaled_columns(B), A
 
     @contextmanager
     def leading(self, count: int, rescaled: bool = True) -> Iterator[None]:
