@@ -69,7 +69,21 @@ def test_a_row_is_measured_once_in_each_setting_and_an_error_again(new_rows):
 def test_a_sweep_chooses_a_rate_and_trains_equally_many_numbers(tmp_path):
     import learning
 
-    sizes = ["--steps", "2", "--batch_size", "4", "--rank", "2", "--seeds", "0", "1", "--output", str(tmp_path)]
+    sizes = [
+        "--steps",
+        "2",
+        "--batch_size",
+        "4",
+        "--test_examples",
+        "8",
+        "--rank",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     best = learning.main([*sizes, "--candidates", "lora", "hybrid", "--learning_rates", "1e-3"])
     assert {row["candidate"] for row in best} == {"lora", "hybrid"}
     assert {row["trained"] for row in best} == {27136}
