@@ -66,13 +66,16 @@ CANDIDATES = {
     "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, numbers: $rest}",
 }
 LORA_RATES, FAST, FASTEST = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
+GROWTH = "[{type: grow_rank, every: 4, warmup: 4, modules: 7}, {type: orthogonality, weight: 0.1}]"
+"""IncreLoRA within tens of steps, where the paper's runs are thousands long."""
 SMALL = {
     "lora": ("lora:r=8,lora_alpha=16", LORA_RATES),
     "adalora": ("adalora", FAST),
     "adalora-peft": ("adalora-peft", FAST),
     "sora": ("sora", LORA_RATES),
     "dylora": ("dylora", LORA_RATES),
-    "increlora": ("increlora", FAST),
+    "increlora": (f"increlora:schedule={GROWTH}", FAST),
+    "maestro": ("maestro", LORA_RATES),
     "joint-budget": ("joint-budget", LORA_RATES),
     "lora-xs": ("lora-xs:r=16", FAST),
     "edora": ("edora:r=16", FAST),

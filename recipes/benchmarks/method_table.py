@@ -41,7 +41,11 @@ from chosen_method import common_options, first_run
 from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
-CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {"vb-lora": "vb-lora:vector_length=64"}
+CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
+    "increlora": "increlora:schedule=[{type: grow_rank, every: 4, warmup: 4, modules: 7}]",
+    "sora": "sora:weight=3.0",
+    "vb-lora": "vb-lora:vector_length=64",
+}
 """Beside the methods' defaults: moves that fit into sixty steps, where a paper's run is thousands long, and vectors
 that fit into the demo base."""
 LEARNING_RATES = {"mezo": 1e-3, "sparse-mezo": 1e-3}
@@ -237,7 +241,7 @@ def check_export(model: PeftModel, folder: Path, fresh_base: Any) -> dict[str, A
 def _leave(model: PeftModel, path: Path, initial_adapter: Path) -> None:
     """Write a plain LoRA: by this package, or for upstream's adapters by peft, at the adapter's own rank."""
     config = model.peft_config["default"]
-    if not type(config).__module__.startswith("peft."):
+    if not type(config).__module__.startswith("peft.") or config.peft_type.value == "ADALORA":
         export_lora(model, path)
     elif config.peft_type.value != "LORA":
         save_as_lora(path, model, rank=config.r)
