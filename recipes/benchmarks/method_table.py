@@ -42,12 +42,13 @@ from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
 CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
+    "eva": "eva:r=4",
     "increlora": "increlora:schedule=[{type: grow_rank, every: 4, warmup: 4, modules: 7}]",
     "sora": "sora:weight=3.0",
     "vb-lora": "vb-lora:vector_length=64",
 }
 """Beside the methods' defaults: moves that fit into sixty steps, where a paper's run is thousands long, and vectors
-that fit into the demo base."""
+and ranks that fit into the demo base and small batches."""
 LEARNING_RATES = {"mezo": 1e-3, "sparse-mezo": 1e-3}
 """Zeroth-order steps are as large as the projected gradient says: 3e-3 is too much for them."""
 COLUMNS = (
@@ -244,7 +245,7 @@ def _leave(model: PeftModel, path: Path, initial_adapter: Path) -> None:
     if not type(config).__module__.startswith("peft.") or config.peft_type.value == "ADALORA":
         export_lora(model, path)
     elif config.peft_type.value != "LORA":
-        save_as_lora(path, model, rank=config.r)
+        save_as_lora(path, model, rank=getattr(config, "r", 8))
     else:
         changed = initial_adapter if initial_adapter.exists() else None
         model.save_pretrained(str(path), path_initial_model_for_weight_conversion=changed and str(changed))
