@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..tuners import adapter_layers
-from ..tuners.upstream import upstream_configs
+from ..tuners.upstream import freeze_adalora_ranks, upstream_configs
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
 from .trainer_checks import RunCheckCallback
@@ -68,6 +68,8 @@ def upstream_callbacks(model_or_config: nn.Module | PeftConfig) -> list[TrainerC
     if any(getattr(config, "init_lora_weights", None) in ("eva", "lora_ga") for config in configs):
         found.append(UpstreamStartCallback())
     if any(isinstance(config, AdaLoraConfig) for config in configs):
+        if isinstance(model_or_config, nn.Module):
+            freeze_adalora_ranks(model_or_config)  # before anything wraps the model
         found.append(RuleRunner())
     return found or None
 

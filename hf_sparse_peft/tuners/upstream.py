@@ -333,8 +333,17 @@ def rules_of_upstream(config: PeftConfig, total_steps: int) -> list[Rule]:
     return [allocate, Orthogonality(config.orth_reg_weight)]
 
 
+def freeze_adalora_ranks(model: nn.Module) -> None:
+    """Stop the divisor `ranknum` of AdaLoRA's layers from training: peft 0.21.2 marks it as trained and does not save
+    it, so that a resumed run and a loaded adapter would have another scaling."""
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            module.ranknum.requires_grad_(False)
+
+
 def take_over_adalora(model: nn.Module) -> None:
     """Let AdaLoRA's model leave its regulariser out of the loss, which `Orthogonality` replaces, until `give_back`."""
+    freeze_adalora_ranks(model)
     for module in model.modules():
         if isinstance(module, AdaLoraModel):
             module.forward = module.model.forward

@@ -109,6 +109,12 @@ def test_the_adapter_is_saved_with_its_ranks_and_peft_alone_reads_it(tmp_path):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_the_divisor_does_not_train_as_peft_has_it(tmp_path):
+    model = adapted()
+    tiny.train(model, tmp_path, STEPS, callbacks=callbacks_for(model), learning_rate=3e-2)
+    assert [float(layer.ranknum["default"]) for layer in layers_of(model)] == [4.0] * 3
+
+
 def penalty(model, weight):
     """Upstream's regulariser, in float64."""
     norms = []
