@@ -38,6 +38,7 @@ from .rules import (
     SampleRank,
     SearchSupport,
     Smoothed,
+    StableRank,
 )
 from .sparsity import (
     AverageRank,
@@ -161,6 +162,7 @@ __all__ = [
     "SparseSM3Spec",
     "SpectralLoraConfig",
     "SpectralLoraModel",
+    "StableRank",
     "StructureConfig",
     "SupportTelemetryCallback",
     "UnitsPerModule",

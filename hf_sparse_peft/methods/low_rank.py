@@ -14,6 +14,7 @@ from ..rules import (
     Orthogonality,
     ProximalGate,
     SampleRank,
+    StableRank,
 )
 from ..sparsity import AverageRank, Fraction
 from ..training import AdamWSpec, AgedAdamWSpec
@@ -161,6 +162,19 @@ def maestro(r: int = 8, weight: float = 1.0, every: int | None = None, **overrid
     paper's values are unconfirmed. Weight decay is best 0."""
     rules = [SampleRank(modules="one", freeze_lower=False, rescaled=False), GroupLasso(weight, every=every)]
     return row(overrides, r=r, schedule=rules, **_ALL_LINEAR)
+
+
+@register(
+    "cuttlefish",
+    paper="Wang et al., 2023",
+    moves="rank: cut to the stable rank of the update once that has settled",
+    use_when="ranks are to be found in the first epochs of the run that uses them",
+    cost="an SVD of r x r a module and epoch",
+)
+def cuttlefish(r: int = 16, every: int | None = None, first: int = 15, **overrides: Any) -> Method:
+    """Cuttlefish's detection and cut, on the update of an adapter instead of whole weights, without its factor xi (of
+    `StableRank(scaled=True)`). It takes `first + 2` measurements at least, by default of an epoch each."""
+    return row(overrides, r=r, schedule=[StableRank(every, first=first)], **_ALL_LINEAR)
 
 
 @register(

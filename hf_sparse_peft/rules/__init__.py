@@ -9,6 +9,7 @@ allocate.py      one budget for all layers            scores.py        which uni
 orthogonality.py a pull on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 group_lasso.py   ranks that shrink from their end
+stable_rank.py   ranks that are cut once they have settled
 gradient_noise.py, adaptive_row_scale.py    noise on weights, gradients by the rows of the update
 entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
@@ -45,6 +46,7 @@ from .sample_rank import SampleRank
 from .scores import ModuleSensitivity, Smoothed, TrainingScore
 from .search_support import SearchSupport
 from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
+from .stable_rank import StableRank
 from .update_mask import UpdateMask
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "Sensitivity",
     "SignedMagnitude",
     "Smoothed",
+    "StableRank",
     "TensorSpace",
     "Training",
     "TrainingScore",

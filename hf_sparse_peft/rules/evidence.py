@@ -7,10 +7,22 @@ import warnings
 import torch
 from torch import Tensor
 
+from .space import UnitSpace
+
 
 def is_evidence(scores: Tensor | None) -> bool:
     """Whether `scores` can rank: there are some, all are finite, and not all are 0."""
     return scores is not None and bool(torch.isfinite(scores).all()) and bool(scores.any())
+
+
+def with_gradient(spaces: list[UnitSpace]) -> list[UnitSpace]:
+    """Those of `spaces` whose parameters, but for a gate, have gradients, not all of them 0."""
+    found = []
+    for space in spaces:
+        gradients = [pair[0].grad for name, pair in space.scored_parameters().items() if name != "gate"]
+        if all(one is not None for one in gradients) and any(bool(one.any()) for one in gradients):
+            found.append(space)
+    return found
 
 
 class MissingEvidence:

@@ -11,6 +11,7 @@ from torch import nn
 from ..sparsity import nested_group_slopes, nested_group_threshold
 from ..utils.option_types import NonNegativeFloat, PositiveFloat, PositiveInt
 from ..utils.parts import register_part
+from .evidence import with_gradient
 from .moves import move_units
 from .rule import RankRule
 from .run import Run
@@ -52,7 +53,7 @@ class GroupLasso(RankRule):
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
         """Add the penalty's gradient."""
-        for space in _with_gradient(run) if self.kind == "gradient" else ():
+        for space in with_gradient(run.spaces()) if self.kind == "gradient" else ():
             alive = space.alive()
             for factor, axis in _factors(space):
                 found = factor.movedim(axis, 0)[alive]
@@ -62,7 +63,7 @@ class GroupLasso(RankRule):
     @torch.no_grad()
     def after_update(self, run: Run) -> None:
         """Note who had evidence, and shrink their factors."""
-        judged = [] if run.step_skipped else _with_gradient(run)
+        judged = [] if run.step_skipped else with_gradient(run.spaces())
         run.memory.judged = [space for space in judged if run.lr(space.B)]
         for space in run.memory.judged if self.kind == "proximal" else ():
             alive = space.alive()
@@ -87,8 +88,3 @@ class GroupLasso(RankRule):
 
 def _factors(space: UnitSpace) -> list[tuple[nn.Parameter, int]]:
     return [pair for name, pair in space.scored_parameters().items() if name != "gate"]
-
-
-def _with_gradient(run: Run) -> list[UnitSpace]:
-    spaces = [space for space in run.spaces() if all(factor.grad is not None for factor, _ in _factors(space))]
-    return [space for space in spaces if any(bool(factor.grad.any()) for factor, _ in _factors(space))]

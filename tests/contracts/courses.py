@@ -79,6 +79,7 @@ RULES: dict[str, dict[str, Any]] = {
     "sample_rank": {"final_rank": 2, "only": RANKS},
     "adaptive_row_scale": {"max_scale": 2.0, "only": RANKS},
     "gradient_noise": {"sigma": 0.1, "only": RANKS},
+    "stable_rank": {"every": 1, "window": 2, "last": 2, "threshold": 10.0, "first": 1, "only": RANKS},
     "group_lasso": {"weight": 3.0, "every": 2, "only": RANKS},
     "grow_rank": {"every": 1, "warmup": 2, "modules": 1, "only": RANKS},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_peft import Allocate, AverageRank, Fraction, SparseLoraConfig, hub, methods
-from hf_sparse_peft.rules import GrowRank, Orthogonality, SampleRank
+from hf_sparse_peft.rules import GrowRank, Orthogonality, SampleRank, StableRank
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.upstream import upstream_layers
 
@@ -27,6 +27,7 @@ METHODS = {
     "increlora": {"r": 4, "schedule": [GrowRank(AverageRank(2), modules=2, every=1, warmup=1), Orthogonality(0.1)]},
     "adalora-peft": {"init_r": 3, "target_r": 1, "every": 2, "tfinal": 2},
     "eva": {"r": 2, "lora_alpha": 3},
+    "cuttlefish": {"r": 4, "schedule": [StableRank(1, window=2, last=2, threshold=10.0, first=1)]},
     "maestro": {"r": 4, "weight": 2.0, "every": 2},
     "joint-budget": {"r": 4, "density": 0.05, "fraction": 0.4},
     "capaboost": {"r": 2},
@@ -157,7 +158,7 @@ def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
     assert max(one[0] for one in found.values()) < 1e-5, found
     # Ranks moved: modules differ, some of them left.
     assert any(len(ranks[name]) < 6 for name in METHODS)
-    for name in ("adalora", "adalora-peft", "eva", "sora", "increlora", "maestro", "joint-budget"):
+    for name in ("adalora", "adalora-peft", "eva", "sora", "increlora", "cuttlefish", "maestro", "joint-budget"):
         assert len(set(ranks[name].values())) > 1, name
 
 

@@ -19,7 +19,17 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_sparse_peft import Allocate, AverageRank, Fraction, GrowRank, Orthogonality, ProximalGate, SampleRank, methods
+from hf_sparse_peft import (
+    Allocate,
+    AverageRank,
+    Fraction,
+    GrowRank,
+    Orthogonality,
+    ProximalGate,
+    SampleRank,
+    StableRank,
+    methods,
+)
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -45,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sora": {"schedule": [ProximalGate(0.2, scaled_by_lr=False)]},
     "dylora": {"schedule": [SampleRank(final_rank=2)]},
     "increlora": {"schedule": [GrowRank(every=1, warmup=2, modules=2), Orthogonality(0.1)]},
+    "cuttlefish": {"schedule": [StableRank(1, window=2, last=2, threshold=10.0, first=1)]},
     "maestro": {"weight": 3.0, "every": 2},
     "joint-budget": {
         "schedule": [

@@ -41,6 +41,7 @@ from hf_sparse_peft import (
     SearchSupport,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StableRank,
     callbacks_for,
 )
 from hf_sparse_peft.tuners import adapter_layers
@@ -78,6 +79,7 @@ RULES = {
     "regrow": Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=0.5),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
+    "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),
     "search_support": SearchSupport(trials=6, steps=1, batches=2),
 }
 """Every rule of the package, with options with which it acts within a few steps on a tiny model."""
