@@ -36,6 +36,10 @@ CASES: dict[str, dict] = {
             }
         ],
     },
+    "cuttlefish": {
+        "r": 4,
+        "schedule": [{"type": "stable_rank", "every": 2, "window": 2, "last": 2, "threshold": 10.0, "first": 0}],
+    },
     "spiel-ma": MOVES,
     "spiel-ma-with-ties": {"method": "spiel-ma", "score": "min", **MOVES},
     "set": {"density": 0.1, "every": 3},
