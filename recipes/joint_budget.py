@@ -67,6 +67,7 @@ class JointOptions(harness.Options):
     seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
     steps: int = option(60, "optimizer steps of a run")
     batch_size: int = option(16, "examples of a step")
+    test_examples: int = option(200, "word problems to score on")
     rank: int = option(2, "rank of the LoRA whose trained numbers all end with")
 
 
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         raise SystemExit(f"--candidates {' '.join(sorted(unknown))}: not known; give some of {', '.join(CANDIDATES)}.")
     task = JointTask(options)
     numbers = budget(task, options.rank)
-    setting = {name: getattr(options, name) for name in ("steps", "batch_size", "rank")}
+    setting = {name: getattr(options, name) for name in ("steps", "batch_size", "test_examples", "rank")}
     rows = harness.Rows(options, "joint_budget", setting)
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name in options.candidates:

@@ -76,6 +76,7 @@ SMALL = {
     "dylora": ("dylora", LORA_RATES),
     "increlora": (f"increlora:schedule={GROWTH}", FAST),
     "maestro": ("maestro", LORA_RATES),
+    "cuttlefish": ("cuttlefish:every=2,first=8", LORA_RATES),
     "lora-ggpo": ("lora-ggpo", LORA_RATES),
     "allora": ("allora", LORA_RATES),
     "joint-budget": ("joint-budget", LORA_RATES),

@@ -42,6 +42,7 @@ from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
 CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
+    "cuttlefish": "cuttlefish:every=1,first=8",
     "eva": "eva:r=2,tau=0.8",
     "increlora": "increlora:schedule=[{type: grow_rank, every: 4, warmup: 4, modules: 7}]",
     "sora": "sora:weight=3.0",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SIZES = ["--steps", "20", "--batch_size", "2", "--seeds", "0", "--rank", "1"]
+SIZES = ["--steps", "20", "--batch_size", "2", "--seeds", "0", "--rank", "1", "--test_examples", "16"]
 TARGET = 13568
 """Sum of m + n over the 28 linears of the demo base."""
 
@@ -49,7 +49,7 @@ def test_percentages_are_means_over_runs_of_each_run_s_total(recipe):
 def test_every_candidate_is_one_that_the_package_takes(recipe):
     from harness import build_method
 
-    numbers = recipe.budget(recipe.JointTask(None), rank=2)
+    numbers = recipe.budget(recipe.JointTask(recipe.JointOptions()), rank=2)
     assert numbers["fraction"] * (4 * numbers["numbers"] + 4 * 28) == pytest.approx(numbers["numbers"])
     for text in recipe.CANDIDATES.values():
         assert build_method(text, numbers, target_modules="all-linear").config.peft_type
