@@ -65,7 +65,7 @@ CANDIDATES = {
     "hybrid-fisher": f"{HYBRID},criterion=fisher",
     "hybrid-regrown": "spiel-ag:r=$half,lora_alpha=$rank,budget={type: numbers, numbers: $rest}",
 }
-LORA_RATES, FAST, FASTEST = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
+SLOW, LORA_RATES, FAST, FASTEST = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 GROWTH = "[{type: grow_rank, every: 4, warmup: 4, modules: 7}, {type: orthogonality, weight: 0.1}]"
 """IncreLoRA within tens of steps, where the paper's runs are thousands long."""
 SMALL = {
@@ -91,7 +91,7 @@ SMALL = {
     "sharelora": ("sharelora", LORA_RATES),
     "mos": ("mos", LORA_RATES),
     "nola": ("nola:k=64", FAST),
-    "intrinsic-dimension": ("intrinsic-dimension", FAST),
+    "intrinsic-dimension": ("intrinsic-dimension", SLOW),
     "lora-plus": ("lora-plus", (3e-4, 1e-3, 3e-3)),
     "dora": ("dora", LORA_RATES),
     "rslora": ("rslora", LORA_RATES),
