@@ -66,6 +66,7 @@ def test_a_row_is_measured_once_in_each_setting_and_an_error_again(new_rows):
     assert all(row["machine"]["threads"] >= 1 and row["machine"]["code"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_a_rate_and_trains_equally_many_numbers(tmp_path):
     import learning
 

@@ -17,7 +17,7 @@ WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 19
 LORA_NUMBERS = sum(16 * (rows + cols) for rows, cols in WEIGHTS)
 
 
-@pytest.fixture(scope="module", params=["bf16", "nf4"])
+@pytest.fixture(scope="module", params=["bf16", pytest.param("nf4", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("step_cost")
     command = [SCRIPTS / "step_cost.py", *SIZES, "--bases", request.param, "--output", output]

@@ -107,6 +107,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (we
 """
 
 
+@pytest.mark.slow
 def test_selecting_one_percent_of_a_7b_projection_stays_below_twice_its_bytes():
     done = processes.python("-c", PEAK, check=True)
     assert float(done.stdout) < 2.0
