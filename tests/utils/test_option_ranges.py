@@ -44,10 +44,9 @@ def bounds(hint, wrap=lambda value: value):
     elif origin is dict:
         yield from bounds(inner[1], lambda value: wrap({"a": value}))
     elif origin is tuple and inner[-1] is not Ellipsis:
+        inside = [1 if int in (one, *get_args(one)) else 0.5 for one in inner]
         for at, one in enumerate(inner):
-            yield from bounds(
-                one, lambda value, at=at: wrap(tuple(value if i == at else 0.5 for i in range(len(inner))))
-            )
+            yield from bounds(one, lambda value, at=at: wrap((*inside[:at], value, *inside[at + 1 :])))
     elif origin in (list, tuple):
         yield from bounds(inner[0], lambda value: wrap((value,)))
     else:
