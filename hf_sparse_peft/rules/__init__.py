@@ -45,7 +45,7 @@ from .sample_layers import SampleLayers
 from .sample_rank import SampleRank
 from .scores import ModuleSensitivity, Smoothed, TrainingScore
 from .search_support import SearchSupport
-from .space import Follower, ModuleSpace, TensorSpace, UnitSpace
+from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
 from .update_mask import UpdateMask
 
@@ -56,6 +56,7 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "ComponentSpace",
     "ConstantRate",
     "Drop",
     "EnteringRate",

@@ -172,6 +172,44 @@ def unit_sums(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ComponentSpace(UnitSpace):
+    """Rank-one components of factors `A` `[r, in]` and `B` `[out, r]`, with a gate or without: component i is row i of
+    `A`, column i of `B` and number i of the gate. A layer says where the three are."""
+
+    kind: ClassVar[str] = "rank"
+    unit: ClassVar[str] = "component"
+    packed: ClassVar[bool] = False
+
+    @property
+    def A(self) -> nn.Parameter:
+        """`[r, in]`."""
+        raise NotImplementedError
+
+    @property
+    def B(self) -> nn.Parameter:
+        """`[out, r]`."""
+        raise NotImplementedError
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """r numbers along the first axis, or None without one."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Gate (if any), A, B."""
+        return [parameter for parameter in (self.gate, self.A, self.B) if parameter is not None]
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """Components lie along the rows of A, the columns of B, and the gate."""
+        return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
+
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """Gate (if any), A, B."""
+        held = {"gate": (self.gate, 0), "A": (self.A, 0), "B": (self.B, 1)}
+        return {name: pair for name, pair in held.items() if pair[0] is not None}
+
+
+@dataclass(frozen=True)
 class TensorSpace(UnitSpace):
     """Units that are slices of an adapter's tensors and all live: what a tuner declares by `TensorSpec.space` alone."""
 

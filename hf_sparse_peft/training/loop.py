@@ -191,6 +191,7 @@ class _Steps:
         """Finished ones of the current step."""
 
     def begin(self, saved: dict[str, Any], asked: bool) -> None:
+        """Hang on the optimizer's step and begin the rules, of which `asked` says whether there are any."""
         if self.training.step >= self.training.total_steps:
             raise ValueError(
                 f"Controller(total_steps={self.training.total_steps}) has no step left: state says that "
@@ -247,6 +248,7 @@ class _Steps:
         self.rules.after_update()
 
     def after_step(self) -> None:
+        """Count the step, one that the gradient scaler has skipped too, and end with the last."""
         self._require_begun("after_step()")
         if not self._stepped:
             if self.training.scaler is None:

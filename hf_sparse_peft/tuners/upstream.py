@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftConfig
@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..rules import Allocate, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
+from ..rules import Allocate, ComponentSpace, Follower, ModuleSpace, Orthogonality, Rule, Smoothed, UnitSpace
 from ..sparsity import AverageRank
 from ..utils.tensors import TensorSpec
 from .shared.layer import AdapterLayer
@@ -30,7 +30,7 @@ _STATE = "rule_"
 
 
 @dataclass(frozen=True)
-class UpstreamRankSpace(UnitSpace):
+class UpstreamRankSpace(ComponentSpace):
     r"""Components of an upstream LoRA or AdaLoRA layer: component i is row i of `A`, column i of `B` and, under
     AdaLoRA, number i of the gate `lora_E` `[r, 1]`.
 
@@ -39,10 +39,6 @@ class UpstreamRankSpace(UnitSpace):
     """
 
     module_name: str = ""
-
-    kind: ClassVar[str] = "rank"
-    unit: ClassVar[str] = "component"
-    packed: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -90,19 +86,6 @@ class UpstreamRankSpace(UnitSpace):
         """Living components, sorted."""
         dead = self.state().get("dead")
         return torch.arange(self.size) if dead is None else (dead == 0).nonzero().squeeze(1)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Gate (if any), A, B."""
-        return [parameter for parameter in (self.gate, self.A, self.B) if parameter is not None]
-
-    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
-        """Components lie along the rows of A, the columns of B, and the gate."""
-        return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
-
-    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
-        """Gate (if any), A, B."""
-        held = {"gate": (self.gate, 0), "A": (self.A, 0), "B": (self.B, 1)}
-        return {name: pair for name, pair in held.items() if pair[0] is not None}
 
     def followers(self) -> list[Follower]:
         """The parameters; where every component has its own slice, the state of rules stays with it."""

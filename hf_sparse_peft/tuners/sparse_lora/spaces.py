@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rules import ExpertDraw, UnitSpace
+from ...rules import ComponentSpace, ExpertDraw, UnitSpace
 from ...sparsity import UnitGrid
 from .factors import drawn_expert, forward_factors
 
@@ -134,12 +134,8 @@ class SupportSpace(UnitSpace):
 
 
 @dataclass(frozen=True)
-class RankSpace(UnitSpace):
+class RankSpace(ComponentSpace):
     """Components of the low-rank half: component i is row i of `A`, column i of `B` and number i of the gate."""
-
-    kind: ClassVar[str] = "rank"
-    unit: ClassVar[str] = "component"
-    packed: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -187,19 +183,6 @@ class RankSpace(UnitSpace):
     def count(self) -> int:
         """Living components."""
         return self.layer.alive_components(self.adapter)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Gate (if any), A, B."""
-        return [parameter for parameter in (self.gate, self.A, self.B) if parameter is not None]
-
-    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
-        """Components lie along the rows of A, the columns of B, and the gate."""
-        return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
-
-    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
-        """Gate (if any), A, B."""
-        held = {"gate": (self.gate, 0), "A": (self.A, 0), "B": (self.B, 1)}
-        return {name: pair for name, pair in held.items() if pair[0] is not None}
 
     def write(self, units: Tensor) -> None:
         """Let the components `units` live: the others' gates are zero from now on, in place, and their mask is 0.
