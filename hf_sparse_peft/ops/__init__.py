@@ -4,6 +4,7 @@ from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support
+from .subgrid import add_subgrid_, put_columns_, read_subgrid, subgrid_gradient, take_columns, write_subgrid_
 from .units import (
     add_units_,
     pack_entries,
@@ -19,13 +20,19 @@ __all__ = [
     "Plan",
     "Source",
     "Support",
+    "add_subgrid_",
     "add_units_",
     "pack_entries",
+    "put_columns_",
+    "read_subgrid",
     "read_units",
     "register_owner",
     "sparse_linear",
     "sparse_linear_node",
+    "subgrid_gradient",
+    "take_columns",
     "unit_gradient",
     "unpack_entries",
+    "write_subgrid_",
     "write_units_",
 ]

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .core import Gradients, Operands, Plan, backward_product, forward_product
+from .core import Gradients, Operands, Plan, backward_product, forward_product, kept_columns
 from .sources import DenseSource, Source
+from .subgrid import take_columns
 
 
 class Runtime(Protocol):
@@ -70,6 +71,8 @@ def _forward_node(
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
     row_ends: torch.Tensor | None,
+    live_rows: torch.Tensor | None,
+    live_columns: torch.Tensor | None,
     owner: int,
     transposed: bool,
     dequantized: bool,
@@ -83,12 +86,14 @@ def _forward_node(
     plan = _plan(
         owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype, read
     )
-    y = forward_product(x.reshape(-1, x.shape[-1]), plan, Operands(values, units, A, B, gate, bias, row_ends))
+    operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
+    y = forward_product(x.reshape(-1, x.shape[-1]), plan, operands)
     return y.view(*x.shape[:-1], rows)
 
 
 @_forward_node.register_fake
-def _(x, weight, values, units, A, B, gate, bias, row_ends, owner, transposed, dequantized, rows, *_):
+def _(x, *inputs):
+    rows = inputs[13]
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -104,6 +109,8 @@ def _backward_node(
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
     row_ends: torch.Tensor | None,
+    live_rows: torch.Tensor | None,
+    live_columns: torch.Tensor | None,
     owner: int,
     transposed: bool,
     dequantized: bool,
@@ -121,7 +128,7 @@ def _backward_node(
     )
     dy = grad_output.reshape(-1, rows)
     x2d = None if x is None else x.reshape(-1, x.shape[-1])
-    operands = Operands(values, units, A, B, gate, bias, row_ends)
+    operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
     grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only)
     if grads.x is not None:
         grads = grads._replace(x=grads.x.view(*grad_output.shape[:-1], cols))
@@ -130,8 +137,8 @@ def _backward_node(
 
 
 @_backward_node.register_fake
-def _(grad_output, x, weight, values, units, A, B, gate, bias, row_ends, owner, transposed, dequantized, cols, *rest):
-    needs = rest[-1]
+def _(grad_output, x, weight, values, units, A, B, gate, bias, *rest):
+    cols, needs = rest[6], rest[-1]
     shaped = (None, values, A, B, gate, bias)
     empty = grad_output.new_empty(0)
     grads = [torch.empty_like(like) if like is not None and n else empty for like, n in zip(shaped, needs, strict=True)]
@@ -140,12 +147,13 @@ def _(grad_output, x, weight, values, units, A, B, gate, bias, row_ends, owner, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, *tensors = inputs[:9]
-    owner, transposed, dequantized, _, granularity, block_size, scale, may_read, read = inputs[9:]
+    x, weight, *tensors = inputs[:11]
+    owner, transposed, dequantized, _, granularity, block_size, scale, may_read, read = inputs[11:]
     operands = Operands(*tensors)
     # Whether a gradient is read at a given step is not known when the graph is made; `may_read` says whether ever.
-    ctx.columns_only = granularity == "column" and operands.A is None and not may_read
-    kept = x.index_select(-1, operands.units) if ctx.columns_only else x
+    columns = kept_columns(granularity, operands, may_read)
+    ctx.columns_only = columns is not None
+    kept = x if columns is None else take_columns(x.reshape(-1, x.shape[-1]), columns)
     ctx.save_for_backward(kept, weight, *operands)
     ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, read, ctx.columns_only)
 
@@ -156,7 +164,7 @@ def _backward(ctx, grad_output):
     needs = [wanted[0], wanted[2], wanted[4], wanted[5], wanted[6], wanted[7]]
     grads = _backward_node(grad_output.contiguous(), x, weight, *operands, *ctx.options, needs)
     x_grad, values, A, B, gate, bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return x_grad, None, values, None, A, B, gate, bias, *[None] * 10
+    return x_grad, None, values, None, A, B, gate, bias, *[None] * 12
 
 
 _forward_node.register_autograd(_backward, setup_context=_setup_context)
@@ -177,6 +185,8 @@ def sparse_linear_node(
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ends: torch.Tensor | None = None,
+    live_rows: torch.Tensor | None = None,
+    live_columns: torch.Tensor | None = None,
     granularity: str = "entry",
     block_size: int = 0,
     scale: float = 1.0,
@@ -191,6 +201,6 @@ def sparse_linear_node(
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward_node(
-            x, weight, values, units, A, B, gate, bias, row_ends,
+            x, weight, values, units, A, B, gate, bias, row_ends, live_rows, live_columns,
             owner, transposed, dequantized, rows, granularity, block_size, scale, may_read, read,
         )  # fmt: skip

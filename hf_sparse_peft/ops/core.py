@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .sources import Source, Support
+from .subgrid import read_subgrid, subgrid_gradient, take_columns
 from .support_product import add_support_product_, add_transposed_support_product_, runs_beside
 from .units import column_gradient, read_units, unit_gradient, unpack_entries, write_units_
 
@@ -20,7 +21,8 @@ from .units import column_gradient, read_units, unit_gradient, unpack_entries, w
 class GradientReader(Protocol):
     """Reads gradients that the support alone would not show. A plain function of a dense gradient is one too.
 
-    What it is shown is lent for the call: a reader that keeps or changes it makes a copy.
+    What it is shown is lent for the call: a reader that keeps or changes it makes a copy. It wants units of the plan's
+    granularity; over a subnet, entries of the whole weight.
     """
 
     def wanted_units(self) -> torch.Tensor | None:
@@ -68,6 +70,10 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None = None
     row_ends: torch.Tensor | None = None
     """With entries: `units` are columns, and these say where each row ends (`ops.units.pack_entries`)."""
+    live_rows: torch.Tensor | None = None
+    """With a subnet: its rows `[R]`, sorted and distinct; it has no `units`, and values `[R, C]` (`ops.subgrid`)."""
+    live_columns: torch.Tensor | None = None
+    """Its columns `[C]`."""
 
 
 class Gradients(NamedTuple):
@@ -81,14 +87,18 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-def keeps_columns_only(plan: Plan, operands: Operands) -> bool:
-    """Whether the backward pass needs no more of `x` than the columns of the support."""
-    return plan.granularity == "column" and operands.A is None and not plan.shows_gradient
+def kept_columns(granularity: str, operands: Operands, shows_gradient: bool) -> torch.Tensor | None:
+    """The columns of `x` that the backward pass needs, where it does not need all of them."""
+    if operands.values is None or operands.A is not None or shows_gradient:
+        return None
+    return {"column": operands.units, "subnet": operands.live_columns}.get(granularity)
 
 
-def forward_product(x2d: torch.Tensor, plan: Plan, operands: Operands) -> torch.Tensor:
-    """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype."""
-    y = _base_product(x2d, _support(plan, operands), operands.bias, plan)
+def forward_product(
+    x2d: torch.Tensor, plan: Plan, operands: Operands, x_columns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype; `x_columns` are those of `kept_columns`."""
+    y = _base_product(x2d, _support(plan, operands), operands.bias, plan, x_columns)
     if operands.A is not None:
         hidden = x2d @ operands.A.to(x2d.dtype).t()
         y.addmm_(_scaled(hidden, operands.gate, plan.scale), operands.B.to(x2d.dtype).t())
@@ -108,8 +118,9 @@ def backward_product(
     `needs` has True where a gradient is asked for.
     """
     A, B, gate, bias = operands.A, operands.B, operands.gate, operands.bias
-    grad_x = _input_gradient(dy, _support(plan, operands), plan) if needs.x else None
-    grad_values = _values_gradient(dy, x2d, operands, plan, needs.values, columns_only)
+    dy_rows = take_columns(dy, operands.live_rows) if operands.live_rows is not None else None
+    grad_x = _input_gradient(dy, _support(plan, operands), plan, dy_rows) if needs.x else None
+    grad_values = _values_gradient(dy, x2d, operands, plan, needs.values, columns_only, dy_rows)
     grad_A = grad_B = grad_gate = None
     if A is not None:
         grad_A, grad_B, grad_gate = _low_rank_gradients(dy, x2d, A, B, gate, plan.scale, grad_x, needs)
@@ -120,32 +131,40 @@ def backward_product(
 def _support(plan: Plan, operands: Operands) -> Support | None:
     if operands.values is None:
         return None
-    units = operands.units
-    if operands.row_ends is not None:
-        units = unpack_entries(units, operands.row_ends, plan.cols)
-    return Support(units, operands.values, plan.granularity, plan.block_size)
+    units = _flat_units(plan, operands)
+    subgrid = operands.live_rows, operands.live_columns
+    return Support(units, operands.values, plan.granularity, plan.block_size, *subgrid)
+
+
+def _flat_units(plan: Plan, operands: Operands) -> torch.Tensor | None:
+    units, row_ends = operands.units, operands.row_ends
+    return units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
 
 
 def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> torch.Tensor:
     return hidden.mul_(scale) if gate is None else hidden.mul_((gate * scale).to(hidden.dtype))
 
 
-def _base_product(x2d: torch.Tensor, support: Support | None, bias: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+def _base_product(
+    x2d: torch.Tensor, support: Support | None, bias: torch.Tensor | None, plan: Plan, x_columns: torch.Tensor | None
+) -> torch.Tensor:
     weight, beside = _weight(plan, support, x2d)
     if weight is None:
         y = x2d.new_zeros(x2d.shape[0], plan.rows)
     else:
         y = torch.nn.functional.linear(x2d, weight, None if bias is None else bias.to(x2d.dtype))
     if beside is not None:
-        add_support_product_(y, x2d, beside)
+        add_support_product_(y, x2d, beside, x_columns)
     return y
 
 
-def _input_gradient(dy: torch.Tensor, support: Support | None, plan: Plan) -> torch.Tensor:
+def _input_gradient(
+    dy: torch.Tensor, support: Support | None, plan: Plan, dy_rows: torch.Tensor | None
+) -> torch.Tensor:
     weight, beside = _weight(plan, support, dy, gradient=True)
     grad_x = dy.new_zeros(dy.shape[0], plan.cols) if weight is None else dy @ weight
     if beside is not None:
-        add_transposed_support_product_(grad_x, dy, beside)
+        add_transposed_support_product_(grad_x, dy, beside, dy_rows)
     return grad_x
 
 
@@ -166,26 +185,35 @@ def _weight(
     return None if plan.source is None else plan.source.read(like.dtype), support
 
 
-def _values_gradient(dy, x2d, operands, plan, needed, columns_only) -> torch.Tensor | None:
-    values, units, row_ends = operands.values, operands.units, operands.row_ends
+def _values_gradient(dy, x2d, operands, plan, needed, columns_only, dy_rows) -> torch.Tensor | None:
     reader = plan.gradient_reader
     if plan.passive_reader is not None:
         plan.passive_reader(dy.t() @ x2d)
     if reader is not None:
         wanted = reader.wanted_units() if hasattr(reader, "wanted_units") else None
         if wanted is None:
-            dense, own = dy.t() @ x2d, None
-            if needed:  # first: what training uses does not depend on what a reader does
-                flat = units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
-                own = read_units(dense, flat, plan.granularity, plan.block_size).to(values.dtype)
+            dense = dy.t() @ x2d
+            # First: what training uses does not depend on what a reader does.
+            own = _read_support(dense, plan, operands).to(operands.values.dtype) if needed else None
             reader(dense)
             return own
-        reader.take(unit_gradient(dy, x2d, wanted, plan.granularity, plan.block_size))
+        cut = ("entry", 0) if plan.granularity == "subnet" else (plan.granularity, plan.block_size)
+        reader.take(unit_gradient(dy, x2d, wanted, *cut))
     if not needed:
         return None
-    if columns_only:
-        return column_gradient(dy, x2d).to(values.dtype)
-    return unit_gradient(dy, x2d, units, plan.granularity, plan.block_size, row_ends).to(values.dtype)
+    if plan.granularity == "subnet":
+        gradient = subgrid_gradient(dy_rows, x2d if columns_only else take_columns(x2d, operands.live_columns))
+    elif columns_only:
+        gradient = column_gradient(dy, x2d)
+    else:
+        gradient = unit_gradient(dy, x2d, operands.units, plan.granularity, plan.block_size, operands.row_ends)
+    return gradient.to(operands.values.dtype)
+
+
+def _read_support(dense: torch.Tensor, plan: Plan, operands: Operands) -> torch.Tensor:
+    if plan.granularity == "subnet":
+        return read_subgrid(dense, operands.live_rows, operands.live_columns)
+    return read_units(dense, _flat_units(plan, operands), plan.granularity, plan.block_size)
 
 
 def _low_rank_gradients(dy, x2d, A, B, gate, scale, grad_x, needs):

@@ -1,8 +1,8 @@
 r"""The one differentiable product of this package: :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns are all that needs it), and
-references to parameters. The gradient exists at the support only; a dense one appears for a tile at a time, or for this
-one layer when a `gradient_reader` asks for it.
+Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns or a subnet are all that
+needs it), and references to parameters. The gradient exists at the support only; a dense one appears for a tile at a
+time, or for this one layer when a `gradient_reader` asks for it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from .core import (
     Plan,
     backward_product,
     forward_product,
-    keeps_columns_only,
+    kept_columns,
 )
 from .sources import check_version, version_of
+from .subgrid import take_columns
 
 
 def sparse_linear(
@@ -35,17 +36,20 @@ def sparse_linear(
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ends: torch.Tensor | None = None,
+    live_rows: torch.Tensor | None = None,
+    live_columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Apply :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
     Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: their
-    columns, with `row_ends`; see `ops.pack_entries`); `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
+    columns, with `row_ends`; see `ops.pack_entries`; a subnet has none, but `live_rows` `[R]`, `live_columns` `[C]` and
+    values `[R, C]`); `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
     Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
 
-    Where `S` goes: nothing is written into the frozen weight. Over 16-bit products rows, columns and blocks have a
-    product of their own, which keeps the smallest values (the input gradient of blocks may round them, see
+    Where `S` goes: nothing is written into the frozen weight. Over 16-bit products all units but entries have
+    a product of their own, which keeps the smallest values (the input gradient of blocks may round them, see
     `ops.support_product`). Entries have one too while there are few tokens (on CPUs); for more, one forward or backward
     product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16 weight `w` that
     copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
@@ -53,7 +57,7 @@ def sparse_linear(
     Raises:
         RuntimeError: in the backward pass, where the frozen weight was written to since the forward pass.
     """
-    return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, plan)
+    return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, live_rows, live_columns, plan)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
@@ -83,16 +87,17 @@ def _shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, units, A, B, gate, bias, row_ends, plan: Plan):
-        operands = Operands(values, units, A, B, gate, bias, row_ends)
+    def forward(ctx, x, values, units, A, B, gate, bias, row_ends, live_rows, live_columns, plan: Plan):
+        operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
         ctx.plan, ctx.weight_version, ctx.x_shape, ctx.x_dtype = plan, version_of(plan.source), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.shows_gradient
-        ctx.columns_only = keeps_columns_only(plan, operands)
+        columns = kept_columns(plan.granularity, operands, plan.shows_gradient)
+        ctx.columns_only = columns is not None
         with _without_autocast(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)
             x2d = x.reshape(-1, plan.cols)
-            y = forward_product(x2d, plan, operands)
-            kept = x2d.index_select(1, units) if needs_x and ctx.columns_only else x
+            kept = x if columns is None else take_columns(x2d, columns)
+            y = forward_product(x2d, plan, operands, None if columns is None else kept)
         ctx.save_for_backward(kept if needs_x else None, *operands)
         return y.view(*ctx.x_shape[:-1], plan.rows)
 
@@ -110,4 +115,4 @@ class _SparseLinear(torch.autograd.Function):
             x2d = None if x is None else x.reshape(-1, x.shape[-1])
             grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None
+        return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None, None, None

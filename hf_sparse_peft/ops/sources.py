@@ -7,17 +7,35 @@ from dataclasses import dataclass
 
 import torch
 
+from .subgrid import read_subgrid, write_subgrid_
 from .units import read_units, write_units_
 
 
 @dataclass(frozen=True)
 class Support:
-    """Units of a weight and what is added there: `units` int32/int64 `[k]`, sorted and distinct; `values` fp32."""
+    """Units of a weight and what is added there: `units` int32/int64 `[k]`, sorted and distinct; `values` fp32.
 
-    units: torch.Tensor
+    A subnet has `live_rows` `[R]` and `live_columns` `[C]` in place of units, and values `[R, C]`.
+    """
+
+    units: torch.Tensor | None
     values: torch.Tensor
     granularity: str
     block_size: int = 0
+    live_rows: torch.Tensor | None = None
+    live_columns: torch.Tensor | None = None
+
+    def written_into(self, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """`weight`, overwritten at the support by `total`, of the values' shape, in the weight's dtype."""
+        if self.granularity == "subnet":
+            return write_subgrid_(weight, self.live_rows, self.live_columns, total.to(weight.dtype))
+        return write_units_(weight, self.units, total.to(weight.dtype), self.granularity, self.block_size)
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """What `weight` has at the support, plus the values, in the wider dtype of the two."""
+        if self.granularity == "subnet":
+            return read_subgrid(weight, self.live_rows, self.live_columns) + self.values
+        return read_units(weight, self.units, self.granularity, self.block_size) + self.values
 
 
 @dataclass(frozen=True)
@@ -35,9 +53,7 @@ class DenseSource:
     def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the `[rows, cols]` weight with the support added, summed in fp32 or more, rounded once."""
         weight = self.read(self.weight.dtype)
-        cut = support.granularity, support.block_size
-        total = read_units(weight, support.units, *cut) + support.values
-        return write_units_(weight.to(dtype, copy=True), support.units, total.to(dtype), *cut)
+        return support.written_into(weight.to(dtype, copy=True), support.added_to(weight))
 
 
 @dataclass(frozen=True)
@@ -55,9 +71,7 @@ class DequantizedSource:
     def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight with the support added in fp32, rounded once."""
         weight = self.dequantize(dtype)
-        cut = support.granularity, support.block_size
-        total = read_units(weight, support.units, *cut) + support.values
-        return write_units_(weight, support.units, total.to(dtype), *cut)
+        return support.written_into(weight, support.added_to(weight))
 
 
 Source = DenseSource | DequantizedSource

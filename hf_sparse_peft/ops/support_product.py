@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from .sources import Support
+from .subgrid import add_to_columns_, take_columns
 from .units import block_position, blocks_at_once, pack_entries
 
 # Entries: a sampled product (CPU) costs 0.17 ns an entry and token, a copy of the layer 6 ns an entry and 0.1 ns a
@@ -27,25 +28,32 @@ def runs_beside(
 
     A 16-bit output never takes rows, columns and blocks from a copy: small values would be rounded away. fp32 and fp64
     take what is cheaper, and so does the input gradient with blocks, which are the dearest: what it loses to a rounded
-    copy is below its own rounding. Entries have a product of their own on CPUs for few tokens; a copy elsewhere.
+    copy is below its own rounding. Subnets always run beside. Entries have a product of their own on CPUs for few
+    tokens; a copy elsewhere.
     """
     count = support.values.numel()
     if support.granularity == "entry":
         few = _ENTRY_TOKENS + rows * cols // (_COPIED_NUMBERS_PER_ENTRY * max(1, count))
         return support.values.device.type == "cpu" and tokens <= few
     exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity == "block")
-    if support.granularity == "column" or exact:
+    if support.granularity in ("column", "subnet") or exact:
         return True
     return tokens * count <= _COPY_OVER_PRODUCT * rows * cols
 
 
-def add_support_product_(y: torch.Tensor, x: torch.Tensor, support: Support) -> None:
-    r""":math:`Y \mathrel{+}= X S^\top`: `y` `[tokens, rows]`, `x` `[tokens, cols]`, of one dtype."""
+def add_support_product_(
+    y: torch.Tensor, x: torch.Tensor, support: Support, x_columns: torch.Tensor | None = None
+) -> None:
+    r""":math:`Y \mathrel{+}= X S^\top`: `y` `[tokens, rows]`, `x` `[tokens, cols]`, of one dtype. `x_columns` is `x` at
+    the columns of a support of columns or of a subnet, where the caller has them already."""
     values = support.values if support.granularity == "entry" else support.values.to(x.dtype)
     if support.granularity == "row":
-        _add_to_columns_(y, support.units, x, values.t())
+        add_to_columns_(y, support.units, x, values.t())
     elif support.granularity == "column":
-        y.addmm_(x.index_select(1, support.units), values)
+        y.addmm_(take_columns(x, support.units) if x_columns is None else x_columns, values)
+    elif support.granularity == "subnet":
+        x_columns = take_columns(x, support.live_columns) if x_columns is None else x_columns
+        add_to_columns_(y, support.live_rows, x_columns, values.t())
     elif support.granularity == "block":
         row, col = block_position(support.units, x.shape[1] // support.block_size)
         _add_blocks_(y, x, row, col, values.transpose(1, 2))
@@ -53,27 +61,24 @@ def add_support_product_(y: torch.Tensor, x: torch.Tensor, support: Support) -> 
         y.add_((_sparse_matrix(support, y.shape[1], x.shape[1]) @ _wide(x).t()).t())
 
 
-def add_transposed_support_product_(dx: torch.Tensor, dy: torch.Tensor, support: Support) -> None:
-    r""":math:`dX \mathrel{+}= dY\, S`: `dx` `[tokens, cols]`, `dy` `[tokens, rows]`, of one dtype."""
+def add_transposed_support_product_(
+    dx: torch.Tensor, dy: torch.Tensor, support: Support, dy_rows: torch.Tensor | None = None
+) -> None:
+    r""":math:`dX \mathrel{+}= dY\, S`: `dx` `[tokens, cols]`, `dy` `[tokens, rows]`, of one dtype. `dy_rows` is `dy` at
+    the rows of a subnet, where the caller has them already."""
     values = support.values if support.granularity == "entry" else support.values.to(dy.dtype)
     if support.granularity == "row":
-        dx.addmm_(dy.index_select(1, support.units), values)
+        dx.addmm_(take_columns(dy, support.units), values)
     elif support.granularity == "column":
-        _add_to_columns_(dx, support.units, dy, values.t())
+        add_to_columns_(dx, support.units, dy, values.t())
+    elif support.granularity == "subnet":
+        dy_rows = take_columns(dy, support.live_rows) if dy_rows is None else dy_rows
+        add_to_columns_(dx, support.live_columns, dy_rows, values)
     elif support.granularity == "block":
         row, col = block_position(support.units, dx.shape[1] // support.block_size)
         _add_blocks_(dx, dy, col, row, values)
     else:
         dx.add_((_sparse_matrix(support, dy.shape[1], dx.shape[1]).t() @ _wide(dy).t()).t())
-
-
-def _add_to_columns_(y: torch.Tensor, columns: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> None:
-    """`y[:, columns] += x @ matrix`, columns distinct."""
-    if columns.numel() == y.shape[1]:
-        y.addmm_(x, matrix)
-        return
-    columns = columns.long()
-    y.index_copy_(1, columns, torch.addmm(y.index_select(1, columns), x, matrix))
 
 
 def _add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.Tensor, blocks: torch.Tensor) -> None:

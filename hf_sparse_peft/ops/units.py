@@ -19,6 +19,7 @@ import warnings
 import torch
 
 from . import triton_kernels
+from .subgrid import take_columns
 
 # Bytes of dense gradient that may exist at once while an entry gradient is gathered from it.
 DENSE_TILE_BYTES = 1 << 25
@@ -151,9 +152,9 @@ def unit_gradient(
         return triton_kernels.block_gradient(grad_output, x, units, block_size)
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if granularity == "row":
-        return (grad_output.index_select(1, units).t() @ x).to(out_dtype)
+        return (take_columns(grad_output, units).t() @ x).to(out_dtype)
     if granularity == "column":
-        return column_gradient(grad_output, x.index_select(1, units))
+        return column_gradient(grad_output, take_columns(x, units))
     if granularity == "block":
         return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
     return _entry_gradient(grad_output, x, units, row_ends).to(out_dtype)

@@ -157,12 +157,15 @@ def test_entries_for_few_and_for_many_tokens_take_different_ways_to_the_same_out
     torch.testing.assert_close(one_by_one, together[:20], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", list(COUNT))
+@pytest.mark.parametrize("granularity", [*COUNT, "subnet"])
 def test_compiled_nodes_mutate_and_alias_nothing(granularity):
-    units, values, weight, x, _ = problem(granularity, 4, torch.float32)
+    subnet = granularity == "subnet"
+    units, values, weight, x, _ = problem("entry" if subnet else granularity, 4, torch.float32)
+    rows, columns = (torch.tensor(side, dtype=torch.int32) for side in ([1, 3], [0, 5])) if subnet else (None, None)
+    units, values = (None, values.view(2, 2)) if subnet else (units, values)
     config = SparseLoraConfig(r=0, density=0.1, target_modules=["0"])
     owner = get_peft_model(torch.nn.Sequential(torch.nn.Linear(COLS, ROWS)), config).base_model.model[0]
-    arguments = (x, weight, values.requires_grad_(), units, None, None, None, None, None)
+    arguments = (x, weight, values.requires_grad_(), units, None, None, None, None, None, rows, columns)
     options = (owner._owner, False, False, ROWS, granularity, BLOCK, 1.0, False, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.hf_sparse_peft.sparse_linear.default, (*arguments, *options), test_utils=checks)
