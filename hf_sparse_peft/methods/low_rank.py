@@ -8,6 +8,7 @@ from ..rules import (
     AdaptiveRowScale,
     Allocate,
     FactorExperts,
+    FrobeniusDecay,
     GradientNoise,
     GroupLasso,
     GrowRank,
@@ -171,10 +172,14 @@ def maestro(r: int = 8, weight: float = 1.0, every: int | None = None, **overrid
     use_when="ranks are to be found in the first epochs of the run that uses them",
     cost="an SVD of r x r a module and epoch",
 )
-def cuttlefish(r: int = 16, every: int | None = None, first: int = 15, **overrides: Any) -> Method:
+def cuttlefish(
+    r: int = 16, every: int | None = None, first: int = 15, frobenius_decay: float = 0.0, **overrides: Any
+) -> Method:
     """Cuttlefish's detection and cut, on the update of an adapter instead of whole weights, without its factor xi (of
-    `StableRank(scaled=True)`). It takes `first + 2` measurements at least, by default of an epoch each."""
-    return row(overrides, r=r, schedule=[StableRank(every, first=first)], **_ALL_LINEAR)
+    `StableRank(scaled=True)`). It takes `first + 2` measurements at least, by default of an epoch each.
+    `frobenius_decay` is decay of the factors' product in place of weight decay; the authors use both on whole nets."""
+    decay = [FrobeniusDecay(frobenius_decay)] if frobenius_decay else []
+    return row(overrides, r=r, schedule=[StableRank(every, first=first), *decay], **_ALL_LINEAR)
 
 
 @register(

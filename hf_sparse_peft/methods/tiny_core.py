@@ -10,6 +10,7 @@ from ..tuners.spectral_lora import (
     LDU,
     SVD,
     Diagonal,
+    Energy,
     Fastfood,
     Full,
     GradientSVD,
@@ -17,6 +18,7 @@ from ..tuners.spectral_lora import (
     RandomCombination,
     Shards,
     SharedBases,
+    SpectrumSpread,
     TwoFactors,
 )
 from .registry import Method, register
@@ -63,7 +65,7 @@ def svfit(r: int = 256, energy: float | None = None, **overrides: Any) -> Method
     r"""SVFit: :math:`U_r\,\mathrm{diag}(\sigma - \sigma^0)\,V_r^\top`, whose diagonal is trained from 0, so that
     weight decay pulls towards the pretrained singular values. With `energy=0.99` each weight has as many components as
     hold 99 % of its squared singular values (which measure the authors mean was not confirmed), at most r."""
-    options = {"r": r, "bases": SVD(energy=energy), "core": Diagonal()}
+    options = {"r": r, "bases": SVD(ranks=None if energy is None else Energy(energy)), "core": Diagonal()}
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
 
 
@@ -167,6 +169,19 @@ def lamda(r: int = 64, lora_alpha: float = 16, until: float = 0.3, **overrides: 
     options = {"r": r, "lora_alpha": lora_alpha, "bases": SVD(train_B=True), "core": Full("values", residual="init")}
     options["schedule"] = [FreezeGradually(until)]
     return Method(SpectralLoraConfig(**{**options, "target_modules": "all-linear", **overrides}))
+
+
+@register(
+    "lamda++",
+    paper="Azizi et al., 2024 (how ranks are spread is this project's)",
+    moves="nothing; ranks are spread over a block's modules at the start",
+    use_when="LaMDA, with more of the same total for weights that r components hold badly",
+    cost="LaMDA's, and one more SVD of each weight at injection",
+)
+def lamda_plus_plus(r: int = 64, multiples: tuple[float, ...] = (0.5, 1.0, 1.5), **overrides: Any) -> Method:
+    """LaMDA whose ranks follow from the pretrained spectra, without a pass over data (`SpectrumSpread`). The paper's
+    rule beyond that was not confirmed, and the released code has none."""
+    return lamda(r=r, **{"bases": SVD(train_B=True, ranks=SpectrumSpread(multiples)), **overrides})
 
 
 @register(

@@ -201,6 +201,21 @@ def hira(r: int = 32, schedule: Rules = (), **overrides: Any) -> Method:
 
 
 @register(
+    "hut-like",
+    paper="after Zhang et al., 2024 (abstract only: the form is this project's guess)",
+    moves="nothing",
+    use_when="an update that multiplies the weight, and keeps its zeros",
+    cost="the dense product of the factors with every weight at each step",
+    upstream="HiraConfig",
+)
+def hut_like(r: int = 8, schedule: Rules = (), **overrides: Any) -> Method:
+    r"""A Hadamard-updated weight :math:`W \odot (1 + BA)`, as HiRA's. Of HUT (arXiv 2409.13501) the abstract alone
+    could be read: two low-rank matrices and a Hadamard product, fewer FLOPs than LoRA's in training; this form costs
+    more, so the paper's figures are not its."""
+    return _method("HiraConfig", schedule, overrides, r=r)
+
+
+@register(
     "miss",
     paper="Kang and Yin, 2024",
     moves="nothing",

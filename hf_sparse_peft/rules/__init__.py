@@ -6,7 +6,7 @@ rule.py          the base of all rules, which pairs compose      pairs.py    the
 prune.py         units leave along a curve        search_support.py   the best of some random supports
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 allocate.py      one budget for all layers            scores.py        which units matter
-orthogonality.py a pull on low-rank factors
+orthogonality.py, frobenius_decay.py    pulls on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 group_lasso.py   ranks that shrink from their end
 stable_rank.py   ranks that are cut once they have settled
@@ -28,6 +28,7 @@ from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
+from .frobenius_decay import FrobeniusDecay
 from .gradient_noise import GradientNoise
 from .group_lasso import GroupLasso
 from .grow_rank import GrowRank
@@ -65,6 +66,7 @@ __all__ = [
     "Follower",
     "Freeze",
     "FreezeGradually",
+    "FrobeniusDecay",
     "Gradient",
     "GradientNoise",
     "GroupLasso",

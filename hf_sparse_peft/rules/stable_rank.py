@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +16,7 @@ from ..utils.parts import register_part
 from .collectives import from_first_rank
 from .evidence import with_gradient
 from .moves import move_units, restart_units
-from .no_effect import report_unfinished
+from .no_effect import report_unfinished, some_of
 from .rule import RankRule
 from .run import Run
 from .space import UnitSpace
@@ -38,7 +39,9 @@ class StableRank(RankRule):
     relaxed_at=(9, 4)`. Published for whole weights; for adapters, whose update starts at 0, the first nonzero
     measurement is in place of the initial one, so that :math:`\xi` (`scaled`) is off. The cut comes right after the
     measurement, where the next epoch begins. Series are of the low-rank half alone.
-    Without: profiling, which leaves early layers at full rank, and Frobenius decay. A layer without a gradient at a
+    Without: profiling by measured speed, which leaves early layers of a convolutional network at full rank (an adapter
+    has no full-rank form to leave a layer at: `exclude_modules`, `rank_pattern`). Frobenius decay is a rule of its own,
+    `FrobeniusDecay`. A layer without a gradient at a
     measurement has none in its series; with no series it keeps its rank and is named in a warning.
     Modules that other rules have held still from the start are waited for.
     """
@@ -140,9 +143,19 @@ class StableRank(RankRule):
         return min(full, max(least, math.ceil(round(scaled, _DECIMALS))))
 
     def finish(self, run: Run) -> None:
-        """Name the layers that had no evidence, where ranks never settled."""
-        if "ranks" not in run.saved:
-            self._with_series(run)
+        """Name the layers that had no evidence, and those that had not settled, where ranks were never cut."""
+        if "ranks" in run.saved:
+            return
+        self._with_series(run)
+        measured_often = [name for name, values in run.saved["series"].items() if len(values) >= self.first + 2]
+        restless = [name for name in measured_often if name not in run.saved["stable"]]
+        if restless:
+            warnings.warn(
+                f"StableRank cut no rank: at the end of the run the stable ranks of {len(restless)} modules "
+                f"({some_of(restless)}) still changed by more than threshold={self.threshold} in a measurement. Train "
+                "longer, or raise threshold or every.",
+                stacklevel=2,
+            )
 
 
 def _in_optimizer(run: Run) -> set[int]:

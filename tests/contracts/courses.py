@@ -74,6 +74,7 @@ RULES: dict[str, dict[str, Any]] = {
         "fixed_at_end": False, "only": ("kernel",),
     },
     "freeze_gradually": {"until": 0.7},
+    "frobenius_decay": {"weight": 0.1},
     "orthogonality": {"weight": 0.5},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},

@@ -1,7 +1,9 @@
 """LaMDA (Azizi et al., 2024; official code ArminAzizi98/LaMDA, incomplete) against its equations, in float64."""
 
 import itertools
+from functools import partial
 
+import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,7 +11,8 @@ from safetensors.torch import load_file
 from spectral_toolbox import Linears, close, on, random, tensors, weight_gradient
 
 from hf_sparse_peft import FreezeGradually, callbacks_for, hub, methods
-from hf_sparse_peft.tuners.spectral_lora import spectral_layers
+from hf_sparse_peft.tuners.spectral_lora import SpectrumSpread, spectral_layers
+from hf_sparse_peft.tuners.spectral_lora.bases import Site
 
 W = random(12, 10)
 OPTIONS = {"r": 3, "lora_alpha": 6}
@@ -79,3 +82,48 @@ def test_files_have_the_core_and_the_lora_answers_alike_on_the_original_base(tmp
     assert torch.equal(PeftModel.from_pretrained(Linears(W), tmp_path / "adapter")(x), model(x))
     assert hub.export_lora(model, tmp_path / "lora").ranks == {"lin.0": 3}
     close(PeftModel.from_pretrained(Linears(W), tmp_path / "lora")(x), model(x))
+
+
+def energy_of(weight: torch.Tensor, r: int) -> float:
+    values = torch.linalg.svdvals(weight.double()).square()
+    return float(values[:r].sum() / values.sum())
+
+
+def test_lamda_plus_plus_gives_the_modules_that_r_components_hold_worst_the_largest_ranks(tmp_path):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    base = tiny.base()
+    for at, module in enumerate(m for n, m in base.named_modules() if n.rpartition(".")[2] in targets):
+        scales = torch.arange(1.0, min(module.weight.shape) + 1) ** (-0.3 * (at * 3 % 7))
+        U, _, Vh = torch.linalg.svd(module.weight.data, full_matrices=False)
+        module.weight.data = (U * scales) @ Vh
+    weights = {n: m.weight.data.clone() for n, m in base.named_modules() if n.rpartition(".")[2] in targets}
+    model = get_peft_model(base, methods.get("lamda++", r=4, target_modules=targets).config)
+    found = {layer.module_name: layer.spectral_lora_core["default"].shape[0] for layer in spectral_layers(model)}
+    assert found.keys() == weights.keys()
+    for block in ("layers.0.", "layers.1."):
+        names = [name for name in weights if block in name]
+        by_energy = sorted(names, key=lambda name: energy_of(weights[name], 4))
+        assert [found[name] for name in by_energy] == [6, 6, 4, 4, 4, 2, 2]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.base(), tmp_path)
+    assert {one.module_name: one.spectral_lora_core["default"].shape[0] for one in spectral_layers(again)} == found
+
+
+@pytest.mark.parametrize("modules", range(1, 9))
+@pytest.mark.parametrize("multiples", [(0.5, 1.5), (0.5, 1.0, 1.5), (0.25, 0.75, 1.25, 1.75)])
+def test_lamda_plus_plus_keeps_the_total_whatever_the_number_of_modules(modules, multiples):
+    weights = {f"h.0.m{at}": partial(random, 40, 32, seed=at) for at in range(modules)}
+    sites = {name: Site(name, 40, 32, 8, None, 0) for name in weights}
+    found = SpectrumSpread(multiples).ranks(weights, sites)
+    assert sum(found.values()) == 8 * modules
+    energies = [energy_of(weights[name](), 8) for name in weights]
+    ranks = [found[name] for _, name in sorted(zip(energies, weights, strict=True))]
+    assert ranks == sorted(ranks, reverse=True)
+    if modules > 3:
+        assert (ranks[0], ranks[-1]) == (8 * multiples[-1], 8 * multiples[0])
+
+
+@pytest.mark.parametrize("multiples", [(1.0,), (1.5, 0.5), (0.5, 1.0), (0.5, 1.0, 1.4)])
+def test_candidates_that_would_change_the_total_are_refused(multiples):
+    with pytest.raises(ValueError, match=r"SpectrumSpread\.multiples.*symmetric around 1"):
+        SpectrumSpread(multiples)

@@ -7,7 +7,7 @@ from peft import PeftModel
 from spectral_toolbox import Linears, close, on, random, tensors, trained, weight_gradient
 
 from hf_sparse_peft import hub
-from hf_sparse_peft.tuners.spectral_lora import SVD
+from hf_sparse_peft.tuners.spectral_lora import SVD, Energy
 
 W = random(24, 16)
 
@@ -58,7 +58,7 @@ def test_after_training_the_update_is_diagonal_in_the_singular_basis_and_leaves_
 @pytest.mark.parametrize(("energy_of", "components"), [("squares", 2), ("values", 3)])
 def test_components_hold_the_energy_asked_for_in_each_weight_and_are_r_at_most(energy_of, components, tmp_path):
     W = torch.diag(torch.tensor([6.0, 3.0, 1.0]))  # squares: 36, 45, 46 of 46; values: 6, 9, 10 of 10
-    bases = SVD(energy=0.95, energy_of=energy_of)
+    bases = SVD(ranks=Energy(0.95, energy_of))
     _, (layer,) = on("svfit", W, r=8, bases=bases)
     assert layer.spectral_lora_core["default"].numel() == components
     model, (layer,) = on("svfit", W, r=1, bases=bases)

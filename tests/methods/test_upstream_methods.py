@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse_peft import AlternateModules, Controller, Regrow, SampleLayers, methods
+from hf_sparse_peft import AdaptiveRowScale, AlternateModules, Controller, GradientNoise, Regrow, SampleLayers, methods
 from hf_sparse_peft.methods import upstream
 from hf_sparse_peft.training import RuleRunner, UpstreamStartCallback
 from hf_sparse_peft.tuners.upstream import upstream_layers, upstream_spaces
@@ -26,7 +26,7 @@ SHAPES = [(32, 32), (16, 32), (32, 64)]  # rows, columns
 LAYERS = 4
 
 COUNTS = {
-    **dict.fromkeys(("rslora", "pissa", "eva", "lora-ga", "gralora", "hira"), lambda m, n: R * (m + n)),
+    **dict.fromkeys(("rslora", "pissa", "eva", "lora-ga", "gralora", "hira", "hut-like"), lambda m, n: R * (m + n)),
     "dora": lambda m, n: R * (m + n) + m,
     "adalora-peft": lambda m, n: R * (m + n + 1),
     "loha": lambda m, n: 2 * R * (m + n),
@@ -174,6 +174,40 @@ def test_a_rule_acts_on_upstreams_modules_in_a_loop_by_hand():
             rules.after_step()
             optimizer.zero_grad()
         assert [len(event["trains"]) for event in rules.events] == [6, 6]
+
+
+@pytest.mark.parametrize("rule", [AdaptiveRowScale(), GradientNoise()], ids=lambda rule: rule.part_type)
+def test_rules_that_read_or_scale_the_update_of_our_layers_are_refused_on_upstreams(rule, tmp_path):
+    model, method = adapted("rslora", schedule=[rule])
+    with pytest.raises(ValueError, match="layer of upstream peft, which has no scaling"):
+        tiny.train(model, tmp_path, 2, callbacks=method.callbacks(model))
+
+
+def test_hut_like_multiplies_the_weight_and_its_gradients_are_those_of_the_hadamard_form(tmp_path):
+    model, _ = adapted("hut-like")
+    (layer,) = [m for n, m in model.named_modules() if n.endswith("layers.0.self_attn.v_proj")]
+    W, x = layer.get_base_layer().weight.data, torch.randn(7, 32)
+    W[:, ::3] = 0.0
+    torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
+    A, B = layer.hira_A["default"], layer.hira_B["default"]
+    A.data.normal_()
+    B.data.normal_()
+    a, b, w = A.detach().double(), B.detach().double(), W.double()
+    torch.testing.assert_close(layer(x).double(), x.double() @ (w * (1 + b @ a)).t(), rtol=1e-4, atol=1e-4)
+    dy = torch.randn(7, 16)
+    layer(x).backward(dy)
+    G = dy.double().t() @ x.double()
+    torch.testing.assert_close(B.grad.double(), (G * w) @ a.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A.grad.double(), b.t() @ (G * w), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(B.grad.double(), G @ a.t(), rtol=1e-2)
+    assert torch.linalg.matrix_rank(w * (b @ a)) > R
+    before, expected = W.clone(), layer(x)
+    model.merge_adapter()
+    merged = layer.get_base_layer().weight
+    assert not merged[:, ::3].any()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.data, before, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused_by_name(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Cuttlefish's stable ranks, detector and cut, against NumPy in float64 and worked numbers."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,8 +9,18 @@ import tiny
 import torch
 from peft import get_peft_model
 from training_toolbox import Hook, StopAt, all_state, differences, layers_of, run
+from transformers import Trainer
 
-from hf_sparse_peft import AlternateModules, Controller, SparseLoraConfig, StableRank, methods
+from hf_sparse_peft import (
+    AdamWSpec,
+    AlternateModules,
+    Controller,
+    FrobeniusDecay,
+    SparseLoraConfig,
+    StableRank,
+    methods,
+    trainer_options,
+)
 from hf_sparse_peft.rules.stable_rank import factorize, measured
 
 R = 4
@@ -214,3 +225,53 @@ def test_a_row_has_the_rule_and_what_cannot_work_is_refused():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.warns(UserWarning, match=r"StableRank\.first=15 and every=2 take measurements up to step 34"):
         Controller(model, optimizer, 20).__enter__()
+
+
+def test_a_run_whose_ranks_never_settle_says_so_at_its_end(tmp_path):
+    model = adapted([StableRank(**{**SOON, "every": 1, "threshold": 1e-9})])
+    with pytest.warns(UserWarning, match=r"StableRank cut no rank: .* 3 modules \(.*q_proj.*threshold=1e-09"):
+        run(model, tmp_path, 6, optimizer="default")
+    assert ranks(model) == [R] * 3
+
+
+def test_truncated_stable_ranks_are_those_of_the_released_code(tmp_path):
+    model, found = adapted([StableRank(**SOON, truncated=True)]), []
+
+    def before(step, model, optimizer):
+        found.append([stable_rank(update(layer)) for layer in layers_of(model)])
+
+    run(model, tmp_path, 7, optimizer="default", before=[Hook(on_step_end=before)])
+    assert ranks(model) == [int(value) for value in found[5]]
+    assert ranks(model) != [math.ceil(value) for value in found[5]]
+
+
+@pytest.mark.parametrize("gate", [None, "ones"])
+def test_frobenius_decay_is_the_gradient_of_the_products_norm_and_no_weight_decay_comes_on_top(gate, tmp_path):
+    model = adapted([FrobeniusDecay(0.3)], gate=gate, optimizer=AdamWSpec())
+    layer, seen = layers_of(model)[0], []
+    if gate:
+        layer.sparse_lora_gate["default"].data.copy_(torch.tensor([0.5, 2.0, -1.0, 0.0]))
+        layer.sparse_lora_gate["default"].requires_grad_(False)
+    A, B = (getattr(layer, f"sparse_lora_{one}")["default"] for one in "AB")
+    g = np.ones(R) if gate is None else layer.sparse_lora_gate["default"].double().numpy()
+    a, b = A.detach().double().numpy(), B.detach().double().numpy()
+    W = b * g @ a
+    expected = {"A": 0.3 * (b * g).T @ W, "B": 0.3 * W @ a.T * g}
+
+    def look(step, model, optimizer):
+        seen.append({"A": A.grad.double().numpy(), "B": B.grad.double().numpy()})
+        groups = getattr(optimizer, "optimizer", optimizer).param_groups
+        assert [g["weight_decay"] for g in groups for p in g["params"] if p is A or p is B] == [0.0, 0.0]
+
+    masked = tiny.TokenData(masked=True)  # the loss itself has no gradient
+    with warnings.catch_warnings(action="ignore"):
+        options = trainer_options(model, tiny.arguments(tmp_path, 1, weight_decay=0.1))
+        options["callbacks"] = [*options["callbacks"], Hook(on_pre_optimizer_step=look)]
+        Trainer(model=model, train_dataset=masked, **options).train()
+    for name, value in expected.items():
+        np.testing.assert_allclose(seen[0][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_cuttlefish_with_frobenius_decay_has_both_rules():
+    rules = methods.get("cuttlefish", frobenius_decay=1e-3).config.schedule
+    assert rules == [StableRank(), FrobeniusDecay(1e-3)]

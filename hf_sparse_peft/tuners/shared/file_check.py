@@ -112,7 +112,10 @@ def read_config(file: Path) -> AdapterConfig:
     given = read_json(file)
     found = given.get("peft_type")
     if model_class(found) is None:
-        raise ValueError(f"'{file}' has peft_type={found!r}, no adapter of this package.")
+        raise ValueError(
+            f"'{file}' has peft_type={found!r}, and this package reads {', '.join(sorted(TUNERS))}. peft's "
+            "own adapters are read by peft alone."
+        )
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[found]
     try:
         return cls(**given)

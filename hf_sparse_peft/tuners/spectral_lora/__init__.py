@@ -1,13 +1,14 @@
 """Spectral adapters: frozen or shared bases around a small trained core (LoRA-XS, SVFit, NOLA, LoLDU, ...)."""
 
 from ..shared.registration import register_tuner
-from .bases import Bases
+from .bases import Bases, RankChoice
 from .config import SpectralLoraConfig
 from .cores import Band, Core, Diagonal, Full, TwoFactors
 from .drawn import RandomBases, RandomCombination
 from .found import LDU, SVD, GradientSVD
 from .layer import SpectralLoraLayer, SpectralLoraLinear
 from .model import SpectralLoraModel, spectral_layers
+from .ranks import Energy, SpectrumSpread
 from .shared import Shards, SharedBases
 from .subspace import Fastfood
 
@@ -20,17 +21,20 @@ __all__ = [
     "Bases",
     "Core",
     "Diagonal",
+    "Energy",
     "Fastfood",
     "Full",
     "GradientSVD",
     "RandomBases",
     "RandomCombination",
+    "RankChoice",
     "Shards",
     "SharedBases",
     "SpectralLoraConfig",
     "SpectralLoraLayer",
     "SpectralLoraLinear",
     "SpectralLoraModel",
+    "SpectrumSpread",
     "TwoFactors",
     "spectral_layers",
 ]

@@ -1,6 +1,7 @@
 r"""Bases: what stands on both sides of a core, :math:`\Delta W = s\,B\,C\,A` with `B` `[out, a]`, `A` `[b, in]`.
 
 bases.py         what all bases say of themselves
+ranks.py         Energy, SpectrumSpread: how many components each weight gets
 found.py         SVD, GradientSVD, LDU: found in a weight or its gradient
 drawn.py         RandomBases, RandomCombination: drawn from a seed, in no file
 shared.py        SharedBases, Shards: trained, one for several modules
@@ -9,7 +10,7 @@ subspace.py      Fastfood: one trained point for all weights
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -71,6 +72,21 @@ class Found(NamedTuple):
     """`[r]`, the spectrum, or what stands for it."""
 
 
+Weights = Mapping[str, Callable[[], Tensor]]
+"""Module name -> its weight `[out, in]`, fp32, made when it is called."""
+
+
+@dataclass(frozen=True)
+class RankChoice(Part):
+    """Base of the ways to choose the components of each module."""
+
+    part_kind: ClassVar[str] = "rank_choice"
+
+    def ranks(self, weights: Weights, sites: Mapping[str, Site]) -> dict[str, int]:
+        """Module name -> components, at least 1 and at most the smaller side; `sites` have the config's own r."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Bases(Part):
     """Base of the ways to get the two bases of a module. Their tensors are among those that the layer has containers
@@ -103,13 +119,9 @@ class Bases(Part):
         return None
 
     @property
-    def ranks_by_weight(self) -> bool:
-        """Whether the components of each module follow from its weight (`rank_of`), when the adapter is injected."""
-        return False
-
-    def rank_of(self, weight: Tensor) -> int:
-        """Components for `weight` `[out, in]`, fp32; at most `r` of them are taken."""
-        raise NotImplementedError
+    def rank_choice(self) -> RankChoice | None:
+        """How the components of each module follow from the weights when the adapter is injected; None: they do not."""
+        return None
 
     def specs(self, site: Site) -> list[TensorSpec]:
         """The tensors that the module has, trained or saved; what follows from the seed is neither.

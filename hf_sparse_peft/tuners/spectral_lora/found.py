@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +10,10 @@ from torch import Tensor
 from ...ops.seeded import seeded_uniform
 from ...sparsity import MeanGradient, Statistic
 from ...sparsity.decomposition import truncated_svd
-from ...utils.option_types import PositiveFloat, PositiveFraction, PositiveInt
+from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
-from .bases import Bases, Found, Site
+from .bases import Bases, Found, RankChoice, Site
 from .names import FINGERPRINT, FIXED_A, FIXED_B
 
 
@@ -34,11 +33,8 @@ class SVD(Bases):
     """Whether A is multiplied by the singular values."""
     train_B: bool = False
     """Whether B is trained as well (LaMDA)."""
-    energy: PositiveFraction | None = None
-    """Take the fewest components of each weight that have this fraction of its energy, at most r; None: r. It takes
-    all singular values of all weights at injection."""
-    energy_of: Literal["values", "squares"] = "squares"
-    """What adds up to the energy: singular values or their squares."""
+    ranks: RankChoice | None = None
+    """How many components each weight gets, `Energy(0.99)` or `SpectrumSpread()`; None: r."""
 
     saved: bool = True
     """Whether files have the bases."""
@@ -84,14 +80,9 @@ class SVD(Bases):
         return {name: both[name] for name in self.derived_names}
 
     @property
-    def ranks_by_weight(self) -> bool:
-        """With an `energy`."""
-        return self.energy is not None
-
-    def rank_of(self, weight: Tensor) -> int:
-        """The fewest components with that energy."""
-        energies = torch.linalg.svdvals(weight).double().pow(2 if self.energy_of == "squares" else 1).cumsum(0)
-        return 1 + int((energies < self.energy * energies[-1]).sum())
+    def rank_choice(self) -> RankChoice | None:
+        """`ranks`."""
+        return self.ranks
 
     def find(self, weight: Tensor, site: Site) -> Found:
         """The truncated SVD."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ...ops.seeded import GENERATOR
 from ..shared.base_weight import dense_weight
@@ -53,7 +55,7 @@ class SpectralLoraModel(AdapterModel):
         """
         if peft_config.bases.drawn or peft_config.bases.recomputed:
             peft_config.generator = GENERATOR
-        if peft_config.bases.ranks_by_weight and file_being_loaded() is None:
+        if peft_config.bases.rank_choice is not None and file_being_loaded() is None:
             peft_config.rank_pattern = _ranks(peft_config, targets)
         found = _sharing(peft_config, targets) if peft_config.bases.shared else {}
         given = peft_config.sizes
@@ -89,14 +91,20 @@ def spectral_layers(model: nn.Module) -> list[SpectralLoraLayer]:
 
 
 def _ranks(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[str, int]:
-    """`rank_pattern` with the components that follow from each weight, at most those that the config gives it."""
-    found = {}
-    for name, base in targets.items():
-        cols, rows = _get_in_out_features(base)
-        if not base.weight.is_meta:
-            weight = dense_weight(base, resolve_quantization_backend(base)).float()
-            found[f"^{name}"] = min(config.bases.rank_of(weight), config.site(name, rows, cols).r)
-    return found
+    """`rank_pattern` with the components that follow from the weights."""
+    sites, weights = {}, {}
+    known = {name: base for name, base in targets.items() if not base.weight.is_meta}
+    with tqdm(total=len(known), desc="Choosing ranks", delay=3) as progress:
+
+        def weight_of(base: nn.Module) -> Tensor:
+            progress.update()
+            return dense_weight(base, resolve_quantization_backend(base)).float()
+
+        for name, base in known.items():
+            cols, rows = _get_in_out_features(base)
+            sites[name], weights[name] = config.site(name, rows, cols), partial(weight_of, base)
+        found = config.bases.rank_choice.ranks(weights, sites)
+    return {f"^{name}": rank for name, rank in found.items()}
 
 
 def _sharing(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[str, list[str | int]]:
