@@ -16,6 +16,7 @@ from .executor import RuleExecutor, has_schedule
 from .optimizers import warn_of_other_optimizer
 from .trainer_checks import refuse_sharded
 from .upstream_runs import asks_for_rules
+from .upstream_start import start_in_loop
 
 
 class Controller:
@@ -46,7 +47,8 @@ class Controller:
     tensors are dropped; leaving the block earlier, by an exception too, takes everything off the model and keeps them
     for a run that goes on. Without `with`, call `close()`; a controller that nobody holds any more closes itself.
 
-    A support or bases that wait for data are chosen from `dataloader` first; a run that goes on has them. A model none
+    A support or bases that wait for data are chosen from `dataloader` first, and upstream's EVA and LoRA-GA get their
+    start from it; a run that goes on has them. A model none
     of whose adapters asks for a rule or for data is left alone, so that one loop serves every config.
 
     Args:
@@ -110,6 +112,7 @@ class Controller:
         # A weak handle: neither model nor optimizer keeps a controller that nobody holds.
         self._closer = weakref.finalize(self, self._steps.close)
         self._closer.atexit = False
+        start_in_loop(model, optimizer, dataloader, training.resumed, show_progress)
         warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
         asked = rule is not None or has_schedule(model) or waits_for_data(model) or asks_for_rules(model)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,7 @@ class UpstreamStartCallback(TrainerCallback):
                     _subtract_start(model, name, folder)
             return
         for name in waits_for_start(model):
-            self._check(args, name, train_dataloader)
+            _check_can_start(name, args.world_size, train_dataloader, "creating the Trainer", args)
             show = not args.disable_tqdm
             initialize_upstream(
                 model, train_dataloader, name, optimizer=optimizer, batches=self.batches, show_progress=show
@@ -128,17 +129,41 @@ class UpstreamStartCallback(TrainerCallback):
             if upstream_configs(model)[name].init_lora_weights == "lora_ga":
                 model.save_pretrained(str(folder), selected_adapters=[name])
 
-    def _check(self, args: Any, name: str, dataloader: Any) -> None:
-        mend = "Call hf_sparse_peft.training.initialize_upstream(model, dataloader) before creating the Trainer"
-        if sharded := sharding_switched_on(args):
-            raise ValueError(f"Adapter '{name}' needs data, and {sharded[0]} has sharded the weights. {mend}.")
-        if args.world_size > 1:
-            raise ValueError(
-                f"Adapter '{name}' needs data for its ranks and weights, and {args.world_size} processes have wrapped "
-                f"the model already. {mend}, on every rank with the same data."
+
+def start_in_loop(model: nn.Module, optimizer: Any, dataloader: Iterable | None, resumed: bool, show: bool) -> None:
+    """Give upstream's adapters that wait for data their start from a loop's own data.
+
+    Raises:
+        ValueError: no dataloader, or several processes.
+    """
+    model = extract_model_from_parallel(model)
+    if resumed:
+        kinds = {name: getattr(one, "init_lora_weights", None) for name, one in upstream_configs(model).items()}
+        changed = [name for name, kind in kinds.items() if kind == "lora_ga"]
+        if changed:
+            warnings.warn(
+                f"LoRA-GA's start changed the base weights under adapter '{changed[0]}': this run goes on right only "
+                "on the base as it was then. Save its state beside the adapter, and load both.",
+                stacklevel=3,
             )
-        if dataloader is None:
-            raise ValueError(f"Adapter '{name}' needs data, and this trainer hands its callbacks none. {mend}.")
+        return
+    for name in waits_for_start(model):
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        _check_can_start(name, world, dataloader, "creating the Controller, or pass Controller(dataloader=...)")
+        initialize_upstream(model, dataloader, name, optimizer=optimizer, show_progress=show)
+
+
+def _check_can_start(name: str, processes: int, dataloader: Any, before: str, args: Any = None) -> None:
+    mend = f"Call hf_sparse_peft.training.initialize_upstream(model, dataloader) before {before}"
+    if args is not None and (sharded := sharding_switched_on(args)):
+        raise ValueError(f"Adapter '{name}' needs data, and {sharded[0]} has sharded the weights. {mend}.")
+    if processes > 1:
+        raise ValueError(
+            f"Adapter '{name}' needs data for its ranks and weights, and {processes} processes have wrapped "
+            f"the model already. {mend}, on every rank with the same data."
+        )
+    if dataloader is None:
+        raise ValueError(f"Adapter '{name}' needs data, and was handed none. {mend}.")
 
 
 class _Batches:

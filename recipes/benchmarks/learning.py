@@ -85,6 +85,7 @@ SMALL = {
     "lora-sb": ("lora-sb:r=16", FAST),
     "svfit": ("svfit", FASTEST),
     "lamda": ("lamda:r=16", LORA_RATES),
+    "lamda++": ("lamda++:r=16", LORA_RATES),
     "lora-mini": ("lora-mini", FAST),
     "loldu": ("loldu", FAST),
     "s2-lora": ("s2-lora", FAST),
@@ -105,6 +106,7 @@ SMALL = {
     "lokr": ("lokr", FAST),
     "gralora": ("gralora", LORA_RATES),
     "hira": ("hira", FAST),
+    "hut-like": ("hut-like", FAST),
     "ln-tuning": ("ln-tuning:target_modules=null", FAST),
 }
 """Methods whose ranks move or whose cores are tiny, and upstream's: candidate and learning rates."""

@@ -5,7 +5,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
 
-from hf_sparse_peft import callbacks_for, methods
+from hf_sparse_peft import Controller, callbacks_for, methods
 from hf_sparse_peft.training import UpstreamStartCallback, initialize_upstream
 from hf_sparse_peft.training.upstream_start import waits_for_start
 from hf_sparse_peft.tuners.upstream import upstream_layers
@@ -154,6 +154,56 @@ def test_a_run_of_lora_ga_goes_on_to_the_bit_and_leaves_as_a_plain_lora(tmp_path
     model, method = adapted("lora-ga")
     with pytest.raises(ValueError, match=r"'.*initial_adapter.*' is not there"):
         tiny.train(model, tmp_path, 6, callbacks=method.callbacks(model), resume=resume, **saved)
+
+
+def batches_of(count):
+    data = tiny.TokenData()
+    return [
+        {key: torch.stack([data[i][key] for i in range(at, at + 4)]) for key in ("input_ids", "labels")}
+        for at in range(0, 4 * count, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["eva", "lora-ga"])
+def test_a_loop_by_hand_starts_as_upstreams_function_does_and_trains_what_it_replaced(name):
+    batches = batches_of(4)
+    expected, _ = adapted(name)
+    initialize_upstream(expected, batches, show_progress=False)
+    model, _ = adapted(name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r"needs data, and was handed none.*Controller\(dataloader=\.\.\.\)"):
+        Controller(model, optimizer, 2)
+    with Controller(model, optimizer, 2, dataloader=batches) as rules:
+        for (key, one), (_, other) in zip(layers_of(model).items(), layers_of(expected).items(), strict=True):
+            for factor in ("lora_A", "lora_B"):
+                assert torch.equal(*(getattr(x, factor)["default"].weight for x in (one, other))), key
+            assert torch.equal(one.base_layer.weight, other.base_layer.weight)
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        for batch in batches[:2]:
+            rules.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            rules.after_step()
+            optimizer.zero_grad()
+    assert not any(
+        torch.equal(*pair) for pair in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True)
+    )
+    state = rules.state_dict()
+    if name == "lora-ga":
+        with pytest.warns(UserWarning, match="LoRA-GA's start changed the base weights"):
+            Controller(model, optimizer, 4, state=state)
+
+
+def test_evas_ranks_and_directions_are_those_of_upstreams_function_by_hand():
+    model, _ = adapted("eva")
+    initialize_upstream(model, batches_of(4), show_progress=False)
+    by_hand, _ = adapted("eva")
+    initialize_lora_eva_weights(by_hand, batches_of(4), show_progress_bar=False)
+    for (key, one), (_, other) in zip(layers_of(model).items(), layers_of(by_hand).items(), strict=True):
+        ours, upstreams = (layer.lora_A["default"].weight.detach() for layer in (one, other))
+        assert one.r == other.r, key
+        cosines = torch.nn.functional.cosine_similarity(ours, upstreams)
+        torch.testing.assert_close(cosines.abs(), torch.ones(one.r["default"]), rtol=0, atol=1e-4)
 
 
 def test_what_needs_no_data_is_refused_by_name():
