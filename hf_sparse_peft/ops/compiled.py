@@ -127,7 +127,7 @@ def _backward_node(
         owner, weight, transposed, dequantized, rows, cols, granularity, block_size, scale, grad_output.dtype, read
     )
     dy = grad_output.reshape(-1, rows)
-    x2d = None if x is None else x.reshape(-1, x.shape[-1])
+    x2d = None if x is None else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
     grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only)
     if grads.x is not None:

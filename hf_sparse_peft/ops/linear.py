@@ -112,7 +112,7 @@ class _SparseLinear(torch.autograd.Function):
             check_version(plan.source, ctx.weight_version)
         with _without_autocast(grad_output.device.type):
             dy = grad_output.reshape(-1, plan.rows).to(plan.compute_dtype)
-            x2d = None if x is None else x.reshape(-1, x.shape[-1])
+            x2d = None if x is None else x.reshape(x.shape[:-1].numel(), x.shape[-1])
             grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)
         return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None, None, None

@@ -25,7 +25,7 @@ import warnings
 import torch
 
 # Fraction of a weight's entries above which a dense gradient, tile by tile, is faster than one dot product an entry.
-# Not measured on a GPU yet: recipes/benchmarks/kernel_cost.py prints it.
+# Not measured on a GPU yet: recipes/benchmarks/gpu.py prints it.
 SAMPLED_DENSITY = 0.01
 
 # Block sizes the block kernel takes, with the warps of a program.

@@ -106,7 +106,8 @@ class Rows:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path, self.again, self.machine = self.folder / f"{name}.json", options.again, machine(options.device)
         self.setting = {**setting, **(self.machine if timed else {})}
-        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        self._beside: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.rows: list[dict[str, Any]] = self._beside.pop("rows", [])
 
     def measure(self, work: Callable[[], dict[str, Any]], go_on: bool = False, **key: Any) -> dict[str, Any]:
         """The row of that key: the file's, or `work()`'s; with `go_on` an exception becomes the row's `error`."""
@@ -126,10 +127,16 @@ class Rows:
         print({name: value for name, value in row.items() if not isinstance(value, dict)}, flush=True)
         return row
 
+    def of(self, part: str, **key: Any) -> list[dict[str, Any]]:
+        """Rows of a part of this setting, whose key holds `key`."""
+        key |= {"part": part, "setting": self.setting}
+        return [row for row in self.rows if {**row, **key} == row]
+
     def save(self, **more: Any) -> None:
-        """Write the file whole or not at all; `more` stands beside the rows."""
+        """Write the file whole or not at all; `more` stands beside the rows, at every later writing too."""
+        self._beside |= more
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"rows": self.rows, **more}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"rows": self.rows, **self._beside}, indent=1) + "\n")
         temporary.replace(self.path)
 
 
@@ -156,7 +163,7 @@ def training_arguments(options: Any, folder: Path, learning_rate: float, seed: i
     """Arguments of a short, silent run of `options.steps`."""
     silent = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": options.device == "cpu"}
     run = {"max_steps": options.steps, "learning_rate": learning_rate, "lr_scheduler_type": "cosine", "seed": seed}
-    return TrainingArguments(str(folder), **silent, **run, **more)
+    return TrainingArguments(str(folder), **{**silent, **run, **more})
 
 
 def make_trainer(
@@ -182,12 +189,12 @@ class LivingUnits:
         layers = [module for module in model.modules() if hasattr(module, "unit_spaces")]
         self._spaces = [space for layer in layers for space in layer.unit_spaces("default")]
         self._spaces += [space for spaces in upstream_spaces(model).values() for space in spaces]
-        self._seen = [space.alive().clone() for space in self._spaces]
+        self.seen = [space.alive().clone() for space in self._spaces]
 
     def moved(self) -> bool:
         """Whether one of them is another than at the last call."""
-        before, self._seen = self._seen, [space.alive().clone() for space in self._spaces]
-        return not all(torch.equal(*pair) for pair in zip(before, self._seen, strict=True))
+        before, self.seen = self.seen, [space.alive().clone() for space in self._spaces]
+        return not all(torch.equal(*pair) for pair in zip(before, self.seen, strict=True))
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ def print_table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, 
         table.add_column(column.title, justify="right" if number else "left", no_wrap=not wrap, overflow="fold")
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
-    Console(width=140, soft_wrap=True).print(table)
+    Console(width=140, soft_wrap=True, markup=False).print(table)
 
 
 def markdown(columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> str:

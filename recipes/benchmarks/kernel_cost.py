@@ -1,109 +1,240 @@
-"""What a gradient at the support costs: Triton kernels, torch, and the dense gradient, at the shapes of Llama-3.2-3B.
-
-    python recipes/benchmarks/kernel_cost.py                              # GPU if there is one: 4 x 768 tokens, bf16
-    python recipes/benchmarks/kernel_cost.py --dtype fp32 --densities 0.01 0.05
-    python recipes/benchmarks/kernel_cost.py --device cpu --tokens 256    # torch paths only, and it says so
+"""Gradients at the support, for `gpu.py`: are they right, what does each way to them cost, and where do ways cross?
 
 Ways take turns: a round times each of them once, and figures are medians over rounds. On a GPU the L2 cache is
-overwritten before every timing, as the rest of a training step would. The last lines give the density at which entries
-should change from the sampled product to dense-and-gather, which is what `SAMPLED_DENSITY` in
-`hf_sparse_peft/ops/triton_kernels.py` is to be set to, and the largest error of the kernels against float64. Rows go to
-`kernel_cost.json` in `--output`; those measured on this machine, with this source, are not measured again.
+overwritten before every timing, as the rest of a training step would.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
-from harness import Column, Options, Rows, option, parse, print_table
+from torch import Tensor
 
-from hf_sparse_peft.ops import triton_kernels, unit_gradient
+from hf_sparse_peft.ops import DenseSource, Plan, sparse_linear, triton_kernels, unit_gradient
 
-# (rows, cols) of the linear layers of Llama-3.2-3B; what the layers are called there.
-SHAPES = {"q, o": (3072, 3072), "k, v": (1024, 3072), "gate, up": (8192, 3072), "down": (3072, 8192)}
+# (rows, cols) of the projections of Llama 3.2 3B, Llama 3.1 8B, Llama 3.2 1B.
+SHAPES = {
+    "3B": {"q, o": (3072, 3072), "k, v": (1024, 3072), "gate, up": (8192, 3072), "down": (3072, 8192)},
+    "8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
+    "1B": {"q, o": (2048, 2048), "k, v": (512, 2048), "gate, up": (8192, 2048), "down": (2048, 8192)},
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WAYS = ("dense", "torch", "triton")
-Way = Callable[[], torch.Tensor]
+BLOCKS = (16, 32, 64, 128, 256)
+ERRORS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
+"""What a result may differ from float64, over the largest number of it: sums of fp32, and a few roundings of the output
+where torch's products round (cuBLAS may add partial sums in 16 bits)."""
+Way = Callable[[], Tensor]
 
 
-@dataclass
-class KernelOptions(Options):
-    """Options of this benchmark."""
+@dataclass(frozen=True)
+class Unit:
+    """How a weight is cut, and of which sub-grid of it units are drawn (`share` of its rows and of its columns)."""
 
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "of gradients and inputs")
-    tokens: int = option(4 * 768, "rows of both")
-    rounds: int = option(9, "timings of each way")
-    densities: list[float] = option([0.001, 0.002, 0.005, 0.01, 0.02, 0.05], "fractions of the weight's units")
-    blocks: list[int] = option([0, *sorted(triton_kernels.BLOCK_WARPS)], "sides of a unit; 0: entries")
+    granularity: str
+    size: int = 0
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        grid = "" if self.share == 1 else f" in {self.share:g} x {self.share:g}"
+        return f"{self.granularity}{self.size or ''}{grid}"
+
+    def total(self, rows: int, cols: int) -> int:
+        """How many there are in the weight."""
+        return {"entry": rows * cols, "row": rows, "column": cols}.get(
+            self.granularity, rows * cols // max(1, self.size) ** 2
+        )
+
+    def draw(self, rows: int, cols: int, count: int, generator: torch.Generator) -> Tensor:
+        """`count` units, sorted, int32."""
+        device = generator.device
+        if self.share == 1:
+            drawn = torch.randperm(self.total(rows, cols), generator=generator, device=device)[:count]
+            return drawn.sort().values.int()
+        left, right = (self._lines(side, generator) for side in (rows, cols))
+        inside = torch.randperm(left.numel() * right.numel(), generator=generator, device=device)[:count].sort().values
+        return (left[inside // right.numel()] * cols + right[inside % right.numel()]).int()
+
+    def _lines(self, side: int, generator: torch.Generator) -> Tensor:
+        count = max(1, round(self.share * side))
+        return torch.randperm(side, generator=generator, device=generator.device)[:count].sort().values
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print and write."""
-    options = parse(KernelOptions, __doc__, argv)
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    setting = {name: getattr(options, name) for name in ("dtype", "tokens", "rounds")}
-    rows = Rows(options, "kernel_cost", setting, timed=True)
-    kernels = device.type == "cuda" and triton_kernels.available(torch.empty(0, device=device))
-    if not kernels:
-        print("No Triton kernel runs here (that takes a CUDA GPU and the extra `gpu`): GPU figures are missing below.")
-    found = []
-    for layer, shape in SHAPES.items():
-        generator = torch.Generator(device).manual_seed(0)
-        dy, x = (torch.randn(options.tokens, n, generator=generator, device=device).to(dtype) for n in shape)
-        for size, density in itertools.product(options.blocks, options.densities):
-            work = partial(measure, dy, x, size, density, options.rounds, kernels)
-            found.append(rows.measure(work, layer=layer, block_size=size, density=density))
-    print_table(f"gradient at the support, {options.tokens} tokens, {options.dtype}", COLUMNS, found)
-    if kernels:
-        verdict(found)
-    else:
-        print("Crossover of the Triton kernels: not measured, there is no GPU. SAMPLED_DENSITY stays what it is.")
+UNITS = {
+    Unit("entry"): (0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    Unit("entry", share=0.25): (0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    Unit("entry", share=0.5): (0.002, 0.005, 0.01, 0.05),
+    **{Unit("block", size): (0.002, 0.01, 0.05) for size in BLOCKS},
+    Unit("row"): (0.01, 0.05),
+    Unit("column"): (0.01, 0.05),
+}
+"""Which supports are timed, at which shares of the weight."""
 
 
-def measure(dy: torch.Tensor, x: torch.Tensor, size: int, density: float, rounds: int, kernels: bool) -> dict[str, Any]:
-    """Median milliseconds and peak MiB of each way to one support's gradient, and the kernel's error."""
-    total = dy.shape[1] * x.shape[1] // (size * size or 1)
-    generator = torch.Generator(dy.device).manual_seed(0)
-    drawn = torch.randperm(total, generator=generator, device=dy.device)[: max(1, round(density * total))]
-    units = drawn.sort().values.int()
+def kernels_run(device: torch.device) -> bool:
+    """Whether a Triton kernel can be started there, or is interpreted."""
+    return triton_kernels.available(torch.empty(0, device=device))
 
-    def without_triton() -> torch.Tensor:
+
+# Right or wrong
+
+
+def check_unit(unit: Unit, dtype: str, device: torch.device, large: bool) -> dict[str, Any]:
+    """Everything that training asks of a support against float64, on odd shapes and (`large`) a real one, with no unit,
+    one, some, and all of them: the gradient at it, the kernel by itself, and a layer's output and input gradient."""
+    worst: dict[str, float] = {}
+    cases = 0
+    for tokens, rows, cols in _shapes(unit.size, large):
+        generator = torch.Generator(device).manual_seed(cases)
+        draw = functools.partial(torch.randn, generator=generator, device=device)
+        dy, x, weight = (draw(*shape).to(DTYPES[dtype]) for shape in ((tokens, rows), (tokens, cols), (rows, cols)))
+        total = unit.total(rows, cols)
+        for count in sorted({0, 1, -(-total // 50), *([] if large else [total])}):
+            units = unit.draw(rows, cols, count, generator)
+            for part, error in _errors(unit, dy, x, weight, units).items():
+                worst[part] = max(error, worst.get(part, 0.0))
+            cases += 1
+    wide = {part: error for part, error in worst.items() if not error <= ERRORS["fp32" if part == "kernel" else dtype]}
+    return {"cases": cases, "errors": worst, "right": not wide, **({"wrong": sorted(wide)} if wide else {})}
+
+
+def _shapes(size: int, large: bool) -> tuple[tuple[int, int, int], ...]:
+    if large:
+        return ((1536, 2048, 3072),)
+    if size:
+        return ((37, 2 * size, 3 * size), (1025, size, 2 * size)) if size <= 32 else ((70, 2 * size, size),)
+    return (37, 19, 13), (1, 1, 33), (300, 64, 90)
+
+
+def _errors(unit: Unit, dy: Tensor, x: Tensor, weight: Tensor, units: Tensor) -> dict[str, float]:
+    """Largest error of each result, over the largest number of the float64 one."""
+    rows, cols = dy.shape[1], x.shape[1]
+    dense = dy.double().t() @ x.double()
+    expected = _read(dense, units, unit)
+    errors = {"gradient": _error(unit_gradient(dy, x, units, unit.granularity, unit.size), expected)}
+    if kernels_run(x.device) and unit.granularity == "entry":
+        errors["kernel"] = _error(triton_kernels.entry_gradient(dy, x, units), expected)
+    if kernels_run(x.device) and unit.size in triton_kernels.BLOCK_WARPS:
+        errors["kernel"] = _error(triton_kernels.block_gradient(dy, x, units, unit.size), expected)
+    values = 0.1 * torch.ones_like(expected, dtype=torch.float32)
+    delta = torch.zeros(rows, cols, dtype=torch.float64, device=x.device)
+    delta.index_put_(_positions(units, rows, cols, unit), values.double())
+    plan = Plan(rows, cols, x.dtype, DenseSource(weight), unit.granularity, unit.size)
+    inputs = x.clone().requires_grad_(), values.requires_grad_()
+    y = sparse_linear(inputs[0], plan, values=inputs[1], units=units)
+    y.backward(dy)
+    total = weight.double() + delta
+    errors["output"] = _error(y.detach(), x.double() @ total.t())
+    errors["input gradient"] = _error(inputs[0].grad, dy.double() @ total)
+    errors["layer's gradient"] = _error(inputs[1].grad, expected)
+    return errors
+
+
+def _positions(units: Tensor, rows: int, cols: int, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Rows and columns of every number of `units`, in the layout of their values."""
+    at, device = units.long(), units.device
+    if unit.granularity == "row":
+        return at[:, None], torch.arange(cols, device=device)
+    if unit.granularity == "column":
+        return torch.arange(rows, device=device), at[:, None]
+    if unit.granularity == "entry":
+        return at // cols, at % cols
+    inner, per_row = torch.arange(unit.size, device=device), cols // unit.size
+    down, across = (at // per_row * unit.size)[:, None, None], (at % per_row * unit.size)[:, None, None]
+    return down + inner[:, None], across + inner
+
+
+def _read(dense: Tensor, units: Tensor, unit: Unit) -> Tensor:
+    return dense[_positions(units, *dense.shape, unit)]
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape or not got.isfinite().all():
+        return math.inf
+    return 0.0 if not got.numel() else ((got.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+# What it costs
+
+
+def measure_projection(
+    shape: tuple[int, int], tokens: int, dtype: str, units: dict[Unit, tuple[float, ...]], rounds: int,
+    device: torch.device, in_time: Callable[[], bool],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Milliseconds and MiB of each way to the gradient at each support of one projection, until time is up."""
+    generator = torch.Generator(device).manual_seed(0)
+    dy, x = (torch.randn(tokens, n, generator=generator, device=device).to(DTYPES[dtype]) for n in shape)
+    points = {}
+    for unit, density in ((unit, density) for unit, densities in units.items() for density in densities):
+        count = max(1, round(density * unit.total(*shape)))
+        if unit.size and any(side % unit.size for side in shape):
+            continue
+        if not in_time():
+            break
+        drawn = unit.draw(*shape, count, generator)
+        figures = _time_ways(dict(_ways(unit, dy, x, drawn)), rounds, device)
+        points[f"{unit} {density:.1%}"] = {"unit": str(unit), "density": density, "count": count, **figures}
+    return points
+
+
+def _ways(unit: Unit, dy: Tensor, x: Tensor, units: Tensor) -> Iterator[tuple[str, Way]]:
+    """Every way that there is, by name: `ours` is the one that a layer takes."""
+    given = (dy, x, units, unit.granularity, unit.size)
+    yield "dense", lambda: dy.t() @ x
+    yield "ours", lambda: unit_gradient(*given)
+
+    def without_kernels() -> Tensor:
         with mock.patch.dict(os.environ, HF_SPARSE_PEFT_TRITON="0"):
-            return unit_gradient(dy, x, units, "block" if size else "entry", size)
+            return unit_gradient(*given)
 
-    ways: dict[str, Way] = {"dense": lambda: dy.t() @ x, "torch": without_triton}
-    if kernels and size:
-        ways["triton"] = lambda: triton_kernels.block_gradient(dy, x, units, size)
-    elif kernels:
-        ways["triton"] = lambda: triton_kernels.entry_gradient(dy, x, units)
-    timer = _gpu_timer(dy.device) if dy.is_cuda else _cpu_ms
+    if kernels_run(x.device) and unit.granularity == "entry":
+        yield "torch", without_kernels
+        yield "sampled", lambda: triton_kernels.entry_gradient(dy, x, units)
+    if kernels_run(x.device) and unit.size in triton_kernels.BLOCK_WARPS:
+        yield "torch", without_kernels
+        yield "kernel", lambda: triton_kernels.block_gradient(dy, x, units, unit.size)
+    if unit.share < 1:
+        yield "compacted", _compacted(dy, x, units)
+
+
+def _compacted(dy: Tensor, x: Tensor, units: Tensor) -> Way:
+    cols = x.shape[1]
+    (rows, row), (columns, column) = (
+        torch.unique(lines, return_inverse=True) for lines in (units // cols, units % cols)
+    )
+    inside = row * columns.numel() + column
+    return lambda: (dy.index_select(1, rows).t() @ x.index_select(1, columns)).view(-1).index_select(0, inside)
+
+
+def _time_ways(ways: dict[str, Way], rounds: int, device: torch.device) -> dict[str, Any]:
+    timer = gpu_timer(device) if device.type == "cuda" else cpu_milliseconds
     taken = [{name: timer(way) for name, way in ways.items()} for _ in range(rounds + 1)][1:]  # the first compiles
-    row = {f"{name}_ms": statistics.median(times[name] for times in taken) for name in ways}
-    if dy.is_cuda:
-        row |= {f"{name}_mib": _peak_mib(way) for name, way in ways.items()}
-    if kernels:
-        row["error"] = kernel_error(ways["triton"](), dy, x, units, size)
-    return row
+    figures: dict[str, Any] = {"ms": {name: statistics.median(times[name] for times in taken) for name in ways}}
+    if device.type == "cuda":
+        figures["mib"] = {name: peak_mib(way) for name, way in ways.items()}
+    return figures
 
 
-def _cpu_ms(way: Way) -> float:
+def cpu_milliseconds(way: Way) -> float:
+    """Time of one call."""
     start = time.perf_counter()
     way()
     return (time.perf_counter() - start) * 1e3
 
 
-def _gpu_timer(device: torch.device) -> Callable[[Way], float]:
-    flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+@functools.cache
+def gpu_timer(device: torch.device) -> Callable[[Way], float]:
+    """A function that times one call on the GPU."""
+    flush = torch.empty(1 << 29, dtype=torch.uint8, device=device)
 
     def milliseconds(way: Way) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -117,55 +248,74 @@ def _gpu_timer(device: torch.device) -> Callable[[Way], float]:
     return milliseconds
 
 
-def _peak_mib(way: Way) -> float:
+def peak_mib(way: Way) -> float:
+    """Most memory that one call takes on the GPU."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     way()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def kernel_error(got: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, units: torch.Tensor, size: int) -> float:
-    """Largest error of the first 64 units against float64, over the largest gradient among them."""
-    got, units = got[:64].double(), units[:64].long()
-    per_row, size = x.shape[1] // (size or 1), size or 1
-    inner = torch.arange(size, device=x.device)
-    left = dy[:, (units // per_row * size)[:, None] + inner].double()  # [tokens, k, b]
-    right = x[:, (units % per_row * size)[:, None] + inner].double()
-    expected = torch.einsum("tkb,tkc->kbc", left, right)
-    return ((got.view_as(expected) - expected).abs().max() / expected.abs().max()).item()
+# Where ways cross
 
 
-COLUMNS = (
-    Column("layer", "layer"),
-    Column("unit", lambda row: f"block {row['block_size']}" if row["block_size"] else "entry"),
-    Column("density", "density", "{:.1%}"),
-    *(Column(f"{way} ms", f"{way}_ms", "{:.3f}") for way in WAYS),
-    Column("torch / dense", lambda row: row["torch_ms"] / row["dense_ms"], "{:.2f}"),
-    *(Column(f"{way} MiB", f"{way}_mib", "{:.1f}") for way in WAYS),
-)
-
-
-def crossover(points: list[tuple[float, float]]) -> str:
-    """Density at which a ratio of times, given as (density, ratio), passes 1; straight between points on log scales."""
+def crossover(points: list[tuple[float, float]]) -> tuple[float, str]:
+    """Density at which a ratio of times, given as (density, ratio), passes 1, straight between points on log scales;
+    and whether that is `at`, `below` or `above` the density returned."""
     points = sorted(points)
     if points[0][1] >= 1:
-        return f"below {points[0][0]:.2%}"
+        return points[0][0], "below"
     for (low, fast), (high, slow) in itertools.pairwise(points):
         if slow >= 1:
             share = math.log(1 / fast) / math.log(slow / fast)
-            return f"{math.exp(math.log(low) + share * math.log(high / low)):.2%}"
-    return f"above {points[-1][0]:.2%}"
+            return math.exp(math.log(low) + share * math.log(high / low)), "at"
+    return points[-1][0], "above"
 
 
-def verdict(found: list[dict[str, Any]]) -> None:
-    """The crossovers, and the errors."""
-    for size, layer in dict.fromkeys((row["block_size"], row["layer"]) for row in found):
-        rows = [row for row in found if (row["block_size"], row["layer"]) == (size, layer)]
-        density = crossover([(row["density"], row["triton_ms"] / row["torch_ms"]) for row in rows])
-        unit = f"block {size}" if size else "entry"
-        print(f"{unit:<9} {layer:<9} Triton is faster than torch up to density: {density}")
-    print(f"largest error of a kernel against float64, relative: {max(row['error'] for row in found):.1e}")
+def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every projection, number of tokens and kind of support: up to which density each way beats dense-and-gather.
+
+    A line has `model`, `layer`, `rows`, `cols`, `tokens`, `dtype`, `unit`, `way`, and `density` with `side` (`at`,
+    `below`, `above`: the latter two where the ways do not cross among the densities that were measured).
+    """
+    found = []
+    for row in rows:
+        place = {name: row[name] for name in ("model", "layer", "rows", "cols", "tokens", "dtype")}
+        for unit in dict.fromkeys(point["unit"] for point in row["points"].values()):
+            points = [point for point in row["points"].values() if point["unit"] == unit]
+            for way in points[0]["ms"].keys() - {"dense"}:
+                ratios = [(point["density"], point["ms"][way] / point["ms"]["dense"]) for point in points]
+                density, side = crossover(ratios)
+                found.append({**place, "unit": unit, "way": way, "density": density, "side": side})
+    return sorted(found, key=lambda line: (line["unit"], line["way"]))
 
 
-if __name__ == "__main__":
-    main()
+def costs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    r"""What each way takes, as the sum :math:`t = \sum_i c_i n_i` closest to all its times in ratio, by dtype:
+    picoseconds a token for an entry of a dense product, a sampled entry, a line that is copied or gathered."""
+    found = []
+    for dtype, way in itertools.product(dict.fromkeys(row["dtype"] for row in rows), ("dense", "sampled", "compacted")):
+        sizes, times = [], []
+        for row in (row for row in rows if row["dtype"] == dtype):
+            for point in (point for point in row["points"].values() if way in point["ms"]):
+                sizes.append(_counts(way, row, point))
+                times.append(point["ms"][way] * 1e9 / row["tokens"])
+        if len(sizes) < 2:
+            continue
+        system = torch.tensor(sizes, dtype=torch.float64) / torch.tensor(times, dtype=torch.float64)[:, None]
+        names = ("dense_entry",) if way == "dense" else (f"{way}_entry", "line")
+        fitted = torch.linalg.lstsq(system, torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd").solution
+        error = (system @ fitted - 1).abs().median().item()
+        picoseconds = dict(zip(names, fitted.flatten().tolist(), strict=True))
+        found.append({"dtype": dtype, "way": way, "picoseconds": picoseconds, "median_error": error})
+    return found
+
+
+def _counts(way: str, row: dict[str, Any], point: dict[str, Any]) -> tuple[float, ...]:
+    rows, cols = row["rows"], row["cols"]
+    if way == "dense":
+        return (rows * cols,)
+    if way == "sampled":
+        return point["count"], rows + cols
+    share = float(point["unit"].rpartition(" ")[2])
+    return share * share * rows * cols, share * (rows + cols)

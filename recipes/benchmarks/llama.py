@@ -172,7 +172,7 @@ class SpielLinear(nn.Module):
         self.base_layer, self.shape = base_layer, (rows, cols)
         device = base_layer.weight.device
         self.values = nn.Parameter(torch.zeros(k, device=device))
-        self.register_buffer("indices", torch.randperm(rows * cols)[:k].sort().values.to(device, torch.int32))
+        self.register_buffer("indices", torch.randperm(rows * cols, device=device)[:k].sort().values.int())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _SpielProduct.apply(x, self.values, self.indices, self.base_layer.weight, self.shape)

@@ -24,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ import torch
 from harness import Column, LivingUnits, Rows, draw, option, parse, print_table
 from llama import LlamaOptions, adapt, build_base, targets
 from step_cost_bars import check, compare
-from trial import Trial, file_bytes, first_step, optimizer_bytes, peak_bytes
+from trial import Trial, file_bytes, first_step, host_waits, optimizer_bytes, peak_bytes
 
 RANK = 16
 PEERS = {
@@ -71,6 +72,8 @@ class StepCostOptions(LlamaOptions):
     rounds: int = option(9, "rounds of one step of each candidate")
     warmup: int = option(2, "rounds that are not counted")
     clock: Literal["wall", "cpu"] = option("wall", "cpu: time of this process alone")
+    compiled: bool = option(False, "compile the models")
+    backend: str = option("inductor", "of torch.compile")
     check: bool = option(False, "exit with 1 when a bar is missed")
     against: Path | None = option(None, "step_cost.json of another checkout, to be no slower or larger than")
 
@@ -78,20 +81,15 @@ class StepCostOptions(LlamaOptions):
 def main(argv: list[str] | None = None) -> int:
     """Measure, report, and return the exit status."""
     options = parse(StepCostOptions, __doc__, argv)
-    setting = {name: getattr(options, name) for name in ("preset", "clock", "rounds", "warmup")}
     earlier = json.loads(options.against.read_text())["rows"] if options.against else None
-    rows = Rows(options, "step_cost", {**setting, "rank": RANK, "model": asdict(options.sizes())}, timed=True)
+    rows = Rows(options, "step_cost", setting_of(options), timed=True)
     names, bars, panels = options.candidates, [], {}
     for base in options.bases:
         row = rows.measure(partial(measure_base, options, base), base=base, candidates=names)
         bars += check(base, options.device, row["figures"])
         if earlier is not None:
             bars += compare(base, row, earlier)
-        measured = [{"candidate": name, **row["figures"][name]} for name in names if name in row["figures"]]
-        print_table(f"{base}: time of a step", TIMES, measured)
-        print_table(f"{base}: MiB (files: KiB)", BYTES, measured)
-        for name, reason in row["skipped"].items():
-            print(f"  {name}: left out. {reason}")
+        print_figures(base, row["figures"], row["skipped"])
         if "lora" in row["figures"]:
             over = {name: found["over"]["lora"] for name, found in row["figures"].items()}
             panels[f"{base} base"] = {name: [[found[key]] for key in SERIES] for name, found in over.items()}
@@ -108,8 +106,29 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if options.check and missed else 0
 
 
-def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str, Any]]:
-    """`figures` of each candidate over one base, and why others were `skipped`."""
+def setting_of(options: StepCostOptions) -> dict[str, Any]:
+    """What figures depend on beside the machine, base and candidates."""
+    setting = {name: getattr(options, name) for name in ("preset", "clock", "rounds", "warmup")}
+    compiled = {"compiled": options.backend} if options.compiled else {}
+    return {**setting, **compiled, "rank": RANK, "model": asdict(options.sizes())}
+
+
+def print_figures(title: str, figures: dict[str, Any], skipped: dict[str, str]) -> None:
+    """Both tables of the candidates that were measured, and why others were not."""
+    measured = [{"candidate": name, **row} for name, row in figures.items()]
+    print_table(f"{title}: time of a step", TIMES, measured)
+    print_table(f"{title}: MiB (files: KiB)", BYTES, measured)
+    for name, reason in skipped.items():
+        print(f"  {name}: left out. {reason}")
+
+
+def measure_base(
+    options: StepCostOptions, base_name: str, in_time: Callable[[], bool] = lambda: True
+) -> dict[str, dict[str, Any]]:
+    """`figures` of each candidate over one base, and why others were `skipped`.
+
+    Once `in_time` says no, no candidate is begun, and rounds end with the third.
+    """
     preset = options.sizes()
     base = build_base(preset, base_name, options.device)
     torch.manual_seed(1)
@@ -120,22 +139,28 @@ def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str
 
     def trial_of(name: str, candidate: str) -> Trial:
         model, method = adapt(base, candidate, RANK, lean=name == "lora_lean")
+        if options.compiled:
+            model.compile(backend=options.backend)
         return Trial(model, input_ids, method, CLOCKS[options.clock])
 
     trials, figures, skipped = {}, {}, {}
     for name in options.candidates:
+        if not in_time():
+            skipped[name] = "No time was left."
+            continue
         try:
             trial = trial_of(name, CANDIDATES.get(name, name))
             figures[name] = first_step(trial, shapes)
             figures[name]["peak_bytes"] = peak_bytes(trial.model, trial.optimizer, trial.step, options.device)
+            figures[name]["waits"] = host_waits(trial.step_without_end, options.device)
             trials[name] = trial
         except (NotImplementedError, torch.OutOfMemoryError) as error:
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             figures.pop(name, None)
             trial = None
             _free()
-    times = _time_rounds(trials, options.rounds, options.warmup)
-    for name in [name for name in OURS if name in trials]:
+    times = _time_rounds(trials, options.rounds, options.warmup, in_time)
+    for name in [name for name in OURS if name in trials and in_time()]:
         figures[name] |= _moves(trial_of(name, MOVING + OURS[name].removeprefix("shira:")), max(3, options.rounds // 2))
     for name, trial in trials.items():
         figures[name] |= {"seconds": statistics.median(times[name]), "seconds_by_round": times[name]}
@@ -148,9 +173,13 @@ def measure_base(options: StepCostOptions, base_name: str) -> dict[str, dict[str
     return {"figures": figures, "skipped": skipped}
 
 
-def _time_rounds(trials: dict[str, Trial], rounds: int, warmup: int) -> dict[str, list[float]]:
+def _time_rounds(
+    trials: dict[str, Trial], rounds: int, warmup: int, in_time: Callable[[], bool]
+) -> dict[str, list[float]]:
     order, times = list(trials), {name: [] for name in trials}
-    for number in range(warmup + rounds):
+    for number in range(warmup + rounds if order else 0):
+        if number >= warmup + 3 and not in_time():
+            break
         start = number % len(order)
         for name in order[start:] + order[:start]:
             times[name].append(trials[name].seconds())

@@ -6,6 +6,7 @@ from typing import Any
 
 Figures = dict[str, Any]
 SPARSE = ("entry", "block32", "row", "column")
+STRUCTURED = ("block32", "row", "column")
 EVERY = (*SPARSE, "hybrid")
 ALL, BF16, FP32, NF4 = ("bf16", "fp32", "nf4"), ("bf16",), ("fp32",), ("nf4",)
 CPU, CUDA, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
@@ -22,11 +23,13 @@ BARS = (
     ("step time", "lora", BF16, CPU, _all(SPARSE, 0.86)),
     ("step time", "lora", FP32, CPU, {"entry": 1.18, "block32": 1.00, "row": 0.88, "column": 0.93}),
     ("step time", "lora", NF4, BOTH, {"entry": 1.05, "block32": 1.00, "row": 1.00, "column": 1.00}),
-    ("step time", "lora", BF16, CUDA, {"block32": 1.00}),
+    ("step time", "frozen", BF16, CUDA, {**_all(STRUCTURED, 1.06), "subnet": 1.04, "grid": 1.10}),
+    ("step time", "lora", BF16, CUDA, _all((*STRUCTURED, "subnet"), 0.73)),
     ("step time", "shira", ALL, BOTH, {"entry": 0.85}),
     ("step time", "supertuning", ALL, BOTH, {"entry": 0.85}),
     ("peak bytes", "lora", NF4, BOTH, _all(SPARSE, 1.00)),
-    ("peak bytes", "lora", BF16, CUDA, {"block32": 0.85}),
+    ("peak bytes", "lora", BF16, CUDA, _all((*STRUCTURED, "subnet"), 0.84)),
+    ("peak bytes", "lora", NF4, CUDA, {"hybrid": 0.85}),
     ("state", "lora", ALL, BOTH, _all(EVERY, 1.00)),
     ("state + index", "lora", ALL, BOTH, _all(EVERY, 1.40)),
     ("state + index + ages", "lora", ALL, BOTH, _all(EVERY, 1.55)),
@@ -54,6 +57,17 @@ def check(base: str, device: str, figures: Figures) -> list[dict[str, Any]]:
             if got is not None:
                 results.append(_result(f"[{base}] {key}: {candidate}{over}", got, limits[candidate]))
     return results
+
+
+def expected() -> list[dict[str, Any]]:
+    """What is expected of a GPU alone: `name` as in `check`, and `wanted`."""
+    return [
+        {"name": f"[{base}] {key}: {candidate} / {reference}", "wanted": limit}
+        for key, reference, bases, devices, limits in BARS
+        if devices == CUDA
+        for base in bases
+        for candidate, limit in limits.items()
+    ]
 
 
 def compare(base: str, row: Figures, earlier: list[Figures]) -> list[dict[str, Any]]:

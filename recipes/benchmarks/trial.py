@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def peak_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, step: 
         now += event.nbytes()
         highest = max(highest, now)
     return at_rest + highest
+
+
+def host_waits(work: Callable[[], Any], device: str) -> int | None:
+    """How often `work` makes the host wait for the GPU (`.item()`, `nonzero`, copies to the host); None on a CPU."""
+    if device != "cuda":
+        work()
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def file_bytes(model: nn.Module) -> dict[str, int]:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_sparse_peft.ops import DenseSource, DequantizedSource, Plan, sparse_linear
+from hf_sparse_peft.ops import (
+    DenseSource,
+    DequantizedSource,
+    Plan,
+    register_owner,
+    sparse_linear,
+    sparse_linear_node,
+)
 
 ROWS, COLS, BLOCK, RANK, TOKENS = 48, 32, 8, 4, 10
 UNIT_COUNT = {"entry": ROWS * COLS, "block": (ROWS // BLOCK) * (COLS // BLOCK), "row": ROWS, "column": COLS}
@@ -147,3 +154,31 @@ def test_layers_fed_the_same_fp32_input_keep_one_bf16_copy_of_it():
     with torch.no_grad():
         x.add_(1)  # a new version is a new input
     assert not torch.equal(sparse_linear(x, plan), sparse_linear(tensors["x"], plan))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("granularity", UNIT_COUNT)
+def test_a_support_without_units_leaves_the_base_and_has_empty_gradients(granularity, compiled):
+    tensors, units, weight, grad = draw(granularity, 0, torch.bfloat16, 0, k=0)
+    x, values = tensors["x"].requires_grad_(), tensors["values"].requires_grad_()
+    cut = {"granularity": granularity, "block_size": BLOCK}
+    if compiled:
+        owner = Owner()
+        y = sparse_linear_node(
+            x, register_owner(owner), ROWS, weight=weight, values=values, units=units, bias=tensors["bias"], **cut
+        )
+    else:
+        plan = Plan(ROWS, COLS, torch.bfloat16, DenseSource(weight), **cut)
+        y = sparse_linear(x, plan, values=values, units=units, bias=tensors["bias"])
+    y.backward(grad)
+    assert relative(y, x.double() @ weight.double().t() + tensors["bias"].double()) < 1e-2
+    assert relative(x.grad, grad.double() @ weight.double()) < 1e-2
+    assert values.grad.shape == values_shape(granularity, 0)
+
+
+class Owner:
+    def runtime_source(self):
+        return None
+
+    def runtime_reader(self):
+        return None
