@@ -72,6 +72,7 @@ from .statistics import (
     Sensitivity,
     Snip,
 )
+from .subgrid import best_subgrid
 from .support import GRANULARITIES, Granularity, UnitGrid
 from .weight_statistics import MeanGradient, Statistic
 
@@ -125,6 +126,7 @@ __all__ = [
     "WholeTensors",
     "Window",
     "affordable",
+    "best_subgrid",
     "chunks_of",
     "coded_grid",
     "codes_length",

@@ -14,7 +14,7 @@ from ...rules import Training
 from ...rules.calibration_data import CalibrationData
 from ...rules.collectives import world_size
 from ...rules.probing import random_state_kept
-from ...tuners import AdapterLayer, SparseLoraLayer, adapter_layers
+from ...tuners import AdapterLayer, adapter_layers
 from ..trainer_checks import sharding_switched_on
 from .initialize import initialize_support
 from .passes import ACCUMULATOR_BYTES, check_numbers, read_statistics
@@ -61,10 +61,12 @@ def calibrate(
         "accumulator_bytes": accumulator_bytes,
         "show_progress": show_progress,
     }
-    if any(isinstance(layer, SparseLoraLayer) for layer in waiting.values()):  # layers may share a budget
+    shared = {name for name, layer in waiting.items() if adapter_name in getattr(layer, "sparse_lora_grid", ())}
+    if shared:  # supports may share a budget; every subnet has its own
         initialize_support(model, dataloader, adapter_name=adapter_name, **options)
-    elif waiting:
-        _calibrate_each(model, waiting, dataloader, adapter_name, options)
+    own = {name: layer for name, layer in waiting.items() if name not in shared}
+    if own:
+        _calibrate_each(model, own, dataloader, adapter_name, options)
 
 
 def _calibrate_each(

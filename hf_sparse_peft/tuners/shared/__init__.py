@@ -9,7 +9,7 @@ from .config import AdapterConfig
 from .layer import AdapterLayer
 from .linear import AdditiveLinear
 from .model import AdapterModel
-from .pieces import Decomposed, Entries, LowRank, Piece, Tiles
+from .pieces import Decomposed, Entries, LowRank, Piece, Subgrid, Tiles
 
 __all__ = [
     "AdapterConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "Entries",
     "LowRank",
     "Piece",
+    "Subgrid",
     "Tiles",
     "register_tuner",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...sparsity import UnitGrid
 from .heads import assign_heads, check_no_biases, head_owners
 from .layer import AdapterLayer, adapter_layers
-from .pieces import Entries, LowRank, Piece
+from .pieces import Entries, LowRank, Piece, Subgrid
 
 _BASIC = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = ("svd", "cat", *_BASIC, *(f"{name}_svd" for name in _BASIC if name != "linear"))
@@ -153,6 +153,7 @@ def _combined_pieces(
 def _read(layer: AdapterLayer, adapter_name: str, weight: float) -> _Weighted:
     found: dict[type, Piece] = {}
     for piece in layer.pieces(adapter_name):
+        piece = piece.as_entries() if isinstance(piece, Subgrid) else piece
         if type(piece) not in (LowRank, Entries) or type(piece) in found:
             raise no_combination(layer.adapter_configs[adapter_name].peft_type.value)
         found[type(piece)] = piece

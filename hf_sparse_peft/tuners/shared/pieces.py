@@ -7,6 +7,7 @@ r"""Pieces: what an adapter adds to one weight, in forms that merging, export, c
 | `LowRank` | :math:`s\,B\,\mathrm{diag}(g)\,A` | LoRA, exactly |
 | `Decomposed` | :math:`\mathrm{diag}(m/n)(W + P) - W` with a low-rank P | DoRA, exactly |
 | `Entries` | values at the units of a support | rows and columns: LoRA, exactly; all: SHiRA, exactly |
+| `Subgrid` | a dense matrix at some rows x some columns | LoRA of the smaller side's rank, SHiRA, exactly |
 | `Tiles` | a dense matrix that is built tile after tile | SHiRA where most of it is zero, else LoRA by SVD |
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...ops import add_subgrid_
 from ...sparsity import UnitGrid
 
 
@@ -171,6 +173,52 @@ class Entries(Piece):
     def entries(self) -> tuple[Tensor, Tensor]:
         """Every entry of every unit, zeros too."""
         return self.grid.as_entries(self.units, self.values.float())
+
+
+@dataclass(frozen=True)
+class Subgrid(Piece):
+    """A dense matrix at the crossings of some rows and some columns."""
+
+    rows: Tensor
+    """`[R]` sorted and distinct, any integer dtype."""
+    columns: Tensor
+    """`[C]` likewise."""
+    values: Tensor
+    """`[R, C]`, any float dtype."""
+    shape: tuple[int, int]
+    """`(out, in)`."""
+
+    @property
+    def exact_rank(self) -> int:
+        """The smaller of R and C."""
+        return min(self.values.shape)
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the values to `weight` at their places, in fp32, rounded once."""
+        add_subgrid_(weight, self.rows, self.columns, self.values.detach())
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The values, and one-hot vectors on the side that has fewer."""
+        values = self.values.float()
+        on_rows = torch.zeros(self.shape[0], self.rows.numel(), device=values.device)
+        on_rows[self.rows.long(), torch.arange(self.rows.numel())] = 1.0
+        on_columns = torch.zeros(self.columns.numel(), self.shape[1], device=values.device)
+        on_columns[torch.arange(self.columns.numel()), self.columns.long()] = 1.0
+        if values.shape[0] <= values.shape[1]:
+            return values @ on_columns, on_rows
+        return on_columns, on_rows @ values
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Every entry, zeros too."""
+        positions = self.rows.long()[:, None] * self.shape[1] + self.columns.long()
+        return positions.reshape(-1), self.values.float().reshape(-1)
+
+    def as_entries(self) -> Entries:
+        """The same update with single entries as its units."""
+        return Entries(*self.entries(), UnitGrid(*self.shape, "entry"))
 
 
 @dataclass(frozen=True)

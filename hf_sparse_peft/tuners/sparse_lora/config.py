@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_pairs, check_schedule
-from ...sparsity import Budget, Density, Given, Granularity, Random, Score
-from ...utils.option_types import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from ...sparsity import Budget, DeltaMagnitude, Density, Given, Granularity, Random, Score
+from ...utils.option_types import Decay, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt, Range
 from ...utils.parts import UnknownPart, load_options, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern, pattern_key
@@ -33,7 +33,7 @@ class SparseLoraConfig(AdapterConfig):
     """
 
     tuner: ClassVar[str] = "sparse_lora"
-    possible_kinds: ClassVar[frozenset[str]] = frozenset({"support", "rank", "module"})
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"support", "rank", "subnet_row", "subnet_column", "module"})
     r: NonNegativeInt = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
@@ -71,9 +71,21 @@ class SparseLoraConfig(AdapterConfig):
             "Global(0.01), ErdosRenyi(0.01), ByModule({...}), ...; None: `density`."
         },
     )
-    granularity: Granularity = field(default="entry", metadata={"help": "What a unit of the support is."})
-    granularity_pattern: dict[str, Granularity] = field(
+    granularity: Granularity | Literal["subnet"] = field(
+        default="entry",
+        metadata={
+            "help": "What a unit of the support is; 'subnet': some rows x some columns, trained as one dense matrix."
+        },
+    )
+    granularity_pattern: dict[str, Granularity | Literal["subnet"]] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> granularity, instead of `granularity`."}
+    )
+    subnet_shares: tuple[PositiveFraction, PositiveFraction] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of a weight's rows and columns in its subnet, e.g. (0.125, 0.125), instead of density or "
+            "budget; None: about the square root of its density on both sides."
+        },
     )
     structures: list[StructureConfig] = field(
         default_factory=list,
@@ -96,8 +108,8 @@ class SparseLoraConfig(AdapterConfig):
     sizes: dict[str, list[NonNegativeInt]] = field(
         default_factory=dict,
         metadata={
-            "help": "Module name -> [units, units allocated, rank]. Written at injection where they do not follow from "
-            "the module alone, and by compact()."
+            "help": "Module name -> [units, units allocated, rank], of a subnet [rows, columns, rank]. Written at "
+            "injection where they do not follow from the module alone, and by compact()."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of every random draw of supports, mixed with module names."})
@@ -144,10 +156,11 @@ class SparseLoraConfig(AdapterConfig):
             for pattern in by_pattern:
                 check_pattern(pattern, name)
         for name, sizes in self.sizes.items():
-            if len(sizes) != 3 or sizes[0] > sizes[1] or (sizes[1] and not sizes[0]):
+            ordered = len(sizes) == 3 and (self.granularity_of(name) == "subnet" or sizes[0] <= sizes[1])
+            if not ordered or bool(sizes[0]) != bool(sizes[1]):
                 raise ValueError(
                     f"sizes[{name!r}]={sizes} is not [units, units allocated, rank]: at least as many are allocated as "
-                    "there are, and none where there are none."
+                    "there are, and none where there are none. Of a subnet it is [rows, columns, rank]."
                 )
 
     def _check_support(self) -> None:
@@ -166,6 +179,7 @@ class SparseLoraConfig(AdapterConfig):
                 "criterion='given' takes units from outside, and structures choose them. Set structures=[], or a "
                 "criterion that ranks, e.g. 'magnitude' or 'activation'."
             )
+        self._check_subnets()
         if not isinstance(self.budget, Budget):
             return
         if self.density != next(option.default for option in fields(self) if option.name == "density"):
@@ -177,6 +191,31 @@ class SparseLoraConfig(AdapterConfig):
             raise ValueError(
                 f"structures have densities and a scope of their own; budget={self.budget} would split the same units "
                 "again. Leave it out, or give a density to the other modules."
+            )
+
+    def _check_subnets(self) -> None:
+        if self.subnet_shares is not None and not self.has_subnets:
+            raise ValueError(
+                f"subnet_shares={self.subnet_shares} says how large subnets are, and no module has one. Set "
+                "granularity='subnet', or leave it out."
+            )
+        if not self.has_subnets:
+            return
+        if isinstance(self.criterion, (Given, DeltaMagnitude)):
+            raise ValueError(
+                f"criterion='{self.criterion.part_type}' chooses single units, and granularity='subnet' whole rows and "
+                "columns by scores of all entries. Choose another criterion, e.g. 'magnitude' or 'fisher'."
+            )
+        for rule in self.rules:
+            if not rule.acts_on & self.unit_kinds:
+                raise ValueError(
+                    f"{type(rule).__name__} acts on units of {sorted(rule.acts_on)}, and with granularity='subnet' an "
+                    f"adapter has {sorted(self.unit_kinds)}. Leave it out of schedule, or choose another granularity."
+                )
+        if self.needs_calibration and getattr(self.budget, "ranks_units", False):
+            raise ValueError(
+                f"budget={self.budget} splits by scores that only data has, and a subnet's sides are fixed at "
+                "injection. Set density or Numbers(...), or a criterion without data."
             )
 
     def _check_factors(self) -> None:
@@ -209,8 +248,19 @@ class SparseLoraConfig(AdapterConfig):
     @property
     def unit_kinds(self) -> frozenset[str]:
         """Kinds of units that an adapter has."""
-        ranks = self.r > 0 or any(self.rank_pattern.values())
-        return frozenset({"module"} | ({"rank"} if ranks else set()) | ({"support"} if self.has_support else set()))
+        kinds = {"module"}
+        if self.r > 0 or any(self.rank_pattern.values()):
+            kinds.add("rank")
+        if self.has_support and self.has_subnets:
+            kinds |= {"subnet_row", "subnet_column"}
+        if self.has_support and (self.granularity != "subnet" or set(self.granularity_pattern.values()) - {"subnet"}):
+            kinds.add("support")
+        return frozenset(kinds)
+
+    @property
+    def has_subnets(self) -> bool:
+        """Whether some module may have a subnet."""
+        return "subnet" in (self.granularity, *self.granularity_pattern.values())
 
     @property
     def support_budget(self) -> Budget | None:
@@ -224,7 +274,7 @@ class SparseLoraConfig(AdapterConfig):
         """Whether the sparse half is there."""
         if self.sizes:
             return any(units for units, _, _ in self.sizes.values())
-        return self.support_budget is not None or bool(self.structures)
+        return self.support_budget is not None or bool(self.structures) or self.subnet_shares is not None
 
     @property
     def needs_calibration(self) -> bool:

@@ -13,16 +13,18 @@ from torch import nn
 from ...rules import ExpertDraw, ModuleSpace, UnitSpace
 from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
-from ..shared.pieces import Entries, LowRank, Piece
+from ..shared.calibration import CalibratedTensors
+from ..shared.pieces import Entries, LowRank, Piece, Subgrid
 from ..shared.tensor_checks import weight_sides
 from .config import SparseLoraConfig
 from .factors import factor_specs, fold_experts, merged_factors
 from .plan import ModuleSizes
 from .spaces import spaces_of
+from .subnet import SubnetState, read_subnet, subnet_specs
 from .support import SupportState, read_support, support_specs
 
 
-class SparseLoraLayer(SupportState):
+class SparseLoraLayer(SubnetState, SupportState):
     """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
 
     prefix: str = "sparse_lora_"
@@ -34,8 +36,14 @@ class SparseLoraLayer(SupportState):
     """`[out, r]`."""
     sparse_lora_gate: nn.ParameterDict
     """`[r]`, only with `config.gate`."""
+    sparse_lora_subnet: nn.ParameterDict
+    """`[R, C]`, with `granularity="subnet"` in place of values."""
     sparse_lora_support: BufferDict
     """uint8, the gap-coded units."""
+    sparse_lora_subnet_rows: BufferDict
+    """uint8, the gap-coded rows of a subnet."""
+    sparse_lora_subnet_columns: BufferDict
+    """uint8, its gap-coded columns."""
     sparse_lora_rank_mask: BufferDict
     """uint8 `[r]`, 1 for living components; only with the gate."""
     sparse_lora_A_map: BufferDict
@@ -56,6 +64,7 @@ class SparseLoraLayer(SupportState):
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.place_over(base_layer, module_name, **kwargs)
         self.expert_draws: dict[str, ExpertDraw] = {}
+        self._subnets: dict[str, tuple[list[tuple], tuple[torch.Tensor, torch.Tensor]]] = {}
         self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
 
     @classmethod
@@ -63,7 +72,8 @@ class SparseLoraLayer(SupportState):
         cls, config: SparseLoraConfig, module_name: str, rows: int, cols: int, sizes: ModuleSizes
     ) -> list[TensorSpec]:
         """Tensors of the factors, then of the support, as far as the module has them."""
-        return [*factor_specs(config, module_name, rows, cols, sizes.rank), *support_specs(config, module_name, sizes)]
+        sparse = support_specs(config, module_name, sizes) or subnet_specs(config, module_name, rows, cols, sizes)
+        return [*factor_specs(config, module_name, rows, cols, sizes.rank), *sparse]
 
     @classmethod
     def read_sizes(
@@ -72,6 +82,10 @@ class SparseLoraLayer(SupportState):
         """Rows and columns of a module's weight, and the sizes of both halves, by its tensors in a file."""
         rank = config.rank_of(module_name)
         rows, cols = weight_sides(lambda rows, cols: factor_specs(config, module_name, rows, cols, rank), held)
+        if config.granularity_of(module_name) == "subnet":
+            found = read_subnet(config, module_name, held, (rows, cols))
+            sides = (rows, cols, None) if found is None else found
+            return *sides[:2], ModuleSizes(None, 0, 0, rank, subnet=sides[2])
         support = read_support(config, module_name, held, (rows, cols))
         if support is None:
             return rows, cols, ModuleSizes(None, 0, 0, rank)
@@ -104,6 +118,7 @@ class SparseLoraLayer(SupportState):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter from this layer, decoded units included."""
         self._units.pop(adapter_name, None)
+        self._subnets.pop(adapter_name, None)
         self.expert_draws.pop(adapter_name, None)
         self.sparse_lora_dense_delta.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -111,6 +126,7 @@ class SparseLoraLayer(SupportState):
     def forget_decoded(self, adapter_name: str) -> None:
         """Forget the decoded units of this adapter, whose buffer has been replaced."""
         self._units.pop(adapter_name, None)
+        self._subnets.pop(adapter_name, None)
         self.expert_draws.pop(adapter_name, None)
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
@@ -141,10 +157,52 @@ class SparseLoraLayer(SupportState):
         Raises:
             ValueError: it waits for data.
         """
-        if adapter_name not in self.sparse_lora_support:
-            return
-        super().choose_units(adapter_name, action)
-        self.units(adapter_name)
+        if adapter_name in self.sparse_lora_support:
+            super().choose_units(adapter_name, action)
+            self.units(adapter_name)
+        elif adapter_name in self.sparse_lora_subnet:
+            super().choose_units(adapter_name, action)
+            self.subnet(adapter_name)
+
+    def awaits_calibration(self, adapter_name: str) -> bool:
+        """Whether the adapter's support or subnet waits for data: the layer computes as its base then, and refuses to
+        train."""
+        if adapter_name in self.sparse_lora_subnet:
+            return self.subnet_awaits_calibration(adapter_name)
+        return super().awaits_calibration(adapter_name)
+
+    def calibration_message(self, adapter_name: str) -> str:
+        """What to tell a user whose support or subnet waits for data."""
+        if adapter_name in self.sparse_lora_subnet:
+            return CalibratedTensors.calibration_message(self, adapter_name)
+        return super().calibration_message(adapter_name)
+
+    def _begin(self, adapter_name: str, first: torch.Tensor | None) -> None:
+        super()._begin(adapter_name, first)
+        if adapter_name in self.sparse_lora_subnet:
+            self.begin_subnet(adapter_name)
+
+    def refresh_units(self) -> None:
+        """Decode again what was loaded: a compiled graph reads the decoded units without looking at the buffer.
+
+        Raises:
+            ValueError: a buffer is damaged.
+        """
+        super().refresh_units()
+        self.refresh_subnets()
+
+    def has_sparse_half(self, adapter_name: str) -> bool:
+        """Whether the adapter has a support or a subnet here."""
+        return adapter_name in self.sparse_lora_values or adapter_name in self.sparse_lora_subnet
+
+    def sparse_entries(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sorted flat positions (int64) and values of all entries of the support or subnet; differentiable in the
+        values."""
+        if adapter_name in self.sparse_lora_subnet:
+            return self.subnet_entries(adapter_name)
+        return self.sparse_lora_grid[adapter_name].as_entries(
+            self.units(adapter_name), self.living_values(adapter_name)
+        )
 
     def has_experts(self, adapter_name: str) -> bool:
         """Whether the low-rank factors are split over experts."""
@@ -177,6 +235,9 @@ class SparseLoraLayer(SupportState):
                 slots = slots[~(largest <= compact_tolerance)]  # what is not a number stays, to be seen
             kept["support"], units = slots, units[slots]
             sizes = replace(sizes, units=units.numel(), capacity=units.numel())
+        if adapter_name in self.sparse_lora_subnet:
+            self._compact_subnet(adapter_name, compact_tolerance)
+            sizes = self.sizes[adapter_name]
         if adapter_name in self.sparse_lora_rank_mask:
             kept["rank"] = self.sparse_lora_rank_mask[adapter_name].nonzero().squeeze(1)
             sizes = replace(sizes, rank=kept["rank"].numel())
@@ -184,6 +245,18 @@ class SparseLoraLayer(SupportState):
             self.resize(adapter_name, sizes, kept)
             if units is not None and units.numel():
                 self.write_support(adapter_name, units)
+
+    def _compact_subnet(self, adapter_name: str, tolerance: float | None) -> None:
+        places = self.compact_subnet(adapter_name, tolerance)
+        if places is None:
+            return
+        rows, columns = (one[at] for one, at in zip(self.subnet(adapter_name), places, strict=True))
+        values = self.sparse_lora_subnet[adapter_name].detach()[places[0]][:, places[1]]
+        sides = (rows.numel(), columns.numel())
+        self.resize(adapter_name, replace(self.sizes[adapter_name], subnet=sides if all(sides) else None))
+        if all(sides):
+            self.sparse_lora_subnet[adapter_name].data = values
+            self.write_subnet(adapter_name, rows, columns)
 
     def frozen_parameters(self, adapter_name: str) -> int:
         """Numbers of living units that are marked as frozen: they add to the weight and do not train."""
@@ -203,6 +276,9 @@ class SparseLoraLayer(SupportState):
         if adapter_name in self.sparse_lora_values:
             units, values = self.units(adapter_name), self.living_values(adapter_name)
             found.append(Entries(units, values, self.sparse_lora_grid[adapter_name]))
+        if adapter_name in self.sparse_lora_subnet:
+            shape = (self.out_features, self.in_features)
+            found.append(Subgrid(*self.subnet(adapter_name), self.subnet_values(adapter_name), shape))
         return found
 
     @torch.no_grad()

@@ -74,11 +74,11 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         low_rank: dict[str, torch.Tensor],
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        support = {"values": operands.values, "units": operands.units, "row_ends": operands.row_ends}
-        tensors = {**support, "bias": bias, **low_rank}
+        tensors = {**operands.sparse, "bias": bias, **low_rank}
         cut = {"granularity": operands.granularity, "block_size": operands.block_size, "scale": operands.scale}
         # With dropout there are two products: the support's is read, without one the low-rank half's.
-        with_support = any(name in self.sparse_lora_values for name in self.active_adapters)
+        sparse = (self.sparse_lora_values, self.sparse_lora_subnet)
+        with_support = any(name in one for name in self.active_adapters for one in sparse)
         read = operands.values is not None or (bool(low_rank) and not with_support)
         if not torch.compiler.is_compiling():
             if read:
@@ -163,6 +163,8 @@ class Operands:
     values: torch.Tensor | None = None
     units: torch.Tensor | None = None
     row_ends: torch.Tensor | None = None
+    live_rows: torch.Tensor | None = None
+    live_columns: torch.Tensor | None = None
     granularity: str = "entry"
     block_size: int = 0
     A: torch.Tensor | None = None
@@ -173,6 +175,12 @@ class Operands:
     def without_support(self) -> Operands:
         """The low-rank half alone."""
         return Operands(A=self.A, B=self.B, gate=self.gate, scale=self.scale)
+
+    @property
+    def sparse(self) -> dict:
+        """Keyword arguments of the sparse half."""
+        names = ("values", "units", "row_ends", "live_rows", "live_columns")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def low_rank(self) -> dict:
@@ -186,11 +194,13 @@ def combine(layer: SparseLoraLayer, names: list[str]) -> Operands:
 
 
 def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
-    names = [name for name in names if name in layer.sparse_lora_values and not _is_idle(layer, name)]
+    names = [name for name in names if layer.has_sparse_half(name) and not _is_idle(layer, name)]
     if not names:
         return {}
     if any(name in layer.sparse_lora_dense_delta for name in names):
         return _with_dense_deltas(layer, names)
+    if any(name in layer.sparse_lora_subnet for name in names):
+        return _with_subnets(layer, names)
     grids = [layer.sparse_lora_grid[name] for name in names]
     cut = {"granularity": grids[0].granularity, "block_size": grids[0].block_size}
     if len(names) == 1:
@@ -202,11 +212,25 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
         # Units of different kinds only add up as entries.
         parts = [grid.as_entries(units, values)[::-1] for (values, units), grid in zip(parts, grids, strict=True)]
         cut = {"granularity": "entry", "block_size": 0}
-    # Units that several adapters hold become one unit with the sum of their values; autograd splits it again.
+    return _united(parts) | cut
+
+
+def _united(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
+    """Units that several adapters hold become one unit with the sum of their values; autograd splits it again."""
     united, owner = torch.unique(torch.cat([units for _, units in parts]), return_inverse=True)
     stacked = torch.cat([values for values, _ in parts])
     values = stacked.new_zeros(united.numel(), *stacked.shape[1:]).index_add(0, owner, stacked)
-    return {"values": values, "units": united, **cut}
+    return {"values": values, "units": united}
+
+
+def _with_subnets(layer: SparseLoraLayer, names: list[str]) -> dict:
+    """One subnet as it is; several, or one beside supports, as entries."""
+    if len(names) == 1:
+        rows, columns = layer.subnet(names[0])
+        values = layer.subnet_values(names[0])
+        return {"values": values, "live_rows": rows, "live_columns": columns, "granularity": "subnet"}
+    parts = [layer.sparse_entries(name)[::-1] for name in names]
+    return _united(parts) | {"granularity": "entry", "block_size": 0}
 
 
 def _is_idle(layer: SparseLoraLayer, name: str) -> bool:
@@ -223,8 +247,7 @@ def _with_dense_deltas(layer: SparseLoraLayer, names: list[str]) -> dict:
     for name in names:
         part = layer.sparse_lora_dense_delta.get(name)
         if part is None:
-            units, grid = layer.units(name), layer.sparse_lora_grid[name]
-            positions, values = grid.as_entries(units, layer.living_values(name))
+            positions, values = layer.sparse_entries(name)
             flat = values.new_zeros(layer.out_features * layer.in_features).index_add(0, positions, values)
             part = flat.view(layer.out_features, layer.in_features)
         total = part if total is None else total + part

@@ -24,6 +24,8 @@ from ..shared.module_patterns import pattern_key
 from .config import SparseLoraConfig, exact_pattern
 from .structures import choose_structures, structure_counts
 
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class ModuleSizes:
@@ -41,10 +43,12 @@ class ModuleSizes:
     """What multiplies the low-rank half, `lora_alpha / r` or `lora_alpha / sqrt(r)`; None without one."""
     support_scaling: float | None = None
     """What multiplies the sparse half; None without one."""
+    subnet: tuple[int, int] | None = None
+    """Rows and columns of a subnet, which has neither grid nor units; None without one."""
 
     def as_list(self) -> list[int]:
         """As the config's `sizes` says an adapter that has what it has room for."""
-        return [self.capacity, self.capacity, self.rank]
+        return [*(self.subnet or (self.capacity, self.capacity)), self.rank]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class SupportPlan:
     """Units allocated, room for retired ones included."""
     chosen: dict[str, torch.Tensor] = field(default_factory=dict)
     """The units themselves, where modules select together (`config.structures`)."""
+    subnets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Rows and columns of each subnet."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks of the low-rank half, where the budget gives some of it to them."""
 
@@ -74,7 +80,8 @@ def plan_adapter(config: SparseLoraConfig, model: nn.Module, targets: dict[str, 
     for name, base in layers.items():
         cols, rows = _get_in_out_features(base)
         units, capacity = plan.counts.get(name, 0), plan.capacities.get(name, 0)
-        sizes[name] = module_sizes(config, name, rows, cols, units, capacity, plan.ranks.get(name))
+        subnet = plan.subnets.get(name)
+        sizes[name] = module_sizes(config, name, rows, cols, units, capacity, plan.ranks.get(name), subnet)
     slow = getattr(config.criterion, "is_slow", False) and not config.inference_mode
     slow = slow and plan.counts and not plan.chosen
     progress = tqdm(total=len(targets), desc="Selecting supports", delay=3) if slow else None
@@ -82,9 +89,17 @@ def plan_adapter(config: SparseLoraConfig, model: nn.Module, targets: dict[str, 
 
 
 def module_sizes(
-    config: SparseLoraConfig, name: str, rows: int, cols: int, units: int, capacity: int = 0, rank: int | None = None
+    config: SparseLoraConfig,
+    name: str,
+    rows: int,
+    cols: int,
+    units: int,
+    capacity: int = 0,
+    rank: int | None = None,
+    subnet: tuple[int, int] | None = None,
 ) -> ModuleSizes:
-    """Sizes of the module of that name with `units` units, `capacity` at least, and `rank` or else the config's rank.
+    """Sizes of the module of that name with `units` units, `capacity` at least, or a `subnet`, and `rank` or else the
+    config's rank.
 
     Raises:
         ValueError: the weight has fewer units, blocks do not divide it, or `scale_support` has no scaling to take.
@@ -97,13 +112,23 @@ def module_sizes(
         )
     rank = config.rank_of(name) if rank is None else rank
     scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
-    if units and config.scale_support and not rank:
+    sparse = bool(units) or subnet is not None
+    if sparse and config.scale_support and not rank:
         raise ValueError(
             f"scale_support multiplies the support of '{name}' by lora_alpha / r, and rank_pattern gives it rank 0. "
             "Give it a rank, or set scale_support=False."
         )
-    support_scaling = (scaling if config.scale_support else 1.0) if units else None
-    return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling)
+    support_scaling = (scaling if config.scale_support else 1.0) if sparse else None
+    return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling, subnet)
+
+
+def subnet_sides(config: SparseLoraConfig, rows: int, cols: int, numel: int) -> tuple[int, int]:
+    """Rows and columns of a subnet of a `[rows, cols]` weight: `subnet_shares` of either, else nearly equal shares of
+    which at most `numel` entries come."""
+    if config.subnet_shares is not None:
+        return tuple(max(1, int(share * n)) for share, n in zip(config.subnet_shares, (rows, cols), strict=True))
+    own_rows = max(1, int(math.sqrt(numel / (rows * cols)) * rows + _ROUNDING))
+    return own_rows, min(cols, max(1, numel // own_rows))
 
 
 def sizes_for_config(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> dict[str, list[int]]:
@@ -115,7 +140,7 @@ def sizes_for_config(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes])
     extra = any(module.capacity != module.units for module in sizes.values())
     if not (config.structures or extra or (budget is not None and not budget.follows_from_module)):
         return {}
-    return {name: [module.units, module.capacity, module.rank] for name, module in sizes.items()}
+    return {name: [*(one.subnet or (one.units, one.capacity)), one.rank] for name, one in sizes.items()}
 
 
 def note_sizes(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> None:
@@ -146,11 +171,16 @@ def plan_supports(config: SparseLoraConfig, layers: dict[str, nn.Module], model:
     if isinstance(config.criterion, DataCriterion):
         for name, grid in grids.items():
             config.criterion.check_grid(grid, name)
+    subnets = {name: grid for name, grid in grids.items() if config.granularity_of(name) == "subnet"}
+    own_sides = {}
+    if config.subnet_shares is not None:
+        own_sides = {name: subnet_sides(config, grid.rows, grid.cols, 0) for name, grid in subnets.items()}
     chosen = _choose_structures(config, layers, grids, model)
     counts = {name: units.numel() for name, units in chosen.items()}
     if config.structures and config.needs_calibration:
         counts = structure_counts(config.structures, grids, model)
-    targets = _targets(config, layers, {name: grid for name, grid in grids.items() if name not in counts}, model)
+    decided = counts.keys() | own_sides
+    targets = _targets(config, layers, {name: grid for name, grid in grids.items() if name not in decided}, model)
     budget, ranks = config.support_budget, {}
     if targets.grids and budget is not None:
         if isinstance(budget, UnknownPart):
@@ -158,10 +188,15 @@ def plan_supports(config: SparseLoraConfig, layers: dict[str, nn.Module], model:
         _check_patterns(budget, targets)
         counts |= _counts(config, targets)
         ranks = budget.ranks(targets)
+    sides = own_sides | {
+        name: subnet_sides(config, grid.rows, grid.cols, counts.pop(name))
+        for name, grid in subnets.items()
+        if name in counts
+    }
     if config.calibrates_sizes:
         return SupportPlan(counts, counts, chosen)  # of no meaning yet: what data or a file says is written then
     capacities = {name: _capacity(config, count, grids[name]) for name, count in counts.items()}
-    return SupportPlan(counts, capacities, chosen, ranks)
+    return SupportPlan(counts, capacities, chosen, sides, ranks)
 
 
 def _choose_structures(
@@ -189,9 +224,17 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
     if not config.structures:
         layers = {name: base for name, base in layers.items() if config.sizes[name][1]}
     grids = _grids(config, layers)
+    subnets = {name: tuple(config.sizes[name][:2]) for name in grids if config.granularity_of(name) == "subnet"}
+    for name, (rows, cols) in subnets.items():
+        grid = grids.pop(name)
+        if rows > grid.rows or cols > grid.cols:
+            raise ValueError(
+                f"sizes gives '{name}' a subnet of {rows}x{cols}, and its weight is {grid.rows}x{grid.cols}. Was it "
+                "made for another model? Set sizes={} to split the budget anew."
+            )
     chosen = {} if config.inference_mode else _choose_structures(config, layers, grids, model)
-    counts = {name: config.sizes[name][0] for name in config.sizes}
-    capacities = {name: config.sizes[name][1] for name in config.sizes}
+    counts = {name: config.sizes[name][0] for name in config.sizes if name not in subnets}
+    capacities = {name: config.sizes[name][1] for name in counts}
     for name, grid in grids.items():
         if capacities[name] > grid.num_units:
             raise ValueError(
@@ -200,7 +243,8 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
                 "to split the budget anew."
             )
     # Compaction may have left other counts than the structures give; a file is about to fill those.
-    return SupportPlan(counts, capacities, {n: units for n, units in chosen.items() if units.numel() == counts[n]})
+    chosen = {name: units for name, units in chosen.items() if units.numel() == counts[name]}
+    return SupportPlan(counts, capacities, chosen, subnets)
 
 
 def _targets(
@@ -251,8 +295,10 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
     grids = {}
     for name, base in layers.items():
         cols, rows = _get_in_out_features(base)
-        try:
-            grids[name] = UnitGrid(rows, cols, config.granularity_of(name), config.block_size)
+        granularity = config.granularity_of(name)
+        try:  # a subnet's numbers are counted, and ranked, as entries
+            cut = "entry" if granularity == "subnet" else granularity
+            grids[name] = UnitGrid(rows, cols, cut, config.block_size)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
     return grids

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...rules import ComponentSpace, ExpertDraw, UnitSpace
 from ...sparsity import UnitGrid
 from .factors import drawn_expert, forward_factors
+from .subnet_spaces import SubnetColumns, SubnetRows
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,8 @@ def spaces_of(layer: Any, adapter: str) -> list[UnitSpace]:
     found: list[UnitSpace] = []
     if adapter in layer.sparse_lora_values:
         found.append(SupportSpace(layer, adapter))
+    if adapter in layer.sparse_lora_subnet:
+        found += [SubnetRows(layer, adapter), SubnetColumns(layer, adapter)]
     if adapter in layer.sparse_lora_A:
         found.append(RankSpace(layer, adapter))
     return found

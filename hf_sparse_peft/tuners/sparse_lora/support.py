@@ -39,6 +39,7 @@ def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
     if not sizes.capacity:
         return []
     grid, capacity = sizes.grid, sizes.capacity
+    shape = grid.values_shape(capacity)
 
     def check_codes(codes: torch.Tensor, key: str) -> None:
         decode_support(codes, grid, capacity, key)
@@ -46,9 +47,11 @@ def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
     return [
         TensorSpec(
             "sparse_lora_values",
-            grid.values_shape(capacity),
+            shape,
             space="support",
-            start=lambda generator: _first_values(config, module_name, sizes),
+            start=lambda generator: first_values(
+                config, module_name, grid.values_shape(capacity), grid.cols, sizes.units
+            ),
         ),
         TensorSpec(
             "sparse_lora_support",
@@ -62,12 +65,16 @@ def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
     ]
 
 
-def _first_values(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes) -> torch.Tensor:
-    shape = sizes.grid.values_shape(sizes.capacity)
+def first_values(
+    config: SparseLoraConfig, module_name: str, shape: tuple[int, ...], cols: int, units: int | None = None
+) -> torch.Tensor:
+    """Values `shape` that the sparse half of a module starts with, of whose first axis `units` are in use (None: all);
+    `cols` are the columns of its weight."""
     if config.support_init == "uniform":
         generator = torch.Generator().manual_seed(stream_seed(config.seed, module_name, "values"))
-        drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(sizes.grid.cols))
-        drawn[sizes.units :] = 0
+        drawn = torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(math.sqrt(cols))
+        if units is not None:
+            drawn[units:] = 0
         return drawn.to(torch.empty(0).device)
     # Values of a support that is still to be chosen are zero, whatever init_weights says.
     at_zero = config.init_weights or config.needs_calibration
@@ -205,7 +212,8 @@ class SupportState(AdapterLayer):
         config, values = self.adapter_configs[adapter_name], self.sparse_lora_values[adapter_name].detach()
         if config.support_init == "zeros":
             return not bool(values.any())
-        first = _first_values(config, self.module_name, self.sizes[adapter_name])
+        sizes, shape = self.sizes[adapter_name], tuple(values.shape)
+        first = first_values(config, self.module_name, shape, self.in_features, sizes.units)
         return torch.equal(values, first.to(values.device, values.dtype))
 
     # What supports are
