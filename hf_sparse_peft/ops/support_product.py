@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from . import triton_kernels
 from .sources import Support
 from .subgrid import add_to_columns_, take_columns
 from .units import block_position, blocks_at_once, pack_entries
@@ -84,8 +85,14 @@ def add_transposed_support_product_(
 def _add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.Tensor, blocks: torch.Tensor) -> None:
     """`y[:, to] += x[:, of] @ blocks` over `k` blocks `[k, b, b]`; `to` and `of` count columns in steps of `b`."""
     tokens, size = x.shape[0], blocks.shape[1]
+    if triton_kernels.serves_blocks(x, size):
+        triton_kernels.add_blocks_(y, x, to, of, blocks)
+        return
     y_blocks = y.view(tokens, -1, size)
-    live, owner = torch.unique(to, return_inverse=True)
+    if y.device.type == "cpu":
+        live, owner = torch.unique(to, return_inverse=True)
+    else:  # the host would wait for a GPU to count the living ones
+        live, owner = torch.arange(y_blocks.shape[1], device=y.device), to
     # Each addition to a 16-bit output rounds it. A few do no harm; many are summed beforehand.
     total = None
     if y.element_size() < 4 and to.numel() > 2 * live.numel():

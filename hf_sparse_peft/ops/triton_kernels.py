@@ -10,7 +10,8 @@ come from L2. The copies are made for as many tokens at a time as `COPY_BYTES` h
 what is read again and again within L2.
 
 *Blocks.* A program reads its two strips of `dy` and `x` where they lie, `2 * block_size` bytes a token at 16 bits, and
-multiplies them on the tensor cores. Few blocks are split over tokens as well, so that they fill the GPU.
+multiplies them on the tensor cores. Few blocks are split over tokens as well, so that they fill the GPU. Products with
+blocks themselves have a program for some tokens and a block's width of the output, which adds all blocks of its line.
 
 Triton (extra `gpu`) is imported at the first call. `HF_SPARSE_PEFT_TRITON=0` turns all of this off.
 """
@@ -28,8 +29,8 @@ import torch
 # Not measured on a GPU yet: recipes/benchmarks/gpu.py prints it.
 SAMPLED_DENSITY = 0.01
 
-# Block sizes the block kernel takes, with the warps of a program.
-BLOCK_WARPS = {16: 1, 32: 2, 64: 4}
+# Block sizes that the block kernels take, with the warps of a program.
+BLOCK_WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}
 
 # Bytes of token-contiguous copies of dy and x that may exist at once; as `units.DENSE_TILE_BYTES`.
 COPY_BYTES = 1 << 25
@@ -38,6 +39,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ENTRIES, _ENTRY_TOKENS, _ENTRY_WARPS = 32, 128, 4
 _BLOCK_TOKENS = 64
+# Sides of the squares that larger blocks are cut into, so that accumulators fit into registers, and tiles (fewer tokens
+# where they are large) into the 99 KiB of shared memory of the smaller GPUs.
+_SIDE, _ADDED_SIDE = 128, 64
 # Programs that fill a large GPU (132 multiprocessors, several each), and the fewest tokens that a split pays for.
 _FILLING_PROGRAMS, _FEWEST_SPLIT_TOKENS = 1024, 512
 
@@ -62,7 +66,12 @@ def serves(
     if granularity == "entry":
         sparse_enough = units.numel() <= SAMPLED_DENSITY * grad_output.shape[1] * x.shape[1]
         return sparse_enough and available(x)
-    return granularity == "block" and block_size in BLOCK_WARPS and available(x)
+    return granularity == "block" and serves_blocks(x, block_size)
+
+
+def serves_blocks(x: torch.Tensor, block_size: int) -> bool:
+    """Whether `add_blocks_` takes this case, and `block_gradient` too if the gradient has the dtype of `x`."""
+    return x.is_cuda and x.dtype in DTYPES and block_size in BLOCK_WARPS and available(x)
 
 
 def entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -104,7 +113,7 @@ def block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tens
     row-major over the grid of blocks.
 
     Raises:
-        ValueError: shapes or dtypes other than these, or a `block_size` other than 16, 32, 64 or that does not divide.
+        ValueError: shapes or dtypes other than these, or a `block_size` without a kernel or that does not divide.
     """
     _check(grad_output, x, units)
     (tokens, rows), cols, count = grad_output.shape, x.shape[1], units.numel()
@@ -124,14 +133,42 @@ def block_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tens
     per_split = _ceil_div(_ceil_div(tokens, splits), _BLOCK_TOKENS) * _BLOCK_TOKENS
     splits = _ceil_div(tokens, per_split)
     out = torch.empty(splits, count, block_size, block_size, dtype=torch.float32, device=x.device)
+    side = min(block_size, _SIDE)
+    tile = _BLOCK_TOKENS // 2 if side * x.element_size() > 256 else _BLOCK_TOKENS
     with torch.cuda.device_of(x):
-        block_product_kernel[(count, splits)](
+        block_product_kernel[(count, splits, (block_size // side) ** 2)](
             grad_output, x, units, out,
             count, cols // block_size, tokens, per_split, grad_output.stride(0), x.stride(0),
-            BLOCK=block_size, TOKENS=_BLOCK_TOKENS, WIDEN=_interpreted() and x.dtype == torch.bfloat16,
+            BLOCK=block_size, SIDE=side, TOKENS=tile, WIDEN=_interpreted() and x.dtype == torch.bfloat16,
             num_warps=BLOCK_WARPS[block_size],
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+def add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.Tensor, blocks: torch.Tensor) -> None:
+    r""":math:`Y_{:, to_k} \mathrel{+}= \sum_k X_{:, of_k} D_k` in place, summed in fp32 and rounded once.
+
+    Shapes: `y` `[tokens, n]`, `x` `[tokens, m]` of one dtype, fp32, bf16 or fp16, with contiguous rows; `blocks`
+    `[k, b, b]` of that dtype (any strides), `to` and `of` int32 or int64 `[k]`, in steps of `b` columns.
+    """
+    count, size = blocks.shape[:2]
+    tokens, lines = y.shape[0], y.shape[1] // size
+    if count == 0 or tokens == 0:
+        return
+    from ._triton_impl import add_blocks_kernel
+
+    # Blocks by the line that they are added to, each in its place in `blocks`; nothing here waits for the GPU.
+    sorted_to, order = to.sort(stable=True)
+    starts = torch.searchsorted(sorted_to, torch.arange(lines + 1, device=to.device, dtype=to.dtype))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    side = min(size, _ADDED_SIDE)
+    with torch.cuda.device_of(x):
+        add_blocks_kernel[(_ceil_div(tokens, _BLOCK_TOKENS), lines * (size // side))](
+            y, x, blocks, order, starts, of,
+            tokens, y.stride(0), x.stride(0), *blocks.stride(),
+            BLOCK=size, SIDE=side, TOKENS=_BLOCK_TOKENS, WIDEN=_interpreted() and x.dtype == torch.bfloat16,
+            num_warps=BLOCK_WARPS[side],
+        )  # fmt: skip
 
 
 def _token_contiguous(matrix: torch.Tensor) -> torch.Tensor:

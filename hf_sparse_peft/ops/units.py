@@ -195,6 +195,8 @@ def _entry_gradient(
     tile = max(1, DENSE_TILE_BYTES // (cols * x.element_size()))
     if tile >= rows:
         return (grad_output.t() @ x).view(-1).index_select(0, units)
+    if x.device.type != "cpu":
+        return _gathered_by_all(grad_output, x, units.long(), tile)
     # Sorted units let each tile of rows own one slice of them.
     starts = torch.arange(0, rows, tile, device=units.device)
     bounds = [*torch.searchsorted(units.long(), starts * cols).tolist(), units.numel()]
@@ -205,6 +207,18 @@ def _entry_gradient(
             dense = grad_output[:, start : start + tile].t() @ x
             parts.append(dense.view(-1).index_select(0, inside.long() - start * cols))
     return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def _gathered_by_all(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, tile: int) -> torch.Tensor:
+    """The gradient at entries from dense tiles, each read at all of them: where one's own begin only a GPU knows, and
+    asking it would stop the host in every layer."""
+    found, cols = x.new_zeros(units.numel()), x.shape[1]
+    for start in range(0, grad_output.shape[1], tile):
+        dense = (grad_output[:, start : start + tile].t() @ x).view(-1)
+        at = units - start * cols
+        inside = (at >= 0) & (at < dense.numel())
+        found = torch.where(inside, dense.index_select(0, at.clamp_(0, dense.numel() - 1)), found)
+    return found
 
 
 def _sampled_gradient(

@@ -113,9 +113,10 @@ def check_strided_inputs(device, seed):
 
 def check_blocks(device, seed):
     rng = random.Random(seed)
-    for number, size in enumerate((16, 32, 64) * 3):
-        down, across = rng.randint(1, 4), rng.randint(1, 4)
-        dtype = DTYPES[number // 3]
+    for number, size in enumerate((16, 32, 64, 128, 256) * 3):
+        most = 4 if size <= 64 else 2
+        down, across = rng.randint(1, most), rng.randint(1, most)
+        dtype = DTYPES[number // 5]
         dy, x, gen = draw(seed + number, rng.randint(1, 200), down * size, across * size, dtype, device)
         count = down * across if number % 2 else rng.randint(1, down * across)
         print(f"case {number}: {dy.shape[0]} tokens, {down}x{across} blocks of {size}, {count} of them, {dtype}")
@@ -133,6 +134,38 @@ def check_blocks_split_over_tokens(device, seed):
         32,
     )
     assert not triton_kernels.block_gradient(dy[:0], x[:0], torch.arange(2, device=device), 32).any()
+
+
+def check_products_with_blocks(device, seed):
+    """`Y += X D` for blocks that meet in a line, alone in one, or miss it; from either layout of a block."""
+    rng = random.Random(seed)
+    for number, size in enumerate((16, 32, 64, 128, 256) * 3):
+        dtype, tokens = DTYPES[number // 5], rng.choice((1, 63, 130))
+        lines, sources = rng.randint(1, 3), rng.randint(1, 3)
+        y, x, gen = draw(seed + number, tokens, lines * size, sources * size, dtype, device)
+        count = rng.randint(0, lines * sources) if number else 0
+        units = some_units(lines * sources, count, gen, device, (torch.int32, torch.int64)[number % 2])
+        values = torch.randn(count, size, size, generator=gen, dtype=torch.float64).to(dtype).to(device)
+        dense = torch.zeros(lines * size, sources * size, dtype=torch.float64)
+        for k, u in enumerate(units.tolist()):
+            row, col = u // sources * size, u % sources * size
+            dense[row : row + size, col : col + size] = values[k].cpu().double()
+        row, col = units // sources, units % sources
+        print(f"case {number}: {tokens} tokens, {lines}x{sources} blocks of {size}, {count} of them, {dtype}")
+        expect_sum(y, x, dense.T, row, col, values.transpose(1, 2))
+        expect_sum(x, y, dense, col, row, values)
+
+
+def expect_sum(y, x, matrix, *blocks):
+    expected = y.cpu().double() + x.cpu().double() @ matrix
+    got = y.clone()
+    triton_kernels.add_blocks_(got, x, *blocks)
+    if y.dtype == torch.float32:
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+    else:  # one rounding of an fp32 sum; the interpreter cuts bf16 off
+        spacing = torch.finfo(y.dtype).eps * expected.abs()
+        share = 1 if y.dtype == torch.bfloat16 and not y.is_cuda else 0.5
+        assert ((got.cpu().double() - expected).abs() <= 1.02 * share * spacing + 1e-4).all()
 
 
 def check_same_bits_twice(device, seed):
@@ -158,8 +191,8 @@ def check_dispatch_takes_the_kernels_on_a_gpu(device, seed):
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-def compiled(capability):
-    """PTX of every kernel, for bf16 and fp32, by name; Triton compiles for GPUs that are not there."""
+def compiled(capability, element):
+    """PTX of every kernel and its bytes of shared memory, by name; Triton compiles for GPUs that are not there."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -168,27 +201,29 @@ def compiled(capability):
 
     cases = [(_triton_impl.sampled_product_kernel, {"ENTRIES": 32, "TOKENS": 128}, 4)]
     for size, warps in triton_kernels.BLOCK_WARPS.items():
+        side, added = min(size, 128), min(size, 64)
         constants = {"BLOCK": size, "TOKENS": 64, "WIDEN": False}
-        cases.append((_triton_impl.block_product_kernel, constants, warps))
-    ptx = {}
+        fewer = {"TOKENS": 32} if side == 128 and element == "fp32" else {}
+        cases.append((_triton_impl.block_product_kernel, constants | fewer | {"SIDE": side}, warps))
+        cases.append((_triton_impl.add_blocks_kernel, constants | {"SIDE": added}, triton_kernels.BLOCK_WARPS[added]))
+    built_kernels = {}
     for kernel, constants, warps in cases:
-        for element in ("bf16", "fp32"):
-            pointers = {"dy": f"*{element}", "x": f"*{element}", "dyT": f"*{element}", "xT": f"*{element}"}
-            pointers |= {"units": "*i32", "out": "*fp32"}
-            signature = {
-                name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
-            }
-            positions = {name: (position,) for position, name in enumerate(kernel.arg_names)}
-            aligned = [name for name in signature if name in pointers or name.endswith("_stride")]
-            source = ASTSource(
-                kernel,
-                signature,
-                {positions[name]: value for name, value in constants.items()},
-                {positions[name]: [["tt.divisibility", 16]] for name in aligned},
-            )
-            built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-            ptx[f"{kernel.__name__} {constants.get('BLOCK', '')} {element}"] = built.asm["ptx"]
-    return ptx
+        numbers = ("dy", "x", "dyT", "xT", "y", "blocks")
+        pointers = dict.fromkeys(numbers, f"*{element}") | dict.fromkeys(("order", "starts", "of"), "*i64")
+        pointers |= {"units": "*i32", "out": "*fp32"}
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+        positions = {name: (position,) for position, name in enumerate(kernel.arg_names)}
+        aligned = [name for name in signature if name in pointers or name.endswith("_stride")]
+        source = ASTSource(
+            kernel,
+            signature,
+            {positions[name]: value for name, value in constants.items()},
+            {positions[name]: [["tt.divisibility", 16]] for name in aligned},
+        )
+        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        name = f"{kernel.__name__} {constants.get('BLOCK', '')} {element}"
+        built_kernels[name] = built.asm["ptx"], built.metadata.shared
+    return built_kernels
 
 
 def in_own_process(*arguments, **environment):
@@ -226,12 +261,19 @@ def test_kernel(device, name):
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
-    ptx, _ = in_own_process("compile", capability, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(ptx) == 8
+@pytest.mark.parametrize(
+    ("capability", "element"),
+    [
+        (90, "bf16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, "fp32"), (80, "bf16"), (80, "fp32"))),
+    ],
+)
+def test_kernels_compile_for_gpus_that_are_not_here(capability, element, tmp_path):
+    ptx, _ = in_own_process("compile", capability, element, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(ptx) == 1 + 2 * 5
     for name, found in ptx.items():
-        if name.startswith("block") and "bf16" in name:
+        assert found["shared"] <= 99 << 10, f"{name} takes {found['shared']} bytes of shared memory"
+        if not name.startswith("sampled") and "bf16" in name:
             assert found["tensor cores"], f"{name} does not multiply on the tensor cores"
         if name.startswith("sampled"):
             assert found["16-byte loads"], f"{name} does not load 16 bytes a thread"
@@ -244,7 +286,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
         ("float64", lambda: triton_kernels.entry_gradient(torch.ones(2, 4).double(), torch.ones(2, 4).double(), UNITS)),
         (r"\[tokens, rows\]", lambda: triton_kernels.entry_gradient(torch.ones(2, 4), torch.ones(3, 4), UNITS)),
         ("int32 or int64", lambda: triton_kernels.entry_gradient(torch.ones(2, 4), torch.ones(2, 4), UNITS.short())),
-        ("16, 32, 64", lambda: triton_kernels.block_gradient(torch.ones(2, 8), torch.ones(2, 8), UNITS, 8)),
+        ("16, 32, 64, 128, 256", lambda: triton_kernels.block_gradient(torch.ones(2, 8), torch.ones(2, 8), UNITS, 8)),
         ("does not divide", lambda: triton_kernels.block_gradient(torch.ones(2, 40), torch.ones(2, 32), UNITS, 16)),
     ],
 )
@@ -284,10 +326,14 @@ def test_kernels_serve_sparse_entries_and_their_block_sizes_on_a_gpu(monkeypatch
         assert not triton_kernels.serves(dy, x, many, "entry")
         assert not triton_kernels.serves(dy.double(), x.double(), few, "entry")
         assert not triton_kernels.serves(dy.float(), x, few, "entry")
-        assert [size for size in (8, 16, 32, 64, 128) if triton_kernels.serves(dy, x, few, "block", size)] == [
+        assert [
+            size for size in (8, 16, 32, 64, 128, 256, 512) if triton_kernels.serves(dy, x, few, "block", size)
+        ] == [
             16,
             32,
             64,
+            128,
+            256,
         ]
         assert not any(triton_kernels.serves(dy, x, few, kind) for kind in ("row", "column"))
 
@@ -314,9 +360,10 @@ def test_package_and_wrappers_import_without_triton():
 
 def main(task, *arguments):
     if task == "compile":
-        texts = {f"{name} sm_{at}": text for at in arguments for name, text in compiled(int(at)).items()}
+        built = compiled(int(arguments[0]), arguments[1])
         marks = {"tensor cores": r"mma\.", "16-byte loads": r"ld\.global\S*\.v4\.b32"}
-        print(json.dumps({n: {key: bool(re.search(m, ptx)) for key, m in marks.items()} for n, ptx in texts.items()}))
+        found = {n: {key: bool(re.search(m, ptx)) for key, m in marks.items()} for n, (ptx, _) in built.items()}
+        print(json.dumps({name: {**found[name], "shared": shared} for name, (_, shared) in built.items()}))
         return
     device, seed = arguments
     reports = {}
