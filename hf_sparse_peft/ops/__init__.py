@@ -2,27 +2,39 @@
 
 from .compiled import register_owner, sparse_linear_node
 from .core import Plan
+from .costs import Costs, write_costs
+from .entries import (
+    CHUNK,
+    EntryIndex,
+    chunk_count,
+    entry_lines,
+    live_lines,
+    pack_entries,
+    pack_units,
+    unpack_entries,
+    unpack_units,
+)
 from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support
 from .subgrid import add_subgrid_, put_columns_, read_subgrid, subgrid_gradient, take_columns, write_subgrid_
-from .units import (
-    add_units_,
-    pack_entries,
-    read_units,
-    unit_gradient,
-    unpack_entries,
-    write_units_,
-)
+from .units import add_units_, read_units, unit_gradient, write_units_
 
 __all__ = [
+    "CHUNK",
+    "Costs",
     "DenseSource",
     "DequantizedSource",
+    "EntryIndex",
     "Plan",
     "Source",
     "Support",
     "add_subgrid_",
     "add_units_",
+    "chunk_count",
+    "entry_lines",
+    "live_lines",
     "pack_entries",
+    "pack_units",
     "put_columns_",
     "read_subgrid",
     "read_units",
@@ -33,6 +45,8 @@ __all__ = [
     "take_columns",
     "unit_gradient",
     "unpack_entries",
+    "unpack_units",
+    "write_costs",
     "write_subgrid_",
     "write_units_",
 ]

@@ -70,7 +70,7 @@ def _forward_node(
     B: torch.Tensor | None,
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
-    row_ends: torch.Tensor | None,
+    counts: torch.Tensor | None,
     live_rows: torch.Tensor | None,
     live_columns: torch.Tensor | None,
     owner: int,
@@ -86,7 +86,7 @@ def _forward_node(
     plan = _plan(
         owner, weight, transposed, dequantized, rows, x.shape[-1], granularity, block_size, scale, x.dtype, read
     )
-    operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
+    operands = Operands(values, units, A, B, gate, bias, counts, live_rows, live_columns)
     y = forward_product(x.reshape(-1, x.shape[-1]), plan, operands)
     return y.view(*x.shape[:-1], rows)
 
@@ -108,7 +108,7 @@ def _backward_node(
     B: torch.Tensor | None,
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
-    row_ends: torch.Tensor | None,
+    counts: torch.Tensor | None,
     live_rows: torch.Tensor | None,
     live_columns: torch.Tensor | None,
     owner: int,
@@ -128,7 +128,7 @@ def _backward_node(
     )
     dy = grad_output.reshape(-1, rows)
     x2d = None if x is None else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
+    operands = Operands(values, units, A, B, gate, bias, counts, live_rows, live_columns)
     grads = backward_product(dy, x2d, plan, operands, Gradients(*needs), columns_only)
     if grads.x is not None:
         grads = grads._replace(x=grads.x.view(*grad_output.shape[:-1], cols))
@@ -148,10 +148,10 @@ def _(grad_output, x, weight, values, units, A, B, gate, bias, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, *tensors = inputs[:11]
-    owner, transposed, dequantized, _, granularity, block_size, scale, may_read, read = inputs[11:]
+    owner, transposed, dequantized, rows, granularity, block_size, scale, may_read, read = inputs[11:]
     operands = Operands(*tensors)
     # Whether a gradient is read at a given step is not known when the graph is made; `may_read` says whether ever.
-    columns = kept_columns(granularity, operands, may_read)
+    columns = kept_columns(granularity, rows, x, operands, may_read)
     ctx.columns_only = columns is not None
     kept = x if columns is None else take_columns(x.reshape(-1, x.shape[-1]), columns)
     ctx.save_for_backward(kept, weight, *operands)
@@ -184,7 +184,7 @@ def sparse_linear_node(
     B: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    row_ends: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
     live_columns: torch.Tensor | None = None,
     granularity: str = "entry",
@@ -201,6 +201,6 @@ def sparse_linear_node(
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward_node(
-            x, weight, values, units, A, B, gate, bias, row_ends, live_rows, live_columns,
+            x, weight, values, units, A, B, gate, bias, counts, live_rows, live_columns,
             owner, transposed, dequantized, rows, granularity, block_size, scale, may_read, read,
         )  # fmt: skip

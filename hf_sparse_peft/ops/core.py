@@ -6,16 +6,18 @@ r"""The products behind `sparse_linear` and their gradients, without autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from .sources import Source, Support
-from .subgrid import read_subgrid, subgrid_gradient, take_columns
-from .support_product import add_support_product_, add_transposed_support_product_, runs_beside
-from .units import column_gradient, read_units, unit_gradient, unpack_entries, write_units_
+from .costs import costs_of, entry_gradient_way
+from .entries import EntryIndex
+from .sources import DenseSource, Source, Support
+from .subgrid import subgrid_gradient, take_columns
+from .support_product import add_support_product_, add_transposed_support_product_, beside_form, runs_beside
+from .units import column_gradient, compacted_gradient, unit_gradient
 
 
 class GradientReader(Protocol):
@@ -52,6 +54,8 @@ class Plan:
     """Called in the backward pass, once for every product of the forward pass."""
     passive_reader: Callable[[torch.Tensor], None] | None = None
     """Shown the dense gradient `[rows, cols]` too, from a product of its own: what is watched rounds no differently."""
+    units_version: Callable[[], Hashable] | None = None
+    """Answers otherwise once packed entries, which lie in a buffer of the layer, have moved."""
 
     @property
     def shows_gradient(self) -> bool:
@@ -68,12 +72,13 @@ class Operands(NamedTuple):
     B: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    row_ends: torch.Tensor | None = None
-    """With entries: `units` are columns, and these say where each row ends (`ops.units.pack_entries`)."""
+    counts: torch.Tensor | None = None
+    """With entries: `units` are places, and these count them (`ops.pack_entries`)."""
     live_rows: torch.Tensor | None = None
-    """With a subnet: its rows `[R]`, sorted and distinct; it has no `units`, and values `[R, C]` (`ops.subgrid`)."""
+    """Rows of a sub-grid `[R]`, sorted and distinct. A subnet is all of it: it has no `units`, and values `[R, C]`
+    (`ops.subgrid`). All of a support of entries may be known to lie in one."""
     live_columns: torch.Tensor | None = None
-    """Its columns `[C]`."""
+    """Columns of the sub-grid, `[C]`."""
 
 
 class Gradients(NamedTuple):
@@ -87,10 +92,23 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-def kept_columns(granularity: str, operands: Operands, shows_gradient: bool) -> torch.Tensor | None:
-    """The columns of `x` that the backward pass needs, where it does not need all of them."""
+# Up to which share of its columns an input is kept in part: three layers that share it would keep more than all of it.
+_MOST_KEPT = 1 / 3
+
+
+def kept_columns(
+    granularity: str, rows: int, x: torch.Tensor, operands: Operands, shows_gradient: bool
+) -> torch.Tensor | None:
+    """The columns of `x` `[..., cols]` that the backward pass needs, where it does not need all of them."""
     if operands.values is None or operands.A is not None or shows_gradient:
         return None
+    if granularity == "entry" and operands.live_columns is not None:
+        subgrid = operands.live_rows.shape[0], operands.live_columns.shape[0]
+        if subgrid[1] > _MOST_KEPT * x.shape[-1]:
+            return None
+        costs, count = costs_of(x.device.type, x.dtype), operands.units.shape[0]
+        compacted = entry_gradient_way(costs, rows, x.shape[-1], count, subgrid) == "compacted"
+        return operands.live_columns if compacted else None
     return {"column": operands.units, "subnet": operands.live_columns}.get(granularity)
 
 
@@ -98,7 +116,7 @@ def forward_product(
     x2d: torch.Tensor, plan: Plan, operands: Operands, x_columns: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`[tokens, rows]` from `[tokens, cols]`, both in the compute dtype; `x_columns` are those of `kept_columns`."""
-    y = _base_product(x2d, _support(plan, operands), operands.bias, plan, x_columns)
+    y = _base_product(x2d, support_of(plan, operands), operands.bias, plan, x_columns)
     if operands.A is not None:
         hidden = x2d @ operands.A.to(x2d.dtype).t()
         y.addmm_(_scaled(hidden, operands.gate, plan.scale), operands.B.to(x2d.dtype).t())
@@ -118,9 +136,12 @@ def backward_product(
     `needs` has True where a gradient is asked for.
     """
     A, B, gate, bias = operands.A, operands.B, operands.gate, operands.bias
-    dy_rows = take_columns(dy, operands.live_rows) if operands.live_rows is not None else None
-    grad_x = _input_gradient(dy, _support(plan, operands), plan, dy_rows) if needs.x else None
-    grad_values = _values_gradient(dy, x2d, operands, plan, needs.values, columns_only, dy_rows)
+    support = support_of(plan, operands)
+    # Entries that keep columns only have a compacted gradient.
+    cut = support is not None and (plan.granularity == "subnet" or (columns_only and plan.granularity == "entry"))
+    dy_rows = take_columns(dy, support.live_rows) if cut else None
+    grad_x = _input_gradient(dy, support, plan, dy_rows) if needs.x else None
+    grad_values = _values_gradient(dy, x2d, support, plan, needs.values, columns_only, dy_rows)
     grad_A = grad_B = grad_gate = None
     if A is not None:
         grad_A, grad_B, grad_gate = _low_rank_gradients(dy, x2d, A, B, gate, plan.scale, grad_x, needs)
@@ -128,17 +149,15 @@ def backward_product(
     return Gradients(grad_x, grad_values, grad_A, grad_B, grad_gate, grad_bias)
 
 
-def _support(plan: Plan, operands: Operands) -> Support | None:
-    if operands.values is None:
+def support_of(plan: Plan, operands: Operands) -> Support | None:
+    """The sparse half of `operands`, unpacked as far as a product asks for it."""
+    values, units, subgrid = operands.values, operands.units, (operands.live_rows, operands.live_columns)
+    if values is None:
         return None
-    units = _flat_units(plan, operands)
-    subgrid = operands.live_rows, operands.live_columns
-    return Support(units, operands.values, plan.granularity, plan.block_size, *subgrid)
-
-
-def _flat_units(plan: Plan, operands: Operands) -> torch.Tensor | None:
-    units, row_ends = operands.units, operands.row_ends
-    return units if row_ends is None else unpack_entries(units, row_ends, plan.cols)
+    if plan.granularity == "entry":
+        units = EntryIndex(units, operands.counts, plan.rows, plan.cols, *subgrid)
+        return Support(units, values, "entry", 0, units.live_rows, units.live_columns)
+    return Support(units, values, plan.granularity, plan.block_size, *subgrid)
 
 
 def _scaled(hidden: torch.Tensor, gate: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -176,16 +195,17 @@ def _weight(
     The support is in the weight, which is a copy then, where `runs_beside` says so.
     """
     shape = like.shape[0], plan.rows, plan.cols, like.dtype
-    if support is not None and not runs_beside(support, *shape, gradient=gradient):
+    copied = isinstance(plan.source, DenseSource)
+    if support is not None and not runs_beside(support, *shape, gradient=gradient, copied=copied):
         if plan.source is not None:
             return plan.source.with_support(support, like.dtype), None
         if support.granularity == "entry":
-            dense, values = like.new_zeros(plan.rows, plan.cols), support.values.to(like.dtype)
-            return write_units_(dense, support.units, values, "entry"), None
-    return None if plan.source is None else plan.source.read(like.dtype), support
+            return support.written_into(like.new_zeros(plan.rows, plan.cols), support.values), None
+    beside = None if support is None else beside_form(support, *shape, gradient)
+    return None if plan.source is None else plan.source.read(like.dtype), beside
 
 
-def _values_gradient(dy, x2d, operands, plan, needed, columns_only, dy_rows) -> torch.Tensor | None:
+def _values_gradient(dy, x2d, support, plan, needed, columns_only, dy_rows) -> torch.Tensor | None:
     reader = plan.gradient_reader
     if plan.passive_reader is not None:
         plan.passive_reader(dy.t() @ x2d)
@@ -194,7 +214,7 @@ def _values_gradient(dy, x2d, operands, plan, needed, columns_only, dy_rows) -> 
         if wanted is None:
             dense = dy.t() @ x2d
             # First: what training uses does not depend on what a reader does.
-            own = _read_support(dense, plan, operands).to(operands.values.dtype) if needed else None
+            own = support.read(dense).to(support.values.dtype) if needed else None
             reader(dense)
             return own
         cut = ("entry", 0) if plan.granularity == "subnet" else (plan.granularity, plan.block_size)
@@ -202,18 +222,14 @@ def _values_gradient(dy, x2d, operands, plan, needed, columns_only, dy_rows) -> 
     if not needed:
         return None
     if plan.granularity == "subnet":
-        gradient = subgrid_gradient(dy_rows, x2d if columns_only else take_columns(x2d, operands.live_columns))
+        gradient = subgrid_gradient(dy_rows, x2d if columns_only else take_columns(x2d, support.live_columns))
+    elif columns_only and plan.granularity == "entry":
+        gradient = compacted_gradient(dy_rows, x2d, support.units)
     elif columns_only:
         gradient = column_gradient(dy, x2d)
     else:
-        gradient = unit_gradient(dy, x2d, operands.units, plan.granularity, plan.block_size, operands.row_ends)
-    return gradient.to(operands.values.dtype)
-
-
-def _read_support(dense: torch.Tensor, plan: Plan, operands: Operands) -> torch.Tensor:
-    if plan.granularity == "subnet":
-        return read_subgrid(dense, operands.live_rows, operands.live_columns)
-    return read_units(dense, _flat_units(plan, operands), plan.granularity, plan.block_size)
+        gradient = unit_gradient(dy, x2d, support.units, plan.granularity, plan.block_size)
+    return gradient.to(support.values.dtype)
 
 
 def _low_rank_gradients(dy, x2d, A, B, gate, scale, grad_x, needs):

@@ -1,8 +1,8 @@
 r"""The one differentiable product of this package: :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns or a subnet are all that
-needs it), and references to parameters. The gradient exists at the support only; a dense one appears for a tile at a
-time, or for this one layer when a `gradient_reader` asks for it.
+Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns or a sub-grid are all that
+needs it, nothing where autograd keeps two factors of it), and references to parameters. The gradient exists at the
+support only; a dense one appears for a tile at a time, or for this one layer when a `gradient_reader` asks for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .core import (
     forward_product,
     kept_columns,
 )
+from .recomputed import factors_of
 from .sources import check_version, version_of
 from .subgrid import take_columns
 
@@ -35,15 +36,16 @@ def sparse_linear(
     B: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    row_ends: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
     live_columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Apply :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: their
-    columns, with `row_ends`; see `ops.pack_entries`; a subnet has none, but `live_rows` `[R]`, `live_columns` `[C]` and
-    values `[R, C]`); `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
+    Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: places
+    and `counts`; see `ops.pack_entries`); `live_rows` `[R]` and `live_columns` `[C]`, a sub-grid: a subnet has values
+    `[R, C]` and no units, all entries of a support may be known to lie in one;
+    `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
     Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
     come back in each tensor's own dtype.
@@ -55,15 +57,18 @@ def sparse_linear(
     copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
 
     Raises:
-        RuntimeError: in the backward pass, where the frozen weight was written to since the forward pass.
+        RuntimeError: in the backward pass, where the frozen weight was written to or packed entries moved since the
+            forward pass.
     """
-    return _SparseLinear.apply(x, values, units, A, B, gate, bias, row_ends, live_rows, live_columns, plan)
+    return _SparseLinear.apply(x, values, units, A, B, gate, bias, counts, live_rows, live_columns, plan)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
+_kept_whole: weakref.ref | None = None
+"""The input that a product was last given and kept whole. A layer that shares it keeps no slice beside it."""
 _last_cast: tuple[weakref.ref, int, weakref.ref] | None = None
 
 
@@ -85,20 +90,34 @@ def _shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
+def _columns_to_keep(x: torch.Tensor, plan: Plan, operands: Operands, needs_x: bool) -> torch.Tensor | None:
+    global _kept_whole
+    columns = kept_columns(plan.granularity, plan.rows, x, operands, plan.shows_gradient)
+    if columns is None:
+        _kept_whole = weakref.ref(x) if needs_x else _kept_whole
+        return None
+    return None if _kept_whole is not None and _kept_whole() is x else columns
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, units, A, B, gate, bias, row_ends, live_rows, live_columns, plan: Plan):
-        operands = Operands(values, units, A, B, gate, bias, row_ends, live_rows, live_columns)
+    def forward(ctx, x, values, units, A, B, gate, bias, counts, live_rows, live_columns, plan: Plan):
+        operands = Operands(values, units, A, B, gate, bias, counts, live_rows, live_columns)
         ctx.plan, ctx.weight_version, ctx.x_shape, ctx.x_dtype = plan, version_of(plan.source), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.shows_gradient
-        columns = kept_columns(plan.granularity, operands, plan.shows_gradient)
-        ctx.columns_only = columns is not None
+        ctx.units_version = None if plan.units_version is None else plan.units_version()
         with _without_autocast(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)
+            ctx.factors = factors_of(x) if needs_x else None
+            columns = _columns_to_keep(x, plan, operands, needs_x and ctx.factors is None)
+            ctx.columns_only = columns is not None
             x2d = x.reshape(-1, plan.cols)
-            kept = x if columns is None else take_columns(x2d, columns)
-            y = forward_product(x2d, plan, operands, None if columns is None else kept)
-        ctx.save_for_backward(kept if needs_x else None, *operands)
+            # Entries are as a rule in a copy of the weight, and read no columns of the input in the forward pass.
+            read = columns is not None and (ctx.factors is None or plan.granularity != "entry")
+            x_columns = take_columns(x2d, columns) if read else None
+            y = forward_product(x2d, plan, operands, x_columns)
+        kept = None if ctx.factors is not None or not needs_x else x if columns is None else x_columns
+        ctx.save_for_backward(kept, *operands)
         return y.view(*ctx.x_shape[:-1], plan.rows)
 
     @staticmethod
@@ -110,9 +129,17 @@ class _SparseLinear(torch.autograd.Function):
         needs = Gradients(wanted[0], wanted[1], wanted[3], wanted[4], wanted[5], wanted[6])
         if needs.x:
             check_version(plan.source, ctx.weight_version)
+        if ctx.units_version is not None and plan.units_version() != ctx.units_version:
+            raise RuntimeError(
+                "The support of a layer moved between its forward and its backward pass. Run backward() before moves."
+            )
         with _without_autocast(grad_output.device.type):
             dy = grad_output.reshape(-1, plan.rows).to(plan.compute_dtype)
+            operands = Operands(*operands)
+            if ctx.factors is not None:
+                columns = operands.units if plan.granularity == "column" else operands.live_columns
+                x = ctx.factors.product(columns if ctx.columns_only else None)
             x2d = None if x is None else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            grads = backward_product(dy, x2d, plan, Operands(*operands), needs, ctx.columns_only)
+            grads = backward_product(dy, x2d, plan, operands, needs, ctx.columns_only)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)
         return grad_x, grads.values, None, grads.A, grads.B, grads.gate, grads.bias, None, None, None, None

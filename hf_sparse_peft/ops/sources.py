@@ -7,23 +7,32 @@ from dataclasses import dataclass
 
 import torch
 
+from .entries import EntryIndex
 from .subgrid import read_subgrid, write_subgrid_
 from .units import read_units, write_units_
 
 
 @dataclass(frozen=True)
 class Support:
-    """Units of a weight and what is added there: `units` int32/int64 `[k]`, sorted and distinct; `values` fp32.
+    """Units of a weight and what is added there: `units` int32/int64 `[k]`, sorted and distinct (entries: their
+    `EntryIndex`); `values` fp32.
 
     A subnet has `live_rows` `[R]` and `live_columns` `[C]` in place of units, and values `[R, C]`.
     """
 
-    units: torch.Tensor | None
+    units: torch.Tensor | EntryIndex | None
     values: torch.Tensor
     granularity: str
     block_size: int = 0
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
+
+    def compacted(self, dtype: torch.dtype) -> Support:
+        """Entries of a known sub-grid as that sub-grid: a subnet whose other values are zero."""
+        rows, columns = self.units.live_rows, self.units.live_columns
+        dense = self.values.new_zeros(rows.numel() * columns.numel(), dtype=dtype)
+        dense.index_copy_(0, self.units.inside, self.values.to(dtype))
+        return Support(None, dense.view(rows.numel(), -1), "subnet", 0, rows, columns)
 
     def written_into(self, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """`weight`, overwritten at the support by `total`, of the values' shape, in the weight's dtype."""
@@ -31,11 +40,11 @@ class Support:
             return write_subgrid_(weight, self.live_rows, self.live_columns, total.to(weight.dtype))
         return write_units_(weight, self.units, total.to(weight.dtype), self.granularity, self.block_size)
 
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """What `weight` has at the support, plus the values, in the wider dtype of the two."""
+    def read(self, weight: torch.Tensor) -> torch.Tensor:
+        """What `weight` has at the support, laid out as the values are, in the weight's dtype."""
         if self.granularity == "subnet":
-            return read_subgrid(weight, self.live_rows, self.live_columns) + self.values
-        return read_units(weight, self.units, self.granularity, self.block_size) + self.values
+            return read_subgrid(weight, self.live_rows, self.live_columns)
+        return read_units(weight, self.units, self.granularity, self.block_size)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class DenseSource:
     def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the `[rows, cols]` weight with the support added, summed in fp32 or more, rounded once."""
         weight = self.read(self.weight.dtype)
-        return support.written_into(weight.to(dtype, copy=True), support.added_to(weight))
+        return support.written_into(weight.to(dtype, copy=True), support.read(weight) + support.values)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class DequantizedSource:
     def with_support(self, support: Support, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight with the support added in fp32, rounded once."""
         weight = self.dequantize(dtype)
-        return support.written_into(weight, support.added_to(weight))
+        return support.written_into(weight, support.read(weight) + support.values)
 
 
 Source = DenseSource | DequantizedSource

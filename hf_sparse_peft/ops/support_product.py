@@ -11,35 +11,48 @@ import warnings
 import torch
 
 from . import triton_kernels
+from .costs import costs_of, entry_product_way, product_pays
 from .sources import Support
 from .subgrid import add_to_columns_, take_columns
-from .units import block_position, blocks_at_once, pack_entries
-
-# Entries: a sampled product (CPU) costs 0.17 ns an entry and token, a copy of the layer 6 ns an entry and 0.1 ns a
-# number of the weight. Other units: 0.02 ns a number and token in fp32, against 0.2 ns a number of the weight.
-_ENTRY_TOKENS, _COPIED_NUMBERS_PER_ENTRY = 32, 2
-_COPY_OVER_PRODUCT = 8
+from .units import block_position, blocks_at_once
 
 
 def runs_beside(
-    support: Support, tokens: int, rows: int, cols: int, dtype: torch.dtype, *, gradient: bool = False
+    support: Support,
+    tokens: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool = False,
+    copied: bool = True,
 ) -> bool:
     r"""Whether :math:`X S^\top` (`gradient`: :math:`dY\, S`) runs beside the base's product; otherwise `S` goes into a
     copy of the weight.
 
     A 16-bit output never takes rows, columns and blocks from a copy: small values would be rounded away. fp32 and fp64
     take what is cheaper, and so does the input gradient with blocks, which are the dearest: what it loses to a rounded
-    copy is below its own rounding. Subnets always run beside. Entries have a product of their own on CPUs for few
-    tokens; a copy elsewhere.
+    copy is below its own rounding. Subnets always run beside. Entries take what is cheapest (`ops.costs`): on a CPU a
+    product of their own for few tokens and a copy for many. `copied`: whether that copy is still to be made.
     """
     count = support.values.numel()
+    costs = costs_of(support.values.device.type, dtype)
     if support.granularity == "entry":
-        few = _ENTRY_TOKENS + rows * cols // (_COPIED_NUMBERS_PER_ENTRY * max(1, count))
-        return support.values.device.type == "cpu" and tokens <= few
+        size = tokens, rows, cols, count, support.units.subgrid
+        return entry_product_way(costs, *size, gradient=gradient, copied=copied) != "copy"
     exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity == "block")
     if support.granularity in ("column", "subnet") or exact:
         return True
-    return tokens * count <= _COPY_OVER_PRODUCT * rows * cols
+    return product_pays(costs, tokens, rows, cols, count)
+
+
+def beside_form(support: Support, tokens: int, rows: int, cols: int, dtype: torch.dtype, gradient: bool) -> Support:
+    """`support` as it runs beside the base's product: entries as the subnet that they lie in, where that is cheaper."""
+    if support.granularity != "entry" or support.units.subgrid is None:
+        return support
+    costs, size = costs_of(support.values.device.type, dtype), (tokens, rows, cols, support.values.numel())
+    compacted = entry_product_way(costs, *size, support.units.subgrid, gradient=gradient, may_copy=False) == "compacted"
+    return support.compacted(dtype) if compacted else support
 
 
 def add_support_product_(
@@ -59,7 +72,7 @@ def add_support_product_(
         row, col = block_position(support.units, x.shape[1] // support.block_size)
         _add_blocks_(y, x, row, col, values.transpose(1, 2))
     else:
-        y.add_((_sparse_matrix(support, y.shape[1], x.shape[1]) @ _wide(x).t()).t())
+        y.add_((_sparse_matrix(support, y.shape[1], x.shape[1], x.dtype) @ _wide(x).t()).t())
 
 
 def add_transposed_support_product_(
@@ -79,7 +92,7 @@ def add_transposed_support_product_(
         row, col = block_position(support.units, dx.shape[1] // support.block_size)
         _add_blocks_(dx, dy, col, row, values)
     else:
-        dx.add_((_sparse_matrix(support, dy.shape[1], dx.shape[1]).t() @ _wide(dy).t()).t())
+        dx.add_((_sparse_matrix(support, dy.shape[1], dx.shape[1], dy.dtype).t() @ _wide(dy).t()).t())
 
 
 def _add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.Tensor, blocks: torch.Tensor) -> None:
@@ -109,14 +122,11 @@ def _add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.T
         y_blocks.index_add_(1, live, total.to(y.dtype).transpose(0, 1))
 
 
-def _sparse_matrix(support: Support, rows: int, cols: int) -> torch.Tensor:
-    columns, row_ends = pack_entries(support.units, rows, cols)
-    starts = torch.cat([row_ends.new_zeros(1), row_ends])
+def _sparse_matrix(support: Support, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    values = support.values.to(torch.promote_types(dtype, torch.float32))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(
-            starts, columns.int(), _wide(support.values), (rows, cols), check_invariants=False
-        )
+        return torch.sparse_csr_tensor(*support.units.compressed_rows, values, (rows, cols), check_invariants=False)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,6 @@ import warnings
 
 import torch
 
-# Fraction of a weight's entries above which a dense gradient, tile by tile, is faster than one dot product an entry.
-# Not measured on a GPU yet: recipes/benchmarks/gpu.py prints it.
-SAMPLED_DENSITY = 0.01
-
 # Block sizes that the block kernels take, with the warps of a program.
 BLOCK_WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}
 
@@ -57,15 +53,12 @@ def available(tensor: torch.Tensor) -> bool:
     return _interpreted() or (tensor.is_cuda and _launches(tensor.device.index))
 
 
-def serves(
-    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0
-) -> bool:
-    """Whether a kernel takes this case and is expected to beat torch at it."""
+def serves(grad_output: torch.Tensor, x: torch.Tensor, granularity: str, block_size: int = 0) -> bool:
+    """Whether a kernel takes this case; whether it is the cheapest way to entries, `costs.entry_gradient_way` says."""
     if not x.is_cuda or x.dtype not in DTYPES or grad_output.dtype != x.dtype:
         return False
     if granularity == "entry":
-        sparse_enough = units.numel() <= SAMPLED_DENSITY * grad_output.shape[1] * x.shape[1]
-        return sparse_enough and available(x)
+        return available(x)
     return granularity == "block" and serves_blocks(x, block_size)
 
 

@@ -9,7 +9,8 @@ is named by one number (row-major over the grid of units). Values are laid out p
     row           u = row                           [k, cols]
     column        u = col                           [k, rows]
 
-Every function takes strided weights (`weight.t()` of a layer that stores its weight transposed) and plain tensors only.
+Entries may come as an `EntryIndex`, too. Every function takes strided weights (`weight.t()` of a layer that stores its
+weight transposed) and plain tensors only.
 """
 
 from __future__ import annotations
@@ -19,28 +20,14 @@ import warnings
 import torch
 
 from . import triton_kernels
-from .subgrid import take_columns
+from .costs import costs_of, entry_gradient_way
+from .entries import EntryIndex
+from .subgrid import subgrid_gradient, take_columns
 
 # Bytes of dense gradient that may exist at once while an entry gradient is gathered from it.
 DENSE_TILE_BYTES = 1 << 25
 # Bytes of activations that are gathered at once for products with blocks. Larger buffers cost page faults.
 _GATHERED_BYTES = 1 << 20
-
-
-def pack_entries(units: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted entry `units` as compressed rows: columns `[k]` (int16 up to 32768 columns, else int32) and where each row
-    ends, int32 `[rows]`. Half the bytes of int32 units, and what a sampled product reads."""
-    row = torch.div(units, cols, rounding_mode="floor")
-    columns = (units - row * cols).to(torch.int16 if cols <= 2**15 else torch.int32)
-    ends = torch.searchsorted(units, torch.arange(1, rows + 1, device=units.device, dtype=torch.int64) * cols)
-    return columns, ends.int()
-
-
-def unpack_entries(columns: torch.Tensor, row_ends: torch.Tensor, cols: int) -> torch.Tensor:
-    """The int64 units that `pack_entries` packed."""
-    counts = row_ends.diff(prepend=row_ends.new_zeros(1))
-    starts = torch.arange(0, row_ends.numel() * cols, cols, device=columns.device)
-    return torch.repeat_interleave(starts, counts, output_size=columns.numel()).add_(columns)
 
 
 def _has_flat_view(weight: torch.Tensor) -> bool:
@@ -84,9 +71,12 @@ def block_position(units: torch.Tensor, per_row: int) -> tuple[torch.Tensor, tor
     return block_row, units - block_row * per_row
 
 
-def read_units(weight: torch.Tensor, units: torch.Tensor, granularity: str, block_size: int = 0) -> torch.Tensor:
+def read_units(
+    weight: torch.Tensor, units: torch.Tensor | EntryIndex, granularity: str, block_size: int = 0
+) -> torch.Tensor:
     """Values of `weight` at `units`, in the weight's dtype (see the module's table for shapes)."""
     if granularity == "entry":
+        units = units.flat if isinstance(units, EntryIndex) else units
         if not _has_flat_view(weight):
             units = units.long()
             return weight[units // weight.shape[1], units % weight.shape[1]]
@@ -100,9 +90,10 @@ def read_units(weight: torch.Tensor, units: torch.Tensor, granularity: str, bloc
 
 
 def write_units_(
-    weight: torch.Tensor, units: torch.Tensor, values: torch.Tensor, granularity: str, block_size: int = 0
+    weight: torch.Tensor, units: torch.Tensor | EntryIndex, values: torch.Tensor, granularity: str, block_size: int = 0
 ) -> torch.Tensor:
     """Overwrite `weight` at the distinct `units` with `values` of the weight's dtype, in place; returns `weight`."""
+    units = units.flat if isinstance(units, EntryIndex) else units
     if granularity == "entry" and not _has_flat_view(weight):
         units = units.long()
         weight[units // weight.shape[1], units % weight.shape[1]] = values
@@ -134,30 +125,27 @@ def add_units_(
 def unit_gradient(
     grad_output: torch.Tensor,
     x: torch.Tensor,
-    units: torch.Tensor,
+    units: torch.Tensor | EntryIndex,
     granularity: str,
     block_size: int = 0,
-    row_ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Gradient of the loss at the units: :math:`(dY^\top X)` read at `units`, never whole.
 
-    Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]` of one dtype; returns fp32 values (fp64 for fp64).
-    With `row_ends`, `units` are the columns of packed entries (`pack_entries`). At most `DENSE_TILE_BYTES` of a dense
-    gradient exist at once.
+    Shapes: `grad_output` `[tokens, rows]`, `x` `[tokens, cols]` of one dtype; returns fp32 values (fp64 for fp64). At
+    most `DENSE_TILE_BYTES` of a dense gradient exist at once.
     """
-    if triton_kernels.serves(grad_output, x, units, granularity, block_size):
-        if granularity == "entry":
-            flat = units if row_ends is None else unpack_entries(units, row_ends, x.shape[1])
-            return triton_kernels.entry_gradient(grad_output, x, flat)
-        return triton_kernels.block_gradient(grad_output, x, units, block_size)
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if granularity == "entry":
+        if not isinstance(units, EntryIndex):
+            units = EntryIndex(units, None, grad_output.shape[1], x.shape[1])
+        return _entry_gradient(grad_output, x, units).to(out_dtype)
+    if triton_kernels.serves(grad_output, x, granularity, block_size):
+        return triton_kernels.block_gradient(grad_output, x, units, block_size)
     if granularity == "row":
         return (take_columns(grad_output, units).t() @ x).to(out_dtype)
     if granularity == "column":
         return column_gradient(grad_output, take_columns(x, units))
-    if granularity == "block":
-        return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
-    return _entry_gradient(grad_output, x, units, row_ends).to(out_dtype)
+    return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
 
 
 def column_gradient(grad_output: torch.Tensor, x_columns: torch.Tensor) -> torch.Tensor:
@@ -166,47 +154,41 @@ def column_gradient(grad_output: torch.Tensor, x_columns: torch.Tensor) -> torch
     return (x_columns.t() @ grad_output).to(out_dtype)
 
 
-# Nanoseconds per 1024 tokens on two cores with AVX-512, measured: an entry of a dense gradient, a row or column that a
-# sampled product must transpose first, by dtype; a sampled entry. Only their ratios matter.
-_DENSE_ENTRY = {torch.float64: 24.0, torch.float32: 11.3, torch.bfloat16: 2.8, torch.float16: 2.8}
-_TRANSPOSED_LINE = {torch.bfloat16: 230.0}
-_SAMPLED_ENTRY, _OTHER_TRANSPOSED_LINE = 34.0, 500.0
 # Tokens of one transpose, by product (bf16) or by copies, and bytes of transposed activations that may exist at once.
 _EYE_TOKENS, _COPIED_TOKENS = 64, 256
 _TRANSPOSED_BYTES = 1 << 24
 
 
-def sampling_pays(rows: int, cols: int, entries: int, dtype: torch.dtype) -> bool:
-    """Whether `entries` dot products over the tokens cost less than a dense gradient that is gathered (CPU)."""
-    line = _TRANSPOSED_LINE.get(dtype, _OTHER_TRANSPOSED_LINE)
-    sampled = entries * _SAMPLED_ENTRY + (rows + cols) * line
-    return entries > 0 and sampled < rows * cols * _DENSE_ENTRY.get(dtype, 0.0)
-
-
-def _entry_gradient(
-    grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, row_ends: torch.Tensor | None
-) -> torch.Tensor:
+def _entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, index: EntryIndex) -> torch.Tensor:
+    if not index.numel():
+        return x.new_zeros(0)
     rows, cols = grad_output.shape[1], x.shape[1]
-    if x.device.type == "cpu" and sampling_pays(rows, cols, units.numel(), x.dtype):
-        packed = (units, row_ends) if row_ends is not None else pack_entries(units, rows, cols)
-        return _sampled_gradient(grad_output, x, *packed)
-    if row_ends is not None:
-        units = unpack_entries(units, row_ends, cols)
+    kernel = triton_kernels.serves(grad_output, x, "entry")
+    may_sample = kernel or x.device.type == "cpu"
+    way = entry_gradient_way(costs_of(x.device.type, x.dtype), rows, cols, index.numel(), index.subgrid, may_sample)
+    if way == "compacted":
+        x_columns = take_columns(x, index.live_columns)
+        return compacted_gradient(take_columns(grad_output, index.live_rows), x_columns, index)
+    if way == "sampled":
+        if kernel:
+            return triton_kernels.entry_gradient(grad_output, x, index.flat)
+        return sampled_gradient(grad_output, x, index)
+    units = index.flat
     tile = max(1, DENSE_TILE_BYTES // (cols * x.element_size()))
     if tile >= rows:
         return (grad_output.t() @ x).view(-1).index_select(0, units)
     if x.device.type != "cpu":
-        return _gathered_by_all(grad_output, x, units.long(), tile)
+        return _gathered_by_all(grad_output, x, units, tile)
     # Sorted units let each tile of rows own one slice of them.
     starts = torch.arange(0, rows, tile, device=units.device)
-    bounds = [*torch.searchsorted(units.long(), starts * cols).tolist(), units.numel()]
+    bounds = [*torch.searchsorted(units, starts * cols).tolist(), units.numel()]
     parts = []
     for number, start in enumerate(range(0, rows, tile)):
         inside = units[bounds[number] : bounds[number + 1]]
         if inside.numel():
             dense = grad_output[:, start : start + tile].t() @ x
-            parts.append(dense.view(-1).index_select(0, inside.long() - start * cols))
-    return torch.cat(parts) if parts else x.new_zeros(0)
+            parts.append(dense.view(-1).index_select(0, inside - start * cols))
+    return torch.cat(parts)
 
 
 def _gathered_by_all(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tensor, tile: int) -> torch.Tensor:
@@ -221,26 +203,30 @@ def _gathered_by_all(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Te
     return found
 
 
-def _sampled_gradient(
-    grad_output: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, row_ends: torch.Tensor
-) -> torch.Tensor:
-    """Each entry one dot product over the tokens, in fp32, some tokens at a time."""
+def compacted_gradient(dy_rows: torch.Tensor, x_columns: torch.Tensor, index: EntryIndex) -> torch.Tensor:
+    """Gradient at entries from the slices of `dy` and `x` at the sub-grid that they lie in, fp32 (or float64) `[k]`."""
+    return subgrid_gradient(dy_rows, x_columns).view(-1).index_select(0, index.inside)
+
+
+def sampled_gradient(grad_output: torch.Tensor, x: torch.Tensor, index: EntryIndex) -> torch.Tensor:
+    """Each entry one dot product over the tokens, in fp32, some tokens at a time (CPU)."""
     rows, cols = grad_output.shape[1], x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    starts = torch.cat([row_ends.new_zeros(1), row_ends])
+    starts, columns = index.compressed_rows
     values = torch.zeros(columns.numel(), dtype=wide)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        sampled = torch.sparse_csr_tensor(starts, columns.int(), values, (rows, cols), check_invariants=False)
+        sampled = torch.sparse_csr_tensor(starts, columns, values, (rows, cols), check_invariants=False)
     step = max(_EYE_TOKENS, _TRANSPOSED_BYTES // ((rows + cols) * x.element_size()) // _EYE_TOKENS * _EYE_TOKENS)
     for at in range(0, x.shape[0], step):
-        for left, right in zip(_transposed(grad_output[at : at + step]), _transposed(x[at : at + step]), strict=True):
+        pieces = (transposed_pieces(side[at : at + step]) for side in (grad_output, x))
+        for left, right in zip(*pieces, strict=True):
             # Widened just before it is read: what both cores have just written is in their caches.
             torch.sparse.sampled_addmm(sampled, left.to(wide), right.to(wide).t(), out=sampled)
     return sampled.values()
 
 
-def _transposed(a: torch.Tensor) -> list[torch.Tensor]:
+def transposed_pieces(a: torch.Tensor) -> list[torch.Tensor]:
     """`a` `[tokens, lines]` as contiguous `[lines, some tokens]` pieces, in the order of the tokens."""
     tokens, lines = a.shape
     whole = tokens // _EYE_TOKENS * _EYE_TOKENS if a.dtype == torch.bfloat16 else 0

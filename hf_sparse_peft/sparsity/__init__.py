@@ -35,7 +35,7 @@ from .budget_splits import (
     WholeTensors,
 )
 from .budget_totals import AverageRank, Density, Fraction, Numbers, RankEquivalent
-from .codec import HEADER_BYTES, coded_grid, codes_length, decode_support, encode_support
+from .codec import HEADER_BYTES, coded_grid, coded_header, coded_parts, codes_length, decode_support, encode_support
 from .curves import (
     Constant,
     Cosine,
@@ -129,6 +129,8 @@ __all__ = [
     "best_subgrid",
     "chunks_of",
     "coded_grid",
+    "coded_header",
+    "coded_parts",
     "codes_length",
     "competition_counts",
     "counts_from_rank",

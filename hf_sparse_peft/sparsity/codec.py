@@ -1,13 +1,13 @@
-r"""A support as a fixed-length byte buffer, about 1.4 bytes a unit at density 1 %.
+r"""A support as a fixed-length byte buffer: a byte a unit, and one for every 255 units of the weight.
 
-    | header, 24 bytes                                          | payload: capacity + ceil(num_units / 255) bytes   |
-    | "SU" version granularity block_size count rows cols crc32 | gap gap 255 gap 255 255 gap ... 255 255 255 (pad) |
+    | header, 24 bytes                                          | counts: a byte a chunk | places: capacity bytes |
+    | "SU" version granularity block_size count rows cols crc32 | 2 0 1 ...              | 7 254 0 ... (0 0 0)    |
 
-Every gap is `unit - previous - 1` with `previous = -1` before the first unit. It is written as `gap // 255` bytes of
-255 ("skip 255, no unit here") and one byte `gap % 255`, which stands for a unit. So the bytes below 255 are the units,
-two equal or swapped units cannot be written at all, and trailing 255s are padding. `a <= capacity` units take
-`a + sum(gap // 255) <= capacity + floor(num_units / 255)` bytes, hence the fixed length: the shape follows from the
-config and the layer alone, and every checkpoint loader works. All integers are little-endian.
+The units of a weight lie on lines (entries: rows of the weight, as far as `ops.entry_lines` keeps those apart; else
+all on one), and lines are cut into chunks of 255. Each chunk has the number of its living units in `counts`, and each
+living unit its place in its chunk, 0 to 254, in `places`, in order; bytes behind the last place are 0. So the shape
+follows from the config and the layer alone, every checkpoint loader works, and the engine reads entries from the buffer
+as it is: no other copy of them is kept (`ops.EntryIndex`). All integers are little-endian.
 """
 
 from __future__ import annotations
@@ -18,17 +18,33 @@ import zlib
 import torch
 from torch import Tensor
 
+from ..ops import CHUNK, chunk_count, entry_lines, pack_units, unpack_units
 from .support import GRANULARITIES, UnitGrid
 
 HEADER_BYTES = 24
 FORMAT_VERSION = 1
 _MAGIC = b"SU"
 _HEADER = struct.Struct("<2sBBIIIII")  # magic, version, granularity, block size, count, rows, cols, crc32
-_SKIP = 255
+
+
+def coded_lines(grid: UnitGrid) -> tuple[int, int]:
+    """Lines that the units of `grid` are cut along, and units of each."""
+    return entry_lines(grid.rows, grid.cols) if grid.granularity == "entry" else (1, grid.num_units)
+
+
+def coded_parts(codes: Tensor, grid: UnitGrid, count: int) -> tuple[Tensor, Tensor]:
+    """Places of the `count` units in `codes`, and the counts of all chunks: views, as `ops.unpack_units` takes them."""
+    places = HEADER_BYTES + chunk_count(*coded_lines(grid))
+    return codes[places : places + count], codes[HEADER_BYTES:places]
+
+
+def coded_header(codes: Tensor) -> bytes:
+    """The header of `codes`. Two buffers with the same one hold the same units."""
+    return bytes(codes[:HEADER_BYTES].cpu().tolist())
 
 
 def codes_length(grid: UnitGrid, capacity: int) -> int:
-    """Bytes of the buffer that holds up to `capacity` units of `grid`: header, one byte a unit, one per 255 skipped.
+    """Bytes of the buffer that holds up to `capacity` units of `grid`: header, one byte a unit, one a chunk.
 
     Raises:
         ValueError: `capacity` outside `0 .. num_units`, or a grid beyond the header's 32-bit fields.
@@ -37,11 +53,11 @@ def codes_length(grid: UnitGrid, capacity: int) -> int:
         raise ValueError(f"capacity={capacity} must be between 0 and the {grid.num_units} units of the weight.")
     if max(grid.rows, grid.cols, capacity, grid.block_size) >= 2**32:
         raise ValueError(f"{grid} with capacity={capacity} does not fit the header: every field must be below 2**32.")
-    return HEADER_BYTES + capacity + -(-grid.num_units // _SKIP)
+    return HEADER_BYTES + chunk_count(*coded_lines(grid)) + capacity
 
 
 def encode_support(units: Tensor, grid: UnitGrid, capacity: int) -> Tensor:
-    """Gap-codes `units` (`[a]`, any integer dtype, sorted, distinct, `a <= capacity`).
+    """Codes `units` (`[a]`, any integer dtype, sorted, distinct, `a <= capacity`).
 
     Returns uint8 `[codes_length(grid, capacity)]` on `units`' device. Temporaries are `O(a)`, never `O(num_units)`
     words.
@@ -55,21 +71,19 @@ def encode_support(units: Tensor, grid: UnitGrid, capacity: int) -> Tensor:
     count = units.numel()
     if count > capacity:
         raise ValueError(f"{count} units do not fit a support of capacity={capacity}.")
-    codes = torch.full((length,), _SKIP, dtype=torch.uint8, device=units.device)
+    codes = torch.zeros(length, dtype=torch.uint8, device=units.device)
     payload = codes[HEADER_BYTES:]
     if count:
         u = units.long()
-        gaps = torch.diff(u, prepend=u.new_full((1,), -1)).sub_(1)
-        # The first unit's own sign is in its gap, so one minimum finds disorder, duplicates and negatives alike.
-        if int(gaps.min()) < 0:
+        # With -1 before the first unit, one minimum finds disorder, duplicates and negatives alike.
+        if int(torch.diff(u, prepend=u.new_full((1,), -1)).min()) < 1:
             raise ValueError(
                 "units must be sorted, distinct and non-negative; call torch.sort or torch.unique before encoding."
             )
         if int(u[-1]) >= grid.num_units:
             raise ValueError(f"unit {int(u[-1])} is out of range: {grid} has units 0 .. {grid.num_units - 1}.")
-        skips = gaps // _SKIP
-        at = torch.cumsum(skips, 0).add_(torch.arange(count, device=u.device))
-        payload[at] = gaps.sub_(skips.mul_(_SKIP)).to(torch.uint8)
+        for part, found in zip(coded_parts(codes, grid, count), pack_units(u, *coded_lines(grid)), strict=True):
+            part.copy_(found)
     header = _HEADER.pack(
         _MAGIC, FORMAT_VERSION, *_layout(grid), count, grid.rows, grid.cols, zlib.crc32(payload.cpu().numpy())
     )
@@ -112,20 +126,28 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
         raise ValueError(
             f"The support of '{name}' does not match its checksum: the file is damaged. Fetch or save it again."
         )
-    at = (payload != _SKIP).nonzero().squeeze(1)
-    if at.numel() != count:
-        raise ValueError(f"The support of '{name}' says it holds {count} units, but {at.numel()} are coded.")
+    places, counts = coded_parts(codes, grid, count)
+    coded = int(counts.sum())
+    if coded != count:
+        raise ValueError(f"The support of '{name}' says it holds {count} units, but {coded} are coded.")
     if count == 0:
         return torch.empty(0, dtype=grid.index_dtype, device=codes.device)
-    # Byte p is the i-th unit, so p - i skips of 255 lie before it: no running sum over the payload is needed.
-    steps = payload[at].long().add_(1).cumsum(0)
-    units = at.sub_(torch.arange(count, device=at.device)).mul_(_SKIP).add_(steps).sub_(1)
-    if int(units[-1]) >= grid.num_units:
+    units = unpack_units(places, counts, *coded_lines(grid))
+    if not _in_order(units, places, counts, *coded_lines(grid)):
         raise ValueError(
-            f"The support of '{name}' holds unit {int(units[-1])}, out of range: a weight of {rows}x{cols} has "
-            f"{grid.num_units} units."
+            f"The support of '{name}' has units out of order or out of range: a weight of {rows}x{cols} has "
+            f"{grid.num_units} units. The file is damaged."
         )
     return units.to(grid.index_dtype)
+
+
+def _in_order(units: Tensor, places: Tensor, counts: Tensor, lines: int, length: int) -> bool:
+    """Whether places of valid counts rise within each chunk and end with it."""
+    per_line = chunk_count(1, length)
+    ends = torch.full((per_line,), CHUNK, device=places.device)
+    ends[-1] = length - CHUNK * (per_line - 1)
+    inside = places < torch.repeat_interleave(ends.repeat(lines), counts.int(), output_size=places.numel())
+    return bool((torch.diff(units) > 0).all() & inside.all())
 
 
 def coded_grid(codes: Tensor, name: str) -> UnitGrid:
@@ -156,7 +178,7 @@ def _read_header(codes: Tensor, name: str) -> tuple[int, int, int, int, int, int
             f"The support of '{name}' has {codes.numel()} bytes, less than its header's {HEADER_BYTES}: the file is "
             "truncated."
         )
-    header = bytes(codes[:HEADER_BYTES].cpu().tolist())
+    header = coded_header(codes)
     if not any(header):
         raise ValueError(
             f"The support of '{name}' was not yet written: its buffer is as it was allocated. The checkpoint lacks "

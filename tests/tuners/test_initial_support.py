@@ -8,8 +8,9 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support_codes import read_codes
 from torch.utils.data import DataLoader, TensorDataset
-from tuner_toolbox import base_bits, fill, logits, make_config, read_codes, same_bits, tiny_llama, token_ids
+from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama, token_ids
 
 from hf_sparse_peft import (
     ByModule,

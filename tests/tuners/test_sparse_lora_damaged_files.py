@@ -1,12 +1,11 @@
 """A damaged adapter file stops at once, by the name of its tensor, before a layer changes."""
 
-import zlib
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft import set_peft_model_state_dict as set_state
 from safetensors.torch import load_file, save_file
+from support_codes import chunks_of, seal
 from tuner_toolbox import base_bits, fill, make_config, same_bits, saved, tiny_llama
 
 FILE = "adapter_model.safetensors"
@@ -49,17 +48,16 @@ def damage(kind, tensors):
         codes.zero_()
     elif kind == "flipped bit":
         codes[30] ^= 1
-    elif kind == "duplicated unit":  # a second stop where padding was: one unit more than the header says
-        at = int((codes[24:] == 255).nonzero()[-1]) + 24
-        codes[at] = 0
-        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
-    elif kind == "unit out of range":
-        payload = codes[24:]
-        stops = (payload != 255).nonzero().squeeze(1)
-        order = torch.cat([payload[payload == 255], payload[stops]])  # every skip first: the last unit is pushed out
-        order[-stops.numel() :] = 254
-        codes[24:] = order
-        codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
+    elif kind == "duplicated unit":  # a unit in the last chunk that the header does not count
+        codes[24 + len(chunks_of(codes)) - 1] += 1
+        seal(codes)
+    elif kind == "unit out of range":  # the last unit is pushed out of the last chunk
+        chunks = len(chunks_of(codes))
+        codes[24 : 24 + chunks] = 0
+        codes[24 + chunks - 1], codes[8] = 1, 1
+        codes[9:12], codes[24 + chunks :] = 0, 0
+        codes[24 + chunks] = 254
+        seal(codes)
     elif kind == "wrong count":
         codes[8] += 1
     elif kind == "other version":

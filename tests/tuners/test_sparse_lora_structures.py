@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from tuner_toolbox import HIDDEN, INNER, fill, logits, make_config, read_codes
+from support_codes import read_codes
+from tuner_toolbox import HIDDEN, INNER, fill, logits, make_config
 
 from hf_sparse_peft import ErdosRenyi, SparseLoraConfig, StructureConfig, UnitsPerModule
 from hf_sparse_peft.hub import check_adapter, export_lora

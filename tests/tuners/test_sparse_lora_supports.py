@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from support_codes import read_codes
 from ties import best
-from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, read_codes, tiny_llama
+from tuner_toolbox import BASES, GRANULARITIES, fill, logits, make_config, tiny_llama
 
 from hf_sparse_peft import ErdosRenyi, Global, Numbers
 from hf_sparse_peft.sparsity import stream_seed

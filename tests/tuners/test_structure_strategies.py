@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from tuner_toolbox import HIDDEN, INNER, base_bits, fill, logits, make_config, read_codes, same_bits, tiny_llama
+from support_codes import read_codes
+from tuner_toolbox import HIDDEN, INNER, base_bits, fill, logits, make_config, same_bits, tiny_llama
 from tuner_toolbox import token_ids as tokens
 
 from hf_sparse_peft import SparseLoraConfig, StructureConfig, initialize_support, load_support, methods

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import struct
 import warnings
 from pathlib import Path
 
 import tiny
 import torch
 from peft import get_peft_model
+from support_codes import read_codes
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig
@@ -121,19 +121,6 @@ def base_bits(model) -> dict[str, torch.Tensor]:
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def read_codes(codes: torch.Tensor) -> list[int]:
-    """Units in a support buffer, by the format's definition: byte 255 skips 255 units, any other skips that many and
-    stands for one."""
-    units, position = [], -1
-    for byte in codes.tolist()[24:]:
-        if byte == 255:
-            position += 255
-        else:
-            position += byte + 1
-            units.append(position)
-    return units[: struct.unpack_from("<I", bytes(codes.tolist()), 8)[0]]
 
 
 def dense_sparse_half(layer: SparseLoraLayer, adapter: str, values: torch.Tensor | None = None) -> torch.Tensor:

@@ -136,7 +136,7 @@ def _check_untrained(layers: list[SparseLoraLayer], adapter_name: str) -> None:
 def write_support_file(
     path: str | Path, units: dict[str, torch.Tensor], grids: dict[str, UnitGrid], about: dict[str, object]
 ) -> None:
-    """Write the units of each module, gap-coded as in adapter files, and what they were chosen by."""
+    """Write the units of each module, coded as in adapter files, and what they were chosen by."""
     codes = {name: encode_support(u, grids[name], u.numel()).cpu().contiguous() for name, u in units.items()}
     with whole_file(path) as file:
         save_file(codes, file, metadata={"format": FORMAT, "version": VERSION, "about": json.dumps(about)})

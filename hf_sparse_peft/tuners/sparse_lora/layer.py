@@ -21,7 +21,7 @@ from .factors import factor_specs, fold_experts, merged_factors
 from .plan import ModuleSizes
 from .spaces import spaces_of
 from .subnet import SubnetState, read_subnet, subnet_specs
-from .support import SupportState, read_support, support_specs
+from .support import KnownSupport, SupportState, read_support, support_specs
 
 
 class SparseLoraLayer(SubnetState, SupportState):
@@ -39,11 +39,11 @@ class SparseLoraLayer(SubnetState, SupportState):
     sparse_lora_subnet: nn.ParameterDict
     """`[R, C]`, with `granularity="subnet"` in place of values."""
     sparse_lora_support: BufferDict
-    """uint8, the gap-coded units."""
+    """uint8, the coded units (`sparsity.codec`)."""
     sparse_lora_subnet_rows: BufferDict
-    """uint8, the gap-coded rows of a subnet."""
+    """uint8, the coded rows of a subnet."""
     sparse_lora_subnet_columns: BufferDict
-    """uint8, its gap-coded columns."""
+    """uint8, its coded columns."""
     sparse_lora_rank_mask: BufferDict
     """uint8 `[r]`, 1 for living components; only with the gate."""
     sparse_lora_A_map: BufferDict
@@ -65,7 +65,7 @@ class SparseLoraLayer(SubnetState, SupportState):
         self.place_over(base_layer, module_name, **kwargs)
         self.expert_draws: dict[str, ExpertDraw] = {}
         self._subnets: dict[str, tuple[list[tuple], tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._units: dict[str, tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor | None]] = {}
+        self._units: dict[str, KnownSupport] = {}
 
     @classmethod
     def tensor_specs(

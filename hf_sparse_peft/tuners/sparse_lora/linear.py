@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
                 if hasattr(passive, "expect"):
                     passive.expect()
                 cut |= {"gradient_reader": self.runtime_reader(), "passive_reader": passive}
+            if operands.counts is not None:
+                cut["units_version"] = partial(self.units_version, tuple(self.active_adapters))
             plan = Plan(self.out_features, self.in_features, dtype, source, **cut)
             return sparse_linear(x, plan, **tensors)
         dense = isinstance(source, DenseSource)
@@ -162,7 +165,7 @@ class Operands:
 
     values: torch.Tensor | None = None
     units: torch.Tensor | None = None
-    row_ends: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
     granularity: str = "entry"
@@ -179,8 +182,7 @@ class Operands:
     @property
     def sparse(self) -> dict:
         """Keyword arguments of the sparse half."""
-        names = ("values", "units", "row_ends", "live_rows", "live_columns")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("values", "units", "counts", "live_rows", "live_columns")}
 
     @property
     def low_rank(self) -> dict:
@@ -204,8 +206,7 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
     grids = [layer.sparse_lora_grid[name] for name in names]
     cut = {"granularity": grids[0].granularity, "block_size": grids[0].block_size}
     if len(names) == 1:
-        units, row_ends = layer.packed_units(names[0])
-        return {"values": layer.living_values(names[0]), "units": units, "row_ends": row_ends, **cut}
+        return {"values": layer.living_values(names[0]), **layer.packed_units(names[0])._asdict(), **cut}
     everything = [layer.units(name) for name in names]
     parts = [(layer.living_values(name), units) for name, units in zip(names, everything, strict=True)]
     if any(grid != grids[0] for grid in grids):

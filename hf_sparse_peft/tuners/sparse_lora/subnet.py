@@ -1,7 +1,7 @@
 r"""Subnets: the crossings of some rows and some columns of a weight, trained as one dense matrix `V` `[R, C]`.
 
 :math:`S_{ij} = V_{ab}` where i is row a and j is column b of the subnet, 0 elsewhere. Backward passes keep
-:math:`X_{:, C}` only. Rows and columns are gap-coded by `sparsity.codec`, each in a buffer of its own.
+:math:`X_{:, C}` only. Rows and columns are coded by `sparsity.codec`, each in a buffer of its own.
 """
 
 from __future__ import annotations

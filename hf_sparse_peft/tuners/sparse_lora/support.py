@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from ...ops import pack_entries, unpack_entries
+from ...ops import live_lines, unpack_entries
 from ...sparsity import (
     Budget,
     ByModule,
@@ -19,6 +20,8 @@ from ...sparsity import (
     Targets,
     UnitGrid,
     coded_grid,
+    coded_header,
+    coded_parts,
     codes_length,
     decode_support,
     encode_support,
@@ -142,6 +145,42 @@ def _capacity_by_config(config: SparseLoraConfig, module_name: str, grid: UnitGr
     return budget.counts(Targets({module_name: grid}, find=find_pattern)).get(module_name, 0)
 
 
+class PackedUnits(NamedTuple):
+    """Living units as `ops.sparse_linear` takes them."""
+
+    units: torch.Tensor
+    """Sorted and distinct; of entries their places, with `counts` (`ops.pack_entries`)."""
+    counts: torch.Tensor | None = None
+    live_rows: torch.Tensor | None = None
+    """Entries that lie in a small part of rows and columns have these (int16 where that is enough)."""
+    live_columns: torch.Tensor | None = None
+
+
+class KnownSupport(NamedTuple):
+    """What was found in a saved buffer, to be valid while the buffer is the same, in the same place and version."""
+
+    codes: torch.Tensor
+    pointer: int
+    version: int
+    header: bytes
+    packed: PackedUnits
+
+
+# Entries are remembered as those of a sub-grid where that is at most this share of the weight.
+_MOST_COMPACTED = 0.5
+
+
+def _subgrid(units: torch.Tensor, grid: UnitGrid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    lines = live_lines(units, grid.rows, grid.cols)
+    if not units.numel() or lines[0].numel() * lines[1].numel() > _MOST_COMPACTED * grid.rows * grid.cols:
+        return None, None
+    rows, columns = (
+        line.to(torch.int16 if side <= 2**15 else torch.int32)
+        for line, side in zip(lines, (grid.rows, grid.cols), strict=True)
+    )
+    return rows, columns
+
+
 class SupportState(AdapterLayer):
     """What `SparseLoraLayer` does with its supports; the tensors are allocated there."""
 
@@ -228,47 +267,51 @@ class SupportState(AdapterLayer):
         """
         if adapter_name not in self.sparse_lora_support and adapter_name in self.adapter_configs:
             return torch.empty(0, dtype=torch.int32, device=self.get_base_layer().weight.device)
-        units, row_ends = self.packed_units(adapter_name)
-        if row_ends is None:
-            return units
-        return unpack_entries(units, row_ends, self.in_features).to(self.sparse_lora_grid[adapter_name].index_dtype)
+        packed = self.packed_units(adapter_name)
+        if packed.counts is None:
+            return packed.units
+        grid = self.sparse_lora_grid[adapter_name]
+        return unpack_entries(packed.units, packed.counts, grid.rows, grid.cols).to(grid.index_dtype)
 
-    def packed_units(self, adapter_name: str, loading: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The living units as the engine takes them: entries packed into rows (`ops.pack_entries`), others as they are.
+    def packed_units(self, adapter_name: str, loading: bool = False) -> PackedUnits:
+        """The living units as the engine takes them: entries where they lie in the saved buffer, others decoded.
 
-        Decoded from the saved buffer once, and again whenever that buffer was replaced or rewritten; a rewriting that
-        was neither `write_support` nor `loading` is told once.
+        The buffer is checked once, and again whenever it was replaced or rewritten; a rewriting that was neither
+        `write_support` nor `loading` is told once.
 
         Raises:
             ValueError: the buffer is damaged or belongs to another weight; the message names it.
         """
         if torch.compiler.is_compiling() and adapter_name in self._units:
-            return self._units[adapter_name][3:]  # write_support and loading keep it fresh; a graph cannot look
+            return self._units[adapter_name].packed  # write_support and loading keep it fresh; a graph cannot look
         codes = self.sparse_lora_support[adapter_name]
         version = 0 if codes.is_inference() else codes._version
         cached = self._units.get(adapter_name)
         # The buffer itself is kept for comparison: a freed one's address may come back with the same version.
-        if cached is not None and cached[0] is codes and cached[1:3] == (codes.data_ptr(), version):
-            return cached[3:]
+        if cached is not None and cached.codes is codes and cached[1:3] == (codes.data_ptr(), version):
+            return cached.packed
         # Values that are not zero belong to units that only the file knows: decoding refuses them.
         if not codes.is_meta and not codes[:4].any() and not self.sparse_lora_values[adapter_name].any():
             if self.adapter_configs[adapter_name].needs_calibration:  # empty until data decides
                 index_dtype = self.sparse_lora_grid[adapter_name].index_dtype
-                return self._remember(adapter_name, torch.empty(0, dtype=index_dtype, device=codes.device))
+                return self._remember(adapter_name, torch.empty(0, dtype=index_dtype, device=codes.device)).packed
             self.select_support(adapter_name)
             return self.packed_units(adapter_name)
         name = f"{self.module_name}.sparse_lora_support"
         capacity = self.sparse_lora_values[adapter_name].shape[0]
         units = decode_support(codes, self.sparse_lora_grid[adapter_name], capacity, name)
         found = self._remember(adapter_name, units)
-        if cached is not None and not loading:
-            self._notice_overwritten_support(adapter_name, cached[3:], found)
-        return found
+        if cached is not None and not loading and cached.header != found.header:
+            self._notice_overwritten_support(adapter_name)
+        return found.packed
 
-    def _notice_overwritten_support(self, adapter_name: str, old: tuple, new: tuple) -> None:
+    def units_version(self, adapter_names: Iterable[str]) -> tuple[bytes, ...]:
+        """Headers of the adapters' buffers as they were last looked at: others once a support has moved."""
+        return tuple(self._units[name].header for name in adapter_names if name in self._units)
+
+    def _notice_overwritten_support(self, adapter_name: str) -> None:
         config = self.adapter_configs[adapter_name]
-        changed = any(a is not None and not torch.equal(a.to(b.device), b) for a, b in zip(old, new, strict=True))
-        if not changed or getattr(config, "_overwriting_told", False):
+        if getattr(config, "_overwriting_told", False):
             return
         config._overwriting_told = True
         warnings.warn(
@@ -279,14 +322,17 @@ class SupportState(AdapterLayer):
             stacklevel=2,
         )
 
-    def _remember(self, adapter_name: str, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        codes = self.sparse_lora_support[adapter_name]
+    def _remember(self, adapter_name: str, units: torch.Tensor) -> KnownSupport:
+        codes, grid = self.sparse_lora_support[adapter_name], self.sparse_lora_grid[adapter_name]
         version = 0 if codes.is_inference() else codes._version
-        row_ends = None
-        if self.sparse_lora_grid[adapter_name].granularity == "entry":
-            units, row_ends = pack_entries(units, self.out_features, self.in_features)
-        self._units[adapter_name] = (codes, codes.data_ptr(), version, units, row_ends)
-        return units, row_ends
+        packed = PackedUnits(units)
+        if grid.granularity == "entry":
+            # `data` has no version of autograd's: a backward pass is not to refuse a buffer that a process group has
+            # written again with the same bytes in between. Moves are noticed by `units_version`.
+            packed = PackedUnits(*coded_parts(codes.data, grid, units.numel()), *_subgrid(units, grid))
+        known = KnownSupport(codes, codes.data_ptr(), version, coded_header(codes), packed)
+        self._units[adapter_name] = known
+        return known
 
     def refresh_units(self) -> None:
         """Decode again what was loaded: a compiled graph reads the decoded units without looking at the buffer.
@@ -310,7 +356,7 @@ class SupportState(AdapterLayer):
     def living_values(self, adapter_name: str) -> torch.Tensor:
         """Values of the living units as they act in the update: scaled where the config scales the support."""
         values = self.sparse_lora_values[adapter_name]
-        count = self.packed_units(adapter_name)[0].numel()
+        count = self.packed_units(adapter_name).units.numel()
         values = values if count == values.shape[0] else values[:count]
         scale = self.sparse_lora_support_scaling[adapter_name]
         return values if scale == 1.0 else values * scale
@@ -321,10 +367,10 @@ class SupportState(AdapterLayer):
             return False
         codes, known = self.sparse_lora_support[adapter_name], self._units.get(adapter_name)
         if torch.compiler.is_compiling() and known is not None:
-            return not known[3].numel()
+            return not known.packed.units.numel()
         version = 0 if codes.is_inference() else codes._version
-        if known is not None and known[0] is codes and known[1:3] == (codes.data_ptr(), version):
-            return not known[3].numel()  # without a look at the device's memory; a decided support has a unit
+        if known is not None and known.codes is codes and known[1:3] == (codes.data_ptr(), version):
+            return not known.packed.units.numel()  # without a look at the device's memory; a decided support has a unit
         return not codes.is_meta and not codes[:4].any()
 
     def resize_support(self, adapter_name: str, count: int) -> None:
