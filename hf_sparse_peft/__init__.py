@@ -40,6 +40,7 @@ from .rules import (
     SearchSupport,
     Smoothed,
     StableRank,
+    SwitchLayers,
 )
 from .sparsity import (
     AverageRank,
@@ -167,6 +168,7 @@ __all__ = [
     "StableRank",
     "StructureConfig",
     "SupportTelemetryCallback",
+    "SwitchLayers",
     "UnitsPerModule",
     "UpdateSparsity",
     "WholeTensors",

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..rules import AlternateModules, SampleLayers
-from ..training import LayerSamplingCallback
+from ..rules import AlternateModules, Rule, SampleLayers, SwitchLayers
+from ..training import RuleRunner
 from ..tuners.shared.config import AdapterConfig
 from .registry import Method, register, row
 
@@ -47,14 +47,41 @@ def ist(
     """Layer sampling over `adapter`, any peft config (upstream's `LoraConfig`); default: a low-rank half alone, on the
     paper's five matrices of a Llama block (for models that name theirs otherwise pass `target_modules`)."""
     sampling = SampleLayers(trained, suppressed, suppression, every=every)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    return _over(adapter, sampling, overrides, r=r, lora_alpha=lora_alpha, target_modules=targets)
+
+
+@register(
+    "lisa",
+    paper="Pan et al., 2024",
+    moves="which layers' adapters train, every 20 steps",
+    use_when="optimizer state or gradients of all layers at once do not fit, and a probe is not wanted",
+    cost="none",
+)
+def lisa(
+    adapter: PeftConfig | None = None,
+    layers: int = 2,
+    every: int = 20,
+    moments: str = "reset",
+    r: int = 32,
+    lora_alpha: float = 64,
+    **overrides: Any,
+) -> Method:
+    """A few layers drawn alike train at a time (`SwitchLayers`), over `adapter`, any peft config; default: a low-rank
+    half alone on all linears. The authors train full weights, and embedding and head always: for a head pass
+    `modules_to_save`."""
+    switching = SwitchLayers(layers, every, moments)
+    return _over(adapter, switching, overrides, r=r, lora_alpha=lora_alpha, target_modules="all-linear")
+
+
+def _over(adapter: PeftConfig | None, rule: Rule, overrides: dict[str, Any], **default: Any) -> Method:
+    """`rule` over `adapter`, or over a low-rank half with the options `default`."""
     if adapter is None:
-        targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-        options = {"r": r, "lora_alpha": lora_alpha, "density": 0.0, "schedule": [sampling]}
-        return row(overrides, **options, target_modules=targets)
+        return row(overrides, density=0.0, schedule=[rule], **default)
     if overrides:
         raise ValueError(f"{sorted(overrides)} belong to the adapter's own config; set them there.")
     if isinstance(adapter, AdapterConfig):
         adapter = copy.copy(adapter)
-        adapter.schedule = [*adapter.schedule, sampling]
+        adapter.schedule = [*adapter.schedule, rule]
         return Method(adapter)
-    return Method(adapter, make_callbacks=lambda model: [LayerSamplingCallback(sampling)])
+    return Method(adapter, make_callbacks=lambda model: [RuleRunner(rule)])

@@ -17,7 +17,8 @@ freeze.py        entries stop training                frozen.py        units tha
 freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
 penalties.py     L1 and nuclear norm on what trains
-sample_layers.py    drawn transformer layers train at a step        probing.py    passes beside training
+sample_layers.py, switch_layers.py    drawn transformer layers train    drawn_layers.py    what they share
+probing.py       passes beside training
 """
 
 from .adaptive_row_scale import AdaptiveRowScale
@@ -48,6 +49,7 @@ from .scores import ModuleSensitivity, Smoothed, TrainingScore
 from .search_support import SearchSupport
 from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
+from .switch_layers import SwitchLayers
 from .update_mask import UpdateMask
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "SignedMagnitude",
     "Smoothed",
     "StableRank",
+    "SwitchLayers",
     "TensorSpace",
     "Training",
     "TrainingScore",

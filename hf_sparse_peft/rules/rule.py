@@ -45,6 +45,8 @@ class Rule(Part):
     (a loop that gives each batch to the model twice). Asked for by `all_needs`."""
     gate: ClassVar[str] = "zeros"
     """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
+    decides: ClassVar[str | None] = None
+    """Of what the rule alone decides who trains at a step ("layers"); two rules that decide the same are refused."""
     undecayed: ClassVar[frozenset[str]] = frozenset()
     """Parameters of its spaces, by name (`UnitSpace.scored_parameters`), that are to have no weight decay: the
     optimizers of a config leave them out, others are warned of."""
@@ -132,6 +134,8 @@ def conflict(first: Rule, second: Rule) -> str | None:
     if type(first) is type(second):
         return f"schedule has {type(first).__name__} twice; keep one of them."
     spaces = first.acts_on & second.acts_on
+    if first.decides is not None and first.decides == second.decides:
+        return f"{names} both decide which {first.decides} train, and together may leave none. Keep one of them."
     both = "units" in first.writes and "units" in second.writes
     if both and spaces and second.part_type not in first.within and first.part_type not in second.within:
         return f"{names} both decide which units of {sorted(spaces)} live. Keep one of them."

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from ..sparsity import random_units, stream_seed
-from ..utils.module_names import check_names
+from ..sparsity import random_units
 from ..utils.option_types import PositiveFloat, PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part
 from .collectives import all_reduce_mean, rank, world_size
+from .drawn_layers import DrawnLayers
 from .probing import loss_of, modes_kept, random_state_kept, to_device
-from .rule import Rule
-from .run import Run, refuse_fixed_ddp
-from .space import ModuleSpace
-
-_COMMON = "layers|h|block|blocks|layer"
+from .run import Run
 
 
 @register_part("sample_layers")
 @dataclass(frozen=True)
-class SampleLayers(Rule):
+class SampleLayers(DrawnLayers):
     r"""Trains the adapters of a few transformer layers at a time (IST; Yao et al., 2024); any peft adapter of linear
     layers that has a `scaling`, upstream LoRA and DoRA included. The defaults are the paper's.
 
@@ -64,25 +58,19 @@ class SampleLayers(Rule):
     seed: int | None = None
     """Seed of the draws, mixed with the step; None: the adapter's."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"module"})
-    writes: ClassVar[frozenset[str]] = frozenset({"trains"})
     needs: ClassVar[frozenset[str]] = frozenset({"batches"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self._layers.split("|"), "SampleLayers.layers_pattern")
-
-    @property
-    def _layers(self) -> str:
-        return _COMMON if self.layers_pattern is None else self.layers_pattern
 
     # In training
 
     def begin(self, run: Run) -> None:
         """Find the layers, and the importance that a checkpoint brought."""
-        refuse_fixed_ddp(run, "SampleLayers")
-        run.memory.layers = self._find_layers(run)
-        run.memory.trained = []
+        self.find(run)
+        unscaled = [space for spaces in run.memory.layers.values() for space in spaces if not space.scalings()]
+        if unscaled:
+            raise ValueError(
+                f"'{unscaled[0].name}' ({type(unscaled[0].layer).__name__}) has no scaling that could be suppressed. "
+                "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora, SpectralLora."
+            )
         if self.every < run.total_steps:
             _dataset(run)
         if run.resumed:
@@ -96,60 +84,7 @@ class SampleLayers(Rule):
         if run.step and run.step % self.every == 0:
             self._probe(run)
         weights = torch.sigmoid(-torch.tensor(run.saved["importance"], dtype=torch.float64))
-        run.memory.trained = self._draw_in_stacks(run, weights, self.trained, run.step, "trained")
-        others = [spaces for at, spaces in enumerate(run.memory.layers.values()) if at not in run.memory.trained]
-        run.updates.hold(run, [p for spaces in others for space in spaces for p in space.parameters()])
-
-    def release(self, run: Run) -> None:
-        """Let every layer train again, for the next run's optimizer."""
-        run.updates.hold(run, [])
-
-    # Layers
-
-    def _find_layers(self, run: Run) -> dict[str, list[ModuleSpace]]:
-        """The trained adapters of each transformer layer, by the layer's name up to its number, in model order."""
-        place = re.compile(rf"(?:^|\.)(?:{self._layers})\.\d+(?=\.|$)")
-        layers: dict[str, list[ModuleSpace]] = {}
-        outside: set[str] = set()
-        frozen: str | None = None
-        for space in run.spaces(training=False):
-            found = place.search(space.name)
-            if found is None:
-                outside |= set(re.findall(r"([^.]+)\.\d+\.", space.name)[:1])
-            elif not space.trains:
-                frozen = frozen or space.name
-            elif not space.scalings():
-                raise ValueError(
-                    f"'{space.name}' ({type(space.layer).__name__}) has no scaling that could be suppressed. "
-                    "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora, SpectralLora."
-                )
-            else:
-                layers.setdefault(space.name[: found.end()], []).append(space)
-        if frozen and not layers:
-            raise ValueError(
-                f"SampleLayers found no trained adapter: those of '{frozen}' are frozen. An adapter that is loaded "
-                "does not train by default; load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
-            )
-        if not layers:
-            raise ValueError(
-                f"SampleLayers found no trained adapter inside numbered layers ({self._layers}). Set layers_pattern to "
-                "the name of the model's list of layers."
-            )
-        if outside:
-            warnings.warn(
-                f"SampleLayers draws in {self._layers}: adapters in the numbered modules {sorted(outside)} always "
-                f"train. To sample them too, set layers_pattern='{'|'.join([self._layers, *sorted(outside)])}'.",
-                stacklevel=2,
-            )
-        return layers
-
-    @staticmethod
-    def _stacks(run: Run) -> list[list[int]]:
-        """Numbers of the layers of each stack: an encoder and a decoder, a vision and a text tower."""
-        stacks: dict[str, list[int]] = {}
-        for number, name in enumerate(run.memory.layers):
-            stacks.setdefault(name.rpartition(".")[0], []).append(number)
-        return list(stacks.values())
+        self.train_only(run, self.draw(run, weights, _share(self.trained), run.step, "trained"))
 
     def _check_importance(self, run: Run) -> None:
         found, count = run.saved.get("importance", []), len(run.memory.layers)
@@ -161,7 +96,7 @@ class SampleLayers(Rule):
 
     def _check_effect(self, run: Run) -> None:
         """Say where nothing is sampled, or nothing is learned about the layers."""
-        count = min(len(stack) for stack in self._stacks(run))
+        count = min(len(stack) for stack in self.stacks(run))
         trained, suppressed = int(self.trained * count), int(self.suppressed * count)
         said = []
         if trained == count or count == 1:
@@ -187,25 +122,6 @@ class SampleLayers(Rule):
                 stacklevel=2,
             )
 
-    # Draws
-
-    def _seed(self, run: Run, *stream: Any) -> int:
-        return stream_seed(run.seed if self.seed is None else self.seed, *stream)
-
-    def _draw_in_stacks(self, run: Run, weights: Tensor, fraction: float, *stream: Any) -> list[int]:
-        """`int(fraction * L)` layers, at least one, of every stack of L layers.
-
-        Of every stack, because a batch may reach one tower only: were all drawn layers in another one, nothing would
-        train, and the backward pass would fail.
-        """
-        drawn = []
-        for which, numbers in enumerate(self._stacks(run)):
-            generator = torch.Generator().manual_seed(self._seed(run, *stream, *((which,) if which else ())))
-            count = max(1, int(fraction * len(numbers)))
-            found = torch.multinomial(weights[numbers], count, replacement=False, generator=generator)
-            drawn += [numbers[place] for place in sorted(found.tolist())]
-        return drawn
-
     def _probe(self, run: Run) -> None:
         sets = self._suppressed_sets(run)
         with modes_kept(run.model, training=False), torch.no_grad(), random_state_kept():
@@ -219,13 +135,13 @@ class SampleLayers(Rule):
 
     def _suppressed_sets(self, run: Run) -> list[list[int]]:
         """The layers of each probe, no two probes alike where there are enough choices."""
-        sizes = [(len(stack), max(1, int(self.suppressed * len(stack)))) for stack in self._stacks(run)]
+        sizes = [(len(stack), max(1, int(self.suppressed * len(stack)))) for stack in self.stacks(run)]
         choices = math.prod(math.comb(count, size) for count, size in sizes)
         weights = torch.sigmoid(torch.tensor(run.saved["importance"], dtype=torch.float64))
         sets: list[list[int]] = []
         attempt = 0
         while len(sets) < self.probes:
-            found = self._draw_in_stacks(run, weights, self.suppressed, run.step, "suppressed", attempt)
+            found = self.draw(run, weights, _share(self.suppressed), run.step, "suppressed", attempt)
             attempt += 1
             if found not in sets or len(sets) >= choices or attempt > 100:
                 sets.append(found)
@@ -247,11 +163,16 @@ class SampleLayers(Rule):
     def _batch(self, run: Run) -> Any:
         """Random training samples, collated as in training; ranks share them out."""
         dataset = _dataset(run)
-        generator = torch.Generator().manual_seed(self._seed(run, run.step, "batch"))
+        generator = torch.Generator().manual_seed(self.stream(run, run.step, "batch"))
         rows = random_units(len(dataset), min(self.probe_batch, len(dataset)), generator).tolist()
         rows = rows[rank() :: world_size()] or rows
         device = run.all_spaces[0].parameters()[0].device
         return to_device(run.training.dataloader.collate_fn([dataset[row] for row in rows]), device)
+
+
+def _share(fraction: float) -> Callable[[int], int]:
+    """`int(fraction * L)` of L layers, at least one."""
+    return lambda layers: max(1, int(fraction * layers))
 
 
 def _dataset(run: Run) -> Any:

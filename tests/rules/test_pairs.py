@@ -31,6 +31,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
     StableRank,
+    SwitchLayers,
     callbacks_for,
 )
 from hf_sparse_peft.rules import Rule, conflict
@@ -55,6 +56,7 @@ BUSY = {
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "sample_layers": SampleLayers(trained=0.5, every=5, probes=2),
     "stable_rank": StableRank(every=1, window=2, last=2, threshold=10.0, first=1),
+    "switch_layers": SwitchLayers(1, every=1),
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
 }
 """Options with which a rule acts within a few steps on a tiny model; other rules are taken with their defaults."""

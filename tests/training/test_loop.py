@@ -43,6 +43,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
     StableRank,
+    SwitchLayers,
     callbacks_for,
 )
 from hf_sparse_peft.tuners import adapter_layers
@@ -79,6 +80,7 @@ RULES = {
     "prune": Prune(start=0.1, end=0.8, every=2),
     "proximal_gate": ProximalGate(weight=20.0),
     "regrow": Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=0.5),
+    "switch_layers": SwitchLayers(1, every=2),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
     "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),

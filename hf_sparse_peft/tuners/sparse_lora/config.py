@@ -7,7 +7,15 @@ from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_pairs, check_schedule
 from ...sparsity import Budget, DeltaMagnitude, Density, Given, Granularity, Random, Score
-from ...utils.option_types import Decay, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt, Range
+from ...utils.option_types import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+)
 from ...utils.parts import UnknownPart, load_options, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern, pattern_key
@@ -91,8 +99,11 @@ class SparseLoraConfig(AdapterConfig):
         default_factory=list,
         metadata={"help": "Modules whose supports are whole channels, heads or matrices; others take `density`."},
     )
-    scale_support: bool = field(
-        default=False, metadata={"help": "Whether the low-rank half's scaling multiplies the sparse half too (DSEE)."}
+    scale_support: bool | PositiveFloat = field(
+        default=False,
+        metadata={
+            "help": "What multiplies the sparse half: True: the low-rank half's scaling (DSEE); a number: that (PaCA)."
+        },
     )
     support_init: Literal["zeros", "uniform"] = field(
         default="zeros",
@@ -224,10 +235,11 @@ class SparseLoraConfig(AdapterConfig):
                 "lora_alpha=0 multiplies the low-rank half by 0, so that it never trains. Set another lora_alpha, or "
                 "r=0 for no low-rank half."
             )
-        for name in ("factor_masks", "scale_support"):
-            if getattr(self, name) and self.r == 0 and not self.rank_pattern:
+        set_options = {"factor_masks": self.factor_masks is not None, "scale_support": self.scale_support is True}
+        for name in (name for name, is_set in set_options.items() if is_set):
+            if self.r == 0 and not self.rank_pattern:
                 raise ValueError(f"{name} concerns the low-rank half's factors and scaling, and r=0 leaves it out.")
-            if getattr(self, name) and self.gated:
+            if self.gated:
                 raise ValueError(
                     f"{name} cannot be combined with a gate (gate={self.gate!r}, or a rule that needs one): components "
                     "that leave would take it. Leave one of them out."

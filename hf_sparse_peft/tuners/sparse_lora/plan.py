@@ -113,12 +113,13 @@ def module_sizes(
     rank = config.rank_of(name) if rank is None else rank
     scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
     sparse = bool(units) or subnet is not None
-    if sparse and config.scale_support and not rank:
+    if sparse and config.scale_support is True and not rank:
         raise ValueError(
             f"scale_support multiplies the support of '{name}' by lora_alpha / r, and rank_pattern gives it rank 0. "
             "Give it a rank, or set scale_support=False."
         )
-    support_scaling = (scaling if config.scale_support else 1.0) if sparse else None
+    multiplier = config.scale_support or 1.0
+    support_scaling = (scaling if multiplier is True else float(multiplier)) if sparse else None
     return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling, subnet)
 
 
