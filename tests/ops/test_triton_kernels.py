@@ -168,6 +168,28 @@ def expect_sum(y, x, matrix, *blocks):
         assert ((got.cpu().double() - expected).abs() <= 1.02 * share * spacing + 1e-4).all()
 
 
+def check_offsets_beyond_32_bits(device, seed):
+    """Rows of activations that lie 2^30 numbers apart, as 8k tokens of a vocabulary of 2^17 and more do."""
+    apart = 2**30 + 8
+    memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)  # of which a few pages are touched
+    far = memory.as_strided((3, 64), (apart, 1))
+    dy, x, gen = draw(seed, 3, 64, 32, torch.float16, device)
+    units = some_units(2, 1, gen, device)
+    far.copy_(dy)
+    expect_blocks(far, x, units, 32)
+    far[:, :32].copy_(x)
+    expect_blocks(dy, far[:, :32], units, 32)
+    blocks = torch.ones(1, 32, 32, dtype=torch.float16, device=device)
+    at = torch.zeros(1, dtype=torch.int32, device=device)
+    for y, source in ((torch.zeros_like(dy), far[:, :32]), (far, x)):
+        y.zero_()
+        triton_kernels.add_blocks_(y, source, at, at, blocks)
+        expected = source.double().sum(1, keepdim=True).expand(-1, 32)
+        torch.testing.assert_close(y[:, :32].double(), expected, rtol=1e-2, atol=1e-2)
+        assert not y[:, 32:].any()
+    expect_entries(far, x, some_units(64 * 32, 20, gen, device))
+
+
 def check_same_bits_twice(device, seed):
     dy, x, gen = draw(seed, 1030, 64, 64, torch.bfloat16, device)
     entries, blocks = some_units(64 * 64, 100, gen, device), some_units(16, 3, gen, device)
