@@ -88,8 +88,8 @@ def entry_gradient(grad_output: torch.Tensor, x: torch.Tensor, units: torch.Tens
     units = units.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on its arguments'
         for start in range(0, tokens, step):
-            dyT = _token_contiguous(grad_output[start : start + step])
-            xT = _token_contiguous(x[start : start + step])
+            dyT = token_contiguous(grad_output[start : start + step])
+            xT = token_contiguous(x[start : start + step])
             sampled_product_kernel[(_ceil_div(count, _ENTRIES),)](
                 dyT, xT, units, out,
                 count, cols, dyT.shape[1], dyT.stride(0), xT.stride(0),
@@ -164,7 +164,7 @@ def add_blocks_(y: torch.Tensor, x: torch.Tensor, to: torch.Tensor, of: torch.Te
         )  # fmt: skip
 
 
-def _token_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+def token_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     """`matrix.t()` as a new contiguous tensor, zeros after the last token up to whole tiles of the kernel.
 
     So the kernel needs no mask over tokens, and every run starts at a multiple of 16 bytes.

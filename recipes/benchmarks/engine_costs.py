@@ -1,29 +1,28 @@
-"""Measures on a CPU what the engine chooses its ways by, and writes the rows of `hf_sparse_peft/ops/costs.json`.
+"""Measures what the engine chooses its ways by, and writes the rows of `hf_sparse_peft/ops/costs.json`.
 
-    OMP_NUM_THREADS=1 python recipes/benchmarks/engine_costs.py                 # print what this machine takes
+    OMP_NUM_THREADS=1 python recipes/benchmarks/engine_costs.py                 # print what this CPU takes
     OMP_NUM_THREADS=1 python recipes/benchmarks/engine_costs.py --write         # and put it into the package's table
 
-Each cost is the slope between two sizes of one thing, at the shapes of a 1024-wide layer and 1024 tokens; medians of
-CPU time over rounds.
+Each cost is the slope between two sizes of one thing, at the shapes of a 1024-wide layer and 1024 tokens, medians of
+CPU time over rounds; on a GPU (`gpu.py`) at 4096 of both.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from harness import Column, Options, machine, option, parse, print_table
+from kernel_cost import Unit, kernels_run, timer_of
 
-from hf_sparse_peft.ops import DenseSource, EntryIndex, Support, put_columns_, take_columns
+from hf_sparse_peft.ops import DenseSource, EntryIndex, Support, put_columns_, take_columns, triton_kernels
 from hf_sparse_peft.ops.costs import Costs, write_costs
 from hf_sparse_peft.ops.support_product import add_support_product_
 from hf_sparse_peft.ops.units import sampled_gradient, transposed_pieces
 
-SIDE, TOKENS = 1024, 1024
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -38,58 +37,68 @@ class CostOptions(Options):
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     options = parse(CostOptions, __doc__, argv)
-    where = machine("cpu")
-    how = f"measured: {where['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    found = {dtype: measure(dtype, options.rounds) for dtype in DTYPES}
-    columns = [Column("dtype", "dtype"), *(Column(name, name, "{:.3g}") for name in asdict(found[torch.float32]))]
-    print_table("picoseconds", columns, [{"dtype": str(dtype)} | asdict(costs) for dtype, costs in found.items()])
+    found = {dtype: measure(dtype, options.rounds, torch.device(options.device)) for dtype in DTYPES}
+    print_costs(found)
     if options.write:
-        for dtype, costs in found.items():
-            write_costs("cpu", dtype, costs, how)
+        write(found, options.device)
 
 
-def measure(dtype: torch.dtype, rounds: int) -> Costs:
-    """One row."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy, weight = (torch.randn(SIDE, SIDE, generator=generator).to(dtype) for _ in range(3))
-    few, many = (_entries(count, generator) for count in (SIDE * 8, SIDE * 32))
+def print_costs(found: dict[torch.dtype, Costs]) -> None:
+    """A line a row of the table."""
+    columns = [Column("dtype", "dtype"), *(Column(field.name, field.name, "{:.3g}") for field in fields(Costs))]
+    print_table("picoseconds", columns, [{"dtype": str(dtype)} | asdict(costs) for dtype, costs in found.items()])
+
+
+def write(found: dict[torch.dtype, Costs], device: str) -> None:
+    """Put rows into the package's table."""
+    threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
+    how = f"measured: {machine(device)['device']}, {threads}torch {torch.__version__}"
+    for dtype, costs in found.items():
+        write_costs(device, dtype, costs, how)
+
+
+def measure(dtype: torch.dtype, rounds: int, device: torch.device, side: int | None = None) -> Costs:
+    """One row, at a layer of `side` x `side` and as many tokens."""
+    on_cpu, kernels = device.type == "cpu", kernels_run(device)
+    tokens = side = side or (1024 if on_cpu else 4096)
+    generator, timer = torch.Generator(device).manual_seed(0), timer_of(device)
+    x, dy, weight = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(3))
+    few, many = (Unit("entry").draw(side, side, side * each, generator) for each in (8, 32))
 
     def picoseconds(work: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(rounds + 1):
-            start = time.process_time()
-            work()
-            taken.append(time.process_time() - start)
-        return statistics.median(taken[1:]) * 1e12
+        return statistics.median([timer(work) for _ in range(rounds + 1)][1:]) * 1e9
 
     def slope(work: Callable[[EntryIndex], Any]) -> float:
         # Fresh forms each time, as in a step.
-        times = [picoseconds(lambda units=units: work(EntryIndex(units, None, SIDE, SIDE))) for units in (few, many)]
-        return max(1.0, times[1] - times[0]) / (many.numel() - few.numel())
+        times = [picoseconds(lambda units=units: work(EntryIndex(units, None, side, side))) for units in (few, many)]
+        return (times[1] - times[0]) / (many.numel() - few.numel())  # the table takes none that noise made negative
 
-    def sparse_product(index: EntryIndex) -> None:
-        support = Support(index, torch.ones(index.numel()), "entry")
-        add_support_product_(dy[:64].clone(), x[:64], support)
+    def sampled(index: EntryIndex) -> torch.Tensor:
+        return triton_kernels.entry_gradient(dy, x, index.flat) if kernels else sampled_gradient(dy, x, index)
 
-    lines = torch.arange(0, SIDE, 4, dtype=torch.int32)
+    def transposed() -> Any:
+        return triton_kernels.token_contiguous(x) if kernels else [p.float() for p in transposed_pieces(x)]
+
+    def ones(index: EntryIndex) -> Support:
+        return Support(index, torch.ones(index.numel(), device=device), "entry")
+
+    lines = torch.arange(0, side, 4, dtype=torch.int32, device=device)
     moved = picoseconds(lambda: put_columns_(dy, lines, take_columns(x, lines)))
-    block = torch.randn(SIDE // 32, 32, 32, generator=generator).to(dtype)
-    blocks = Support(torch.arange(SIDE // 32, dtype=torch.int32) * (SIDE // 32 + 1), block, "block", 32)
+    block = torch.randn(side // 32, 32, 32, generator=generator, device=device).to(dtype)
+    blocks = Support(torch.arange(side // 32, dtype=torch.int32, device=device) * (side // 32 + 1), block, "block", 32)
     source = DenseSource(weight)
+    some = slice(min(64, tokens))
     return Costs(
-        dense_number=picoseconds(lambda: x @ weight.t()) / (SIDE * SIDE * TOKENS),
-        sampled_entry=slope(lambda index: sampled_gradient(dy, x, index)) / TOKENS,
-        transposed_line=picoseconds(lambda: [piece.float() for piece in transposed_pieces(x)]) / (SIDE * TOKENS),
-        moved_line=moved / (2 * lines.numel() * TOKENS),
-        small_number=picoseconds(lambda: add_support_product_(dy, x, blocks)) / (block.numel() * TOKENS),
-        copied_number=picoseconds(lambda: source.read(dtype).clone()) / (SIDE * SIDE),
-        copied_entry=slope(lambda i: source.with_support(Support(i, torch.ones(i.numel()), "entry"), dtype)),
-        sparse_entry=slope(sparse_product) / 64,
+        dense_number=picoseconds(lambda: x @ weight.t()) / (side * side * tokens),
+        sampled_entry=slope(sampled) / tokens,
+        transposed_line=picoseconds(transposed) / (side * tokens),
+        moved_line=moved / (2 * lines.numel() * tokens),
+        small_number=picoseconds(lambda: add_support_product_(dy, x, blocks)) / (block.numel() * tokens),
+        copied_number=picoseconds(lambda: source.read(dtype).clone()) / (side * side),
+        copied_entry=slope(lambda index: source.with_support(ones(index), dtype)),
+        # Sparse products are asked for on CPUs alone.
+        sparse_entry=slope(lambda i: add_support_product_(dy[some].clone(), x[some], ones(i))) / 64 if on_cpu else None,
     )
-
-
-def _entries(count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randperm(SIDE * SIDE, generator=generator)[:count].sort().values.int()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """All that a GPU can tell, in one process and under nine minutes.
 
     python recipes/benchmarks/gpu.py                        # on the GPU; --seconds 300 for less
+    python recipes/benchmarks/gpu.py --write                # and put its costs into hf_sparse_peft/ops/costs.json
     python recipes/benchmarks/gpu.py --parts gradients      # of kernels, gradients, crossovers, steps, moves
     python recipes/benchmarks/gpu.py --dry-run              # every line on tiny shapes on a CPU, Triton interpreted
 
@@ -10,7 +11,8 @@ what a part leaves goes to the next, and what was left out is said.
 
 kernels     gradients, outputs, input gradients at supports against float64: all dtypes, odd shapes, none to all units
 gradients   what each way to a gradient at a support costs: projections of Llama 3B, 8B and 1B, 1k to 8k tokens
-crossovers  up to which density each way beats dense-and-gather, and what its entries and lines take (from `gradients`)
+crossovers  up to which density each way beats the dense gradient (from `gradients`), and the costs by which the package
+            chooses its ways; --write puts them into its table
 steps       `step_cost.py` at the shapes of a 3B: two depths, and from both the cost of all 28 layers
 moves       a run whose support moves, under Trainer, and the same run resumed from its middle
 """
@@ -25,11 +27,13 @@ if "--dry-run" in sys.argv or "--dry_run" in sys.argv:
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import engine_costs
 import torch
+from engine_costs import print_costs
 from harness import Column, Options, Rows, draw, markdown, option, parse, print_table
 from kernel_cost import (
     BLOCKS,
@@ -38,7 +42,6 @@ from kernel_cost import (
     UNITS,
     Unit,
     check_unit,
-    costs,
     crossovers,
     kernels_run,
     measure_projection,
@@ -48,7 +51,9 @@ from moves import run_with_moves
 from step_cost import CANDIDATES, StepCostOptions, measure_base, print_figures, setting_of
 from step_cost_bars import check, expected
 
-PARTS = {"kernels": 0.15, "gradients": 0.25, "crossovers": 0.0, "steps": 0.45, "moves": 0.15}
+from hf_sparse_peft.ops.costs import Costs
+
+PARTS = {"kernels": 0.15, "gradients": 0.22, "crossovers": 0.05, "steps": 0.45, "moves": 0.13}
 """Parts in their order, and the share of the time that each has."""
 NO_GPU = "no GPU was available"
 COMPILED = ("frozen", "lora", "lora_lean", "entry", "grid", "block32", "row", "column", "subnet")
@@ -64,6 +69,7 @@ class GpuOptions(Options):
     seconds: float = option(520.0, "time that all parts have together")
     parts: list[str] = option(list(PARTS), f"of {', '.join(PARTS)}")
     rounds: int = option(7, "timings of each way, and rounds of training steps")
+    write: bool = option(False, "put the measured costs into the package's table")
     dry_run: bool = option(False, "tiny shapes on the CPU: shows that every line runs, measures nothing")
 
 
@@ -143,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{NO_GPU}. Run this on a machine with a GPU, or with --dry-run. What is expected there:")
         print_table(EXPECTED, EXPECTED_COLUMNS, beside_expected({}))
         return 2
-    options.device = "cpu" if options.dry_run else options.device
+    if options.dry_run:
+        options.device, options.rounds = "cpu", min(2, options.rounds)
     sizes = tiny_sizes(options) if options.dry_run else real_sizes(options)
     rows = Rows(options, "gpu", {"dry_run": options.dry_run, "rounds": options.rounds}, timed=True)
     clock = Clock(options.seconds, options.parts)
@@ -154,6 +161,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"-- {part}: {clock.seconds - begun:.0f} s, {clock.seconds:.0f} s in all\n", flush=True)
     figures = whole_models(rows, sizes)
     report(rows, figures)
+    if options.write and not options.dry_run:
+        try:
+            engine_costs.write(costs_by_dtype(rows.of("costs")), options.device)
+        except ValueError as error:  # noise
+            wrong.append(f"costs were not written: {error} Run again with --parts crossovers --again --write.")
     for title, lines in (("Left out, for want of time", clock.left_out), ("WRONG", wrong)):
         for line in lines:
             print(f"{title}: {line}")
@@ -211,16 +223,30 @@ def _projection(*measured: Any) -> Figures:
 
 
 def find_crossovers(sizes: Sizes, rows: Rows, clock: Clock) -> list[str]:
-    """Where the ways cross, from the rows of `gradients`."""
+    """Where the ways cross, from the rows of `gradients`, and the costs that the package's table takes."""
     measured = [row for row in rows.of("gradients") if row.get("points")]
-    if not measured:
+    if measured:
+        table = crossovers(measured)
+        print_table("up to which density a way beats the dense gradient", CROSSOVER_COLUMNS, table)
+        rows.save(crossovers=table)
+    else:
         clock.left_out.append("crossovers: no row of `gradients` is there")
-        return []
-    table = {"crossovers": crossovers(measured), "costs": costs(measured)}
-    print_table("up to which density a way beats dense-and-gather", CROSSOVER_COLUMNS, table["crossovers"])
-    print_table("picoseconds a token", COST_COLUMNS, table["costs"])
-    rows.save(**table)
-    return []
+    found, device = [], torch.device(sizes.step.device)
+    for dtype in sizes.dtypes:
+        if clock.allows("crossovers", f"costs in {dtype}"):
+            work = partial(_costs, dtype, rows.setting["rounds"], device, 64 if rows.setting["dry_run"] else None)
+            found.append(rows.measure(work, go_on=True, part="costs", dtype=dtype))
+    print_costs(costs_by_dtype(found))
+    return _errors(found)
+
+
+def _costs(dtype: str, *how: Any) -> Figures:
+    return {"costs": asdict(engine_costs.measure(DTYPES[dtype], *how))}
+
+
+def costs_by_dtype(rows: list[Figures]) -> dict[torch.dtype, Costs]:
+    """Rows of the package's table from rows of `costs`."""
+    return {DTYPES[row["dtype"]]: Costs(**row["costs"]) for row in rows if "costs" in row}
 
 
 def steps(sizes: Sizes, rows: Rows, clock: Clock) -> list[str]:
@@ -335,16 +361,12 @@ GRADIENT_COLUMNS = (
     Column("model", "model"), Column("layer", "layer"), Column("tokens", "tokens"), Column("unit", "unit"),
     Column("density", "density", "{:.1%}"),
     *(_of("ms", name, "{:.3f}", f"{name} ms") for name in ("dense", "ours", "torch", "sampled", "compacted", "kernel")),
+    Column("ours / best", lambda row: row["ms"]["ours"] / min(row["ms"].values()), "{:.2f}"),
     _of("mib", "ours", "{:.0f}", "ours MiB"),
 )  # fmt: skip
 CROSSOVER_COLUMNS = (
     Column("model", "model"), Column("layer", "layer"), Column("tokens", "tokens"), Column("unit", "unit"),
     Column("way", "way"), Column("density", lambda row: f"{row['side']} {row['density']:.2%}"),
-)  # fmt: skip
-COST_COLUMNS = (
-    Column("dtype", "dtype"), Column("way", "way"),
-    Column("an entry", lambda row: next(iter(row["picoseconds"].values())), "{:.2f}"),
-    _of("picoseconds", "line", "{:.0f}", "a line"), Column("median error", "median_error", "{:.0%}"),
 )  # fmt: skip
 MOVE_COLUMNS = (
     Column("base", "base"), Column("candidate", "candidate"), Column("moves", "moves"),

@@ -20,7 +20,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hf_sparse_peft.ops import DenseSource, Plan, sparse_linear, triton_kernels, unit_gradient
+from hf_sparse_peft.ops import DenseSource, EntryIndex, Plan, sparse_linear, triton_kernels, unit_gradient
+from hf_sparse_peft.ops.entries import live_lines
+from hf_sparse_peft.ops.subgrid import take_columns
+from hf_sparse_peft.ops.units import compacted_gradient
 
 # (rows, cols) of the projections of Llama 3.2 3B, Llama 3.1 8B, Llama 3.2 1B.
 SHAPES = {
@@ -188,35 +191,33 @@ def measure_projection(
 
 def _ways(unit: Unit, dy: Tensor, x: Tensor, units: Tensor) -> Iterator[tuple[str, Way]]:
     """Every way that there is, by name: `ours` is the one that a layer takes."""
-    given = (dy, x, units, unit.granularity, unit.size)
-    yield "dense", lambda: dy.t() @ x
-    yield "ours", lambda: unit_gradient(*given)
+    rows, cols, of_entries = dy.shape[1], x.shape[1], unit.granularity == "entry"
+    lines = live_lines(units, rows, cols) if unit.share < 1 else ()
+
+    def index() -> EntryIndex:  # a new one for every product, as in a layer
+        return EntryIndex(units, None, rows, cols, *lines)
+
+    def ours() -> Tensor:
+        return unit_gradient(dy, x, index() if of_entries else units, unit.granularity, unit.size)
 
     def without_kernels() -> Tensor:
         with mock.patch.dict(os.environ, HF_SPARSE_PEFT_TRITON="0"):
-            return unit_gradient(*given)
+            return ours()
 
-    if kernels_run(x.device) and unit.granularity == "entry":
+    yield "dense", lambda: (dy.t() @ x).view(-1).index_select(0, units) if of_entries else dy.t() @ x
+    yield "ours", ours
+    if kernels_run(x.device) and of_entries:
         yield "torch", without_kernels
-        yield "sampled", lambda: triton_kernels.entry_gradient(dy, x, units)
+        yield "sampled", lambda: triton_kernels.entry_gradient(dy, x, index().flat)
     if kernels_run(x.device) and unit.size in triton_kernels.BLOCK_WARPS:
         yield "torch", without_kernels
         yield "kernel", lambda: triton_kernels.block_gradient(dy, x, units, unit.size)
-    if unit.share < 1:
-        yield "compacted", _compacted(dy, x, units)
-
-
-def _compacted(dy: Tensor, x: Tensor, units: Tensor) -> Way:
-    cols = x.shape[1]
-    (rows, row), (columns, column) = (
-        torch.unique(lines, return_inverse=True) for lines in (units // cols, units % cols)
-    )
-    inside = row * columns.numel() + column
-    return lambda: (dy.index_select(1, rows).t() @ x.index_select(1, columns)).view(-1).index_select(0, inside)
+    if lines:
+        yield "compacted", lambda: compacted_gradient(take_columns(dy, lines[0]), take_columns(x, lines[1]), index())
 
 
 def _time_ways(ways: dict[str, Way], rounds: int, device: torch.device) -> dict[str, Any]:
-    timer = gpu_timer(device) if device.type == "cuda" else cpu_milliseconds
+    timer = timer_of(device)
     taken = [{name: timer(way) for name, way in ways.items()} for _ in range(rounds + 1)][1:]  # the first compiles
     figures: dict[str, Any] = {"ms": {name: statistics.median(times[name] for times in taken) for name in ways}}
     if device.type == "cuda":
@@ -224,11 +225,15 @@ def _time_ways(ways: dict[str, Way], rounds: int, device: torch.device) -> dict[
     return figures
 
 
-def cpu_milliseconds(way: Way) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
+def timer_of(device: torch.device) -> Callable[[Way], float]:
+    """A function that gives the milliseconds of one call: of the GPU, or this process's CPU time."""
+    return gpu_timer(device) if device.type == "cuda" else _cpu_milliseconds
+
+
+def _cpu_milliseconds(way: Way) -> float:
+    start = time.process_time()
     way()
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 @functools.cache
@@ -273,7 +278,8 @@ def crossover(points: list[tuple[float, float]]) -> tuple[float, str]:
 
 
 def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every projection, number of tokens and kind of support: up to which density each way beats dense-and-gather.
+    """For every projection, number of tokens and kind of support: up to which density each way beats the dense gradient
+    (of which entries are gathered).
 
     A line has `model`, `layer`, `rows`, `cols`, `tokens`, `dtype`, `unit`, `way`, and `density` with `side` (`at`,
     `below`, `above`: the latter two where the ways do not cross among the densities that were measured).
@@ -288,34 +294,3 @@ def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 density, side = crossover(ratios)
                 found.append({**place, "unit": unit, "way": way, "density": density, "side": side})
     return sorted(found, key=lambda line: (line["unit"], line["way"]))
-
-
-def costs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    r"""What each way takes, as the sum :math:`t = \sum_i c_i n_i` closest to all its times in ratio, by dtype:
-    picoseconds a token for an entry of a dense product, a sampled entry, a line that is copied or gathered."""
-    found = []
-    for dtype, way in itertools.product(dict.fromkeys(row["dtype"] for row in rows), ("dense", "sampled", "compacted")):
-        sizes, times = [], []
-        for row in (row for row in rows if row["dtype"] == dtype):
-            for point in (point for point in row["points"].values() if way in point["ms"]):
-                sizes.append(_counts(way, row, point))
-                times.append(point["ms"][way] * 1e9 / row["tokens"])
-        if len(sizes) < 2:
-            continue
-        system = torch.tensor(sizes, dtype=torch.float64) / torch.tensor(times, dtype=torch.float64)[:, None]
-        names = ("dense_entry",) if way == "dense" else (f"{way}_entry", "line")
-        fitted = torch.linalg.lstsq(system, torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd").solution
-        error = (system @ fitted - 1).abs().median().item()
-        picoseconds = dict(zip(names, fitted.flatten().tolist(), strict=True))
-        found.append({"dtype": dtype, "way": way, "picoseconds": picoseconds, "median_error": error})
-    return found
-
-
-def _counts(way: str, row: dict[str, Any], point: dict[str, Any]) -> tuple[float, ...]:
-    rows, cols = row["rows"], row["cols"]
-    if way == "dense":
-        return (rows * cols,)
-    if way == "sampled":
-        return point["count"], rows + cols
-    share = float(point["unit"].rpartition(" ")[2])
-    return share * share * rows * cols, share * (rows + cols)

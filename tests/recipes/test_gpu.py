@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from hf_sparse_peft.ops.costs import Costs
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
@@ -49,12 +52,14 @@ def check_kernels_and_gradients(parts, written):
     assert {(line["unit"], line["way"]) for line in written["crossovers"]} == {
         (unit, way) for unit, names in ways.items() for way in names - {"dense"}
     }
-    assert [line["way"] for line in written["costs"]] == ["dense", "sampled", "compacted"]
+    (costs,) = (row["costs"] for row in parts["costs"])
+    assert costs["sampled_entry"] > 0, "an interpreted entry takes a millisecond"
+    assert costs.keys() == {field.name for field in fields(Costs)}
 
 
 def test_dry_run_of_kernels_and_gradients(tmp_path):
     printed, parts, written = dry_run(tmp_path, "--parts", "kernels", "gradients", "crossovers")
-    assert set(parts) == {"kernels", "gradients"}
+    assert set(parts) == {"kernels", "gradients", "costs"}
     check_kernels_and_gradients(parts, written)
     assert "No Triton kernel" not in printed
     assert "not measured: no GPU was available" in (tmp_path / "gpu.md").read_text()
@@ -84,6 +89,7 @@ def test_dry_run_without_triton_names_what_is_missing(tmp_path):
 
 def test_the_real_plan_on_stand_ins(tmp_path, monkeypatch, capsys):
     """What is asked of a GPU, in which order, and what its figures become; whatever would compute answers at once."""
+    import engine_costs
     import gpu
     import harness
     import step_cost
@@ -105,17 +111,25 @@ def test_the_real_plan_on_stand_ins(tmp_path, monkeypatch, capsys):
 
     def projection(shape, tokens, dtype, units, rounds, device, in_time):
         asked.append(("gradients", *shape, tokens))
-        point = {"unit": "entry", "count": 900, "ms": {"dense": 1.0, "sampled": 0.5}}
+        point = {"unit": "entry", "count": 900, "ms": {"dense": 1.0, "sampled": 0.5, "ours": 0.5}}
         return {
             "0.1%": point | {"density": 0.001},
-            "1%": {**point, "density": 0.01, "ms": {"dense": 1.0, "sampled": 2.0}},
+            "1%": {**point, "density": 0.01, "ms": {"dense": 1.0, "sampled": 2.0, "ours": 2.0}},
         }
+
+    def costs(dtype, rounds, device, side):
+        asked.append(("costs", dtype))
+        return Costs(*range(1, 9))
 
     def with_moves(device, base, candidate, tiny):
         asked.append(("moves", base, tiny))
         return {"moves": 2, "late_moves": 1, "supports_equal": True, "bit_equal": False, "difference": 1e-4}
 
+    written = []
     monkeypatch.setattr(harness, "machine", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(engine_costs, "machine", harness.machine)
+    monkeypatch.setattr(engine_costs, "measure", costs)
+    monkeypatch.setattr(engine_costs, "write_costs", lambda *row: written.append(row))
     for name, stand_in in {
         "check_unit": unit_check, "measure_projection": projection, "measure_base": base_figures,
         "run_with_moves": with_moves, "kernels_run": lambda device: False,
@@ -125,7 +139,7 @@ def test_the_real_plan_on_stand_ins(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Left out" not in printed
 
-    assert list(dict.fromkeys(call[0] for call in asked)) == ["kernels", "gradients", "steps", "moves"]
+    assert list(dict.fromkeys(call[0] for call in asked)) == ["kernels", "gradients", "costs", "steps", "moves"]
     checked = {call[1:] for call in asked if call[0] == "kernels"}
     assert len(checked) == (1 + 5 + 2) * 3 * 2
     assert ("block256", "fp16", True) in checked
@@ -147,8 +161,12 @@ def test_the_real_plan_on_stand_ins(tmp_path, monkeypatch, capsys):
     assert math.isclose(crossing, 10**-2.5)
 
     before = len(asked)
-    assert gpu.main(["--device", "cuda", "--output", str(tmp_path)]) == 0
+    assert not written
+    assert gpu.main(["--device", "cuda", "--write", "--output", str(tmp_path)]) == 0
     assert len(asked) == before, "a row was measured twice"
+    how = f"measured: a GPU, torch {torch.__version__}"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert written == [("cuda", dtype, Costs(*range(1, 9)), how) for dtype in dtypes]
 
 
 def test_what_there_is_no_time_for_is_named_and_nothing_is_written_for_it(tmp_path, capsys):
@@ -206,7 +224,7 @@ def test_a_wrong_gradient_is_found_and_ends_with_1(tmp_path, monkeypatch, capsys
     assert kernel_cost._error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
 
 
-def test_crossovers_and_costs_of_known_times():
+def test_crossovers_of_known_times():
     import kernel_cost
 
     # dense: 2 ps an entry and token; sampled: 50 ps an entry and 3 a line; compacted: 1 an entry and 4 a line
@@ -222,10 +240,6 @@ def test_crossovers_and_costs_of_known_times():
             points[f"{unit} {density}"] = {"unit": unit, "density": density, "count": density * numel, "ms": ms}
         place = {"model": "m", "layer": layer, "rows": shape[0], "cols": shape[1], "tokens": 1000, "dtype": "bf16"}
         rows.append({**place, "points": points})
-    found = {line["way"]: line["picoseconds"] for line in kernel_cost.costs(rows)}
-    assert found["dense"] == pytest.approx({"dense_entry": 2})
-    assert found["sampled"] == pytest.approx({"sampled_entry": 50, "line": 3})
-    assert found["compacted"] == pytest.approx({"compacted_entry": 1, "line": 4})
     crossings = {(line["layer"], line["unit"], line["way"]): line for line in kernel_cost.crossovers(rows)}
     at = crossings["a", "entry", "sampled"]  # 50 d n + 3 * 160 = 2 n, n = 6144
     assert (at["side"], at["density"]) == ("at", pytest.approx((2 - 480 / 6144) / 50, rel=0.2))
