@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from . import __version__
-from .hub import check_adapter, export_lora, export_shira, merge_to_dense
+from .hub import check_adapter, export_lora, export_patch, export_shira, merge_to_dense
 from .hub.analysis import IntruderReport, UtilizationReport, intruder_dimensions, utilized_rank
 from .hub.base_model import load_base
 from .methods import markdown_table
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write an adapter in a format that loads without this package")
     _add_sources(export)
-    export.add_argument("--to", required=True, choices=("lora", "shira", "dense"), help="what to write")
+    export.add_argument("--to", required=True, choices=("lora", "shira", "dense", "patch"), help="what to write")
     export.add_argument("--rank", type=int, help="lora: cut updates without exact low-rank form to this rank by SVD")
     export.add_argument(
         "--uniform-rank",
@@ -56,12 +56,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK",
         help="lora: pad every module with zeros to one rank: RANK, or without it the largest of a module",
     )
-    export.add_argument("--only", choices=("low_rank", "support"), help="lora, shira: one half of the adapter")
+    export.add_argument(
+        "--only",
+        choices=("low_rank", "support", "modules"),
+        help="lora, shira, patch: one half of the adapter; patch: heads and biases alone",
+    )
+    export.add_argument("--format", choices=("vllm", "slime"), help="patch: for which engine (default: vllm)")
+    export.add_argument("--encoding", choices=("overwrite", "xor"), help="slime: how bytes change (default: overwrite)")
+    export.add_argument("--keep-unchanged", action="store_true", help="patch: keep entries that rounding leaves alone")
     export.set_defaults(run=_export)
 
     merge = commands.add_parser("merge", help="merge an adapter into a dense model: export --to dense")
     _add_sources(merge)
-    merge.set_defaults(run=_export, to="dense", rank=None, uniform_rank=False, only=None)
+    left_out = {"rank": None, "uniform_rank": False, "only": None}
+    merge.set_defaults(run=_export, to="dense", format=None, encoding=None, keep_unchanged=False, **left_out)
 
     intruders = commands.add_parser("intruders", help="count the intruder dimensions of an adapter")
     _add_base(intruders)
@@ -106,7 +114,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.to != "lora" and (options.rank or options.uniform_rank):
         raise ValueError(f"--rank and --uniform-rank belong to --to lora, got --to {options.to}.")
     if options.to == "dense" and options.only:
-        raise ValueError("--only belongs to --to lora and --to shira; a dense model has both halves.")
+        raise ValueError("--only belongs to --to lora, shira and patch; a dense model has both halves.")
+    _check_patch_options(options)
     if json.loads((options.path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") not in _UPSTREAM:
         check_adapter(options.path)
     model = _load(options)
@@ -117,9 +126,37 @@ def _export(options: argparse.Namespace) -> None:
         print(f"{len(done.ranks)} modules, {done.file_bytes:,} bytes in {options.out}")
     elif options.to == "shira":
         print(f"SHiRA with r={export_shira(model, options.out, only=options.only)} in {options.out}")
+    elif options.to == "patch":
+        slime = {"encoding": options.encoding} if options.encoding else {}
+        done = export_patch(
+            model,
+            options.out,
+            options.format or "vllm",
+            only=options.only,
+            keep_unchanged=options.keep_unchanged,
+            **slime,
+        )
+        patch = done.patch
+        print(
+            f"{patch.entries:,} values of {len(patch.weights)} tensors, {patch.unchanged:,} left out that rounding "
+            f"leaves as they are, {done.file_bytes:,} bytes in {done.path}"
+        )
     else:
         dense = merge_to_dense(model, options.out)
         print(f"{sum(p.numel() for p in dense.parameters()):,} parameters in {options.out}")
+
+
+def _check_patch_options(options: argparse.Namespace) -> None:
+    given = [name for name in ("format", "encoding", "keep_unchanged") if getattr(options, name)]
+    if given and options.to != "patch":
+        raise ValueError(f"--{given[0].replace('_', '-')} belongs to --to patch, got --to {options.to}.")
+    if options.encoding and options.format != "slime":
+        raise ValueError("--encoding belongs to --format slime.")
+    halves = {"patch": ("support", "modules"), "lora": ("low_rank", "support"), "shira": ("support",)}
+    if options.only and options.only not in halves[options.to]:
+        raise ValueError(f"--only {options.only}: --to {options.to} takes {' or '.join(halves[options.to])}.")
+    if options.to == "patch" and options.nf4:
+        raise ValueError("A patch holds values of the dense checkpoint; leave --nf4 out, the adapter is the same.")
 
 
 def _intruders(options: argparse.Namespace) -> None:

@@ -7,3 +7,7 @@ import warnings
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # peft 0.21 reads the old name of `is_activation_checkpointing`.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# trl 1.16 calls the old names of `activation_checkpointing_enable` and its opposite around every forward.
+warnings.filterwarnings("ignore", "`gradient_checkpointing(_enable|_disable)?` is deprecated", FutureWarning)
+# trl casts adapters over 4-bit bases to bf16, and this package takes it back, which it says once.
+warnings.filterwarnings("ignore", "The values of adapter 'default' were cast to torch.bfloat16")

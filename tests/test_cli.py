@@ -156,3 +156,27 @@ def test_the_utilized_rank_reads_a_text(folders, tmp_path, capsys):
     assert lines[0].split() == ["module", "utilized", "weight", "inputs", "outputs", "of"]
     assert all(1 <= int(line.split()[1]) <= 7 for line in lines[1:3])
     assert (tmp_path / "ranks.png").stat().st_size > 5_000
+
+
+def test_export_to_patch_serves_what_the_adapter_does(folders, tmp_path, capsys):
+    command = ["export", str(folders / "entries"), str(tmp_path / "patch"), "--to", "patch"]
+    base = ["--base", str(folders / "base")]
+    assert cli.main([*command, *base]) == 0
+    assert "values of 2 tensors, 0 left out" in capsys.readouterr().out
+    server = AutoModelForCausalLM.from_pretrained(folders / "base")
+    hub.apply_patch(server, tmp_path / "patch")
+    torch.testing.assert_close(logits(server), reference(folders, "entries"), atol=1e-5, rtol=1e-5)
+    for options, message in (
+        (["--nf4"], "leave --nf4 out"),
+        (["--only", "low_rank"], "takes support or modules"),
+        (["--encoding", "xor"], "belongs to --format slime"),
+        (["--rank", "2"], "belong to --to lora"),
+    ):
+        assert cli.main([*command, *base, *options]) == 1
+        assert message in capsys.readouterr().err
+    hybrid = ["export", str(folders / "rows"), str(tmp_path / "rows"), "--to", "patch", *base]
+    assert cli.main(hybrid) == 1
+    assert "only='support'" in capsys.readouterr().err
+    assert cli.main([*hybrid, "--only", "support"]) == 0
+    assert cli.main(["export", str(folders / "rows"), str(tmp_path / "x"), "--to", "lora", "--format", "slime"]) == 1
+    assert "--format belongs to --to patch" in capsys.readouterr().err

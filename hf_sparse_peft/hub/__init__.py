@@ -4,6 +4,7 @@ adapter_card, adapter_summary            what an adapter is, for people
 save_adapter, push_to_hub                the folder with its card, whole or not at all
 check_adapter                            every tensor of a folder, without its base
 export_lora, export_shira                formats of upstream peft
+export_patch and others of patches/      new values of a checkpoint's entries, for engines that patch what they serve
 merge_to_dense                           a model without adapters and quantisation
 register_cards                           lets peft's own save and push write our card
 register_saving                          lets peft's own save write whole files only
@@ -13,6 +14,23 @@ from .card import adapter_card
 from .check import AdapterReport, ModuleReport, check_adapter
 from .dense import merge_to_dense
 from .export import LoraExport, export_lora, export_shira
+from .patches import (
+    Patch,
+    PatchExport,
+    WeightPatch,
+    apply_patch,
+    export_patch,
+    import_patch,
+    make_patch,
+    patch_between,
+    read_patch,
+    read_slime_delta,
+    revert_patch,
+    swap_patch,
+    to_vllm_patches,
+    write_patch,
+    write_slime_delta,
+)
 from .push import push_to_hub, register_cards
 from .saving import register_saving, save_adapter
 from .summary import adapter_summary
@@ -21,14 +39,29 @@ __all__ = [
     "AdapterReport",
     "LoraExport",
     "ModuleReport",
+    "Patch",
+    "PatchExport",
+    "WeightPatch",
     "adapter_card",
     "adapter_summary",
+    "apply_patch",
     "check_adapter",
     "export_lora",
+    "export_patch",
     "export_shira",
+    "import_patch",
+    "make_patch",
     "merge_to_dense",
+    "patch_between",
     "push_to_hub",
+    "read_patch",
+    "read_slime_delta",
     "register_cards",
     "register_saving",
+    "revert_patch",
     "save_adapter",
+    "swap_patch",
+    "to_vllm_patches",
+    "write_patch",
+    "write_slime_delta",
 ]

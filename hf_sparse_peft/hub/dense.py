@@ -43,7 +43,7 @@ def merge_to_dense(
         ValueError: an adapter is unknown or merged, `weights` has another length, two adapters have different heads,
             another tuner's layer lies underneath, a quantised layer cannot be read, or `path` is not empty.
     """
-    names = _active(model) if adapter_names is None else list(adapter_names)
+    names = active_adapters(model) if adapter_names is None else list(adapter_names)
     if not names:
         raise ValueError("No adapter of this package is active; pass adapter_names=, or call set_adapter first.")
     given = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
@@ -65,7 +65,8 @@ def merge_to_dense(
     return dense
 
 
-def _active(model: nn.Module) -> list[str]:
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters of this package that are active."""
     held = (n for layer in adapter_layers(model) for n in layer.active_adapters if layer.holds(n))
     return list(dict.fromkeys(held))
 

@@ -26,7 +26,7 @@ from ..sparsity.decomposition import truncated_svd
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
-from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece
+from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece, summed_entries
 from ..tuners.shared.wrapped_names import plain_name
 from ..tuners.upstream import UpstreamLowRank, configs_of, upstream_low_rank
 from .card import exported_card
@@ -170,7 +170,7 @@ def export_shira(
                 )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"SHiRA saves no biases, and this adapter has bias='{config.bias}'. Use merge_to_dense.")
-    entries = {name: _entries(found) for name, found in pieces.items()}
+    entries = {name: summed_entries(found) for name, found in pieces.items()}
     entries = {name: found for name, found in entries.items() if found is not None}
     layers = [layer for layer in layers if layer.module_name in entries]
     if not layers:
@@ -351,17 +351,6 @@ def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
 
 
 # SHiRA
-
-
-def _entries(pieces: list[Piece]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Sorted flat positions and fp32 values of the sum of the pieces; None where there are none."""
-    found = [piece.entries() for piece in pieces]
-    found = [(positions, values) for positions, values in found if positions.numel()]
-    if len(found) < 2:
-        return found[0] if found else None
-    united, at = torch.unique(torch.cat([positions for positions, _ in found]), return_inverse=True)
-    values = torch.cat([values for _, values in found])
-    return united, values.new_zeros(united.numel()).index_add_(0, at, values)
 
 
 def _filled(positions: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ r"""Pieces: what an adapter adds to one weight, in forms that merging, export, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -248,3 +248,18 @@ class Tiles(Piece):
             positions[-1] += column + columns.indices(self.shape[1])[0]
         order = torch.cat(positions).sort()
         return order.values, torch.cat(values)[order.indices]
+
+
+def summed_entries(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor] | None:
+    """Sorted flat positions and fp32 values of the sum of the pieces; None where there are none.
+
+    Raises:
+        ValueError: a piece is a product of factors.
+    """
+    found = [piece.entries() for piece in pieces]
+    found = [(positions, values) for positions, values in found if positions.numel()]
+    if len(found) < 2:
+        return found[0] if found else None
+    united, at = torch.unique(torch.cat([positions for positions, _ in found]), return_inverse=True)
+    values = torch.cat([values for _, values in found])
+    return united, values.new_zeros(united.numel()).index_add_(0, at, values)

@@ -1,0 +1,81 @@
+r"""Sorted positions in few bits: as Elias and Fano code them, one by one or as runs.
+
+`n` positions below `u`, with :math:`l = \lfloor\log_2(u/n)\rfloor`: their `l` low bits one after the other, and a mask
+whose bit `(p >> l) + i` stands for the i-th position p. Together :math:`n(2 + \log_2(u/n))` bits at most, half a bit
+above the entropy of a random support; rows and blocks are runs, whose starts and lengths are coded alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...sparsity.bits import pack_bits, unpack_bits
+
+
+def code_length(count: int, size: int) -> int:
+    """Bytes that `encode` needs for `count` positions below `size`."""
+    low = _low_bits(count, size)
+    return -(-count * low // 8) + -(-_mask_length(count, size, low) // 8)
+
+
+def encode(positions: Tensor, size: int) -> Tensor:
+    """`positions` (int64 `[n]`, strictly increasing, in `0 .. size - 1`) as uint8 `[code_length(n, size)]`."""
+    count = positions.numel()
+    low = _low_bits(count, size)
+    bits = (positions[:, None] >> torch.arange(low)) & 1
+    mask = torch.zeros(_mask_length(count, size, low), dtype=torch.bool)
+    mask[(positions >> low) + torch.arange(count)] = True
+    return torch.cat((pack_bits(bits.bool()), pack_bits(mask)))
+
+
+def decode(codes: Tensor, count: int, size: int, name: str) -> Tensor:
+    """The positions in `codes`, int64 `[count]`.
+
+    Raises:
+        ValueError: `codes` has another length or another number of positions, or one is out of range; names `name`.
+    """
+    if codes.dtype != torch.uint8 or codes.ndim != 1 or not 0 <= count <= size:
+        raise ValueError(f"'{name}' is damaged: {codes.dtype} of shape {tuple(codes.shape)} for {count} of {size}.")
+    if codes.numel() != code_length(count, size):
+        raise ValueError(f"'{name}' is damaged: {codes.numel()} bytes where {count} positions of {size} take "
+                         f"{code_length(count, size)}.")  # fmt: skip
+    low = _low_bits(count, size)
+    split = -(-count * low // 8)
+    mask = unpack_bits(codes[split:], _mask_length(count, size, low))
+    places = mask.nonzero().view(-1)
+    if places.numel() != count:
+        raise ValueError(f"'{name}' is damaged: it codes {places.numel()} positions instead of {count}.")
+    bits = unpack_bits(codes[:split], count * low).view(count, low)
+    found = (places - torch.arange(count)) << low
+    for bit in range(low):
+        found += bits[:, bit].long() << bit
+    if count and (int(found[-1]) >= size or bool((found[1:] <= found[:-1]).any())):
+        raise ValueError(f"'{name}' is damaged: its positions are not increasing within {size} entries.")
+    return found
+
+
+def runs_of(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """First positions of the maximal runs of neighbours in `positions`, and the number of positions up to each run's
+    end; both int64, one for each run."""
+    if not positions.numel():
+        return positions, positions
+    breaks = (positions[1:] != positions[:-1] + 1).nonzero().view(-1) + 1
+    begins = torch.cat((breaks.new_zeros(1), breaks))
+    return positions[begins], torch.cat((breaks, breaks.new_full((1,), positions.numel())))
+
+
+def positions_of(starts: Tensor, ends: Tensor) -> Tensor:
+    """The positions whose runs those are."""
+    if not starts.numel():
+        return starts
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1))
+    return torch.repeat_interleave(starts - (ends - lengths), lengths) + torch.arange(int(ends[-1]))
+
+
+def _low_bits(count: int, size: int) -> int:
+    return max(size // count, 1).bit_length() - 1 if count else 0
+
+
+def _mask_length(count: int, size: int, low: int) -> int:
+    return count + ((size - 1) >> low) + 1 if count else 0
