@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import read_units
-from ..sparsity import UnitGrid, excluding, stream_seed, top_units
-from ..sparsity.scores import chunks_of
+from ..sparsity import Everywhere, Region, UnitGrid, excluding, stream_seed, top_units
+from ..sparsity.scores import Chunks, chunks_of
 from .collectives import all_reduce_mean, is_distributed
 from .space import UnitSpace
 
@@ -184,10 +184,14 @@ class CandidateReader(MicroBatchReader):
         space: a support with the state `candidates` (`[k]`, unit + 1, 0 where there is none), `candidate_sums`
             (`[2, k, ...]` fp32) and `candidate_steps` (`[1]` int32).
         starts: whether a phase begins: forget the last one's.
+        region: takes score chunks of all units, returns where candidates may lie (`Move.region`); None: anywhere.
     """
 
-    def __init__(self, space: UnitSpace, starts: bool = False) -> None:
+    def __init__(
+        self, space: UnitSpace, starts: bool = False, region: Callable[[Chunks], Region] | None = None
+    ) -> None:
         super().__init__()
+        self.region = region
         self.space = space
         self.step_gradient: Tensor | None = None
         self.overflowed = False
@@ -245,6 +249,8 @@ class CandidateReader(MicroBatchReader):
 
     def _choose(self, dense: Tensor) -> None:
         scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), self.space.grid, _CHUNK)
+        if self.region is not None:
+            scores = self.region(scores).masked(scores)
         seed = stream_seed(self.space.seed, "candidates", self.space.name)
         chosen = top_units(scores, self.space.count, seed=seed)
         self._count = chosen.numel()
@@ -274,11 +280,20 @@ class StepReader(MicroBatchReader):
     drop decides afterwards, the best untrained or just dropped units are among these, so the growth equals one over
     every inactive unit. With one micro-batch the dense gradient lives for one layer's backward pass. With several, an
     exact sum needs one fp32 gradient of every adapted weight until the step ends; with `factor` the `factor * count`
-    best untrained units of the first micro-batch are followed instead.
+    best untrained units of the first micro-batch are followed instead. Only untrained units in `region` of the scores
+    (`Move.region`; None: anywhere) are.
     """
 
-    def __init__(self, space: UnitSpace, count: int, micro_batches: int, factor: float | None) -> None:
+    def __init__(
+        self,
+        space: UnitSpace,
+        count: int,
+        micro_batches: int,
+        factor: float | None,
+        region: Callable[[Chunks], Region] | None = None,
+    ) -> None:
         super().__init__()
+        self.region = region
         self.space, self.count = space, count
         self.trained = space.trained_units()
         self.sums_dense = micro_batches > 1 and factor is None
@@ -334,8 +349,9 @@ class StepReader(MicroBatchReader):
             return  # no labels in it, or none that reach the layer: a later micro-batch may choose
         grid = self.space.grid
         scores = chunks_of(lambda begin, end: dense[begin:end].float().abs(), grid, _CHUNK)
-        limit = min(self.limit, grid.num_units - self.trained.numel())
+        region = Everywhere(grid) if self.region is None else self.region(scores)
+        limit = min(self.limit, region.size - int(region.contains(self.trained).sum()))
         seed = stream_seed(self.space.seed, "step gradient", self.space.name)
-        best = top_units(excluding(scores, self.trained), limit, seed=seed).to(self.trained.dtype)
+        best = top_units(excluding(region.masked(scores), self.trained), limit, seed=seed).to(self.trained.dtype)
         self.units = torch.cat([self.trained, best]).sort().values
         self.gradients = read_units(dense, self.units, grid.granularity, grid.block_size).float()

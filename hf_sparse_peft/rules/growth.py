@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..optim import SparseSM3, innermost
-from ..sparsity import excluding, make_score, stream_seed, top_units
+from ..sparsity import Everywhere, Pattern, Region, excluding, make_score, region_of, stream_seed, top_units
 from ..sparsity.scores import chunks_of
-from ..sparsity.selection import chunk_size
+from ..sparsity.selection import ScoreSlabs, chunk_size
 from ..utils.option_types import NonNegativeInt, PositiveInt, Range
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
@@ -45,10 +45,21 @@ class Move:
     reader: MicroBatchReader | None = None
     """The reader that the growth gave for this step, if any."""
 
+    @property
+    def pattern(self) -> Pattern | None:
+        """The shape that the support keeps to."""
+        return None if self.space is None else self.space.pattern
+
     @cached_property
     def dropped(self) -> Tensor:
-        """Positions of the dropped units in `units`, `[count]`."""
-        return top_units(self.importance, self.count, largest=False, seed=self.seed("drop")).long()
+        """Positions of the dropped units in `units`, `[count]`: the least important, and before them those that the
+        support's pattern gives up to move."""
+        importance = self.importance
+        if self.pattern is not None:
+            grid, seed = self.space.grid, self.seed("pattern drop")
+            leave = self.pattern.leaving(self.units, importance, self.count, grid, seed)
+            importance = importance.masked_fill(leave, -torch.inf)
+        return top_units(importance, self.count, largest=False, seed=self.seed("drop")).long()
 
     @cached_property
     def survivors(self) -> Tensor:
@@ -57,16 +68,42 @@ class Move:
         stays[self.dropped] = False
         return self.units[stays]
 
-    def completed(self, grown: Tensor) -> Tensor:
-        """Survivors and `grown`, and the most important of the dropped where fewer than `count` grew."""
+    def region(self, scores: ScoreSlabs) -> Region:
+        """Where units may grow by `scores` of all units: everywhere, or where the support's pattern allows them beside
+        the survivors."""
+        kept = None if self.pattern is None or self.importance is None else self.survivors
+        return region_of(self.pattern, scores, self.space.grid, kept, self.seed("pattern"))
+
+    def random_region(self, what: str) -> Region:
+        """The same for units that grow at random."""
+        if self.pattern is None:
+            return Everywhere(self.space.grid)
+        return self.pattern.random_region(self.space.grid, self.seed(what), self.survivors)
+
+    def best(self, scores: ScoreSlabs, taken: Tensor) -> Tensor:
+        """The support with the `count` best of all units but `taken` (sorted, the survivors or more)."""
+        region = self.region(scores)
+        free = region.size - int(region.contains(taken).sum())
+        best = top_units(excluding(region.masked(scores), taken), min(self.count, free), seed=self.seed("grow"))
+        return self.completed(best, region)
+
+    def completed(self, grown: Tensor, region: Region | None = None) -> Tensor:
+        """Survivors and `grown`, and the most important of the dropped where fewer than `count` grew; with a pattern
+        of those in its `region`, and random ones of it where they are too few."""
         grown = grown.to(self.units.dtype)
         missing = self.count - grown.numel()
         if missing:
             dropped = self.units[self.dropped]
             rest = ~torch.isin(dropped, grown)
+            rest = rest if region is None else rest & region.contains(dropped)
             importance = self.importance[self.dropped][rest]
             best = top_units(importance, min(missing, int(rest.sum())), seed=self.seed("return")).long()
             grown = torch.cat([grown, dropped[rest][best]])
+        missing = self.count - grown.numel()
+        if missing and region is not None:
+            taken = torch.cat([self.survivors, grown]).sort().values
+            drawn = region.random_units(missing, self.generator("completing the pattern"), taken)
+            grown = torch.cat([grown, drawn.to(grown)])
         return torch.cat([self.survivors, grown]).sort().values
 
     def seed(self, what: str) -> int:
@@ -122,9 +159,9 @@ class Growth(Part):
             ValueError: the run lacks something, e.g. the optimizer that it reads.
         """
 
-    def reader(self, run: Run, space: UnitSpace, starts: bool, count: Callable[[], int]) -> MicroBatchReader:
-        """A reader of the coming step's gradient; `starts` at the first of `reads_for` steps, `count()` is how many
-        units the move replaces."""
+    def reader(self, run: Run, space: UnitSpace, starts: bool, ahead: Callable[[], Move]) -> MicroBatchReader:
+        """A reader of the coming step's gradient; `starts` at the first of `reads_for` steps, `ahead()` is the move as
+        it would be now."""
         raise NotImplementedError
 
     def grow(self, move: Move) -> Tensor | None:
@@ -172,9 +209,9 @@ class AccumulatedGradient(Growth):
             TensorSpec("candidate_steps", (1,), torch.int32, role="rule"),
         ]
 
-    def reader(self, run: Run, space: UnitSpace, starts: bool, count: Callable[[], int]) -> MicroBatchReader:
+    def reader(self, run: Run, space: UnitSpace, starts: bool, ahead: Callable[[], Move]) -> MicroBatchReader:
         """Chooses the candidates and adds their gradients up."""
-        return CandidateReader(space, starts)
+        return CandidateReader(space, starts, lambda scores: ahead().region(scores))
 
     def grow(self, move: Move) -> Tensor | None:
         """The best candidates, unless they survive the drop."""
@@ -204,9 +241,10 @@ class Gradient(Growth):
         """The move's own step."""
         return 1
 
-    def reader(self, run: Run, space: UnitSpace, starts: bool, count: Callable[[], int]) -> MicroBatchReader:
+    def reader(self, run: Run, space: UnitSpace, starts: bool, ahead: Callable[[], Move]) -> MicroBatchReader:
         """Keeps what can matter of the step's gradient."""
-        return StepReader(space, count(), run.training.accumulation, self.candidates)
+        move = ahead()
+        return StepReader(space, move.count, run.training.accumulation, self.candidates, move.region)
 
     def grow(self, move: Move) -> Tensor | None:
         """The best units, unless they survive the drop."""
@@ -254,8 +292,7 @@ class SM3(Growth):
         grid = move.space.grid
         combine = torch.minimum if self.score == "min" else torch.mul
         scores = chunks_of(lambda begin, end: combine(rows[begin:end, None], columns), grid, chunk_size(rows.device))
-        free = grid.num_units - move.units.numel()
-        return move.completed(top_units(excluding(scores, move.units), min(move.count, free), seed=move.seed("grow")))
+        return move.best(scores, move.units)
 
 
 @register_part("low_rank_magnitude")
@@ -288,9 +325,9 @@ class LowRankMagnitude(Growth):
         score = make_score("low_rank_magnitude", **asdict(self))
         scores = score(weight, move.space.grid, move.generator("low-rank growth", weight.device))
         if move.importance is None:
+            scores = move.region(scores).masked(scores)
             return from_first_rank(top_units(scores, move.units.numel(), seed=move.seed("grow")))
-        grown = top_units(excluding(scores, move.survivors), move.count, seed=move.seed("grow"))
-        return from_first_rank(move.completed(grown))
+        return from_first_rank(move.best(scores, move.survivors))
 
 
 def best_candidates(move: Move, candidates: Tensor, gradients: Tensor) -> Tensor | None:
@@ -301,9 +338,16 @@ def best_candidates(move: Move, candidates: Tensor, gradients: Tensor) -> Tensor
         return None
     competes = ~torch.isin(candidates, move.survivors)
     rivals, strength = candidates[competes], unit_sums(gradients[competes])
+    region = None
+    if move.pattern is not None:
+        scores = torch.zeros(move.space.size, device=strength.device).index_put_((rivals.long(),), strength)
+        region = move.region(scores)
+        inside = region.contains(rivals)
+        rivals, strength = rivals[inside], strength[inside]
     if not rivals.numel():
         return move.units
-    return move.completed(rivals[top_units(strength, min(move.count, rivals.numel()), seed=move.seed("grow")).long()])
+    best = top_units(strength, min(move.count, rivals.numel()), seed=move.seed("grow")).long()
+    return move.completed(rivals[best], region)
 
 
 def choose_units(units: Tensor, importance: Tensor, candidates: Tensor, gradients: Tensor, count: int) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sparsity import random_units_outside
 from ..utils.parts import register_part
 from ..utils.tensors import TensorSpec
 from .growth import Growth, Move
@@ -21,8 +20,8 @@ class Random(Growth):
 
     def grow(self, move: Move) -> Tensor | None:
         """A draw of the move's own."""
-        generator = move.generator("random growth")
-        return move.completed(random_units_outside(move.space.size, move.survivors, move.count, generator))
+        generator, region = move.generator("random growth"), move.random_region("random growth")
+        return move.completed(region.random_units(move.count, generator, move.survivors), region)
 
 
 @register_part("random_unfired")
@@ -36,16 +35,16 @@ class RandomUnfired(Growth):
 
     def grow(self, move: Move) -> Tensor | None:
         """A draw of the move's own."""
-        size, record = move.space.size, move.space.state()["fired"]
+        record, region = move.space.state()["fired"], move.random_region("unfired growth")
         mark_fired(record, move.units)
         fired = fired_units(record).to(move.units.dtype)
-        count = min(move.count, size - fired.numel())
-        grown = random_units_outside(size, fired, count, move.generator("unfired growth"))
+        count = min(move.count, region.size - int(region.contains(fired).sum()))
+        grown = region.random_units(count, move.generator("unfired growth"), fired).to(move.units)
         if count < move.count:
             taken = torch.cat([move.survivors, grown]).sort().values
-            rest = random_units_outside(size, taken, move.count - count, move.generator("random growth"))
-            grown = torch.cat([grown, rest])
-        return move.completed(grown)
+            rest = region.random_units(move.count - count, move.generator("random growth"), taken)
+            grown = torch.cat([grown, rest.to(grown)])
+        return move.completed(grown, region)
 
 
 @torch.no_grad()

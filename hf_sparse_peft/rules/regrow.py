@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from .growth import AccumulatedGradient, Growth, Move
 from .no_effect import report_idle
 from .rule import Rule, check_entries
 from .run import Run, leave_update_out, refuse_unskippable
-from .space import UnitSpace
+from .space import UnitSpace, unit_sums
 
 
 @register_part("regrow")
@@ -221,7 +222,7 @@ class Regrow(Rule):
         for space in run.spaces(training=False):
             # The phase's place follows from the step number, so a resumed run knows where it stands.
             starts = ahead == self.grow.reads_for - 1
-            reader = self.grow.reader(run, space, starts, lambda space=space: self._count(run, space, update + ahead))
+            reader = self.grow.reader(run, space, starts, partial(self._ahead, run, space, update + ahead))
             if space.trains:
                 run.read_gradient(space, reader)
 
@@ -261,6 +262,17 @@ class Regrow(Rule):
         return int(fraction * int(space.trained().sum()))
 
     @torch.no_grad()
+    def _ahead(self, run: Run, space: UnitSpace, update: int) -> Move:
+        """The move after `update` as it would be now; where the drop needs what is not there yet, by magnitude."""
+        units, count = space.trained_units(), self._count(run, space, update)
+        importance = None
+        if space.pattern is not None and self.drop is not None:
+            importance = self.drop.importance(space, None)
+            if not self.drop.can_rank(importance, count):
+                importance = unit_sums(space.living_values())[space.trained()].nan_to_num()
+        return Move(space, update, units, count, importance)
+
+    @torch.no_grad()
     def _move(self, run: Run, space: UnitSpace) -> Moved | None:
         """Move one layer's support; None where nothing says which units matter, and they stay."""
         units, count, importance = space.trained_units(), self._count(run, space, run.step), None
@@ -274,6 +286,8 @@ class Regrow(Rule):
         grown = self.grow.grow(move)
         if grown is None:
             return None
+        if space.pattern is not None:
+            space.pattern.check_units(grown, space.grid, f"{space.name} after {self.grow}")
         moved = move_trained_units(run, space, grown, self.grow.seeds(move))
         if self.drop is not None:
             self.drop.moved(space, units, run.step)

@@ -125,7 +125,10 @@ def trial_units(space: UnitSpace, trial: int) -> Tensor:
     """The random support of a trial, as many units as live in the adapter's own."""
     own = space.alive()
     seed = stream_seed(space.seed, "support_search", trial, space.name)
-    return random_units(space.size, own.numel(), torch.Generator().manual_seed(seed)).to(own.device)
+    drawn = torch.Generator().manual_seed(seed)
+    if space.pattern is not None:
+        return space.pattern.random_region(space.grid, seed).random_units(own.numel(), drawn).to(own.device)
+    return random_units(space.size, own.numel(), drawn).to(own.device)
 
 
 def probe(model: nn.Module, spaces: list[UnitSpace], batches: list[Batch], steps: int, lr: float) -> float:

@@ -89,6 +89,11 @@ class UnitSpace:
         return 0
 
     @property
+    def pattern(self) -> Any:
+        """The shape in which the units lie (`sparsity.Pattern`); None: anywhere."""
+        return None
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """`(out, in)` of the adapted weight."""
         return self.layer.out_features, self.layer.in_features

@@ -5,6 +5,7 @@ Score, select_units              importance of units by the weight, and the best
 DataCriterion                    importance of units estimated from data
 top_units, random_units          exact selection in chunks
 encode_support, decode_support   a support as bytes of fixed length
+Pattern, Grid                    in which shape supports may lie
 Budget, *_counts                 how many units each layer gets, and what is left of them in the end
 Curve, make_curve                how a number moves during training
 soft_threshold, ...              what a proximal step does to numbers
@@ -47,6 +48,7 @@ from .curves import (
     make_curve,
     whole_steps,
 )
+from .patterns import Everywhere, Grid, Pattern, Region, region_of
 from .scores import (
     DecompositionResidual,
     LowRankMagnitude,
@@ -95,6 +97,7 @@ __all__ = [
     "DeltaMagnitude",
     "Density",
     "ErdosRenyi",
+    "Everywhere",
     "Exponential",
     "Fisher",
     "Fraction",
@@ -102,6 +105,7 @@ __all__ = [
     "Global",
     "Gradient",
     "Granularity",
+    "Grid",
     "Linear",
     "LowRankMagnitude",
     "Magnitude",
@@ -109,9 +113,11 @@ __all__ = [
     "Momentum",
     "Movement",
     "Numbers",
+    "Pattern",
     "Proportional",
     "Random",
     "RankEquivalent",
+    "Region",
     "Score",
     "Sensitivity",
     "SmallestMagnitude",
@@ -150,6 +156,7 @@ __all__ = [
     "proportional_counts",
     "random_units",
     "random_units_outside",
+    "region_of",
     "select_units",
     "soft_threshold",
     "stream_seed",

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..utils.option_types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ..utils.parts import Part, part_types, register_part
 from .decomposition import greedy_low_rank
-from .selection import Source, chunk_size, find_cut, random_units, selected
+from .patterns import Everywhere, Pattern, region_of
+from .selection import Source, chunk_size, find_cut, selected
 from .support import UnitGrid
 
 Chunks = Callable[[], Iterator[Tensor]]
@@ -192,12 +193,13 @@ def select_units(
     *,
     generator: torch.Generator | None = None,
     name: str = "",
+    pattern: Pattern | None = None,
     **options: Any,
 ) -> Tensor:
     """The `k` best units of `weight` (`[rows, cols]`, floating point) by a score, or the one of that name and options.
 
     Ties are drawn for with the seed that `generator` was given (0 without one), see `top_units`. `name` is the
-    module's, for errors.
+    module's, for errors. With a `pattern` all lie in its best region, of which they are the best.
 
     Returns sorted distinct units `[k]` of `grid.index_dtype`, on the weight's device (`random`: the generator's device
     if the weight is None).
@@ -207,14 +209,19 @@ def select_units(
             shape, a missing generator, NaN or infinity in the weight, or `k` outside `0 .. num_units`.
     """
     score = criterion if isinstance(criterion, Score) else make_score(criterion, **options)
+    if pattern is not None:
+        pattern.check_count(k, grid, name)
     if isinstance(score, Random):
-        units = random_units(grid.num_units, k, generator)
+        free = pattern is None or generator is None
+        region = Everywhere(grid) if free else pattern.random_region(grid, generator.initial_seed())
+        units = region.random_units(k, generator)
         return units if weight is None else units.to(weight.device)
     if weight is None:
         raise ValueError(
             f"criterion='{score.part_type}' scores the base weight and got None. Only 'random' does without one."
         )
-    source = Source(name, score(weight, grid, generator), 0 if generator is None else generator.initial_seed())
+    chunks, seed = score(weight, grid, generator), 0 if generator is None else generator.initial_seed()
+    source = Source(name, region_of(pattern, chunks, grid, seed=seed).masked(chunks), seed)
     return selected(source, find_cut([source], k, finite=True))
 
 

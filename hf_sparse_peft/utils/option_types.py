@@ -55,6 +55,8 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
 PositiveFraction = Annotated[float, Range(above=0, most=1)]
 """A fraction that may be all, and is not nothing."""
+Fraction = Annotated[float, Range(least=0, most=1)]
+"""A fraction that may be nothing or all."""
 Decay = Annotated[float, Range(least=0, below=1)]
 """A fraction that may be nothing, and is not all, as the decay rate of a moving average."""
 

@@ -43,7 +43,7 @@ class RowGradient(Growth):
     def state(self, space):
         return [TensorSpec("row_sums", (space.grid.rows,), role="rule")]
 
-    def reader(self, run, space, starts, count):
+    def reader(self, run, space, starts, ahead):
         sums = space.state()["row_sums"]
         return RowSums(sums.zero_() if starts else sums)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...sparsity import Targets, random_units, stream_seed, top_units
+from ...sparsity import Everywhere, Targets, region_of, stream_seed, top_units
 from ...sparsity.ranking import GlobalRanking, raised
 from ...tuners.sparse_lora.config import SparseLoraConfig
 from ...tuners.sparse_lora.layer import SparseLoraLayer
@@ -57,9 +57,7 @@ class SupportSelection:
             self.structures.add(name, self._zeros(name) if name in without else scores[name])
         kept = kept or {}
         scores = {
-            name: raised(self._zeros(name, kept[name].device) if name in without else chunks, kept[name])
-            if name in kept
-            else chunks
+            name: self._inside(name, self._zeros(name, kept[name].device) if name in without else chunks, kept)
             for name, chunks in scores.items()
             if name not in structured and (name not in without or kept.get(name, _NONE).numel())
         }
@@ -73,6 +71,12 @@ class SupportSelection:
                 name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()
             }
 
+    def _inside(self, name: str, chunks: Any, kept: dict[str, torch.Tensor]) -> Any:
+        """The scores that compete: those that the config's pattern allows, and `kept` before all others."""
+        seed, own = stream_seed(self.config.seed, name), kept.get(name)
+        region = region_of(self.config.known_pattern, chunks, self.grids[name], own, seed)
+        return region.masked(chunks) if own is None else raised(region.masked(chunks), own)
+
     def _zeros(self, name: str, device: torch.device | str = "cpu") -> Callable[[], Iterable[torch.Tensor]]:
         zeros = torch.zeros(self.grids[name].num_units, device=device)
         return lambda: iter((zeros,))
@@ -81,8 +85,9 @@ class SupportSelection:
         grid = self.grids[name]
         if self.ranking is not None:
             return torch.empty(0, dtype=grid.index_dtype)
-        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, name))
-        return random_units(grid.num_units, self.sizes[name], generator).to(grid.index_dtype)
+        seed, pattern = stream_seed(self.config.seed, name), self.config.known_pattern
+        region = Everywhere(grid) if pattern is None else pattern.random_region(grid, seed)
+        return region.random_units(self.sizes[name], torch.Generator().manual_seed(seed)).to(grid.index_dtype)
 
     def units(self) -> dict[str, torch.Tensor]:
         """Sorted units of every module."""

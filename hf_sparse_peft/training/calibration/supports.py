@@ -39,6 +39,8 @@ def write_supports(model: nn.Module, units: dict[str, torch.Tensor], adapter_nam
     if not any(chosen.numel() for chosen in units.values()):
         raise ValueError("No module has a unit: there is nothing to train.")
     open_sizes = config.calibrates_sizes
+    for name, layer in by_name.items() if config.known_pattern is not None else ():
+        config.known_pattern.check_units(units[name], layer.sparse_lora_grid[adapter_name], name)
     for name, layer in by_name.items():
         size, given = _size(layer, adapter_name), units[name].numel()
         if not open_sizes and given != size:

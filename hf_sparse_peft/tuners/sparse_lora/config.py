@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_pairs, check_schedule
-from ...sparsity import Budget, DeltaMagnitude, Density, Given, Granularity, Random, Score
+from ...sparsity import Budget, DeltaMagnitude, Density, Given, Granularity, Pattern, Random, Score
 from ...utils.option_types import (
     Decay,
     NonNegativeFloat,
@@ -116,6 +116,13 @@ class SparseLoraConfig(AdapterConfig):
         default_factory=Random,
         metadata={"help": "How the first support is chosen: a score, e.g. LowRankMagnitude(rank=64), or its name."},
     )
+    pattern: Pattern | UnknownPart | None = field(
+        default=None,
+        metadata={
+            "help": "Shape in which supports lie, e.g. Grid(rows=0.25, columns=0.25): all units where a quarter of the "
+            "rows and a quarter of the columns cross; None: anywhere."
+        },
+    )
     sizes: dict[str, list[NonNegativeInt]] = field(
         default_factory=dict,
         metadata={
@@ -151,6 +158,8 @@ class SparseLoraConfig(AdapterConfig):
 
     def _make_nested(self) -> None:
         self.criterion = load_part_by_name(Score, self.criterion, "criterion")
+        if self.pattern is not None:
+            self.pattern = load_part_by_name(Pattern, self.pattern, "pattern")
         if self.budget is not None:
             self.budget = load_part_by_name(Budget, self.budget, "budget")
         if self.factor_masks is not None:
@@ -191,6 +200,7 @@ class SparseLoraConfig(AdapterConfig):
                 "criterion that ranks, e.g. 'magnitude' or 'activation'."
             )
         self._check_subnets()
+        self._check_pattern()
         if not isinstance(self.budget, Budget):
             return
         if self.density != next(option.default for option in fields(self) if option.name == "density"):
@@ -227,6 +237,29 @@ class SparseLoraConfig(AdapterConfig):
             raise ValueError(
                 f"budget={self.budget} splits by scores that only data has, and a subnet's sides are fixed at "
                 "injection. Set density or Numbers(...), or a criterion without data."
+            )
+
+    def _check_pattern(self) -> None:
+        """What else would choose units in shapes of its own."""
+        if self.pattern is None:
+            return
+        start = f"pattern={self.pattern} says where units may lie, and "
+        if not self.has_support:
+            raise ValueError(f"{start}density=0 leaves the support out. Set density > 0, or pattern=None.")
+        if isinstance(self.criterion, Given):
+            raise ValueError(f"{start}criterion='given' takes them from outside as they are. Set pattern=None.")
+        if self.structures:
+            raise ValueError(f"{start}structures choose whole rows and columns. Set structures=[], or pattern=None.")
+        if self.has_subnets:
+            raise ValueError(
+                f"{start}granularity='subnet' trains every entry of its rows and columns. Set subnet_shares instead, "
+                "or granularity='entry'."
+            )
+        room = next((type(rule).__name__ for rule in self.rules if rule.extra_capacity > 0), None)
+        if room is not None:
+            raise ValueError(
+                f"{start}{room}.retired keeps units where they were when the pattern moves on. Set retired=0, or "
+                "pattern=None."
             )
 
     def _check_factors(self) -> None:
@@ -268,6 +301,11 @@ class SparseLoraConfig(AdapterConfig):
         if self.has_support and (self.granularity != "subnet" or set(self.granularity_pattern.values()) - {"subnet"}):
             kinds.add("support")
         return frozenset(kinds)
+
+    @property
+    def known_pattern(self) -> Pattern | None:
+        """`pattern`, as far as it is known here."""
+        return self.pattern if isinstance(self.pattern, Pattern) else None
 
     @property
     def has_subnets(self) -> bool:

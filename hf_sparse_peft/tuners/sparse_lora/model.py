@@ -115,6 +115,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     config = copy.deepcopy(like)
     config.schedule, config.factor_masks, config.gate = [], None, None  # masks and gates are folded, like the scaling
     config.structures, config.scale_support, config.support_init = [], False, "zeros"
+    config.pattern = None  # supports of several adapters together keep to none
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1
     config.criterion = Random()
     grids = {name: piece.grid for name, piece in entries.items() if piece is not None}

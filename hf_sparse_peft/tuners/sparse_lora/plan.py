@@ -14,7 +14,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...sparsity import Budget, DataCriterion, Given, Targets, Total, UnitGrid, stream_seed
+from ...sparsity import Budget, DataCriterion, Given, Pattern, Targets, Total, UnitGrid, region_of, stream_seed
 from ...sparsity.scores import Chunks
 from ...utils.parts import UnknownPart
 from ..shared.base_weight import dense_weight
@@ -110,6 +110,9 @@ def module_sizes(
             f"The support of '{name}' wants {units} {grid.granularity} units, and its {rows}x{cols} weight has "
             f"{grid.num_units}. Lower the budget."
         )
+    if units and config.known_pattern is not None:
+        config.known_pattern.check_grid(grid, name)
+        config.known_pattern.check_count(max(capacity, units), grid, name)
     rank = config.rank_of(name) if rank is None else rank
     scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
     sparse = bool(units) or subnet is not None
@@ -169,9 +172,9 @@ def plan_supports(config: SparseLoraConfig, layers: dict[str, nn.Module], model:
     if config.sizes:
         return _plan_of_sizes(config, layers, model)
     grids = _grids(config, layers)
-    if isinstance(config.criterion, DataCriterion):
-        for name, grid in grids.items():
-            config.criterion.check_grid(grid, name)
+    for part in (config.criterion, config.pattern):
+        for name, grid in grids.items() if isinstance(part, (DataCriterion, Pattern)) else ():
+            part.check_grid(grid, name)
     subnets = {name: grid for name, grid in grids.items() if config.granularity_of(name) == "subnet"}
     own_sides = {}
     if config.subnet_shares is not None:
@@ -315,6 +318,8 @@ def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: Un
     def chunks():
         weight = dense_weight(base, _backend(base, model))
         generator = torch.Generator(device=weight.device).manual_seed(stream_seed(config.seed, name))
-        return config.criterion(weight, grid, generator)()
+        scores = config.criterion(weight, grid, generator)
+        seed = generator.initial_seed()
+        return region_of(config.known_pattern, scores, grid, seed=seed).masked(scores)()
 
     return chunks

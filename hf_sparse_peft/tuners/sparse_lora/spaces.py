@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rules import ComponentSpace, ExpertDraw, UnitSpace
-from ...sparsity import UnitGrid
+from ...sparsity import Pattern, UnitGrid
 from .factors import drawn_expert, forward_factors
 from .subnet_spaces import SubnetColumns, SubnetRows
 
@@ -58,6 +58,11 @@ class SupportSpace(UnitSpace):
     def initial(self) -> int:
         """Units of the first support; there may be room for more."""
         return self.layer.sizes[self.adapter].units
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The shape in which the units lie."""
+        return self.config.known_pattern
 
     def alive(self) -> Tensor:
         """Living units, sorted; `values[:a]` belong to them."""

@@ -45,7 +45,9 @@ def support_specs(config: SparseLoraConfig, module_name: str, sizes: ModuleSizes
     shape = grid.values_shape(capacity)
 
     def check_codes(codes: torch.Tensor, key: str) -> None:
-        decode_support(codes, grid, capacity, key)
+        units = decode_support(codes, grid, capacity, key)
+        if config.known_pattern is not None:
+            config.known_pattern.check_units(units, grid, key)
 
     return [
         TensorSpec(
@@ -199,7 +201,7 @@ class SupportState(AdapterLayer):
             self.write_support(adapter_name, first.to(values.device))
             return
         waits = config.needs_calibration or (config.inference_mode and config.init_weights)
-        waits = waits or isinstance(config.criterion, UnknownPart)
+        waits = waits or isinstance(config.criterion, UnknownPart) or isinstance(config.pattern, UnknownPart)
         if not waits and config.structure_of(self.module_name) is None:
             self.select_support(adapter_name)
 
@@ -222,7 +224,7 @@ class SupportState(AdapterLayer):
         """The units that the config's criterion chooses without data: for `random`, always the same draw."""
         config = self.adapter_configs[adapter_name]
         seed = stream_seed(config.seed, self.module_name)
-        if isinstance(config.criterion, UnknownPart):
+        if isinstance(config.criterion, UnknownPart) or isinstance(config.pattern, UnknownPart):
             config.check_runnable()
         weight = None if isinstance(config.criterion, Random) else self.dense_base_weight()
         return select_units(
@@ -232,6 +234,7 @@ class SupportState(AdapterLayer):
             self.sizes[adapter_name].units,
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             name=self.module_name,
+            pattern=config.pattern,
         )
 
     def is_random_start(self, adapter_name: str) -> bool:
