@@ -102,14 +102,14 @@ def kept_columns(
     """The columns of `x` `[..., cols]` that the backward pass needs, where it does not need all of them."""
     if operands.values is None or operands.A is not None or shows_gradient:
         return None
-    if granularity == "entry" and operands.live_columns is not None:
-        subgrid = operands.live_rows.shape[0], operands.live_columns.shape[0]
-        if subgrid[1] > _MOST_KEPT * x.shape[-1]:
+    columns = operands.units if granularity == "column" else operands.live_columns
+    if columns is None or columns.shape[0] > _MOST_KEPT * x.shape[-1]:
+        return None
+    if granularity == "entry":
+        costs, subgrid = costs_of(x.device.type, x.dtype), (operands.live_rows.shape[0], columns.shape[0])
+        if entry_gradient_way(costs, rows, x.shape[-1], operands.units.shape[0], subgrid) != "compacted":
             return None
-        costs, count = costs_of(x.device.type, x.dtype), operands.units.shape[0]
-        compacted = entry_gradient_way(costs, rows, x.shape[-1], count, subgrid) == "compacted"
-        return operands.live_columns if compacted else None
-    return {"column": operands.units, "subnet": operands.live_columns}.get(granularity)
+    return columns
 
 
 def forward_product(

@@ -51,8 +51,11 @@ OURS = {
     "block32": "shira:budget={type: rank_equivalent, rank: $rank},granularity=block,block_size=32",
     "row": "shira:budget={type: rank_equivalent, rank: $rank},granularity=row",
     "column": "shira:budget={type: rank_equivalent, rank: $rank},granularity=column",
+    "subnet": "shira:budget={type: rank_equivalent, rank: $rank},granularity=subnet",
     "hybrid": "shira:budget={type: rank_equivalent, rank: $half},r=$half,lora_alpha=$rank",
 }
+MOVED = tuple(name for name in OURS if name != "subnet")
+"""Of ours, those whose units `MOVING` moves."""
 CANDIDATES = PEERS | OURS
 MOVING = "spiel-ag:every=3,steps=2,"
 """Prefix of the method whose moves are timed: a plain step, two that collect, the second of which ends in a move."""
@@ -160,7 +163,7 @@ def measure_base(
             trial = None
             _free()
     times = _time_rounds(trials, options.rounds, options.warmup, in_time)
-    for name in [name for name in OURS if name in trials and in_time()]:
+    for name in [name for name in MOVED if name in trials and in_time()]:
         figures[name] |= _moves(trial_of(name, MOVING + OURS[name].removeprefix("shira:")), max(3, options.rounds // 2))
     for name, trial in trials.items():
         figures[name] |= {"seconds": statistics.median(times[name]), "seconds_by_round": times[name]}

@@ -10,7 +10,8 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 SIZES = ["--hidden", "64", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
-OURS = ("entry", "block32", "row", "column", "hybrid")
+MOVED = ("entry", "block32", "row", "column", "hybrid")
+OURS = (*MOVED, "subnet")
 PEERS = ("frozen", "lora", "lora_lean", "shira", "supertuning", "full", "spiel")
 # Shapes of the one layer: hidden 64, two heads of 32 over one key-value head, feed-forward 192.
 WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192))
@@ -51,7 +52,7 @@ def test_every_row_has_its_figures(run):
         assert set(row["over"]) == set(rows)
         assert row["over"][method]["step time"] == row["over"][method]["saved bytes"] == 1
         assert row["peak_bytes"] > row["saved_bytes"] > 0
-        assert ("move_seconds" in row) == ("callback_share" in row) == (method in OURS)
+        assert ("move_seconds" in row) == ("callback_share" in row) == (method in MOVED)
         assert ("file_bytes_bf16" in row) == (method in OURS)
 
 
@@ -61,7 +62,7 @@ def test_methods_train_equally_many_numbers(run):
         if method in rows:
             assert rows[method]["trained_numbers"] == LORA_NUMBERS
     assert rows["frozen"]["trained_numbers"] == 0
-    for method in {"supertuning", "block32", "row", "column"} & set(rows):
+    for method in {"supertuning", "block32", "row", "column", "subnet"} & set(rows):
         assert rows[method]["trained_numbers"] == pytest.approx(LORA_NUMBERS, rel=0.1)
 
 
@@ -70,15 +71,16 @@ def test_gradients_and_adam_take_twelve_bytes_a_number(run):
     for method in ("lora", *OURS):
         scalars = rows[method]["gradient_optimizer_bytes"] - 12 * rows[method]["trained_numbers"]
         assert 0 <= scalars <= 4 * 3 * len(WEIGHTS)  # Adam's step counts
-    # int16 ages; int16 columns and at least a byte a gap
+    # int16 ages; a byte an entry and one for 255 numbers of the weight, in the one buffer that is saved
     assert rows["entry"]["age_bytes"] == 2 * LORA_NUMBERS
-    assert rows["entry"]["index_bytes"] >= 3 * LORA_NUMBERS
+    assert LORA_NUMBERS < rows["entry"]["index_bytes"] < 1.03 * LORA_NUMBERS
     assert rows["column"]["index_bytes"] < 2000
 
 
-def test_columns_keep_less_than_entries_and_nothing_of_ours_has_the_shape_of_a_weight(run):
+def test_columns_keep_no_more_than_entries_and_nothing_of_ours_has_the_shape_of_a_weight(run):
     rows = rows_of(run)
-    assert rows["column"]["saved_bytes"] < rows["entry"]["saved_bytes"]
+    # A half of the columns, at this size: three slices would be more than the input that q, k and v share.
+    assert rows["column"]["saved_bytes"] <= rows["entry"]["saved_bytes"]
     assert rows["frozen"]["saved_bytes"] < rows["entry"]["saved_bytes"] <= rows["lora"]["saved_bytes"]
     for method in OURS:
         assert rows[method]["saved_tensors_of_weight_shape"] == 0, method
