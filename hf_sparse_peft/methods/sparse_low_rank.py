@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..rules import ChooseSupport
 from ..sparsity import UnitsPerModule
+from ..training import AgedAdamWSpec
 from .registry import Method, register, row
 
 
@@ -45,3 +47,30 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
         "factor_init": "normal",
     }
     return row(overrides, **options)
+
+
+@register(
+    "rosa",
+    paper="Nikdan et al., 2024",
+    moves="support: chosen once, by the gradients after a warm-up of the low-rank half",
+    use_when="LoRA, with entries where the loss asks for them once the low rank has done what it can",
+    cost="an fp32 gradient of every adapted weight at one step",
+)
+def rosa(
+    r: int = 16,
+    lora_alpha: float = 16,
+    density: float = 0.006,
+    warmup: int = 64,
+    steps: int = 1,
+    reduction: str = "micro_batch",
+    restart: bool = False,
+    **overrides: Any,
+) -> Method:
+    """RoSA in one run: `warmup` steps of LoRA, masks by the mean of squared gradients, then both; `restart=True` puts
+    the factors back to their start with the masks, as published. Entries are neither scaled nor dropped out, and train
+    at 2e-4 where the factors train at 7e-4 (Llama-2 7B). The published masks are made from micro-batches of one example
+    (`reduction="example"`). The authors claim +2.6 to +5.4 points over LoRA on GSM8K (figures, one seed)."""
+    choice = ChooseSupport(warmup, steps, reduction=reduction, restart=restart)
+    options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.05, "density": density, "schedule": [choice]}
+    optimizer = AgedAdamWSpec(values_ratio=2 / 7)
+    return row(overrides, **options, optimizer=optimizer, target_modules="all-linear")

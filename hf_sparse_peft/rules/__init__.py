@@ -13,6 +13,7 @@ stable_rank.py   ranks that are cut once they have settled
 gradient_noise.py, adaptive_row_scale.py    noise on weights, gradients by the rows of the update
 entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
+choose_support.py    a support is chosen by gradients after a warm-up
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
@@ -24,6 +25,7 @@ probing.py       passes beside training
 from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
+from .choose_support import ChooseSupport
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
@@ -59,6 +61,7 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "ChooseSupport",
     "ComponentSpace",
     "ConstantRate",
     "Drop",

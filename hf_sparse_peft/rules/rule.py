@@ -40,9 +40,9 @@ class Rule(Part):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it relies on: `gate` (rank components with a trained gate), `scaling` (their number and scaling may be other
     ones in a step than between steps), `counts` (matrices with a number of living entries of their own), `fixed_units`
-    (no other rule moves them), `entries` (units that are single weight entries), `gradient` (dense gradients of a
-    layer, `Run.read_gradient`), `batches` (a dataloader at the start), `experts` (split low-rank factors), `two_passes`
-    (a loop that gives each batch to the model twice). Asked for by `all_needs`."""
+    (no other rule moves them), `all_modules` (no other rule holds modules still), `entries` (units that are single
+    weight entries), `gradient` (dense gradients of a layer, `Run.read_gradient`), `batches` (a dataloader at the
+    start), `experts` (split low-rank factors), `two_passes` (a loop that gives each batch to the model twice). Asked for by `all_needs`."""
     gate: ClassVar[str] = "zeros"
     """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
     decides: ClassVar[str | None] = None
@@ -136,6 +136,12 @@ def conflict(first: Rule, second: Rule) -> str | None:
     spaces = first.acts_on & second.acts_on
     if first.decides is not None and first.decides == second.decides:
         return f"{names} both decide which {first.decides} train, and together may leave none. Keep one of them."
+    for one, other in ((first, second), (second, first)):
+        if "all_modules" in one.all_needs and "module" in other.acts_on and "trains" in other.writes:
+            return (
+                f"{type(one).__name__} decides once, over all modules, and {type(other).__name__} holds some of them "
+                "still at that step. Keep one of them."
+            )
     both = "units" in first.writes and "units" in second.writes
     if both and spaces and second.part_type not in first.within and first.part_type not in second.within:
         return f"{names} both decide which units of {sorted(spaces)} live. Keep one of them."

@@ -67,7 +67,7 @@ class AgedAdamWSpec(OptimizerSpec):
     wants to have none."""
 
     values_ratio: PositiveFloat = 1.0
-    """Learning rate of the supports' values over the run's."""
+    """Learning rate of the values of supports and subnets over the run's."""
     B_ratio: PositiveFloat = 1.0
     """Learning rate of low-rank factors `B` over the run's, as that of `AdamWSpec`."""
     per_unit_age: bool = True
@@ -100,7 +100,8 @@ class AgedAdamWSpec(OptimizerSpec):
 
     def ratios(self, model: nn.Module) -> dict[int, float]:
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
-        values = {id(parameter): self.values_ratio for space in _supports(model) for parameter in space.parameters()}
+        sparse = [space for _, space in _active_spaces(model) if space.kind in ("support", "subnet_row")]
+        values = {id(parameter): self.values_ratio for space in sparse for parameter in space.parameters()}
         return values | _ratios_of_B(model, self)
 
 

@@ -57,6 +57,7 @@ RULES: dict[str, dict[str, Any]] = {
     "freeze": {"only": ("entries", "low rank + entries")},
     "regrow": {"every": 3, "grow": "gradient", "fraction": 0.5, "retired": 0.3},
     "sample_layers": {"trained": 0.5, "every": 3, "probe_batch": 4, "only": SCALED},
+    "choose_support": {"warmup": 2, "steps": 2},
     "switch_layers": {"layers": 1, "every": 3},
     "l1_penalty": {"weight": 10.0},
     "nuclear_norm": {"weight": 0.1, "min_side": 8, "only": ("entries", "low rank + entries")},

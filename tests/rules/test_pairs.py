@@ -17,6 +17,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    ChooseSupport,
     FactorExperts,
     Freeze,
     GroupLasso,
@@ -47,6 +48,7 @@ STEPS = 12
 BUSY = {
     "allocate": Allocate(budget=AverageRank(2), every=2),
     "alternate_modules": AlternateModules(period_steps=2),
+    "choose_support": ChooseSupport(3, 2),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.05),
     "group_lasso": GroupLasso(weight=1.0, every=2),
@@ -207,7 +209,11 @@ def test_a_pair_is_refused_by_name_exactly_where_declared(name):
             "fixed_units" in a.needs and "units" in b.writes for a, b in ((first, second), (second, first))
         )
         decided = first.decides is not None and first.decides == second.decides
-        refused = bool((units and not nested) or fixed or decided)
+        whole = any(
+            "all_modules" in a.needs and b.acts_on == {"module"} and "trains" in b.writes
+            for a, b in ((first, second), (second, first))
+        )
+        refused = bool((units and not nested) or fixed or decided or whole)
         assert refused == (conflict(first, second) is not None) == (conflict(second, first) is not None)
         if refused:
             with pytest.raises(ValueError, match=type(first).__name__) as error:

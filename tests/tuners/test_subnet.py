@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_sparse_peft import SparseLoraConfig, callbacks_for, hub
+from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, callbacks_for, hub, make_optimizer
 from hf_sparse_peft.hub.summary import adapter_summary
 from hf_sparse_peft.rules import move_units
 from hf_sparse_peft.sparsity import Fisher, Global, Numbers
@@ -345,3 +345,11 @@ def test_shares_of_its_own_for_each_side():
     _, (first, second) = adapted(Two(), target_modules=["first", "second"], granularity_pattern={"first": "row"})
     assert "default" in first.sparse_lora_values
     assert "default" in second.sparse_lora_subnet
+
+
+def test_the_learning_rate_of_values_reaches_subnets():
+    model, layers = on_two(r=2, optimizer=AgedAdamWSpec(values_ratio=3.0))
+    optimizer = make_optimizer(model, lr=0.01)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(layers[0].sparse_lora_subnet["default"])] == pytest.approx(0.03)
+    assert rates[id(layers[0].sparse_lora_A["default"])] == pytest.approx(0.01)
