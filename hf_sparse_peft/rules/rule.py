@@ -42,7 +42,8 @@ class Rule(Part):
     ones in a step than between steps), `counts` (matrices with a number of living entries of their own), `fixed_units`
     (no other rule moves them), `all_modules` (no other rule holds modules still), `entries` (units that are single
     weight entries), `gradient` (dense gradients of a layer, `Run.read_gradient`), `batches` (a dataloader at the
-    start), `experts` (split low-rank factors), `two_passes` (a loop that gives each batch to the model twice). Asked for by `all_needs`."""
+    start), `experts` (split low-rank factors), `two_passes` (a loop that gives each batch to the model twice).
+    Asked for by `all_needs`."""
     gate: ClassVar[str] = "zeros"
     """How the gate starts that an adapter is given for this rule where its config says nothing (`config.gate`)."""
     decides: ClassVar[str | None] = None
