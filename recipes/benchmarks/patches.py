@@ -153,11 +153,11 @@ def payload(granularity: str, options: PatchOptions) -> dict[str, Any]:
 TIMES = (
     Column("granularity", "granularity"),
     Column("entries", "entries", "{:,}"),
-    Column("loading, s", lambda row: row["seconds"]["load"], "{:.3f}"),
-    *(Column(f"{step}, of loading", lambda row, step=step: row["of_loading"][step], "{:.3f}") for step in STEPS),
-    Column("MB held", lambda row: row["payload_bytes"] / 1e6, "{:.2f}"),
-    Column("MB of file", lambda row: row["file_bytes"] / 1e6, "{:.2f}"),
-    Column("restored", lambda row: "to the bit" if row["exact"] else "NO"),
+    Column("loading, CPU s", lambda row: row["seconds"]["load"], "{:.3f}"),
+    *(Column(step, lambda row, step=step: row["of_loading"][step], "{:.3f}") for step in STEPS),
+    Column("MB", lambda row: row["payload_bytes"] / 1e6, "{:.2f}"),
+    Column("file, MB", lambda row: row["file_bytes"] / 1e6, "{:.2f}"),
+    Column("exact", lambda row: "yes" if row["exact"] else "NO"),
 )
 BYTES = (
     Column("granularity", "granularity"),
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if not options.payload_only:
         rows = Rows(options, "patches", setting, timed=True)
         found = [rows.measure(partial(measure, g, options), granularity=g) for g in options.granularities]
-        print_table(f"a patch of {options.density:.1%} of {found[0]['parameters']:,} weights", TIMES, found)
+        print_table(f"{options.density:.1%} of {found[0]['parameters']:,} weights: time / loading", TIMES, found)
     rows = Rows(options, "patch_payload", {"density": options.payload_density})
     sizes = [rows.measure(partial(payload, g, options), granularity=g) for g in options.granularities]
     print_table(f"{options.payload_density:.2%} of {sizes[0]['matrices']:,} weights (Llama-3.1-8B)", BYTES, sizes)

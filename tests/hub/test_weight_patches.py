@@ -393,6 +393,80 @@ def weight_dtype(kind):
     return torch.bfloat16 if kind == "bf16" else torch.float32
 
 
+def test_projections_that_the_checkpoint_holds_as_one_tensor_share_one_item(tmp_path):
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    def fused_on_disk(model):
+        parts = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+        model._weight_conversions = [WeightConverter(["self_attn.qkv.weight"], parts, [Chunk(0)])]
+        return model
+
+    def build():
+        return fused_on_disk(tiny.llama(num_key_value_heads=4))
+
+    base = saved_state(build(), tmp_path / "base")
+    assert base["model.layers.0.self_attn.qkv.weight"].shape == (96, 32)
+    model = get_peft_model(build(), SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj", "v_proj", "up_proj"]))
+    fill(model)
+    patch = hub.make_patch(model, base=tmp_path / "base")
+    assert [one.name for one in patch.weights if "attn" in one.name] == [
+        f"model.layers.{layer}.self_attn.qkv.weight" for layer in (0, 1)
+    ]
+    merged = merged_state(model, tmp_path / "merged")
+    assert_same(patched_state(base, patch), merged)
+    server = build()
+    hub.apply_patch(server, patch)
+    assert_same(server.state_dict(), hub.merge_to_dense(model).state_dict())
+    hub.revert_patch(server)
+    assert_same(server.state_dict(), build().state_dict())
+    assert len(adapter_layers(hub.import_patch(patch, build()))) == 6
+
+
+def test_a_compiled_policy_and_a_deep_copy_make_the_same_patch():
+    model = adapt("bf16", "entry")
+    expected = hub.make_patch(model)
+    for other in (torch.compile(model), copy.deepcopy(model), torch.nn.DataParallel(model)):
+        found = hub.make_patch(other)
+        assert [one.name for one in found.weights] == [one.name for one in expected.weights]
+        assert found.base_digests == expected.base_digests
+
+
+def test_no_patch_lands_on_weights_that_were_cast_or_are_packed():
+    patch = hub.make_patch(adapt("bf16", "entry"))
+    server = tiny.base("bf16")
+    hub.apply_patch(server, patch)
+    server.float()
+    with pytest.raises(ValueError, match=r"was cast from torch\.bfloat16 to torch\.float32"):
+        hub.revert_patch(server)
+    with pytest.raises(ValueError, match="quantised"):
+        hub.import_patch(patch, tiny.base("nf4"))
+
+
+class Twice(torch.nn.Module):
+    """Runs one layer twice in a pass; with `names=2` under two names, of which peft adapts the first."""
+
+    def __init__(self, names: int = 1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+        if names == 2:
+            self.second = self.first
+
+    def forward(self, x):
+        return self.last(getattr(self, "second", self.first)(self.first(x)))
+
+
+def test_a_layer_that_runs_twice_is_patched_and_one_with_a_name_of_its_own_is_refused():
+    config = {"r": 0, "density": 0.3, "target_modules": ["first", "last"]}
+    model = get_peft_model(Twice(), SparseLoraConfig(**config))
+    fill(model)
+    server, x = Twice(), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    hub.apply_patch(server, hub.make_patch(model))
+    assert torch.equal(server(x), hub.merge_to_dense(model)(x))
+    with pytest.raises(ValueError, match=r"first.*second|second.*first"):
+        hub.make_patch(get_peft_model(Twice(names=2), SparseLoraConfig(**config)))
+
+
 def test_folder_of_an_adapter_is_exported_over_the_checkpoint_its_config_names(tmp_path):
     tiny_base().bfloat16().save_pretrained(tmp_path / "base")
     model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto"))

@@ -54,15 +54,8 @@ def swap_patch(model: nn.Module, patch: Patch | str | os.PathLike) -> int:
     names = CheckpointNames(model)
     old: dict[str, _Held] = getattr(model, _ATTRIBUTE, {})
     new, values = _planned(names, patch, old)
-    writes = {name: (held.positions, values[name]) for name, held in new.items()}
-    for name, held in old.items():
-        if name not in new:
-            writes[name] = (held.positions, held.base)
-            continue
-        left = ~_among(held.positions, new[name].positions, names.parameters[name].numel())
-        at, written = writes[name]
-        writes[name] = (torch.cat((at, held.positions[left])), torch.cat((written, held.base[left])))
-    _write(names, writes)
+    restored = [(name, held.positions, held.base) for name, held in old.items()]
+    _write(names, restored + [(name, held.positions, values[name]) for name, held in new.items()])
     setattr(model, _ATTRIBUTE, new)
     return patch.entries
 
@@ -76,7 +69,7 @@ def revert_patch(model: nn.Module) -> int:
     held: dict[str, _Held] | None = getattr(model, _ATTRIBUTE, None)
     if held is None:
         raise ValueError("No patch is applied to this model; apply_patch comes first.")
-    _write(CheckpointNames(model), held)
+    _write(CheckpointNames(model), [(name, *one) for name, one in held.items()])
     delattr(model, _ATTRIBUTE)
     return sum(one.positions.numel() for one in held.values())
 
@@ -121,8 +114,8 @@ def _planned(
             positions, new, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             positions, order = positions.sort()
             new, base = new[order], base[order]
-        if bool((positions[1:] == positions[:-1]).any()):
-            raise ValueError(f"The patch writes entries of '{name}' twice, under two names of one tied weight.")
+            if bool((positions[1:] == positions[:-1]).any()):
+                raise ValueError(f"The patch writes entries of '{name}' twice, under two names of one tied weight.")
         held[name], values[name] = _Held(positions, base), new
     return held, values
 
@@ -130,25 +123,29 @@ def _planned(
 def _base_values(parameter: Tensor, positions: Tensor, applied: _Held | None) -> Tensor:
     """The base's values at `positions`, under a patch that may be applied."""
     positions = positions.to(parameter.device)
-    values = parameter.data.reshape(-1)[positions]
+    values = parameter.data.reshape(-1).index_select(0, positions)
     if applied is None or not applied.positions.numel():
         return values
-    hit = _among(positions, applied.positions, parameter.numel())
-    values[hit] = applied.base[torch.searchsorted(applied.positions, positions[hit])]
+    known, base = applied.positions.to(parameter.device), applied.base.to(parameter.device)
+    # A mask of the whole parameter is ten times as fast as a search for each position.
+    mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device).index_fill_(0, known, True)
+    hit = mask.index_select(0, positions).nonzero().view(-1)
+    values[hit] = base[torch.searchsorted(known, positions[hit])]
     return values
 
 
-def _among(positions: Tensor, known: Tensor, size: int) -> Tensor:
-    """Which of `positions` are in `known`. A mask of the whole parameter is ten times as fast as a search for each."""
-    mask = torch.zeros(size, dtype=torch.bool, device=positions.device)
-    mask[known] = True
-    return mask[positions]
-
-
-def _write(names: CheckpointNames, writes: dict[str, tuple[Tensor, Tensor]]) -> None:
-    for name in writes:
-        if not names.parameters[name].data.is_contiguous():
+def _write(names: CheckpointNames, writes: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Write values at positions of parameters, one after the other, once all of them were checked."""
+    for name, _, values in writes:
+        parameter = names.parameters[name]
+        if not parameter.data.is_contiguous():
             raise ValueError(f"'{name}' is not contiguous in memory; call contiguous() on it before patching.")
+        if parameter.dtype != values.dtype:
+            raise ValueError(
+                f"'{name}' was cast from {values.dtype} to {parameter.dtype} while a patch was applied; load the base "
+                "again, its exact values are lost."
+            )
     with uninterrupted():
-        for name, (positions, values) in writes.items():
-            names.parameters[name].data.view(-1).index_copy_(0, positions, values)
+        for name, positions, values in writes:
+            flat = names.parameters[name].data.view(-1)
+            flat.index_copy_(0, positions.to(flat.device), values.to(flat.device))

@@ -126,13 +126,18 @@ class CheckpointNames:
         """
         name = self.aliases.get(self._held.get(stored, stored))
         if name in self.stored:
-            return self._dense(name)
+            return self.dense(name)
         group = self._groups_by_stored().get(stored)
         if group is None:
             raise ValueError(f"The model has no tensor '{stored}' in its checkpoint.")
-        return revert_weight_conversion(self._model, {n: self._dense(n) for n in self._groups[group]})[stored]
+        return revert_weight_conversion(self._model, {n: self.dense(n) for n in self._groups[group]})[stored]
 
-    def _dense(self, name: str) -> Tensor:
+    def dense(self, name: str) -> Tensor:
+        """The parameter `name` as the model holds it.
+
+        Raises:
+            ValueError: it is quantised.
+        """
         parameter = self.parameters[name]
         if tuple(parameter.shape) != self.shapes[name] or not parameter.dtype.is_floating_point:
             raise ValueError(

@@ -42,7 +42,7 @@ def import_patch(
         before = torch.empty_like(weight.values)
         for place in names.to_memory(weight.name, weight.indices, weight.shape):
             order = slice(None) if place.order is None else place.order
-            base_values = names.parameters[place.name].data.reshape(-1)[place.positions].to(weight.dtype)
+            base_values = names.dense(place.name).reshape(-1)[place.positions].to(weight.dtype)
             before[order] = base_values.cpu()
             parts.setdefault(place.name, []).append(
                 (place.positions, weight.values[order].float() - base_values.cpu().float())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...tuners import AdapterLayer, adapter_layers
 from ...tuners.shared.heads import head_owners
-from ...tuners.shared.merge import refuse_merged
+from ...tuners.shared.merge import refuse_merged, refuse_shared_modules
 from ...tuners.shared.pieces import Decomposed, LowRank, Piece, summed_entries
 from ..dense import active_adapters
 from .base_values import BaseTensor, base_tensors
@@ -53,8 +53,9 @@ def make_patch(
 
     Raises:
         ValueError: an adapter is unknown or merged, or changes its weight by a product of factors, which touches every
-            entry; heads of several adapters differ; the adapted weight is tied to another module's; a weight is
-            quantised and `base` is not given, or `base` lacks it or has another shape.
+            entry; its layer has a second name without it, or a weight that is tied to another module's; heads of
+            several adapters differ; a weight is quantised and `base` is not given, or `base` lacks it or has another
+            shape.
     """
     if only not in (None, "support", "modules"):
         raise ValueError(f"only={only!r} is no part of an adapter; choose 'support', 'modules' or None for both.")
@@ -68,10 +69,12 @@ def make_patch(
         adapter_layers(model, adapter_name=name)  # refuses unknown names
     layers = [layer for layer in adapter_layers(model) if any(layer.holds(name) for name in names)]
     refuse_merged(layers)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    refuse_shared_modules(model)  # a patch reaches a module under all of its names
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)  # under wrappers
+    inner = model if peft_model is None else peft_model.get_base_model()
     places = CheckpointNames(inner)
     stored = base_tensors(places if base is None else base)
-    made: list[tuple[WeightPatch, str | None, int]] = []
+    made: list[tuple[WeightPatch, Tensor | None, int]] = []
     if only != "modules":
         if only is None:
             for layer in layers:
@@ -82,9 +85,13 @@ def make_patch(
         made += [(one, None, 0) for one in _whole_tensors(inner, layers, names, places, dtype)]
         if base is not None:
             _check_shapes(made, stored)
-    items = [one for one, _, _ in made if one.values.numel()]
-    digests = {one.name: before for one, before, _ in made if before is not None and one.values.numel()}
-    return Patch(tuple(items), digests, sum(unchanged for _, _, unchanged in made))
+    found: dict[str, list[tuple[WeightPatch, Tensor | None]]] = {}
+    for item, before, _ in made:
+        if item.values.numel():
+            found.setdefault(item.name, []).append((item, before))
+    joined = [_joined(parts) for parts in found.values()]
+    digests = {item.name: digest(before) for item, before in joined if before is not None}
+    return Patch(tuple(item for item, _ in joined), digests, sum(unchanged for _, _, unchanged in made))
 
 
 @torch.no_grad()
@@ -134,6 +141,15 @@ def _between(before: WeightPatch, after: WeightPatch | None, base: Tensor) -> tu
     return weight_patch(before.name, before.shape, wanted, union), present
 
 
+def _joined(parts: list[tuple[WeightPatch, Tensor | None]]) -> tuple[WeightPatch, Tensor | None]:
+    """One item of several of one tensor: the checkpoint holds several modules' weights in it."""
+    if len(parts) == 1:
+        return parts[0]
+    indices, order = torch.cat([item.indices for item, _ in parts]).sort()
+    values = torch.cat([item.values for item, _ in parts])[order]
+    return weight_patch(*parts[0][0][:2], values, indices), torch.cat([before for _, before in parts])[order]
+
+
 def _refuse_factors(layer: AdapterLayer, names: list[str]) -> None:
     for name in names:
         if layer.holds(name):
@@ -163,8 +179,8 @@ def _changed(
     dtype: torch.dtype | None,
     only: str | None,
     keep_unchanged: bool,
-) -> Iterator[tuple[WeightPatch, str, int]]:
-    """Items of one layer's weight, the digest of what each replaces, and how many entries were left out."""
+) -> Iterator[tuple[WeightPatch, Tensor, int]]:
+    """Items of one layer's weight, the values that each replaces, and how many entries were left out."""
     found = [(summed_entries(_sparse_pieces(layer, n, only)), scale) for n, scale in terms if layer.holds(n)]
     found = [(entries, scale) for entries, scale in found if entries is not None]
     if not found:
@@ -193,7 +209,7 @@ def _changed(
         after = after.to(before.dtype)
         kept = torch.ones(after.numel(), dtype=torch.bool) if keep_unchanged else differs(before, after)
         item = weight_patch(place.name, place.shape, after[kept], place.positions[kept])
-        yield item, digest(before[kept]), int((~kept).sum())
+        yield item, before[kept], int((~kept).sum())
 
 
 def _spread(positions: Tensor, at: Tensor, values: Tensor) -> Tensor:
@@ -231,7 +247,7 @@ def _whole_tensors(
         yield weight_patch(places.stored[name], tuple(tensor.shape), tensor.detach().reshape(-1).to(served), None)
 
 
-def _check_shapes(made: list[tuple[WeightPatch, str | None, int]], stored: BaseTensor) -> None:
+def _check_shapes(made: list[tuple[WeightPatch, Tensor | None, int]], stored: BaseTensor) -> None:
     for item, _, _ in made:
         _check_shape(item.name, item.shape, stored(item.name))
 
