@@ -14,7 +14,7 @@ from hf_sparse_peft import SparseLoraConfig, hub
 from hf_sparse_peft.hub.patches.checkpoint_names import CheckpointNames
 from hf_sparse_peft.tuners import adapter_layers
 
-GRANULARITIES = ["entry", "block", "row", "column"]
+GRANULARITIES = ["entry", "block", "row", "column", "subnet"]
 
 
 def assert_same(one, other):
