@@ -56,7 +56,7 @@ from hf_sparse_peft.ops.costs import Costs
 PARTS = {"kernels": 0.15, "gradients": 0.22, "crossovers": 0.05, "steps": 0.45, "moves": 0.13}
 """Parts in their order, and the share of the time that each has."""
 NO_GPU = "no GPU was available"
-COMPILED = ("frozen", "lora", "lora_lean", "entry", "grid", "block32", "row", "column", "subnet")
+COMPILED = ("frozen", "lora", "lora_lean", "entry", "entry_grid", "block32", "row", "column", "subnet")
 LATE = ("full", "spiel", "supertuning", "shira")
 """Peers that are built last: they draw or sort all entries of a weight on the CPU, or hold the most memory."""
 Figures = dict[str, Any]

@@ -135,7 +135,7 @@ def adapt(base: nn.Module, candidate: str, rank: int, lean: bool = False) -> tup
     gradient, so that every candidate sends one through all layers and differs in nothing else.
 
     Raises:
-        NotImplementedError: the candidate has no form for 4-bit weights, or needs a Trainer of its own.
+        NotImplementedError: the candidate has no form for these weights, or needs a Trainer of its own.
     """
     weights, method = targets(base), None
     numbers = {name: rank * sum(shape) for name, shape in weights.items()}
@@ -153,6 +153,8 @@ def adapt(base: nn.Module, candidate: str, rank: int, lean: bool = False) -> tup
         names = sorted({name.rsplit(".", 1)[-1] for name in weights})
         # One density for all weights: the total is LoRA's, the split over weights is its own.
         density = sum(numbers.values()) / sum(rows * cols for rows, cols in weights.values())
+        if "type: grid" in candidate and density > 1 / 16:
+            raise NotImplementedError(f"a quarter of the rows and columns has no room for {density:.0%} of the entries")
         given = {"rank": rank, "half": rank // 2, "alpha": 2 * rank, "density": density, "sparsity": 1 - density}
         method = build_method(candidate, given, target_modules=names)
         if method.trainer_class.training_step is not Trainer.training_step:

@@ -48,6 +48,7 @@ PEERS = {
 }
 OURS = {
     "entry": "shira:budget={type: rank_equivalent, rank: $rank}",
+    "entry_grid": "shira:density=$density,pattern={type: grid, rows: 0.25, columns: 0.25}",
     "block32": "shira:budget={type: rank_equivalent, rank: $rank},granularity=block,block_size=32",
     "row": "shira:budget={type: rank_equivalent, rank: $rank},granularity=row",
     "column": "shira:budget={type: rank_equivalent, rank: $rank},granularity=column",
