@@ -127,7 +127,7 @@ class EntryIndex:
         count = self.live_columns.numel()
         place = torch.empty(self.cols, dtype=torch.int64, device=columns.device)
         place[self.live_columns.long()] = torch.arange(count, device=columns.device)
-        first = torch.arange(0, self.live_rows.numel() * count, count, device=columns.device)
+        first = torch.arange(self.live_rows.numel(), device=columns.device) * count
         per_row = starts.diff().index_select(0, self.live_rows)
         first = torch.repeat_interleave(first, per_row, output_size=self.numel())
         return first.add_(place.index_select(0, columns))

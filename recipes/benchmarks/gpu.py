@@ -90,7 +90,10 @@ class Sizes:
     moving: tuple[tuple[str, str], ...]
 
 
-CHECKED = (Unit("entry"), *(Unit("block", size) for size in BLOCKS), Unit("row"), Unit("column"))
+CHECKED = (
+    Unit("entry"), Unit("entry", share=0.25), *(Unit("block", size) for size in BLOCKS),
+    Unit("row"), Unit("column"), Unit("subnet"),
+)  # fmt: skip
 
 
 def real_sizes(options: GpuOptions) -> Sizes:
@@ -107,7 +110,7 @@ def tiny_sizes(options: GpuOptions) -> Sizes:
     few = ["frozen", "lora", "full", "entry"]
     step = StepCostOptions(device="cpu", hidden=64, tokens=16, rounds=3, warmup=1, candidates=few, backend="aot_eager")
     units = {Unit("entry"): (0.01, 0.05), Unit("entry", share=0.25): (0.02,), Unit("block", 16): (0.1,)}
-    checked = (Unit("entry"), Unit("entry", share=0.25), Unit("block", 16), Unit("row"), Unit("column"))
+    checked = (Unit("entry"), Unit("entry", share=0.25), Unit("block", 16), Unit("row"), Unit("column"), Unit("subnet"))
     shapes = {"tiny": {"q, o": (64, 64), "down": (32, 96)}}
     moving = (("bf16", "entry"), ("nf4", "row"))
     runs = (("bf16", False, 2), ("bf16", False, 1), ("nf4", False, 1), ("bf16", True, 1))

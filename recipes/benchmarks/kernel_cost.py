@@ -123,7 +123,14 @@ def _errors(unit: Unit, dy: Tensor, x: Tensor, weight: Tensor, units: Tensor) ->
     rows, cols = dy.shape[1], x.shape[1]
     dense = dy.double().t() @ x.double()
     expected = _read(dense, units, unit)
-    errors = {"gradient": _error(unit_gradient(dy, x, units, unit.granularity, unit.size), expected)}
+    errors = {}
+    operands = {"units": units}
+    if unit.granularity == "subnet":
+        operands = {}
+    else:
+        errors["gradient"] = _error(unit_gradient(dy, x, units, unit.granularity, unit.size), expected)
+    if unit.granularity == "subnet" or unit.share < 1:
+        operands |= dict(zip(("live_rows", "live_columns"), live_lines(units, rows, cols), strict=True))
     if kernels_run(x.device) and unit.granularity == "entry":
         errors["kernel"] = _error(triton_kernels.entry_gradient(dy, x, units), expected)
     if kernels_run(x.device) and unit.size in triton_kernels.BLOCK_WARPS:
@@ -133,7 +140,7 @@ def _errors(unit: Unit, dy: Tensor, x: Tensor, weight: Tensor, units: Tensor) ->
     delta.index_put_(_positions(units, rows, cols, unit), values.double())
     plan = Plan(rows, cols, x.dtype, DenseSource(weight), unit.granularity, unit.size)
     inputs = x.clone().requires_grad_(), values.requires_grad_()
-    y = sparse_linear(inputs[0], plan, values=inputs[1], units=units)
+    y = sparse_linear(inputs[0], plan, values=inputs[1], **operands)
     y.backward(dy)
     total = weight.double() + delta
     errors["output"] = _error(y.detach(), x.double() @ total.t())
@@ -151,6 +158,9 @@ def _positions(units: Tensor, rows: int, cols: int, unit: Unit) -> tuple[Tensor,
         return torch.arange(rows, device=device), at[:, None]
     if unit.granularity == "entry":
         return at // cols, at % cols
+    if unit.granularity == "subnet":  # all rows x all columns of the units
+        down, across = live_lines(at, rows, cols)
+        return down.long()[:, None], across.long()
     inner, per_row = torch.arange(unit.size, device=device), cols // unit.size
     down, across = (at // per_row * unit.size)[:, None, None], (at % per_row * unit.size)[:, None, None]
     return down + inner[:, None], across + inner

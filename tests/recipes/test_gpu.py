@@ -141,7 +141,7 @@ def test_the_real_plan_on_stand_ins(tmp_path, monkeypatch, capsys):
 
     assert list(dict.fromkeys(call[0] for call in asked)) == ["kernels", "gradients", "costs", "steps", "moves"]
     checked = {call[1:] for call in asked if call[0] == "kernels"}
-    assert len(checked) == (1 + 5 + 2) * 3 * 2
+    assert len(checked) == (2 + 5 + 3) * 3 * 2
     assert ("block256", "fp16", True) in checked
     sizes = [call[1:] for call in asked if call[0] == "gradients"]
     assert len(sizes) == 3 * 4 * 3
