@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optim import innermost
-from ..sparsity import stream_seed, top_units
+from ..sparsity import region_of, stream_seed, top_units
 from ..sparsity.scores import chunks_of
 from ..utils.option_types import NonNegativeInt, PositiveInt
 from ..utils.parts import register_part
@@ -159,6 +159,7 @@ class ChooseSupport(Rule):
         for space in judged:
             scores = chunks_of(lambda begin, end, F=sums[space]: F[begin:end].abs(), space.grid, _CHUNK)
             seed = stream_seed(run.seed, "chosen support", space.name)
+            scores = region_of(space.pattern, scores, space.grid, seed=seed).masked(scores)
             units = top_units(scores, space.count, seed=seed).to(space.values.device, space.alive().dtype)
             move_units(space, units, run.optimizer)
         if self.restart:

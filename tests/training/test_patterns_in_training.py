@@ -38,7 +38,7 @@ from hf_sparse_peft import (
     initialize_support,
     make_optimizer,
 )
-from hf_sparse_peft.rules import SM3
+from hf_sparse_peft.rules import SM3, ChooseSupport
 from hf_sparse_peft.sparsity import select_units
 
 GRID = Grid(0.25, 0.25)
@@ -155,6 +155,14 @@ def test_pruning_inside_of_moves_and_a_joint_budget_stay_inside(tmp_path):
     assert sum(live(layer)[0] for layer in layers_of(model)) < sum(
         layer.sizes["default"].units for layer in layers_of(model)
     )
+
+
+def test_a_support_chosen_after_a_warmup_lies_in_a_grid(tmp_path):
+    model = adapted(make_config(r=2, pattern=GRID, schedule=[ChooseSupport(warmup=2, steps=1)]))
+    before = [layer.units("default") for layer in layers_of(model)]
+    run(model, tmp_path, 5, batch=2)
+    check(model)
+    assert not any(torch.equal(a, b.units("default")) for a, b in zip(before, layers_of(model), strict=True))
 
 
 def test_searched_supports_lie_in_grids_of_their_own(tmp_path):
