@@ -290,6 +290,7 @@ def test_kernel(device, name):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, "fp32"), (80, "bf16"), (80, "fp32"))),
     ],
 )
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(capability, element, tmp_path):
     ptx, _ = in_own_process("compile", capability, element, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert len(ptx) == 1 + 2 * 5

@@ -57,6 +57,7 @@ def check_kernels_and_gradients(parts, written):
     assert costs.keys() == {field.name for field in fields(Costs)}
 
 
+@pytest.mark.slow
 def test_dry_run_of_kernels_and_gradients(tmp_path):
     printed, parts, written = dry_run(tmp_path, "--parts", "kernels", "gradients", "crossovers")
     assert set(parts) == {"kernels", "gradients", "costs"}

@@ -83,6 +83,7 @@ def test_the_method_table_says_whether_a_method_leaves_as_a_plain_lora(name, lea
     assert method_table.summaries(rows)[0]["export"].startswith(leaves)
 
 
+@pytest.mark.slow
 def test_recipe_and_table_make_the_run_that_a_method_learns_from(recipes, tmp_path):
     import method_table
     import qlora_sparse_lora
