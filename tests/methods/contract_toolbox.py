@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
 """Values for a model of width 32, given to every method that has an argument of that name."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},
     "adalora": {
@@ -114,17 +115,17 @@ def build(name: str):
 
 @functools.cache
 def brings_a_part() -> list[str]:
-    """Methods with a kind of adapter, a part of the config (rule, score, growth, budget, optimizer), a Trainer's class
-    or a step of their own that no method before them has."""
-    seen: set[Any] = set()
-    found = []
+    """Methods that together have every kind of adapter, part of a config (rule, score, growth, budget, optimizer),
+    Trainer's class and step of their own; each is the one that has most of what those before it leave out."""
+    parts: dict[str, set[Any]] = {}
     for name in methods.names(upstream=False):
         method = build(name)
-        parts = {type(method.config), method.trainer_class, method.make_callbacks, method.make_ready is None}
-        parts |= set(_types(method.config.to_dict()))
-        if parts - seen:
-            found.append(name)
-        seen |= parts
+        parts[name] = {type(method.config), method.trainer_class, method.make_callbacks, method.make_ready is None}
+        parts[name] |= set(_types(method.config.to_dict()))
+    left, found = set().union(*parts.values()), []
+    while left:
+        found.append(max(parts, key=lambda name: len(parts[name] & left)))
+        left -= parts[found[-1]]
     return found
 
 

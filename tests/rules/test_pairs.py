@@ -1,7 +1,7 @@
 """Every pair of registered rules, in both orders: composed they train and hold still what either holds, or both are
 named in the refusal. Which of the two it is follows from what the rules declare.
 
-The default suite trains schedules of four rules, in which each pair that composes occurs; each pair by itself is slow.
+The default suite trains schedules of six rules, in which each pair that composes occurs; each pair by itself is slow.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def composes(*names: str) -> bool:
     return together and all(conflict(a, b) is None for a, b in itertools.combinations(rules, 2))
 
 
-def schedules(length: int = 4) -> list[tuple[str, ...]]:
+def schedules(length: int = 6) -> list[tuple[str, ...]]:
     """Schedules of `length` rules, in which every pair of rules that composes occurs; every other one is reversed."""
     order, found = list(OWN), []
     left = {pair for pair in itertools.combinations(order, 2) if composes(*pair)}
