@@ -15,6 +15,7 @@ from ..rules import (
     Random,
     RandomUnfired,
     Regrow,
+    RelocateSubnets,
 )
 from ..sparsity import (
     BelowThreshold,
@@ -181,6 +182,39 @@ def lift(
     options = {"r": 0, **budget, **start, "schedule": [move], "target_modules": "all-linear"}
     optimizer = AgedAdamWSpec(betas=tuple(betas), per_unit_age=per_unit_age)
     return row(overrides, **options, optimizer=optimizer)
+
+
+@register(
+    "losia",
+    paper="Wang et al., 2025",
+    moves="subnet: rows and columns of one transformer layer at a time, by the smoothed sensitivity of its weights",
+    use_when="updates of high rank are wanted at the memory of activations of a small subnet, in a long run",
+    cost="a dense fp32 accumulator of every adapted matrix; of one layer at a time dense gradients and two fp32 scores",
+)
+def losia(
+    every: int = 100,
+    share: float = 0.125,
+    importance: str = "mix",
+    asynchronous: bool = True,
+    rate: str = "cosine_restarts",
+    refined: bool = False,
+    record: int | None = None,
+    **overrides: Any,
+) -> Method:
+    r"""LoSiA(-Pro): `share` of the rows x `share` of the columns of each matrix, random at first, trained as one dense
+    matrix; the `L` layers move theirs in turns of `every` steps (`RelocateSubnets`), each once in `L * every`.
+
+    What was learned at rows and columns that a subnet leaves stays: it is added to a dense fp32 accumulator beside the
+    base weight. So the adapter's change has high rank and, after m moves of a matrix, up to
+    :math:`1 - (1 - p^2)^{m+1}` of its entries; it leaves as a merged model or as entries (SHiRA), as plain LoRA only
+    before the first move. The rate is the paper's own schedule from the run's base rate (5e-5; 2e-4 for short tasks);
+    `rate="rewarm"` takes the run's. `asynchronous=False` moves all layers at once, `record=20` reads the last 20 steps
+    of a turn only. Heads train through `modules_to_save`. The published Adam has epsilon 1e-6:
+    `TrainingArguments(adam_epsilon=1e-6)`.
+    """
+    move = RelocateSubnets(every, importance, record=record, asynchronous=asynchronous, refined=refined, rate=rate)
+    options = {"r": 0, "granularity": "subnet", "subnet_shares": (share, share), "schedule": [move]}
+    return row(overrides, **options, target_modules="all-linear")
 
 
 @register(

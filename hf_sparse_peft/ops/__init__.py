@@ -15,7 +15,7 @@ from .entries import (
     unpack_units,
 )
 from .linear import sparse_linear
-from .sources import DenseSource, DequantizedSource, Source, Support
+from .sources import DenseSource, DequantizedSource, Source, Support, shifted
 from .subgrid import add_subgrid_, put_columns_, read_subgrid, subgrid_gradient, take_columns, write_subgrid_
 from .units import add_units_, read_units, unit_gradient, write_units_
 
@@ -39,6 +39,7 @@ __all__ = [
     "read_subgrid",
     "read_units",
     "register_owner",
+    "shifted",
     "sparse_linear",
     "sparse_linear_node",
     "subgrid_gradient",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -84,6 +85,20 @@ class DequantizedSource:
 
 
 Source = DenseSource | DequantizedSource
+
+
+def shifted(source: Source, shifts: Sequence[torch.Tensor]) -> DequantizedSource:
+    """`source` with the frozen matrices `shifts` `[rows, cols]`, at least one, added whenever it is read: summed in the
+    widest dtype, rounded once."""
+    return DequantizedSource(partial(_read_shifted, source, tuple(shifts)), source.weight)
+
+
+def _read_shifted(source: Source, shifts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    # A dense weight is not rounded before the sum.
+    total = source.read(source.weight.dtype if isinstance(source, DenseSource) else dtype)
+    for shift in shifts:
+        total = total + shift
+    return total.to(dtype)
 
 
 def version_of(source: Source | None) -> int | None:

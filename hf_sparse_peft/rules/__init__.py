@@ -5,6 +5,7 @@ run.py           what a rule sees of a training run   update_mask.py   who is up
 rule.py          the base of all rules, which pairs compose      pairs.py    the table of these
 prune.py         units leave along a curve        search_support.py   the best of some random supports
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
+relocate_subnets.py  subnets move to other rows and columns, a layer at a time
 allocate.py      one budget for all layers            scores.py        which units matter
 orthogonality.py, frobenius_decay.py    pulls on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
@@ -43,6 +44,7 @@ from .proximal_gate import ProximalGate
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
 from .regrow import Regrow
+from .relocate_subnets import RelocateSubnets
 from .rule import RankRule, Rule, check_pairs, check_schedule, conflict, in_order
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
@@ -93,6 +95,7 @@ __all__ = [
     "RandomUnfired",
     "RankRule",
     "Regrow",
+    "RelocateSubnets",
     "Rule",
     "Run",
     "RunRate",

@@ -117,6 +117,49 @@ class StepSumReader(MicroBatchReader):
         self.total = self.total / loss_scale
 
 
+class StepGradientReader(MicroBatchReader):
+    """Hands the gradient of a whole step, divided by the loss scale and averaged over ranks, to `take` once: as it was
+    lent where one micro-batch is the step, else, and over several ranks, an fp32 sum.
+
+    Args:
+        micro_batches: of an optimizer step.
+        loss_scale: what the step's gradients are multiplied by.
+        shape: of the weight.
+        device: where a rank that no gradient reached makes zeros.
+        take: called with the gradient `[rows, cols]`, to be read at once; not where nothing arrived.
+    """
+
+    def __init__(
+        self,
+        micro_batches: int,
+        loss_scale: float,
+        shape: tuple[int, int],
+        device: torch.device,
+        take: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__()
+        self.loss_scale, self.shape, self.device, self.take_step = loss_scale, shape, device, take
+        self.sums_dense = micro_batches > 1 or is_distributed()
+        self._dense: Tensor | None = None
+
+    def take_whole(self, dense: Tensor) -> None:
+        """Hand it on, or add it to the step's."""
+        if self.sums_dense:
+            self._dense = dense.to(torch.float32, copy=True) if self._dense is None else self._dense.add_(dense)
+        else:
+            self.take_step(dense if self.loss_scale == 1 else dense / self.loss_scale)
+
+    @torch.no_grad()
+    def finish_step(self, loss_scale: float = 1.0) -> None:
+        """Hand the sum on."""
+        self.finish_micro_batch()
+        if self._dense is None and self.sums_dense and is_distributed():
+            self._dense = torch.zeros(self.shape, device=self.device)  # another rank's batches may have reached it
+        if self._dense is not None:
+            dense, self._dense = all_reduce_mean(self._dense), None
+            self.take_step(dense.div_(loss_scale))
+
+
 class SharedReader:
     """The readers of one layer's gradient as one: a single product serves all of them, and none owns its result.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -29,6 +29,10 @@ class AdaptedLayer(Protocol):
     def rule_state(self, adapter_name: str) -> dict[str, Tensor]: ...
 
     def rule_followers(self, adapter_name: str, kind: str) -> list[Follower]: ...
+
+    def allocate_rule_state(self, adapter_name: str, rules: Iterable[Any], passing: Collection[str] = ()) -> None: ...
+
+    def free_rule_state(self, adapter_name: str, names: Iterable[str]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,15 @@ class UnitSpace:
     def state(self) -> dict[str, Tensor]:
         """State that rules keep for this adapter in this layer, by name."""
         return self.layer.rule_state(self.adapter)
+
+    def allocate_state(self, rule: Any, names: Collection[str]) -> None:
+        """Allocate state of `rule` that is there for some steps only (`TensorSpec.passing`), as zeros; what is there
+        stays."""
+        self.layer.allocate_rule_state(self.adapter, [rule], passing=names)
+
+    def free_state(self, names: Iterable[str]) -> None:
+        """Free it."""
+        self.layer.free_rule_state(self.adapter, names)
 
     @property
     def trains(self) -> bool:

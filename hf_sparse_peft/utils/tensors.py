@@ -39,6 +39,10 @@ class TensorSpec:
     start: Callable[[torch.Generator | None], torch.Tensor] | None = None
     """Returns the first content, drawn from the generator (None: torch's own); absent = zeros."""
 
+    passing: bool = False
+    """With the role `"rule"`: there only while a rule asks for it (`UnitSpace.allocate_state`), and where a checkpoint
+    from such a step is loaded; for dense state of a few layers at a time."""
+
     check: Callable[[torch.Tensor, str], None] | None = None
     """Called with a tensor and its key in a file; raises ValueError, naming the key, where the content is not valid:
     codes, ranges. Shape, dtype and finiteness are checked without it."""

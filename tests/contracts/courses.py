@@ -63,6 +63,7 @@ RULES: dict[str, dict[str, Any]] = {
     "l1_penalty": {"weight": 10.0},
     "nuclear_norm": {"weight": 0.1, "min_side": 8, "only": ("entries", "low rank + entries")},
     "search_support": {"trials": 2, "steps": 1, "batches": 1},
+    "relocate_subnets": {"every": 3, "rate": "rewarm", "only": ("subnet",)},
     "prune": {"final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},

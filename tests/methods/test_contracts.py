@@ -80,7 +80,8 @@ def test_what_the_method_says_moves_moves(name, kind, course_of):
     course = course_of(name, kind)
     config = course.model.peft_config["default"]
     moving = {kind for rule in getattr(config, "rules", []) if "units" in rule.writes for kind in rule.acts_on}
-    buffers = {"support": "support", "rank": "rank_mask", "kernel": "survivors", "core": "core_mask"}
+    sides = {"subnet_row": "subnet_rows", "subnet_column": "subnet_columns"}
+    buffers = {"support": "support", **sides, "rank": "rank_mask", "kernel": "survivors", "core": "core_mask"}
     ends = tuple(f"lora_{buffers[kind]}.default" for kind in moving & set(buffers))
     if ends:  # where several kinds share a budget, one of them may keep all of its units in so short a run
         held = [key for key in course.start if key.endswith(ends)]

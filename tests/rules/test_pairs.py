@@ -27,6 +27,7 @@ from hf_sparse_peft import (
     Prune,
     Random,
     Regrow,
+    RelocateSubnets,
     SampleLayers,
     SearchSupport,
     SparseLoraConfig,
@@ -55,6 +56,7 @@ BUSY = {
     "l1_penalty": L1Penalty(weight=50.0),
     "nuclear_norm": NuclearNorm(min_side=8),
     "prune": Prune(start=0.1, end=0.7, every=2),
+    "relocate_subnets": RelocateSubnets(every=2, rate="rewarm"),
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "sample_layers": SampleLayers(trained=0.5, every=5, probes=2),
     "stable_rank": StableRank(every=1, window=2, last=2, threshold=10.0, first=1),
@@ -62,8 +64,12 @@ BUSY = {
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
 }
 """Options with which a rule acts within a few steps on a tiny model; other rules are taken with their defaults."""
-KINDS = ({"support", "rank", "module"}, {"basis", "core", "module"})
-"""Units of sparse adapters, and of spectral ones with a trained basis."""
+KINDS = (
+    {"support", "rank", "module"},
+    {"subnet_row", "subnet_column", "rank", "module"},
+    {"basis", "core", "module"},
+)
+"""Units of sparse adapters, of those with subnets, and of spectral ones with a trained basis."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -79,6 +85,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return SpectralLoraConfig(bases=SVD(train_B=True), core=Diagonal(), **options)
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
+    if any("subnet_row" in rule.acts_on for rule in rules):
+        options["granularity"] = "subnet"
     return SparseLoraConfig(density=0.1, **options)
 
 

@@ -56,6 +56,7 @@ CASES: dict[str, dict] = {
     },
     "s2ft-by-gradient": {"method": "s2ft", "layers": 2, "down": 0.1, "criterion": "gradient"},
     "hft": {"layers": 2, "period_steps": 3},
+    "losia": {"layers": 2, "every": 2, "rate": "rewarm"},
     "ist": {"layers": 4, "trained": 0.5, "every": 3, "r": 4},
     "mosa": {"r": 4, "experts": 2},
     "mezo": {},

@@ -37,6 +37,7 @@ from hf_sparse_peft import (
     ProximalGate,
     Prune,
     Regrow,
+    RelocateSubnets,
     Rule,
     SampleLayers,
     SampleRank,
@@ -81,6 +82,7 @@ RULES = {
     "orthogonality": Orthogonality(),
     "prune": Prune(start=0.1, end=0.8, every=2),
     "proximal_gate": ProximalGate(weight=20.0),
+    "relocate_subnets": RelocateSubnets(every=2, rate="rewarm"),
     "regrow": Regrow(every=3, grow=AccumulatedGradient(steps=2), fraction=0.5),
     "switch_layers": SwitchLayers(1, every=2),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
@@ -216,7 +218,8 @@ def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig:
     if rule.acts_on == {"basis"}:
         return SpectralLoraConfig(r=4, target_modules=["q_proj", "v_proj"], bases=SVD(train_B=True), schedule=[rule])
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
-    return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split)
+    granularity = "subnet" if "subnet_row" in rule.acts_on else "entry"
+    return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split, granularity=granularity)
 
 
 @pytest.mark.parametrize("name", sorted(n for n, r in part_types(Rule).items() if r.__module__.startswith("hf_sparse")))

@@ -54,6 +54,7 @@ class AdapterLayer(CalibratedTensors):
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
 
     def update_layer(
@@ -279,6 +280,15 @@ class AdapterLayer(CalibratedTensors):
 
 
 Layer = TypeVar("Layer", bound=AdapterLayer)
+
+
+def _before_loading(layer: AdapterLayer, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    # State that is there at some steps only, in a checkpoint from such a step.
+    state = f"{prefix}{layer.prefix}rule_"
+    for key in [key for key in state_dict if key.startswith(state)]:
+        name, _, adapter_name = key.removeprefix(state).partition(".")
+        if adapter_name in layer.adapter_configs and name not in layer.rule_state(adapter_name):
+            layer.allocate_training_state(adapter_name, passing=[name])
 
 
 def _after_loading(layer: AdapterLayer, incompatible_keys: Any) -> None:

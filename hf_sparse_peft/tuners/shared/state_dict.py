@@ -194,7 +194,8 @@ def fit_training_state(
                 state_dict[key] = state_dict.pop(unmapped)
         held = getattr(layer, kind, {})
         if adapter_name not in held and trained and key in state_dict:
-            layer.allocate_training_state(adapter_name)  # a finished run freed it, and goes on from a checkpoint
+            # A finished run freed it, and goes on from a checkpoint; or it is there at some steps only.
+            layer.allocate_training_state(adapter_name, passing=[kind.removeprefix(f"{layer.prefix}rule_")])
             held = getattr(layer, kind, {})
         if adapter_name not in held:
             state_dict.pop(key, None)

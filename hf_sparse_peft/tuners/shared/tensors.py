@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -209,12 +209,13 @@ class AdapterTensors(BaseTunerLayer):
         found = [TensorSpace(self, adapter_name, kind, tuple(held)) for kind, held in axes.items()]
         return [*found, ModuleSpace(self, adapter_name)]
 
-    def allocate_training_state(self, adapter_name: str) -> None:
+    def allocate_training_state(self, adapter_name: str, passing: Collection[str] = ()) -> None:
         """Allocate, at fixed shapes, what the rules of this adapter keep between steps and across a resume."""
-        self.allocate_rule_state(adapter_name, self.adapter_configs[adapter_name].rules)
+        self.allocate_rule_state(adapter_name, self.adapter_configs[adapter_name].rules, passing)
 
-    def allocate_rule_state(self, adapter_name: str, rules: Iterable[Rule]) -> None:
-        """Allocate the tensors that `rules` declare for this adapter, as zeros; what is there stays.
+    def allocate_rule_state(self, adapter_name: str, rules: Iterable[Rule], passing: Collection[str] = ()) -> None:
+        """Allocate the tensors that `rules` declare for this adapter, as zeros; what is there stays. Of those that are
+        there for some steps only (`TensorSpec.passing`), the ones that `passing` names.
 
         Raises:
             ValueError: two rules declare a tensor of one name and different shapes.
@@ -223,6 +224,8 @@ class AdapterTensors(BaseTunerLayer):
         spaces = self.unit_spaces(adapter_name)
         for rule in rules:
             for spec in (s for space in spaces if space.kind in rule.acts_on for s in rule.state(space)):
+                if spec.passing and spec.name not in passing:
+                    continue
                 known = specs.setdefault(spec.name, spec)
                 if (known.shape, known.dtype) != (spec.shape, spec.dtype):
                     raise ValueError(
@@ -245,6 +248,14 @@ class AdapterTensors(BaseTunerLayer):
         """The state that rules keep for this adapter here, by the names of their specs."""
         held = {name: getattr(self, f"{self.prefix}rule_{name}") for name in self._rule_specs.get(adapter_name, {})}
         return {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
+
+    def free_rule_state(self, adapter_name: str, names: Iterable[str]) -> None:
+        """Free these tensors of it, where they are there."""
+        for name in names:
+            held = getattr(self, f"{self.prefix}rule_{name}", {})
+            if adapter_name in held:
+                del held[adapter_name]
+            self._rule_specs.get(adapter_name, {}).pop(name, None)
 
     def rule_followers(self, adapter_name: str, kind: str) -> list[Follower]:
         """The part of it that follows the units of spaces of that kind."""

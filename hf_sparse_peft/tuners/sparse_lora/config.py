@@ -95,6 +95,13 @@ class SparseLoraConfig(AdapterConfig):
             "budget; None: about the square root of its density on both sides."
         },
     )
+    accumulator: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether what subnets learned where they no longer are is kept, in a dense fp32 matrix a weight. "
+            "Set at injection where a rule asks for it."
+        },
+    )
     structures: list[StructureConfig] = field(
         default_factory=list,
         metadata={"help": "Modules whose supports are whole channels, heads or matrices; others take `density`."},
@@ -220,6 +227,11 @@ class SparseLoraConfig(AdapterConfig):
                 f"subnet_shares={self.subnet_shares} says how large subnets are, and no module has one. Set "
                 "granularity='subnet', or leave it out."
             )
+        if self.accumulator and not self.has_subnets:
+            raise ValueError(
+                "accumulator=True keeps what subnets leave behind, and no module has one. Set granularity='subnet', or "
+                "leave it out."
+            )
         if not self.has_subnets:
             return
         if isinstance(self.criterion, (Given, DeltaMagnitude)):
@@ -281,7 +293,8 @@ class SparseLoraConfig(AdapterConfig):
     # What follows
 
     def meet_needs(self) -> None:
-        """Give components a gate where a rule needs one."""
+        """Give components a gate, and subnets an accumulator, where a rule needs one."""
+        self.accumulator = self.accumulator or any("accumulator" in rule.all_needs for rule in self.rules)
         if self.gate is None:
             self.gate = next((rule.gate for rule in self.rules if "gate" in rule.all_needs), None)
 

@@ -44,6 +44,8 @@ class SparseLoraLayer(SubnetState, SupportState):
     """uint8, the coded rows of a subnet."""
     sparse_lora_subnet_columns: BufferDict
     """uint8, its coded columns."""
+    sparse_lora_accumulator: BufferDict
+    """fp32 `[out, in]`, with `config.accumulator`: what was learned where subnets were before."""
     sparse_lora_rank_mask: BufferDict
     """uint8 `[r]`, 1 for living components; only with the gate."""
     sparse_lora_A_map: BufferDict
@@ -65,6 +67,7 @@ class SparseLoraLayer(SubnetState, SupportState):
         self.place_over(base_layer, module_name, **kwargs)
         self.expert_draws: dict[str, ExpertDraw] = {}
         self._subnets: dict[str, tuple[list[tuple], tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._accumulates: dict[str, tuple[torch.Tensor, int, bool]] = {}
         self._units: dict[str, KnownSupport] = {}
 
     @classmethod
@@ -119,6 +122,7 @@ class SparseLoraLayer(SubnetState, SupportState):
         """Delete the adapter from this layer, decoded units included."""
         self._units.pop(adapter_name, None)
         self._subnets.pop(adapter_name, None)
+        self._accumulates.pop(adapter_name, None)
         self.expert_draws.pop(adapter_name, None)
         self.sparse_lora_dense_delta.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -127,6 +131,7 @@ class SparseLoraLayer(SubnetState, SupportState):
         """Forget the decoded units of this adapter, whose buffer has been replaced."""
         self._units.pop(adapter_name, None)
         self._subnets.pop(adapter_name, None)
+        self._accumulates.pop(adapter_name, None)
         self.expert_draws.pop(adapter_name, None)
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
@@ -268,7 +273,21 @@ class SparseLoraLayer(SubnetState, SupportState):
     @torch.no_grad()
     def pieces(self, adapter_name: str) -> list[Piece]:
         r"""The low-rank half :math:`s\,B\,\mathrm{diag}(g)\,A`, merged factors, then the support, as far as the layer
-        has them."""
+        has them. A subnet that has moved is all entries that it ever changed."""
+        found = self._trained_pieces(adapter_name)
+        if self.accumulated(adapter_name) is not None:
+            found[-1] = self.with_accumulated(adapter_name, found[-1])
+        return found
+
+    def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
+        kept = self.accumulated(adapter_name)
+        if kept is not None:
+            weight += kept
+        for piece in self._trained_pieces(adapter_name):
+            piece.add_(weight)
+
+    @torch.no_grad()
+    def _trained_pieces(self, adapter_name: str) -> list[Piece]:
         found: list[Piece] = []
         if adapter_name in self.sparse_lora_A:
             A, B = merged_factors(self, adapter_name)

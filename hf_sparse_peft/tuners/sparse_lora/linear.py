@@ -15,6 +15,7 @@ from ...ops import (
     Plan,
     Source,
     register_owner,
+    shifted,
     sparse_linear,
     sparse_linear_node,
 )
@@ -46,12 +47,16 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         source = None if args or kwargs else weight_source(self)
         dtype = compute_dtype(self, x, source)
+        shifts = self._shifts(names)
+        source = shifted(source, shifts) if source is not None and shifts else source
         operands = combine(self, names)
         dropout = self._dropout(names) if self.training and operands.A is not None else 0.0
         low_rank = {} if dropout else operands.low_rank
         if source is None:
             base = self.base_layer(x, *args, **kwargs)
             update = self._product(x, None, dtype, operands, low_rank)
+            for shift in shifts:
+                update = update + nn.functional.linear(x.to(dtype), shift.to(dtype))
             # Out of place: some 4-bit kernels return views that must not be written to.
             result = base + update.to(base.dtype)
         else:
@@ -107,11 +112,25 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
 
     def runtime_source(self) -> Source | None:
         """The weight's source, for compiled graphs (`ops.compiled`)."""
-        return weight_source(self)
+        source, shifts = weight_source(self), self._shifts(self._held_and_active())
+        return shifted(source, shifts) if source is not None and shifts else source
+
+    def _held_and_active(self) -> list[str]:
+        return [name for name in self.active_adapters if self.holds(name)]
+
+    def _shifts(self, names: list[str]) -> list[torch.Tensor]:
+        """What the adapters `names` have accumulated (`subnet`)."""
+        found = [kept for kept in map(self.accumulated, names) if kept is not None]
+        if found and torch.compiler.is_compiling() and names != self._held_and_active():
+            raise ValueError(
+                f"'{self.module_name}': a compiled model cannot run a mixed batch (adapter_names) of adapters with an "
+                "accumulator of what their subnets left. Run it without torch.compile."
+            )
+        return found
 
     def runtime_reader(self) -> SharedReader | None:
         """Who reads this layer's dense gradient at this step, for compiled graphs too; None as a rule."""
-        reader = self._shared_reader([name for name in self.active_adapters if self.holds(name)])
+        reader = self._shared_reader(self._held_and_active())
         if reader is not None:
             reader.expect()  # asked in forward passes; inside a backward pass nothing is counted
         return reader

@@ -18,6 +18,7 @@ from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .plan import note_sizes, plan_adapter, sizes_for_config
+from .subnet import ACCUMULATOR
 
 
 class SparseLoraModel(AdapterModel):
@@ -70,7 +71,7 @@ class SparseLoraModel(AdapterModel):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.values_dtype != "float32":
             dtype, trained = getattr(torch, config.values_dtype), cls.tuner_layer_cls.adapter_layer_names
-            trained = tuple(f".{name}." for name in trained)
+            trained = tuple(f".{name}." for name in (*trained, ACCUMULATOR))
             selected = {key: t.to(dtype) if any(mark in key for mark in trained) else t for key, t in selected.items()}
         return SelectedTensors(selected, config)
 
@@ -106,6 +107,9 @@ class SparseLoraModel(AdapterModel):
             for layer in adapter_layers(self.model, SparseLoraLayer):
                 for parameter in layer.trained_parameters(name):
                     parameter.data = parameter.data.to(getattr(torch, values_dtype)).to(parameter.dtype)
+                if name in layer.sparse_lora_accumulator:
+                    kept = layer.sparse_lora_accumulator[name]
+                    kept.copy_(kept.to(getattr(torch, values_dtype)))
 
 
 def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> SparseLoraConfig:
@@ -114,6 +118,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     entries = {name: next((p for p in found if isinstance(p, Entries)), None) for name, found in pieces.items()}
     config = copy.deepcopy(like)
     config.schedule, config.factor_masks, config.gate = [], None, None  # masks and gates are folded, like the scaling
+    config.subnet_shares, config.accumulator = None, False
     config.structures, config.scale_support, config.support_init = [], False, "zeros"
     config.pattern = None  # supports of several adapters together keep to none
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1

@@ -2,6 +2,9 @@ r"""Subnets: the crossings of some rows and some columns of a weight, trained as
 
 :math:`S_{ij} = V_{ab}` where i is row a and j is column b of the subnet, 0 elsewhere. Backward passes keep
 :math:`X_{:, C}` only. Rows and columns are coded by `sparsity.codec`, each in a buffer of its own.
+
+With `config.accumulator` what was learned at rows and columns that the subnet has left is kept in a dense fp32 matrix
+:math:`K` `[out, in]` beside the base weight, which every product reads as :math:`W + K`.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ...ops import add_subgrid_
 from ...sparsity import (
     DataCriterion,
     Random,
@@ -26,12 +30,14 @@ from ...utils.parts import UnknownPart
 from ...utils.tensors import TensorSpec
 from ..shared.file_check import CONFIG_FILE, tensor_key
 from ..shared.layer import AdapterLayer
+from ..shared.pieces import Entries, Piece
 from ..shared.tensor_checks import side
 from .config import SparseLoraConfig
 from .plan import ModuleSizes
 from .support import first_values
 
 VALUES, ROWS, COLUMNS = "sparse_lora_subnet", "sparse_lora_subnet_rows", "sparse_lora_subnet_columns"
+ACCUMULATOR = "sparse_lora_accumulator"
 _SIDES = {ROWS: "row", COLUMNS: "column"}
 
 
@@ -58,6 +64,8 @@ def subnet_specs(
 
         shape = (codes_length(grid, count),)
         found.append(TensorSpec(name, shape, torch.uint8, "saved", space="subnet_row", axis=None, check=check))
+    if config.accumulator:
+        found.append(TensorSpec(ACCUMULATOR, (rows, cols), role="saved", space="subnet_row", axis=None))
     return found
 
 
@@ -194,6 +202,36 @@ class SubnetState(AdapterLayer):
         positions = rows.long()[:, None] * self.in_features + columns.long()
         return positions.reshape(-1), self.subnet_values(adapter_name).reshape(-1)
 
+    @torch.no_grad()
+    def accumulate_subnet(self, adapter_name: str) -> None:
+        """Move the values' part of the update into the accumulator: the update stays, the values are 0."""
+        rows, columns = self.subnet(adapter_name)
+        add_subgrid_(self.sparse_lora_accumulator[adapter_name], rows, columns, self.subnet_values(adapter_name))
+        self.sparse_lora_subnet[adapter_name].zero_()
+
+    def accumulated(self, adapter_name: str) -> torch.Tensor | None:
+        """The accumulator `[out, in]`; None where there is none, or it is all zeros. Looked at again when it was
+        written to; a compiled graph takes it as it is."""
+        held = self.sparse_lora_accumulator
+        if adapter_name not in held or held[adapter_name].is_meta:
+            return None
+        tensor = held[adapter_name]
+        if torch.compiler.is_compiling():
+            return tensor
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._accumulates.get(adapter_name)
+        if known is None or known[0] is not tensor or known[1] != version:
+            known = self._accumulates[adapter_name] = (tensor, version, bool(tensor.any()))
+        return tensor if known[2] else None
+
+    @torch.no_grad()
+    def with_accumulated(self, adapter_name: str, subnet: Piece) -> Entries:
+        """The subnet, and what it has left behind, as entries: those that are not zero."""
+        total = self.sparse_lora_accumulator[adapter_name].clone()
+        subnet.add_(total)
+        positions = total.view(-1).nonzero().squeeze(1)
+        return Entries(positions, total.view(-1)[positions], UnitGrid(self.out_features, self.in_features, "entry"))
+
     def _is_blank(self, adapter_name: str) -> bool:
         codes = [getattr(self, name)[adapter_name] for name in _SIDES]
         return not any(one.is_meta or one[:4].any() for one in codes)
@@ -222,5 +260,7 @@ class SubnetState(AdapterLayer):
             return None
         # What is not a number stays, to be seen.
         kept = ~(self.sparse_lora_subnet[adapter_name].abs() <= tolerance)
+        if self.accumulated(adapter_name) is not None and not kept.any():
+            kept[0, 0] = True  # the accumulator would go with the last of them
         places = tuple(kept.any(axis).nonzero().squeeze(1) for axis in (1, 0))
         return None if (places[0].numel(), places[1].numel()) == tuple(kept.shape) else places

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...rules import UnitSpace
@@ -66,6 +67,28 @@ class _SubnetSide(UnitSpace):
     def base_weight(self) -> Tensor:
         """The base weight `[out, in]`, dequantised if need be; not to be written to."""
         return self.layer.dense_base_weight()
+
+    def current_weight(self) -> Tensor:
+        """A new fp32 tensor `[out, in]`: the base weight plus the adapter's update."""
+        weight = self.base_weight().detach().to(torch.float32, copy=True)
+        self.layer._add_delta_(weight, self.adapter)
+        return weight
+
+    def changed_entries(self) -> int:
+        """Entries of the weight that the subnet changes, or has changed where it was before."""
+        return int(self.layer.pieces(self.adapter)[-1].entries()[1].count_nonzero())
+
+    def accumulate(self) -> None:
+        """Move what the values have learned into the accumulator: the update stays, the values are 0."""
+        self.layer.accumulate_subnet(self.adapter)
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raises `ValueError` where a rule needs an accumulator that the layer does not have."""
+        if "accumulator" in needs and self.adapter not in self.layer.sparse_lora_accumulator:
+            raise ValueError(
+                f"The subnet of '{self.name}' has no accumulator to keep what it leaves behind. Name the rule in the "
+                "config's schedule, or set accumulator=True in the config."
+            )
 
 
 @dataclass(frozen=True)
