@@ -9,6 +9,7 @@ m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers
 from ..pruning.one_shot import one_shot_pruned
 from ..pruning.sparsity_curve import EssentialSparsity, essential_sparsity
 from . import (
+    blocks,
     default,
     kernel,
     low_rank,
@@ -35,6 +36,7 @@ __all__ = [
     "EssentialSparsity",
     "Method",
     "MethodInfo",
+    "blocks",
     "default",
     "describe",
     "essential_sparsity",

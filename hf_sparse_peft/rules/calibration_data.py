@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..utils.label_shift import shift_by_class
+from .collectives import on_every_rank
 from .probing import random_state, set_random_state, to_device
 
 
@@ -72,6 +73,21 @@ class CalibrationData:
             if left <= 0:
                 return
         if left == count:
+            raise ValueError("The dataloader has no batch to read.")
+
+
+def endless(data: CalibrationData, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The batches of `data` over and over; ranks start a new pass together.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    for batches in data.epochs():
+        seen = False
+        while on_every_rank((batch := next(batches, None)) is not None, device):
+            seen = True
+            yield batch
+        if not seen:
             raise ValueError("The dataloader has no batch to read.")
 
 

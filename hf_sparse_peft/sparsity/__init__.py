@@ -24,7 +24,9 @@ from .allocation import (
     uniform_counts,
 )
 from .bits import pack_bits, unpack_bits
-from .budget import Budget, CountedUnits, Targets, Total
+from .block_gradient import BlockGradient, WarmedBlockGradient
+from .budget import Budget, Competition, CountedUnits, Targets, Total
+from .budget_groups import GlobalByGroup
 from .budget_splits import (
     BelowThreshold,
     ByModule,
@@ -85,8 +87,10 @@ __all__ = [
     "Activation",
     "AverageRank",
     "BelowThreshold",
+    "BlockGradient",
     "Budget",
     "ByModule",
+    "Competition",
     "Constant",
     "Cosine",
     "CountedUnits",
@@ -103,6 +107,7 @@ __all__ = [
     "Fraction",
     "Given",
     "Global",
+    "GlobalByGroup",
     "Gradient",
     "Granularity",
     "Grid",
@@ -128,6 +133,7 @@ __all__ = [
     "Total",
     "UnitGrid",
     "UnitsPerModule",
+    "WarmedBlockGradient",
     "WeightedActivation",
     "WholeTensors",
     "Window",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ..utils.parts import Part, part_types
 from .scores import Chunks
@@ -42,6 +42,20 @@ class CountedUnits(Protocol):
     """`(out, in)` of the module's weight."""
 
 
+class Competition(NamedTuple):
+    """Modules whose units are ranked together."""
+
+    modules: tuple[str, ...]
+    units: int
+    """Units of all of them together."""
+    least: int
+    """Units, the best of its own, that each of them keeps."""
+
+
+def _no_entries() -> int:
+    raise ValueError("A budget of a share of the whole model needs the model, and these targets are given without.")
+
+
 def _no_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
     return name if name in patterns else None
 
@@ -60,6 +74,9 @@ class Targets:
     """Module name -> numbers of its low-rank factors, where it has any."""
     find: Callable[[Mapping[str, Any], str], str | None] = _no_pattern
     """`(patterns, module name)` -> the pattern that holds for the module, None without one."""
+
+    model_entries: Callable[[], int] = _no_entries
+    """Entries of all two-dimensional weights of the model, embeddings and head included, dense or quantised."""
 
     @property
     def entries(self) -> int:
@@ -82,6 +99,9 @@ class Budget(Part):
     at injection, so that a file says them."""
     ranks_units: ClassVar[bool] = False
     """Whether counts follow from one ranking of all units by the criterion."""
+
+    may_leave_none: ClassVar[bool] = False
+    """Whether that ranking may leave a module without a unit."""
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -108,6 +128,11 @@ class Budget(Part):
         Raises:
             ValueError: the budget is more than the weights have, or leaves a module without a unit; names it.
         """
+        raise NotImplementedError
+
+    def competitions(self, targets: Targets, head_numel: int = 0) -> list[Competition]:
+        """With `ranks_units`: which modules' units data ranks together, and how many are chosen; `head_numel` numbers
+        of `modules_to_save` train beside them."""
         raise NotImplementedError
 
     def ranks(self, targets: Targets) -> dict[str, int]:

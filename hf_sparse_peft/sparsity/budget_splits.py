@@ -11,7 +11,7 @@ import torch
 from ..utils.option_types import PositiveFloat, PositiveInt, Range
 from ..utils.parts import register_part
 from .allocation import erdos_renyi_counts, global_counts, proportional_counts
-from .budget import Budget, CountedUnits, Targets, Total
+from .budget import Budget, Competition, CountedUnits, Targets, Total
 from .budget_totals import Density
 from .scores import Random, SmallestMagnitude
 from .selection import stream_seed
@@ -149,6 +149,11 @@ class Global(Split):
         # Rounded as torch.nn.utils.prune does, so that what one-shot pruning removes is what this chooses.
         chunks = {name: targets.scores(name) for name in targets.grids}
         return global_counts(chunks, targets.grids, round(density * targets.units), targets.seed)
+
+    def competitions(self, targets: Targets, head_numel: int = 0) -> list[Competition]:
+        """All modules at once, of which each keeps its best unit."""
+        total = max(len(targets.grids), self.units_by_data(targets, head_numel))
+        return [Competition(tuple(targets.grids), total, 1)]
 
     def units_by_data(self, targets: Targets, head_numel: int = 0) -> int:
         """Units over all modules where data ranks them, the head's numbers paid.

@@ -18,14 +18,15 @@ from .selection import (
 
 
 class GlobalRanking:
-    """The `total` best units of all layers, shown to it a few layers at a time; every layer keeps at least its best.
+    """The `total` best units of all layers, shown to it a few layers at a time; with `least=1` every layer keeps at
+    least its best, with 0 a layer may be left without.
 
     Ties are drawn for over all layers with `seed` and their names (`selection.tie_priority`). Memory between two calls
     of `add`: `total` units and scores. The result does not depend on how the layers are grouped.
     """
 
-    def __init__(self, total: int, seed: int = 0) -> None:
-        self.total, self.seed = total, seed
+    def __init__(self, total: int, seed: int = 0, least: int = 1) -> None:
+        self.total, self.seed, self.least = total, seed, least
         self._best: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, score_fns: dict[str, Callable[[], Iterable[Tensor]]]) -> None:
@@ -37,13 +38,15 @@ class GlobalRanking:
         twice = sorted(set(score_fns) & set(self._best))
         if twice:
             raise ValueError(f"'{twice[0]}' is in the ranking already; every layer competes once.")
-        if len(self._best) + len(score_fns) > self.total:
+        if self.least and len(self._best) + len(score_fns) > self.total:
             raise ValueError(
                 f"{self.total} units in all leave none for some of the modules; each keeps at least one. Raise density."
             )
         seeds = {name: stream_seed(self.seed, name) for name in (*self._best, *score_fns)}
         sources = [Source(n, rereadable(scores), seeds[n], units) for n, (units, scores) in self._best.items()]
-        sources += [Source(n, _best_first(chunks, seeds[n]), seeds[n]) for n, chunks in score_fns.items()]
+        for n, scores in score_fns.items():
+            chunks = _best_first(scores, seeds[n]) if self.least else rereadable(scores)
+            sources.append(Source(n, chunks, seeds[n]))
         available = sum(chunk.numel() for source in sources for chunk in source.chunks())
         cut = find_cut(sources, min(self.total, available))
         kept = {}

@@ -242,6 +242,11 @@ class DeltaMagnitude(DataCriterion):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
 
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    """AdamW's, in the warm-up."""
+    collects_gradients: ClassVar[bool] = False
+    """Whether units are ranked by what `update` adds up of the warm-up's gradients instead of by the deltas."""
+
     def entry_scores(self, state: State, weight: Tensor | None, begin: int, end: int) -> Tensor:
         """fp32 scores `[end - begin, cols]` of some rows."""
         return state["sum"][begin:end].abs()

@@ -51,12 +51,27 @@ class Statistic:
         """fp32 numbers that `start` allocates for a weight of that shape."""
         return rows * cols
 
+    def step_numel(self, rows: int, cols: int) -> int:
+        """With `per_step`, fp32 numbers that the gradient of an unfinished step takes."""
+        return rows * cols
+
+    @property
+    def steps_read(self) -> int | None:
+        """With `per_step`, the optimizer steps that it is estimated from, where it counts steps and not `examples`."""
+        return None
+
+    def reduce(self, gradient: Tensor) -> Tensor:
+        """A linear function of a dense gradient that is all that `update` takes; the gradient itself by default. It is
+        applied before gradients are added up, so that sums are as small as it makes them."""
+        return gradient
+
     def start(self, rows: int, cols: int, device: torch.device | str = "cpu") -> State:
         """What is known of a `[rows, cols]` weight before any data."""
         return {"sum": torch.zeros(rows, cols, device=device)}
 
     def update(self, state: State, gradient: Tensor, weight: Tensor | None = None) -> None:
-        """Take a dense fp32 gradient `[rows, cols]` into `state`, in place; may overwrite `gradient`."""
+        """Take a dense fp32 gradient `[rows, cols]`, or what `reduce` made of it, into `state`, in place; may overwrite
+        `gradient`."""
         state["sum"].add_(gradient)
 
     def observe(self, state: State, inputs: Tensor, outputs: Tensor) -> None:

@@ -117,7 +117,7 @@ def test_a_schedule_longer_than_the_run_says_what_to_change(mistake, folder, tmp
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-DATA_DRIVEN = [name for name in methods.names() if name in ("fish", "lt-sft")]
+DATA_DRIVEN = [name for name in methods.names() if name in ("fish", "lt-sft", "smt")]
 
 
 @pytest.mark.parametrize("name", DATA_DRIVEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...rules.calibration_data import CalibrationData, batch_size, items_in, rows_of
+from ...rules.calibration_data import CalibrationData, batch_size, endless, items_in, rows_of
 from ...rules.collectives import all_reduce_sum, on_every_rank, world_size
 from ...rules.probing import loss_of, modes_kept
 from ...sparsity import Statistic
@@ -58,15 +59,17 @@ def read_statistics(
         TypeError: batches that are no mappings of the model's arguments.
     """
     share = -(-(examples or statistic.examples) // world_size())
+    steps, device = None if examples else statistic.steps_read, next(model.parameters()).device
     groups = groups_within(modules, statistic, accumulator_bytes)
     kind = ActivationReader if statistic.reads_activations else GradientReader
     if statistic.reads_activations:
         for module in model.modules():
             keep_4bit_weight_stable(module)
-    with tqdm(total=len(groups) * share, desc=f"Estimating {statistic.name}", disable=not show_progress) as bar:
+    total = len(groups) * share if steps is None else None
+    with tqdm(total=total, desc=f"Estimating {statistic.name}", disable=not show_progress) as bar:
         for group in groups:
             readers = [kind(name, module, statistic) for name, module in group.items()]
-            batches = data.examples(share)
+            batches = data.examples(share) if steps is None else islice(endless(data, device), steps * batches_per_step)
             _one_pass(model, readers, batches, batches_per_step, compute_loss, bar)
             for reader in readers:
                 reader.finish()
@@ -89,7 +92,7 @@ def groups_within(modules: Mapping[str, nn.Module], statistic: Statistic, limit:
     used = limit + 1
     for name, module in modules.items():
         cols, rows = _get_in_out_features(getattr(module, "get_base_layer", lambda module=module: module)())
-        numel = statistic.state_numel(rows, cols) + (rows * cols if statistic.per_step else 0)
+        numel = statistic.state_numel(rows, cols) + (statistic.step_numel(rows, cols) if statistic.per_step else 0)
         if used + 4 * numel > limit:
             groups.append({})
             used = 0

@@ -108,7 +108,7 @@ class GradientReader(Reader):
         if not self.statistic.per_step and not self._is_finite(dense):
             return
         self._took = True
-        gradient = dense.to(torch.float32, copy=True)
+        gradient = self.statistic.reduce(dense.to(torch.float32, copy=True))
         if not self.statistic.per_example and self.items != 1:
             gradient = gradient.mul_(self.items)  # sums over examples do not depend on how they are batched
         if self.statistic.per_step:
@@ -128,7 +128,7 @@ class GradientReader(Reader):
         """
         gradient, self.pending = self.pending, None
         if gradient is None:
-            gradient = torch.zeros(self.rows, self.cols, device=self.device)
+            gradient = self.statistic.reduce(torch.zeros(self.rows, self.cols, device=self.device))
         gradient = all_reduce_sum(gradient).div_(items)
         if self._is_finite(gradient) and bool(gradient.any()):
             self._update(gradient)

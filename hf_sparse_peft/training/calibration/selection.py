@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...sparsity import Everywhere, Targets, region_of, stream_seed, top_units
+from ...sparsity.budget import Competition
 from ...sparsity.ranking import GlobalRanking, raised
 from ...tuners.sparse_lora.config import SparseLoraConfig
 from ...tuners.sparse_lora.layer import SparseLoraLayer
+from ...tuners.sparse_lora.plan import find_pattern, matrix_entries
 from ...tuners.sparse_lora.structures import StructureRanking
 
 
@@ -37,7 +40,8 @@ class SupportSelection:
         sizes = {layer.module_name: layer.sizes[adapter_name].units for layer in layers}
         self.sizes = {name: max(1, int(fraction * size)) for name, size in sizes.items()}
         self.grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
-        self.ranking: GlobalRanking | None = None
+        self.rankings: dict[str, GlobalRanking] = {}
+        """Module name -> the ranking in which its units compete."""
         self._units: dict[str, torch.Tensor] = {}
         self.without_evidence: list[str] = []
         self.structures: StructureRanking | None = None
@@ -45,8 +49,9 @@ class SupportSelection:
             _check_open_sizes(config)
             self.structures = StructureRanking(config.structures, config.seed, self.grids, model, fraction)
         elif config.calibrates_sizes:
-            total = _global_budget(model, config, layers, adapter_name)
-            self.ranking = GlobalRanking(max(len(layers), int(fraction * total)), config.seed)
+            for group in _competitions(model, config, layers, adapter_name):
+                total = max(group.least * len(group.modules), int(fraction * group.units))
+                self.rankings |= dict.fromkeys(group.modules, GlobalRanking(total, config.seed, group.least))
 
     def add(self, scores: dict[str, Any], kept: dict[str, torch.Tensor] | None = None) -> None:
         """Take score chunks of more modules; the sorted units in `kept` are chosen before all others."""
@@ -63,13 +68,22 @@ class SupportSelection:
         }
         for name in set(without) - set(structured) - set(scores):
             self._units[name] = self._arbitrary(name)
-        if self.ranking is not None:
-            self.ranking.add(scores)
-        else:
-            seeds = {name: stream_seed(self.config.seed, name) for name in scores}
-            self._units |= {
-                name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()
-            }
+        for ranking in self._distinct_rankings():
+            ranking.add({name: chunks for name, chunks in scores.items() if self.rankings.get(name) is ranking})
+        if self._competes:
+            in_no_group = [name for name in scores if name not in self.rankings]
+            self._units |= {name: self._arbitrary(name) for name in in_no_group}
+            return
+        seeds = {name: stream_seed(self.config.seed, name) for name in scores}
+        self._units |= {name: top_units(chunks, self.sizes[name], seed=seeds[name]) for name, chunks in scores.items()}
+
+    @property
+    def _competes(self) -> bool:
+        """Whether modules have no size of their own."""
+        return bool(self.rankings)
+
+    def _distinct_rankings(self) -> list[GlobalRanking]:
+        return list({id(ranking): ranking for ranking in self.rankings.values()}.values())
 
     def _inside(self, name: str, chunks: Any, kept: dict[str, torch.Tensor]) -> Any:
         """The scores that compete: those that the config's pattern allows, and `kept` before all others."""
@@ -83,7 +97,7 @@ class SupportSelection:
 
     def _arbitrary(self, name: str) -> torch.Tensor:
         grid = self.grids[name]
-        if self.ranking is not None:
+        if self._competes:
             return torch.empty(0, dtype=grid.index_dtype)
         seed, pattern = stream_seed(self.config.seed, name), self.config.known_pattern
         region = Everywhere(grid) if pattern is None else pattern.random_region(grid, seed)
@@ -91,7 +105,7 @@ class SupportSelection:
 
     def units(self) -> dict[str, torch.Tensor]:
         """Sorted units of every module."""
-        ranked = self.ranking.units() if self.ranking is not None else {}
+        ranked = {name: units for ranking in self._distinct_rankings() for name, units in ranking.units().items()}
         return ranked | self._units | (self.structures.units() if self.structures is not None else {})
 
     def check_evidence(self, what: str) -> None:
@@ -108,7 +122,7 @@ class SupportSelection:
                 "finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
             )
         if names:
-            got = "none of the shared budget" if self.ranking is not None else "random units"
+            got = "none of the shared budget" if self._competes else "random units"
             shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             warnings.warn(
                 f"criterion='{what}' says nothing about {len(names)} of {len(self.layers)} modules, whose scores are "
@@ -141,7 +155,9 @@ def _check_open_sizes(config: SparseLoraConfig) -> None:
         )
 
 
-def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str) -> int:
+def _competitions(
+    model: nn.Module, config: SparseLoraConfig, layers: list[SparseLoraLayer], adapter_name: str
+) -> list[Competition]:
     grids = {layer.module_name: layer.sparse_lora_grid[adapter_name] for layer in layers}
     factors = {name: config.rank_of(name) * (grid.rows + grid.cols) for name, grid in grids.items()}
     head = sum(
@@ -149,4 +165,5 @@ def _global_budget(model: nn.Module, config: SparseLoraConfig, layers: list[Spar
         for name, parameter in model.named_parameters()
         if f".modules_to_save.{adapter_name}." in name and parameter.requires_grad
     )
-    return config.budget.units_by_data(Targets(grids, factor_numel=factors), head)
+    targets = Targets(grids, factor_numel=factors, find=find_pattern, model_entries=partial(matrix_entries, model))
+    return config.budget.competitions(targets, head)

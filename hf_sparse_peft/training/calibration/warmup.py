@@ -12,13 +12,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...rules import L1Penalty
-from ...rules.calibration_data import CalibrationData, items_in
-from ...rules.collectives import all_reduce_sum, on_every_rank, world_size
+from ...rules.calibration_data import CalibrationData, endless, items_in
+from ...rules.collectives import all_reduce_sum, world_size
 from ...rules.penalties import add_l1_gradient, model_numel
 from ...rules.probing import loss_of, modes_kept
 from ...sparsity import make_curve
 from ...sparsity.scores import Chunks
 from ...sparsity.statistics import DeltaMagnitude
+from ...sparsity.weight_statistics import State
 from ...tuners.sparse_lora.layer import SparseLoraLayer
 from .selection import SupportSelection
 
@@ -43,6 +44,8 @@ class DenseWarmup:
         self.start = [p.detach().clone() for p in self.others]
         self.numel = model_numel(model)
         self.deltas: list[torch.Tensor] = []
+        self.sums: list[State] = []
+        """What the criterion has added up of each layer's gradients, where it does (`collects_gradients`)."""
         self.reached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         """Module name -> the units and values that the sparse phases so far have come to."""
         self._reached_others = self.start
@@ -88,9 +91,10 @@ class DenseWarmup:
         return chosen
 
     def _scores(self) -> dict[str, Chunks]:
+        states = self.sums if self.criterion.collects_gradients else [{"sum": delta.detach()} for delta in self.deltas]
         return {
-            layer.module_name: self.criterion.scores({"sum": delta.detach()}, layer.sparse_lora_grid[self.adapter_name])
-            for layer, delta in zip(self.layers, self.deltas, strict=True)
+            layer.module_name: self.criterion.scores(state, layer.sparse_lora_grid[self.adapter_name])
+            for layer, state in zip(self.layers, states, strict=True)
         }
 
     def train(
@@ -150,7 +154,7 @@ class DenseWarmup:
         with torch.no_grad():
             for parameter, value in zip(self.others, self._reached_others, strict=True):
                 parameter.copy_(value)
-        self.deltas = []
+        self.deltas, self.sums = [], []
 
     def reset(self) -> None:
         """Forget the sparse phases, and put every other parameter back to its start."""
@@ -177,6 +181,8 @@ class DenseWarmup:
                 layer.sparse_lora_grid[self.adapter_name].scatter_add_(delta, *self.reached[layer.module_name])
             layer.sparse_lora_dense_delta[self.adapter_name] = delta.requires_grad_()
             self.deltas.append(delta)
+            if self.criterion.collects_gradients:
+                self.sums.append(self.criterion.start(*delta.shape, delta.device))
 
     def _steps(
         self,
@@ -188,7 +194,7 @@ class DenseWarmup:
         compute_loss: Callable | None,
         show_progress: bool,
     ) -> None:
-        optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([*self.deltas, *self.others], lr=lr, betas=self.criterion.betas, weight_decay=0.0)
         curve = make_curve("linear", lr, 0.0)
         left_out = 0
         with modes_kept(self.model, training=True), torch.enable_grad():
@@ -224,6 +230,8 @@ class DenseWarmup:
                 all_reduce_sum(parameter.grad)
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        if math.isfinite(norm):
+            self._collect()
         self._add_l1()
         if self._masks is not None:
             for delta, mask in zip(self.deltas, self._masks, strict=True):
@@ -233,6 +241,13 @@ class DenseWarmup:
             torch.nn.utils.clip_grad_norm_(trained, self.criterion.max_grad_norm)
         return norm
 
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """Show the criterion the gradient of the loss, before anything is added to it or cut off."""
+        for delta, state in zip(self.deltas, self.sums, strict=bool(self.sums)):
+            if delta.grad is not None:
+                self.criterion.update(state, self.criterion.reduce(delta.grad.clone()))
+
     def _add_l1(self) -> None:
         # Once a step: no accumulation or rank scales it.
         weight = self._l1_weight / self.numel
@@ -241,18 +256,3 @@ class DenseWarmup:
             pairs += [(p, p.detach() - before) for p, before in zip(self.others, self.start, strict=True)]
         for parameter, distance in pairs if weight else []:
             add_l1_gradient(parameter, distance, weight)
-
-
-def endless(data: CalibrationData, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The batches of `data` over and over; ranks start a new pass together.
-
-    Raises:
-        ValueError: there is no batch.
-    """
-    for batches in data.epochs():
-        seen = False
-        while on_every_rank((batch := next(batches, None)) is not None, device):
-            seen = True
-            yield batch
-        if not seen:
-            raise ValueError("The dataloader has no batch to warm up on.")

@@ -103,7 +103,8 @@ class SparseLoraLayer(SubnetState, SupportState):
         if not config.calibrates_sizes or not sizes.capacity:
             return sizes
         values = held.get("sparse_lora_values")
-        if values is None and (isinstance(config.criterion, Given) or config.structure_of(module_name)):
+        open_to_none = isinstance(config.criterion, Given) or getattr(config.budget, "may_leave_none", False)
+        if values is None and (open_to_none or config.structure_of(module_name)):
             return replace(sizes, units=0, capacity=0)
         count = values.shape[0] if values is not None and values.ndim else 0
         return replace(sizes, units=count, capacity=count) if 0 < count <= sizes.grid.num_units else sizes

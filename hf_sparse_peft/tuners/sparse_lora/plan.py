@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from tqdm.auto import tqdm
@@ -262,7 +264,30 @@ def _targets(
         None if waits else lambda name: _score_chunks(config, name, layers[name], grids[name], model),
         {name: numel for name, numel in factors.items() if numel},
         find_pattern,
+        partial(matrix_entries, model),
     )
+
+
+def matrix_entries(model: nn.Module) -> int:
+    """Entries of all two-dimensional weights of a model, its embeddings and its head included, each once; quantised
+    ones at the size that they stand for, and without those of adapters."""
+    seen: set[int] = set()
+
+    def entries(module: nn.Module) -> int:
+        if isinstance(module, BaseTunerLayer):
+            return entries(module.get_base_layer())
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return entries(module.original_module)
+        total = 0
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim != 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            packed = isinstance(module, nn.Linear) and name == "weight"
+            total += module.in_features * module.out_features if packed else parameter.numel()
+        return total + sum(map(entries, module.children()))
+
+    return entries(model)
 
 
 def find_pattern(patterns: Mapping[str, Any], module_name: str) -> str | None:

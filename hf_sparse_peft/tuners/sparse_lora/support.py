@@ -132,6 +132,8 @@ def read_support(
 def _has_units(config: SparseLoraConfig, module_name: str) -> bool:
     if module_name in config.sizes:
         return config.has_support and bool(config.sizes[module_name][1])
+    if config.calibrates_sizes and getattr(config.budget, "may_leave_none", False):
+        return False  # data decided, and may have left the module without
     if isinstance(config.budget, ByModule):
         return config.budget.density_of(module_name, find_pattern) > 0
     return config.has_support
