@@ -44,7 +44,7 @@ def smt(
     paper: 9.65e-6, released peft script: 1e-4).
 
     For models that name their matrices otherwise pass `budget=GlobalByGroup({pattern: blocks})` and `target_modules`.
-    The paper claims better accuracy than LoRA and DoRA, and 67 % less GPU memory than full fine-tuning (abstract).
+    The paper reports 86.8 % on commonsense tasks (LLaMA3-8B, 0.71 % of the numbers): its claim.
     """
     if phase1 not in ("probe", "full"):
         raise ValueError(f"phase1={phase1!r} is unknown; choose 'probe' (gradients are read) or 'full' (and rewound).")

@@ -65,7 +65,7 @@ CASES: dict[str, dict] = {
     "shira": {"density": 0.1},
     "fish": {"density": 0.1, "examples": 16},
     "lt-sft": {"density": 0.1, "warmup_steps": 3, "warmup_lr": 1e-3},
-    "smt": {"attention": 0.02, "block_size": 8, "warmup_steps": 3, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+    "smt": {"attention": 0.02, "block_size": 8, "warmup_steps": 3},
     "lora-sb": {"r": 4, "step_size": 1e-3, "examples": 16},
     "lamda": {"r": 4, "until": 0.5},
     "s2-lora": {"layers": 2, "r": 4, "weight": 0.9},
