@@ -10,7 +10,13 @@ from hf_sparse_peft.tuners import adapter_layers
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 # LoRA on query and value, as the released code of these has it.
 QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora"}
-OTHERS = {"s2ft": {"down_proj"}, "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}}
+OTHERS = {
+    "s2ft": {"down_proj"},
+    "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
+    "smt": {"q_proj", "k_proj", "v_proj"},
+}
+SIZES = {"dsee": {"num_sparse": 8}, "smt": {"block_size": 8, "attention": 4}}
+"""What fits into the small model."""
 
 
 def expected(name: str) -> set[str]:
@@ -18,8 +24,7 @@ def expected(name: str) -> set[str]:
 
 
 def adapted(name: str, **options) -> set[str]:
-    sizes = {"dsee": {"num_sparse": 8}}.get(name, {})
-    model = get_peft_model(tiny.llama(layers=2), methods.get(name, **sizes, **options).config)
+    model = get_peft_model(tiny.llama(layers=2), methods.get(name, **{**SIZES.get(name, {}), **options}).config)
     return {layer.module_name for layer in adapter_layers(model)}
 
 
@@ -32,4 +37,6 @@ def test_a_method_adapts_its_papers_matrices_in_every_block_and_no_head(name):
 
 @pytest.mark.parametrize("name", methods.names(upstream=False))
 def test_named_targets_take_the_place_of_the_default(name):
-    assert {module.rpartition(".")[2] for module in adapted(name, target_modules=["down_proj"])} == {"down_proj"}
+    groups = {"attention": None, "mlp": 4} if name == "smt" else {}
+    found = adapted(name, target_modules=["down_proj"], **groups)
+    assert {module.rpartition(".")[2] for module in found} == {"down_proj"}

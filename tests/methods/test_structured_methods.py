@@ -127,7 +127,8 @@ def test_s2ft_keeps_the_chosen_columns_of_the_input_and_no_more():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             layer(x)
         kept[columns] = sum(sizes)
-    assert kept == {columns: 50 * columns for columns in kept}
+    # Above a third of the columns the whole input is kept: layers that are fed the same one share it.
+    assert kept == {8: 50 * 8, 16: 50 * 16, 32: 50 * INNER}
 
 
 @pytest.mark.parametrize("options", [{"down": 0.1, "up": 0.1, "o": 0.2, "v": 0.3}, {"down": 0.0, "heads": 0.5}])
