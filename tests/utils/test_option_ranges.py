@@ -17,7 +17,15 @@ from hf_sparse_peft.utils.option_docs import Option, options_of
 from hf_sparse_peft.utils.option_types import Range, check_value, described
 
 CONFIGS = (KernelLoraConfig, SparseLoraConfig, SpectralLoraConfig)
-NEEDED = {"end": 1.0, float: 0.5, int: 1, str: "x", "curve": Linear(1.0, 0.0), "budget": Density(0.5)}
+NEEDED = {
+    "end": 1.0,
+    "groups": {"q_proj": 4},
+    float: 0.5,
+    int: 1,
+    str: "x",
+    "curve": Linear(1.0, 0.0),
+    "budget": Density(0.5),
+}
 """What fields without a default are given, by name, type or kind of part."""
 
 
@@ -60,7 +68,8 @@ def options_for(cls):
         if field.default is MISSING and field.default_factory is MISSING:
             hint = hints[field.name]
             kind = next((one.part_kind for one in (hint, *get_args(hint)) if hasattr(one, "part_kind")), hint)
-            found[field.name] = {} if get_origin(hint) is dict else NEEDED.get(field.name, NEEDED[kind])
+            given = {} if get_origin(hint) is dict else NEEDED.get(kind)
+            found[field.name] = NEEDED.get(field.name, given)
     return found
 
 
