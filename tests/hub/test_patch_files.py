@@ -235,3 +235,8 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"package zstandard: pip install 'hf-sparse-peft\[patches\]'"):
         hub.export_patch(adapted(), tmp_path / "out", "slime")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_patch_shows_how_much_it_changes_and_not_its_numbers():
+    weight = hub.WeightPatch("w", (4,), torch.bfloat16, torch.ones(2, dtype=torch.bfloat16), torch.tensor([0, 2]).int())
+    assert repr(hub.Patch((weight,), {"w": "0" * 32}, 3)) == "Patch(1 tensors, 2 entries, 12 bytes, 3 unchanged)"

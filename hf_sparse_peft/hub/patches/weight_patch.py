@@ -57,6 +57,13 @@ class Patch:
                 raise ValueError(f"'{weight.name}' comes twice in the patch; put all of its entries into one item.")
             names.add(weight.name)
 
+    def __repr__(self) -> str:
+        """How much it changes; not the numbers themselves."""
+        return (
+            f"Patch({len(self.weights)} tensors, {self.entries} entries, {self.payload_bytes} bytes, "
+            f"{self.unchanged} unchanged)"
+        )
+
     @property
     def entries(self) -> int:
         """Values in all tensors."""
