@@ -149,6 +149,8 @@ def test_entries_are_neither_scaled_nor_dropped_out():
         layer.sparse_lora_values["default"].data.zero_()
         halves.append(layer.get_delta_weight("default") / alpha)
     torch.testing.assert_close(*outputs)
+    assert halves[0].any()
+    torch.testing.assert_close(*halves)  # the low-rank half is
 
 
 def test_a_head_trains_and_a_support_alone_waits_without_moving(tmp_path):

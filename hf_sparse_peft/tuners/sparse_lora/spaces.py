@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ...rules import ComponentSpace, ExpertDraw, UnitSpace
 from ...sparsity import Pattern, UnitGrid
 from .factors import drawn_expert, forward_factors
-from .subnet_spaces import SubnetColumns, SubnetRows
+from .subnet_spaces import SubnetColumns, SubnetRows, WeightSpace
 
 
 @dataclass(frozen=True)
-class SupportSpace(UnitSpace):
+class SupportSpace(WeightSpace):
     """Entries, blocks, rows or columns of one weight: the support of one adapter."""
 
     kind: ClassVar[str] = "support"
@@ -127,16 +127,6 @@ class SupportSpace(UnitSpace):
     def scaling(self) -> float:
         """What a value is multiplied by in the update."""
         return self.layer.sparse_lora_support_scaling[self.adapter]
-
-    def base_weight(self) -> Tensor:
-        """The base weight `[out, in]`, dequantised if need be; not to be written to."""
-        return self.layer.dense_base_weight()
-
-    def current_weight(self) -> Tensor:
-        """A new fp32 tensor `[out, in]`: the base weight plus the adapter's update."""
-        weight = self.base_weight().detach().to(torch.float32, copy=True)
-        self.layer._add_delta_(weight, self.adapter)
-        return weight
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,22 @@ from .subnet import COLUMNS, ROWS
 
 
 @dataclass(frozen=True)
-class _SubnetSide(UnitSpace):
+class WeightSpace(UnitSpace):
+    """Units that are parts of one weight."""
+
+    def base_weight(self) -> Tensor:
+        """The base weight `[out, in]`, dequantised if need be; not to be written to."""
+        return self.layer.dense_base_weight()
+
+    def current_weight(self) -> Tensor:
+        """A new fp32 tensor `[out, in]`: the base weight plus the adapter's update."""
+        weight = self.base_weight().detach().to(torch.float32, copy=True)
+        self.layer._add_delta_(weight, self.adapter)
+        return weight
+
+
+@dataclass(frozen=True)
+class _SubnetSide(WeightSpace):
     side: ClassVar[int]
     buffer: ClassVar[str]
 
@@ -63,16 +78,6 @@ class _SubnetSide(UnitSpace):
     def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
         """The values."""
         return {"values": (self.values, self.side)}
-
-    def base_weight(self) -> Tensor:
-        """The base weight `[out, in]`, dequantised if need be; not to be written to."""
-        return self.layer.dense_base_weight()
-
-    def current_weight(self) -> Tensor:
-        """A new fp32 tensor `[out, in]`: the base weight plus the adapter's update."""
-        weight = self.base_weight().detach().to(torch.float32, copy=True)
-        self.layer._add_delta_(weight, self.adapter)
-        return weight
 
     def changed_entries(self) -> int:
         """Entries of the weight that the subnet changes, or has changed where it was before."""
