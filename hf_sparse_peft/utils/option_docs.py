@@ -7,9 +7,12 @@ import inspect
 import textwrap
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from .option_types import described
+
+
+ClassT = TypeVar("ClassT", bound=type)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,45 @@ def options_of(cls: type) -> list[Option]:
         for field in fields(cls)
         if field.init
     ]
+
+
+def document_options(cls: ClassT) -> ClassT:
+    """Class decorator: `help(cls)`, editors and the reference list the options of the dataclass `cls` in its docstring.
+
+    The list is made when the docstring is read, for sources are parsed for it, which an import is not to wait for.
+    """
+    if not isinstance(vars(cls).get("__doc__"), _DocstringWithOptions):
+        cls.__doc__ = _DocstringWithOptions(cls.__doc__)
+    return cls
+
+
+class _DocstringWithOptions:
+    """A docstring with an `Args:` section of what `options_of` says; a descriptor, since Python asks those of classes."""
+
+    def __init__(self, text: str | None) -> None:
+        self.text = inspect.cleandoc(text or "")
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return _with_options(owner, self.text)
+
+
+@cache
+def _with_options(cls: type, text: str) -> str:
+    options = options_of(cls)
+    if not options:
+        return text
+    section = "\n".join(["Args:", *(_argument(option) for option in options)])
+    before, marker, behind = text.partition("\nRaises:")
+    return f"{before.rstrip()}\n\n{section}\n{marker}{behind}".rstrip() + "\n"
+
+
+def _argument(option: Option) -> str:
+    required = option.default is MISSING
+    default = "required" if required else f"default {option.default!r}"
+    text = f"{option.name} ({option.accepts}; {default}): {option.description}"
+    return textwrap.fill(
+        " ".join(text.split()), 116, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False
+    )
 
 
 @cache

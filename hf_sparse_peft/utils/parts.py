@@ -23,6 +23,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
+from .option_docs import document_options
 from .option_types import check_types
 
 PartT = TypeVar("PartT", bound="Part")
@@ -134,7 +135,7 @@ def register_part(name: str) -> Callable[[type[PartT]], type[PartT]]:
             )
         _PARTS[cls.part_kind, name] = cls  # a module that is reloaded brings its class anew
         cls.part_type = name
-        return cls
+        return document_options(cls)
 
     return enter
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import pydoc
 from dataclasses import MISSING, fields
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -9,7 +10,7 @@ import pytest
 from peft import PeftConfig
 
 import hf_sparse_peft
-from hf_sparse_peft import KernelLoraConfig, Prune, SparseLoraConfig, SpectralLoraConfig
+from hf_sparse_peft import KernelLoraConfig, Prune, SparseLoraConfig, SpectralLoraConfig, StructureConfig
 from hf_sparse_peft.rules import AlternateModules
 from hf_sparse_peft.sparsity import ByModule, Density, Linear
 from hf_sparse_peft.utils import parts
@@ -151,6 +152,22 @@ def test_every_option_has_one_description_that_help_texts_can_read(cls):
     upstreams = {field.name for field in fields(PeftConfig)}
     assert [option.name for option in found] == [field.name for field in fields(cls) if field.init]
     assert not [option.name for option in found if not option.description and option.name not in upstreams]
+
+
+@pytest.mark.parametrize("cls", [SparseLoraConfig, Prune, StructureConfig, hf_sparse_peft.sparsity.Fisher])
+def test_help_shows_every_option_with_type_default_and_description(cls):
+    text = " ".join(pydoc.plain(pydoc.render_doc(cls)).replace("|", " ").split())
+    for option in options_of(cls):
+        default = "required" if option.default is MISSING else f"default {option.default!r}"
+        said = f"{option.name} ({option.accepts}; {default}): {option.description}"
+        assert " ".join(said.replace("|", " ").split()) in text
+    assert text.count("Args:") == 1
+
+
+def test_help_keeps_the_errors_behind_the_options():
+    text = SparseLoraConfig.__doc__
+    assert text.startswith("Configuration of a sparse + low-rank adapter")
+    assert text.index("Args:") < text.index("Raises:")
 
 
 def test_options_are_described_as_they_stand_in_the_class():

@@ -28,12 +28,12 @@ INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before 
 
 
 class _FromFiles(type):
-    """Sorts out what a file says that a config class does not know, before peft drops it.
+    # Sorts out what a file says that a config class does not know, before peft drops it. `PeftConfig.from_peft_type`
+    # filters options by the signature of `__init__`, so that no method of the class ever sees the others. Files name
+    # their `peft_type`. In code an unknown option is a `TypeError`, an unknown part a `ValueError`.
 
-    `PeftConfig.from_peft_type` filters options by the signature of `__init__`, so that no method of the class ever sees
-    the others. Files name their `peft_type`. In code an unknown option is a `TypeError`, an unknown part a
-    `ValueError`.
-    """
+    # A metaclass with a docstring of its own hides from `help` those of its classes that are made when they are read.
+    __doc__ = vars(type)["__doc__"]
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         from_file = "peft_type" in options

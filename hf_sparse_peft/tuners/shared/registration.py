@@ -9,6 +9,8 @@ import importlib.metadata
 import aenum
 from packaging.version import Version
 
+from ...utils.option_docs import document_options
+
 MINIMUM_PEFT = "0.21.2"
 TUNERS: dict[str, type] = {}
 """Model class of every tuner that was registered here, by `peft_type`."""
@@ -58,6 +60,7 @@ def register_tuner(config_cls: type, model_cls: type) -> None:
     if not name or name != name.lower():
         raise ValueError(f'{config_cls.__name__}.tuner={name!r}: set a lower-case name, such as "sparse_lora".')
     add_peft_type(name.upper())
+    document_options(config_cls)
     count_living_parameters()
     train_task_heads()
     TUNERS[name.upper()] = model_cls

@@ -13,9 +13,11 @@ from typing import Annotated, Literal
 import torch
 
 from ...sparsity import stream_seed
+from ...utils.option_docs import document_options
 from ...utils.option_types import PositiveFraction, Range, check_types
 
 
+@document_options
 @dataclass
 class FactorMaskConfig:
     r"""Masks on the entries of the low-rank factors; drawn from `seed` and the module's name, saved with the adapter.

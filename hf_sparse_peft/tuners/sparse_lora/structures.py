@@ -15,6 +15,7 @@ from torch import nn
 
 from ...sparsity import Random, Score, UnitGrid, random_units, stream_seed, top_units
 from ...utils.module_names import block_of, ends_with
+from ...utils.option_docs import document_options
 from ...utils.option_types import PositiveFraction, check_types
 from ...utils.parts import require
 
@@ -22,6 +23,7 @@ Grids = dict[str, UnitGrid]
 Chunks = Callable[[], Iterable[torch.Tensor]]
 
 
+@document_options
 @dataclass
 class StructureConfig:
     """Units that enter a support together in several matrices of one transformer block (S2FT; Yang et al., 2024).
