@@ -11,7 +11,6 @@ from typing import Any, TypeVar, get_type_hints
 
 from .option_types import described
 
-
 ClassT = TypeVar("ClassT", bound=type)
 
 
@@ -59,7 +58,7 @@ def document_options(cls: ClassT) -> ClassT:
 
 
 class _DocstringWithOptions:
-    """A docstring with an `Args:` section of what `options_of` says; a descriptor, since Python asks those of classes."""
+    """A docstring with an `Args:` section made of `options_of`; Python asks descriptors for docs of classes."""
 
     def __init__(self, text: str | None) -> None:
         self.text = inspect.cleandoc(text or "")
