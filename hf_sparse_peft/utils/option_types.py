@@ -84,10 +84,15 @@ def check_value(value: Any, accepted: Any, where: str) -> None:
     Raises:
         ValueError: "`where`=`value` is of the wrong type" or "is out of range", and what is accepted.
     """
-    if _fits(value, accepted, ranges=True):
+    if fits(value, accepted):
         return
     cause = "out of range" if _fits(value, accepted, ranges=False) else "of the wrong type"
     raise ValueError(f"{where}={_short(value)} is {cause}: it takes {described(accepted)}.")
+
+
+def fits(value: Any, accepted: Any) -> bool:
+    """Whether the annotation `accepted` takes `value`."""
+    return _fits(value, accepted, ranges=True)
 
 
 def _short(value: Any) -> str:
