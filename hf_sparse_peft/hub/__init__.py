@@ -6,6 +6,7 @@ check_adapter                            every tensor of a folder, without its b
 export_lora, export_shira                formats of upstream peft
 export_patch and others of patches/      new values of a checkpoint's entries, for engines that patch what they serve
 merge_to_dense                           a model without adapters and quantisation
+load_adapter                             an adapter folder on its base, with the labels and rows it was trained with
 register_cards                           lets peft's own save and push write our card
 register_saving                          lets peft's own save write whole files only
 """
@@ -14,6 +15,7 @@ from .card import adapter_card
 from .check import AdapterReport, ModuleReport, check_adapter
 from .dense import merge_to_dense
 from .export import LoraExport, export_lora, export_shira
+from .loading import load_adapter, read_config
 from .patches import (
     Patch,
     PatchExport,
@@ -50,10 +52,12 @@ __all__ = [
     "export_patch",
     "export_shira",
     "import_patch",
+    "load_adapter",
     "make_patch",
     "merge_to_dense",
     "patch_between",
     "push_to_hub",
+    "read_config",
     "read_patch",
     "read_slime_delta",
     "register_cards",

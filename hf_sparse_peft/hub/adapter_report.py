@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tuners.shared.config import AdapterConfig
+from ..utils.tables import Table, table
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,23 @@ class AdapterReport:
         """Trained numbers of living units of all adapted modules."""
         return sum(m.parameters for m in self.modules)
 
-    def table(self) -> str:
-        """The report as aligned text, a line for each module and one for the whole."""
+    def table(self) -> Table:
+        """The report as a table, a line for each module and one for the whole; `str()` of it is aligned text."""
         kinds = list(dict.fromkeys(space["kind"] for m in self.modules for space in m.spaces))
-        lines = [("module", "shape", *kinds, "density", "parameters", "bytes")]
-        for m in self.modules:
-            shape, density = f"{m.rows}x{m.cols}", f"{m.density:.4%}" if m.density else "-"
-            spaces = [_units(m.space(kind)) for kind in kinds]
-            lines.append((m.name, shape, *spaces, density, f"{m.parameters:,}", f"{m.bytes:,}"))
-        alive = [f"{sum(s['alive'] for m in self.modules for s in m.spaces if s['kind'] == kind)}" for kind in kinds]
-        whole = (f"{len(self.modules)} modules", "", *alive, f"{self.density:.4%}")
-        lines.append((*whole, f"{self.parameters:,}", f"{self.file_bytes:,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        rows = [
+            (
+                m.name,
+                f"{m.rows}x{m.cols}",
+                *(_units(m.space(kind)) for kind in kinds),
+                f"{m.density:.4%}" if m.density else None,
+                m.parameters,
+                m.bytes,
+            )
+            for m in self.modules
+        ]
+        alive = [sum(s["alive"] for m in self.modules for s in m.spaces if s["kind"] == kind) for kind in kinds]
+        totals = (f"{len(self.modules)} modules", "", *alive, f"{self.density:.4%}", self.parameters, self.file_bytes)
+        return table(("module", "shape", *kinds, "density", "parameters", "bytes"), rows, totals=totals)
 
 
 def _units(space: dict[str, Any] | None) -> str:

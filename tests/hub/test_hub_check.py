@@ -62,7 +62,7 @@ def test_report_says_what_the_layers_hold(tmp_path, granularity):
         assert space["bytes"] == support + 4 * living
     assert report.file_bytes == (tmp_path / "a" / FILE).stat().st_size
     assert report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = report.table().splitlines()
+    lines = str(report.table()).splitlines()
     assert len(lines) == 2 + len(layers)
     assert lines[-1].startswith("6 modules")
 

@@ -105,7 +105,7 @@ def test_the_report_is_the_definition_on_merged_weights_and_leaves_the_model_alo
 def test_low_rank_updates_have_intruders_and_a_scaled_weight_has_none(tmp_path):
     report = intruder_dimensions(ours(r=1, density=0.0))
     assert report.total > 0
-    assert f"{len(report.modules)} modules" in report.table()
+    assert f"{len(report.modules)} modules" in str(report.table())
     assert report.draw(tmp_path / "intruders.png").stat().st_size > 5_000
     none = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))  # B is 0
     assert intruder_dimensions(none).total == 0
@@ -204,7 +204,7 @@ def test_the_report_of_an_adapter_is_a_rank_pattern_with_a_picture(tmp_path):
     assert all(0 < module.utilized <= module.largest for module in report.modules.values())
     assert 0 < report.utilization <= 1
     assert not math.isnan(report.utilization)
-    assert "utilized" in report.table()
+    assert "utilized" in str(report.table())
     assert report.draw(tmp_path / "ranks.png").stat().st_size > 5_000
     LoraConfig(r=8, rank_pattern=report.rank_pattern, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"No batch reached|no batch"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...utils.tables import Table, table
 from .merged_weights import adapted_linears, base_weight, merged_weight
 from .module_picture import draw_modules
 
@@ -39,13 +40,11 @@ class IntruderReport:
         """Intruders of all modules."""
         return sum(module.intruders for module in self.modules.values())
 
-    def table(self) -> str:
-        """A line for each module and one for all."""
-        width = max(map(len, self.modules))
-        lines = [f"{'module'.ljust(width)}  intruders  smallest similarity"]
-        for name, module in self.modules.items():
-            lines.append(f"{name.ljust(width)}  {module.intruders:9d}  {float(module.similarities.min()):19.3f}")
-        return "\n".join([*lines, f"{f'{len(self.modules)} modules'.ljust(width)}  {self.total:9d}"])
+    def table(self) -> Table:
+        """A line for each module and one for all; `str()` of it is aligned text."""
+        rows = [(name, m.intruders, f"{float(m.similarities.min()):.3f}") for name, m in self.modules.items()]
+        columns = ("module", "intruders", "smallest similarity")
+        return table(columns, rows, totals=(f"{len(self.modules)} modules", self.total, ""))
 
     def draw(self, path: str | Path) -> Path:
         """A heat map of the counts, blocks over kinds of matrices; returns `path`."""

@@ -16,6 +16,7 @@ from ...sparsity import Statistic
 from ...sparsity.weight_statistics import State
 from ...training.calibration import read_statistics
 from ...utils.option_types import PositiveInt
+from ...utils.tables import Table, table
 from .merged_weights import adapted_linears, merged_weight, plain_linears
 from .module_picture import draw_modules
 
@@ -85,15 +86,11 @@ class UtilizationReport:
         """Utilized rank by module name, as `LoraConfig(rank_pattern=...)` takes it."""
         return {name: module.utilized for name, module in self.modules.items()}
 
-    def table(self) -> str:
-        """A line for each module and one for all."""
-        width = max(map(len, self.modules))
-        lines = [f"{'module'.ljust(width)}  utilized  weight  inputs  outputs  of"]
-        for name, m in self.modules.items():
-            lines.append(
-                f"{name.ljust(width)}  {m.utilized:8d}  {m.weight:6d}  {m.inputs:6d}  {m.outputs:7d}  {m.largest}"
-            )
-        return "\n".join([*lines, f"{f'{len(self.modules)} modules'.ljust(width)}  {self.utilization:8.1%}"])
+    def table(self) -> Table:
+        """A line for each module and one for all; `str()` of it is aligned text."""
+        rows = [(name, m.utilized, m.weight, m.inputs, m.outputs, m.largest) for name, m in self.modules.items()]
+        totals = (f"{len(self.modules)} modules", f"{self.utilization:.1%}", *[""] * 4)
+        return table(("module", "utilized", "weight", "inputs", "outputs", "of"), rows, totals=totals)
 
     def draw(self, path: str | Path) -> Path:
         """A heat map of utilized / largest rank in percent, blocks over kinds of matrices; returns `path`."""

@@ -1,0 +1,144 @@
+"""`sparse-peft export` and `sparse-peft merge`: adapters in formats that load without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from peft import PeftModel
+
+from ..hub import check_adapter, export_lora, export_patch, export_shira, merge_to_dense, read_config
+from ..utils.tables import show, table
+from .app import verb
+from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
+
+_UPSTREAM = ("LORA", "ADALORA")
+"""Types of upstream's that are exported as well."""
+_HALVES = {"patch": ("support", "modules"), "lora": ("low_rank", "support"), "shira": ("support",)}
+
+
+def _uniform_rank(value: str) -> int | bool:
+    if value == "largest":
+        return True
+    if not value.isdigit() or value == "0":
+        raise typer.BadParameter(f"{value!r} is neither 'largest' nor an integer >= 1.")
+    return int(value)
+
+
+@verb("export", panel="Take adapters elsewhere")
+def export(
+    adapter: Adapter,
+    out: Out,
+    to: Annotated[Literal["lora", "shira", "dense", "patch"], typer.Option(help="What to write.", show_default=False)],
+    rank: Annotated[
+        int | None,
+        typer.Option(help="lora: cut updates without exact low-rank form to this rank by SVD.", show_default=False),
+    ] = None,
+    uniform_rank: Annotated[
+        Any,
+        typer.Option(
+            parser=_uniform_rank,
+            metavar="RANK|largest",
+            help="lora: pad every module with zeros to one rank, or to the largest of a module.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        Literal["low_rank", "support", "modules"] | None,
+        typer.Option(
+            help="lora, shira, patch: one half of the adapter; patch: heads and biases alone.", show_default=False
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["vllm", "slime"] | None, typer.Option(help="patch: for which engine; vllm without it.")
+    ] = None,
+    encoding: Annotated[
+        Literal["overwrite", "xor"] | None, typer.Option(help="slime: how bytes change; overwrite without it.")
+    ] = None,
+    keep_unchanged: Annotated[
+        bool, typer.Option("--keep-unchanged", help="patch: keep entries that rounding leaves alone.")
+    ] = False,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    nf4: Nf4 = False,
+    double_quant: DoubleQuant = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in a format that loads without this package."""
+    if to != "lora" and (rank or uniform_rank):
+        raise typer.BadParameter(f"--rank and --uniform-rank belong to --to lora, got --to {to}.")
+    if to == "dense" and only:
+        raise typer.BadParameter("--only belongs to --to lora, shira and patch; a dense model has both halves.")
+    given = {"--format": format, "--encoding": encoding, "--keep-unchanged": keep_unchanged}
+    _check_patch_options(to, only, nf4, {flag: value for flag, value in given.items() if value})
+    if read_config(adapter).get("peft_type") not in _UPSTREAM:
+        check_adapter(adapter)
+    model = load(adapter, base, dtype, nf4, double_quant)
+    if to == "lora":
+        _to_lora(model, out, uniform_rank or False, rank, only, as_json)
+    elif to == "shira":
+        found = export_shira(model, out, only=only)
+        print_json({"r": found, "path": out}) if as_json else print(f"SHiRA with r={found} in {out}")
+    elif to == "patch":
+        slime = {"encoding": encoding} if encoding else {}
+        _to_patch(model, out, format or "vllm", as_json, only=only, keep_unchanged=keep_unchanged, **slime)
+    else:
+        _to_dense(model, out, as_json)
+
+
+@verb("merge", panel="Take adapters elsewhere")
+def merge(
+    adapter: Adapter,
+    out: Out,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    nf4: Nf4 = False,
+    double_quant: DoubleQuant = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into a dense model: `export --to dense`."""
+    if read_config(adapter).get("peft_type") not in _UPSTREAM:
+        check_adapter(adapter)
+    _to_dense(load(adapter, base, dtype, nf4, double_quant), out, as_json)
+
+
+def _check_patch_options(to: str, only: str | None, nf4: bool, given: dict[str, Any]) -> None:
+    if given and to != "patch":
+        raise typer.BadParameter(f"{next(iter(given))} belongs to --to patch, got --to {to}.")
+    if "--encoding" in given and given.get("--format") != "slime":
+        raise typer.BadParameter("--encoding belongs to --format slime.")
+    if only and only not in _HALVES[to]:
+        raise typer.BadParameter(f"--only {only}: --to {to} takes {' or '.join(_HALVES[to])}.")
+    if to == "patch" and nf4:
+        raise typer.BadParameter(
+            "A patch holds values of the dense checkpoint; leave --nf4 out, the adapter is the same."
+        )
+
+
+def _to_lora(model: PeftModel, out: Path, uniform_rank: int | bool, rank: int | None, only: str | None, as_json: bool):
+    done = export_lora(model, out, uniform_rank=uniform_rank, rank=rank, only=only)
+    if as_json:
+        print_json(done)
+        return
+    rows = [(name, rank, done.errors[name]) for name, rank in done.ranks.items()]
+    show(table(("module", "rank", "relative error"), rows))
+    print(f"{len(done.ranks)} modules, {done.file_bytes:,} bytes in {out}")
+
+
+def _to_patch(model: PeftModel, out: Path, kind: str, as_json: bool, **options: Any) -> None:
+    done = export_patch(model, out, kind, **options)
+    patch = done.patch
+    figures = {"entries": patch.entries, "tensors": len(patch.weights), "unchanged": patch.unchanged}
+    if as_json:
+        print_json({**figures, "file_bytes": done.file_bytes, "path": done.path})
+        return
+    print(
+        f"{patch.entries:,} values of {len(patch.weights)} tensors, {patch.unchanged:,} left out that rounding "
+        f"leaves as they are, {done.file_bytes:,} bytes in {done.path}"
+    )
+
+
+def _to_dense(model: PeftModel, out: Path, as_json: bool) -> None:
+    count = sum(p.numel() for p in merge_to_dense(model, out).parameters())
+    print_json({"parameters": count, "path": out}) if as_json else print(f"{count:,} parameters in {out}")
