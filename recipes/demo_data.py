@@ -193,23 +193,51 @@ def word_problems(n: int, seed: int = 0, split: str = "train") -> Dataset:
     return Dataset.from_dict({"prompt": list(found), "answer": list(found.values())})
 
 
-def tokenize_pairs(pairs: Dataset, tokenizer) -> Dataset:
+def in_chat_template(pairs: Dataset, tokenizer) -> Dataset:
+    """`prompt`s as a user's turn in the tokenizer's chat template, up to where the answer begins.
+
+    A start token that the tokenizer puts in front of every text is left out, because `tokenize_pairs` brings it.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"'{tokenizer.name_or_path}' has no chat template. Take a chat model, or chat_template=false.")
+    brings_start = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+    def render(row):
+        turn = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return {"prompt": text.removeprefix(tokenizer.bos_token) if brings_start else text}
+
+    return pairs.map(render)
+
+
+def tokenize_pairs(pairs: Dataset, tokenizer, max_length: int = 0) -> Dataset:
     """`prompt`/`answer` -> `input_ids`, `attention_mask`, `labels`: loss on the answer and the end token only.
 
+    Rows of more than `max_length` tokens (0: no limit) lose their end; those that lose their answer are left out.
     Unpadded: pad with `DataCollatorForSeq2Seq(tokenizer)`, which gives the padding of `labels` -100 on the side
     `tokenizer.padding_side` says. For generation, pad `prompt` itself, on the left.
+
+    Raises:
+        ValueError: no answer is left.
     """
 
     def encode(row):
         prompt = tokenizer(row["prompt"]).input_ids
         answer = [*tokenizer(row["answer"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        return {
-            "input_ids": prompt + answer,
-            "attention_mask": [1] * (len(prompt) + len(answer)),
-            "labels": [IGNORED] * len(prompt) + answer,
-        }
+        end = max_length or len(prompt) + len(answer)
+        ids = (prompt + answer)[:end]
+        labels = ([IGNORED] * len(prompt) + answer)[:end]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    return pairs.map(encode, remove_columns=pairs.column_names)
+    rows = pairs.map(encode, remove_columns=pairs.column_names)
+    if max_length:
+        rows = rows.filter(lambda row: row["labels"][-1] != IGNORED)
+        if not len(rows):
+            raise ValueError(f"max_length={max_length} cuts the answer off every one of {len(pairs)} rows. Raise it.")
+    return rows
 
 
 def chunk_text(text: Dataset, tokenizer, length: int = 128) -> Dataset:

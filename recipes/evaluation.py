@@ -13,8 +13,11 @@ METRIC = Path(__file__).parent / "exact_match"
 
 
 @torch.no_grad()
-def exact_match(model, tokenizer, pairs: Dataset, batch_size: int = 100, max_new_tokens: int = 8) -> float:
-    """Percent of `prompt`s whose greedy continuation is the `answer`, by the metric beside this file."""
+def exact_match(
+    model, tokenizer, pairs: Dataset, batch_size: int = 100, max_new_tokens: int = 8, final_number: bool = False
+) -> float:
+    """Percent of `prompt`s whose greedy continuation is the `answer`, or ends with the same number (`final_number`), by
+    the metric beside this file."""
     model.eval()
     tokenizer.padding_side = "left"
     predictions = []
@@ -24,7 +27,9 @@ def exact_match(model, tokenizer, pairs: Dataset, batch_size: int = 100, max_new
         ).to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
         predictions += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    score = evaluate.load(str(METRIC)).compute(predictions=predictions, references=pairs["answer"])
+    score = evaluate.load(str(METRIC)).compute(
+        predictions=predictions, references=pairs["answer"], final_number=final_number
+    )
     return score["exact_match"]
 
 

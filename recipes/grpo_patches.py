@@ -12,51 +12,32 @@ At the end the greedy tokens of the patched generator are compared with those of
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of rollout_func, trl's place for generators of one's own
 
-import _quiet  # noqa: F401
+import common
 import demo_data
 import torch
-import yaml
 from evaluation import exact_match
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model
 from reporting import print_table
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    HfArgumentParser,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_sparse_peft import SparseLoraConfig, callbacks_for, hub
+from hf_sparse_peft import callbacks_for, hub, make_optimizer
 from hf_sparse_peft.hub import Patch, merge_to_dense
-
-HERE = Path(__file__).parent
-DEMO_BASE = os.path.join(".", os.path.relpath(HERE / "demo_base"))
-DEMO_YAML = HERE / "grpo_patches.yaml"
 
 
 @dataclass
-class RecipeArguments:
-    """What to train, and when the generator is told."""
+class RecipeArguments(common.RecipeArguments):
+    """What to train, and when the generator, which is bf16, is told."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Folder of the base; empty: the demo base."})
-    load_in_4bit: bool = field(default=True, metadata={"help": "NF4 policy; False: a bf16 one. The generator is bf16."})
-    adapter: str = field(default="{}", metadata={"help": "SparseLoraConfig as a mapping in YAML, or JSON."})
     patch_every: int = field(default=1, metadata={"help": "Optimizer steps between two patches of the generator."})
-    train_examples: int = field(default=1000, metadata={"help": "Word problems to draw prompts from."})
-    test_examples: int = field(default=200, metadata={"help": "Word problems to score and to compare tokens on."})
 
 
 class Generator:
@@ -97,27 +78,11 @@ class Generator:
         }
 
 
-def parse(argv: list[str]) -> tuple[RecipeArguments, GRPOConfig]:
-    """Options of a YAML file (the demo's, if none is named), overridden by the command line."""
-    path = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else DEMO_YAML
-    options = yaml.safe_load(path.read_text())
-    options["adapter"] = json.dumps(options.get("adapter", {}))
-    parser = HfArgumentParser((RecipeArguments, GRPOConfig))
-    parser.set_defaults(use_cpu=not torch.cuda.is_available(), **options)
-    return parser.parse_args_into_dataclasses(argv)
-
-
-def load_policy(folder: str, recipe: RecipeArguments) -> PeftModel:
+def load_policy(folder: str, recipe: RecipeArguments, args: GRPOConfig) -> PeftModel:
     """The base in NF4 or bf16 with the sparse adapter."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
-    quantization = nf4 if recipe.load_in_4bit else None
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
-    if recipe.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return get_peft_model(base, SparseLoraConfig(task_type="CAUSAL_LM", **json.loads(recipe.adapter)))
+    base = common.load_base(AutoModelForCausalLM, folder, recipe, args)
+    defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    return get_peft_model(base, common.choose_method(recipe, defaults, args.seed).config)
 
 
 def reward(completions: list[str], answer: list[str], **_) -> list[float]:
@@ -129,12 +94,11 @@ def reward(completions: list[str], answer: list[str], **_) -> list[float]:
 def main(argv: list[str]) -> dict[str, float]:
     """Train, patch the generator meanwhile, compare it with the merged model; returns the figures."""
     start = time.perf_counter()
-    recipe, args = parse(argv)
-    set_seed(args.seed)
-    folder = recipe.model_name_or_path or DEMO_BASE
+    recipe, args = common.begin(__file__, argv, RecipeArguments, GRPOConfig)
+    folder = recipe.model_name_or_path or common.DEMO_BASE
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy, generator = load_policy(folder, recipe), Generator(folder, tokenizer)
-    train = demo_data.word_problems(recipe.train_examples, seed=args.seed, split="train")
+    policy, generator = load_policy(folder, recipe, args), Generator(folder, tokenizer)
+    train = demo_data.word_problems(recipe.train_examples or 1000, seed=args.seed, split="train")
     test = demo_data.word_problems(recipe.test_examples, seed=args.seed, split="test")
     before, patched_at = exact_match(generator.model, tokenizer, test, max_new_tokens=4), [0]
 
@@ -147,6 +111,7 @@ def main(argv: list[str]) -> dict[str, float]:
     trainer = GRPOTrainer(
         model=policy, reward_funcs=reward, args=args, train_dataset=train, processing_class=tokenizer,
         rollout_func=rollout, callbacks=callbacks_for(policy),
+        optimizers=(make_optimizer(policy, args), None),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # thirty figures a step
     trainer.train()

@@ -8,14 +8,12 @@ import pytest
 import tiny
 import torch
 import transformers
-import yaml
 from transformers import TrainingArguments
 
 from hf_sparse_peft import methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def blocks(language: str) -> list[str]:
@@ -66,28 +64,3 @@ def test_both_commands_are_single_lines_that_install_torch_first_and_only_constr
     command = re.search(rf"<!-- {marker} command -->\s*```bash\n(.+?)\n```", README, re.S).group(1)
     assert "\n" not in command
     assert command.startswith("pip install -c constraints.txt torch==2.13.0 && pip install -c constraints.txt -e ")
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_yaml_header_is_the_command_that_launches_it(path):
-    header = [line for line in path.read_text().splitlines() if line.startswith("#   python ")]
-    assert len(header) == 1
-    script, named = header[0].split()[2:4]
-    assert (ROOT / script).exists()
-    assert named == f"recipes/{path.name}"
-
-
-@pytest.mark.parametrize("path", [path for path in RECIPES if "qlora" in path.name], ids=lambda path: path.name)
-def test_yaml_options_are_known_to_the_recipe_and_build_a_config(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import json
-
-    import qlora_sparse_lora
-
-    from hf_sparse_peft import SparseLoraConfig
-
-    extra = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
-    recipe, args = qlora_sparse_lora.parse([str(path), *extra])
-    config = SparseLoraConfig(**json.loads(recipe.adapter))
-    assert [rule.part_type for rule in config.schedule][:3] == ["prune", "regrow", "allocate"]
-    assert args.learning_rate == yaml.safe_load(path.read_text())["learning_rate"]

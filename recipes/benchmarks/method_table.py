@@ -37,7 +37,7 @@ from hf_sparse_peft.hub import export_lora
 
 # isort: split
 import demo_data  # found by harness
-from chosen_method import common_options, first_run
+from common import first_run, method_defaults
 from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
 
@@ -136,7 +136,7 @@ def measure_run(name: str, base: str, options: TableOptions, folder: Path) -> di
     keep_4bit_layout(frozen)
 
     method = harness.build_method(
-        CANDIDATES.get(name, name), seed=options.seed, **common_options(name.partition(":")[0])
+        CANDIDATES.get(name, name), seed=options.seed, **method_defaults(name.partition(":")[0])
     )
     model = get_peft_model(frozen, method.config)
     train = demo_data.word_problems(options.examples, seed=options.seed, split="train")
@@ -260,7 +260,7 @@ def _brief(error: Exception) -> str:
 
 def count_large(name: str) -> dict[str, Any]:
     """The numbers that train on an 8-billion Llama, without its weights."""
-    config = harness.build_method(name, **common_options(name.partition(":")[0])).config
+    config = harness.build_method(name, **method_defaults(name.partition(":")[0])).config
     model = get_peft_model(build_base(PRESETS["llama-8b"], "bf16", "meta"), config, low_cpu_mem_usage=True)
     return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 

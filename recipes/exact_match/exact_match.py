@@ -2,7 +2,7 @@
 
 metric = evaluate.load("recipes/exact_match")
 metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"])                      # exact_match 50.0
-metric.compute(predictions=[" 12", "7 apples"], references=["12", "7"], first_number=True)   # exact_match 100.0
+metric.compute(predictions=["3 + 4 = 7", "#### 1,200"], references=["7", "so 1200"], final_number=True)   # 100.0
 """
 
 import re
@@ -16,17 +16,22 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: list of str, what the model wrote.
     references: list of str, the right answers.
-    first_number: compare only the first number of each string; a string without a number matches nothing.
+    final_number: compare only the number that each string ends with: the first one behind its last "####", as the
+        answers of GSM8K have it, or, without that, its last one. A string without a number matches nothing.
 Returns:
     exact_match: float, 0 to 100.
 """
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_MARK = "####"
 
 
-def _first_number(text):
-    found = _NUMBER.search(text)
-    return None if found is None else float(found.group())
+def _final_number(text):
+    _, mark, end = text.rpartition(_MARK)
+    found = _NUMBER.findall(end if mark else text)
+    if not found:
+        return None
+    return float(found[0 if mark else -1].replace(",", ""))
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -42,9 +47,9 @@ class ExactMatch(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
-    def _compute(self, predictions, references, first_number=False):
-        if first_number:
-            pairs = [(_first_number(p), _first_number(r)) for p, r in zip(predictions, references, strict=True)]
+    def _compute(self, predictions, references, final_number=False):
+        if final_number:
+            pairs = [(_final_number(p), _final_number(r)) for p, r in zip(predictions, references, strict=True)]
             hits = [p is not None and p == r for p, r in pairs]
         else:
             hits = [p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)]

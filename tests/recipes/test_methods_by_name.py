@@ -19,7 +19,7 @@ def recipes(monkeypatch):
         "demo_data",
         "evaluation",
         "reporting",
-        "chosen_method",
+        "common",
         "qlora_sparse_lora",
         "harness",
         "llama",
@@ -50,8 +50,9 @@ def test_a_yaml_file_names_a_method_too(recipes, tmp_path):
 
     file = tmp_path / "named.yaml"
     file.write_text(f"output_dir: {tmp_path}\nmethod: shira\nmethod_options: {{density: 0.03}}\nmax_steps: 2\n")
-    recipe, _ = qlora_sparse_lora.parse([str(file)])
-    assert (recipe.method, json.loads(recipe.method_options)) == ("shira", {"density": 0.03})
+    figures = qlora_sparse_lora.main([str(file), *SHORT, "--max_steps=1"])
+    assert figures["trainable"] == figures["trainable_before"] > 0
+    assert "Bhardwaj et al., 2024" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_the_method_table_keeps_what_it_has_and_says_what_each_method_did(recipes, tmp_path, capsys):
