@@ -127,7 +127,7 @@ FORMS = {
         },
         combines=False,
     ),
-    "core": Form(SpectralLoraConfig, {"r": 4, "core": Full(std=0.3)}, lora=True, shira=False, combines=False),
+    "core": Form(SpectralLoraConfig, {"r": 4, "core": Full(std=0.3)}, lora=True, shira=False),
     "somebody's-core": Form(CoreConfig, lora=True, shira=False, combines=False),
 }
 

@@ -36,6 +36,7 @@ METHODS = {
 TINY_CORES = {
     "lora-xs": {}, "lora-sb": {"step_size": 1e-3, "examples": 8}, "svfit": {}, "nola": {"k": 8}, "loldu": {},
     "lora-mini": {"inner": 6}, "edora": {}, "lamda": {}, "sharelora": {}, "mos": {"shards": 2},
+    "lori": {},
     "s2-lora": {"weight": 0.4},
 }  # fmt: skip
 METHODS |= {name: {"r": 3, **options} for name, options in TINY_CORES.items()}

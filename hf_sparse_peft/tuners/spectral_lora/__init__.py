@@ -5,8 +5,10 @@ from .bases import Bases, RankChoice
 from .config import SpectralLoraConfig
 from .cores import Band, Core, Diagonal, Full, TwoFactors
 from .drawn import RandomBases, RandomCombination
+from .factors import Factors, RandomA
 from .found import LDU, SVD, GradientSVD
 from .layer import SpectralLoraLayer, SpectralLoraLinear
+from .masked import MaskedB
 from .model import SpectralLoraModel, spectral_layers
 from .ranks import Energy, SpectrumSpread
 from .shared import Shards, SharedBases
@@ -22,9 +24,12 @@ __all__ = [
     "Core",
     "Diagonal",
     "Energy",
+    "Factors",
     "Fastfood",
     "Full",
     "GradientSVD",
+    "MaskedB",
+    "RandomA",
     "RandomBases",
     "RandomCombination",
     "RankChoice",

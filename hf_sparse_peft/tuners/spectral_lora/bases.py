@@ -3,6 +3,8 @@ r"""Bases: what stands on both sides of a core, :math:`\Delta W = s\,B\,C\,A` wi
 bases.py         what all bases say of themselves
 ranks.py         Energy, SpectrumSpread: how many components each weight gets
 found.py         SVD, GradientSVD, LDU: found in a weight or its gradient
+factors.py       RandomA, Factors: B, or both, trained as a LoRA's
+masked.py        MaskedB: entries of B trained, those that a first run made largest
 drawn.py         RandomBases, RandomCombination: drawn from a seed, in no file
 shared.py        SharedBases, Shards: trained, one for several modules
 subspace.py      Fastfood: one trained point for all weights
@@ -136,6 +138,15 @@ class Bases(Part):
             A or TensorSpec(FIXED_A, (b, site.cols), role="saved"),
             B or TensorSpec(FIXED_B, (site.rows, a), role="saved"),
         ]
+
+    def planned(self, sites: Mapping[str, Site]) -> tuple[Bases, Mapping[str, Mapping[str, Tensor]]]:
+        """Asked when a new adapter is injected, with all of its modules: the bases with what they decide over all of
+        them, and module name -> tensors that it starts with, by name.
+
+        Raises:
+            ValueError: what they decide by does not fit these modules.
+        """
+        return self, {}
 
     def find(self, weight: Tensor, site: Site) -> Found | None:
         """The bases of `weight` `[out, in]`, fp32; None where they do not follow from it.

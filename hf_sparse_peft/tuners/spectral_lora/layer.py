@@ -54,6 +54,10 @@ class SpectralLoraLayer(SpectralStart):
     """`[k]`, where A is a trained sum of random matrices."""
     spectral_lora_B_coefficients: nn.ParameterDict
     """`[l]`, where B is."""
+    spectral_lora_B_values: nn.ParameterDict
+    """`[k]`, where single entries of B are trained."""
+    spectral_lora_B_entries: BufferDict
+    """uint8, their coded places (`sparsity.codec`)."""
     spectral_lora_point: nn.ParameterDict
     """`[d]`, the point that is projected to all updates; at its owner."""
     spectral_lora_magnitude: nn.ParameterDict
@@ -68,6 +72,8 @@ class SpectralLoraLayer(SpectralStart):
     """What follows from the seed, made at first use."""
     spectral_lora_found: dict[str, bool]
     """Whether bases that wait for data were seen to be there."""
+    spectral_lora_places: dict[str, tuple[tuple, Tensor]]
+    """The decoded places of trained entries of B, and the buffer that they were decoded from."""
     spectral_lora_norms: dict[str, tuple[Tensor, ...]]
     """Of the base weight, what norms are computed from, made at first use."""
 
@@ -165,6 +171,15 @@ class SpectralLoraLayer(SpectralStart):
             found = LowRank(times(B, core), A, scale=scaling)
         return [Decomposed(found, tensors[MAGNITUDE], self.dense_base_weight) if config.use_dora else found]
 
+    @torch.no_grad()
+    def write_pieces(self, adapter_name: str, pieces: list[Piece]) -> None:
+        """Fill an adapter with `Factors` for these pieces, one `LowRank` of scale 1."""
+        for piece in pieces:
+            A, B = piece.factors()
+            A, B = (A, B) if A.shape[0] == self.site(adapter_name).r else _smaller(A, B)
+            self.spectral_lora_A[adapter_name].data.copy_(A)
+            self.spectral_lora_B[adapter_name].data.copy_(B)
+
     def _dense_piece(self, adapter_name: str) -> Tiles:
         def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
             bases, site = self.adapter_configs[adapter_name].bases, self.site(adapter_name)
@@ -196,6 +211,14 @@ class SpectralLoraLayer(SpectralStart):
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralLoraLayer:
         self.spectral_lora_norms.clear()  # of the weight as it was: moved, or cast
         return super()._apply(*args, **kwargs)
+
+
+def _smaller(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of the same product with as many components as its smaller side."""
+    product = B @ A
+    if product.shape[0] <= product.shape[1]:
+        return product, torch.eye(product.shape[0], device=product.device)
+    return torch.eye(product.shape[1], device=product.device), product
 
 
 class SpectralLoraLinear(AdditiveLinear, SpectralLoraLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ from ...ops.seeded import GENERATOR
 from ..shared.base_weight import dense_weight
 from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
+from ..shared.pieces import Piece
 from .config import SpectralLoraConfig
+from .factors import Factors
 from .layer import SpectralLoraLayer, SpectralLoraLinear
 from .names import SHAPE
 
@@ -66,21 +69,37 @@ class SpectralLoraModel(AdapterModel):
                 "Load the adapter on the base that it was trained on."
             )
         peft_config.sizes = found
-        return AdapterPlan()
+        if file_being_loaded() is not None or not targets:
+            return AdapterPlan()
+        sites = {}
+        for name, base in targets.items():
+            cols, rows = _get_in_out_features(base)
+            sites[name] = peft_config.site(name, rows, cols)
+        peft_config.bases, first = peft_config.bases.planned(sites)
+        return AdapterPlan(first=first)
+
+    def config_of_pieces(self, like: SpectralLoraConfig, pieces: dict[str, list[Piece]]) -> SpectralLoraConfig:
+        """Config of the adapter with `Factors` whose update is `pieces`, one `LowRank` a module."""
+        config, ranks = copy.deepcopy(like), {name: found[0].A.shape[0] for name, found in pieces.items()}
+        config.bases, config.core, config.use_dora = Factors(), None, False
+        config.schedule, config.sizes, config.generator = [], {}, None
+        config.r, config.lora_alpha = max(ranks.values()), None  # scalings are folded in
+        config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items()}
+        return config
 
     @classmethod
     def check_file(cls, file: AdapterFile) -> None:
-        """Check that the file has all modules that share bases.
+        """Check that the file has all modules that share bases, or have trained entries of B.
 
         Raises:
             ValueError: names the tensor.
         """
-        absent = sorted(
-            {name for name, (owner, _, _) in file.config.sizes.items() for name in (name, owner)} - set(file.modules)
-        )
+        named = {name for name, (owner, _, _) in file.config.sizes.items() for name in (name, owner)}
+        entries = getattr(file.config.bases, "entries", {})
+        absent = sorted((named | {name for name, count in entries.items() if count}) - set(file.modules))
         if absent:
             raise ValueError(
-                f"'{tensor_key(absent[0], SHAPE)}' is missing from '{file.path}': sizes in {CONFIG_FILE} has "
+                f"'{tensor_key(absent[0], SHAPE)}' is missing from '{file.path}': {CONFIG_FILE} has "
                 f"'{absent[0]}'. The file is incomplete."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ...sparsity import Statistic
 from ..shared.file_check import file_being_loaded
 from ..shared.layer import AdapterLayer
 from .bases import Found, Site
-from .names import FINGERPRINT, FIXED_A, FIXED_B, MAGNITUDE, OFFSET, SHAPE, TRAINED_A, TRAINED_B
+from .names import B_ENTRIES, FINGERPRINT, FIXED_A, FIXED_B, MAGNITUDE, OFFSET, PLACES, SHAPE, TRAINED_A, TRAINED_B
 
 
 class SpectralStart(AdapterLayer):
@@ -35,7 +36,28 @@ class SpectralStart(AdapterLayer):
             found |= {name: self._of(owner, adapter_name, name) for name in config.bases.shared}
         if config.bases.derived_names:
             found |= self._derived(adapter_name, found[SHAPE].device)
+        if B_ENTRIES in found:
+            found[PLACES] = self.places(adapter_name)
         return found
+
+    def places(self, adapter_name: str) -> Tensor:
+        """Flat places in B of its trained entries, sorted, `[k]`; decoded again whenever the buffer was replaced or
+        rewritten.
+
+        Raises:
+            ValueError: the buffer is damaged or was never written; names it.
+        """
+        known = self.spectral_lora_places.get(adapter_name)
+        if torch.compiler.is_compiling() and known is not None:
+            return known[1]
+        codes = self.spectral_lora_B_entries[adapter_name]
+        version = 0 if codes.is_inference() else codes._version
+        # The buffer itself is kept for comparison: a freed one's address may come back with the same version.
+        if known is not None and known[0][0] is codes and known[0][1:] == (codes.data_ptr(), version):
+            return known[1]
+        decoded = self.adapter_configs[adapter_name].bases.decode(codes, self.site(adapter_name))
+        self.spectral_lora_places[adapter_name] = ((codes, codes.data_ptr(), version), decoded)
+        return decoded
 
     def _of(self, owner: AdapterLayer, adapter_name: str, name: str) -> Tensor:
         tensor, device = getattr(owner, name)[adapter_name], self.spectral_lora_shape[adapter_name].device
@@ -65,22 +87,28 @@ class SpectralStart(AdapterLayer):
     def forget_decoded(self, adapter_name: str) -> None:
         """Derive bases again at the next use."""
         self.spectral_lora_derived.pop(adapter_name, None)
+        self.spectral_lora_places.pop(adapter_name, None)
 
     @torch.no_grad()
-    def _begin(self, adapter_name: str, first: None) -> None:
-        """Find bases in the weight, and write what the core starts with and what the base keeps of it; a file that is
-        being loaded brings all of them."""
+    def _begin(self, adapter_name: str, first: Mapping[str, Tensor] | None) -> None:
+        """Write what the bases have decided (`first`), find bases in the weight, and write what the core starts with
+        and what the base keeps of it; a file that is being loaded brings all of them."""
         config = self.adapter_configs[adapter_name]
         tensors, weight = self.tensors(adapter_name), self.dense_base_weight()
         if file_being_loaded() is not None or weight.is_meta or any(tensor.is_meta for tensor in tensors.values()):
             return
+        for name, tensor in (first or {}).items():
+            tensors[name].copy_(tensor)
         if config.use_dora:
             tensors[MAGNITUDE].copy_(weight.float().square().sum(1).sqrt())
         if not config.needs_calibration:
             self._begin_with(adapter_name, config.bases.find(weight.float(), self.site(adapter_name)))
 
     def awaits_calibration(self, adapter_name: str) -> bool:
-        """Whether the adapter's bases are still to be found in data."""
+        """Whether the adapter's bases are still to be found in data, or a mask of B to be brought by a file."""
+        if adapter_name in self.spectral_lora_B_entries:
+            codes, known = self.spectral_lora_B_entries[adapter_name], self.spectral_lora_places.get(adapter_name)
+            return known is None and not codes.is_meta and not codes[:4].any()
         if adapter_name not in self.spectral_lora_basis_A or self.spectral_lora_found.get(adapter_name, False):
             return False
         basis = self.spectral_lora_basis_A[adapter_name]
@@ -90,8 +118,24 @@ class SpectralStart(AdapterLayer):
         return not found
 
     def calibration_statistic(self, adapter_name: str) -> Statistic:
-        """That of the bases."""
+        """That of the bases.
+
+        Raises:
+            ValueError: they wait for a file, not for data.
+        """
+        if adapter_name in self.spectral_lora_B_entries:
+            raise ValueError(self.calibration_message(adapter_name))
         return self.adapter_configs[adapter_name].bases.statistic
+
+    def calibration_message(self, adapter_name: str) -> str:
+        """What to tell a user whose adapter waits for data, or for the mask of B."""
+        if adapter_name not in self.spectral_lora_B_entries:
+            return super().calibration_message(adapter_name)
+        return (
+            f"Adapter '{adapter_name}' has the sizes of a mask of B, and no mask: its config is that of an adapter "
+            "whose weights were not loaded. Load it with PeftModel.from_pretrained(base, folder, is_trainable=True), "
+            "or make a new one, methods.get('lori', mask_from=...)."
+        )
 
     @torch.no_grad()
     def take_calibration(self, adapter_name: str, state: dict[str, Tensor] | None) -> None:
@@ -145,5 +189,9 @@ def times(B: Tensor, core: Tensor) -> Tensor:
 def _after_loading(layer: SpectralStart, incompatible_keys: Any) -> None:
     """What was loaded may belong to other bases."""
     layer.spectral_lora_norms.clear()
+    layer.spectral_lora_places.clear()
+    for name in layer.spectral_lora_B_entries:
+        if not layer.spectral_lora_B_entries[name].is_meta and not layer.awaits_calibration(name):
+            layer.places(name)  # a compiled graph reads what was decoded without looking at the buffer
     for name in list(layer.spectral_lora_fingerprint):
         layer.forget_decoded(name)

@@ -14,8 +14,10 @@ from hf_sparse_peft.tuners.spectral_lora import (
     SVD,
     Band,
     Diagonal,
+    Factors,
     Fastfood,
     Full,
+    RandomA,
     RandomBases,
     RandomCombination,
     Shards,
@@ -32,6 +34,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "norms": {"bases": SVD(), "core": Full("zeros"), "use_dora": True},
     "pivots": {"bases": LDU(), "core": Diagonal("values", residual="init", trained_scale=True)},
     "two factors": {"bases": RandomBases(8, 6), "core": TwoFactors()},
+    "random A": {"bases": RandomA(), "core": None, "lora_alpha": 6},
+    "factors": {"bases": Factors(), "core": None},
     "combination": {"bases": RandomCombination(6), "core": None},
     "shared A": {"bases": SharedBases("A"), "core": None},
     "shared by shape": {"bases": SharedBases("AB", "shape", "normal"), "core": Diagonal()},
@@ -79,6 +83,7 @@ def deltas(model, name: str = "default") -> dict[str, torch.Tensor]:
 
 
 RULED = {
+    "random A": FreezeGradually(0.5),
     "trained basis": FreezeGradually(0.5),
     "shared by shape": ProximalGate(0.5),
 }

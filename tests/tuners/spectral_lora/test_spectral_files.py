@@ -74,7 +74,7 @@ def test_sizes_of_other_owners_are_refused_with_and_without_a_model(tmp_path):
 def test_files_without_bases_say_how_these_follow_from_the_seed(form, tmp_path):
     adapted(form).save_pretrained(tmp_path)
     options = json.loads((tmp_path / "adapter_config.json").read_text())
-    drawn = {"bases found again", "two factors", "combination", "shards", "subspace"}
+    drawn = {"bases found again", "two factors", "random A", "combination", "shards", "subspace"}
     assert options.get("generator") == ("hash32" if form in drawn else None)
 
 
