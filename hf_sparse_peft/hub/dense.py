@@ -16,6 +16,7 @@ from torch import nn
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.heads import head_owners
 from ..tuners.shared.merge import refuse_merged, untie_embeddings
+from ..tuners.shared.parameters import ParameterHost
 from .folders import staged_folder
 
 
@@ -100,6 +101,8 @@ def _merged_copy(
 def _original(module: nn.Module) -> nn.Module:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return module.original_module
+    if isinstance(module, ParameterHost):
+        return module.base_layer
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -107,6 +110,8 @@ def _replacement(
     name: str, module: nn.Module, terms: list[tuple[str, float]], kwargs: dict, heads: dict[str, str]
 ) -> nn.Module | None:
     """What stands in for `module` in the dense copy; None: a copy of itself."""
+    if isinstance(module, ParameterHost):
+        return _merged_parameters(module, terms)
     if isinstance(module, AdapterLayer):
         return _merged_layer(name, module, terms)
     if isinstance(module, ModulesToSaveWrapper):
@@ -126,14 +131,27 @@ def _merged_layer(name: str, layer: AdapterLayer, terms: list[tuple[str, float]]
             f"'{name}' wraps a layer of another tuner ({type(base).__name__}); merge or unload that first."
         )
     stored = base.weight.data if backend is None else _dequantised(name, backend, base)
+    merged = _merged_weight(layer, stored, terms)
+    if backend is not None:
+        return _linear(base, merged)
+    return copy.deepcopy(base, {id(base.weight): nn.Parameter(merged, requires_grad=False)})
+
+
+def _merged_parameters(host: ParameterHost, terms: list[tuple[str, float]]) -> nn.Module:
+    merged = {}
+    for _, layer in host.parameter_layers():
+        own = layer.get_base_layer().weight
+        matrix = _merged_weight(layer, layer.get_base_weight(), terms)
+        merged[id(own)] = nn.Parameter(matrix.view(own.shape), requires_grad=False)
+    return copy.deepcopy(host.base_layer, merged)
+
+
+def _merged_weight(layer: AdapterLayer, stored: torch.Tensor, terms: list[tuple[str, float]]) -> torch.Tensor:
     merged = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
     for adapter_name, scale in terms:
         if layer.holds(adapter_name):
             merged += layer.get_delta_weight(adapter_name) * scale
-    merged = merged.to(stored.dtype)
-    if backend is not None:
-        return _linear(base, merged)
-    return copy.deepcopy(base, {id(base.weight): nn.Parameter(merged, requires_grad=False)})
+    return merged.to(stored.dtype)
 
 
 def _dequantised(name: str, backend, module: nn.Module) -> torch.Tensor:

@@ -26,6 +26,7 @@ from ..sparsity.decomposition import truncated_svd
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
+from ..tuners.shared.parameters import ParameterWeight
 from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece, summed_entries
 from ..tuners.shared.wrapped_names import plain_name
 from ..tuners.upstream import UpstreamLowRank, configs_of, upstream_low_rank
@@ -223,6 +224,12 @@ def _exportable(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, list[A
     refuse_merged(layers)
     if upstream:
         return configs_of(model)[adapter_name], upstream
+    parameters = [layer.module_name for layer in layers if isinstance(layer.get_base_layer(), ParameterWeight)]
+    if parameters:
+        raise ValueError(
+            f"'{parameters[0]}' ({len(parameters)} such) is a parameter of experts, and peft's formats have no matrix "
+            "over all of them. Use merge_to_dense, or export_patch, which vLLM and SGLang load."
+        )
     return layers[0].adapter_configs[adapter_name], layers
 
 

@@ -150,7 +150,7 @@ def support_from_checkpoints(
     first, second = CheckpointTensors(before), CheckpointTensors(after)
     units = {}
     for layer in layers:
-        key = f"{layer.module_name}.weight"
+        key = layer.weight_name
         for tensors in (first, second):
             if key not in tensors.names:
                 raise ValueError(

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ...tuners.shared.parameters import ParameterHost
 from ...tuners.shared.wrapped_names import plain_name
 
 
@@ -187,6 +188,9 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, t
     """Name, tensor, shape in the checkpoint and owner of the base model's parameters, under every name."""
     if isinstance(module, BaseTunerLayer):
         yield from _walk(module.get_base_layer(), prefix)
+        return
+    if isinstance(module, ParameterHost):
+        yield from _walk(module.base_layer, prefix)
         return
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from _walk(module.original_module, prefix)

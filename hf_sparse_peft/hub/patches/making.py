@@ -185,7 +185,7 @@ def _changed(
     found = [(entries, scale) for entries, scale in found if entries is not None]
     if not found:
         return
-    name = places.aliases[f"{layer.module_name}.weight"]
+    name = places.aliases[layer.weight_name]
     if name in places.tied:
         raise ValueError(
             f"'{layer.module_name}' shares its weight with another module ('{name}'), and a patch would change both, "

@@ -19,6 +19,7 @@ from ...rules.gradient_readers import UsesOfLayer
 from ...sparsity import Statistic
 from ...tuners import AdapterLayer
 from ...tuners.shared.base_weight import is_bnb_4bit
+from ...tuners.shared.parameters import ParameterWeight
 
 
 class Reader:
@@ -85,6 +86,8 @@ class GradientReader(Reader):
         if not torch.is_grad_enabled():
             return None
         self.uses.expect()
+        if isinstance(self.base, ParameterWeight):
+            return _ShowParametersGradient.apply(output, self.probe, self)
         return _ShowGradient.apply(output, args[0], self.probe, self, _product_dtype(self.base, output))
 
     @torch.no_grad()
@@ -140,6 +143,12 @@ class ActivationReader(Reader):
 
     def __init__(self, name: str, module: nn.Module, statistic: Statistic) -> None:
         super().__init__(name, module, statistic)
+        if isinstance(self.base, ParameterWeight):
+            raise ValueError(
+                f"'{statistic.name}' goes by what flows into a layer, and '{name}' is a parameter of a module that "
+                "keeps that to itself. Choose a criterion by weights or gradients ('magnitude', 'fisher'), or leave "
+                "it out of target_parameters."
+            )
         self.visible: Tensor | None = None
         """The batch's attention mask, bool `[samples, tokens]`; None: every token counts."""
 
@@ -174,6 +183,21 @@ class _ShowGradient(torch.autograd.Function):
             x = inputs.reshape(-1, inputs.shape[-1]).to(ctx.dtype)
             ctx.reader(dy.t() @ x)
         return grad_output, None, None, None, None
+
+
+class _ShowParametersGradient(torch.autograd.Function):
+    """The identity of an adapted parameter; its backward pass shows the reader the gradient as one matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, adapted: Tensor, probe: Tensor, reader: GradientReader):
+        ctx.reader = reader
+        return adapted.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        ctx.reader(gradient.flatten(0, -2))
+        return gradient, None, None
 
 
 def _product_dtype(base: nn.Module, output: Tensor) -> torch.dtype:

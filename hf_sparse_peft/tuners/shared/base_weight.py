@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import DenseSource, DequantizedSource, Source
+from .parameters import ParameterWeight
 from .rollback import uninterrupted
 
 _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -60,6 +61,8 @@ def dense_weight(base: nn.Module, backend: Any) -> torch.Tensor:
     by `backend`, peft's access to a quantised weight."""
     if backend is not None:
         return backend.get_base_weight(base)
+    if isinstance(base, ParameterWeight):
+        return base.matrix
     weight = base.weight.data
     return weight.t() if isinstance(base, Conv1D) else weight
 

@@ -18,14 +18,16 @@ from .copies import follow_copied_parameters, note_parameters
 from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
+from .parameters import ParameterWeight
 from .pieces import Piece
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
-    """Whether a tuner can adapt `base`: `nn.Linear`, `Conv1D`, or a quantised linear layer that peft knows."""
+    """Whether a tuner can adapt `base`: `nn.Linear`, `Conv1D`, a quantised linear layer that peft knows, or a matrix of
+    a parameter."""
     if backend is not None:
         return backend.layer_type == "linear"
-    return isinstance(base, (nn.Linear, Conv1D))
+    return isinstance(base, (nn.Linear, Conv1D, ParameterWeight))
 
 
 class AdapterLayer(CalibratedTensors):
@@ -148,6 +150,11 @@ class AdapterLayer(CalibratedTensors):
         return weight.t() if self.fan_in_fan_out else weight
 
     @property
+    def weight_name(self) -> str:
+        """Name of the base weight in the model without adapters."""
+        return f"{self.module_name}.weight"
+
+    @property
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores its weight as `[in, out]`."""
         return type(self.get_base_layer()).__name__ == "Conv1D" and self.quantization_backend is None
@@ -188,16 +195,25 @@ class AdapterLayer(CalibratedTensors):
             ValueError: `adapter_names` has another length than the batch, or comes with merged adapters.
         """
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = self._acting(x.is_meta)
+        return self._adapted(x, active, *args, **kwargs) if active else self.base_layer(x, *args, **kwargs)
+
+    def _acting(self, on_meta: bool) -> list[str]:
+        """The adapters that a forward pass adds now; none where they are disabled or merged.
+
+        Raises:
+            ValueError: an adapter's tensors are on the meta device and the pass is not, or it cannot train yet.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+            return []
         active = [name for name in self.active_adapters if self.holds(name)]
         if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        if not x.is_meta and self._is_away(active[0]):
+            return []
+        if not on_meta and self._is_away(active[0]):
             raise ValueError(
                 f"The tensors of adapter '{active[0]}' in '{self.module_name}' are on the meta device: the model was "
                 "offloaded (accelerate's cpu_offload, disk_offload, dispatch_model) after the adapter was added, or "
@@ -207,7 +223,7 @@ class AdapterLayer(CalibratedTensors):
             note_that_it_runs(self, active)
             if torch.is_grad_enabled():
                 self._before_training(active)
-        return self._adapted(x, active, *args, **kwargs)
+        return active
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Output with the adapters `names`, at least one, all held."""

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .layer import AdapterLayer
+from .parameters import ParameterHost, ParameterWeight
 from .rollback import uninterrupted
 
 
@@ -118,7 +119,8 @@ class MergeMixin(AdapterLayer):
     def _install(self, merged: torch.Tensor, dtype: torch.dtype) -> None:
         if self.quantization_backend is None:
             base = self.get_base_layer()
-            new = nn.Parameter(merged.to(dtype), requires_grad=base.weight.requires_grad)
+            merged = merged.to(dtype).view(base.weight.shape)
+            new = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
             new.__dict__.update(base.weight.__dict__)
             base.weight = new
             return
@@ -161,9 +163,12 @@ def refuse_shared_modules(model: nn.Module) -> None:
     Raises:
         ValueError: names both.
     """
-    adapted = {id(m.get_base_layer()): m.module_name for m in model.modules() if isinstance(m, AdapterLayer)}
+    adapted = {}
+    for layer in (module for module in model.modules() if isinstance(module, AdapterLayer)):
+        base = layer.get_base_layer()
+        adapted[id(base.module if isinstance(base, ParameterWeight) else base)] = layer.module_name
     for parent_name, parent in model.named_modules():
-        if isinstance(parent, BaseTunerLayer):
+        if isinstance(parent, (BaseTunerLayer, ParameterHost)):
             continue
         for name, child in parent._modules.items():
             if id(child) in adapted:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -33,6 +35,7 @@ from .model_merging import ModelMerging
 from .model_units import ModelUnits
 from .module_patterns import matches
 from .names import check_adapter_name
+from .parameters import ParameterHost, ParameterWeight, host_of, target_parameters
 from .pieces import Piece
 from .rollback import unchanged_on_error
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
@@ -57,6 +60,8 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
     tuner_layer_cls: type[AdapterLayer]
     """By default `linear_cls` itself."""
     linear_cls: type[AdapterLayer]
+    parameter_cls: type[AdapterLayer] | None = None
+    """The layer over a parameter of `target_parameters`, for tuners whose config has that option."""
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _targets_of_state_dict: set[str] | None = None
     _asked_targets: Any = None
@@ -123,6 +128,7 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         for module in model.modules():  # one repacked layer, adapted or not, cuts the gradient of all before it
             keep_4bit_weight_stable(module)
         targets = target_layers(peft_config, model, self._is_target)
+        targets |= target_parameters(peft_config, model, self._is_target_parameter)
         refuse_unworkable(model, targets)
         if targets and not peft_config.inference_mode and self._targets_of_state_dict is None:
             name_left_out(peft_config, self._asked_targets, model, targets)
@@ -143,7 +149,19 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
             return key in self._targets_of_state_dict
         return bool(self._check_target_module_exists(peft_config, key))
 
-    def plan(self, peft_config: PeftConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+    def _is_target_parameter(self, peft_config: PeftConfig, key: str) -> bool:
+        shown = copy.copy(peft_config)
+        shown.target_modules = set(peft_config.target_parameters)
+        return bool(self._check_target_module_exists(shown, key))
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        unknown = model_config["model_type"] not in self.target_module_mapping
+        if peft_config.target_modules is None and unknown and getattr(peft_config, "target_parameters", None):
+            peft_config.target_modules = set()
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def plan(self, peft_config: PeftConfig, model: nn.Module, targets: dict[str, Any]) -> AdapterPlan:
         """What is decided for the whole model before a layer of it changes; `targets` are base layers by name.
 
         Raises:
@@ -162,6 +180,8 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         *,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target.get_base_layer() if isinstance(target, BaseTunerLayer) else None, ParameterWeight):
+            return  # named like a target module: the layer over a parameter
         name = plain_name(current_key)  # configs and files know nothing of a compiled base
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kwargs = get_quantization_kwargs(self.model)
@@ -171,10 +191,7 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
                 f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "
                 "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
             )
-        cols, rows = _get_in_out_features(base)
-        sizes, first = self._plan.sizes.get(name), self._plan.first.get(name)
-        self._check_file_fits(peft_config, name, rows, cols, sizes)
-        update = {"config": peft_config, "sizes": sizes, "first": first, "inference_mode": peft_config.inference_mode}
+        update = self._update_of(peft_config, name, base)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **update)
             self._advance()
@@ -185,6 +202,38 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         self._replace_module(parent, target_name, layer, target)
         keep_forward(self.model, current_key)
         self._advance()
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        found = target_parameters(peft_config, model, self._is_target_parameter)
+        for key, weight in found.items():
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_parameter(peft_config, adapter_name, model, key, weight)
+        return list(found)
+
+    def _adapt_parameter(
+        self, peft_config: PeftConfig, adapter_name: str, model: nn.Module, key: str, weight: ParameterWeight
+    ) -> None:
+        name = plain_name(key)
+        update = self._update_of(peft_config, name, weight)
+        host = host_of(model, weight, key)
+        layer = host._modules.get(weight.name)
+        if layer is not None:
+            layer.update_layer(adapter_name, **update)
+        else:
+            layer = self.parameter_cls(weight, adapter_name, name, update)
+            layer.train(host.training)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(host, weight.name, layer)
+        self._advance()
+
+    def _update_of(self, peft_config: PeftConfig, name: str, base: Any) -> dict[str, Any]:
+        cols, rows = _get_in_out_features(base)
+        sizes, first = self._plan.sizes.get(name), self._plan.first.get(name)
+        self._check_file_fits(peft_config, name, rows, cols, sizes)
+        return {"config": peft_config, "sizes": sizes, "first": first, "inference_mode": peft_config.inference_mode}
 
     def _advance(self) -> None:
         if self._plan.progress is not None:
@@ -197,8 +246,9 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if any(p.is_meta for p in new_module.parameters()):
-            # Upstream moves the whole layer around an 8-bit base, which tensors on meta refuse; loading moves them.
+        if isinstance(child, ParameterHost) or any(p.is_meta for p in new_module.parameters()):
+            # Upstream moves the whole layer around an 8-bit base, which tensors on meta refuse; loading moves them. And
+            # of what a host stands for it asks the weight.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

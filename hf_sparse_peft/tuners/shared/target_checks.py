@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .module_patterns import pattern_key
+from .parameters import ParameterWeight
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "granularity_pattern")
 _STATE_SPACE_READS = ("dt_proj", "out_proj")
@@ -28,6 +29,8 @@ def target_layers(config: PeftConfig, model: nn.Module, matches: Callable) -> di
     config = _maybe_include_all_linear_layers(config, model)
     found = {}
     for name, module in _own_modules(model):
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), ParameterWeight):
+            continue  # its name is a parameter's
         if name and matches(config, name):
             found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return found
@@ -111,6 +114,12 @@ def name_left_out(config: PeftConfig, asked: Any, model: nn.Module, targets: dic
         missing = [one for one in entries if not any(name == one or name.endswith(f".{one}") for name in names)]
         if missing:
             _warn(f"{option} has {_some(missing)}, which no module of {type(model).__name__} is called", names, missing)
+    parameters = [name for name, base in targets.items() if isinstance(base, ParameterWeight)]
+    wanted = getattr(config, "target_parameters", None) or ()
+    missing = sorted(one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in parameters))
+    if missing:
+        known = [name.replace(".base_layer", "") for name, p in model.named_parameters() if p.ndim == 3]
+        _warn(f"target_parameters has {_some(missing)}, which is no parameter of the model", known, missing)
     for option in _PATTERNS:
         pattern = getattr(config, option, None) or {}
         missing = sorted(set(pattern) - {pattern_key(pattern, name, option) for name in targets})
@@ -122,7 +131,7 @@ def name_left_out(config: PeftConfig, asked: Any, model: nn.Module, targets: dic
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if asked == "all-linear":
         _name_attention(model)
-    _name_experts(config, asked, [(name, module) for name, module in modules if module is not head])
+    _name_experts(config, asked, [(name, module) for name, module in modules if module is not head], parameters)
 
 
 def _name_attention(model: nn.Module) -> None:
@@ -146,8 +155,13 @@ def _missing_layers(config: PeftConfig, targets: Iterable[str]) -> list[int]:
     return sorted({given} - found if isinstance(given, int) else set(given) - found)
 
 
-def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Module]]) -> None:
-    experts = {f"{name}.{own}": tensor for name, module in modules for own, tensor in _expert_parameters(name, module)}
+def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Module]], adapted: list[str]) -> None:
+    experts = {
+        f"{name}.{own}".replace(".base_layer.", "."): tensor
+        for name, module in modules
+        for own, tensor in _expert_parameters(name, module)
+    }
+    experts = {name: tensor for name, tensor in experts.items() if name not in adapted}
     if not experts or not _asks_for_experts(config.target_modules if asked is None else asked, experts):
         return
     sizes = [_weight_size(module) for _, module in modules]
@@ -156,8 +170,9 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
     name, tensor = next(iter(experts.items()))
     warnings.warn(
         f"The experts of this model are left out: {len(experts)} parameters with the matrices of all experts, such as "
-        f"'{name}' {tuple(tensor.shape)}, hold {fraction:.0%} of the layers' weights and stay as they are. Adapters of "
-        "this package work on linear layers; peft's LoraConfig(target_parameters=[...]) adapts such parameters.",
+        f"'{name}' {tuple(tensor.shape)}, hold {fraction:.0%} of the layers' weights and stay as they are. "
+        f"SparseLoraConfig(target_parameters=['{'.'.join(name.split('.')[-2:])}']) adapts such parameters; "
+        "target_modules reaches linear layers only.",
         stacklevel=2,
     )
 

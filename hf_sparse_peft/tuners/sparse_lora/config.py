@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from ...rules import check_pairs, check_schedule
 from ...sparsity import Budget, DeltaMagnitude, Density, Given, Granularity, Pattern, Random, Score
+from ...utils.module_names import check_names
 from ...utils.option_types import (
     Decay,
     NonNegativeFloat,
@@ -42,6 +43,14 @@ class SparseLoraConfig(AdapterConfig):
 
     tuner: ClassVar[str] = "sparse_lora"
     possible_kinds: ClassVar[frozenset[str]] = frozenset({"support", "rank", "subnet_row", "subnet_column", "module"})
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters that belong to no linear layer, fused experts such as "
+            "'experts.gate_up_proj': [experts, rows, cols], adapted as one matrix [experts * rows, cols]. With "
+            "target_modules=[] nothing else is."
+        },
+    )
     r: NonNegativeInt = field(default=8, metadata={"help": "Rank of the low-rank half; 0 leaves it out."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the low-rank half's scaling."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
@@ -161,6 +170,7 @@ class SparseLoraConfig(AdapterConfig):
         self._check_by_module()
         self._check_support()
         self._check_factors()
+        self._check_parameters()
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
@@ -289,6 +299,18 @@ class SparseLoraConfig(AdapterConfig):
                     f"{name} cannot be combined with a gate (gate={self.gate!r}, or a rule that needs one): components "
                     "that leave would take it. Leave one of them out."
                 )
+
+    def _check_parameters(self) -> None:
+        """What has no meaning for parameters of modules that compute with them on their own."""
+        check_names(self.target_parameters, "target_parameters")
+        if not self.target_parameters:
+            return
+        set_options = {"lora_dropout": self.lora_dropout > 0, "structures": bool(self.structures)}
+        for name in (name for name, is_set in set_options.items() if is_set):
+            raise ValueError(
+                f"{name}={getattr(self, name)} cannot be had with target_parameters={self.target_parameters}: their "
+                f"modules compute with the adapted parameter as a whole. Leave {name} out, or train two adapters."
+            )
 
     # What follows
 

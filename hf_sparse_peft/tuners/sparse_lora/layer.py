@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from ...rules import ExpertDraw, ModuleSpace, UnitSpace
+from ...rules.gradient_readers import SharedReader
 from ...sparsity import Given, UnitGrid
 from ...utils.tensors import TensorSpec
 from ..shared.calibration import CalibratedTensors
@@ -150,6 +151,21 @@ class SparseLoraLayer(SubnetState, SupportState):
         left = [known for known in self.sparse_lora_gradient_readers.pop(adapter_name, []) if known is not reader]
         if left:
             self.sparse_lora_gradient_readers[adapter_name] = left
+
+    def _shared_reader(self, names: list[str]) -> SharedReader | None:
+        readers = [
+            (reader, self.sparse_lora_grid.get(name))
+            for name in names
+            for reader in self.sparse_lora_gradient_readers.get(name, ())
+        ]
+        if not readers:
+            return None
+        # As `operands.combine` cuts the weight: supports of different kinds meet as entries.
+        grids = [self.sparse_lora_grid[name] for name in names if name in self.sparse_lora_values]
+        alike = all(grid == grids[0] for grid in grids)
+        cut = (grids[0].granularity, grids[0].block_size) if grids and alike else ("entry", 0)
+        cut = ("row", 0) if self.sparse_lora_dense_delta else cut
+        return SharedReader(readers, *cut)
 
     # What is held
 

@@ -151,21 +151,6 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
             )
         return rates.pop() if rates else 0.0
 
-    def _shared_reader(self, names: list[str]) -> SharedReader | None:
-        readers = [
-            (reader, self.sparse_lora_grid.get(name))
-            for name in names
-            for reader in self.sparse_lora_gradient_readers.get(name, ())
-        ]
-        if not readers:
-            return None
-        # As `operands.combine` cuts the weight: supports of different kinds meet as entries.
-        grids = [self.sparse_lora_grid[name] for name in names if name in self.sparse_lora_values]
-        alike = all(grid == grids[0] for grid in grids)
-        cut = (grids[0].granularity, grids[0].block_size) if grids and alike else ("entry", 0)
-        cut = ("row", 0) if self.sparse_lora_dense_delta else cut
-        return SharedReader(readers, *cut)
-
     def extra_repr(self) -> str:
         """Name of the quantisation backend, as upstream's layers show it."""
         return quantization_extra_repr(self)
@@ -215,7 +200,7 @@ def combine(layer: SparseLoraLayer, names: list[str]) -> Operands:
 
 
 def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
-    names = [name for name in names if layer.has_sparse_half(name) and not _is_idle(layer, name)]
+    names = [name for name in names if layer.has_sparse_half(name) and not is_idle(layer, name)]
     if not names:
         return {}
     if any(name in layer.sparse_lora_dense_delta for name in names):
@@ -232,10 +217,10 @@ def _sparse_half(layer: SparseLoraLayer, names: list[str]) -> dict:
         # Units of different kinds only add up as entries.
         parts = [grid.as_entries(units, values)[::-1] for (values, units), grid in zip(parts, grids, strict=True)]
         cut = {"granularity": "entry", "block_size": 0}
-    return _united(parts) | cut
+    return united(parts) | cut
 
 
-def _united(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
+def united(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
     """Units that several adapters hold become one unit with the sum of their values; autograd splits it again."""
     united, owner = torch.unique(torch.cat([units for _, units in parts]), return_inverse=True)
     stacked = torch.cat([values for values, _ in parts])
@@ -250,10 +235,10 @@ def _with_subnets(layer: SparseLoraLayer, names: list[str]) -> dict:
         values = layer.subnet_values(names[0])
         return {"values": values, "live_rows": rows, "live_columns": columns, "granularity": "subnet"}
     parts = [layer.sparse_entries(name)[::-1] for name in names]
-    return _united(parts) | {"granularity": "entry", "block_size": 0}
+    return united(parts) | {"granularity": "entry", "block_size": 0}
 
 
-def _is_idle(layer: SparseLoraLayer, name: str) -> bool:
+def is_idle(layer: SparseLoraLayer, name: str) -> bool:
     """Whether a support awaits calibration and nobody reads gradients or trains a dense delta in its place."""
     # In this order: compiled graphs are guarded by what they look at, and readers come and go.
     if not layer.awaits_calibration(name):

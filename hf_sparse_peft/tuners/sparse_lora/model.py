@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ..shared.state_dict import SelectedTensors
 from .config import SparseLoraConfig, exact_pattern
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
+from .parameter import SparseLoraParameter
 from .plan import note_sizes, plan_adapter, sizes_for_config
 from .subnet import ACCUMULATOR
 
@@ -29,8 +31,9 @@ class SparseLoraModel(AdapterModel):
 
     tuner_layer_cls = SparseLoraLayer
     linear_cls = SparseLoraLinear
+    parameter_cls = SparseLoraParameter
 
-    def plan(self, peft_config: SparseLoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
+    def plan(self, peft_config: SparseLoraConfig, model: nn.Module, targets: dict[str, Any]) -> AdapterPlan:
         """Sizes of both halves in every module, and the units of supports that are chosen over the model; what a file
         of the adapter has to say of them is written to the config's `sizes`."""
         plan = plan_adapter(peft_config, model, targets)

@@ -23,6 +23,7 @@ from ..shared.base_weight import dense_weight
 from ..shared.layer import is_supported
 from ..shared.model import AdapterPlan
 from ..shared.module_patterns import pattern_key
+from ..shared.parameters import ParameterHost, ParameterWeight
 from .config import SparseLoraConfig, exact_pattern
 from .structures import choose_structures, structure_counts
 
@@ -270,12 +271,17 @@ def _targets(
 
 def matrix_entries(model: nn.Module) -> int:
     """Entries of all two-dimensional weights of a model, its embeddings and its head included, each once; quantised
-    ones at the size that they stand for, and without those of adapters."""
+    ones at the size that they stand for, without those of adapters, and with the experts that one adapts."""
     seen: set[int] = set()
 
     def entries(module: nn.Module) -> int:
         if isinstance(module, BaseTunerLayer):
-            return entries(module.get_base_layer())
+            base = module.get_base_layer()
+            return base.weight.numel() if isinstance(base, ParameterWeight) else entries(base)
+        if isinstance(module, ParameterHost):
+            adapted = dict(module.parameter_layers())
+            own = (p for name, p in module.base_layer.named_parameters() if p.ndim == 2 and name not in adapted)
+            return sum(map(entries, adapted.values())) + sum(p.numel() for p in own)
         if isinstance(module, AuxiliaryTrainingWrapper):
             return entries(module.original_module)
         total = 0
@@ -328,6 +334,8 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
         try:  # a subnet's numbers are counted, and ranked, as entries
             cut = "entry" if granularity == "subnet" else granularity
             grids[name] = UnitGrid(rows, cols, cut, config.block_size)
+            if isinstance(base, ParameterWeight) and cut == "block":
+                UnitGrid(base.rows_of_one, cols, cut, config.block_size)  # no block over two experts
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
     return grids

@@ -1,0 +1,194 @@
+"""Adapters on parameters that belong to no linear layer, such as the fused experts of a mixture (`target_parameters`).
+
+    experts                            Host                           in place of the module that holds the parameters
+    experts.base_layer.gate_up_proj    [experts, rows, cols]          the parameter, only read
+    experts.gate_up_proj               AdapterLayer                   over the matrix [experts * rows, cols]
+
+A host computes each adapted parameter and runs its module once more with it in place of the parameter, so that whatever
+the module does with it (a loop over experts, grouped or batched products) stays the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+
+
+class ParameterWeight:
+    """A parameter of a module as the weight of a layer: the matrices of a 3-D one below each other.
+
+    Stands where adapters know the base layer otherwise. It is no module, so that the parameter stays where it is.
+    """
+
+    bias = None
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself, in its own shape."""
+        return getattr(self.module, self.name)
+
+    @weight.setter
+    def weight(self, parameter: nn.Parameter) -> None:
+        setattr(self.module, self.name, parameter)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """`[rows, cols]`: the parameter's own memory."""
+        return self.weight.detach().flatten(0, -2)
+
+    @property
+    def rows_of_one(self) -> int:
+        """Rows of the matrix that belong to one expert."""
+        return self.weight.shape[-2]
+
+    # Where peft looks for the sides of layers that it does not know.
+
+    @property
+    def input_size(self) -> int:
+        """Columns of the matrix."""
+        return self.weight.shape[-1]
+
+    @property
+    def output_size(self) -> int:
+        """Rows of the matrix."""
+        return self.weight.numel() // self.weight.shape[-1]
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight} if self.name in self.module._parameters else {}
+
+    @property
+    def _hf_hook(self) -> Any:
+        return getattr(self.module, "_hf_hook", None)
+
+
+class ParameterHost(nn.Module):
+    """In place of a module of which parameters are adapted; has a layer for each, under the parameter's name."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def parameter_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names of adapted parameters, and their layers."""
+        return ((name, child) for name, child in self._modules.items() if isinstance(child, BaseTunerLayer))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with adapted parameters."""
+        adapted = {name: layer() for name, layer in self.parameter_layers()}
+        adapted = {name: weight for name, weight in adapted.items() if weight is not getattr(self.base_layer, name)}
+        return run_with(self.base_layer, adapted, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module, with the adapters merged into its parameters if asked for."""
+        if merge:
+            for _, layer in self.parameter_layers():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+
+def run_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Run `module` with other tensors in place of some of its parameters."""
+    if not parameters:
+        return module(*args, **kwargs)
+    if torch.compiler.is_compiling() or "forward" in module.__dict__:
+        # accelerate's hooks put a forward into the module that is bound to that very object.
+        return torch.func.functional_call(module, dict(parameters), args, dict(kwargs))
+    # A copy that shares everything else, as DataParallel makes them: no thread, saver or interrupt finds other weights
+    # in the module itself.
+    replica = module.__new__(type(module))
+    replica.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **parameters}}
+    return replica(*args, **kwargs)
+
+
+# Which parameters
+
+
+def target_parameters(
+    config: PeftConfig, model: nn.Module, matches: Callable[[PeftConfig, str], Any]
+) -> dict[str, ParameterWeight]:
+    """The parameters that `config.target_parameters` names, by their full names without adapters, in model order.
+
+    `matches` decides by name with `target_modules` in place of it, so that `exclude_modules` and `layers_to_transform`
+    hold for parameters too.
+
+    Raises:
+        ValueError: one of them is the weight of a linear layer, no matrix, or computed from others.
+    """
+    asked = getattr(config, "target_parameters", None)
+    if not asked:
+        return {}
+    found = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, nn.ParameterDict, ParameterHost)):
+            continue
+        plain = module_name.removesuffix(".base_layer")
+        for name in _parameter_names(module):
+            full = f"{plain}.{name}".lstrip(".")
+            if matches(config, full):
+                found[full] = _checked(module, plain, name)
+    return found
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return own + list(getattr(module, "parametrizations", ()))
+
+
+def _checked(module: nn.Module, module_name: str, name: str) -> ParameterWeight:
+    full = f"{module_name}.{name}".lstrip(".")
+    start = f"target_parameters matches '{full}', "
+    if not module_name:
+        raise ValueError(f"{start}a parameter of the model itself, in whose place nothing can stand. Leave it out.")
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"{start}which is computed at each forward (a parametrization; so bitsandbytes keeps 4-bit experts). Load "
+            "the experts dense, in bf16, or leave it out of target_parameters."
+        )
+    if isinstance(module, _LAYERS):
+        raise ValueError(
+            f"{start}a parameter of a {type(module).__name__}. Linear layers are named in target_modules; leave other "
+            "layers out."
+        )
+    parameter = getattr(module, name)
+    if parameter.ndim not in (2, 3) or not parameter.dtype.is_floating_point:
+        raise ValueError(
+            f"{start}{parameter.dtype} of shape {tuple(parameter.shape)}: adapters work on matrices of floating-point "
+            "numbers, [rows, cols] or [experts, rows, cols]. Leave it out."
+        )
+    return ParameterWeight(module, name)
+
+
+def host_of(model: nn.Module, weight: ParameterWeight, full_name: str) -> ParameterHost:
+    """The host of the module that holds `weight`, put in its place if there is none."""
+    parent_name, _, child = full_name.rpartition(".")[0].rpartition(".")
+    parent = model.get_submodule(parent_name)
+    held = getattr(parent, child)
+    if isinstance(held, ParameterHost):
+        return held
+    host = ParameterHost(held)
+    setattr(parent, child, host)
+    return host

@@ -1,0 +1,118 @@
+"""The adapter of a parameter that belongs to no linear layer, such as the fused experts of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..shared.layer import AdapterLayer
+from ..shared.merge import MergeMixin
+from ..shared.parameters import ParameterWeight
+from .factors import forward_factors
+from .layer import SparseLoraLayer
+from .linear import is_idle, united
+
+
+class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
+    r""":math:`W + S + s\,B\,\mathrm{diag}(g)\,A` of the active adapters, as a tensor.
+
+    `W` `[experts, rows, cols]` is one matrix `[experts * rows, cols]` here, so that one budget holds over all experts.
+
+    A row is a row of one expert, a column runs through all of them, and the low-rank half has one `A` for all and rows
+    of `B` for each. The sum is rounded once, to the dtype of `W`, as merging rounds it. One adapted copy of the
+    parameter, and in the backward pass its dense gradient, live for each parameter of a module.
+    """
+
+    def __init__(
+        self, base_layer: ParameterWeight, adapter_name: str, module_name: str, update: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        SparseLoraLayer.__init__(self, base_layer, module_name)
+        self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_refresh_units)
+        self.update_layer(adapter_name, **update)
+
+    train, _apply = AdapterLayer.train, AdapterLayer._apply
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the parameter in the model without adapters."""
+        return self.module_name
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The parameter as `[experts * rows, cols]`, in its own memory."""
+        return self.base_layer.matrix
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: peft converts linear layers."""
+        return False
+
+    def forward(self, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """The adapted parameter in its own shape; the parameter itself where no adapter acts.
+
+        Raises:
+            ValueError: a mixed batch: samples of several adapters meet in the same experts.
+        """
+        if adapter_names is not None and not self.disable_adapters:
+            raise ValueError(
+                f"adapter_names: samples of several adapters meet in one product with '{self.module_name}', which has "
+                "one adapted value at a time. Run the samples of each adapter by themselves, with set_adapter."
+            )
+        parameter = self.base_layer.weight
+        names = self._acting(parameter.is_meta)
+        if not names:
+            return parameter
+        adapted = self._adapted_matrix(names).view(parameter.shape)
+        self._lend_gradient(adapted, names)
+        return adapted
+
+    def _adapted_matrix(self, names: list[str]) -> torch.Tensor:
+        weight = self.get_base_weight()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dense = list(self._dense_updates(names, wide))
+        sparse = [self.sparse_entries(name)[::-1] for name in names if self._has_living_support(name)]
+        if dense:
+            total = weight.to(wide)
+            for update in dense:
+                total = total + update
+            for values, positions in sparse:
+                total = total.flatten().index_add(0, positions, values.to(wide)).view_as(weight)
+            return total.to(weight.dtype)
+        if not sparse:
+            return weight.clone()
+        one = united(sparse) if len(sparse) > 1 else dict(zip(("values", "units"), sparse[0], strict=True))
+        flat, positions = weight.reshape(-1), one["units"]
+        changed = (flat[positions].to(wide) + one["values"]).to(weight.dtype)
+        return flat.index_copy(0, positions, changed).view_as(weight)
+
+    def _dense_updates(self, names: list[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        for name in names:
+            if name in self.sparse_lora_dense_delta:
+                yield self.sparse_lora_dense_delta[name]
+            if (kept := self.accumulated(name)) is not None:
+                yield kept
+            if name in self.sparse_lora_A:
+                A, B = (factor.to(dtype) for factor in forward_factors(self, name))
+                gate = self.sparse_lora_gate.get(name, None)
+                yield self.sparse_lora_scaling[name] * ((B if gate is None else B * gate) @ A)
+
+    def _has_living_support(self, name: str) -> bool:
+        return self.has_sparse_half(name) and name not in self.sparse_lora_dense_delta and not is_idle(self, name)
+
+    def _lend_gradient(self, adapted: torch.Tensor, names: list[str]) -> None:
+        readers = [self._shared_reader(names), self.passive_gradient_reader]
+        for reader in (one for one in readers if one is not None):
+            if hasattr(reader, "expect"):
+                reader.expect()
+            if adapted.requires_grad:
+                adapted.register_hook(lambda gradient, reader=reader: reader(gradient.detach().flatten(0, -2)))
+
+    def __repr__(self) -> str:
+        return "sparse_lora." + super().__repr__()
+
+
+def _refresh_units(layer: SparseLoraParameter, incompatible_keys: Any) -> None:
+    layer.refresh_units()
