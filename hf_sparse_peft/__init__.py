@@ -91,12 +91,14 @@ from .training import (
 )
 from .tuners import (
     FactorMaskConfig,
+    GradientProjection,
     KernelLoraConfig,
     KernelLoraModel,
     SparseLoraConfig,
     SparseLoraModel,
     SpectralLoraConfig,
     SpectralLoraModel,
+    Start,
     StructureConfig,
     restore_fp32,
 )
@@ -137,6 +139,7 @@ __all__ = [
     "GlobalByGroup",
     "Gradient",
     "GradientNoise",
+    "GradientProjection",
     "Grid",
     "GroupLasso",
     "GrowRank",
@@ -176,6 +179,7 @@ __all__ = [
     "SpectralLoraConfig",
     "SpectralLoraModel",
     "StableRank",
+    "Start",
     "StructureConfig",
     "SupportTelemetryCallback",
     "SwitchLayers",

@@ -19,7 +19,7 @@ from ..rules import (
 )
 from ..sparsity import AverageRank, Fraction
 from ..training import AdamWSpec, AgedAdamWSpec
-from ..tuners import FactorMaskConfig
+from ..tuners import FactorMaskConfig, GradientProjection
 from .registry import Method, register, row
 
 _ALL_LINEAR = {"density": 0.0, "target_modules": "all-linear"}
@@ -95,6 +95,33 @@ def joint_budget(
     rule = Allocate(spaces=("rank", "support"), budget=Fraction(fraction), every=None if once else 10)
     options = {**_ALL_LINEAR, "density": density, "optimizer": AgedAdamWSpec()}
     return row(overrides, r=r, schedule=[rule], **options)
+
+
+@register(
+    "gora",
+    paper="He et al., 2025",
+    moves="rank: shared out once, by the first gradients",
+    use_when="a LoRA whose ranks and first step should follow the task, without an SVD",
+    cost="gradients of 32 batches before the first step; the model starts moved",
+)
+def gora(
+    r: int = 8,
+    lora_alpha: float = 16,
+    steps: int = 32,
+    step_size: float = 0.05,
+    sign: int = -1,
+    least: int = 4,
+    most: int = 32,
+    **overrides: Any,
+) -> Method:
+    """GoRA: ranks of `r` on average by mean |W * G|, floored and clipped to `least` and `most`, and B from the
+    gradient's projection on A (`GradientProjection` has the equations, and the options that rows of its code differ
+    in). `sign=1` is the released code's, which starts up the loss. The authors train all linears of Llama-2 with lr
+    2e-5, or q, k, v and o of Llama-3.1 with 5e-5, B 16 times as fast, cosine to 10 %, 3 % warm-up, 1 epoch. They claim
+    5.13 points over LoRA on GSM8K with Llama-3.1-8B, and 2.05 over full fine-tuning at a high rank (abstract)."""
+    start = GradientProjection(steps=steps, step_size=step_size, sign=sign, least=least, most=most)
+    options = {"r": r, "lora_alpha": lora_alpha, "use_rslora": True, "start": start}
+    return row(overrides, **options, optimizer=AdamWSpec(B_ratio=16.0), **_ALL_LINEAR)
 
 
 @register(

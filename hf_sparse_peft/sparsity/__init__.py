@@ -78,7 +78,7 @@ from .statistics import (
 )
 from .subgrid import best_subgrid
 from .support import GRANULARITIES, Granularity, UnitGrid
-from .weight_statistics import MeanGradient, Statistic
+from .weight_statistics import MeanGradient, MeanStepGradient, Statistic
 
 __all__ = [
     "GRANULARITIES",
@@ -115,6 +115,7 @@ __all__ = [
     "LowRankMagnitude",
     "Magnitude",
     "MeanGradient",
+    "MeanStepGradient",
     "Momentum",
     "Movement",
     "Numbers",

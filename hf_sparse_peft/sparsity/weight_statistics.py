@@ -99,3 +99,23 @@ class MeanGradient(Statistic):
     def finish(self, state: State, count: int) -> None:
         """Divide the sum by what it is a sum over."""
         state["mean"].div_(max(count, 1))
+
+
+@dataclass(frozen=True)
+class MeanStepGradient(MeanGradient):
+    r"""The mean over `steps` optimizer steps of the gradients of their mean losses, :math:`\frac{1}{T} \sum_t G_t`,
+    `state["mean"]` `[rows, cols]`. A step that has no gradient for a weight, or none that is finite, counts as 0."""
+
+    steps: PositiveInt = 32
+    """Optimizer steps that are read; `examples` is not."""
+
+    per_step: ClassVar[bool] = True
+
+    @property
+    def steps_read(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    def finish(self, state: State, count: int) -> None:
+        """Divide the sum by the number of steps."""
+        state["mean"].div_(self.steps)

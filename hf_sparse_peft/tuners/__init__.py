@@ -6,9 +6,11 @@ from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
 from .sparse_lora import (
     FactorMaskConfig,
+    GradientProjection,
     SparseLoraConfig,
     SparseLoraLayer,
     SparseLoraModel,
+    Start,
     StructureConfig,
 )
 from .spectral_lora import SpectralLoraConfig, SpectralLoraLayer, SpectralLoraModel
@@ -19,6 +21,7 @@ end_runs_with_train()
 __all__ = [
     "AdapterLayer",
     "FactorMaskConfig",
+    "GradientProjection",
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",
@@ -28,6 +31,7 @@ __all__ = [
     "SpectralLoraConfig",
     "SpectralLoraLayer",
     "SpectralLoraModel",
+    "Start",
     "StructureConfig",
     "adapter_layers",
     "restore_fp32",

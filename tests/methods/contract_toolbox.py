@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mosa": {"experts": 2},
     "nola": {"k": 8},
     "lora-mini": {"inner": 8},
+    "gora": {"least": 1},
     "lora-sb": {"step_size": 1e-3, "examples": 8},
     "intrinsic-dimension": {"dimension": 40},
     "s2-lora": {"schedule": [ProximalGate(0.5)]},

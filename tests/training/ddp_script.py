@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
 from training_toolbox import TokenData, tiny_llama
 
-from hf_sparse_peft import initialize_support, methods
+from hf_sparse_peft import calibrate, methods
 
 STEPS, GLOBAL_BATCH = 10, 8
 
@@ -68,7 +68,7 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
     if getattr(method.config, "calibrates_sizes", False):
-        initialize_support(model, share_of(args, rank, world), show_progress=False)
+        calibrate(model, share_of(args, rank, world), show_progress=False)
     recorder = Recorder(rank)
     trainer = method.trainer_class(
         model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],

@@ -67,6 +67,7 @@ CASES: dict[str, dict] = {
     "lt-sft": {"density": 0.1, "warmup_steps": 3, "warmup_lr": 1e-3},
     "smt": {"attention": 0.02, "block_size": 8, "warmup_steps": 3},
     "lora-sb": {"r": 4, "step_size": 1e-3, "examples": 16},
+    "gora": {"r": 4, "steps": 3, "least": 1},
     "lamda": {"r": 4, "until": 0.5},
     "s2-lora": {"layers": 2, "r": 4, "weight": 0.9},
     "mos": {"layers": 2, "r": 3, "shards": 2},

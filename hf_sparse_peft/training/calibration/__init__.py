@@ -3,6 +3,7 @@
     start.py       calibrate, calibrate_waiting: an adapter of any tuner, by hand or at the start of training
     passes.py      passes over the data that read statistics of many layers, a few at a time
     readers.py     feeding one layer's statistic with gradients or activations, whatever the layer
+    both_halves.py ranks, factors and supports that all modules decide together, from their gradients
     initialize.py  initialize_support: supports by a criterion, on top of the passes
     selection.py   an adapter's budget, spent on the units that score best
     warmup.py      LT-SFT's dense warm-up

@@ -15,8 +15,9 @@ from ...rules import Training
 from ...rules.calibration_data import CalibrationData
 from ...rules.collectives import world_size
 from ...rules.probing import random_state_kept
-from ...tuners import AdapterLayer, adapter_layers
+from ...tuners import AdapterLayer, SparseLoraLayer, adapter_layers
 from ..trainer_checks import sharding_switched_on
+from .both_halves import start_both_halves
 from .initialize import initialize_support
 from .passes import ACCUMULATOR_BYTES, check_numbers, read_statistics
 
@@ -31,7 +32,8 @@ def calibrate(
     accumulator_bytes: int = ACCUMULATOR_BYTES,
     show_progress: bool = True,
 ) -> None:
-    """Let data decide what an adapter waits for: a support (as `initialize_support`), bases, whatever its tuner takes.
+    """Let data decide what an adapter waits for: a support (as `initialize_support`), bases, ranks and factors
+    (`SparseLoraConfig.start`), whatever its tuner takes.
 
     The model runs in evaluation mode and every module gets its mode back; neither the global random states nor a
     DataLoader's sampler move, so that training sees its data in the order that it would have seen. Under
@@ -62,6 +64,9 @@ def calibrate(
         "accumulator_bytes": accumulator_bytes,
         "show_progress": show_progress,
     }
+    if any(layer.adapter_configs[adapter_name].awaits_start for layer in layers if isinstance(layer, SparseLoraLayer)):
+        start_both_halves(model, layers, dataloader, adapter_name, options)
+        return
     shared = {name for name, layer in waiting.items() if adapter_name in getattr(layer, "sparse_lora_grid", ())}
     if shared:  # supports may share a budget; every subnet has its own
         initialize_support(model, dataloader, adapter_name=adapter_name, **options)
@@ -169,8 +174,9 @@ def _check_loop(training: Training, adapter: str, layer: AdapterLayer) -> None:
     processes = getattr(training.arguments, "world_size", None) or world_size()
     if config.calibrates_sizes and processes > 1:
         raise ValueError(
-            f"{what}, which changes the sizes of supports with budget=Global(...) or a structure of scope='model', and "
-            f"{processes} processes have wrapped the model already. {mend}, or set a density and scope='block'."
+            f"{what}, which changes sizes (with budget=Global(...), a structure of scope='model', or start=...), and "
+            f"{processes} processes have wrapped the model already. {mend}, on every rank, or set a density, "
+            "scope='block' and start=None."
         )
     if training.dataloader is None and training.arguments is None:
         raise ValueError(

@@ -3,18 +3,22 @@
 from ..shared.registration import register_tuner
 from .config import SparseLoraConfig
 from .factor_masks import FactorMaskConfig
+from .gradient_projection import GradientProjection
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .model import SparseLoraModel
+from .starts import Start
 from .structures import StructureConfig
 
 register_tuner(SparseLoraConfig, SparseLoraModel)
 
 __all__ = [
     "FactorMaskConfig",
+    "GradientProjection",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraLinear",
     "SparseLoraModel",
+    "Start",
     "StructureConfig",
 ]

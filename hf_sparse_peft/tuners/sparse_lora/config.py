@@ -21,6 +21,7 @@ from ...utils.parts import UnknownPart, load_options, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern, pattern_key
 from .factor_masks import FactorMaskConfig
+from .starts import Start
 from .structures import StructureConfig, check_structures, structure_of
 
 
@@ -73,6 +74,13 @@ class SparseLoraConfig(AdapterConfig):
             "help": "Start of a trained number g a component, in B diag(g) A; None: none. 'zeros', with A and B from "
             "N(0, 0.02^2) (AdaLoRA); 'normal', N(0, 1) (SoRA), or 'ones', with B = 0. Set at injection where a rule "
             "asks for it."
+        },
+    )
+    start: Start | UnknownPart | None = field(
+        default=None,
+        metadata={
+            "help": "What ranks, factors and support start with, found in the gradient of the training data: "
+            "GradientProjection() (GoRA), GradientSplit(); None: r, A drawn and B = 0. What was found is in `sizes`."
         },
     )
     factor_masks: FactorMaskConfig | None = field(
@@ -168,6 +176,9 @@ class SparseLoraConfig(AdapterConfig):
         super().__post_init__()
         check_pairs(self.schedule)
         self._check_by_module()
+        if isinstance(self.start, Start):
+            self._check_start()
+            self.start.check(self)
         self._check_support()
         self._check_factors()
         self._check_parameters()
@@ -179,6 +190,8 @@ class SparseLoraConfig(AdapterConfig):
             self.pattern = load_part_by_name(Pattern, self.pattern, "pattern")
         if self.budget is not None:
             self.budget = load_part_by_name(Budget, self.budget, "budget")
+        if self.start is not None:
+            self.start = load_part_by_name(Start, self.start, "start")
         if self.factor_masks is not None:
             self.factor_masks = load_options(FactorMaskConfig, self.factor_masks, "factor_masks")
         if isinstance(self.structures, (list, tuple)):
@@ -199,6 +212,22 @@ class SparseLoraConfig(AdapterConfig):
                     f"sizes[{name!r}]={sizes} is not [units, units allocated, rank]: at least as many are allocated as "
                     "there are, and none where there are none. Of a subnet it is [rows, columns, rank]."
                 )
+
+    def _check_start(self) -> None:
+        """What a start from data has no answer to."""
+        begin = f"start={self.start} writes the factors of every module, and "
+        if not self.sizes and not (self.r and all(self.rank_pattern.values())):
+            raise ValueError(f"{begin}r={self.r}, rank_pattern={self.rank_pattern} leaves them out. Set ranks >= 1.")
+        if self.factor_masks is not None:
+            raise ValueError(f"{begin}factor_masks cuts some of their entries off. Leave one of the two out.")
+        gate = self.gate or next((rule.gate for rule in self.rules if "gate" in rule.all_needs), "ones")
+        if gate != "ones":
+            raise ValueError(
+                f"{begin}a gate that starts at {gate!r} (the config's, or a rule's that needs one) multiplies them by "
+                "other numbers. Set gate='ones'."
+            )
+        if self.has_subnets or self.structures:
+            raise ValueError(f"{begin}subnets and structures have sizes of their own. Leave one of the two out.")
 
     def _check_support(self) -> None:
         """How large the support is, who chooses it, and what its values start with."""
@@ -363,15 +392,21 @@ class SparseLoraConfig(AdapterConfig):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the first support waits for data: gradients of the training data, or units given from outside."""
-        return isinstance(self.criterion, Score) and self.criterion.needs_data
+        """Whether the first support waits for data: gradients of the training data, or units given from outside; or
+        both halves do (`start`)."""
+        return isinstance(self.start, Start) or (isinstance(self.criterion, Score) and self.criterion.needs_data)
+
+    @property
+    def awaits_start(self) -> bool:
+        """Whether `start` is still to be found in data."""
+        return isinstance(self.start, Start) and not self.sizes
 
     @property
     def calibrates_sizes(self) -> bool:
-        """Whether even the number of units of each module is still to be found from data."""
+        """Whether even the number of units of each module, or its rank, is still to be found from data."""
         ranked = getattr(self.budget, "ranks_units", False) or any(group.scope == "model" for group in self.structures)
         by_data = isinstance(self.criterion, Given) or (self.needs_calibration and ranked)
-        return by_data and self.has_support and not self.sizes
+        return self.awaits_start or (by_data and self.has_support and not self.sizes)
 
     def granularity_of(self, module_name: str) -> str:
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""

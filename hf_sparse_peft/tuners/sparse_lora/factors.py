@@ -28,15 +28,12 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
     if not r:
         return []
     by_gate, masks = config.gate == "zeros", config.factor_masks
+    at_zero = config.init_weights or config.start is not None
     with_start = masks is not None and masks.splits and masks.masks("A")
     A_drawn: list[torch.Tensor] = []
 
     def start_A(generator: torch.Generator | None) -> torch.Tensor:
-        A = torch.empty(r, cols, dtype=torch.float32)
-        if by_gate or config.factor_init == "normal":
-            nn.init.normal_(A, std=0.02, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        A = drawn_A(r, cols, "normal" if by_gate else config.factor_init, generator)
         if with_start:
             # A itself, not its parameter: that is on the meta device while a file is about to be loaded.
             A_drawn.append(A.clone())
@@ -46,7 +43,7 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
         B = torch.zeros(rows, r, dtype=torch.float32)
         if by_gate:  # AdaLoRA's start: the zero gate, not B, makes the identity
             nn.init.normal_(B, std=0.02, generator=generator)
-        elif not config.init_weights:
+        elif not at_zero:
             nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
         return B
 
@@ -76,6 +73,14 @@ def factor_specs(config: SparseLoraConfig, module_name: str, rows: int, cols: in
     if with_start:
         found.append(rank("sparse_lora_A_start", (r, cols), role="saved", start=lambda _: A_drawn.pop()))
     return found
+
+
+def drawn_A(r: int, cols: int, init: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """`A` `[r, cols]`, fp32, as the config's `factor_init` says it starts; its first rows are those of a smaller r."""
+    A = torch.empty(r, cols, dtype=torch.float32)
+    if init == "normal":
+        return nn.init.normal_(A, std=0.02, generator=generator)
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
 
 def _upto(largest: int) -> Callable[[torch.Tensor, str], None]:

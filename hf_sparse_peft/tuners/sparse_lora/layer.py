@@ -21,11 +21,12 @@ from .config import SparseLoraConfig
 from .factors import factor_specs, fold_experts, merged_factors
 from .plan import ModuleSizes
 from .spaces import spaces_of
+from .start_state import StartState
 from .subnet import SubnetState, read_subnet, subnet_specs
 from .support import KnownSupport, SupportState, read_support, support_specs
 
 
-class SparseLoraLayer(SubnetState, SupportState):
+class SparseLoraLayer(StartState, SubnetState, SupportState):
     """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
 
     prefix: str = "sparse_lora_"
@@ -100,7 +101,10 @@ class SparseLoraLayer(SubnetState, SupportState):
     def sizes_to_load(
         cls, config: SparseLoraConfig, module_name: str, sizes: ModuleSizes, held: Mapping[str, torch.Tensor]
     ) -> ModuleSizes:
-        """As many units as the file has values, where the file's run chose them from data."""
+        """As many units as the file has values, and components as A has rows, where the file's run chose them from
+        data."""
+        if config.awaits_start:
+            return cls.read_start(config, module_name, held, sizes)
         if not config.calibrates_sizes or not sizes.capacity:
             return sizes
         values = held.get("sparse_lora_values")
@@ -179,6 +183,8 @@ class SparseLoraLayer(SubnetState, SupportState):
         Raises:
             ValueError: it waits for data.
         """
+        if self.awaits_start(adapter_name):
+            CalibratedTensors.choose_units(self, adapter_name, action)
         if adapter_name in self.sparse_lora_support:
             super().choose_units(adapter_name, action)
             self.units(adapter_name)
@@ -187,15 +193,17 @@ class SparseLoraLayer(SubnetState, SupportState):
             self.subnet(adapter_name)
 
     def awaits_calibration(self, adapter_name: str) -> bool:
-        """Whether the adapter's support or subnet waits for data: the layer computes as its base then, and refuses to
-        train."""
+        """Whether the adapter's support or subnet, or both halves, wait for data: the layer computes as its base then,
+        and refuses to train."""
+        if self.awaits_start(adapter_name):
+            return True
         if adapter_name in self.sparse_lora_subnet:
             return self.subnet_awaits_calibration(adapter_name)
         return super().awaits_calibration(adapter_name)
 
     def calibration_message(self, adapter_name: str) -> str:
         """What to tell a user whose support or subnet waits for data."""
-        if adapter_name in self.sparse_lora_subnet:
+        if adapter_name in self.sparse_lora_subnet or self.awaits_start(adapter_name):
             return CalibratedTensors.calibration_message(self, adapter_name)
         return super().calibration_message(adapter_name)
 

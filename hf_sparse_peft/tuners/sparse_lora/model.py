@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ...sparsity import Random
-from ..shared.file_check import CONFIG_FILE, AdapterFile, tensor_key
+from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.layer import adapter_layers
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Entries, LowRank, Piece
@@ -37,8 +38,20 @@ class SparseLoraModel(AdapterModel):
         """Sizes of both halves in every module, and the units of supports that are chosen over the model; what a file
         of the adapter has to say of them is written to the config's `sizes`."""
         plan = plan_adapter(peft_config, model, targets)
+        if peft_config.start is not None and peft_config.sizes and file_being_loaded() is None:
+            self._tell_start_is_over(peft_config)
         peft_config.sizes = sizes_for_config(peft_config, plan.sizes)
         return plan
+
+    def _tell_start_is_over(self, config: SparseLoraConfig) -> None:
+        others = (one for one in self.peft_config.values() if one is not config)
+        if config.inference_mode or any(getattr(one, "sizes", None) == config.sizes for one in others):
+            return  # a copy of an adapter starts as that one is
+        warnings.warn(
+            f"start={config.start} has been taken already: the config has the sizes that it led to, and the adapter "
+            "starts with those, B = 0 and no data. Set sizes={} to read the data anew.",
+            stacklevel=2,
+        )
 
     # Files
 
@@ -121,7 +134,7 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     entries = {name: next((p for p in found if isinstance(p, Entries)), None) for name, found in pieces.items()}
     config = copy.deepcopy(like)
     config.schedule, config.factor_masks, config.gate = [], None, None  # masks and gates are folded, like the scaling
-    config.subnet_shares, config.accumulator = None, False
+    config.subnet_shares, config.accumulator, config.start = None, False, None
     config.structures, config.scale_support, config.support_init = [], False, "zeros"
     config.pattern = None  # supports of several adapters together keep to none
     config.use_rslora = False  # scaling is folded into the factors: alpha = r makes it 1

@@ -117,7 +117,7 @@ def module_sizes(
         config.known_pattern.check_grid(grid, name)
         config.known_pattern.check_count(max(capacity, units), grid, name)
     rank = config.rank_of(name) if rank is None else rank
-    scaling = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
+    scaling = low_rank_scaling(config, name, rank)
     sparse = bool(units) or subnet is not None
     if sparse and config.scale_support is True and not rank:
         raise ValueError(
@@ -127,6 +127,11 @@ def module_sizes(
     multiplier = config.scale_support or 1.0
     support_scaling = (scaling if multiplier is True else float(multiplier)) if sparse else None
     return ModuleSizes(grid, units, max(capacity, units), rank, scaling, support_scaling, subnet)
+
+
+def low_rank_scaling(config: SparseLoraConfig, name: str, rank: int) -> float | None:
+    """What multiplies the low-rank half of the module of that name; None at rank 0."""
+    return config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank) if rank else None
 
 
 def subnet_sides(config: SparseLoraConfig, rows: int, cols: int, numel: int) -> tuple[int, int]:
@@ -152,8 +157,10 @@ def sizes_for_config(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes])
 
 def note_sizes(config: SparseLoraConfig, sizes: Mapping[str, ModuleSizes]) -> None:
     """Write sizes that a file brought or compaction left, by module name, into `sizes` and `alpha_pattern`."""
-    reranked = any(module.rank != config.rank_of(name) for name, module in sizes.items())
-    if config.has_support or reranked:
+    # Ranks that data has found keep the scaling that the config gives to any rank.
+    found = config.calibrates_sizes
+    reranked = not found and any(module.rank != config.rank_of(name) for name, module in sizes.items())
+    if config.has_support or reranked or found:
         config.sizes = {name: module.as_list() for name, module in sizes.items()}
     if reranked:
         alphas = {}
