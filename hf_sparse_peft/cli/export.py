@@ -74,7 +74,8 @@ def export(
     _check_patch_options(to, only, nf4, {flag: value for flag, value in given.items() if value})
     if read_config(adapter).get("peft_type") not in _UPSTREAM:
         check_adapter(adapter)
-    model = load(adapter, base, dtype, nf4, double_quant)
+    # A patch holds values of the checkpoint as it is stored.
+    model = load(adapter, base, dtype, nf4, double_quant, base_as="full" if to == "patch" else "trained")
     if to == "lora":
         _to_lora(model, out, uniform_rank or False, rank, only, as_json)
     elif to == "shira":

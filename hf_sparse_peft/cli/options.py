@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from ..hub import load_adapter
+from ..hub.base_model import BaseAs
 from ..utils.plain_data import plain_data
 
 _BASE = "Base model"
@@ -41,7 +42,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of the t
 Picture = Annotated[Path | None, typer.Option(help="File to draw a heat map to: PNG, PDF or SVG.", show_default=False)]
 
 
-def load(adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: bool) -> PeftModel:
+def load(
+    adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: bool, base_as: BaseAs = "trained"
+) -> PeftModel:
     """The adapter on its base, as the options of the base say.
 
     Raises:
@@ -54,7 +57,7 @@ def load(adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: b
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
         )
-    return load_adapter(adapter, base, **arguments)
+    return load_adapter(adapter, base, base_as=base_as, **arguments)
 
 
 def print_json(content: Any) -> None:

@@ -6,7 +6,7 @@ check_adapter                            every tensor of a folder, without its b
 export_lora, export_shira                formats of upstream peft
 export_patch and others of patches/      new values of a checkpoint's entries, for engines that patch what they serve
 merge_to_dense                           a model without adapters and quantisation
-load_adapter                             an adapter folder on its base, with the labels and rows it was trained with
+load_adapter                             a folder or Hub repo on its base: labels, rows, quantisation as it was trained
 register_cards                           lets peft's own save and push write our card
 register_saving                          lets peft's own save write whole files only
 """

@@ -49,6 +49,8 @@ class AdapterReport:
     """Size of adapter_model.safetensors."""
     other_bytes: int
     """Bytes of tensors beside the adapted modules: biases, modules_to_save, state of running schedules."""
+    other_parameters: int = 0
+    """Trained numbers beside the adapted modules: biases and modules_to_save."""
 
     @property
     def density(self) -> float:
@@ -57,8 +59,8 @@ class AdapterReport:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers of living units of all adapted modules."""
-        return sum(m.parameters for m in self.modules)
+        """Trained numbers of the adapter: of living units of all adapted modules, heads and biases."""
+        return sum(m.parameters for m in self.modules) + self.other_parameters
 
     def table(self) -> Table:
         """The report as a table, a line for each module and one for the whole; `str()` of it is aligned text."""
@@ -74,6 +76,8 @@ class AdapterReport:
             )
             for m in self.modules
         ]
+        if self.other_parameters:
+            rows.append(("heads and biases", "", *("" for _ in kinds), "", self.other_parameters, None))
         alive = [sum(s["alive"] for m in self.modules for s in m.spaces if s["kind"] == kind) for kind in kinds]
         totals = (f"{len(self.modules)} modules", "", *alive, f"{self.density:.4%}", self.parameters, self.file_bytes)
         return table(("module", "shape", *kinds, "density", "parameters", "bytes"), rows, totals=totals)

@@ -11,27 +11,23 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
-from ..tuners.shared.base_overrides import base_overrides
+from ..tuners.shared.base_overrides import QUANTIZATION, recorded_overrides
 from ..tuners.shared.config import AdapterConfig
+from ..tuners.shared.counts import AdapterCounts, adapter_counts
 from ..tuners.shared.pieces import Decomposed
+from ..utils.installation import install_command, repository_url
 from ..utils.parts import plain
+from .base_model import pipeline_of
+from .loading_code import base_class, loading_code, quantization, trained_base
 from .summary import adapter_summary
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 GENERATED = "<!-- Written by hf-sparse-peft at every save while this line is here; delete it to keep your edits. -->"
 
-_AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: ("AutoPeftModelForCausalLM", "text-generation"),
-    TaskType.SEQ_CLS: ("AutoPeftModelForSequenceClassification", "text-classification"),
-    TaskType.SEQ_2_SEQ_LM: ("AutoPeftModelForSeq2SeqLM", None),
-    TaskType.TOKEN_CLS: ("AutoPeftModelForTokenClassification", "token-classification"),
-    TaskType.QUESTION_ANS: ("AutoPeftModelForQuestionAnswering", "question-answering"),
-    TaskType.FEATURE_EXTRACTION: ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
-}
 _PACKAGES = ("hf-sparse-peft", "peft", "transformers", "torch", "bitsandbytes")
 
 
@@ -68,7 +64,7 @@ def adapter_card(
         raise ValueError(f"metrics={metrics!r} is not a mapping; pass names and numbers, e.g. {{'accuracy': 0.91}}.")
     datasets = [training_data] if isinstance(training_data, str) else list(training_data or ())
     hub_datasets = [] if isinstance(training_data, str) else [name for name in datasets if _is_hub_id(name)]
-    auto_class, pipeline_tag = _AUTO_CLASSES.get(config.task_type, (None, None))
+    class_of_base = base_class(model, config)
     kind = config.peft_type.value
     tags = ["hf-sparse-peft", "peft", kind.lower(), *([method] if method else []), *(tags or ())]
     if _is_hub_id(base_model):
@@ -77,28 +73,33 @@ def adapter_card(
         library_name="peft",
         base_model=base_model if _is_hub_id(base_model) else None,
         license=license,
-        pipeline_tag=pipeline_tag,
+        base_model_relation="adapter" if _is_hub_id(base_model) else None,
+        pipeline_tag=pipeline_of(class_of_base[0]),
         datasets=hub_datasets or None,
         tags=sorted(set(tags)),
     )
-    rows, labels = adapter_summary(model, adapter_name), base_overrides(model).get("num_labels")
+    rows, counts = adapter_summary(model, adapter_name), adapter_counts(model, adapter_name)
+    overrides = recorded_overrides(model, config)
     shown = repo_id or "path/or/repo-of-this-adapter"
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=repo_id.rpartition("/")[2] if repo_id else f"Sparse adapter for {base_model or 'a model without a name'}",
-        summary=_summary(rows, config, base_model, method, paper),
+        summary=_summary(rows, counts, config, base_model, method, paper),
+        install=install_command(),
+        install_remark="" if repository_url() else " It is run in a clone of its repository.",
         # The fence comes with the code: formatters rewrite Python blocks of Markdown files, placeholders too.
-        load_code=f"```python\n{_load_code(auto_class, shown, base_model, labels)}\n```",
+        load_code=f"```python\n{loading_code(class_of_base, shown, base_model, config, overrides)}\n```",
+        trained_base=trained_base(overrides, shown),
         peft_type=kind,
         leaving=_leaving(layers, adapter_name),
-        summary_table=_summary_table(rows),
+        summary_table=_summary_table(rows, counts),
         summary_legend=_legend(rows),
         config_table=_table(("option", "value"), _config_rows(config)),
         metrics=_table(("metric", "value"), [(k, _number(v)) for k, v in metrics.items()])
         if metrics
         else "None were given with this card.",
-        training=_training(model, config, datasets, notes),
+        training=_training(config, overrides, datasets, notes),
         versions=_versions(),
         marker=GENERATED if generated else "",
     )
@@ -124,8 +125,11 @@ def exported_card(config: PeftConfig, source: PeftConfig) -> ModelCard:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    if not name or os.path.exists(name):
-        return False
+    return bool(name) and not os.path.exists(name) and is_repo_id(name)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub takes it for a repo's name; a relative path may look like one."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -135,12 +139,13 @@ def _is_hub_id(name: str | None) -> bool:
 
 def _summary(
     rows: list[dict[str, Any]],
+    counts: AdapterCounts,
     config: AdapterConfig,
     base_model: str | None,
     method: str | None,
     paper: str | None,
 ) -> str:
-    parameters, modules = sum(row["parameters"] for row in rows), sum(row["modules"] for row in rows)
+    modules = sum(row["modules"] for row in rows)
     spaces = [space for row in rows for space in row["spaces"] if space["alive"]]
     shape = []
     if units := dict.fromkeys(space["unit"] for space in spaces if space["kind"] == "support"):
@@ -152,7 +157,8 @@ def _summary(
     has_units = any(row["spaces"] for row in rows)
     form = " and ".join(shape) or ("nothing yet" if has_units else f"a {config.peft_type.value} update")
     text = (
-        f"An adapter of {parameters:,} parameters for {_base_link(base_model)}: {form}, in {modules} linear layers. "
+        f"An adapter of {counts.living:,} parameters for {_base_link(base_model)}: {form}, in {modules} linear layers"
+        f"{f', and {counts.beside:,} parameters of heads and biases' if counts.beside else ''}. "
         "Made with hf-sparse-peft, a package of tuners for peft."
     )
     if method:
@@ -168,18 +174,6 @@ def _base_link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{base_model}`"
 
 
-def _load_code(auto_class: str | None, shown: str, base_model: str | None, labels: int | None) -> str:
-    remark = "import hf_sparse_peft  # registers the adapter type with peft"
-    if auto_class:
-        given = "" if labels is None else f", num_labels={labels}"  # goes on to the base model
-        return f'{remark}\nfrom peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{shown}"{given})'
-    base = base_model or "name-of-the-base-model"
-    return (
-        f"{remark}\nfrom peft import PeftModel\nfrom transformers import AutoModel  # or the class the base needs\n\n"
-        f'base = AutoModel.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{shown}")'
-    )
-
-
 def _leaving(layers: list[AdapterLayer], adapter_name: str) -> str:
     pieces = [piece for layer in layers for piece in layer.pieces(adapter_name)]
     if all(piece.exact_rank is not None for piece in pieces):
@@ -188,11 +182,10 @@ def _leaving(layers: list[AdapterLayer], adapter_name: str) -> str:
     return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
 
 
-def _summary_table(rows: list[dict[str, Any]]) -> str:
+def _summary_table(rows: list[dict[str, Any]], counts: AdapterCounts) -> str:
     kinds = list(dict.fromkeys(space["kind"] for row in rows for space in row["spaces"]))
     weights = sum(row["modules"] * row["rows"] * row["cols"] for row in rows)
     changed = sum(row["density"] * row["modules"] * row["rows"] * row["cols"] for row in rows)
-    totals = {key: sum(row[key] for row in rows) for key in ("modules", "parameters")}
     body = [
         (
             f"{row['modules']} x `{row['group']}`",
@@ -203,14 +196,16 @@ def _summary_table(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
+    if counts.beside:
+        body.append(("heads and biases", "", *("" for _ in kinds), "", f"{counts.beside:,}"))
     in_all = (sum(s["alive"] for row in rows for s in row["spaces"] if s["kind"] == kind) for kind in kinds)
     body.append(
         (
-            f"{totals['modules']} in all",
+            f"{sum(row['modules'] for row in rows)} in all",
             "",
             *(f"{count:,}" for count in in_all),
             f"{changed / weights:.4%}",
-            f"{totals['parameters']:,}",
+            f"{counts.living:,}",
         )
     )
     return _table(("layers", "shape", *(f"living units: {kind}" for kind in kinds), "density", "parameters"), body)
@@ -285,14 +280,10 @@ def _option_value(value: Any) -> str:
     return _number(value)
 
 
-def _training(model: nn.Module, config: AdapterConfig, datasets: list[str], notes: str | None) -> str:
+def _training(config: AdapterConfig, overrides: dict[str, Any], datasets: list[str], notes: str | None) -> str:
     parts = [f"Data: {', '.join(datasets)}." if datasets else "The training data was not given with this card."]
-    base_config = getattr(model, "config", None)
-    quantization = getattr(base_config, "quantization_config", None)
-    if quantization is not None:
-        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        kept = {key: value for key, value in given.items() if "bit" in key or key == "quant_method"}
-        parts.append("Base weights while training: " + ", ".join(f"{k}={v}" for k, v in sorted(kept.items())) + ".")
+    if QUANTIZATION in overrides:
+        parts.append(f"Base weights while training: {quantization(overrides)}.")
     if config.training_finished:
         parts.append("Training is over: schedules are done, dead units and components are dropped.")
     elif config.has_schedule:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ..tuners.shared.counts import layer_counts, numbers_beside
 from ..tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, model_class, read_adapter
 from .adapter_report import AdapterReport, ModuleReport
-from .summary import layer_counts
 
 
 def check_adapter(path: str | os.PathLike) -> AdapterReport:
@@ -29,8 +29,16 @@ def check_adapter(path: str | os.PathLike) -> AdapterReport:
         raise ValueError(f"path='{folder}' is no folder; give the one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     file = read_adapter(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
     modules = tuple(_report(name, file) for name in sorted(file.modules))
-    other_bytes = sum(tensor.nbytes for tensor in file.others.values())
-    return AdapterReport(folder, file.config, modules, (folder / WEIGHTS_FILE).stat().st_size, other_bytes)
+    return AdapterReport(
+        path=folder,
+        config=file.config,
+        modules=modules,
+        file_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        other_bytes=sum(tensor.nbytes for tensor in file.others.values()),
+        other_parameters=numbers_beside(
+            file.others, model_class(file.config.peft_type).tuner_layer_cls, file.config.saved_base_weights
+        ),
+    )
 
 
 def _report(name: str, file: AdapterFile) -> ModuleReport:
@@ -38,8 +46,16 @@ def _report(name: str, file: AdapterFile) -> ModuleReport:
     held, model_cls = file.modules[name], model_class(file.config.peft_type)
     layer = model_cls.linear_cls(nn.Linear(cols, rows, bias=False, device="meta"), "default", name, None)
     layer.hold("default", file.config, sizes, held)
-    spaces, density, parameters = layer_counts(layer, "default")
-    for space in spaces:
+    counts = layer_counts(layer, "default")
+    for space in counts.spaces:
         names = [spec.name for spec in layer.specs("default").values() if spec.space == space["kind"]]
         space["bytes"] = sum(held[one].nbytes for one in names)
-    return ModuleReport(name, rows, cols, spaces, density, parameters, sum(tensor.nbytes for tensor in held.values()))
+    return ModuleReport(
+        name=name,
+        rows=rows,
+        cols=cols,
+        spaces=list(counts.spaces),
+        density=counts.density,
+        parameters=counts.living,
+        bytes=sum(tensor.nbytes for tensor in held.values()),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from ..tuners.shared.heads import head_owners
 from ..tuners.shared.merge import refuse_merged, untie_embeddings
 from ..tuners.shared.parameters import ParameterHost
 from .folders import staged_folder
+from .processors import load_processor
 
 
 @torch.no_grad()
@@ -28,6 +30,7 @@ def merge_to_dense(
     weights: Iterable[float] | None = None,
     dtype: torch.dtype | None = None,
     modules_to_save_from: str | None = None,
+    tokenizer: Any = "base",
 ) -> nn.Module:
     r"""A plain, dense model with the adapters (default: the active ones) merged in; `model` itself is left as it is.
 
@@ -35,14 +38,17 @@ def merge_to_dense(
     and rounded once, to `dtype` (default: what the layer holds or dequantises to). Quantised layers become `nn.Linear`
     with their dequantised weight. Nothing is quantised again, so nothing is lost to a grid. A head that shared its
     weight with the embedding no longer does, and the config says so. With `path` the model is saved there by
-    `save_pretrained`. Peak memory: one dense model beside `model`.
+    `save_pretrained`, and the tokenizer or processor beside it: that of the base, if its folder or Hub repo has one
+    (`tokenizer="base"`), another one, a folder or Hub id of one, or none (None). Peak memory: one dense model beside
+    `model`.
 
     Heads (`modules_to_save`) are those of the one adapter that has them, equal ones, or those of the adapter
     `modules_to_save_from`. Biases are the base model's own and come along.
 
     Raises:
         ValueError: an adapter is unknown or merged, `weights` has another length, two adapters have different heads,
-            another tuner's layer lies underneath, a quantised layer cannot be read, or `path` is not empty.
+            another tuner's layer lies underneath, a quantised layer cannot be read, `path` is not empty, or `tokenizer`
+            is none.
     """
     names = active_adapters(model) if adapter_names is None else list(adapter_names)
     if not names:
@@ -58,11 +64,14 @@ def merge_to_dense(
     if path is not None and not hasattr(base, "save_pretrained"):
         raise ValueError(f"{type(base).__name__} has no save_pretrained; pass path=None and save the result yourself.")
     owners = head_owners(base, names, modules_to_save_from)
+    processor = None if path is None else load_processor(tokenizer, getattr(base, "name_or_path", None))
     if path is None:
         return _merged_copy(base, terms, dtype, owners)
     with staged_folder(path) as stage:
         dense = _merged_copy(base, terms, dtype, owners)
         dense.save_pretrained(stage)
+        if processor is not None:
+            processor.save_pretrained(stage)
     return dense
 
 

@@ -1,4 +1,4 @@
-"""Loading an adapter folder together with its base model."""
+"""Loading an adapter with its base, as it was trained."""
 
 from __future__ import annotations
 
@@ -7,51 +7,86 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
-from ..tuners.shared.file_check import CONFIG_FILE
-from .base_model import load_base
+from ..tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE
+from .base_model import BaseAs, load_base
 
 
-def load_adapter(path: str | os.PathLike, base: str | None = None, **arguments: Any) -> PeftModel:
-    """The adapter in the folder `path`, of this package or of upstream peft, on its base model, in evaluation mode.
+def load_adapter(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    *,
+    base_as: BaseAs = "trained",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    is_trainable: bool = False,
+    **arguments: Any,
+) -> PeftModel:
+    r"""The base of an adapter with the adapter on it, ready to be used, merged or exported.
 
-    The base gets the labels and the embedding rows that it was trained with, which `AutoPeftModel` leaves to its
-    caller, and the revision that the adapter's config names, unless `base` is given.
+    The base gets what the adapter was trained with: labels, rows of the embedding, and with `base_as="trained"` its
+    quantisation, :math:`W = \mathrm{dequantise}(\mathrm{quantise}(W_0))` in every quantised layer, from weights of the
+    dtype that was quantised then. With `base_as="full"` it is :math:`W_0` in full precision: nearer to the model that
+    was pre-trained, and another than the one that the adapter was fitted to.
 
     Args:
-        path: adapter folder.
-        base: Hub id or folder of the base model; None: what the adapter's config names.
-        arguments: go on to the base's `from_pretrained` (`dtype`, `quantization_config`, `device_map`, ...).
+        path: folder or Hub repo of the adapter, of this package or of upstream's.
+        base: folder or Hub id of the base; None: the one that the adapter's config names, at its revision.
+        base_as: "trained" or "full".
+        dtype: of the weights that are not quantised; "auto": as trained, or as stored where nothing was quantised.
+        revision: of the adapter's repo.
+        is_trainable: whether the adapter trains on.
+        arguments: for `from_pretrained` of the base, e.g. `device_map`. A `quantization_config` among them is taken
+            instead of what `base_as` says.
 
     Raises:
-        ValueError: no base model is named, the adapter does not fit it, or what `load_base` refuses.
-        OSError: a file is missing.
+        ValueError: no base is named, the base cannot be had as `base_as` asks, a file is missing or damaged, or the
+            adapter does not fit the base.
+        OSError: a file is missing, or the Hub cannot be reached.
     """
-    folder = Path(path)
+    folder = adapter_folder(path, revision)
     config = read_config(folder)
-    base_name = base or config.get("base_model_name_or_path")
-    if not base_name:
-        raise ValueError(f"'{folder}' does not name its base model; pass --base.")
-    if not base and config.get("revision"):
-        arguments["revision"] = config["revision"]  # of the base, as peft's own AutoPeftModel takes it
-    trained = load_base(base_name, config, folder, **arguments)
+    named = str(base) if base is not None else config.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"'{path}' does not name its base model; pass base=.")
+    if base is None and config.get("revision"):
+        arguments.setdefault("revision", config["revision"])  # of the base, as peft's own AutoPeftModel takes it
+    trained = load_base(named, config, folder, base_as=base_as, dtype=dtype, **arguments)
     try:
-        model = PeftModel.from_pretrained(trained, str(folder)).eval()
+        model = PeftModel.from_pretrained(trained, str(folder), is_trainable=is_trainable)
     except RuntimeError as error:  # torch's word for tensors of another shape
-        raise ValueError(f"'{folder}' does not fit '{base_name}': {error}") from error
-    model.peft_config["default"].base_model_name_or_path = base_name  # what was loaded, for the config of an export
-    return model
+        raise ValueError(f"'{path}' does not fit '{named}': {error}") from error
+    model.peft_config["default"].base_model_name_or_path = named  # what was loaded, for the config of an export
+    return model if is_trainable else model.eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def adapter_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
+    """`path` itself if it is a folder, otherwise a copy of that Hub repo's adapter.
+
+    Raises:
+        ValueError: neither a folder nor the name of a repo.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    try:
+        patterns = [CONFIG_FILE, WEIGHTS_FILE]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ValueError(f"path='{path}' is neither a folder nor a Hub repo; give one with {CONFIG_FILE}.") from error
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
     Raises:
         ValueError: it is no JSON object.
         OSError: there is none.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise ValueError(f"'{folder / CONFIG_FILE}' holds no JSON object.")
+        raise ValueError(f"'{Path(folder, CONFIG_FILE)}' holds no JSON object.")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from peft import PeftModel
 
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
-from .card import GENERATED, adapter_card
+from .card import GENERATED, adapter_card, is_repo_id
 from .saving import save_adapter
 
 
@@ -23,6 +24,7 @@ def push_to_hub(
     repo_id: str,
     *,
     adapter_name: str = "default",
+    base_model: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     commit_message: str = "Upload adapter",
@@ -33,17 +35,24 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload an adapter and its card (`card_arguments` as `adapter_card` takes them) to the Hub repo `repo_id`.
 
-    The repo is made if it is not there; `private=None` leaves that to the account's default. Nothing is uploaded before
-    all files are written. Returns what `HfApi.upload_folder` returns.
+    `base_model` is the Hub id of the base, for config and card; without it the one that the config has. The repo is
+    made if it is not there; `private=None` leaves that to the account's default. Nothing is uploaded before all files
+    are written. Returns what `HfApi.upload_folder` returns.
 
     Raises:
-        ValueError: `model` is no PeftModel with an adapter of this package of that name.
+        ValueError: `model` is no PeftModel with an adapter of this package of that name, or its base is named by a path
+            of this machine, where nobody else finds it.
     """
+    _check_base_name(model, adapter_name, base_model)
     api = HfApi(token=token, library_name="hf-sparse-peft")
     with tempfile.TemporaryDirectory() as folder:
         # The card is rendered before the repo exists: a mistake in its arguments leaves no empty repo behind.
         saved = save_adapter(
-            model, Path(folder) / "adapter", adapter_name=adapter_name, **{"repo_id": repo_id, **card_arguments}
+            model,
+            Path(folder) / "adapter",
+            adapter_name=adapter_name,
+            base_model=base_model,
+            **{"repo_id": repo_id, **card_arguments},
         )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
@@ -56,6 +65,18 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _check_base_name(model: PeftModel, adapter_name: str, base_model: str | None) -> None:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    named = base_model or getattr(config, "base_model_name_or_path", None)
+    if named is None or (is_repo_id(named) and (base_model or not os.path.exists(named))):
+        return
+    where = "base_model" if base_model else "base_model_name_or_path"
+    raise ValueError(
+        f"{where}={named!r} is a path of this machine, and nobody who downloads the adapter finds its base there. Pass "
+        "the Hub id of the base: push_to_hub(..., base_model='owner/name')."
+    )
 
 
 def register_cards() -> None:

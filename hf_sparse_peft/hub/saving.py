@@ -7,11 +7,13 @@ import inspect
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
@@ -24,12 +26,14 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     adapter_name: str = "default",
+    base_model: str | None = None,
     **card_arguments: Any,
 ) -> Path:
     """Write `adapter_model.safetensors`, `adapter_config.json` and the card `README.md` into the folder `path`.
 
     A new folder appears whole or not at all. An adapter of this type that is there is replaced file by file; other
-    files beside it stay. Files lie in `path` itself whatever the adapter's name. `card_arguments` are those of
+    files beside it stay. Files lie in `path` itself whatever the adapter's name. `base_model` names the base in card
+    and config, in place of the name that the config has: what its users load. `card_arguments` are the others of
     `adapter_card`. Returns the folder.
 
     Raises:
@@ -41,8 +45,9 @@ def save_adapter(
             f"model is a {type(model).__name__}, not a PeftModel. Wrap the base with get_peft_model; adapters of a "
             "plain transformers model are saved by its own save_pretrained."
         )
-    card = adapter_card(model, adapter_name=adapter_name, **card_arguments)
-    with staged_folder(path, model.peft_config[adapter_name].peft_type.value) as stage:
+    card = adapter_card(model, adapter_name=adapter_name, base_model=base_model, **card_arguments)
+    config = model.peft_config[adapter_name]
+    with staged_folder(path, config.peft_type.value) as stage, _named(config, base_model):
         model.save_pretrained(str(stage), selected_adapters=[adapter_name])
         if adapter_name != "default":  # peft puts other names into a folder of their own
             inner = stage / adapter_name
@@ -54,6 +59,17 @@ def save_adapter(
             raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
         write_card(card, stage)
     return Path(path)
+
+
+@contextmanager
+def _named(config: PeftConfig, base_model: str | None) -> Iterator[None]:
+    """Within the block, `config` names that base."""
+    before = config.base_model_name_or_path
+    config.base_model_name_or_path = base_model or before
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = before
 
 
 def write_card(card: ModelCard, folder: Path) -> None:

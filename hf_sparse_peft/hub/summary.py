@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..tuners import AdapterLayer, adapter_layers
+from ..tuners import adapter_layers
+from ..tuners.shared.counts import layer_counts
 
 
 def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
@@ -24,7 +25,8 @@ def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
     groups: dict[tuple, dict[str, Any]] = {}
     for layer in adapter_layers(model, adapter_name=adapter_name):
         rows, cols = layer.out_features, layer.in_features
-        spaces, density, parameters = layer_counts(layer, adapter_name)
+        counts = layer_counts(layer, adapter_name)
+        spaces = counts.spaces
         name = layer.module_name.rpartition(".")[2]
         row = groups.setdefault(
             (name, rows, cols, *((space["kind"], space["unit"]) for space in spaces)),
@@ -32,27 +34,11 @@ def adapter_summary(model: nn.Module, adapter_name: str = "default") -> list[dic
             | {"spaces": [space | {"alive": 0, "capacity": 0} for space in spaces], "density": 0.0, "parameters": 0},
         )
         row["modules"] += 1
-        row["parameters"] += parameters
-        row["density"] += density  # a mean in the end: all weights of a group have one size
+        row["parameters"] += counts.living
+        row["density"] += counts.density  # a mean in the end: all weights of a group have one size
         for total, space in zip(row["spaces"], spaces, strict=True):
             total["alive"] += space["alive"]
             total["capacity"] += space["capacity"]
     for row in groups.values():
         row["density"] /= row["modules"]
     return list(groups.values())
-
-
-def layer_counts(layer: AdapterLayer, adapter_name: str) -> tuple[list[dict[str, Any]], float, int]:
-    """Spaces, density and trained numbers of one layer's part of an adapter."""
-    if not layer.holds(adapter_name):
-        return [], 0.0, 0
-    spaces, entries, parameters = [], 0, 0
-    for space in layer.unit_spaces(adapter_name):
-        if space.kind == "module":
-            parameters += space.unit_numel  # all that is allocated; what is dead goes off below
-            continue
-        alive = space.count
-        spaces.append({"kind": space.kind, "unit": space.unit, "alive": alive, "capacity": space.capacity})
-        entries += alive * space.unit_entries
-        parameters -= (space.capacity - alive) * space.unit_numel
-    return spaces, entries / max(layer.out_features * layer.in_features, 1), parameters

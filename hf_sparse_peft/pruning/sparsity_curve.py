@@ -173,7 +173,7 @@ def _draw(path: Path, main: EssentialSparsity, others: tuple[EssentialSparsity, 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install 'hf-sparse-peft[recipes]'.") from error
+        raise ImportError("plot() needs matplotlib: pip install matplotlib.") from error
     rows = len(main.zero_fractions)
     # No pyplot: it would choose a backend for the whole process.
     figure = Figure(figsize=(9, 5 + max(2.5, 0.18 * rows)), layout="constrained")

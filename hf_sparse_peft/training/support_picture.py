@@ -35,7 +35,7 @@ def draw_support_history(history: list[dict[str, Any]], path: str | Path, title:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("draw_support_history needs matplotlib: pip install 'hf-sparse-peft[recipes]'.") from error
+        raise ImportError("draw_support_history needs matplotlib: pip install matplotlib.") from error
     if not history:
         raise ValueError("history is empty: pass the history of a SupportTelemetryCallback that took part in a run.")
     maps = [panel for panel in (*_HEAT_MAPS, *_other_kinds(history)) if any(record.get(panel[0]) for record in history)]

@@ -57,7 +57,7 @@ def test_card_tells_base_method_numbers_and_how_to_load():
     )
     text = str(card)
     for part in (
-        "pip install hf-sparse-peft",
+        "pip install -e .",
         "import hf_sparse_peft  # registers the adapter type with peft",
         'AutoPeftModelForCausalLM.from_pretrained("me/my-adapter")',
         "KeyError: 'SPARSE_LORA'",

@@ -16,9 +16,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def written(name: str) -> dict:
-    """The method's config as its file has it; without the version of peft, which is the installation's."""
+    """The method's config as its file has it; without what says something of the installation."""
     options = methods.get(name).config.to_dict()
     del options["peft_version"]
+    options.pop("install_hint", None)  # upstream's configs have none
     return json.loads(json.dumps(options))
 
 

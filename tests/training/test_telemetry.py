@@ -242,7 +242,7 @@ def test_the_picture_shows_what_was_recorded(tmp_path):
 
 def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-sparse-peft\[recipes\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         draw_support_history([{"step": 0}], tmp_path / "no.png")
 
 

@@ -32,7 +32,7 @@ def draw_modules(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install 'hf-sparse-peft[recipes]'.") from error
+        raise ImportError("The picture needs matplotlib: pip install matplotlib.") from error
     places = {name: _place(name) for name in values}
     blocks = sorted({block for block, _ in places.values()}, key=lambda block: (block is None, block))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))

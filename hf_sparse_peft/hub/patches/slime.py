@@ -259,6 +259,4 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
-            f"Delta directories of slime need the package {name}: pip install 'hf-sparse-peft[patches]'."
-        ) from error
+        raise ValueError(f"Delta directories of slime need the package {name}: pip install {name}.") from error

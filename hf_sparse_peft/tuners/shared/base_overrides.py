@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+QUANTIZATION = "quantization_config"
+"""Key of the base's quantisation: the options of transformers' quantisation config, and its `quant_method`."""
+QUANTIZED_FROM = "quantized_from"
+"""Key of the dtype of the weights that were quantised: their rounding to it is part of what was trained on."""
+BITSANDBYTES = "bitsandbytes"
 
 
 def base_overrides(model: nn.Module) -> dict[str, Any]:
-    """Labels of a classifier (`num_labels`; names and `problem_type` where they are set) and rows of the input
-    embedding (`vocab_size`), as `transformers` takes them; empty for models of other libraries."""
+    """Labels of a classifier (`num_labels`; names and `problem_type` where they are set), rows of the input embedding
+    (`vocab_size`) and the quantisation (`base_quantization`), as `transformers` takes them; empty for models of other
+    libraries."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
     if not hasattr(config, "to_diff_dict"):
@@ -28,7 +35,39 @@ def base_overrides(model: nn.Module) -> dict[str, Any]:
     rows = embedding_rows(base)
     if rows is not None:
         found["vocab_size"] = rows
-    return found
+    return found | base_quantization(config)
+
+
+def base_quantization(config: Any) -> dict[str, Any]:
+    """How the model with this config is quantised, as JSON: `quantization_config` and, of weights that were quantised
+    while they were loaded, `quantized_from`, the dtype that they had; empty where it is not.
+
+    Of bitsandbytes: 4-bit type, compute dtype, double quantisation and storage, or what the 8-bit layers are made with.
+    """
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return {}
+    options = dict(given) if isinstance(given, dict) else given.to_dict()
+    method = str(getattr(options.get("quant_method"), "value", options.get("quant_method")))
+    options = {key: _json(value) for key, value in options.items() if not key.startswith("_") and key != "quant_method"}
+    if method == BITSANDBYTES:
+        bits = "4bit" if options.get("load_in_4bit") else "8bit"
+        of_kind = "bnb_4bit" if bits == "4bit" else "llm_int8"
+        wanted = (f"load_in_{bits}", of_kind, "llm_int8_skip_modules")
+        options = {key: value for key, value in options.items() if key.startswith(wanted) and value is not None}
+    dtype = getattr(config, "dtype", None)
+    loaded_as = {QUANTIZED_FROM: _json(dtype)} if isinstance(dtype, torch.dtype) else {}
+    return {QUANTIZATION: {"quant_method": method, **options}, **loaded_as}
+
+
+def recorded_overrides(model: nn.Module, config: Any) -> dict[str, Any]:
+    """`base_overrides` for a file. An adapter that was loaded to be used keeps what it says of its base's quantisation:
+    it was trained on that, whatever it runs on now."""
+    found = base_overrides(model)
+    if not (config.inference_mode and config.base_overrides):
+        return found
+    quantization = {k: v for k, v in config.base_overrides.items() if k in (QUANTIZATION, QUANTIZED_FROM)}
+    return {k: v for k, v in found.items() if k not in (QUANTIZATION, QUANTIZED_FROM)} | quantization
 
 
 def embedding_rows(base: nn.Module) -> int | None:
@@ -38,3 +77,13 @@ def embedding_rows(base: nn.Module) -> int | None:
     except (AttributeError, NotImplementedError):
         return None
     return weight.shape[0] if weight.ndim == 2 else None
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, dict):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_json(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -15,6 +15,7 @@ from ...optim import OptimizerSpec
 from ...rules import Rule
 from ...utils.file_length import check_file_length
 from ...utils.file_writing import replace_file, temporary_folder
+from ...utils.installation import install_phrase
 from ...utils.module_names import check_names
 from ...utils.option_types import check_types
 from ...utils.parts import UnknownPart, load_part, plain
@@ -24,7 +25,7 @@ ALWAYS_IN_FILE = frozenset(
     {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "target_modules", "install_hint"}
 )
 """Written to `adapter_config.json` also at their defaults: what peft, transformers, the Hub and readers look for."""
-INSTALL_HINT = "pip install hf-sparse-peft, then `import hf_sparse_peft` before peft loads this adapter"
+INSTALL_HINT = f"hf-sparse-peft ({install_phrase()}), then `import hf_sparse_peft` before peft loads this adapter"
 
 
 class _FromFiles(type):
@@ -96,7 +97,7 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
     )
     base_overrides: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Labels and vocabulary of the base that was trained. Written when the adapter is saved."},
+        metadata={"help": "Labels, vocabulary and quantisation of the base that was trained on. Written when saved."},
     )
     saved_base_weights: list[str] | None = field(
         default=None,

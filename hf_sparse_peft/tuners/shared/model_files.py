@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .base_overrides import base_overrides
+from .base_overrides import recorded_overrides
 from .config import AdapterConfig
 from .file_check import AdapterFile, file_being_loaded, tensor_key
 from .layer import restore_fp32
@@ -56,7 +56,7 @@ class ModelFiles:
         for layer in model.modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.adapter_configs:
                 layer.choose_units(adapter_name, "save")
-        config.base_overrides = base_overrides(model)
+        config.base_overrides = recorded_overrides(model, config)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return SelectedTensors(selected, config)
 

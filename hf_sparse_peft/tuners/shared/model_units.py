@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .config import AdapterConfig
+from .counts import layer_counts
 from .tensors import AdapterTensors
 
 
@@ -43,12 +44,12 @@ class ModelUnits:
 
     def dead_parameters(self) -> int:
         """Numbers of parameters that train and belong to no living unit."""
-        spaces = [space for layer, name in self._training() for space in layer.unit_spaces(name)]
-        return sum((space.capacity - space.count) * space.unit_numel for space in spaces if space.kind != "module")
+        counts = [layer_counts(layer, name) for layer, name in self._training()]
+        return sum(count.allocated - count.living for count in counts)
 
     def frozen_parameters(self) -> int:
         """Numbers of living units that are frozen, in adapters that train."""
-        return sum(layer.frozen_parameters(name) for layer, name in self._training())
+        return sum(layer_counts(layer, name).frozen for layer, name in self._training())
 
     def _training(self) -> Iterator[tuple[AdapterTensors, str]]:
         """Layers and adapters that train. On the meta device and before data decides, nothing has died."""
