@@ -3,60 +3,24 @@
 import re
 from pathlib import Path
 
-import datasets
+import markdown_pages
 import pytest
-import tiny
-import torch
-import transformers
-from transformers import TrainingArguments
-
-from hf_sparse_peft import methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.+?)```", README, re.S)
-
-
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """What a reader has before the first example: a model folder, arguments, data."""
+def test_readme_examples_run_one_after_the_other_as_printed_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama(hidden=64, layers=1).save_pretrained("base")
-    rows = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    arguments = {"max_steps": 26, "per_device_train_batch_size": 1, "use_cpu": True, "report_to": "none"}
-    return {
-        "name": "base",
-        "args": TrainingArguments("out", save_strategy="no", disable_tqdm=True, **arguments),
-        "dataset": datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}),
-    }
-
-
-def test_readme_examples_run_one_after_the_other_as_written(reader):
-    for number, block in enumerate(blocks("python")):
-        if "methods.get(" in block:  # the methods example starts from a base of its own
-            reader["base"] = transformers.AutoModelForCausalLM.from_pretrained(reader["name"])
-        if "from hf_sparse_peft.hub import" in block:  # lossless LoRA export is for structured halves
-            reader["model"] = lora_exportable()
-        exec(compile(block, f"README block {number}", "exec"), reader)
+    assert markdown_pages.run(ROOT / "README.md", markdown_pages.reader()) == []
     assert Path("as-lora/adapter_model.safetensors").exists()
     assert Path("as-dense-model/model.safetensors").exists()
 
 
-def lora_exportable():
-    from peft import get_peft_model
-
-    from hf_sparse_peft import SparseLoraConfig
-
-    base = transformers.AutoModelForCausalLM.from_pretrained("base")
-    return get_peft_model(base, SparseLoraConfig(granularity="row", density=0.05, target_modules="all-linear"))
-
-
-def test_method_table_in_readme_is_the_registrys():
-    table = re.search(r"<!-- method table -->\n(.+?)\n<!-- end of method table -->", README, re.S).group(1)
-    assert table == methods.markdown_table(), "run `python -m hf_sparse_peft.methods` and paste its output"
+def test_pages_that_readme_links_exist():
+    linked = re.findall(r"\]\(((?!http)[^)#]+)", README)
+    assert len(linked) > 10
+    assert [path for path in linked if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("marker", ["run", "test"])

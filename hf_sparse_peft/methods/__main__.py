@@ -1,4 +1,4 @@
-"""`python -m hf_sparse_peft.methods`: the method table of README."""
+"""`python -m hf_sparse_peft.methods`: the method table of docs/methods.md."""
 
 from . import markdown_table
 

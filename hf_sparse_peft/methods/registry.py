@@ -145,7 +145,7 @@ def describe(name: str) -> MethodInfo:
 
 
 def markdown_table() -> str:
-    """The methods as the table that README shows."""
+    """The methods as the table of docs/methods.md."""
     lines = ["| method | source | what moves | use it when | cost |", "|---|---|---|---|---|"]
     for name, info in sorted(_METHODS.items()):
         paper = f"{info.paper}; peft's `{info.upstream}`" if info.upstream else info.paper

@@ -313,10 +313,10 @@ def test_times_and_memory_of_a_gpu_are_read_around_the_work(monkeypatch):
     assert calls == ["warn", "default"]
 
 
-def test_readme_has_the_expected_figures():
+def test_benchmarks_page_has_the_expected_figures():
     import gpu
     from harness import markdown
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     between = text.partition("<!-- expected on a GPU -->\n")[2].partition("<!-- /expected on a GPU -->")[0]
     assert between == markdown(gpu.EXPECTED_COLUMNS, gpu.beside_expected({}))
