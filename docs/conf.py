@@ -27,7 +27,7 @@ default_role = "code"  # docstrings write `name`, as Markdown does
 nitpicky = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-autodoc_typehints = "none"  # types of arguments stand in signatures and, for options, in the words of the option's range
+autodoc_typehints = "none"  # types of arguments stand in signatures, those of options in the words of their range
 autodoc_member_order = "bysource"
 add_module_names = False
 

@@ -20,7 +20,6 @@ from hf_sparse_peft.utils import parts
 ROOT = Path(__file__).parents[1]
 
 
-
 def blocks(page: Path, language: str = "python") -> list[str]:
     """The fenced blocks of a page."""
     return re.findall(rf"^```{language}\n(.+?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
