@@ -71,7 +71,7 @@ def write_reference(app) -> None:
 def _room(module_name: str, title: str, shown: set[int]) -> str:
     module = importlib.import_module(module_name)
     lines = [f"# {title}", "", f"`{module_name}`: {inspect.getdoc(module).splitlines()[0]}", ""]
-    for name in sorted(module.__all__, key=str.lower):
+    for name in sorted(module.__all__, key=lambda name: (not name.endswith("Config"), name.lower())):
         found = getattr(module, name)
         if not callable(found) or id(found) in shown or not getattr(found, "__module__", "").startswith(project):
             continue

@@ -1,4 +1,4 @@
-"""Floor 5: methods by name.
+"""Floor 7: methods by name.
 
 from hf_sparse_peft import methods
 m = methods.get("spiel-ag", density=0.01)

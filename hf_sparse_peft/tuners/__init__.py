@@ -1,4 +1,4 @@
-"""Floor 3: tuners, one package each; importing this package registers all of them with peft."""
+"""Floor 5: tuners, one package each; importing this package registers all of them with peft."""
 
 from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
