@@ -8,14 +8,27 @@ from typing import Annotated, Any, Literal
 import typer
 from peft import PeftModel
 
-from ..hub import check_adapter, export_lora, export_patch, export_shira, merge_to_dense, read_config
+from ..hub import (
+    check_adapter,
+    export_lora,
+    export_lora_for_llama_cpp,
+    export_patch,
+    export_shira,
+    merge_to_dense,
+    read_config,
+)
 from ..utils.tables import show, table
 from .app import verb
 from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
 
 _UPSTREAM = ("LORA", "ADALORA")
 """Types of upstream's that are exported as well."""
-_HALVES = {"patch": ("support", "modules"), "lora": ("low_rank", "support"), "shira": ("support",)}
+_HALVES = {
+    "patch": ("support", "modules"),
+    "lora": ("low_rank", "support"),
+    "gguf-lora": ("low_rank", "support"),
+    "shira": ("support",),
+}
 
 
 def _uniform_rank(value: str) -> int | bool:
@@ -30,24 +43,29 @@ def _uniform_rank(value: str) -> int | bool:
 def export(
     adapter: Adapter,
     out: Out,
-    to: Annotated[Literal["lora", "shira", "dense", "patch"], typer.Option(help="What to write.", show_default=False)],
+    to: Annotated[
+        Literal["lora", "dense", "shira", "patch", "gguf-lora"], typer.Option(help="What to write.", show_default=False)
+    ],
     rank: Annotated[
         int | None,
-        typer.Option(help="lora: cut updates without exact low-rank form to this rank by SVD.", show_default=False),
+        typer.Option(
+            help="lora, gguf-lora: cut updates without exact low-rank form to this rank by SVD.", show_default=False
+        ),
     ] = None,
     uniform_rank: Annotated[
         Any,
         typer.Option(
             parser=_uniform_rank,
             metavar="RANK|largest",
-            help="lora: pad every module with zeros to one rank, or to the largest of a module.",
+            help="lora, gguf-lora: pad every module with zeros to one rank, or to the largest of a module.",
             show_default=False,
         ),
     ] = None,
     only: Annotated[
         Literal["low_rank", "support", "modules"] | None,
         typer.Option(
-            help="lora, shira, patch: one half of the adapter; patch: heads and biases alone.", show_default=False
+            help="lora, gguf-lora, shira, patch: one half of the adapter; patch: heads and biases alone.",
+            show_default=False,
         ),
     ] = None,
     format: Annotated[
@@ -66,10 +84,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an adapter in a format that loads without this package."""
-    if to != "lora" and (rank or uniform_rank):
-        raise typer.BadParameter(f"--rank and --uniform-rank belong to --to lora, got --to {to}.")
+    if to not in ("lora", "gguf-lora") and (rank or uniform_rank):
+        raise typer.BadParameter(f"--rank and --uniform-rank belong to --to lora and gguf-lora, got --to {to}.")
     if to == "dense" and only:
-        raise typer.BadParameter("--only belongs to --to lora, shira and patch; a dense model has both halves.")
+        raise typer.BadParameter("--only belongs to --to lora, gguf-lora, shira, patch; a dense model has both halves.")
     given = {"--format": format, "--encoding": encoding, "--keep-unchanged": keep_unchanged}
     _check_patch_options(to, only, nf4, {flag: value for flag, value in given.items() if value})
     if read_config(adapter).get("peft_type") not in _UPSTREAM:
@@ -78,6 +96,8 @@ def export(
     model = load(adapter, base, dtype, nf4, double_quant, base_as="full" if to == "patch" else "trained")
     if to == "lora":
         _to_lora(model, out, uniform_rank or False, rank, only, as_json)
+    elif to == "gguf-lora":
+        _to_gguf(model, out, uniform_rank or True, rank, only, as_json)
     elif to == "shira":
         found = export_shira(model, out, only=only)
         print_json({"r": found, "path": out}) if as_json else print(f"SHiRA with r={found} in {out}")
@@ -125,6 +145,18 @@ def _to_lora(model: PeftModel, out: Path, uniform_rank: int | bool, rank: int | 
     rows = [(name, rank, done.errors[name]) for name, rank in done.ranks.items()]
     show(table(("module", "rank", "relative error"), rows))
     print(f"{len(done.ranks)} modules, {done.file_bytes:,} bytes in {out}")
+
+
+def _to_gguf(model: PeftModel, out: Path, uniform_rank: int | bool, rank: int | None, only: str | None, as_json: bool):
+    done = export_lora_for_llama_cpp(model, out, uniform_rank=uniform_rank, rank=rank, only=only)
+    if as_json:
+        print_json(done)
+        return
+    print(
+        f"{len(done.lora.ranks)} modules as a LoRA of rank {done.rank}, {done.lora.file_bytes:,} bytes in {out}.\n"
+        "This is no GGUF file yet: how an architecture's weights are named and reordered there is known to llama.cpp's "
+        f"converter alone. From a checkout of llama.cpp:\n\n    {done.command}\n"
+    )
 
 
 def _to_patch(model: PeftModel, out: Path, kind: str, as_json: bool, **options: Any) -> None:

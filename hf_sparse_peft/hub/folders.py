@@ -28,7 +28,7 @@ def staged_folder(path: str | os.PathLike, peft_type: str | None = None) -> Iter
         ValueError: `path` is a file, or a folder that holds something else.
     """
     place = Path(path).expanduser().resolve()
-    _check_place(place, peft_type)
+    check_place(place, peft_type)
     if _content(place) or (place.exists() and not os.access(place.parent, os.W_OK)):
         with staged_files(place) as stage:
             yield stage
@@ -102,7 +102,13 @@ def _content(place: Path) -> list[Path]:
     return [entry for entry in place.iterdir() if not is_temporary(entry)]
 
 
-def _check_place(place: Path, peft_type: str | None) -> None:
+def check_place(path: str | os.PathLike, peft_type: str | None = None) -> None:
+    """Refuse what `staged_folder` would refuse, before work is done for it.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that holds something else.
+    """
+    place = Path(path).expanduser().resolve()
     if place.exists() and not place.is_dir():
         raise ValueError(f"path='{place}' is a file; give a folder to write to.")
     if not _content(place):

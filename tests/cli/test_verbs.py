@@ -41,7 +41,7 @@ def reference(folders, name):
 
 
 def test_inspect_prints_a_line_for_each_module(folders, capsys):
-    assert cli.main(["inspect", str(folders / "rows")]) == 0
+    assert cli.main(["inspect", str(folders / "rows"), "--modules"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["module", "shape", "support", "rank", "density", "parameters", "bytes"]
     assert any("q_proj" in line and "32x32" in line and "3 row" in line for line in lines)
