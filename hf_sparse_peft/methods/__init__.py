@@ -25,6 +25,7 @@ from . import (
 from .registry import (
     Method,
     MethodInfo,
+    claims_table,
     describe,
     get,
     markdown_table,
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "blocks",
+    "claims_table",
     "default",
     "describe",
     "essential_sparsity",

@@ -1,5 +1,26 @@
-"""`python -m hf_sparse_peft.methods`: the method table of docs/methods.md."""
+"""`python -m hf_sparse_peft.methods docs/methods.md` writes the tables of methods between the markers of that page;
+without a file they are printed."""
 
-from . import markdown_table
+import sys
+from pathlib import Path
 
-print(markdown_table())
+from . import claims_table, markdown_table
+
+TABLES = {"method table": markdown_table, "claims": claims_table}
+
+
+def write(page: Path) -> None:
+    """Put today's tables between the markers of `page`."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + table() + end + rest.partition(end)[2]
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        write(Path(sys.argv[1]))
+    else:
+        print("\n\n".join(table() for table in TABLES.values()))

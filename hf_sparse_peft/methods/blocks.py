@@ -18,6 +18,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_
     use_when="a few large blocks should learn, where the gradient of the first steps is largest, at the price of dense "
     "products",
     cost="at the start the gradients of 100 steps; with phase1='full' 16 bytes a targeted entry meanwhile",
+    claim="86.8 % on commonsense tasks with Llama-3 8B at 0.71 % of its numbers",
 )
 def smt(
     attention: float | int | None = 0.0084,
@@ -44,7 +45,6 @@ def smt(
     paper: 9.65e-6, released peft script: 1e-4).
 
     For models that name their matrices otherwise pass `budget=GlobalByGroup({pattern: blocks})` and `target_modules`.
-    The paper reports 86.8 % on commonsense tasks (LLaMA3-8B, 0.71 % of the numbers): its claim.
     """
     if phase1 not in ("probe", "full"):
         raise ValueError(f"phase1={phase1!r} is unknown; choose 'probe' (gradients are read) or 'full' (and rewound).")

@@ -103,6 +103,7 @@ def joint_budget(
     moves="rank: shared out once, by the first gradients",
     use_when="a LoRA whose ranks and first step should follow the task, without an SVD",
     cost="gradients of 32 batches before the first step; the model starts moved",
+    claim="5.13 points over LoRA on GSM8K with Llama-3.1-8B, 2.05 over full fine-tuning at a high rank (abstract)",
 )
 def gora(
     r: int = 8,
@@ -117,8 +118,7 @@ def gora(
     """GoRA: ranks of `r` on average by mean |W * G|, floored and clipped to `least` and `most`, and B from the
     gradient's projection on A (`GradientProjection` has the equations, and the options that rows of its code differ
     in). `sign=1` is the released code's, which starts up the loss. The authors train all linears of Llama-2 with lr
-    2e-5, or q, k, v and o of Llama-3.1 with 5e-5, B 16 times as fast, cosine to 10 %, 3 % warm-up, 1 epoch. They claim
-    5.13 points over LoRA on GSM8K with Llama-3.1-8B, and 2.05 over full fine-tuning at a high rank (abstract)."""
+    2e-5, or q, k, v and o of Llama-3.1 with 5e-5, B 16 times as fast, cosine to 10 %, 3 % warm-up, 1 epoch."""
     start = GradientProjection(steps=steps, step_size=step_size, sign=sign, least=least, most=most)
     options = {"r": r, "lora_alpha": lora_alpha, "use_rslora": True, "start": start}
     return row(overrides, **options, optimizer=AdamWSpec(B_ratio=16.0), **_ALL_LINEAR)

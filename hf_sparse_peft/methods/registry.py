@@ -38,6 +38,8 @@ class MethodInfo:
     build: Callable[..., Method] = field(repr=False)
     upstream: str | None = None
     """The config class of upstream peft that the method is, where it is one of upstream's."""
+    claim: str | None = None
+    """What its authors claim, with where they do; nothing of it was measured here."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,18 @@ class Method:
 _METHODS: dict[str, MethodInfo] = {}
 
 
-def register(name: str, *, paper: str, moves: str, use_when: str, cost: str, upstream: str | None = None):
+def register(
+    name: str,
+    *,
+    paper: str,
+    moves: str,
+    use_when: str,
+    cost: str,
+    upstream: str | None = None,
+    claim: str | None = None,
+):
     """Decorator: enter a function that builds a `Method` under `name`; its keyword arguments are the method's options.
-    `upstream` names the config class of upstream peft for methods that are its own.
+    `upstream` names the config class of upstream peft for methods that are its own; `claim` what the authors report.
 
     Raises:
         ValueError: the name is taken or is not lower case with dashes.
@@ -105,7 +116,7 @@ def register(name: str, *, paper: str, moves: str, use_when: str, cost: str, ups
         def with_info(**options: Any) -> Method:
             return replace(build(**options), info=_METHODS[name])
 
-        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream)
+        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream, claim)
         return with_info
 
     return enter
@@ -150,6 +161,13 @@ def markdown_table() -> str:
     for name, info in sorted(_METHODS.items()):
         paper = f"{info.paper}; peft's `{info.upstream}`" if info.upstream else info.paper
         lines.append(f"| `{name}` | {paper} | {info.moves} | {info.use_when} | {info.cost} |")
+    return "\n".join(lines)
+
+
+def claims_table() -> str:
+    """What authors claim of their methods, as docs/methods.md shows it."""
+    lines = ["| method | its authors claim | source |", "|---|---|---|"]
+    lines += [f"| `{name}` | {i.claim} | {i.paper} |" for name, i in sorted(_METHODS.items()) if i.claim]
     return "\n".join(lines)
 
 

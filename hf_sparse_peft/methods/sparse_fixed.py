@@ -61,12 +61,13 @@ def super_tuning(density: float = 0.01, r: int = 0, **overrides: Any) -> Method:
     moves="nothing",
     use_when="a step cheaper than LoRA's: r random columns of each weight, which leave as a LoRA of rank r",
     cost="none; keeps only the chosen columns of the input for the backward pass",
+    claim="22 % less time and 16 % less memory than LoRA (abstract)",
 )
 def paca(r: int = 8, lora_alpha: float = 8, **overrides: Any) -> Method:
     """PaCA: r columns of each weight, drawn from the seed and the module's name, as changes from 0 that are multiplied
     by `lora_alpha / r`, which under Adam multiplies their learning rate and does nothing else. The official code writes
     into the base, at every other forward pass without accumulation, and draws from the global generator. The authors
-    claim 22 % less time and 16 % less memory than LoRA (abstract); train 8B and 70B with r 64 and lr 5e-3."""
+    train 8B and 70B with r 64 and lr 5e-3."""
     options = {"budget": UnitsPerModule(r), "scale_support": lora_alpha / r, "target_modules": "all-linear"}
     return row(overrides, r=0, granularity="column", criterion="random", **options)
 

@@ -55,6 +55,7 @@ def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides:
     moves="support: chosen once, by the gradients after a warm-up of the low-rank half",
     use_when="LoRA, with entries where the loss asks for them once the low rank has done what it can",
     cost="an fp32 gradient of every adapted weight at one step",
+    claim="2.6 to 5.4 points over LoRA on GSM8K with Llama-2 7B (figures, one seed)",
 )
 def rosa(
     r: int = 16,
@@ -69,7 +70,7 @@ def rosa(
     """RoSA in one run: `warmup` steps of LoRA, masks by the mean of squared gradients, then both; `restart=True` puts
     the factors back to their start with the masks, as published. Entries are neither scaled nor dropped out, and train
     at 2e-4 where the factors train at 7e-4 (Llama-2 7B). The published masks are made from micro-batches of one example
-    (`reduction="example"`). The authors claim +2.6 to +5.4 points over LoRA on GSM8K (figures, one seed)."""
+    (`reduction="example"`)."""
     choice = ChooseSupport(warmup, steps, reduction=reduction, restart=restart)
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.05, "density": density, "schedule": [choice]}
     optimizer = AgedAdamWSpec(values_ratio=2 / 7)

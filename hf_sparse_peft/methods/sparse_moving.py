@@ -190,6 +190,7 @@ def lift(
     moves="subnet: rows and columns of one transformer layer at a time, by the smoothed sensitivity of its weights",
     use_when="updates of high rank are wanted at the memory of activations of a small subnet, in a long run",
     cost="a dense fp32 accumulator of every adapted matrix; of one layer at a time dense gradients and two fp32 scores",
+    claim="27 % less time than LoRA (abstract)",
 )
 def losia(
     every: int = 100,
