@@ -1,5 +1,6 @@
 """Floor 1: differentiable kernels. Plain tensors in and out, torch only."""
 
+from .autocast import autocast_dtype, autocast_off
 from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .costs import Costs, write_costs
@@ -30,6 +31,8 @@ __all__ = [
     "Support",
     "add_subgrid_",
     "add_units_",
+    "autocast_dtype",
+    "autocast_off",
     "chunk_count",
     "entry_lines",
     "live_lines",

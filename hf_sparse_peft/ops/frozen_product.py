@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import autocast_off
+
 
 def frozen_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     r""":math:`X W^\top` in `dtype`, `[..., rows]`, for `x` `[..., cols]` and `weight` `[rows, cols]` without gradient.
@@ -25,7 +27,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtypes = dtype, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return x.to(dtype) @ weight.to(dtype).t()
 
     @staticmethod
@@ -33,5 +35,5 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         dtype, of_x = ctx.dtypes
-        with torch.autocast(gradient.device.type, enabled=False):
+        with autocast_off(gradient.device.type):
             return (gradient.to(dtype) @ weight.to(dtype)).to(of_x), None, None

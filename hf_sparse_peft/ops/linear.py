@@ -8,11 +8,11 @@ support only; a dense one appears for a tile at a time, or for this one layer wh
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .autocast import autocast_off
 from .core import (
     Gradients,
     Operands,
@@ -63,10 +63,6 @@ def sparse_linear(
     return _SparseLinear.apply(x, values, units, A, B, gate, bias, counts, live_rows, live_columns, plan)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
 _kept_whole: weakref.ref | None = None
 """The input that a product was last given and kept whole. A layer that shares it keeps no slice beside it."""
 _last_cast: tuple[weakref.ref, int, weakref.ref] | None = None
@@ -106,7 +102,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.plan, ctx.weight_version, ctx.x_shape, ctx.x_dtype = plan, version_of(plan.source), x.shape, x.dtype
         needs_x = any(ctx.needs_input_grad[index] for index in (1, 3, 4, 5)) or plan.shows_gradient
         ctx.units_version = None if plan.units_version is None else plan.units_version()
-        with _without_autocast(x.device.type):
+        with autocast_off(x.device.type):
             x = _shared_cast(x, plan.compute_dtype)
             ctx.factors = factors_of(x) if needs_x else None
             columns = _columns_to_keep(x, plan, operands, needs_x and ctx.factors is None)
@@ -133,7 +129,7 @@ class _SparseLinear(torch.autograd.Function):
             raise RuntimeError(
                 "The support of a layer moved between its forward and its backward pass. Run backward() before moves."
             )
-        with _without_autocast(grad_output.device.type):
+        with autocast_off(grad_output.device.type):
             dy = grad_output.reshape(-1, plan.rows).to(plan.compute_dtype)
             operands = Operands(*operands)
             if ctx.factors is not None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import autocast_off
+
 GENERATOR = "hash32"
 """Name of the function of seed and position, which files note: another one gets another name."""
 _MASK, _CHUNK = 0xFFFFFFFF, 1 << 22
@@ -64,7 +66,7 @@ class _Combination(torch.autograd.Function):
     def forward(ctx, coefficients: Tensor, seed: int, rows: int, cols: int, scale: float) -> Tensor:
         ctx.arguments = (seed, rows, cols, scale, coefficients.shape[0], coefficients.dtype)
         result = torch.zeros(rows * cols, device=coefficients.device)
-        with torch.autocast(coefficients.device.type, enabled=False):
+        with autocast_off(coefficients.device.type):
             for first, block in _blocks(seed, rows * cols, coefficients.shape[0], coefficients.device):
                 result += coefficients[first : first + block.shape[0]].float() @ block
         return result.mul_(scale).view(rows, cols)
@@ -74,7 +76,7 @@ class _Combination(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         seed, rows, cols, scale, count, dtype = ctx.arguments
         flat = gradient.float().reshape(-1)
-        with torch.autocast(gradient.device.type, enabled=False):
+        with autocast_off(gradient.device.type):
             found = [block @ flat for _, block in _blocks(seed, rows * cols, count, gradient.device)]
         return torch.cat(found).mul_(scale).to(dtype), None, None, None, None
 

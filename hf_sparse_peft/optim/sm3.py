@@ -108,8 +108,8 @@ class SparseSM3(Fp32StateOptimizer):
                 "Both must be [k]; return None for a dense parameter."
             )
         state = self.state[p]
-        if "sm3_row" not in state and indices.numel() and not 0 <= indices.min() <= indices.max() < rows * columns:
-            # Only once: reading the result waits for the GPU.
+        known = "sm3_row" in state or indices.is_meta  # only once: reading the result waits for the GPU
+        if not known and indices.numel() and not 0 <= indices.min() <= indices.max() < rows * columns:
             raise ValueError(f"indices_of gave positions outside 0..{rows * columns - 1}, matrix {rows}x{columns}.")
         for name, size in (("sm3_row", rows), ("sm3_col", columns)):
             if name not in state:

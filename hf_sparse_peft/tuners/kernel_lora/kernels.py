@@ -123,8 +123,10 @@ def find_threshold(tiles: Tiles, plan: KernelPlan, numel: int) -> Threshold | No
     source = Source(plan.name, lambda: (w.abs().reshape(-1) for _, w in tiles()), stream_seed(0, plan.name))
     if plan.survivors >= numel:
         return Threshold(0.0, 0, source, None)
-    cut = find_cut([source], plan.survivors + 1, draw=False)
     _, w = next(tiles())
+    if w.is_meta:
+        return Threshold(0.0, 0, source, None)
+    cut = find_cut([source], plan.survivors + 1, draw=False)
     kind = {torch.float32: torch.int32, torch.float64: torch.int64}[w.dtype]
     tau = torch.tensor(cut.key, dtype=kind).view(w.dtype).item()  # a cut's key is the bits of a score >= 0
     # At 0 it is all the same who wins. Only `code` lets anybody win at the threshold.

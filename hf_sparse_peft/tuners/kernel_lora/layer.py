@@ -97,8 +97,9 @@ class KernelLoraLayer(AdapterLayer):
 
     def survivors(self, adapter_name: str) -> int | None:
         """Entries of the update that are not zero by competition; None where nothing competes."""
-        if adapter_name in self.kernel_lora_survivors:
-            return int(self.kernel_lora_survivors[adapter_name])
+        held = self.kernel_lora_survivors
+        if adapter_name in held and not held[adapter_name].is_meta:
+            return int(held[adapter_name])
         config = self.adapter_configs[adapter_name]
         return self.numel - round(config.sparsity * self.numel) if config.competes else None
 

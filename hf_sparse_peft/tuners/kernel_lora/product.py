@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...ops import autocast_off
 from .kernels import (
     Competition,
     KernelPlan,
@@ -33,7 +34,7 @@ def kernel_product(x: Tensor, P: Tensor, Q: Tensor, mix: Tensor | None, plan: Ke
 class _KernelProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, P: Tensor, Q: Tensor, mix: Tensor | None, plan: KernelPlan) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             points = masters(P, Q, mix)
             tiles = tiles_of(*points, plan)
             threshold = find_threshold(tiles, plan, P.shape[1] * Q.shape[1])
@@ -50,7 +51,7 @@ class _KernelProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, P, Q, mix = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return _gradients(x, P, Q, mix, ctx.plan, ctx.threshold, grad, ctx.needs_input_grad)
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...ops import DenseSource, DequantizedSource, Source
+from ...ops import DenseSource, DequantizedSource, Source, autocast_dtype
 from .parameters import ParameterWeight
 from .rollback import uninterrupted
 
@@ -70,7 +70,7 @@ def dense_weight(base: nn.Module, backend: Any) -> torch.Tensor:
 def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None) -> torch.dtype:
     """The dtype of the products: autocast's, else the base layer's own."""
     base = layer.base_layer
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    autocast = autocast_dtype(x.device.type)
     if isinstance(source, DenseSource):
         return autocast or source.weight.dtype
     if isinstance(source, DequantizedSource) and getattr(base, "compute_dtype", None) is not None:

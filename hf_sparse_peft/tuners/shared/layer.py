@@ -83,6 +83,10 @@ class AdapterLayer(CalibratedTensors):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def assume_units(self, adapter_name: str) -> None:
+        """On the meta device: take as many units as the adapter starts with to be chosen, at places that nobody knows,
+        so that a step can be followed for the shapes that it makes. Nothing where units have no places."""
+
     def _begin(self, adapter_name: str, first: Any) -> None:
         """Write what the new adapter starts with, where that is more than its tensors' first content."""
 

@@ -17,6 +17,7 @@ from ...utils.tensors import TensorSpec
 from ..shared.calibration import CalibratedTensors
 from ..shared.pieces import Entries, LowRank, Piece, Subgrid
 from ..shared.tensor_checks import weight_sides
+from .assumed_units import assume_units
 from .config import SparseLoraConfig
 from .factors import factor_specs, fold_experts, merged_factors
 from .plan import ModuleSizes
@@ -220,6 +221,10 @@ class SparseLoraLayer(StartState, SubnetState, SupportState):
         """
         super().refresh_units()
         self.refresh_subnets()
+
+    def assume_units(self, adapter_name: str) -> None:
+        """On the meta device: see `AdapterLayer.assume_units`."""
+        assume_units(self, adapter_name)
 
     def has_sparse_half(self, adapter_name: str) -> bool:
         """Whether the adapter has a support or a subnet here."""

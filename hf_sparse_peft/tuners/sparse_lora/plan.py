@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ...sparsity import Budget, DataCriterion, Given, Pattern, Targets, Total, UnitGrid, region_of, stream_seed
 from ...sparsity.scores import Chunks
 from ...utils.parts import UnknownPart
+from ..shared.assumed_units import units_are_assumed
 from ..shared.base_weight import dense_weight
 from ..shared.layer import is_supported
 from ..shared.model import AdapterPlan
@@ -264,7 +265,7 @@ def _plan_of_sizes(config: SparseLoraConfig, layers: dict[str, nn.Module], model
 def _targets(
     config: SparseLoraConfig, layers: dict[str, nn.Module], grids: dict[str, UnitGrid], model: nn.Module
 ) -> Targets:
-    waits = config.needs_calibration or isinstance(config.criterion, UnknownPart)
+    waits = config.needs_calibration or isinstance(config.criterion, UnknownPart) or units_are_assumed()
     factors = {name: config.rank_of(name) * (grid.rows + grid.cols) for name, grid in grids.items()}
     return Targets(
         grids,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...ops import autocast_off
 from ...ops.seeded import seeded_permutation, seeded_uniform
 from ...sparsity import stream_seed
 from ...utils.option_types import PositiveInt
@@ -130,7 +131,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, z: Tensor, factor: Tensor, projection: Projection, site: Site, dtype: torch.dtype):
         ctx.save_for_backward(x, z, factor)
         ctx.projection, ctx.shape, ctx.dtype = projection, (site.rows, site.cols), dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return x.to(dtype) @ _Product._update(ctx, z, factor).t()
 
     @staticmethod
@@ -142,7 +143,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         x, z, factor = ctx.saved_tensors
         dx = dz = dfactor = None
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             dy = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
             if ctx.needs_input_grad[0]:
                 dx = (dy @ _Product._update(ctx, z, factor)).view(x.shape).to(x.dtype)
