@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -13,6 +13,7 @@ from .. import methods
 from ..methods.upstream import upstream_config
 from ..optim import OptimizerSpec
 from ..utils.option_types import PositiveInt, check_value
+from ..utils.tables import Table, table
 from .dry_run import CONSTANTS, FROZEN, INDICES, STATE, VALUES, WEIGHTS, DryRun, dry_run
 from .memory_trace import ADAPTER, GRADIENTS, LOGITS, NETWORK, WORKING
 from .meta_base import meta_base, read_model_config
@@ -92,40 +93,34 @@ class Estimate:
         """All of it, as JSON can hold it."""
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
-    def table(self) -> Any:
-        """The parts as a `rich.table.Table`."""
-        from rich.table import Table
-
-        about = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        table = Table(title=f"{self.method} on {self.model}: {about}", title_justify="left")
-        table.add_column("memory")
-        table.add_column("MiB", justify="right")
-        table.add_column("share", justify="right")
-        for part in self.parts:
-            table.add_row(part.name, f"{part.bytes / 2**20:,.1f}", f"{part.bytes / self.training:.1%}")
-        table.add_section()
-        table.add_row("training, at its highest", f"{self.training / 2**20:,.1f}", "100.0%")
+    def table(self) -> Table:
+        """The parts, in MiB."""
+        rows = [(part.name, _mib(part.bytes), f"{part.bytes / self.training:.1%}") for part in self.parts]
+        rows.append(("training, at its highest", _mib(self.training), "100.0%"))
         if self.calibration:
-            share = self.calibration / self.training
-            table.add_row("before it, choosing from data", f"{self.calibration / 2**20:,.1f}", f"{share:.1%}")
+            share = f"{self.calibration / self.training:.1%}"
+            rows.append(("before it, choosing from data", _mib(self.calibration), share))
         if self.gpu is not None:
             verdict = "fits" if self.fits else "does not fit"
-            table.add_row(f"GPU, {RESERVE / 2**20:,.0f} MiB of it held back", f"{self.gpu / 2**20:,.1f}", verdict)
+            rows.append((f"GPU, {_mib(RESERVE)} MiB of it held back", _mib(self.gpu), verdict))
+        made = table(("memory", "MiB", "share"), rows)
+        for column in made.columns[1:]:
+            column.justify = "right"
+        about = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        made.title, made.title_justify = f"{self.method} on {self.model}: {about}", "left"
         share = self.trained_numbers / self.base_numbers
-        table.caption = (
+        made.caption_justify = "left"
+        made.caption = (
             f"{self.trained_numbers:,} numbers train in {self.modules} modules, {share:.3%} of {self.base_numbers:,}."
         )
-        return table
+        return made
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return "\n".join([str(self.table()), "", *(f"- {line}" for line in self.assumptions)])
 
-        console = Console(width=100, markup=False)
-        with console.capture() as capture:
-            console.print(self.table())
-            for line in self.assumptions:
-                console.print(f"- {line}")
-        return capture.get().rstrip()
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 def estimate(
@@ -174,7 +169,7 @@ def estimate(
 
     def measure(**chosen: Any) -> tuple[str, DryRun]:
         label, config = adapter_config(config_or_method, **{**options, **chosen})
-        base = meta_base(base_config, bits, getattr(config, "task_type", None))
+        base = meta_base(base_config, bits, config)
         try:
             found = dry_run(base, config, input_gradients=input_gradients, **run)
         except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -250,7 +245,9 @@ def adapter_config(given: PeftConfig | methods.Method | str, **options: Any) -> 
 
 
 def _fields(config: PeftConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name, option in config.__dataclass_fields__.items() if option.init}
+    written = ("peft_type", "peft_version", "auto_mapping")  # by peft, not by who makes a config
+    found = {one.name: getattr(config, one.name) for one in fields(config) if one.init and one.name not in written}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
 def knob(given: PeftConfig | methods.Method | str, options: dict[str, Any]) -> tuple[str, bool]:

@@ -24,8 +24,8 @@ class MemoryTrace(TorchDispatchMode):
     """Bytes of the storages that operations make and that are alive, by what they are for, and at their highest.
 
     Operations that compute in one piece on a device are one piece here: the memory that kernels take for themselves is
-    not seen. Questions about values are answered as a batch without padding or packing would: `all` with True, others with
-    False, 0 or 1.0.
+    not seen. Questions about values are answered as a batch without padding or packing would: `all` with True, others
+    with False, 0 or 1.0.
 
     Args:
         held: tensors that were there before: they and views of them count nothing.

@@ -11,20 +11,16 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-TASK_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+from ..hub.base_model import base_class_name
+
 DTYPES = {4: torch.bfloat16, 8: torch.bfloat16, 16: torch.bfloat16, 32: torch.float32}
 """By the bits of the base's linear layers: dtype of everything else, and of the products."""
+_OF_TOKENS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM")
 BLOCK, BLOCKS_OF_BLOCKS = 64, 256
 """bitsandbytes: numbers that share a scale, and scales that share one of their own (double quantisation)."""
 
@@ -63,11 +59,14 @@ def read_model_config(model: Any) -> PretrainedConfig:
     return AutoConfig.from_pretrained(str(model))
 
 
-def meta_base(config: PretrainedConfig, bits: int = 16, task_type: str | None = None) -> PreTrainedModel:
+def meta_base(
+    config: PretrainedConfig, bits: int = 16, adapter: Mapping[str, Any] | PeftConfig | None = None
+) -> PreTrainedModel:
     """The frozen model of `config` on the meta device in training mode, its linear layers stored in `bits` bits.
 
     4: NF4 with double quantisation; 8: LLM.int8(); 16: bf16; 32: fp32. As transformers does, quantised models keep
-    their output embeddings in bf16.
+    their output embeddings in bf16. The class is that of the `adapter` config's task, else the config's own, else a
+    causal language model.
 
     Raises:
         ValueError: other bits, or a class that transformers does not have.
@@ -78,7 +77,7 @@ def meta_base(config: PretrainedConfig, bits: int = 16, task_type: str | None = 
     torch.set_default_dtype(DTYPES[bits])
     try:
         with torch.device("meta"):
-            model = _model_class(config, task_type)
+            model = _make(config, adapter or {})
     finally:
         torch.set_default_dtype(before)
     if bits < 16:
@@ -90,8 +89,10 @@ def meta_base(config: PretrainedConfig, bits: int = 16, task_type: str | None = 
     return model.requires_grad_(False).train()
 
 
-def _model_class(config: PretrainedConfig, task_type: str | None) -> PreTrainedModel:
-    name = TASK_CLASSES.get(task_type) or (config.architectures or ["AutoModelForCausalLM"])[0]
+def _make(config: PretrainedConfig, adapter: Mapping[str, Any] | PeftConfig) -> PreTrainedModel:
+    if not isinstance(adapter, Mapping):
+        adapter = {name: getattr(adapter, name, None) for name in ("task_type", "auto_mapping")}
+    name = base_class_name(adapter, config.architectures or ["AutoModelForCausalLM"])
     cls = getattr(transformers, name, None)
     if cls is None:
         raise ValueError(

@@ -18,7 +18,7 @@ CONFIGS = {
         r=0, density=0.02, target_modules="all-linear", pattern={"type": "grid", "rows": 0.25, "columns": 0.25}
     ),
     "blocks": lambda: SparseLoraConfig(
-        r=0, density=0.1, granularity="block", block_size=8, target_modules="all-linear"
+        r=0, density=0.15, granularity="block", block_size=8, target_modules="all-linear"
     ),
     "rows": lambda: SparseLoraConfig(r=0, density=0.1, granularity="row", target_modules="all-linear"),
     "columns": lambda: SparseLoraConfig(r=0, density=0.1, granularity="column", target_modules="all-linear"),

@@ -32,11 +32,13 @@ def test_what_is_counted_without_weights_is_what_a_model_with_weights_keeps(kind
     bits = {"bf16": 16, "nf4": 4, "fp32": 32}[base]
     with_weights = tiny.base(base, compute_dtype=torch.bfloat16)
     if base == "nf4":
-        with_weights.to(torch.bfloat16)  # as transformers loads it: what is not quantised in the compute dtype
+        for parameter in with_weights.parameters():  # as loaded with dtype="bfloat16": what is not quantised
+            parameter.data = parameter.data.bfloat16() if parameter.dtype == torch.float32 else parameter.data
     real, told = measured(with_weights, CONFIGS[kind]()), found(kind, bits)
     sizes = {part.name: part.bytes for part in told.parts}
     assert sum(sizes.get(name, 0) for name in AT_REST) == pytest.approx(real["at_rest"], rel=0.01)
-    assert told.saved == pytest.approx(real["saved"], rel=0.01)
+    # What a grid keeps follows from the costs of a device's products (ops/costs.json): a GPU's here, a CPU's there.
+    assert told.saved == pytest.approx(real["saved"], rel=0.1 if kind == "grid" else 0.001)
     assert sizes["optimizer state"] == real["optimizer"]
     assert told.trained_numbers * 4 == real["gradients"]
     assert told.training == sum(sizes.values()) > sum(sizes[name] for name in AT_REST & set(sizes)) + told.saved
@@ -154,6 +156,9 @@ def test_sizes_of_memory():
 
 
 def test_the_table_adds_up():
-    text = str(found("hybrid", 4))
+    told = found("hybrid", 4)
+    text = str(told.table())
     assert "training, at its highest" in text
-    assert f"{found('hybrid', 4).trained_numbers:,} numbers train" in text
+    assert f"{told.trained_numbers:,} numbers train" in text
+    assert all(part.name in text for part in told.parts)
+    assert all(line in str(told) for line in told.assumptions)

@@ -43,9 +43,8 @@ def test_within_a_tenth_of_what_a_step_takes(base, name):
         input_gradients=True,
     )  # fmt: skip
     kept = (told.saved, real["saved_bytes"])
-    print(
-        f"{kind} {name}: kept {kept[0] / 2**20:.1f} of {kept[1] / 2**20:.1f} MiB, peak {told.training / 2**20:.1f} of {peak / 2**20:.1f} MiB, {told.training / peak:.3f}"
-    )
+    figures = [f"{size / 2**20:.1f}" for size in (*kept, told.training, peak)]
+    print(f"{kind:5s}{name:8s} kept, peak: estimated and measured MiB {figures}, {told.training / peak:.3f}")
     assert told.trained_numbers == real["trained_numbers"]
     assert kept[0] == pytest.approx(kept[1], rel=0.1)
     assert told.training == pytest.approx(peak, rel=0.1)
