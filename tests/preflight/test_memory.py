@@ -38,7 +38,7 @@ def test_what_is_counted_without_weights_is_what_a_model_with_weights_keeps(kind
     sizes = {part.name: part.bytes for part in told.parts}
     assert sum(sizes.get(name, 0) for name in AT_REST) == pytest.approx(real["at_rest"], rel=0.01)
     # What a grid keeps follows from the costs of a device's products (ops/costs.json): a GPU's here, a CPU's there.
-    assert told.saved == pytest.approx(real["saved"], rel=0.1 if kind == "grid" else 0.001)
+    assert told.saved == pytest.approx(real["saved"], rel=0.1 if kind == "grid" else 0.01)
     assert sizes["optimizer state"] == real["optimizer"]
     assert told.trained_numbers * 4 == real["gradients"]
     assert told.training == sum(sizes.values()) > sum(sizes[name] for name in AT_REST & set(sizes)) + told.saved
