@@ -22,14 +22,15 @@ import _quiet  # noqa: F401
 import datasets
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from reporting import draw_report, print_table
+from reporting import print_table
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, SupportTelemetryCallback, hub, methods
+from hf_sparse_peft.hub.push import check_base_name
 from hf_sparse_peft.methods import Method
-from hf_sparse_peft.training import draw_support_history
+from hf_sparse_peft.training import draw_run, draw_support_history
 from hf_sparse_peft.training.recipe_files import checked_options, parse_recipe
 from hf_sparse_peft.tuners.shared.config import AdapterConfig
 
@@ -47,6 +48,9 @@ class RecipeArguments:
     """What is trained, on how much."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Base; empty: a small one that needs no network."})
+    base_model: str = field(
+        default="", metadata={"help": "Hub id of the base, for the card and those who load a pushed adapter."}
+    )
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 with double quantisation; False: a dense base."})
     adapter: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of SparseLoraConfig."})
     method: str = field(
@@ -211,6 +215,11 @@ def fine_tune(
     except ValueError as error:
         raise SystemExit(f"{Path(script).name}: {error}") from error
     model = get_peft_model(base, method.config)
+    if push and isinstance(method.config, AdapterConfig):
+        try:
+            check_base_name(model, base_model=recipe.base_model or None)
+        except ValueError as error:
+            raise SystemExit(f"{Path(script).name}: {error} Here that is --base_model owner/name.") from error
     if not args.resume_from_checkpoint:  # which brings what was prepared
         method.prepare(model, load_dense and first_run(load_dense, args, **data))
     model.print_trainable_parameters()
@@ -237,7 +246,8 @@ def fine_tune(
         "trainable": model.get_nb_trainable_parameters()[0],
     }
     if not args.process_index:
-        card = {"training_data": [source] if source.count("/") == 1 and " " not in source else source}
+        card: dict[str, Any] = {"base_model": recipe.base_model or None}
+        card["training_data"] = [source] if source.count("/") == 1 and " " not in source else source
         card["notes"] = (
             f"Trained for {trainer.state.global_step} steps by recipes/{Path(script).name}, seed {args.seed}."
         )
@@ -275,7 +285,7 @@ def finish(
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     name = card["method"] if method.info else "SparseLora"
     title = f"{name}, seed {args.seed}"
-    draw_report(output / "report.png", trainer.state.log_history, telemetry.history, title)
+    draw_run(trainer.state.log_history, telemetry.history, output / "report.png", title)
     draw_support_history(telemetry.history, output / "support.png", title)
     rows = [("trainable numbers", f"{figures['trainable_before']:,}", f"{figures['trainable']:,}")]
     for figure, (label, form) in shown.items():

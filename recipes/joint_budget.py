@@ -39,7 +39,7 @@ from transformers import DataCollatorForSeq2Seq
 # isort: split
 import demo_data  # found by harness
 
-from hf_sparse_peft.training.support_picture import save_picture
+from hf_sparse_peft.utils.pictures import heat_map, save_picture
 
 ENTRIES = "criterion=random,budget={type: numbers, numbers: $%s}"
 JOINT = f"joint-budget:r=$start_rank,lora_alpha=$start_alpha,{ENTRIES % 'start_entries'},fraction=$fraction"
@@ -118,12 +118,7 @@ def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     top = max(float(part[2].max()) for parts in shares.values() for part in parts)
     for line, (name, parts) in zip(axes, shares.items(), strict=True):
         for axis, kind, (layers, modules, values) in zip(line, PANELS.values(), parts, strict=True):
-            image = axis.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-            for (row, column), value in np.ndenumerate(values):
-                colour = "white" if value < 0.6 * top else "black"
-                axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-            axis.set_xticks(range(len(modules)), modules, fontsize=8)
-            axis.set_yticks(range(len(layers)), layers)
+            image = heat_map(axis, values, layers, modules, top=top, label=None, numbers=".1f")
             axis.set(ylabel="layer", title=f"{name}: {kind}, {values.sum():.1f} % of the numbers")
     figure.colorbar(image, ax=axes, label="% of the trained numbers at the end")
     save_picture(figure, path, dpi=110)

@@ -43,7 +43,7 @@ def push_to_hub(
         ValueError: `model` is no PeftModel with an adapter of this package of that name, or its base is named by a path
             of this machine, where nobody else finds it.
     """
-    _check_base_name(model, adapter_name, base_model)
+    check_base_name(model, adapter_name, base_model)
     api = HfApi(token=token, library_name="hf-sparse-peft")
     with tempfile.TemporaryDirectory() as folder:
         # The card is rendered before the repo exists: a mistake in its arguments leaves no empty repo behind.
@@ -67,7 +67,12 @@ def push_to_hub(
         )
 
 
-def _check_base_name(model: PeftModel, adapter_name: str, base_model: str | None) -> None:
+def check_base_name(model: PeftModel, adapter_name: str = "default", base_model: str | None = None) -> None:
+    """Refuse to name the base of a pushed adapter by a path, here or before a run whose end is a push.
+
+    Raises:
+        ValueError: neither `base_model` nor the adapter's config has a Hub id, and one of them has a path.
+    """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     named = base_model or getattr(config, "base_model_name_or_path", None)
     if named is None or (is_repo_id(named) and (base_model or not os.path.exists(named))):

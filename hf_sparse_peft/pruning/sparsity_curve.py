@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..training.support_picture import save_picture
 from ..utils.file_writing import whole_file
+from ..utils.pictures import heat_map, layer_label, new_figure, save_picture
 from .one_shot import SCOPES, one_shot_pruned
 
 DEFAULT_SPARSITIES = tuple(step / 10 for step in range(10))
@@ -170,16 +170,11 @@ def _draw(path: Path, main: EssentialSparsity, others: tuple[EssentialSparsity, 
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install matplotlib.") from error
     rows = len(main.zero_fractions)
-    # No pyplot: it would choose a backend for the whole process.
-    figure = Figure(figsize=(9, 5 + max(2.5, 0.18 * rows)), layout="constrained")
+    figure = new_figure(9, 5 + max(2.5, 0.18 * rows), "plot()")
     top, bottom = figure.subplots(2, 1, height_ratios=(5, max(2.5, 0.18 * rows)))
     _draw_curves(top, main, others)
-    _draw_zero_fractions(figure, bottom, main)
+    _draw_zero_fractions(bottom, main)
     save_picture(figure, path, dpi=120)
 
 
@@ -213,19 +208,10 @@ def _draw_curves(axis: Any, main: EssentialSparsity, others: tuple[EssentialSpar
     axis.legend(title="what is removed", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
-def _draw_zero_fractions(figure: Any, axis: Any, main: EssentialSparsity) -> None:
+def _draw_zero_fractions(axis: Any, main: EssentialSparsity) -> None:
     names = list(main.zero_fractions)
     fractions = [[100 * sparsity for sparsity in main.zero_fractions[name]] for name in names]
-    mesh = axis.imshow(fractions, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-    axis.set_xticks(range(len(main.sparsities)), [f"{100 * s:g}" for s in main.sparsities])
-    axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7 if len(names) > 20 else 9)
+    removed = [f"{100 * s:g}" for s in main.sparsities]
+    heat_map(axis, fractions, [layer_label(name) for name in names], removed, top=100.0)
     title = f"zeros in each matrix [%] ({_LABELS[main.scope]})"
     axis.set(xlabel="weights removed from the whole model [%]", title=title)
-    figure.colorbar(mesh, ax=axis, pad=0.01)
-
-
-def _short(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj` -> `3.q_proj`."""
-    parts = name.split(".")
-    number = next((part for part in parts if part.isdigit()), "")
-    return f"{number}.{parts[-1]}" if number else parts[-1]

@@ -8,7 +8,7 @@ from .loop import Controller
 from .optimizers import AdamWSpec, AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
 from .runner import RuleRunner
-from .support_picture import draw_support_history
+from .support_picture import draw_run, draw_support_history
 from .telemetry import SupportTelemetryCallback
 from .trainers import TwoPassTrainer
 from .upstream_runs import prepare_upstream
@@ -34,6 +34,7 @@ __all__ = [
     "ZerothOrderTrainer",
     "calibrate",
     "callbacks_for",
+    "draw_run",
     "draw_support_history",
     "initialize_support",
     "initialize_upstream",

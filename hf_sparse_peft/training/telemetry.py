@@ -17,6 +17,7 @@ from ..rules import UnitSpace
 from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.file_writing import whole_file
+from .panels import NUMBERS
 from .record_log import RecordLog
 from .support_tracker import GradientShare, SupportTracker, quantiles
 
@@ -35,6 +36,7 @@ class SupportTelemetryCallback(TrainerCallback):
 
     - `density`: fraction of the weight's units that are alive: of a support, or the entries of a kernel that survive;
     - `rank`: living components; other kinds of spaces whose units are no parts of the weight likewise, by their kind;
+    - `numbers/support`, `numbers/rank`, ...: trained numbers of the living units, where kinds of units can differ;
 
     and of supports, and every space whose units are parts of the weight and move,
 
@@ -191,6 +193,7 @@ class SupportTelemetryCallback(TrainerCallback):
             tracker = tracker if tracker is not None and tracker.space == space else None
             count = space.count if tracker is None else tracker.units.numel()
             record.setdefault(_field(space), {})[key] = count / space.size if space.unit_entries else count
+            record.setdefault(NUMBERS + space.kind, {})[key] = count * space.unit_numel
             if space.unit_entries:
                 total["entries"] += count * space.unit_entries
                 total["numel"] += space.layer.out_features * space.layer.in_features
@@ -251,7 +254,8 @@ def _record_check(model: torch.nn.Module) -> Callable[[Any], bool]:
     """Whether something that was read from a log is a record of this model's modules."""
     spaces = _spaces(model)
     known = {key for key, _ in spaces}
-    by_module = tuple(dict.fromkeys((*_BY_MODULE, *(_field(space) for _, space in spaces))))
+    fields = [field for _, space in spaces for field in (_field(space), NUMBERS + space.kind)]
+    by_module = tuple(dict.fromkeys((*_BY_MODULE, *fields)))
 
     def is_record(record: Any) -> bool:
         if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -279,6 +283,8 @@ def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:
     if total["square"]:
         figures["gradient_share"] = total["seen"] / total["square"]
     for kind, counts in record.items():  # the mean size of spaces whose units are no parts of the weight
-        if kind not in ("density", "churn", "overlap", "age", "gradient_share") and isinstance(counts, dict) and counts:
+        if kind in ("density", "churn", "overlap", "age", "gradient_share") or kind.startswith(NUMBERS):
+            continue
+        if isinstance(counts, dict) and counts:
             figures[kind] = sum(counts.values()) / len(counts)
     return figures

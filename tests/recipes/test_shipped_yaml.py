@@ -97,7 +97,7 @@ def test_yaml_runs_on_stand_ins_of_its_model_and_data(path, offline, models, tmp
     import common
 
     if path.parent != RECIPES:  # pictures of the others say that they are drawn
-        monkeypatch.setattr(common, "draw_report", lambda *_: None)
+        monkeypatch.setattr(common, "draw_run", lambda *_: None)
         monkeypatch.setattr(common, "draw_support_history", lambda *_: None)
     figures = recipe.main([str(path), *short, *SMALLER.get(path.stem, []), f"output_dir={tmp_path}"])
     assert figures["train_loss"] > 0

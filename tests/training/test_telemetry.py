@@ -269,7 +269,7 @@ def test_units_of_a_kind_that_telemetry_never_heard_of_are_counted_and_drawn_und
     class Core(UnitSpace):
         kind: ClassVar[str] = "core"
         size = capacity = 7
-        count = 5
+        count, unit_numel = 5, 3
 
     model, telemetry = adapted(make_config()), SupportTelemetryCallback(every=2)
     layer_class, own = type(layers_of(model)[0]), type(layers_of(model)[0]).unit_spaces
@@ -277,6 +277,7 @@ def test_units_of_a_kind_that_telemetry_never_heard_of_are_counted_and_drawn_und
     run(model, tmp_path, 4, after=[telemetry, StopAt(2, stop=False)])
     last = records(tmp_path)[-1]
     assert last["core"] == {layer.module_name: 5 for layer in layers_of(model)}
+    assert last["numbers/core"] == {layer.module_name: 15 for layer in layers_of(model)}
     assert last["model"]["core"] == 5
     assert set(last["density"]) == {layer.module_name for layer in layers_of(model)}
     resumed = SupportTelemetryCallback(every=2)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...training.support_picture import save_picture
+from ...utils.pictures import heat_map, new_figure, save_picture
 
 
 def draw_modules(
@@ -28,11 +28,6 @@ def draw_modules(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install matplotlib.") from error
     places = {name: _place(name) for name in values}
     blocks = sorted({block for block, _ in places.values()}, key=lambda block: (block is None, block))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
@@ -40,22 +35,12 @@ def draw_modules(
     for name, value in values.items():
         block, kind = places[name]
         grid[blocks.index(block)][kinds.index(kind)] = value
-    figure = Figure(figsize=(2.5 + 0.9 * len(kinds), 2.2 + 0.28 * len(blocks)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.5 + 0.9 * len(kinds), 2.2 + 0.28 * len(blocks))
     axis = figure.subplots()
-    image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
-    axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    axis.set_yticks(range(len(blocks)), ["-" if block is None else str(block) for block in blocks])
+    rows = ["-" if block is None else str(block) for block in blocks]
+    heat_map(axis, grid, rows, kinds, top=top, label=label, numbers="g")
     axis.set_ylabel("block")
     axis.set_title(title, fontsize=10)
-    if len(values) <= 400:
-        middle = (top if top is not None else max(values.values(), default=1.0)) / 2
-        for y, row in enumerate(grid):
-            for x, value in enumerate(row):
-                if not math.isnan(value):
-                    color = "white" if value < middle else "black"
-                    axis.text(x, y, f"{value:g}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=axis, label=label)
     save_picture(figure, path, dpi=130)
     return Path(path)
 
