@@ -4,6 +4,7 @@ from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
+from .shared.mixed import serve_mixed_models
 from .sparse_lora import (
     FactorMaskConfig,
     GradientProjection,
@@ -16,6 +17,7 @@ from .sparse_lora import (
 from .spectral_lora import SpectralLoraConfig, SpectralLoraLayer, SpectralLoraModel
 
 guard_loading()
+serve_mixed_models()
 end_runs_with_train()
 
 __all__ = [

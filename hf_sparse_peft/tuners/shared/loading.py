@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftMixedModel, PeftModel, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -49,6 +49,7 @@ def guard_loading() -> None:
         return
     from_pretrained = PeftModel.from_pretrained.__func__
     PeftModel.from_pretrained = classmethod(_guarded(from_pretrained, _from_pretrained))
+    PeftMixedModel.from_pretrained = classmethod(_guarded(PeftMixedModel.from_pretrained.__func__, _from_pretrained))
     PeftModel.load_adapter = _guarded(PeftModel.load_adapter, _load_adapter)
     PeftAdapterMixin.load_adapter = _guarded(PeftAdapterMixin.load_adapter, _load_into_transformers)
     PeftAdapterMixin.add_adapter = _guarded(PeftAdapterMixin.add_adapter, _add_to_transformers)

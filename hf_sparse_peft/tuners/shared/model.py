@@ -63,6 +63,8 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
     parameter_cls: type[AdapterLayer] | None = None
     """The layer over a parameter of `target_parameters`, for tuners whose config has that option."""
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    beside_others: bool = False
+    """Whether the model is a mixed one: layers of other tuners may lie around ours."""
     _targets_of_state_dict: set[str] | None = None
     _asked_targets: Any = None
     _copied_from: MappingProxyType[str, str] = MappingProxyType({})
@@ -192,6 +194,8 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
                 "nn.Linear, transformers' Conv1D and quantised linear layers; leave it out with exclude_modules."
             )
         update = self._update_of(peft_config, name, base)
+        if self.beside_others and isinstance(target, BaseTunerLayer):
+            parent, target_name, target = _next_to_base(parent, target_name, target, self.tuner_layer_cls)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **update)
             self._advance()
@@ -327,3 +331,12 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
             ValueError: this tuner has no such adapter; that is so unless a tuner says how.
         """
         raise no_combination(like.peft_type.value)
+
+
+def _next_to_base(
+    parent: nn.Module, target_name: str, target: nn.Module, kind: type[AdapterLayer]
+) -> tuple[nn.Module, str, nn.Module]:
+    """In a nest of layers that begins with `target`: the layer of that kind, else the base, with what holds it."""
+    while isinstance(target, BaseTunerLayer) and not isinstance(target, kind):
+        parent, target_name, target = target, "base_layer", target.base_layer
+    return parent, target_name, target

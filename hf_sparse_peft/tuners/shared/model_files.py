@@ -88,4 +88,10 @@ class ModelFiles:
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
-        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+        key = plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+        path, _, kind = key.rpartition(".")
+        if not kind.startswith(cls.prefix):
+            return key
+        while path.endswith(".base_layer"):  # inside of other tuners' layers, in a mixed model
+            path = path.removesuffix(".base_layer")
+        return f"{path}.{kind}"

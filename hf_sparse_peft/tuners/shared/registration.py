@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.metadata
+from collections.abc import Callable
 
 import aenum
 from packaging.version import Version
@@ -53,6 +54,8 @@ def register_tuner(config_cls: type, model_cls: type) -> None:
     Raises:
         ValueError: the config has no name.
     """
+    import peft.tuners.mixed.model
+    from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
@@ -65,7 +68,11 @@ def register_tuner(config_cls: type, model_cls: type) -> None:
     train_task_heads()
     TUNERS[name.upper()] = model_cls
     if name.upper() not in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)
+    compatible = peft.tuners.mixed.model.COMPATIBLE_TUNER_TYPES
+    if PeftType[name.upper()] not in compatible:
+        compatible = (*compatible, PeftType[name.upper()])
+        peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.model.COMPATIBLE_TUNER_TYPES = compatible
 
 
 def count_living_parameters() -> None:
@@ -75,11 +82,14 @@ def count_living_parameters() -> None:
     Shapes never change while supports and ranks move, so counting `numel()` would overstate what trains. Models whose
     tuner has no `dead_parameters` are counted as before.
     """
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
 
-    original = PeftModel.get_nb_trainable_parameters
-    if getattr(original, "_counts_living", False):
-        return
+    for model_cls in (PeftModel, PeftMixedModel):
+        if not getattr(model_cls.get_nb_trainable_parameters, "_counts_living", False):
+            model_cls.get_nb_trainable_parameters = _counting_living(model_cls.get_nb_trainable_parameters)
+
+
+def _counting_living(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -91,7 +101,7 @@ def count_living_parameters() -> None:
         return trainable - dead - frozen, everything - dead
 
     get_nb_trainable_parameters._counts_living = True
-    PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters
+    return get_nb_trainable_parameters
 
 
 def train_task_heads() -> None:
