@@ -159,7 +159,7 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
     experts = {
         f"{name}.{own}".replace(".base_layer.", "."): tensor
         for name, module in modules
-        for own, tensor in _expert_parameters(name, module)
+        for own, tensor in expert_parameters(name, module)
     }
     experts = {name: tensor for name, tensor in experts.items() if name not in adapted}
     if not experts or not _asks_for_experts(config.target_modules if asked is None else asked, experts):
@@ -177,7 +177,8 @@ def _name_experts(config: PeftConfig, asked: Any, modules: list[tuple[str, nn.Mo
     )
 
 
-def _expert_parameters(module_name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def expert_parameters(module_name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of one module that hold a matrix per expert, with their own names."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Conv1D, parametrize.ParametrizationList)):
         return []  # the last: the parts of some layer's weight, such as norm and direction of a convolution's
     # One matrix per expert, or (DBRX) all of them below each other. Position embeddings begin with a dimension of 1.

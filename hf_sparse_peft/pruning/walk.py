@@ -1,0 +1,304 @@
+"""`prune_model`: a model's weights pruned for good, block by block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..sparsity import pack_bits
+from ..tuners.shared.rollback import uninterrupted
+from ..tuners.shared.target_checks import expert_parameters
+from ..utils.file_length import read_safetensors
+from ..utils.file_writing import whole_file
+from ..utils.parts import load_part_by_name
+from ..utils.tables import Table, table
+from .block_inputs import Block, BlockInputs, blocks_of, collect
+from .input_statistics import InputStatistics
+from .one_shot import PrunableLayer, prunable_layers
+from .one_shot_methods import PruningMethod
+from .pruning_patterns import PruningPattern, Unstructured
+
+WALK_FILE = "pruning.json"
+Pruned = dict[str, tuple[Tensor, Tensor]]
+"""Weight and mask of what was removed, by layer."""
+
+
+@dataclass
+class PruningReport:
+    """What `prune_model` did."""
+
+    method: PruningMethod
+    pattern: PruningPattern
+    entries: dict[str, int] = field(default_factory=dict)
+    """Entries of each pruned weight."""
+    zeros: dict[str, int] = field(default_factory=dict)
+    """Entries of it that are 0 now."""
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    """What was removed from each weight: bits (`sparsity.unpack_bits(mask, entries)`), on the CPU."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned weights."""
+        return sum(self.zeros.values()) / max(sum(self.entries.values()), 1)
+
+    def table(self) -> Table:
+        """A row a weight: entries, zeros, sparsity."""
+        rows = [(name, count, self.zeros[name], self.zeros[name] / count) for name, count in self.entries.items()]
+        totals = ("all", sum(self.entries.values()), sum(self.zeros.values()), self.sparsity)
+        return table(("weight", "entries", "zeros", "sparsity"), rows, totals=totals)
+
+
+@torch.no_grad()
+def prune_model(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    method: str | PruningMethod = "wanda",
+    sparsity: float | None = None,
+    pattern: str | PruningPattern | None = None,
+    target_modules: Any = "all-linear",
+    exclude_modules: Any = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> PruningReport:
+    """Set weights of the trunk's linear layers to 0 in one shot, in place.
+
+    Methods that read inputs walk from block to block, as their papers do: the calibration data runs through one block,
+    whose layers are then pruned, and through it again, so that the next block sees what pruned ones give. Statistics of
+    one block are alive at a time, and the hidden states of all batches. Padding that `attention_mask` hides does not
+    count. Weights of a block are written together, so that whatever ends the walk leaves whole blocks.
+
+    Args:
+        model: a transformers model with dense weights and no adapter.
+        dataloader: batches as the model takes them, `input_ids` and perhaps `attention_mask`; None where the method
+            reads no inputs.
+        method: "magnitude", "random", "wanda", "sparsegpt", "dsnot", or such a part with options.
+        sparsity: fraction of zeros, in [0, 1); None: 0.5, or what the pattern fixes.
+        pattern: None: anywhere (`Unstructured()`); `NM(2, 4)`.
+        target_modules, exclude_modules: as in a peft config; embeddings and heads stay out.
+        checkpoint: a folder that every finished block is written to. A walk that was killed goes on from there, on the
+            model as it was first loaded, with the same arguments and data, and ends as if it had never stopped.
+        seed: of random draws.
+        show_progress: whether a bar shows on stderr.
+
+    Raises:
+        ValueError: an option out of range; a model with 4-bit weights, adapters, shared weights or experts in 3-D
+            parameters; data that is missing or not finite; a checkpoint of another walk.
+    """
+    method = _part(PruningMethod, method, "method")
+    pattern = _part(PruningPattern, Unstructured() if pattern is None else pattern, "pattern")
+    sparsity = _sparsity(sparsity, pattern)
+    layers = prunable_layers(model, target_modules, exclude_modules)
+    _refuse(model, layers, pattern)
+    reads = method.all_reads()
+    if reads and dataloader is None:
+        raise ValueError(f"method='{method.part_type}' reads the inputs of layers: pass a dataloader.")
+    blocks = blocks_of(model, layers) if reads else [Block(layer.name, layer.module, [layer]) for layer in layers]
+    walk = _Walk(method, sparsity, pattern, seed, None if checkpoint is None else Path(checkpoint))
+    walk.begin(layers)
+    report = PruningReport(method, pattern)
+    with _evaluating(model):
+        inputs = collect(model, blocks, dataloader, _device(layers)) if reads else None
+        for number, block in enumerate(tqdm(blocks, desc="Pruning", unit="block", disable=not show_progress)):
+            pruned = walk.load(number, block) or walk.prune(block, inputs, reads)
+            walk.save(number, pruned)
+            with uninterrupted():
+                for layer in block.layers:
+                    weight, gone = pruned[layer.name]
+                    layer.weight().copy_(weight)
+                    report.entries[layer.name] = weight.numel()
+                    report.zeros[layer.name] = int((weight == 0).sum())
+                    report.masks[layer.name] = pack_bits(gone).cpu()
+            if inputs is not None and number + 1 < len(blocks):
+                inputs.hidden = [inputs.call(block, at) for at in range(len(inputs.hidden))]
+    return report
+
+
+@dataclass
+class _Walk:
+    """How each block is pruned, and where finished ones are kept."""
+
+    method: PruningMethod
+    sparsity: float
+    pattern: PruningPattern
+    seed: int
+    folder: Path | None
+
+    def prune(
+        self, block: Block, inputs: BlockInputs | None, reads: frozenset[str]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pruned weight, in its dtype, and mask of each layer of a block; the layers stay as they are."""
+        read = {} if inputs is None else _statistics(block, inputs, reads)
+        found = {}
+        for layer in block.layers:
+            weight = layer.weight()
+            statistics = read.get(layer.name)
+            if not weight.isfinite().all():
+                raise ValueError(f"The weight of '{layer.name}' is not finite: load the model again.")
+            values, gone = self.method.prune(
+                weight.float(), statistics, self.sparsity, self.pattern, layer.name, self.seed
+            )
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"method='{self.method.part_type}' gives '{layer.name}' weights that are not finite. Calibrate "
+                    "with more tokens than its inputs, or choose method='wanda'."
+                )
+            found[layer.name] = (values.to(weight.dtype), gone)
+        return found
+
+    def begin(self, layers: list[PrunableLayer]) -> None:
+        """Start or find the checkpoint folder.
+
+        Raises:
+            ValueError: it is of another walk.
+        """
+        if self.folder is None:
+            return
+        about = {
+            "method": self.method.to_dict(),
+            "sparsity": self.sparsity,
+            "pattern": self.pattern.to_dict(),
+            "seed": self.seed,
+            "weights": {layer.name: list(layer.weight().shape) for layer in layers},
+        }
+        about = json.loads(json.dumps(about))
+        file = self.folder / WALK_FILE
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            other = [key for key in about if found.get(key) != about[key]]
+            if other:
+                raise ValueError(
+                    f"'{self.folder}' holds another pruning walk, with another {other[0]}. Choose another folder, or "
+                    "delete it."
+                )
+            return
+        with whole_file(file) as temporary:
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"block_{number:05d}.safetensors"
+
+    def load(self, number: int, block: Block) -> Pruned | None:
+        """A block that an earlier call finished; None where there is none."""
+        if self.folder is None or not self._file(number).exists():
+            return None
+        tensors, _ = read_safetensors(self._file(number))
+        found = {}
+        for layer in block.layers:
+            weight, gone = tensors.get(f"{layer.name}.weight"), tensors.get(f"{layer.name}.removed")
+            old = layer.weight()
+            fits = weight is not None and gone is not None and weight.shape == gone.shape == old.shape
+            if not fits or weight.dtype != old.dtype:
+                raise ValueError(f"'{self._file(number)}' does not fit '{layer.name}': delete it, to prune it again.")
+            found[layer.name] = (weight.to(old.device), gone.bool().to(old.device))
+        return found
+
+    def save(self, number: int, pruned: Pruned) -> None:
+        """Write a finished block, whole."""
+        if self.folder is None or self._file(number).exists():
+            return
+        tensors = {}
+        for name, (weight, gone) in pruned.items():
+            tensors[f"{name}.weight"] = weight.contiguous().cpu()
+            tensors[f"{name}.removed"] = gone.to(torch.uint8).contiguous().cpu()
+        with whole_file(self._file(number)) as temporary:
+            save_file(tensors, temporary)
+
+
+def _statistics(block: Block, inputs: BlockInputs, reads: frozenset[str]) -> dict[str, InputStatistics]:
+    """What reaches each layer of a block, over all batches."""
+    found, hooks, current = {}, [], {"mask": None}
+    for layer in block.layers:
+        found[layer.name] = InputStatistics(layer.grid.cols, reads, layer.weight().device)
+        add = found[layer.name].add
+        hooks.append(layer.module.register_forward_pre_hook(lambda _, args, add=add: add(args[0], current["mask"])))
+    try:
+        for at in range(len(inputs.hidden)):
+            current["mask"] = inputs.masks[at]
+            inputs.call(block, at)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    silent = [name for name, statistics in found.items() if not statistics.tokens]
+    if silent:
+        raise ValueError(
+            f"No token of the data reaches '{silent[0]}'. Check the attention masks, use other data, or name it in "
+            "exclude_modules."
+        )
+    broken = [name for name, statistics in found.items() if not statistics.is_finite()]
+    if broken:
+        raise ValueError(
+            f"The inputs of '{broken[0]}' are not finite on this data. Under fp16 use bf16 or fp32; else look for the "
+            "batch, or for weights that are not finite."
+        )
+    return found
+
+
+def _part(kind: type, value: Any, field_name: str) -> Any:
+    found = load_part_by_name(kind, value, field_name)
+    if not isinstance(found, kind):
+        raise ValueError(f"{field_name}={value!r} cannot prune here: {found.reason}.")
+    return found
+
+
+def _sparsity(sparsity: float | None, pattern: PruningPattern) -> float:
+    fixed = pattern.fixed_sparsity()
+    if sparsity is None:
+        return 0.5 if fixed is None else fixed
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity!r} is no fraction in [0, 1): it is how much of the weights goes.")
+    if fixed is not None and abs(sparsity - fixed) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity} does not go with pattern={pattern}, which removes {fixed:g}. Leave it out."
+        )
+    return float(sparsity)
+
+
+def _refuse(model: nn.Module, layers: list[PrunableLayer], pattern: PruningPattern) -> None:
+    """Refuse what cannot be pruned in place, before anything is touched."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("The model has adapters, which were trained on the weights as they are. Prune the base first.")
+    quantised = next((layer.name for layer in layers if layer.backend is not None), None)
+    if quantised is not None:
+        raise ValueError(
+            f"'{quantised}' is quantised, and writing it would round it again. Prune the dense model, then quantise: "
+            "zeros stay zeros in NF4, FP4 and int8."
+        )
+    experts = [f"{name}.{own}" for name, module in model.named_modules() for own, _ in expert_parameters(name, module)]
+    if experts:
+        raise ValueError(
+            f"Experts in 3-D parameters, such as '{experts[0]}', cannot be pruned here, and a model of which most "
+            "stays dense would be called sparse. Models whose experts are linear layers can."
+        )
+    owners: dict[int, str] = {}
+    for layer in layers:
+        pattern.check(layer.grid.rows, layer.grid.cols, layer.name)
+        other = owners.setdefault(layer.weight().data_ptr(), layer.name)
+        if other != layer.name:
+            raise ValueError(f"'{other}' and '{layer.name}' share one weight: name both in exclude_modules.")
+
+
+def _device(layers: list[PrunableLayer]) -> torch.device:
+    return layers[0].weight().device
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Evaluation mode, and the modes of all modules again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
