@@ -151,9 +151,10 @@ def _setup_context(ctx, inputs, output) -> None:
     owner, transposed, dequantized, rows, granularity, block_size, scale, may_read, read = inputs[11:]
     operands = Operands(*tensors)
     # Whether a gradient is read at a given step is not known when the graph is made; `may_read` says whether ever.
-    columns = kept_columns(granularity, rows, x, operands, may_read)
+    width = block_size if granularity == "block" else 1
+    columns = kept_columns(granularity, rows, x, operands, may_read, width)
     ctx.columns_only = columns is not None
-    kept = x if columns is None else take_columns(x.reshape(-1, x.shape[-1]), columns)
+    kept = x if columns is None else take_columns(x.reshape(-1, x.shape[-1]), columns, width)
     ctx.save_for_backward(kept, weight, *operands)
     ctx.options = (owner, transposed, dequantized, x.shape[-1], granularity, block_size, scale, read, ctx.columns_only)
 

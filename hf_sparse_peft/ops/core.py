@@ -17,7 +17,7 @@ from .entries import EntryIndex
 from .sources import DenseSource, Source, Support
 from .subgrid import subgrid_gradient, take_columns
 from .support_product import add_support_product_, add_transposed_support_product_, beside_form, runs_beside
-from .units import column_gradient, compacted_gradient, unit_gradient
+from .units import column_gradient, compacted_gradient, narrowed_blocks, unit_gradient
 
 
 class GradientReader(Protocol):
@@ -58,6 +58,11 @@ class Plan:
     """Answers otherwise once packed entries, which lie in a buffer of the layer, have moved."""
 
     @property
+    def column_width(self) -> int:
+        """Columns of the weight that are kept or left together."""
+        return self.block_size if self.granularity == "block" else 1
+
+    @property
     def shows_gradient(self) -> bool:
         """Whether somebody wants to see the dense gradient."""
         return self.gradient_reader is not None or self.passive_reader is not None
@@ -78,7 +83,7 @@ class Operands(NamedTuple):
     """Rows of a sub-grid `[R]`, sorted and distinct. A subnet is all of it: it has no `units`, and values `[R, C]`
     (`ops.subgrid`). All of a support of entries may be known to lie in one."""
     live_columns: torch.Tensor | None = None
-    """Columns of the sub-grid, `[C]`."""
+    """Columns of the sub-grid, `[C]`. Of blocks the columns of blocks that have one, where they are known."""
 
 
 class Gradients(NamedTuple):
@@ -97,13 +102,14 @@ _MOST_KEPT = 1 / 3
 
 
 def kept_columns(
-    granularity: str, rows: int, x: torch.Tensor, operands: Operands, shows_gradient: bool
+    granularity: str, rows: int, x: torch.Tensor, operands: Operands, shows_gradient: bool, width: int = 1
 ) -> torch.Tensor | None:
-    """The columns of `x` `[..., cols]` that the backward pass needs, where it does not need all of them."""
+    """The columns of `x` `[..., cols]` that the backward pass needs, in steps of `width` (`Plan.column_width`); None
+    where it needs all of them."""
     if operands.values is None or operands.A is not None or shows_gradient:
         return None
     columns = operands.units if granularity == "column" else operands.live_columns
-    if columns is None or columns.shape[0] > _MOST_KEPT * x.shape[-1]:
+    if columns is None or width * columns.shape[0] > _MOST_KEPT * x.shape[-1]:
         return None
     if granularity == "entry":
         costs, subgrid = costs_of(x.device.type, x.dtype), (operands.live_rows.shape[0], columns.shape[0])
@@ -131,7 +137,7 @@ def backward_product(
     needs: Gradients,
     columns_only: bool,
 ) -> Gradients:
-    """Gradients for `dy` `[tokens, rows]`; `x2d` `[tokens, cols]`, or its columns of the support (`columns_only`).
+    """Gradients for `dy` `[tokens, rows]`; `x2d` `[tokens, cols]`, or its columns by `kept_columns` (`columns_only`).
 
     `needs` has True where a gradient is asked for.
     """
@@ -225,8 +231,12 @@ def _values_gradient(dy, x2d, support, plan, needed, columns_only, dy_rows) -> t
         gradient = subgrid_gradient(dy_rows, x2d if columns_only else take_columns(x2d, support.live_columns))
     elif columns_only and plan.granularity == "entry":
         gradient = compacted_gradient(dy_rows, x2d, support.units)
-    elif columns_only:
+    elif columns_only and plan.granularity == "column":
         gradient = column_gradient(dy, x2d)
+    elif columns_only:
+        per_row = plan.cols // plan.block_size
+        units = narrowed_blocks(support.units, support.live_columns, per_row)
+        gradient = unit_gradient(dy, x2d, units, "block", plan.block_size)
     else:
         gradient = unit_gradient(dy, x2d, support.units, plan.granularity, plan.block_size)
     return gradient.to(support.values.dtype)

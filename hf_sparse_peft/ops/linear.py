@@ -1,8 +1,9 @@
 r"""The one differentiable product of this package: :math:`Y = X (W + S)^\top + s\,((X A^\top) \odot g) B^\top + b`.
 
-Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns or a sub-grid are all that
-needs it, nothing where autograd keeps two factors of it), and references to parameters. The gradient exists at the
-support only; a dense one appears for a tile at a time, or for this one layer when a `gradient_reader` asks for it.
+Kept for the backward pass: `x` once, in the compute dtype (only `x[:, cols]` where columns, a sub-grid or blocks in few
+columns are all that needs it, nothing where autograd keeps two factors of it), and references to parameters. The
+gradient exists at the support only; a dense one appears for a tile at a time, or for this one layer when a
+`gradient_reader` asks for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def sparse_linear(
 
     Shapes: `x` `[..., cols]`; `values` see `ops.units`, `units` `[k]` sorted and distinct (packed entries: places
     and `counts`; see `ops.pack_entries`); `live_rows` `[R]` and `live_columns` `[C]`, a sub-grid: a subnet has values
-    `[R, C]` and no units, all entries of a support may be known to lie in one;
+    `[R, C]` and no units, all entries of a support may be known to lie in one, and all blocks in the columns of blocks
+    `live_columns`;
     `A` `[r, cols]`, `B` `[rows, r]`, `gate` `[r]`; `bias` `[rows]`.
     Returns `[..., rows]` in `plan.compute_dtype`.
     Dtypes: adapter tensors are masters (fp32 as a rule) and are cast to the compute dtype for the products; gradients
@@ -88,7 +90,7 @@ def _shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _columns_to_keep(x: torch.Tensor, plan: Plan, operands: Operands, needs_x: bool) -> torch.Tensor | None:
     global _kept_whole
-    columns = kept_columns(plan.granularity, plan.rows, x, operands, plan.shows_gradient)
+    columns = kept_columns(plan.granularity, plan.rows, x, operands, plan.shows_gradient, plan.column_width)
     if columns is None:
         _kept_whole = weakref.ref(x) if needs_x else _kept_whole
         return None
@@ -108,9 +110,10 @@ class _SparseLinear(torch.autograd.Function):
             columns = _columns_to_keep(x, plan, operands, needs_x and ctx.factors is None)
             ctx.columns_only = columns is not None
             x2d = x.reshape(-1, plan.cols)
-            # Entries are as a rule in a copy of the weight, and read no columns of the input in the forward pass.
-            read = columns is not None and (ctx.factors is None or plan.granularity != "entry")
-            x_columns = take_columns(x2d, columns) if read else None
+            # Entries are as a rule in a copy of the weight, and read no columns of the input in the forward pass;
+            # blocks read a few at a time.
+            read = columns is not None and (ctx.factors is None or plan.granularity in ("column", "subnet"))
+            x_columns = take_columns(x2d, columns, plan.column_width) if read else None
             y = forward_product(x2d, plan, operands, x_columns)
         kept = None if ctx.factors is not None or not needs_x else x if columns is None else x_columns
         ctx.save_for_backward(kept, *operands)
@@ -134,7 +137,7 @@ class _SparseLinear(torch.autograd.Function):
             operands = Operands(*operands)
             if ctx.factors is not None:
                 columns = operands.units if plan.granularity == "column" else operands.live_columns
-                x = ctx.factors.product(columns if ctx.columns_only else None)
+                x = ctx.factors.product(columns if ctx.columns_only else None, plan.column_width)
             x2d = None if x is None else x.reshape(x.shape[:-1].numel(), x.shape[-1])
             grads = backward_product(dy, x2d, plan, operands, needs, ctx.columns_only)
             grad_x = None if grads.x is None else grads.x.to(ctx.x_dtype).view(ctx.x_shape)

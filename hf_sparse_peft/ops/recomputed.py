@@ -17,12 +17,12 @@ class Factors:
     def __init__(self, node: torch.autograd.graph.Node) -> None:
         self._node = node
 
-    def product(self, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The input as `[tokens, cols]`, or its columns `[tokens, C]`."""
+    def product(self, columns: torch.Tensor | None = None, width: int = 1) -> torch.Tensor:
+        """The input as `[tokens, cols]`, or its columns `[tokens, C]`, which count in steps of `width`."""
         left, right = (side.reshape(-1, side.shape[-1]) for side in (self._node._saved_self, self._node._saved_other))
         if columns is None:
             return left * right
-        return take_columns(left, columns).mul_(take_columns(right, columns))
+        return take_columns(left, columns, width).mul_(take_columns(right, columns, width))
 
 
 def factors_of(x: torch.Tensor) -> Factors | None:

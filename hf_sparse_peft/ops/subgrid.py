@@ -17,8 +17,10 @@ import torch
 _SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def take_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`x[:, columns]` of `x` `[tokens, n]`, a copy."""
+def take_columns(x: torch.Tensor, columns: torch.Tensor, width: int = 1) -> torch.Tensor:
+    """`x[:, columns]` of `x` `[tokens, n]`, a copy; `columns` count in steps of `width`."""
+    if width > 1:
+        return x.unflatten(1, (-1, width)).index_select(1, columns.long()).flatten(1)
     if x.device.type != "cpu":
         return x.index_select(1, columns.long())
     # index_select along columns walks bf16 numbers one by one: 0.39 ms for a quarter of 1024 x 1024, this takes 0.11.

@@ -71,6 +71,13 @@ def block_position(units: torch.Tensor, per_row: int) -> tuple[torch.Tensor, tor
     return block_row, units - block_row * per_row
 
 
+def narrowed_blocks(units: torch.Tensor, live_columns: torch.Tensor, per_row: int) -> torch.Tensor:
+    """The numbers of block `units`, int64, once only `live_columns` (`[L]`, sorted) are left of `per_row` columns of
+    blocks; all of `units` lie in them."""
+    row, column = block_position(units, per_row)
+    return row * live_columns.numel() + torch.searchsorted(live_columns.long(), column)
+
+
 def read_units(
     weight: torch.Tensor, units: torch.Tensor | EntryIndex, granularity: str, block_size: int = 0
 ) -> torch.Tensor:

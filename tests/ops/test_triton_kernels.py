@@ -24,7 +24,8 @@ if __name__ == "__main__":  # `ops` by itself: the package's own __init__ takes 
     package = sys.modules["hf_sparse_peft"] = types.ModuleType("hf_sparse_peft")
     package.__path__ = [str(Path(__file__).parents[2] / "hf_sparse_peft")]
 
-from hf_sparse_peft.ops import EntryIndex, pack_entries, triton_kernels, unit_gradient
+from hf_sparse_peft.ops import EntryIndex, pack_entries, take_columns, triton_kernels, unit_gradient
+from hf_sparse_peft.ops.units import narrowed_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
@@ -109,6 +110,20 @@ def check_strided_inputs(device, seed):
     expect_entries(wide_dy, narrow_x, some_units(64 * 96, 80, gen, device))
     expect_blocks(wide_dy, narrow_x, some_units(4 * 6, 9, gen, device), 16)
     expect_blocks(dy[:1].expand(70, 64), x[:70], some_units(4 * 6, 9, gen, device), 16)
+
+
+def check_blocks_of_few_columns(device, seed):
+    """As a backward pass has them that kept no other columns of its input."""
+    for dtype in DTYPES:
+        dy, x, _ = draw(seed, 90, 64, 160, dtype, device)
+        units = torch.tensor([1, 8, 14, 28, 38, 39], dtype=torch.int32, device=device)
+        live = torch.tensor([1, 4, 8, 9], dtype=torch.int32, device=device)
+        narrow = take_columns(x, live, 16)
+        assert narrow.shape == (90, 64)
+        numbers = narrowed_blocks(units, live, 10)
+        expect_blocks(dy, narrow, numbers, 16)
+        whole = triton_kernels.block_gradient(dy, x, units, 16)
+        assert torch.equal(triton_kernels.block_gradient(dy, narrow, numbers, 16), whole)
 
 
 def check_blocks(device, seed):

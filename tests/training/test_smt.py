@@ -203,6 +203,24 @@ def test_a_fraction_is_of_all_two_dimensional_weights_of_the_model():
         assert sum(map(len, units(model).values())) == int(0.01 * entries) // SIZE**2 > 0
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+def test_one_column_of_blocks_keeps_its_slice_of_the_input_not_all_of_it(kind):
+    model = get_peft_model(tiny.base(kind), smt(attention=6, mlp=None))
+    calibrate(model, batches(4), show_progress=False)
+    layer = next(layer for layer in adapter_layers(model) if layer.units("default").numel())
+    count, dtype = layer.units("default").numel(), torch.bfloat16 if kind == "bf16" else torch.float32
+    layer.write_support("default", torch.arange(count, dtype=torch.int32) * 4 + 2)  # 32 columns are four of blocks
+    x, kept = torch.randn(20, 32, dtype=dtype, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    activations = [t for t in kept if t is not None and t.shape[:1] == (20,)]
+    assert [tuple(t.shape) for t in activations] == [(20, SIZE)]
+    assert activations[0].untyped_storage().nbytes() == 20 * SIZE * dtype.itemsize
+    y.float().sum().backward()
+    expected = x.detach()[:, 2 * SIZE : 3 * SIZE].double().sum(0).expand(count, SIZE, SIZE)
+    torch.testing.assert_close(layer.sparse_lora_values["default"].grad.double(), expected, rtol=1e-2, atol=1e-1)
+
+
 def test_blocks_that_do_not_divide_a_weight_are_refused_with_those_that_do():
     with pytest.raises(ValueError, match=r"q_proj.*block_size=24 does not divide.*: 1, 2, 4, 8, 16, 32"):
         get_peft_model(tiny.llama(), smt(block_size=24))

@@ -158,6 +158,7 @@ class PackedUnits(NamedTuple):
     live_rows: torch.Tensor | None = None
     """Entries that lie in a small part of rows and columns have these (int16 where that is enough)."""
     live_columns: torch.Tensor | None = None
+    """Blocks that do not move have theirs too, in steps of a block."""
 
 
 class KnownSupport(NamedTuple):
@@ -335,9 +336,17 @@ class SupportState(AdapterLayer):
             # `data` has no version of autograd's: a backward pass is not to refuse a buffer that a process group has
             # written again with the same bytes in between. Moves are noticed by `units_version`.
             packed = PackedUnits(*coded_parts(codes.data, grid, units.numel()), *_subgrid(units, grid))
+        elif grid.granularity == "block" and not self._may_move(adapter_name):
+            columns = torch.unique(units % (grid.cols // grid.block_size)).int()
+            packed = PackedUnits(units, live_columns=columns)
         known = KnownSupport(codes, codes.data_ptr(), version, coded_header(codes), packed)
         self._units[adapter_name] = known
         return known
+
+    def _may_move(self, adapter_name: str) -> bool:
+        """Whether a rule moves units: a compiled graph would be made anew for every number of columns."""
+        config = self.adapter_configs[adapter_name]
+        return config.has_schedule and any("units" in rule.writes for rule in config.rules)
 
     def refresh_units(self) -> None:
         """Decode again what was loaded: a compiled graph reads the decoded units without looking at the buffer.
