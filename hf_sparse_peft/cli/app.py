@@ -41,13 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def verb(
-    name: str, *, panel: str = "Commands", aliases: Mapping[str, str] | None = None
+    name: str,
+    *,
+    panel: str = "Commands",
+    aliases: Mapping[str, str] | None = None,
+    context_settings: dict[str, Any] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: enter a function as `sparse-peft NAME`, below `panel` in the help.
 
     Its parameters are annotated as typer has it, its docstring is the help. An error that its user can mend ends the
     command with status 1 and one message, in words of flags; a wrong combination of flags is a `typer.BadParameter`,
-    and ends it with 2. `aliases` are names of Python arguments in such errors, and the flags they have here.
+    and ends it with 2. `aliases` are names of Python arguments in such errors, and the flags they have here;
+    `context_settings` are typer's.
     """
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +70,7 @@ def verb(
                 print(f"sparse-peft {name}: {in_flags(str(error), command, aliases)}", file=sys.stderr)
                 raise typer.Exit(1) from error
 
-        app.command(name, rich_help_panel=panel)(run)
+        app.command(name, rich_help_panel=panel, context_settings=context_settings)(run)
         return run
 
     return enter
