@@ -40,6 +40,7 @@ ROOMS = {
     "hf_sparse_peft.tuners": "Tuners and configs",
     "hf_sparse_peft.methods": "Methods by name",
     "hf_sparse_peft.training": "Training",
+    "hf_sparse_peft.finetuning": "Runs from a YAML file",
     "hf_sparse_peft.rules": "Rules",
     "hf_sparse_peft.sparsity": "Scores, budgets, patterns, curves",
     "hf_sparse_peft.optim": "Optimizers",
