@@ -33,7 +33,6 @@ add_module_names = False
 
 html_theme = "furo"
 html_title = f"hf_sparse_peft {release}"
-html_static_path = ["_static"]
 html_show_sphinx = False
 
 ROOMS = {
