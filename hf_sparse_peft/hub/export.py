@@ -329,7 +329,7 @@ def _lora_factors(
 
 def _described(piece: Piece) -> str:
     if isinstance(piece, Entries):
-        return f"a support of {piece.grid.granularity} units"
+        return f"a support of {piece.grid.unit_name} units"
     return "a dense update"
 
 

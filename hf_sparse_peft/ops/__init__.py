@@ -4,6 +4,7 @@ from .autocast import autocast_dtype, autocast_off
 from .compiled import register_owner, sparse_linear_node
 from .core import Plan
 from .costs import Costs, write_costs
+from .diagonal import diagonal_shape
 from .entries import (
     CHUNK,
     EntryIndex,
@@ -34,6 +35,7 @@ __all__ = [
     "autocast_dtype",
     "autocast_off",
     "chunk_count",
+    "diagonal_shape",
     "entry_lines",
     "live_lines",
     "pack_entries",

@@ -12,6 +12,7 @@ import torch
 
 from . import triton_kernels
 from .costs import costs_of, entry_product_way, product_pays
+from .diagonal import add_diagonal_product_, diagonal_shape
 from .sources import Support
 from .subgrid import add_to_columns_, take_columns
 from .units import block_position, blocks_at_once
@@ -32,8 +33,9 @@ def runs_beside(
 
     A 16-bit output never takes rows, columns and blocks from a copy: small values would be rounded away. fp32 and fp64
     take what is cheaper, and so does the input gradient with blocks, which are the dearest: what it loses to a rounded
-    copy is below its own rounding. Subnets always run beside. Entries take what is cheapest (`ops.costs`): on a CPU a
-    product of their own for few tokens and a copy for many. `copied`: whether that copy is still to be made.
+    copy is below its own rounding. Subnets and diagonals always run beside. Entries take what is cheapest
+    (`ops.costs`): on a CPU a product of their own for few tokens and a copy for many. `copied`: whether that copy is
+    still to be made.
     """
     count = support.values.numel()
     costs = costs_of(support.values.device.type, dtype)
@@ -41,7 +43,7 @@ def runs_beside(
         size = tokens, rows, cols, count, support.units.subgrid
         return entry_product_way(costs, *size, gradient=gradient, copied=copied) != "copy"
     exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity == "block")
-    if support.granularity in ("column", "subnet") or exact:
+    if support.granularity in ("column", "subnet", "diagonal") or exact:
         return True
     return product_pays(costs, tokens, rows, cols, count)
 
@@ -68,6 +70,9 @@ def add_support_product_(
     elif support.granularity == "subnet":
         x_columns = take_columns(x, support.live_columns) if x_columns is None else x_columns
         add_to_columns_(y, support.live_rows, x_columns, values.t())
+    elif support.granularity == "diagonal":
+        number = diagonal_shape(y.shape[1], x.shape[1], support.block_size)[0]
+        add_diagonal_product_(y, x, support.units, values.transpose(1, 2), number)
     elif support.granularity == "block":
         row, col = block_position(support.units, x.shape[1] // support.block_size)
         _add_blocks_(y, x, row, col, values.transpose(1, 2))
@@ -88,6 +93,9 @@ def add_transposed_support_product_(
     elif support.granularity == "subnet":
         dy_rows = take_columns(dy, support.live_rows) if dy_rows is None else dy_rows
         add_to_columns_(dx, support.live_columns, dy_rows, values)
+    elif support.granularity == "diagonal":
+        number = diagonal_shape(dy.shape[1], dx.shape[1], support.block_size)[0]
+        add_diagonal_product_(dx, dy, support.units, values, number)
     elif support.granularity == "block":
         row, col = block_position(support.units, dx.shape[1] // support.block_size)
         _add_blocks_(dx, dy, col, row, values)

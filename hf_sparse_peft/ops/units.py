@@ -8,9 +8,11 @@ is named by one number (row-major over the grid of units). Values are laid out p
     block         u = block_row * (cols/b) + block_col   [k, b, b]
     row           u = row                           [k, cols]
     column        u = col                           [k, rows]
+    diagonal      u = block on the diagonal         [k, h, w] (`ops.diagonal`)
 
-Entries may come as an `EntryIndex`, too. Every function takes strided weights (`weight.t()` of a layer that stores its
-weight transposed) and plain tensors only.
+Of blocks `block_size` is their side, of a diagonal the number of blocks that it is cut into. Entries may come as an
+`EntryIndex`, too. Every function takes strided weights (`weight.t()` of a layer that stores its weight transposed) and
+plain tensors only.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 from . import triton_kernels
 from .costs import costs_of, entry_gradient_way
+from .diagonal import diagonal_gradient, read_diagonal, write_diagonal_
 from .entries import EntryIndex
 from .subgrid import subgrid_gradient, take_columns
 
@@ -93,6 +96,8 @@ def read_units(
         return weight.index_select(0, units)
     if granularity == "column":
         return weight.index_select(1, units).t()
+    if granularity == "diagonal":
+        return read_diagonal(weight, units, block_size)
     return block_view(weight, block_size)[block_position(units, weight.shape[1] // block_size)]
 
 
@@ -111,6 +116,8 @@ def write_units_(
         weight.index_copy_(0, units.long(), values)
     elif granularity == "column":
         weight.index_copy_(1, units.long(), values.t())
+    elif granularity == "diagonal":
+        write_diagonal_(weight, units, values, block_size)
     else:
         block_view(weight, block_size)[block_position(units, weight.shape[1] // block_size)] = values
     return weight
@@ -152,6 +159,8 @@ def unit_gradient(
         return (take_columns(grad_output, units).t() @ x).to(out_dtype)
     if granularity == "column":
         return column_gradient(grad_output, take_columns(x, units))
+    if granularity == "diagonal":
+        return diagonal_gradient(grad_output, x, units, block_size).to(out_dtype)
     return _block_gradient(grad_output, x, units, block_size).to(out_dtype)
 
 

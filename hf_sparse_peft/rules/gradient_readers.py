@@ -204,9 +204,8 @@ class SharedReader:
                 reader.take(read_units(dense, units, grid.granularity, grid.block_size))
 
     def _fits(self, grid: UnitGrid | None) -> bool:
-        block = 0 if grid is None or grid.granularity != "block" else grid.block_size
-        own = self.block_size if self.granularity == "block" else 0
-        return grid is not None and grid.granularity == self.granularity and block == own
+        own = self.block_size if self.granularity in ("block", "diagonal") else 0
+        return grid is not None and (grid.granularity, grid.cut_size) == (self.granularity, own)
 
 
 def _wanted(reader: Any) -> Tensor | None:

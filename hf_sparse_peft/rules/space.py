@@ -93,6 +93,11 @@ class UnitSpace:
         return 0
 
     @property
+    def alive_entries(self) -> int:
+        """Entries of the weight that the living units are."""
+        return self.count * self.unit_entries
+
+    @property
     def pattern(self) -> Any:
         """The shape in which the units lie (`sparsity.Pattern`); None: anywhere."""
         return None

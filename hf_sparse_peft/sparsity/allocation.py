@@ -42,7 +42,7 @@ def counts_from_total(grids: dict[str, UnitGrid], num_entries: int) -> dict[str,
             grid = grids[name]
             need = -(-grid.unit_numel * total // (grid.rows * grid.cols))
             raise ValueError(
-                f"A budget of {num_entries} entries leaves no {grid.granularity} in '{name}' "
+                f"A budget of {num_entries} entries leaves no {grid.unit_name} in '{name}' "
                 f"({grid.rows}x{grid.cols}). Raise it to at least {need}, or leave the module out of target_modules."
             )
     return counts
@@ -132,7 +132,7 @@ def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float, seed: int = 0
             grid = grids[name]
             raise ValueError(
                 f"density={density} with Erdos-Renyi allocation gives '{name}' ({grid.rows}x{grid.cols}) a density of "
-                f"{densities[name]:.1e}, which leaves no {grid.granularity}. Raise density, use uniform allocation, "
+                f"{densities[name]:.1e}, which leaves no {grid.unit_name}. Raise density, use uniform allocation, "
                 f"or leave the module out of target_modules."
             )
     return counts

@@ -110,9 +110,9 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
     if (granularity, block_size) != _layout(grid):
         kind = GRANULARITIES[granularity] if granularity < len(GRANULARITIES) else f"code {granularity}"
         raise ValueError(
-            f"The support of '{name}' has granularity '{kind}' with block_size={block_size}, but the config asks for "
-            f"'{grid.granularity}' with block_size={_layout(grid)[1]}. Use the adapter_config.json saved with the "
-            f"file."
+            f"The support of '{name}' has granularity '{kind}' with {_cut_name(kind)}={block_size}, but the config "
+            f"asks for '{grid.granularity}' with {_cut_name(grid.granularity)}={_layout(grid)[1]}. Use the "
+            f"adapter_config.json saved with the file."
         )
     if codes.numel() != length:
         raise ValueError(
@@ -196,6 +196,12 @@ def _read_header(codes: Tensor, name: str) -> tuple[int, int, int, int, int, int
     return tuple(found)
 
 
+def _cut_name(granularity: str) -> str:
+    """The config's option that the header's block size is."""
+    return "diagonal_blocks" if granularity == "diagonal" else "block_size"
+
+
 def _layout(grid: UnitGrid) -> tuple[int, int]:
-    """Granularity code and block size as the header holds them; block_size means nothing off blocks, so 0 there."""
-    return GRANULARITIES.index(grid.granularity), grid.block_size if grid.granularity == "block" else 0
+    """Granularity code and block size as the header holds them (of a diagonal its number of blocks); 0 where the
+    granularity does not read it."""
+    return GRANULARITIES.index(grid.granularity), grid.cut_size

@@ -269,10 +269,11 @@ def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid, numel:
     `numel`: entries to score at once; at least one row (of blocks) is.
     """
     size = grid.block_size
+    height = grid.values_shape(1)[1] if grid.granularity in ("block", "diagonal") else 1
 
     def chunks() -> Iterator[Tensor]:
         total = None
-        for begin, end in _slabs(grid.rows, grid.cols, numel, size if grid.granularity == "block" else 1):
+        for begin, end in _slabs(grid.rows, grid.cols, numel, height):
             with torch.no_grad():
                 scores = entry_scores(begin, end)
                 if grid.granularity == "column":
@@ -283,11 +284,22 @@ def chunks_of(entry_scores: Callable[[int, int], Tensor], grid: UnitGrid, numel:
                     scores = scores.sum(1)
                 elif grid.granularity == "block":
                     scores = scores.reshape(-1, size, grid.cols // size, size).sum((1, 3))
+                elif grid.granularity == "diagonal":
+                    scores = _diagonal_sums(scores, begin // height, *grid.values_shape(1)[1:])
             yield scores.reshape(-1)
         if total is not None:
             yield total
 
     return chunks
+
+
+def _diagonal_sums(scores: Tensor, first: int, height: int, width: int) -> Tensor:
+    """Sums over the diagonal blocks from `first` on that the rows `scores` `[h, cols]` cross, fp32 `[k]`."""
+    count = -(-scores.shape[0] // height)
+    square = scores[:, first * width : (first + count) * width]
+    missing = (0, count * width - square.shape[1], 0, count * height - square.shape[0])
+    square = torch.nn.functional.pad(square, missing).view(count, height, count, width)
+    return square.diagonal(dim1=0, dim2=2).sum((0, 1))
 
 
 def _slabs(rows: int, cols: int, numel: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,13 @@
     [. . . .]        [. . x x]          [x x x x]        [. x . .]
     unit 1           unit 1             unit 1           unit 1
 
+    diagonal (bs=2, the number of blocks)
+    [. . . .]
+    [. . . .]
+    [. . x x]
+    [. . x x]
+    unit 1
+
 A *support* is a sorted tensor of distinct unit numbers of one grid; its *values* are one small dense piece per unit.
 """
 
@@ -17,9 +24,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..ops import add_units_, read_units
+from ..ops import add_units_, diagonal_shape, read_units
 
-Granularity = Literal["entry", "block", "row", "column"]
+Granularity = Literal["entry", "block", "row", "column", "diagonal"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 
@@ -33,9 +40,14 @@ class UnitGrid:
     | `block`  | `(rows / bs) * (cols / bs)` | block `divmod(u, cols / bs)`, row-major inside | `[k, bs, bs]` |
     | `row`    | `rows` | `w[u, :]` | `[k, cols]` |
     | `column` | `cols` | `w[:, u]` | `[k, rows]` |
+    | `diagonal` | about `bs` (`ops.diagonal`) | `w[uh : (u+1)h, uv : (u+1)v]` | `[k, h, v]` |
+
+    Blocks on a diagonal have :math:`h = \lceil rows/bs \rceil` and :math:`v = \lceil cols/bs \rceil`; the last one may
+    reach beyond the weight, and what it has there is padding: numbers of no effect.
 
     Raises:
-        ValueError: unknown granularity, a side below 1, or a `block_size` that does not divide both sides.
+        ValueError: unknown granularity, a side below 1, a `block_size` that does not divide both sides, or a number of
+            diagonal blocks of which one would lie outside of the weight.
     """
 
     rows: int
@@ -43,9 +55,9 @@ class UnitGrid:
     cols: int
     """Columns of the weight (`in_features` of a linear layer)."""
     granularity: Granularity = "entry"
-    """What one unit is: an entry, a square block, a row or a column."""
+    """What one unit is: an entry, a square block, a row, a column, or a block on the diagonal."""
     block_size: int = 32
-    """Side of a block; read only when `granularity="block"`."""
+    """Side of a block; of a diagonal the number of blocks that it is cut into. Not read for other granularities."""
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -61,6 +73,15 @@ class UnitGrid:
                     f"block_size={size} does not divide a weight of {self.rows}x{self.cols}. Block sizes that do: "
                     f"{', '.join(map(str, fits))}. Or leave the module out of target_modules."
                 )
+        if self.granularity == "diagonal" and not _diagonal_fits(self.rows, self.cols, self.block_size):
+            at = max(1, min(self.block_size, self.rows, self.cols))
+            near = {n for n in range(max(1, at - 512), at + 512) if _diagonal_fits(self.rows, self.cols, n)}
+            near = sorted(near | {math.gcd(self.rows, self.cols)}, key=lambda n: abs(n - at))[:5]
+            raise ValueError(
+                f"diagonal_blocks={self.block_size} leaves a diagonal block of a weight of {self.rows}x{self.cols} "
+                f"without rows or without columns: it could not learn. The nearest numbers that fit: "
+                f"{', '.join(map(str, sorted(near)))}. Or leave the module out of target_modules."
+            )
 
     @property
     def num_units(self) -> int:
@@ -69,12 +90,37 @@ class UnitGrid:
             return self.rows * self.cols
         if self.granularity == "block":
             return (self.rows // self.block_size) * (self.cols // self.block_size)
+        if self.granularity == "diagonal":
+            return diagonal_shape(self.rows, self.cols, self.block_size)[0]
         return self.rows if self.granularity == "row" else self.cols
 
     @property
     def unit_numel(self) -> int:
-        """How many entries one unit has; `num_units * unit_numel == rows * cols`."""
+        """How many numbers one unit has. `num_units * unit_numel == rows * cols`, but for a diagonal, which is a part
+        of the weight and may end in padding."""
+        if self.granularity == "diagonal":
+            return math.prod(self.values_shape(1))
         return self.rows * self.cols // self.num_units
+
+    @property
+    def padding(self) -> int:
+        """How many numbers of the last unit lie outside of the weight: those of a diagonal that does not divide it."""
+        if self.granularity != "diagonal":
+            return 0
+        number, height, width = diagonal_shape(self.rows, self.cols, self.block_size)
+        inside = (self.rows - (number - 1) * height) * (self.cols - (number - 1) * width)
+        return height * width - inside
+
+    @property
+    def cut_size(self) -> int:
+        """`block_size` where the granularity reads it, else 0: grids of one granularity and `cut_size` cut a weight
+        alike."""
+        return self.block_size if self.granularity in ("block", "diagonal") else 0
+
+    @property
+    def unit_name(self) -> str:
+        """What messages call one unit."""
+        return "diagonal block" if self.granularity == "diagonal" else self.granularity
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -82,17 +128,19 @@ class UnitGrid:
         return torch.int32 if self.num_units < 2**31 else torch.int64
 
     def values_shape(self, k: int) -> tuple[int, ...]:
-        """Shape of the values of `k` units: `(k,)`, `(k, bs, bs)`, `(k, cols)` or `(k, rows)`."""
+        """Shape of the values of `k` units: `(k,)`, `(k, bs, bs)`, `(k, cols)`, `(k, rows)` or `(k, h, v)`."""
         if self.granularity == "entry":
             return (k,)
         if self.granularity == "block":
             return (k, self.block_size, self.block_size)
+        if self.granularity == "diagonal":
+            return (k, *diagonal_shape(self.rows, self.cols, self.block_size)[1:])
         return (k, self.cols) if self.granularity == "row" else (k, self.rows)
 
     def entry_positions(self, units: Tensor) -> Tensor:
         """Flat row-major positions in `[rows, cols]` of every entry of `units` (`[k]`, any integer dtype).
 
-        Returns int64 `[k, unit_numel]`, laid out as `values.reshape(k, -1)`.
+        Returns int64 `[k, unit_numel]`, laid out as `values.reshape(k, -1)`; -1 for padding.
         """
         u = units.long().unsqueeze(1)
         if self.granularity == "entry":
@@ -101,6 +149,12 @@ class UnitGrid:
             return u * self.cols + torch.arange(self.cols, device=u.device)
         if self.granularity == "column":
             return u + torch.arange(self.rows, device=u.device) * self.cols
+        if self.granularity == "diagonal":
+            height, width = self.values_shape(1)[1:]
+            row = u[:, :, None] * height + torch.arange(height, device=u.device)[:, None]
+            column = u[:, :, None] * width + torch.arange(width, device=u.device)
+            inside = (row < self.rows) & (column < self.cols)
+            return torch.where(inside, row * self.cols + column, -1).flatten(1)
         size, across = self.block_size, self.cols // self.block_size
         corner = (u // across) * (size * self.cols) + (u % across) * size
         side = torch.arange(size, device=u.device)
@@ -108,8 +162,12 @@ class UnitGrid:
 
     def as_entries(self, units: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The same update with single entries as its units: sorted flat positions (int64) and values, both
-        `[k * unit_numel]`, of `units` `[k]` and `values` `values_shape(k)`. Differentiable in `values`."""
+        `[k * unit_numel]` (less by padding), of `units` `[k]` and `values` `values_shape(k)`. Differentiable in
+        `values`."""
         positions, order = self.entry_positions(units).reshape(-1).sort()
+        if self.padding:
+            outside = int((positions < 0).sum())
+            positions, order = positions[outside:], order[outside:]
         return positions, values.reshape(-1)[order]
 
     def gather(self, dense: Tensor, units: Tensor) -> Tensor:
@@ -161,9 +219,12 @@ class UnitGrid:
         # 0.29 * 100 is 28.999999999999996: a few units in the last place below an integer are that integer.
         count = nearest if abs(exact - nearest) <= 1e-12 * max(1.0, exact) else math.floor(exact)
         if count == 0:
+            least = 1 / self.num_units
+            digits = 10 ** (1 - math.floor(math.log10(least)))  # two of them, rounded up
+            least = math.ceil(least * digits - 1e-9) / digits
             raise ValueError(
-                f"density={density} leaves no {self.granularity}{where} ({self.rows}x{self.cols}, {self.num_units} "
-                f"units). Raise density to at least {1 / self.num_units:.1e}, or drop the module from target_modules."
+                f"density={density} leaves no {self.unit_name}{where} ({self.rows}x{self.cols}, {self.num_units} "
+                f"units). Raise density to at least {least:.1e}, or drop the module from target_modules."
             )
         return min(count, self.num_units)
 
@@ -173,3 +234,11 @@ class UnitGrid:
                 f"The weight has shape {tuple(dense.shape)}, but this support belongs to one of "
                 f"({self.rows}, {self.cols}). Pass the weight as [rows, cols] (transpose Conv1D, dequantise 4-bit)."
             )
+
+
+def _diagonal_fits(rows: int, cols: int, blocks: int) -> bool:
+    """Whether each of the diagonal's blocks has rows and columns of the weight."""
+    if blocks < 1:
+        return False
+    number, height, width = diagonal_shape(rows, cols, blocks)
+    return number * height - rows < height and number * width - cols < width

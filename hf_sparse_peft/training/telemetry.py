@@ -195,7 +195,7 @@ class SupportTelemetryCallback(TrainerCallback):
             record.setdefault(_field(space), {})[key] = count / space.size if space.unit_entries else count
             record.setdefault(NUMBERS + space.kind, {})[key] = count * space.unit_numel
             if space.unit_entries:
-                total["entries"] += count * space.unit_entries
+                total["entries"] += space.alive_entries
                 total["numel"] += space.layer.out_features * space.layer.in_features
             if tracker is not None:
                 self._record_moves(record, total, key, squares.get(space), state.global_step, optimizer)

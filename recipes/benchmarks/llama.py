@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_sparse_peft.methods import Method
+from hf_sparse_peft.sparsity import UnitGrid
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def adapt(base: nn.Module, candidate: str, rank: int, lean: bool = False) -> tup
         if "type: grid" in candidate and density > 1 / 16:
             raise NotImplementedError(f"a quarter of the rows and columns has no room for {density:.0%} of the entries")
         given = {"rank": rank, "half": rank // 2, "alpha": 2 * rank, "density": density, "sparsity": 1 - density}
+        given["blocks"] = _blocks(list(weights.values()), sum(numbers.values()))
         method = build_method(candidate, given, target_modules=names)
         if method.trainer_class.training_step is not Trainer.training_step:
             raise NotImplementedError(f"its step is that of {method.trainer_class.__name__}")
@@ -164,6 +166,18 @@ def adapt(base: nn.Module, candidate: str, rank: int, lean: bool = False) -> tup
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     return model, method
+
+
+def _blocks(weights: list[tuple[int, int]], numbers: int) -> int:
+    """The number of diagonal blocks that fits all `weights` and comes nearest to `numbers` in all."""
+    totals = {}
+    for blocks in range(1, min(map(min, weights)) + 1):
+        try:
+            grids = [UnitGrid(*shape, "diagonal", blocks) for shape in weights]
+        except ValueError:
+            continue
+        totals[blocks] = sum(grid.num_units * grid.unit_numel for grid in grids)
+    return min(totals, key=lambda blocks: abs(totals[blocks] - numbers))
 
 
 class SpielLinear(nn.Module):

@@ -53,9 +53,10 @@ OURS = {
     "row": "shira:budget={type: rank_equivalent, rank: $rank},granularity=row",
     "column": "shira:budget={type: rank_equivalent, rank: $rank},granularity=column",
     "subnet": "shira:budget={type: rank_equivalent, rank: $rank},granularity=subnet",
+    "diagonal": "diablo:blocks=$blocks",
     "hybrid": "shira:budget={type: rank_equivalent, rank: $half},r=$half,lora_alpha=$rank",
 }
-MOVED = tuple(name for name in OURS if name != "subnet")
+MOVED = tuple(name for name in OURS if name not in ("subnet", "diagonal"))
 """Of ours, those whose units `MOVING` moves."""
 CANDIDATES = PEERS | OURS
 MOVING = "spiel-ag:every=3,steps=2,"

@@ -111,6 +111,9 @@ FORMS = {
     "blocks": Form(SparseLoraConfig, {"r": 0, "density": 0.1, "granularity": "block", "block_size": 8}),
     "rows": Form(SparseLoraConfig, {"r": 0, "density": 0.05, "granularity": "row"}, lora=True),
     "columns": Form(SparseLoraConfig, {"r": 0, "density": 0.05, "granularity": "column"}, lora=True),
+    "diagonal": Form(
+        SparseLoraConfig, {"r": 0, "density": 1.0, "granularity": "diagonal", "diagonal_blocks": 4}, lora=False
+    ),
     "entries+low-rank": Form(SparseLoraConfig, {"r": 2, "density": 0.02}, shira=False),
     "columns+low-rank": Form(
         SparseLoraConfig, {"r": 2, "density": 0.05, "granularity": "column"}, lora=True, shira=False

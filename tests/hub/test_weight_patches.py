@@ -14,7 +14,7 @@ from hf_sparse_peft import SparseLoraConfig, hub
 from hf_sparse_peft.hub.patches.checkpoint_names import CheckpointNames
 from hf_sparse_peft.tuners import adapter_layers
 
-GRANULARITIES = ["entry", "block", "row", "column", "subnet"]
+GRANULARITIES = ["entry", "block", "row", "column", "diagonal", "subnet"]
 
 
 def assert_same(one, other):
@@ -27,8 +27,8 @@ def adapt(kind, granularity, **options):
     targets = ["c_attn", "c_proj"] if kind == "conv1d" else ["q_proj", "k_proj", "up_proj", "down_proj"]
     density = 0.05 if granularity == "entry" else 0.2
     config = SparseLoraConfig(
-        r=0, density=density, granularity=granularity, block_size=8, target_modules=targets, task_type="CAUSAL_LM",
-        **options,
+        r=0, density=density if granularity != "diagonal" else 1.0, granularity=granularity, block_size=8,
+        diagonal_blocks=3, target_modules=targets, task_type="CAUSAL_LM", **options,
     )  # fmt: skip
     model = get_peft_model(tiny.base(kind), config)
     fill(model)

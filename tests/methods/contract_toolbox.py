@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
+    "diablo": {"blocks": 8},
     "smt": {"attention": 0.02, "mlp": 0.02, "block_size": 8, "warmup_steps": 3},
     "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
     "dsee": {"num_sparse": 24},

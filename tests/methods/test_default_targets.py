@@ -12,10 +12,11 @@ ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora"}
 OTHERS = {
     "s2ft": {"down_proj"},
+    "diablo": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "smt": {"q_proj", "k_proj", "v_proj"},
 }
-SIZES = {"dsee": {"num_sparse": 8}, "smt": {"block_size": 8, "attention": 4}}
+SIZES = {"dsee": {"num_sparse": 8}, "diablo": {"blocks": 8}, "smt": {"block_size": 8, "attention": 4}}
 """What fits into the small model."""
 
 

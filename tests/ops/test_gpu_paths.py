@@ -25,8 +25,11 @@ UNITS = {
     "block": lambda k: (k, 32, 32),
     "row": lambda k: (k, COLS),
     "column": lambda k: (k, ROWS),
+    "diagonal": lambda k: (k, 4, 14),
     "subnet": lambda k: (40, 50),
 }
+CUT = {"block": 32, "diagonal": 1024}
+"""Side of a block, number of blocks on the diagonal."""
 
 
 class Launches:
@@ -87,7 +90,7 @@ def run_layer(granularity, count, dtype, packed=False, rank=0, corner=False):
         if rank:
             operands |= {"A": on_gpu(rank, COLS), "B": on_gpu(ROWS, rank), "gate": on_gpu(rank)}
         source = DenseSource(on_gpu(ROWS, COLS, dtype=dtype))
-        operands["plan"] = Plan(ROWS, COLS, dtype, source, granularity, 32 if granularity == "block" else 0)
+        operands["plan"] = Plan(ROWS, COLS, dtype, source, granularity, CUT.get(granularity, 0))
         context = Context(operands.values())
         y = _SparseLinear.forward(context, *operands.values())
         assert y.shape == (2, TOKENS // 2, ROWS)

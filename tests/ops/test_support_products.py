@@ -10,8 +10,9 @@ from hf_sparse_peft.ops import DenseSource, DequantizedSource, Plan, core, spars
 from hf_sparse_peft.tuners import adapter_layers
 
 ROWS, COLS, BLOCK = 48, 32, 8
-COUNT = {"entry": ROWS * COLS, "block": ROWS * COLS // BLOCK**2, "row": ROWS, "column": COLS}
-SHAPE = {"entry": (), "block": (BLOCK, BLOCK), "row": (COLS,), "column": (ROWS,)}
+COUNT = {"entry": ROWS * COLS, "block": ROWS * COLS // BLOCK**2, "row": ROWS, "column": COLS, "diagonal": BLOCK}
+SHAPE = {"entry": (), "block": (BLOCK, BLOCK), "row": (COLS,), "column": (ROWS,), "diagonal": (6, 4)}
+"""With `BLOCK` as the number of blocks on the diagonal."""
 
 
 def dense_update(granularity, units, values):
@@ -24,6 +25,8 @@ def dense_update(granularity, units, values):
             delta[unit] = value
         elif granularity == "column":
             delta[:, unit] = value
+        elif granularity == "diagonal":
+            delta[unit * 6 : (unit + 1) * 6, unit * 4 : (unit + 1) * 4] = value
         else:
             row, col = divmod(unit, COLS // BLOCK)
             delta[row * BLOCK : (row + 1) * BLOCK, col * BLOCK : (col + 1) * BLOCK] = value
@@ -73,7 +76,7 @@ def bf16_steps(found, *terms):
 
 @pytest.mark.parametrize("tokens", [4, 640], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("kind", ["dense", "transposed", "dequantized"])
-@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block", "diagonal"])
 def test_updates_below_the_grid_of_bf16_weights_reach_the_output_and_the_input_gradient(granularity, kind, tokens):
     units, values, weight, x, grad = problem(granularity, COUNT[granularity] // 3, torch.bfloat16, tokens, size=1e-4)
     weight = (weight.sign() * 32).bfloat16()  # neighbours are 0.25 apart: base + 1e-4 is the base
@@ -93,7 +96,7 @@ def test_updates_below_the_grid_of_bf16_weights_reach_the_output_and_the_input_g
         assert (found.double() - expected).norm() < 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("granularity", ["row", "column", "block", "entry"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block", "entry", "diagonal"])
 def test_outputs_over_bf16_weights_are_float64s_to_bf16_rounding(granularity):
     units, values, weight, x, _ = problem(granularity, COUNT[granularity] // 2, torch.bfloat16, size=0.1)
     y = sparse_linear(
@@ -124,7 +127,7 @@ def test_the_input_gradient_of_blocks_over_many_tokens_is_float64s_to_bf16_round
     assert (x.grad.double() - expected).norm() < 2.0**-8 * expected.norm()
 
 
-@pytest.mark.parametrize("granularity", ["row", "column", "block", "entry"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block", "entry", "diagonal"])
 def test_small_updates_on_the_largest_weights_of_a_bf16_model_move_its_logits(granularity):
     model = tiny.llama(layers=1, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -132,7 +135,8 @@ def test_small_updates_on_the_largest_weights_of_a_bf16_model_move_its_logits(gr
             layer.mlp.down_proj.weight.mul_(8)
     ids = torch.arange(1, 9).view(1, 8)
     plain = model(input_ids=ids).logits
-    config = SparseLoraConfig(r=0, density=0.5, granularity=granularity, block_size=8, target_modules=["down_proj"])
+    cut = {"granularity": granularity, "block_size": 8, "diagonal_blocks": 8}
+    config = SparseLoraConfig(r=0, density=0.5, **cut, target_modules=["down_proj"])
     adapted = get_peft_model(model, config).eval()
     assert torch.equal(adapted(input_ids=ids).logits, plain)  # zeros change nothing
     layer = adapter_layers(adapted)[0]

@@ -11,7 +11,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 SIZES = ["--hidden", "64", "--layers", "1", "--tokens", "16", "--rounds", "2", "--warmup", "1", "--threads", "1"]
 MOVED = ("entry", "block32", "row", "column", "hybrid")
-OURS = (*MOVED, "subnet")
+OURS = (*MOVED, "subnet", "diagonal")
 PEERS = ("frozen", "lora", "lora_lean", "shira", "supertuning", "full", "spiel")
 # Shapes of the one layer: hidden 64, two heads of 32 over one key-value head, feed-forward 192.
 WEIGHTS = ((64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192))
@@ -64,6 +64,7 @@ def test_methods_train_equally_many_numbers(run):
     assert rows["frozen"]["trained_numbers"] == 0
     for method in {"supertuning", "block32", "row", "column", "subnet"} & set(rows):
         assert rows[method]["trained_numbers"] == pytest.approx(LORA_NUMBERS, rel=0.1)
+    assert rows["diagonal"]["trained_numbers"] == pytest.approx(LORA_NUMBERS, rel=0.15)  # few numbers of blocks fit
 
 
 def test_gradients_and_adam_take_twelve_bytes_a_number(run):

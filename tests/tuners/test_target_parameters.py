@@ -335,6 +335,9 @@ REFUSED = {
     "an embedding": (mixtral, {"target_parameters": ["embed_tokens.weight"]}, "embed_tokens.weight.*Embedding"),
     "a vector": (mixtral, {"target_parameters": ["norm.weight"]}, r"shape \(16,\)"),
     "dropout": (mixtral, {"r": 2, "lora_dropout": 0.1}, "lora_dropout=0.1.*target_parameters"),
+    "a diagonal over experts": (
+        mixtral, {"granularity": "diagonal", "density": 1.0, "diagonal_blocks": 4}, "diagonal.*target_parameters"
+    ),
     "blocks over two experts": (mixtral, {"granularity": "block", "block_size": 3}, "block"),
     "a pattern for a name": (mixtral, {"target_parameters": ["experts.*"]}, "target_parameters.*no module name"),
 }  # fmt: skip

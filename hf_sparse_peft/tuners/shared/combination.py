@@ -166,14 +166,14 @@ def _read(layer: AdapterLayer, adapter_name: str, weight: float) -> _Weighted:
 def _grids(operands: dict[str, list[_Weighted]]) -> dict[str, UnitGrid]:
     """How each module's combined support is cut: as the adapters' own where they agree, else into entries."""
     found = {name: {p.entries.grid for p in parts if p.entries} for name, parts in operands.items()}
-    # A config has one block size: blocks of several sizes, even in different modules, become entries.
-    sizes = {grid.block_size for grids in found.values() for grid in grids if grid.granularity == "block"}
+    # A config has one block size and one number of diagonal blocks: several, even in different modules, become entries.
+    cuts = {(grid.granularity, grid.cut_size) for grids in found.values() for grid in grids}
     result = {}
     for name, grids in found.items():
         if not grids:
             continue
         kinds, first = {grid.granularity for grid in grids}, next(iter(grids))
-        mixed = len(kinds) > 1 or (kinds == {"block"} and len(sizes) > 1)
+        mixed = len(kinds) > 1 or sum(granularity in kinds for granularity, _ in cuts) > 1
         result[name] = UnitGrid(first.rows, first.cols, "entry") if mixed else first
     return result
 

@@ -65,7 +65,7 @@ def layer_counts(layer: AdapterTensors, adapter_name: str) -> LayerCounts:
             continue
         alive = space.count
         spaces.append({"kind": space.kind, "unit": space.unit, "alive": alive, "capacity": space.capacity})
-        entries += alive * space.unit_entries
+        entries += space.alive_entries
         dead += (space.capacity - alive) * space.unit_numel
     return LayerCounts(
         spaces=tuple(spaces),

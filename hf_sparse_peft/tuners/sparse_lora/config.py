@@ -99,7 +99,8 @@ class SparseLoraConfig(AdapterConfig):
     granularity: Granularity | Literal["subnet"] = field(
         default="entry",
         metadata={
-            "help": "What a unit of the support is; 'subnet': some rows x some columns, trained as one dense matrix."
+            "help": "What a unit of the support is; 'diagonal': one of `diagonal_blocks` blocks on the diagonal, which "
+            "density=1.0 takes whole; 'subnet': some rows x some columns, trained as one dense matrix."
         },
     )
     granularity_pattern: dict[str, Granularity | Literal["subnet"]] = field(
@@ -135,6 +136,13 @@ class SparseLoraConfig(AdapterConfig):
     )
     block_size: PositiveInt = field(
         default=32, metadata={"help": "Side of a block; must divide both sides of each weight."}
+    )
+    diagonal_blocks: PositiveInt = field(
+        default=64,
+        metadata={
+            "help": "Blocks N on the diagonal with granularity='diagonal', of ceil(rows/N) x ceil(columns/N): about "
+            "rows * columns / N numbers in all. None may be left without a row or a column."
+        },
     )
     criterion: Score | UnknownPart = field(
         default_factory=Random,
@@ -412,6 +420,10 @@ class SparseLoraConfig(AdapterConfig):
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""
         key = pattern_key(self.granularity_pattern, module_name, "granularity_pattern")
         return self.granularity_pattern.get(key, self.granularity)
+
+    def cut_size_of(self, granularity: str) -> int:
+        """`UnitGrid.block_size` of that granularity: `diagonal_blocks` or `block_size`."""
+        return self.diagonal_blocks if granularity == "diagonal" else self.block_size
 
     def rank_of(self, module_name: str) -> int:
         """Rank of the low-rank half in the module of that name: what `sizes` says, else `rank_pattern`'s first match,

@@ -145,8 +145,9 @@ def config_of_pieces(like: SparseLoraConfig, pieces: dict[str, list[Piece]]) -> 
     config.granularity_pattern = exact_pattern(
         {name: grid.granularity for name, grid in grids.items() if grid.granularity != config.granularity}
     )
-    sizes = {grid.block_size for grid in grids.values() if grid.granularity == "block"}
-    config.block_size = sizes.pop() if sizes else config.block_size
+    for granularity, option in (("block", "block_size"), ("diagonal", "diagonal_blocks")):
+        sizes = {grid.block_size for grid in grids.values() if grid.granularity == granularity}
+        setattr(config, option, sizes.pop() if sizes else getattr(config, option))
     ranks = {name: 0 if piece is None else piece.A.shape[0] for name, piece in low_rank.items()}
     units = {name: 0 if piece is None else piece.units.numel() for name, piece in entries.items()}
     config.sizes = {name: [units[name], units[name], ranks[name]] for name in pieces}

@@ -108,10 +108,11 @@ def module_sizes(
     Raises:
         ValueError: the weight has fewer units, blocks do not divide it, or `scale_support` has no scaling to take.
     """
-    grid = UnitGrid(rows, cols, config.granularity_of(name), config.block_size) if units else None
+    granularity = config.granularity_of(name)
+    grid = UnitGrid(rows, cols, granularity, config.cut_size_of(granularity)) if units else None
     if units and units > grid.num_units:
         raise ValueError(
-            f"The support of '{name}' wants {units} {grid.granularity} units, and its {rows}x{cols} weight has "
+            f"The support of '{name}' wants {units} {grid.unit_name} units, and its {rows}x{cols} weight has "
             f"{grid.num_units}. Lower the budget."
         )
     if units and config.known_pattern is not None:
@@ -341,9 +342,15 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
         granularity = config.granularity_of(name)
         try:  # a subnet's numbers are counted, and ranked, as entries
             cut = "entry" if granularity == "subnet" else granularity
-            grids[name] = UnitGrid(rows, cols, cut, config.block_size)
+            grids[name] = UnitGrid(rows, cols, cut, config.cut_size_of(cut))
             if isinstance(base, ParameterWeight) and cut == "block":
                 UnitGrid(base.rows_of_one, cols, cut, config.block_size)  # no block over two experts
+            if isinstance(base, ParameterWeight) and cut == "diagonal":
+                raise ValueError(
+                    "granularity='diagonal' has one diagonal a weight, and this one is the weights of "
+                    f"{rows // base.rows_of_one} experts, each of which would learn another part. Choose another "
+                    "granularity in granularity_pattern, or leave it out of target_parameters."
+                )
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from error
     return grids

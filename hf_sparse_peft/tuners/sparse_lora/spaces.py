@@ -18,7 +18,7 @@ from .subnet_spaces import SubnetColumns, SubnetRows, WeightSpace
 
 @dataclass(frozen=True)
 class SupportSpace(WeightSpace):
-    """Entries, blocks, rows or columns of one weight: the support of one adapter."""
+    """Entries, blocks, rows, columns or diagonal blocks of one weight: the support of one adapter."""
 
     kind: ClassVar[str] = "support"
 
@@ -44,15 +44,23 @@ class SupportSpace(WeightSpace):
 
     @property
     def unit(self) -> str:
-        """The granularity: "entry", "block", "row" or "column"."""
+        """The granularity: "entry", "block", "row", "column" or "diagonal"."""
         return self.grid.granularity
 
     @property
     def unit_numel(self) -> int:
-        """Entries of a unit."""
+        """Entries of a unit, with those of a diagonal's padding."""
         return self.grid.unit_numel
 
     unit_entries = unit_numel
+
+    @property
+    def alive_entries(self) -> int:
+        """Entries of the weight that the living units are, without padding."""
+        padding = self.grid.padding
+        if padding and not (self.alive() == self.grid.num_units - 1).any():
+            padding = 0
+        return self.count * self.unit_entries - padding
 
     @property
     def initial(self) -> int:

@@ -110,13 +110,14 @@ def read_support(
             f"{factors} belong to a weight of {shape[0]}x{shape[1]}, '{codes_key}' beside them to one of "
             f"{grid.rows}x{grid.cols}."
         )
-    expected = (config.granularity_of(module_name), config.block_size)
-    if grid.granularity != expected[0] or (grid.granularity == "block" and grid.block_size != expected[1]):
+    granularity = config.granularity_of(module_name)
+    if grid.granularity != granularity or grid.cut_size not in (0, config.cut_size_of(granularity)):
+        option = "diagonal_blocks" if "diagonal" in (granularity, grid.granularity) else "block_size"
         raise ValueError(
-            f"'{codes_key}' has granularity '{grid.granularity}' (block_size={grid.block_size}), and {CONFIG_FILE} "
-            f"says '{expected[0]}' (block_size={expected[1]}). Use the config saved with the file."
+            f"'{codes_key}' has granularity '{grid.granularity}' ({option}={grid.cut_size}), and {CONFIG_FILE} "
+            f"says '{granularity}' ({option}={config.cut_size_of(granularity)}). Use the config saved with the file."
         )
-    grid = replace(grid, block_size=config.block_size)  # headers have one for blocks only
+    grid = replace(grid, block_size=config.cut_size_of(granularity))  # headers have one where it is read only
     capacity = side(held, kinds[0], 0, len(grid.values_shape(1)), values_key)
     if capacity > grid.num_units:
         raise ValueError(f"'{values_key}' has {capacity} units where {grid} has {grid.num_units}.")
