@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.heads import head_owners
 from ..tuners.shared.merge import refuse_merged, untie_embeddings
 from ..tuners.shared.parameters import ParameterHost
+from ..tuners.shared.quantised import backend_of
 from .folders import staged_folder
 from .processors import load_processor
 
@@ -127,7 +128,7 @@ def _replacement(
         return copy.deepcopy(module.modules_to_save[heads[name]] if name in heads else module.original_module)
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         raise ValueError(f"'{name}' is a layer of another tuner ({type(module).__name__}); merge or unload that first.")
-    backend = resolve_quantization_backend(module, **kwargs)
+    backend = backend_of(module, **kwargs)
     if backend is None:
         return None
     return _linear(module, _dequantised(name, backend, module))

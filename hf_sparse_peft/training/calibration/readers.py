@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +19,7 @@ from ...sparsity import Statistic
 from ...tuners import AdapterLayer
 from ...tuners.shared.base_weight import is_bnb_4bit
 from ...tuners.shared.parameters import ParameterWeight
+from ...tuners.shared.quantised import backend_of
 
 
 class Reader:
@@ -213,7 +213,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, AdapterLayer):
         return module.dense_base_weight()
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    backend = resolve_quantization_backend(base)
+    backend = backend_of(base)
     if backend is not None:
         return backend.get_base_weight(base)
     return base.weight.data.t() if type(base).__name__ == "Conv1D" else base.weight.data

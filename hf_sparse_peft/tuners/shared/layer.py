@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
 from .parameters import ParameterWeight
 from .pieces import Piece
+from .quantised import backend_of
 
 
 def is_supported(base: nn.Module, backend: Any) -> bool:
@@ -55,7 +55,7 @@ class AdapterLayer(CalibratedTensors):
         self._make_containers()
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
-        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+        self.quantization_backend = backend_of(base, **kwargs)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
 

@@ -12,6 +12,7 @@ from .base_weight import compute_dtype, weight_source
 from .layer import AdapterLayer
 from .merge import MergeMixin
 from .pieces import LowRank
+from .quantised import base_product
 
 
 class AdditiveLinear(nn.Module, MergeMixin, AdapterLayer):
@@ -34,7 +35,7 @@ class AdditiveLinear(nn.Module, MergeMixin, AdapterLayer):
     forward, train, _apply = AdapterLayer.forward, AdapterLayer.train, AdapterLayer._apply
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = result = self.base_layer(x, *args, **kwargs)
+        base = result = base_product(self, x, *args, **kwargs)
         dtype = compute_dtype(self, x, weight_source(self))
         for name in (name for name in names if not self.awaits_calibration(name)):
             # Out of place: some 4-bit kernels return views that must not be written to.

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from .base_weight import keep_4bit_weight_stable
@@ -37,6 +37,7 @@ from .module_patterns import matches
 from .names import check_adapter_name
 from .parameters import ParameterHost, ParameterWeight, host_of, target_parameters
 from .pieces import Piece
+from .quantised import backend_of
 from .rollback import unchanged_on_error
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name
@@ -187,7 +188,7 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
         name = plain_name(current_key)  # configs and files know nothing of a compiled base
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kwargs = get_quantization_kwargs(self.model)
-        if not is_supported(base, resolve_quantization_backend(base, **kwargs)):
+        if not is_supported(base, backend_of(base, **kwargs)):
             tuner = self.linear_cls.__name__.removesuffix("Linear")
             raise TypeError(
                 f"Target module '{current_key}' of type {type(base).__name__} is not supported. {tuner} adapts "

@@ -23,6 +23,7 @@ from ...rules.gradient_readers import SharedReader
 from ..shared.base_weight import compute_dtype, weight_source
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
+from ..shared.quantised import base_product
 from .factors import forward_factors
 from .layer import SparseLoraLayer
 
@@ -53,7 +54,7 @@ class SparseLoraLinear(nn.Module, MergeMixin, SparseLoraLayer):
         dropout = self._dropout(names) if self.training and operands.A is not None else 0.0
         low_rank = {} if dropout else operands.low_rank
         if source is None:
-            base = self.base_layer(x, *args, **kwargs)
+            base = base_product(self, x, *args, **kwargs)
             update = self._product(x, None, dtype, operands, low_rank)
             for shift in shifts:
                 update = update + nn.functional.linear(x.to(dtype), shift.to(dtype))

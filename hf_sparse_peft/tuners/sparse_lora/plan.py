@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -25,6 +25,7 @@ from ..shared.layer import is_supported
 from ..shared.model import AdapterPlan
 from ..shared.module_patterns import pattern_key
 from ..shared.parameters import ParameterHost, ParameterWeight
+from ..shared.quantised import backend_of
 from .config import SparseLoraConfig, exact_pattern
 from .structures import choose_structures, structure_counts
 
@@ -357,7 +358,7 @@ def _grids(config: SparseLoraConfig, layers: dict[str, nn.Module]) -> dict[str, 
 
 
 def _backend(base: nn.Module, model: nn.Module) -> Any:
-    return resolve_quantization_backend(base, **get_quantization_kwargs(model))
+    return backend_of(base, **get_quantization_kwargs(model))
 
 
 def _score_chunks(config: SparseLoraConfig, name: str, base: nn.Module, grid: UnitGrid, model: nn.Module) -> Chunks:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -17,6 +16,7 @@ from ..shared.base_weight import dense_weight
 from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Piece
+from ..shared.quantised import backend_of
 from .config import SpectralLoraConfig
 from .factors import Factors
 from .layer import SpectralLoraLayer, SpectralLoraLinear
@@ -117,7 +117,7 @@ def _ranks(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[st
 
         def weight_of(base: nn.Module) -> Tensor:
             progress.update()
-            return dense_weight(base, resolve_quantization_backend(base)).float()
+            return dense_weight(base, backend_of(base)).float()
 
         for name, base in known.items():
             cols, rows = _get_in_out_features(base)
