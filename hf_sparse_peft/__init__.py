@@ -92,6 +92,7 @@ from .training import (
 from .tuners import (
     FactorMaskConfig,
     GradientProjection,
+    GradientSplit,
     KernelLoraConfig,
     KernelLoraModel,
     SparseLoraConfig,
@@ -140,6 +141,7 @@ __all__ = [
     "Gradient",
     "GradientNoise",
     "GradientProjection",
+    "GradientSplit",
     "Grid",
     "GroupLasso",
     "GrowRank",

@@ -19,7 +19,7 @@ from ..rules import (
 )
 from ..sparsity import AverageRank, Fraction
 from ..training import AdamWSpec, AgedAdamWSpec
-from ..tuners import FactorMaskConfig, GradientProjection
+from ..tuners import FactorMaskConfig, GradientProjection, GradientSplit
 from .registry import Method, register, row
 
 _ALL_LINEAR = {"density": 0.0, "target_modules": "all-linear"}
@@ -87,11 +87,23 @@ def adalora(r: int = 12, target_r: int = 8, orthogonality: float = 0.5, **overri
     cost="two moving averages per trained number; starts with 1 / fraction times the numbers that are left",
 )
 def joint_budget(
-    r: int = 16, density: float = 0.01, fraction: float = 0.5, once: bool = False, **overrides: Any
+    r: int = 16,
+    density: float = 0.01,
+    fraction: float = 0.5,
+    once: bool = False,
+    at_start: bool = False,
+    **overrides: Any,
 ) -> Method:
     """Components and entries in one budget, ranked by smoothed sensitivity per number: `fraction` of the numbers that
-    `r` and `density` start with is left. `once=True` makes one split for good after a tenth of the run, as RA-SpaRC
-    splits its budget once (its compressors and constants are not published; the score here is Allocate's)."""
+    `r` and `density` start with is left. `once=True` makes one split for good after a tenth of the run, and
+    `at_start=True` before the first step, by the best sparse + low-rank fit of the first gradients (`GradientSplit`).
+    That is this project's reading of RA-SpaRC (OpenReview WgyDYMUfSK), of which the abstract alone could be read: an
+    initialisation in one budget, which balances both parts by itself, better than LoRA and RoSA by its own account."""
+    if at_start and once:
+        raise ValueError(f"at_start={at_start} and once={once} both make the one split. Set one of them.")
+    if at_start:
+        options = {**_ALL_LINEAR, "density": density, "optimizer": AgedAdamWSpec(), "start": GradientSplit(fraction)}
+        return row(overrides, r=r, **options)
     rule = Allocate(spaces=("rank", "support"), budget=Fraction(fraction), every=None if once else 10)
     options = {**_ALL_LINEAR, "density": density, "optimizer": AgedAdamWSpec()}
     return row(overrides, r=r, schedule=[rule], **options)

@@ -4,6 +4,7 @@ from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .groups import parameter_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
 from .optimizer_kinds import innermost, use_32bit_states
+from .removed_parameters import forget_removed, forgets_removed, note_kept, note_removed
 from .sm3 import SparseSM3
 from .spec import OptimizerSettings, OptimizerSpec
 from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
@@ -18,9 +19,13 @@ __all__ = [
     "adam_seeds",
     "aged_adamw_groups",
     "bias_correction",
+    "forget_removed",
+    "forgets_removed",
     "innermost",
     "move_optimizer_state",
     "move_rows",
+    "note_kept",
+    "note_removed",
     "parameter_groups",
     "replay",
     "restart_optimizer_state",

@@ -1,9 +1,11 @@
-"""A greedy low-rank + sparse decomposition of a matrix."""
+"""Low-rank and low-rank + sparse approximations of a matrix."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .selection import top_units
 
 
 @torch.no_grad()
@@ -62,3 +64,54 @@ def truncated_svd(matrix: Tensor, rank: int, iterations: int = 6, seed: int = 0)
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, side), niter=iterations)
     return U[:, :rank], S[:rank], V[:, :rank].t()
+
+
+SVDFactors = tuple[Tensor, Tensor, Tensor]
+"""`U`, `S` and `V^T`, as `truncated_svd` returns them."""
+
+
+@torch.no_grad()
+def low_rank_beside_entries(
+    matrix: Tensor, rank: int, entries: int, own: SVDFactors | None = None, rounds: int = 10
+) -> tuple[Tensor, Tensor]:
+    r"""`B` `[rows, r]`, `A` `[r, cols]` with orthonormal rows, of a low :math:`\|M - B A - S\|_F^2` over sparse S of k
+    entries: B A of rank r is the truncated SVD of :math:`M - S`, and S the k largest entries of :math:`M - B A`, in
+    turns, until one gains less than a thousandth.
+
+    Where that begins decides: one large entry takes over the singular vectors of a matrix of rank 1. So the largest
+    entries of M are taken first, then an SVD of the rest; and S = 0 first, which is what a matrix of low rank alone
+    wants. The lower of both goes on. At most `rounds + 1` truncated SVDs; `own` is that of M, of rank r at least.
+    `matrix`: fp32 or fp64.
+    """
+    if not rank:
+        return matrix[:, :0], matrix[:0]
+    left = _factors(truncated_svd(matrix, rank) if own is None else own, rank)
+    found, sparse = [_with_error(matrix, left, entries)], _largest(matrix, entries)
+    if entries:
+        found.append(_with_error(matrix, _factors(truncated_svd(matrix - sparse, rank), rank), entries))
+    error, (B, A) = min(found, key=lambda one: one[0])
+    for _ in range(rounds if entries else 0):
+        before, sparse = error, _largest(matrix - B @ A, entries)
+        error, next_factors = _with_error(matrix, _factors(truncated_svd(matrix - sparse, rank), rank), entries)
+        if error < before:
+            B, A = next_factors
+        if error >= 0.999 * before:
+            break
+    return B, A
+
+
+def _factors(found: SVDFactors, rank: int) -> tuple[Tensor, Tensor]:
+    U, values, Vh = found
+    return U[:, :rank] * values[:rank], Vh[:rank]
+
+
+def _largest(matrix: Tensor, count: int) -> Tensor:
+    """`matrix` with all but its `count` largest entries at 0."""
+    flat, units = torch.zeros_like(matrix).view(-1), top_units(matrix.abs().flatten(), count).long()
+    flat[units] = matrix.flatten()[units]
+    return flat.view_as(matrix)
+
+
+def _with_error(matrix: Tensor, factors: tuple[Tensor, Tensor], entries: int) -> tuple[float, tuple[Tensor, Tensor]]:
+    left = matrix - factors[0] @ factors[1]
+    return float(left.sub_(_largest(left, entries)).square().sum(dtype=torch.float64)), factors

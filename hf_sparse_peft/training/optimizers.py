@@ -18,6 +18,7 @@ from ..optim import (
     OptimizerSpec,
     SparseSM3,
     ZerothOrderSGD,
+    forgets_removed,
     innermost,
     parameter_groups,
     zeroth_order_groups,
@@ -272,10 +273,10 @@ def make_optimizer(
     if spec is None:
         return None
     if args is not None:
-        return spec.build(model, settings_of(args))
+        return forgets_removed(spec.build(model, settings_of(args)))
     if lr is None:
         raise ValueError("make_optimizer(model) has no learning rate: pass a Trainer's args, or lr=...")
-    return spec.build(model, OptimizerSettings(lr, weight_decay, betas, eps, seed))
+    return forgets_removed(spec.build(model, OptimizerSettings(lr, weight_decay, betas, eps, seed)))
 
 
 def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None:

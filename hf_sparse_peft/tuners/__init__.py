@@ -8,6 +8,7 @@ from .shared.mixed import serve_mixed_models
 from .sparse_lora import (
     FactorMaskConfig,
     GradientProjection,
+    GradientSplit,
     SparseLoraConfig,
     SparseLoraLayer,
     SparseLoraModel,
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterLayer",
     "FactorMaskConfig",
     "GradientProjection",
+    "GradientSplit",
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",

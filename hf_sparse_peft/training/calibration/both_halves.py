@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...optim import note_kept
 from ...rules.calibration_data import CalibrationData
 from ...rules.collectives import from_first_rank, is_distributed
 from ...rules.probing import random_state_kept
@@ -110,6 +111,8 @@ def _whole_or_not(layers: list[SparseLoraLayer], adapter_name: str) -> Iterator[
             layer.forget_decoded(adapter_name)
             for name, (tensor, data) in tensors.items():
                 tensor.data = data
+                if isinstance(tensor, nn.Parameter):
+                    note_kept(tensor)
                 getattr(layer, name)[adapter_name] = tensor
             if had_state:
                 layer.allocate_training_state(adapter_name)

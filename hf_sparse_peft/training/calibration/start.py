@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ...optim import innermost
+from ...optim import forget_removed
 from ...rules import Training
 from ...rules.calibration_data import CalibrationData
 from ...rules.collectives import world_size
@@ -118,7 +118,6 @@ def calibrate_waiting(training: Training) -> None:
         ValueError: there is no data, weights are sharded, or sizes would change under a model that is wrapped.
     """
     model = extract_model_from_parallel(training.model)
-    before = list(model.parameters())
     for adapter, layers in _waiting_adapters(model).items():
         _check_loop(training, adapter, layers[0])
         calibrate(
@@ -128,22 +127,13 @@ def calibrate_waiting(training: Training) -> None:
             batches_per_step=training.accumulation,
             show_progress=training.show_progress,
         )
-    _forget_removed(before, model, training.optimizer)
-
-
-def _forget_removed(before: list[nn.Parameter], model: nn.Module, optimizer: Any) -> None:
-    """Take parameters of `before` that the model lost out of the optimizer: where supports share a budget a module may
-    be left without one, and a resumed run, whose model never had it, must find an optimizer of the same parameters."""
-    left = {id(parameter) for parameter in model.parameters()}
-    lost = {id(parameter) for parameter in before} - left
-    if optimizer is None or not lost:
-        return
-    inner = innermost(optimizer)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in lost:
-                inner.state.pop(parameter, None)
-        group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in lost]
+    if training.optimizer is not None and forget_removed(training.optimizer):
+        warnings.warn(
+            "No module has any left of the parameters of one of the optimizer's groups (a half that was left out "
+            "everywhere): a run that goes on from a checkpoint makes an optimizer without that group, which does not "
+            "fit. Call hf_sparse_peft.calibrate(model, dataloader) before creating the Trainer to have such runs.",
+            stacklevel=2,
+        )
 
 
 def waits_for_data(model: nn.Module) -> bool:

@@ -109,7 +109,13 @@ def layers_with_support(model: nn.Module, adapter_name: str) -> tuple[list[Spars
             f"The model has no adapter '{adapter_name}' with a support; adapters that have one: {known or 'none'}. "
             "Call get_peft_model with a SparseLoraConfig of density > 0 first."
         )
-    return layers, layers[0].adapter_configs[adapter_name]
+    config = layers[0].adapter_configs[adapter_name]
+    if config.awaits_start:
+        raise ValueError(
+            f"start={config.start} of adapter '{adapter_name}' sizes and starts both halves together, and has not been "
+            "found yet. Call hf_sparse_peft.calibrate(model, dataloader), or set start=None to choose the support."
+        )
+    return layers, config
 
 
 def check_fresh(layers: list[SparseLoraLayer], adapter_name: str) -> None:

@@ -12,6 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...optim import note_removed
 from ...rules import Follower, ModuleSpace, Rule, TensorSpace, UnitSpace
 from ...utils.tensors import TensorSpec
 from .tensor_checks import weight_sides
@@ -166,6 +167,8 @@ class AdapterTensors(BaseTunerLayer):
         for name, old in self.tensors(adapter_name).items():
             held, spec = getattr(self, name), specs.get(name)
             if spec is None:
+                if isinstance(old, nn.Parameter):
+                    note_removed(old)
                 del held[adapter_name]
                 continue
             if spec.axis is not None and spec.space in kept:

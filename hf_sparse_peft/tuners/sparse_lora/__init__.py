@@ -4,6 +4,7 @@ from ..shared.registration import register_tuner
 from .config import SparseLoraConfig
 from .factor_masks import FactorMaskConfig
 from .gradient_projection import GradientProjection
+from .gradient_split import GradientSplit
 from .layer import SparseLoraLayer
 from .linear import SparseLoraLinear
 from .model import SparseLoraModel
@@ -15,6 +16,7 @@ register_tuner(SparseLoraConfig, SparseLoraModel)
 __all__ = [
     "FactorMaskConfig",
     "GradientProjection",
+    "GradientSplit",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraLinear",
