@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -118,6 +118,51 @@ def test_trl_on_nf4_trains_the_fp32_values_it_was_given(kind, tokenizer, tmp_pat
     if kind == "dpo":
         after = values_of(model)
         assert all((after[name] != value).all() for name, value in before.items() if "_values" in name)
+
+
+BY_DEFAULT = {("sft", "bf16"), ("dpo", "fp32"), ("grpo", "fp32"), ("kto", "nf4"), ("reward", "fp32")}
+"""The others take seconds each."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        pytest.param(kind, base, marks=() if (kind, base) in BY_DEFAULT else pytest.mark.slow)
+        for kind in CLASSES
+        for base in ("fp32", "bf16", "nf4")
+    ],
+)
+def test_supports_move_and_the_base_stays_under_every_trl_trainer(kind, base, tokenizer, tmp_path):
+    def make_base():
+        if kind == "reward":
+            return nf4_classifier() if base == "nf4" else classifier(getattr(torch, DTYPES[base]))
+        return tiny.base(base, layers=1)
+
+    config = SparseLoraConfig(
+        r=2, density=0.1, target_modules=["q_proj", "down_proj"],
+        task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM",
+        schedule=[Regrow(every=1, grow=AccumulatedGradient(steps=1), fraction=0.5)],
+    )  # fmt: skip
+    model = adapted(make_base(), config, std=0.1)
+    start = {layer.module_name: layer.units("default").clone() for layer in adapter_layers(model)}
+    bits = {layer.module_name: layer.get_base_layer().weight.detach().clone() for layer in adapter_layers(model)}
+    trainer = trainer_of(kind, model, tmp_path / "run", tokenizer, 3, callbacks_for(model), learning_rate=1e-3)
+    trainer.train()
+    layers = adapter_layers(trainer.accelerator.unwrap_model(trainer.model), adapter_name="default")
+    assert any(not torch.equal(start[layer.module_name], layer.units("default")) for layer in layers)
+    assert all(torch.equal(bits[layer.module_name], layer.get_base_layer().weight) for layer in layers)
+    trainer.save_model(tmp_path / "saved")
+    again = PeftModel.from_pretrained(make_base(), tmp_path / "saved").eval()
+    ids = torch.tensor([[3, 4, 5, 2]])
+    expected = trainer.accelerator.unwrap_model(trainer.model).eval()(input_ids=ids).logits
+    torch.testing.assert_close(again(input_ids=ids).logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def classifier(dtype):
+    return tiny.llama(LlamaForSequenceClassification, num_labels=1, layers=1, dtype=dtype)
 
 
 def nf4_classifier():
