@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,22 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 from torch import nn
 
+from ..training.run_record import RunRecord
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import QUANTIZATION, recorded_overrides
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.counts import AdapterCounts, adapter_counts
 from ..tuners.shared.pieces import Decomposed
+from ..utils.environment import package_versions
 from ..utils.installation import install_command, repository_url
 from ..utils.parts import plain
 from .base_model import pipeline_of
+from .card_results import Metrics, eval_results, for_metadata, result_rows
 from .loading_code import base_class, loading_code, quantization, trained_base
 from .summary import adapter_summary
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 GENERATED = "<!-- Written by hf-sparse-peft at every save while this line is here; delete it to keep your edits. -->"
-
-_PACKAGES = ("hf-sparse-peft", "peft", "transformers", "torch", "bitsandbytes")
 
 
 def adapter_card(
@@ -38,7 +38,10 @@ def adapter_card(
     base_model: str | None = None,
     method: str | None = None,
     paper: str | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Metrics | None = None,
+    evaluated_on: str | None = None,
+    run: RunRecord | None = None,
+    picture: str | None = None,
     notes: str | None = None,
     repo_id: str | None = None,
     training_data: str | Sequence[str] | None = None,
@@ -48,23 +51,39 @@ def adapter_card(
 ) -> ModelCard:
     """The model card of an adapter of any tuner of this package, filled in from its unit spaces, pieces and config.
 
-    `base_model` defaults to the name that the adapter's config holds; it becomes Hub metadata only where it can be a
-    Hub id, since the Hub refuses cards that name a local path. `metrics` maps names to numbers, shown as a table.
-    `training_data` is prose, or a list of Hub dataset ids, which become metadata too. `license` is a Hub licence id;
-    without one the card states none. `tags` are added to the card's own. `generated` marks the card as one that later
-    saves may rewrite.
+    Args:
+        model: has the adapter.
+        adapter_name: which adapter.
+        base_model: what the base is called; None: the name that the adapter's config holds. It becomes Hub metadata
+            only where it can be a Hub id, since the Hub refuses cards that name a local path.
+        method: name of the method.
+        paper: where it is from.
+        metrics: names and numbers, or a list of `huggingface_hub.EvalResult`; None: the last evaluation of `run`.
+        evaluated_on: what the numbers were measured on, prose or a dataset of the Hub; then they become metadata.
+        run: the record of the run (`RunReportCallback.record`): settings, cost and environment.
+        picture: name of a picture that lies beside the card.
+        notes: a paragraph about training.
+        repo_id: Hub repo of the adapter.
+        training_data: prose, or a list of Hub dataset ids, which become metadata.
+        license: a Hub licence id; without one the card states none.
+        tags: added to the card's own.
+        generated: mark the card as one that later saves may rewrite.
 
     Raises:
-        ValueError: `model` has no adapter of this package of that name, or `metrics` is not a mapping.
+        ValueError: `model` has no adapter of this package of that name, or `metrics` is neither a mapping nor a list of
+            results.
     """
     layers = adapter_layers(model, adapter_name=adapter_name)
     config = layers[0].adapter_configs[adapter_name]
     base_model = base_model or config.base_model_name_or_path or None
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise ValueError(f"metrics={metrics!r} is not a mapping; pass names and numbers, e.g. {{'accuracy': 0.91}}.")
     datasets = [training_data] if isinstance(training_data, str) else list(training_data or ())
     hub_datasets = [] if isinstance(training_data, str) else [name for name in datasets if _is_hub_id(name)]
     class_of_base = base_class(model, config)
+    pipeline = pipeline_of(class_of_base[0])
+    metrics = run.metrics if metrics is None and run is not None else metrics
+    results = eval_results({} if metrics is None else metrics, evaluated_on, pipeline)
+    for_hub = for_metadata(results, _is_hub_id)
+    title = repo_id.rpartition("/")[2] if repo_id else f"Sparse adapter for {base_model or 'a model without a name'}"
     kind = config.peft_type.value
     tags = ["hf-sparse-peft", "peft", kind.lower(), *([method] if method else []), *(tags or ())]
     if _is_hub_id(base_model):
@@ -74,7 +93,9 @@ def adapter_card(
         base_model=base_model if _is_hub_id(base_model) else None,
         license=license,
         base_model_relation="adapter" if _is_hub_id(base_model) else None,
-        pipeline_tag=pipeline_of(class_of_base[0]),
+        pipeline_tag=pipeline,
+        eval_results=for_hub or None,
+        model_name=title if for_hub else None,
         datasets=hub_datasets or None,
         tags=sorted(set(tags)),
     )
@@ -84,7 +105,7 @@ def adapter_card(
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=repo_id.rpartition("/")[2] if repo_id else f"Sparse adapter for {base_model or 'a model without a name'}",
+        title=title,
         summary=_summary(rows, counts, config, base_model, method, paper),
         install=install_command(),
         install_remark="" if repository_url() else " It is run in a clone of its repository.",
@@ -92,15 +113,14 @@ def adapter_card(
         load_code=f"```python\n{loading_code(class_of_base, shown, base_model, config, overrides)}\n```",
         trained_base=trained_base(overrides, shown),
         peft_type=kind,
-        leaving=_leaving(layers, adapter_name),
+        leaving=_leaving(layers, adapter_name, class_of_base, base_model, config, overrides),
         summary_table=_summary_table(rows, counts),
         summary_legend=_legend(rows),
         config_table=_table(("option", "value"), _config_rows(config)),
-        metrics=_table(("metric", "value"), [(k, _number(v)) for k, v in metrics.items()])
-        if metrics
-        else "None were given with this card.",
-        training=_training(config, overrides, datasets, notes),
-        versions=_versions(),
+        metrics=_table(*result_rows(results)) if results else "None were given with this card.",
+        picture=f"![Losses, density and rank over the steps of the run]({picture})" if picture else "",
+        training=_training(config, overrides, datasets, notes, run),
+        versions=_versions(run),
         marker=GENERATED if generated else "",
     )
 
@@ -174,12 +194,30 @@ def _base_link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{base_model}`"
 
 
-def _leaving(layers: list[AdapterLayer], adapter_name: str) -> str:
+def _leaving(
+    layers: list[AdapterLayer],
+    adapter_name: str,
+    class_of_base: tuple[str, str],
+    base_model: str | None,
+    config: AdapterConfig,
+    overrides: dict[str, Any],
+) -> str:
+    """How the adapter is used where this package is not."""
     pieces = [piece for layer in layers for piece in layer.pieces(adapter_name)]
     if all(piece.exact_rank is not None for piece in pieces):
         kind = "DoRA" if any(isinstance(piece, Decomposed) for piece in pieces) else "LoRA"
-        return f"`sparse-peft export` turns it into a plain {kind} without loss, for engines that know only {kind}."
-    return "`sparse-peft export` merges it into a dense model, for engines that know nothing of adapters like this one."
+        loads = loading_code(class_of_base, "as-lora", base_model, config, overrides, alone=True)
+        done = 'hub.export_lora(model, "as-lora")  # exactly'
+        said = f"As a plain {kind}, without loss, it goes wherever {kind} goes:"
+    else:
+        name, library = class_of_base
+        loads = f'from {library} import {name}\n\nmodel = {name}.from_pretrained("as-dense")'
+        done = 'hub.merge_to_dense(model, "as-dense")'
+        said = "Merged into a dense model it goes to engines that know nothing of adapters like this one:"
+    code = f"from hf_sparse_peft import hub\n\n{done}"
+    if class_of_base[1] != "transformers" and "as-dense" in done:
+        return f"{said}\n\n```python\nfrom hf_sparse_peft import hub\n\ndense = hub.merge_to_dense(model)\n```"
+    return f"{said}\n\n```python\n{code}\n```\n\nand is loaded from then on by\n\n```python\n{loads}\n```"
 
 
 def _summary_table(rows: list[dict[str, Any]], counts: AdapterCounts) -> str:
@@ -280,7 +318,9 @@ def _option_value(value: Any) -> str:
     return _number(value)
 
 
-def _training(config: AdapterConfig, overrides: dict[str, Any], datasets: list[str], notes: str | None) -> str:
+def _training(
+    config: AdapterConfig, overrides: dict[str, Any], datasets: list[str], notes: str | None, run: RunRecord | None
+) -> str:
     parts = [f"Data: {', '.join(datasets)}." if datasets else "The training data was not given with this card."]
     if QUANTIZATION in overrides:
         parts.append(f"Base weights while training: {quantization(overrides)}.")
@@ -290,17 +330,14 @@ def _training(config: AdapterConfig, overrides: dict[str, Any], datasets: list[s
         parts.append("Saved while its schedules were running; supports or ranks may still move when training goes on.")
     if notes:
         parts.append(notes)
+    if run is not None and (told := {**run.facts, **run.cost}):
+        parts.append(_table(("run", ""), list(told.items())))
     return "\n\n".join(parts)
 
 
-def _versions() -> str:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"- {package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "\n".join(found)
+def _versions(run: RunRecord | None) -> str:
+    made_with = package_versions() if run is None or not run.environment else run.environment
+    return "\n".join(f"- {name} {version}" for name, version in made_with.items())
 
 
 def _number(value: Any) -> str:

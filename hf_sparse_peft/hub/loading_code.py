@@ -29,6 +29,7 @@ def loading_code(
     base_model: str | None,
     config: AdapterConfig,
     overrides: dict[str, Any],
+    alone: bool = False,
 ) -> str:
     """Python that leaves the adapter on its base in `model`.
 
@@ -38,13 +39,14 @@ def loading_code(
         base_model: folder or Hub id of the base.
         config: of the adapter.
         overrides: `base_overrides` of the base.
+        alone: without this package, for an adapter that was exported.
     """
     (name, library), labels = class_of_base, overrides.get("num_labels")
-    remark = "import hf_sparse_peft  # registers the adapter type with peft"
+    first = [] if alone else ["import hf_sparse_peft  # registers the adapter type with peft"]
     if config.task_type in AUTO_CLASSES and labels is None and not config.saved_base_weights:
         auto = f"AutoPeftModel{name.removeprefix('AutoModel') or 'ForFeatureExtraction'}"
-        return f'{remark}\nfrom peft import {auto}\n\nmodel = {auto}.from_pretrained("{shown}")'
-    lines = [remark, "from peft import PeftModel"]
+        return "\n".join([*first, f"from peft import {auto}", "", f'model = {auto}.from_pretrained("{shown}")'])
+    lines = [*first, "from peft import PeftModel"]
     if library == "transformers":
         given = "" if labels is None else f", num_labels={labels}"
         # A head of another size in the base gives way to the adapter's own.

@@ -15,10 +15,15 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 
+from ..training.run_record import RunRecord
+from ..training.support_picture import draw_run
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
 from .card import adapter_card
 from .folders import ADAPTER_FILES, staged_files, staged_folder
+
+PICTURE = "training.png"
+"""Name of the run's picture beside the card."""
 
 
 def save_adapter(
@@ -27,14 +32,16 @@ def save_adapter(
     *,
     adapter_name: str = "default",
     base_model: str | None = None,
+    run: RunRecord | None = None,
     **card_arguments: Any,
 ) -> Path:
     """Write `adapter_model.safetensors`, `adapter_config.json` and the card `README.md` into the folder `path`.
 
     A new folder appears whole or not at all. An adapter of this type that is there is replaced file by file; other
     files beside it stay. Files lie in `path` itself whatever the adapter's name. `base_model` names the base in card
-    and config, in place of the name that the config has: what its users load. `card_arguments` are the others of
-    `adapter_card`. Returns the folder.
+    and config, in place of the name that the config has: what its users load. With `run`, the record of the run, its
+    picture lies beside the card (`training.png`, needs matplotlib). `card_arguments` are the others of `adapter_card`.
+    Returns the folder.
 
     Raises:
         ValueError: `model` is no PeftModel with an adapter of this package of that name, or `path` is a file or a
@@ -45,6 +52,8 @@ def save_adapter(
             f"model is a {type(model).__name__}, not a PeftModel. Wrap the base with get_peft_model; adapters of a "
             "plain transformers model are saved by its own save_pretrained."
         )
+    if run is not None:
+        card_arguments = {"run": run, "picture": PICTURE, **card_arguments}
     card = adapter_card(model, adapter_name=adapter_name, base_model=base_model, **card_arguments)
     config = model.peft_config[adapter_name]
     with staged_folder(path, config.peft_type.value) as stage, _named(config, base_model):
@@ -57,6 +66,8 @@ def save_adapter(
         missing = [name for name in ADAPTER_FILES if not (stage / name).is_file()]
         if missing:
             raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
+        if run is not None and card_arguments["picture"] == PICTURE:
+            draw_run(run.log, run.support, stage / PICTURE, run.title)
         write_card(card, stage)
     return Path(path)
 

@@ -7,6 +7,9 @@ from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallb
 from .loop import Controller
 from .optimizers import AdamWSpec, AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
+from .report_page import write_report
+from .run_record import RunRecord
+from .run_report import RunReportCallback
 from .runner import RuleRunner
 from .support_picture import draw_run, draw_support_history
 from .telemetry import SupportTelemetryCallback
@@ -25,6 +28,8 @@ __all__ = [
     "PruningCallback",
     "RankReallocationCallback",
     "RuleRunner",
+    "RunRecord",
+    "RunReportCallback",
     "SparseSM3Spec",
     "SupportTelemetryCallback",
     "TwoPassTrainer",
@@ -45,6 +50,7 @@ __all__ = [
     "save_support",
     "trainer_class_for",
     "trainer_options",
+    "write_report",
     "write_supports",
     "zeroth_order_optimizer",
 ]

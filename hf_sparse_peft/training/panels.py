@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..utils.pictures import SERIES, heat_map, layer_label, says_something
+from .run_record import SPEED
 
 NUMBERS = "numbers/"
 """Begins the fields of a telemetry record that count trained numbers, one a kind of unit."""
@@ -18,8 +19,9 @@ _HEAT_MAPS = (
     ("rank", "rank: living components", 1.0, None),
     ("gradient_share", "gradient's square in the support [%]", 100.0, None),
 )
-_FIGURES_OF_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _MOST_BANDS = 6
+_FLAT = 0.01
+"""Relative difference up to which a heat map shows one colour: whole numbers of units in layers of several sizes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def curve_panels(log: Sequence[Mapping[str, Any]], colours: Sequence[str]) -> li
     """Losses in one panel, each measure of the evaluations in one of its own, and the gradient's norm."""
     curves = {"training": points(log, "loss"), "evaluation": points(log, "eval_loss")}
     named = dict.fromkeys(key for record in log for key in record if key.startswith("eval_") and key != "eval_loss")
-    measures = {key: points(log, key) for key in named if not key.endswith(_FIGURES_OF_SPEED)}
+    measures = {key: points(log, key) for key in named if not key.endswith(SPEED)}
     panels = [_curves("loss", curves, "loss", colours, log_scale=True)]
     panels += [_curves(key.removeprefix("eval_"), {"evaluation": one}, "", colours) for key, one in measures.items()]
     panels.append(_curves("norm of the gradient", {"": points(log, "grad_norm")}, "norm", colours, log_scale=True))
@@ -113,10 +115,13 @@ def over_time(history: Sequence[Mapping[str, Any]], key: str, factor: float = 1.
 
 
 def _map_panel(history: Sequence[Mapping[str, Any]], key: str, label: str, factor: float, top: float | None) -> Panel:
+    import numpy as np
+
     layers, edges, values = over_time(history, key, factor)
     what, _, unit = label.partition("[")
-    if not says_something(values):
-        number = f"{values.reshape(-1)[0]:.4g}{' ' + unit.rstrip(']') if unit else ''}"
+    if not says_something(values, _FLAT):
+        least, most = f"{np.nanmin(values):.4g}", f"{np.nanmax(values):.4g}"
+        number = (least if least == most else f"{least} to {most}") + (f" {unit.rstrip(']')}" if unit else "")
         return Panel(key, instead=f"{what.strip()}: {number} in every layer at every record")
 
     def draw(axis: Any) -> None:
@@ -173,8 +178,8 @@ def _flow_panel(history: Sequence[Mapping[str, Any]], colours: Sequence[str]) ->
     if all(len(set(counts)) == 1 for counts in groups.values()):
         whole = sum(counts[0] for counts in groups.values())
         return [Panel("budget", instead=f"{title}: {whole:,} at every record, none of which moved between modules")]
-    largest = sorted(groups, key=lambda name: -max(groups[name]))
-    shown, rest = largest[: _MOST_BANDS - 1], largest[_MOST_BANDS - 1 :]
+    by_change = sorted(groups, key=lambda name: min(groups[name]) - max(groups[name]))
+    shown, rest = by_change[: _MOST_BANDS - 1], by_change[_MOST_BANDS - 1 :]
     bands = {name: groups[name] for name in shown}
     if len(rest) == 1:
         bands[rest[0]] = groups[rest[0]]
@@ -206,8 +211,8 @@ def measure_panels(
             continue
         wanted = estimate.get(key)
         panel = _curves(title, {"measured": values}, label, colours)
-        if panel.draw is not None and wanted is not None:
-            panel = _with_estimate(panel, factor * wanted, colours[1])
+        if panel.draw is not None:
+            panel = _from_zero(panel, None if wanted is None else factor * wanted, colours[1])
         elif wanted is not None:
             panel = Panel(title, instead=f"{panel.instead} {label}, estimated {factor * wanted:.4g}")
         elif panel.instead:
@@ -216,10 +221,12 @@ def measure_panels(
     return found
 
 
-def _with_estimate(panel: Panel, value: float, colour: str) -> Panel:
+def _from_zero(panel: Panel, estimate: float | None, colour: str) -> Panel:
     def draw(axis: Any) -> None:
         panel.draw(axis)
-        axis.axhline(value, color=colour, linestyle="--", label=f"estimated: {value:.4g}")
-        axis.legend()
+        if estimate is not None:
+            axis.axhline(estimate, color=colour, linestyle="--", label=f"estimated: {estimate:.4g}")
+            axis.legend()
+        axis.set_ylim(bottom=0)
 
     return Panel(panel.title, draw, height=panel.height)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,14 @@ def layer_label(name: str) -> str:
     return f"{number}.{parts[-1]}" if number else parts[-1]
 
 
-def says_something(tables: Mapping[str, Any] | Sequence[Any]) -> bool:
-    """Whether numbers differ: a picture of equal ones says less than a sentence does."""
+def says_something(values: Any, tolerance: float = 0.0) -> bool:
+    """Whether numbers differ by more than `tolerance` of the largest: a picture of equal ones says less than a sentence
+    does."""
     import numpy as np
 
-    values = np.asarray(tables, dtype=float)
+    values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
-    return values.size > 0 and float(values.max()) > float(values.min())
+    return values.size > 0 and float(np.ptp(values)) > tolerance * float(np.abs(values).max())
 
 
 def save_picture(figure: Any, path: str | Path, dpi: int) -> None:

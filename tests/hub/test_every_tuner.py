@@ -274,7 +274,7 @@ def test_the_card_names_type_units_options_and_how_to_load(form, tmp_path):
         assert f"{row['parameters']:,} |" in text
     for part in (f"KeyError: '{kind}'", f"- {kind.lower()}\n", "`a-method`", "| `target_modules` | `down_proj, q_proj"):
         assert part in text, part
-    assert ("turns it into a plain LoRA without loss" in text) == form.lora
+    assert ("As a plain LoRA, without loss" in text) == form.lora
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_base(), place)), logits(model))
 
 

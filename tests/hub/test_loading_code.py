@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,9 +66,10 @@ def filled(model, **options):
 @torch.no_grad()
 def output(model):
     model = model.eval()
-    if "pixel_values" in inspect.signature(model.get_base_model().forward).parameters:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "pixel_values" in inspect.signature(base.forward).parameters:
         return model(pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).logits
-    both = {"decoder_input_ids": IDS} if model.get_base_model().config.is_encoder_decoder else {}
+    both = {"decoder_input_ids": IDS} if base.config.is_encoder_decoder else {}
     return model(input_ids=IDS, **both)[0]
 
 
@@ -79,8 +81,17 @@ def run_code(card, place):
     return names["model"]
 
 
+def run_leaving_code(card, names, folder, monkeypatch):
+    """The two blocks below "Without hf-sparse-peft", one after the other, in `folder`."""
+    monkeypatch.chdir(folder)
+    section = str(card).partition("## Without hf-sparse-peft")[2].partition("## What it changes")[0]
+    for code in re.findall(r"```python\n(.+?)```", section, re.S):
+        exec(code, names)
+    return names["model"]
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_the_printed_code_gives_the_outputs_that_were_trained(task, tmp_path):
+def test_the_printed_code_gives_the_outputs_that_were_trained(task, tmp_path, monkeypatch):
     make, options = TASKS[task]
     make().save_pretrained(tmp_path / "base")
     model = type(make()).from_pretrained(tmp_path / "base")
@@ -90,8 +101,27 @@ def test_the_printed_code_gives_the_outputs_that_were_trained(task, tmp_path):
     loaded = run_code(card, tmp_path / "adapter")
     assert torch.equal(output(loaded), output(adapted))
     assert hub.adapter_card(adapted).data.pipeline_tag == PIPELINES[task]
+    dense = run_leaving_code(card, {"model": loaded}, tmp_path, monkeypatch)
+    assert (tmp_path / "as-dense" / "config.json").is_file()
+    assert not hasattr(dense, "peft_config")
+    torch.testing.assert_close(output(dense), output(adapted), atol=1e-5, rtol=1e-4)
     # The command line and merges load by the same rule.
     assert type(hub.load_adapter(tmp_path / "adapter").get_base_model()) is type(loaded.get_base_model())
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "images", "none"])
+def test_an_exact_lora_leaves_and_loads_as_it_is_printed(task, tmp_path, monkeypatch):
+    make, options = TASKS[task]
+    make().save_pretrained(tmp_path / "base")
+    model = type(make()).from_pretrained(tmp_path / "base")
+    task_type = task if task.isupper() else None
+    adapted = filled(model, task_type=task_type, granularity="row", **options)
+    card = hub.adapter_card(adapted)
+    names = {"model": adapted}
+    alone = run_leaving_code(card, names, tmp_path, monkeypatch)
+    assert "import hf_sparse_peft " not in str(card).partition("## Without hf-sparse-peft")[2]
+    assert alone.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(output(alone), output(adapted), atol=1e-5, rtol=1e-4)
 
 
 def test_a_base_with_a_head_of_another_size_gives_way_to_the_adapters_own(tmp_path):

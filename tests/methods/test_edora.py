@@ -72,7 +72,7 @@ def test_it_leaves_as_upstreams_dora_exactly_and_merges(tmp_path):
     x = random(4, 10, seed=1)
     answer = model(x)
     assert hub.export_lora(model, tmp_path / "dora").errors == {"lin.0": 0.0}
-    assert "turns it into a plain DoRA without loss" in str(hub.adapter_card(model))
+    assert "As a plain DoRA, without loss" in str(hub.adapter_card(model))
     loaded = PeftModel.from_pretrained(Linears(W), tmp_path / "dora")
     assert loaded.peft_config["default"].use_dora
     close(loaded(x), answer)

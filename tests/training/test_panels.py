@@ -40,6 +40,8 @@ def test_flat_tables_are_said_and_not_drawn():
     assert panels["density"].instead == "density: living units: 10 % of the weight's in every layer at every record"
     assert panels["churn"].instead.endswith("0 % of the living in every layer at every record")
     assert "30 at every record" in panels["budget"].instead
+    rounded = unit_panels([record(step, density=(0.1, 0.1004)) for step in (0, 5)], COLOURS)
+    assert by_title(rounded)["density"].instead.startswith("density: living units: 10 to 10.04 % of the weight's in")
 
 
 def test_the_budget_flows_between_kinds_of_units_and_modules():
@@ -51,15 +53,15 @@ def test_the_budget_flows_between_kinds_of_units_and_modules():
     assert by_title(unit_panels(history, COLOURS))["budget"].draw is not None
 
 
-def test_of_many_bands_the_smallest_are_one():
+def test_of_many_bands_those_that_move_least_are_one():
     history = [
-        {"step": step, "numbers/support": {f"layers.0.m{at}": 10 * at + step for at in range(20)}} for step in (0, 10)
+        {"step": step, "numbers/support": {f"layers.0.m{at}": 100 + at * step for at in range(20)}} for step in (0, 10)
     ]
     axis = new_figure(4, 3).subplots()
     by_title(unit_panels(history, COLOURS))["budget"].draw(axis)
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert len(names) == 6
-    assert names[0] == "15 others"
+    assert names == ["15 others", *(f"support of m{at}" for at in range(15, 20))]
 
 
 def test_losses_share_a_panel_and_each_measure_has_its_own_without_those_of_speed():
