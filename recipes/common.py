@@ -27,7 +27,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, SupportTelemetryCallback, hub, methods
+from hf_sparse_peft import AgedAdamWSpec, RunReportCallback, SparseLoraConfig, SupportTelemetryCallback, hub, methods
 from hf_sparse_peft.hub.push import check_base_name
 from hf_sparse_peft.methods import Method
 from hf_sparse_peft.training import draw_run, draw_support_history
@@ -223,12 +223,13 @@ def fine_tune(
     if not args.resume_from_checkpoint:  # which brings what was prepared
         method.prepare(model, load_dense and first_run(load_dense, args, **data))
     model.print_trainable_parameters()
-    telemetry = SupportTelemetryCallback(every=max(1, int(args.logging_steps)), gradient_share=True)
+    every = max(1, int(args.logging_steps))
+    telemetry, report = SupportTelemetryCallback(every, gradient_share=True), RunReportCallback(every)
     trainer = trainer_for(method, trainer_class)(
         model=model,
         args=args,
         **data,
-        callbacks=[*method.callbacks(model), telemetry],
+        callbacks=[*method.callbacks(model), telemetry, report],
         optimizers=(method.optimizer(model, args), None),
     )
     telemetry.attach(trainer)
@@ -239,7 +240,8 @@ def fine_tune(
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if hasattr(model, "compact"):  # adapters of other types have nothing that died
         model.compact()
-    figures |= measure(trainer) | {
+    measured = measure(trainer)
+    figures |= measured | {
         "train_loss": result.training_loss,
         "seconds_per_step": result.metrics["train_runtime"] / result.global_step,
         "trainable_before": trainable_before,
@@ -248,6 +250,8 @@ def fine_tune(
     if not args.process_index:
         card: dict[str, Any] = {"base_model": recipe.base_model or None}
         card["training_data"] = [source] if source.count("/") == 1 and " " not in source else source
+        card["metrics"] = {name: round(value, 4) for name, value in measured.items()}
+        card["evaluated_on"], card["run"] = source, report.record
         card["notes"] = (
             f"Trained for {trainer.state.global_step} steps by recipes/{Path(script).name}, seed {args.seed}."
         )
@@ -278,8 +282,7 @@ def finish(
     """Write adapter, card, pictures and `figures.json`; print the table; upload."""
     output, args = Path(trainer.args.output_dir), trainer.args
     folder = output / "adapter"
-    own = ("seconds_per_step",)  # the machine's
-    card = {**method_card(method), "metrics": {k: round(v, 4) for k, v in figures.items() if k not in own}, **card}
+    card = {**method_card(method), **card}
     save_adapter(model, folder, **card)
     figures["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -298,7 +301,8 @@ def finish(
     ]
     four_bit = getattr(model, "is_loaded_in_4bit", False)
     print_table(rows, title=f"{name} on a 4-bit base" if four_bit else name)
-    print(f"adapter and card: {folder}\npictures: {output / 'report.png'}, {output / 'support.png'}")
+    pictures = f"{output / 'report.png'}, {output / 'support.png'}"
+    print(f"adapter and card: {folder}\nreport: {output / 'report.html'}\npictures: {pictures}")
     if not (telemetry.history[-1]["density"] or telemetry.history[-1]["rank"]):
         print("This method has neither a support nor ranks, so the pictures show none.")
     if push:
