@@ -255,7 +255,8 @@ def _living(spaces: list[dict[str, Any]], kind: str) -> str:
         return "none"
     alive, capacity = (sum(space[key] for space in found) for key in ("alive", "capacity"))
     unit = found[0]["unit"]
-    plural = f"{unit.removesuffix('y')}ies" if unit.endswith("y") else f"{unit}s"
+    ending, own = next((pair for pair in (("y", "ies"), ("is", "es")) if unit.endswith(pair[0])), ("", "s"))
+    plural = f"{unit.removesuffix(ending)}{own}"
     return f"{alive:,}" + (f" of {capacity:,}" if alive != capacity else "") + f" {unit if alive == 1 else plural}"
 
 
@@ -263,6 +264,7 @@ _MEANING = {
     "support": "a support's are entries, blocks, rows or columns of a weight",
     "rank": "a rank's are components of the low-rank half",
     "kernel": "a kernel's are the entries of the update that are not zero",
+    "basis": "a basis's are its columns, or its trained entries where it has a mask",
 }
 
 

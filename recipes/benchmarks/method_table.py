@@ -44,7 +44,11 @@ from qlora_sparse_lora import RecipeArguments, load_base
 CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
     "cuttlefish": "cuttlefish:every=1,first=8",
     "eva": "eva:r=2,tau=0.8",
+    "losia": "losia:every=4",
+    "lisa": "lisa:every=6",
     "increlora": "increlora:schedule=[{type: grow_rank, every: 4, warmup: 4, modules: 7}]",
+    "rosa": "rosa:warmup=6",
+    "smt": "smt:block_size=32,warmup_steps=4",
     "sora": "sora:weight=3.0",
     "vb-lora": "vb-lora:vector_length=64",
 }
