@@ -41,7 +41,16 @@ def test_every_named_candidate_is_one_that_the_package_takes():
     import step_cost
     from harness import build_method
 
-    numbers = {"rank": 4, "alpha": 8, "half": 2, "numbers": 400, "rest": 200, "sparsity": 0.9, "density": 0.05}
+    numbers = {
+        "rank": 4,
+        "alpha": 8,
+        "half": 2,
+        "numbers": 400,
+        "rest": 200,
+        "sparsity": 0.9,
+        "density": 0.05,
+        "blocks": 8,
+    }
     adapters = {name: text for name, text in step_cost.CANDIDATES.items() if text not in ("frozen", "full", "spiel")}
     moving = {name: step_cost.MOVING + step_cost.OURS[name].removeprefix("shira:") for name in step_cost.MOVED}
     small = {name: text for name, (text, rates) in learning.SMALL.items() if len(set(rates)) == 3}
