@@ -22,6 +22,9 @@ CONFIGS = {
     ),
     "rows": lambda: SparseLoraConfig(r=0, density=0.1, granularity="row", target_modules="all-linear"),
     "columns": lambda: SparseLoraConfig(r=0, density=0.1, granularity="column", target_modules="all-linear"),
+    "diagonal": lambda: SparseLoraConfig(
+        r=0, density=1.0, granularity="diagonal", diagonal_blocks=3, target_modules="all-linear"
+    ),
     "subnet": lambda: SparseLoraConfig(r=0, density=0.05, granularity="subnet", target_modules="all-linear"),
     "hybrid": lambda: SparseLoraConfig(r=4, density=0.05, target_modules="all-linear"),
 }

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 
 from hf_sparse_peft.preflight import estimate
 
-CASES = ("lora", "entry", "block32", "row", "column", "subnet", "hybrid")
+CASES = ("lora", "entry", "block32", "row", "column", "diagonal", "subnet", "hybrid")
 
 
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
