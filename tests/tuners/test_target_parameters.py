@@ -247,7 +247,11 @@ def test_a_file_for_other_experts_is_refused_and_leaves_the_model_as_it_was(tmp_
         check_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("grow", [AccumulatedGradient(steps=1), Gradient()], ids=lambda part: part.part_type)
+@pytest.mark.parametrize(
+    "grow",
+    [AccumulatedGradient(steps=1), pytest.param(Gradient(), marks=pytest.mark.slow)],
+    ids=lambda part: part.part_type,
+)
 def test_moving_supports_of_experts_resume_to_the_bit(grow, tmp_path):
     def run(out, steps, resume=None):
         rule = Regrow(every=2, grow=grow, fraction=0.5)
@@ -395,3 +399,85 @@ def test_trained_numbers_are_counted_and_copies_train_on_their_own():
     random_values(twin, seed=9)
     assert torch.equal(model(IDS).logits, before)
     assert not torch.equal(twin(IDS).logits, before)
+
+
+def kept_bytes(model, monkeypatch, outside):
+    """Bytes that autograd keeps of a forward pass, parameters aside: counted from outside, where every tensor is asked
+    for, or within the hosts' own hooks, which are then the only ones that are asked."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def count(packed):
+        if isinstance(packed, torch.Tensor) and packed.untyped_storage().data_ptr() not in own:
+            kept[packed.untyped_storage().data_ptr()] = packed.untyped_storage().nbytes()
+        return packed
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with monkeypatch.context() as patched:
+        if outside:
+            with hooks(count, lambda packed: packed):
+                loss = model(IDS, labels=IDS).loss
+        else:
+            counting = lambda pack, unpack: hooks(lambda tensor: count(pack(tensor)), unpack)  # noqa: E731
+            patched.setattr(torch.autograd.graph, "saved_tensors_hooks", counting)
+            loss = model(IDS, labels=IDS).loss
+    return sum(kept.values()), loss
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_no_adapted_copy_of_the_experts_is_kept_for_the_backward_pass(implementation, monkeypatch):
+    # With 16 times the experts an activation is small beside them.
+    model = adapted(lambda dtype: filled(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=64)), dtype))
+    model.config._experts_implementation = implementation
+    experts = sum(p.nbytes for name, p in plain_parameters(model) if "experts." in name)
+    random_values(model)
+    gradients = []
+    for outside, fits in ((True, lambda kept: kept > 0.9 * experts), (False, lambda kept: 0 < kept < 0.3 * experts)):
+        kept, loss = kept_bytes(model, monkeypatch, outside)
+        assert fits(kept), (outside, kept, experts)
+        model.zero_grad()
+        loss.backward()
+        gradients.append([layer.sparse_lora_values["default"].grad.clone() for layer in adapter_layers(model)])
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(*gradients, strict=True))
+
+
+def test_a_backward_pass_after_a_change_says_so():
+    model = random_values(adapted())
+    loss = model(IDS, labels=IDS).loss
+    random_values(model, seed=2)
+    with pytest.raises(RuntimeError, match=r"experts\.(gate_up|down)_proj' was changed between a forward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_passes_give_the_gradients_of_plain_ones(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = random_values(adapted(target_modules=["q_proj"])).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(IDS, labels=IDS).loss.backward()
+        found.append([p.grad for _, p in model.named_parameters() if p.grad is not None])
+    assert found[0]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_experts_beside_layers_in_4_bits_train_and_load(tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    mixtral().save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def make(dtype=None):
+        return MixtralForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=nf4, device_map="cpu", dtype=torch.float32
+        )
+
+    model = adapted(make, target_modules=["q_proj"])
+    assert type(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+    start = {key: p.clone() for key, p in model.named_parameters() if p.requires_grad}
+    tiny.train(model, tmp_path / "run", 3)
+    assert all(not torch.equal(value, dict(model.named_parameters())[key]) for key, value in start.items())
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(make(), tmp_path / "saved").eval()
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)

@@ -11,6 +11,7 @@ the module does with it (a loop over experts, grouped or batched products) stays
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,9 +97,13 @@ class ParameterHost(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with adapted parameters."""
-        adapted = {name: layer() for name, layer in self.parameter_layers()}
-        adapted = {name: weight for name, weight in adapted.items() if weight is not getattr(self.base_layer, name)}
-        return run_with(self.base_layer, adapted, args, kwargs)
+        adapted, again = {}, {}
+        for name, layer in self.parameter_layers():
+            weight = layer()
+            if weight is not getattr(self.base_layer, name):
+                adapted[name], again[name] = weight, layer.recompute()
+        with copies_recomputed(adapted, again):
+            return run_with(self.base_layer, adapted, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -122,6 +127,60 @@ def run_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: tu
     replica = module.__new__(type(module))
     replica.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **parameters}}
     return replica(*args, **kwargs)
+
+
+# What is kept for the backward pass
+
+
+@contextmanager
+def copies_recomputed(
+    copies: Mapping[str, torch.Tensor], recompute: Mapping[str, Callable[[], torch.Tensor]]
+) -> Iterator[None]:
+    """Let what runs in the block keep none of `copies` for its backward pass, which gets them by `recompute` again.
+
+    An adapted copy of every layer's experts would double the model otherwise. Where somebody else decides what is kept,
+    as activation checkpointing does, they do so here too.
+    """
+    made = {w.untyped_storage().data_ptr(): _Copy(recompute[n]) for n, w in copies.items() if w.requires_grad}
+    if not made or torch.compiler.is_compiling() or _others_keep():
+        yield
+        return
+    for weight in copies.values():
+        if weight.requires_grad:  # its gradient is there when all of its uses have had theirs
+            weight.register_hook(made[weight.untyped_storage().data_ptr()].forget)
+
+    def pack(tensor: torch.Tensor) -> Any:
+        plain = tensor.layout is torch.strided and not tensor.is_meta
+        copy = made.get(tensor.untyped_storage().data_ptr()) if plain else None
+        return tensor if copy is None else (copy, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return packed[0].get().as_strided(*packed[1:]) if isinstance(packed, tuple) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _Copy:
+    """One adapted copy, made when it is first asked for and forgotten when it has a gradient."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        self.make, self.made = make, None
+
+    def get(self) -> torch.Tensor:
+        if self.made is None:
+            with torch.no_grad():
+                self.made = self.make()
+        return self.made
+
+    def forget(self, gradient: torch.Tensor) -> None:
+        self.made = None
+
+
+def _others_keep() -> bool:
+    # Hooks do not nest: the innermost are asked alone.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 # Which parameters

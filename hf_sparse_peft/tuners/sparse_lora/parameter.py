@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
     `W` `[experts, rows, cols]` is one matrix `[experts * rows, cols]` here, so that one budget holds over all experts.
 
     A row is a row of one expert, a column runs through all of them, and the low-rank half has one `A` for all and rows
-    of `B` for each. The sum is rounded once, to the dtype of `W`, as merging rounds it. One adapted copy of the
-    parameter, and in the backward pass its dense gradient, live for each parameter of a module.
+    of `B` for each. The sum is rounded once, to the dtype of `W`, as merging rounds it. An adapted copy of
+    the parameter lives while its module runs, and is made again in the backward pass, beside its dense gradient.
     """
 
     def __init__(
@@ -68,6 +68,25 @@ class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
         adapted = self._adapted_matrix(names).view(parameter.shape)
         self._lend_gradient(adapted, names)
         return adapted
+
+    def recompute(self) -> Callable[[], torch.Tensor]:
+        """How to make the adapted parameter of now once more, in a backward pass."""
+        names = [name for name in self.active_adapters if self.holds(name)]
+        version = self._version(names)
+
+        def make() -> torch.Tensor:
+            if self._version(names) != version:
+                raise RuntimeError(
+                    f"An adapter of '{self.module_name}' was changed between a forward pass and its backward pass, "
+                    "which needs the parameter as it was. Step the optimizer, and move supports, after backward()."
+                )
+            return self._adapted_matrix(names).view(self.base_layer.weight.shape)
+
+        return make
+
+    def _version(self, names: list[str]) -> tuple:
+        tensors = [tensor for name in names for tensor in self.trained_parameters(name)]
+        return tuple(tensor._version for tensor in tensors), self.units_version(names)
 
     def _adapted_matrix(self, names: list[str]) -> torch.Tensor:
         weight = self.get_base_weight()
