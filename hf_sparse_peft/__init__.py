@@ -96,6 +96,8 @@ from .tuners import (
     GradientSplit,
     KernelLoraConfig,
     KernelLoraModel,
+    MaskedLoraConfig,
+    MaskedLoraModel,
     SparseLoraConfig,
     SparseLoraModel,
     SpectralLoraConfig,
@@ -103,6 +105,7 @@ from .tuners import (
     Start,
     StructureConfig,
     restore_fp32,
+    set_masks,
 )
 from .utils.parts import register_part
 
@@ -155,6 +158,8 @@ __all__ = [
     "LowRankMagnitude",
     "MaskOverlap",
     "MaskRegrowthCallback",
+    "MaskedLoraConfig",
+    "MaskedLoraModel",
     "NuclearNorm",
     "Numbers",
     "OptimizerSpec",
@@ -203,6 +208,7 @@ __all__ = [
     "register_part",
     "restore_fp32",
     "save_support",
+    "set_masks",
     "support_from_checkpoints",
     "trainer_class_for",
     "trainer_options",

@@ -1,6 +1,7 @@
 """Floor 5: tuners, one package each; importing this package registers all of them with peft."""
 
 from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
+from .masked_lora import MaskedLoraConfig, MaskedLoraLayer, MaskedLoraModel, set_masks
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
@@ -29,6 +30,9 @@ __all__ = [
     "KernelLoraConfig",
     "KernelLoraLayer",
     "KernelLoraModel",
+    "MaskedLoraConfig",
+    "MaskedLoraLayer",
+    "MaskedLoraModel",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
@@ -39,4 +43,5 @@ __all__ = [
     "StructureConfig",
     "adapter_layers",
     "restore_fp32",
+    "set_masks",
 ]

@@ -24,12 +24,16 @@ from hf_sparse_peft import (
     AverageRank,
     Fraction,
     GrowRank,
+    MaskedLoraConfig,
     Orthogonality,
     ProximalGate,
     SampleRank,
     StableRank,
     methods,
+    set_masks,
 )
+from hf_sparse_peft.sparsity import pack_bits
+from hf_sparse_peft.tuners import adapter_layers
 
 VOCAB, STEPS, SAVE_AT = 64, 8, 4
 
@@ -45,6 +49,7 @@ TINY: dict[str, Any] = {
 """Values for a model of width 32, given to every method that has an argument of that name."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "mask-lora": {"mask": "given"},
     "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},
@@ -167,8 +172,16 @@ def adapted(name: str, folder: Path, kind: str):
     method, base = build(name), load_base(folder, kind)
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
+    if isinstance(method.config, MaskedLoraConfig):
+        keep_all(model)
     method.prepare(model, first_run=lambda: _two_checkpoints(folder))
     return model, method
+
+
+def keep_all(model) -> None:
+    """Tell masked LoRAs that nothing was removed from the base."""
+    sizes = {layer.module_name: layer.in_features * layer.out_features for layer in adapter_layers(model)}
+    set_masks(model, {name: pack_bits(torch.zeros(size, dtype=torch.bool)) for name, size in sizes.items()})
 
 
 def _two_checkpoints(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -16,7 +16,12 @@ OTHERS = {
     "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "smt": {"q_proj", "k_proj", "v_proj"},
 }
-SIZES = {"dsee": {"num_sparse": 8}, "diablo": {"blocks": 8}, "smt": {"block_size": 8, "attention": 4}}
+SIZES = {
+    "dsee": {"num_sparse": 8},
+    "mask-lora": {"mask": "given"},
+    "diablo": {"blocks": 8},
+    "smt": {"block_size": 8, "attention": 4},
+}
 """What fits into the small model."""
 
 

@@ -1,0 +1,58 @@
+"""Telling masked LoRAs what was removed from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...sparsity import unpack_bits
+from ..shared.layer import adapter_layers
+from .layer import MaskedLoraLayer
+
+
+@torch.no_grad()
+def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    """Let an adapter with `mask="given"` leave alone what was removed from the base, in all of its layers or in none.
+
+    Args:
+        model: the adapted model, dense or quantised.
+        removed: by module name the bits of what is gone, as `PruningReport.masks` has them. Names of a model without a
+            head, or inside of one, are understood.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: no such adapter, a layer that `removed` does not name, bits of another weight, or a base that is not
+            0 where something was removed: it is not the one that was pruned.
+    """
+    layers = adapter_layers(model, MaskedLoraLayer, adapter_name)
+    if not layers:
+        raise ValueError(f"The model has no masked LoRA '{adapter_name}': call get_peft_model with one first.")
+    found = {}
+    for layer in layers:
+        bits = _bits_of(layer.module_name, removed)
+        numel = layer.out_features * layer.in_features
+        if bits is None or bits.dtype != torch.uint8 or bits.numel() != (numel + 7) // 8:
+            what = "nothing" if bits is None else f"{bits.numel()} bytes of {bits.dtype}"
+            raise ValueError(
+                f"removed has {what} for '{layer.module_name}', a weight of {numel} entries, which takes "
+                f"{(numel + 7) // 8} bytes of uint8. Pass the masks of the walk that pruned this base."
+            )
+        weight = layer.dense_base_weight()
+        gone = unpack_bits(bits.to(weight.device), numel).view(weight.shape)
+        if bool(weight[gone].any()):
+            raise ValueError(
+                f"'{layer.module_name}' is not 0 where weights were removed: this base is not the one that was pruned. "
+                "Load that, or prune and quantise again."
+            )
+        found[layer] = ~gone
+    for layer, kept in found.items():
+        layer.keep(adapter_name, kept)
+
+
+def _bits_of(name: str, removed: Mapping[str, Tensor]) -> Tensor | None:
+    if name in removed:
+        return removed[name]
+    close = [bits for other, bits in removed.items() if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    return close[0] if len(close) == 1 else None
