@@ -11,3 +11,5 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 warnings.filterwarnings("ignore", "`gradient_checkpointing(_enable|_disable)?` is deprecated", FutureWarning)
 # trl casts adapters over 4-bit bases to bf16, and this package takes it back, which it says once.
 warnings.filterwarnings("ignore", "The values of adapter 'default' were cast to torch.bfloat16")
+# trl's reference is meant to start as the policy's copy.
+warnings.filterwarnings("ignore", "Adapter 'ref' was added with the config object of adapter 'default'")

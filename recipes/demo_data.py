@@ -21,14 +21,14 @@ from collections.abc import Iterator, Sequence
 
 from datasets import Dataset
 
+from hf_sparse_peft.finetuning.data import IGNORED, chunk_text, in_chat_template, tokenize_pairs  # noqa: F401
+
 LARGEST = 20
 """Every number in the arithmetic is at most this, so that each is a single token."""
 TEST_SHARE = 5
 """One arithmetic triple in this many is kept for the test problems."""
 HELDOUT_SHARE = 20
 """One pretraining document in this many is held out."""
-IGNORED = -100
-"""Label that the cross-entropy of transformers skips."""
 
 NAMES = {
     "he": ("Tom", "Sam", "Ben", "Max", "Leo", "Paul", "Hugo", "Omar"),
@@ -191,64 +191,3 @@ def word_problems(n: int, seed: int = 0, split: str = "train") -> Dataset:
         story = f"{name} has {a} {thing} . {pronoun.capitalize()} {change} ."
         found[f"{story} {QUESTION.format(thing=thing, pron=pronoun)}"] = f" {c}"
     return Dataset.from_dict({"prompt": list(found), "answer": list(found.values())})
-
-
-def in_chat_template(pairs: Dataset, tokenizer) -> Dataset:
-    """`prompt`s as a user's turn in the tokenizer's chat template, up to where the answer begins.
-
-    A start token that the tokenizer puts in front of every text is left out, because `tokenize_pairs` brings it.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"'{tokenizer.name_or_path}' has no chat template. Take a chat model, or chat_template=false.")
-    brings_start = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-    def render(row):
-        turn = [{"role": "user", "content": row["prompt"]}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return {"prompt": text.removeprefix(tokenizer.bos_token) if brings_start else text}
-
-    return pairs.map(render)
-
-
-def tokenize_pairs(pairs: Dataset, tokenizer, max_length: int = 0) -> Dataset:
-    """`prompt`/`answer` -> `input_ids`, `attention_mask`, `labels`: loss on the answer and the end token only.
-
-    Rows of more than `max_length` tokens (0: no limit) lose their end; those that lose their answer are left out.
-    Unpadded: pad with `DataCollatorForSeq2Seq(tokenizer)`, which gives the padding of `labels` -100 on the side
-    `tokenizer.padding_side` says. For generation, pad `prompt` itself, on the left.
-
-    Raises:
-        ValueError: no answer is left.
-    """
-
-    def encode(row):
-        prompt = tokenizer(row["prompt"]).input_ids
-        answer = [*tokenizer(row["answer"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        end = max_length or len(prompt) + len(answer)
-        ids = (prompt + answer)[:end]
-        labels = ([IGNORED] * len(prompt) + answer)[:end]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-    rows = pairs.map(encode, remove_columns=pairs.column_names)
-    if max_length:
-        rows = rows.filter(lambda row: row["labels"][-1] != IGNORED)
-        if not len(rows):
-            raise ValueError(f"max_length={max_length} cuts the answer off every one of {len(pairs)} rows. Raise it.")
-    return rows
-
-
-def chunk_text(text: Dataset, tokenizer, length: int = 128) -> Dataset:
-    """Documents, each closed by the end token, joined and cut into rows of exactly `length` tokens (rest dropped).
-
-    Columns `input_ids`, `attention_mask`, `labels`, ready for the causal loss of transformers.
-    """
-    stream: list[int] = []
-    for ids in tokenizer(list(text["text"])).input_ids:
-        stream += [*ids, tokenizer.eos_token_id]
-    rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-    if not rows:
-        raise ValueError(f"length={length} is over the {len(stream)} tokens of the text. Give more text.")
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * len(rows), "labels": rows})

@@ -110,7 +110,7 @@ def main(argv: list[str]) -> common.Figures:
         __file__, recipe, args, base, data=data, measure=measure, shown=shown,
         source=recipe.dataset_name or "word problems that recipes/demo_data.py generates",
         defaults={"task_type": "CAUSAL_LM", "target_modules": "all-linear"},
-        load_dense=lambda: load_base(dense, args)[1],
+        load_dense=lambda: load_base(dense, args)[1], gradient_share=True,
     )  # fmt: skip
 
 

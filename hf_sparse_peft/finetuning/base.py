@@ -21,12 +21,23 @@ def nf4() -> BitsAndBytesConfig:
     )
 
 
+def base_options(options: AdapterArguments, args: TrainingArguments) -> dict[str, Any]:
+    """What `from_pretrained` is given for a base: NF4; or dense, in bf16 if the run is and in fp32 if not."""
+    if options.load_in_4bit:
+        return {"dtype": torch.bfloat16, "quantization_config": nf4()}
+    return {"dtype": torch.bfloat16 if args.bf16 else torch.float32}
+
+
+def prepared(base: PreTrainedModel, options: AdapterArguments, args: TrainingArguments) -> PreTrainedModel:
+    """A base that was loaded with `base_options`, ready for an adapter."""
+    if not options.load_in_4bit:
+        return base
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(args.gradient_checkpointing))
+
+
 def load_base(
     auto_class: Any, name: str, options: AdapterArguments, args: TrainingArguments, **more: Any
 ) -> PreTrainedModel:
-    """The base `name`, in NF4 and prepared for training, or dense: in bf16 if the run is, in fp32 if not; `more` goes
-    to `from_pretrained`."""
-    if not options.load_in_4bit:
-        return auto_class.from_pretrained(name, **{"dtype": torch.bfloat16 if args.bf16 else torch.float32, **more})
-    model = auto_class.from_pretrained(name, **{"dtype": torch.bfloat16, "quantization_config": nf4(), **more})
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(args.gradient_checkpointing))
+    """The base `name`, in NF4 and prepared for training, or dense (`base_options`); `more` goes to
+    `from_pretrained`."""
+    return prepared(auto_class.from_pretrained(name, **{**base_options(options, args), **more}), options, args)

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import hub
+from ..hub.push import check_base_name
 from ..methods import Method
-from ..training import SupportTelemetryCallback, draw_support_history
+from ..training import RunReportCallback, SupportTelemetryCallback, draw_support_history
 from ..tuners.shared.config import AdapterConfig
 from ..utils.file_writing import whole_file
 from ..utils.tables import Table, table
@@ -57,6 +58,9 @@ def fine_tune(
     trainer_class: type[Trainer] = Trainer,
     load_dense: Callable[[], PreTrainedModel] | None = None,
     card: Mapping[str, Any] | None = None,
+    around: Callable[[PeftModel], nn.Module] = lambda model: model,
+    telemetry: SupportTelemetryCallback | None = None,
+    report: RunReportCallback | None = None,
 ) -> FineTuned:
     """Train `method` on `base` and leave `adapter/` (with its card), `figures.json` and `support.png` in
     `args.output_dir`. With `args.push_to_hub` the adapter is uploaded, once, at the end.
@@ -70,22 +74,28 @@ def fine_tune(
         trainer_class: the Trainer, or a subclass.
         load_dense: the base without quantisation, for the methods that learn from full fine-tuning.
         card: further arguments of `adapter_card`.
+        around: gives the model that is trained, where the adapted one is a part of it.
+        telemetry: records the run in place of one with its defaults, every `logging_steps`.
+        report: writes `report.html`, and tells the card of the run; the card's results are then those of `measure`.
 
     Raises:
-        ValueError: the method needs another Trainer, or `load_dense`; or what the Trainer refuses.
+        ValueError: the method needs another Trainer, or `load_dense`; an upload would name the base by a path; or what
+            the Trainer refuses.
     """
     push, args.push_to_hub = args.push_to_hub, False  # not by every checkpoint
     cls = trainer_for(method, trainer_class)
     model = get_peft_model(base, method.config)
+    if push and isinstance(method.config, AdapterConfig):
+        check_base_name(model, base_model=(card or {}).get("base_model"))
     resume = True if str(args.resume_from_checkpoint).lower() == "true" else args.resume_from_checkpoint
     if not resume:  # a checkpoint brings what was prepared
         method.prepare(model, full_fine_tuning(load_dense, args, **data) if load_dense else None)
-    telemetry = SupportTelemetryCallback(every=max(1, int(args.logging_steps)))
+    telemetry = telemetry or SupportTelemetryCallback(every=max(1, int(args.logging_steps)))
     trainer = cls(
-        model=model,
+        model=around(model),
         args=args,
         **data,
-        callbacks=[*method.callbacks(model), telemetry],
+        callbacks=[*method.callbacks(model), telemetry, *([report] if report else [])],
         optimizers=(method.optimizer(model, args), None),
     )
     telemetry.attach(trainer)
@@ -93,10 +103,14 @@ def fine_tune(
     figures["trainable_before"] = model.get_nb_trainable_parameters()[0]
     result = trainer.train(resume_from_checkpoint=resume)
     # Training leaves its autocast around forward; the model is measured and shipped without it, as it was before.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if hasattr(model, "compact"):  # adapters of other types have nothing that died
         model.compact()
-    figures |= measure(trainer) | {
+    card = dict(card or {})
+    measured = measure(trainer)
+    if report is not None:
+        card = {"metrics": {name: round(value, 4) for name, value in measured.items()}, "run": report.record, **card}
+    figures |= measured | {
         "train_loss": result.training_loss,
         "seconds_per_step": result.metrics["train_runtime"] / max(result.global_step, 1),
         "trainable": model.get_nb_trainable_parameters()[0],
@@ -104,7 +118,7 @@ def fine_tune(
     folder = Path(args.output_dir) / "adapter"
     picture = None
     if trainer.is_world_process_zero():
-        picture = _write(model, method, trainer, telemetry, figures, folder, dict(card or {}), push)
+        picture = _write(model, method, trainer, telemetry, figures, folder, card, push)
     return FineTuned(figures, folder, picture, model, trainer, method)
 
 

@@ -37,9 +37,10 @@ from hf_sparse_peft.hub import export_lora
 
 # isort: split
 import demo_data  # found by harness
-from common import first_run, method_defaults
 from evaluation import exact_match
 from qlora_sparse_lora import RecipeArguments, load_base
+
+from hf_sparse_peft.finetuning import full_fine_tuning, method_defaults
 
 CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
     "cuttlefish": "cuttlefish:every=1,first=8",
@@ -149,7 +150,7 @@ def measure_run(name: str, base: str, options: TableOptions, folder: Path) -> di
         "train_dataset": demo_data.tokenize_pairs(train, tokenizer),
         "data_collator": DataCollatorForSeq2Seq(tokenizer),
     }
-    method.prepare(model, first_run(lambda: load_base(dense, args)[1], args, **data))
+    method.prepare(model, full_fine_tuning(lambda: load_base(dense, args)[1], args, **data))
     row = {"trainable": model.get_nb_trainable_parameters()[0]}
     if str(getattr(method.config, "init_lora_weights", "")).startswith("pissa"):  # the base changed at injection
         model.save_pretrained(str(folder / "initial_adapter"))

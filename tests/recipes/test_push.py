@@ -36,7 +36,7 @@ def test_push_to_hub_uploads_adapter_and_card_once_at_the_end(hub, tmp_path, mon
 
     options = ["--max_steps", "8", "--train_examples", "64", "--test_examples", "10", "--disable_tqdm", "true"]
     push = ["--push_to_hub", "true", "--hub_model_id", "me/my-sparse-adapter"]
-    with pytest.raises(SystemExit, match=r"is a path of this machine.*--base_model owner/name"):
+    with pytest.raises(ValueError, match=r"is a path of this machine.*base_model='owner/name'"):
         qlora_sparse_lora.main([*options, *push, "--output_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none" / "adapter").exists()
     push += ["--base_model", "me/demo-base"]

@@ -36,9 +36,9 @@ import json, sys, torch
 sys.path.insert(0, "recipes")
 import qlora_sparse_lora as recipe
 trained = []
-import common
-save = common.save_adapter
-common.save_adapter = lambda model, *args, **kwargs: (trained.append(model), save(model, *args, **kwargs))[1]
+from hf_sparse_peft import hub
+save = hub.save_adapter
+hub.save_adapter = lambda model, *args, **kwargs: (trained.append(model), save(model, *args, **kwargs))[1]
 figures = recipe.main(["--output_dir", sys.argv[1], "--disable_tqdm", "true", *sys.argv[2:]])
 json.dump(figures, open(sys.argv[1] + "/figures.json", "w"))
 with torch.no_grad():

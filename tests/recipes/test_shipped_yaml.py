@@ -19,7 +19,7 @@ FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "
 SHORT = {
     "max_steps": 2, "logging_steps": 1, "train_examples": 8, "test_examples": 2, "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1, "disable_tqdm": "true", "max_new_tokens": 2,
-    "forgetting_rows": 2, "forgetting_length": 64,
+    "forgetting_rows": 2, "forgetting_length": 64, "max_target_length": 4,
 }  # fmt: skip
 """What makes a run short; options that a recipe does not have are left out."""
 SMALLER = {
@@ -28,11 +28,17 @@ SMALLER = {
     "sparse_low_rank": ["method_options.warmup=1", "max_steps=3"],
     "sparse_moving": ["max_steps=7"],
     "qlora_sparse_lora_llama1b": ["max_steps=7"],
+    "token_classification_xlmr": ["max_steps=7"],
+    "image_classification_vit": ["max_steps=7", "dataloader_num_workers=0"],
     "tiny_core": ["method_options.r=4"],
 }
 """Options of single files that a model of 64 columns, or a run of two steps, cannot have."""
-LONG = ("qlora_sparse_lora.yaml", "grpo_patches.yaml")
-"""Run, as they are, by tests of their own."""
+OWN = tuple(path for path in FILES if path.with_suffix(".py").exists())
+"""Those beside a script of their name run, as they are, in tests of their own."""
+
+
+DRAWN = "qlora_sparse_lora_llama1b"
+"""The one whose pictures are drawn, a second each."""
 
 
 def name_of(path: Path) -> str:
@@ -85,7 +91,12 @@ def offline(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", stand_ins.load_dataset)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name not in LONG], ids=name_of)
+def case(path: Path):
+    # sentence-transformers takes ten seconds to import
+    return pytest.param(path, marks=[pytest.mark.slow] * path.stem.startswith("sentence_embeddings"), id=name_of(path))
+
+
+@pytest.mark.parametrize("path", [case(path) for path in FILES if path not in OWN])
 def test_yaml_runs_on_stand_ins_of_its_model_and_data(path, offline, models, tmp_path, monkeypatch):
     options = read_recipe(path)
     recipe = importlib.import_module(Path(launched(path)[0]).stem)
@@ -96,9 +107,12 @@ def test_yaml_runs_on_stand_ins_of_its_model_and_data(path, offline, models, tmp
         short.append(f"model_name_or_path={models(base)}")
     import common
 
-    if path.parent != RECIPES:  # pictures of the others say that they are drawn
+    from hf_sparse_peft.finetuning import run
+
+    if path.stem != DRAWN:
         monkeypatch.setattr(common, "draw_run", lambda *_: None)
-        monkeypatch.setattr(common, "draw_support_history", lambda *_: None)
+        monkeypatch.setattr(common, "RunReportCallback", lambda *_: None)
+        monkeypatch.setattr(run, "draw_support_history", lambda *_: None)
     figures = recipe.main([str(path), *short, *SMALLER.get(path.stem, []), f"output_dir={tmp_path}"])
     assert figures["train_loss"] > 0
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
