@@ -53,10 +53,10 @@ def sparse_linear(
     come back in each tensor's own dtype.
 
     Where `S` goes: nothing is written into the frozen weight. Over 16-bit products all units but entries have
-    a product of their own, which keeps the smallest values (the input gradient of blocks may round them, see
-    `ops.support_product`). Entries have one too while there are few tokens (on CPUs); for more, one forward or backward
-    product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16 weight `w` that
-    copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
+    a product of their own, which keeps the smallest values (the input gradient of blocks, on a diagonal too, may round
+    them, see `ops.support_product`). Entries have one too while there are few tokens (on CPUs); for more, one forward
+    or backward product at a time has a copy of the weight with `S` added, rounded to the compute dtype. Over a bf16
+    weight `w` that copy hides an entry's change below about :math:`2^{-9} |w|` until it has grown beyond.
 
     Raises:
         RuntimeError: in the backward pass, where the frozen weight was written to or packed entries moved since the

@@ -32,8 +32,8 @@ def runs_beside(
     copy of the weight.
 
     A 16-bit output never takes rows, columns and blocks from a copy: small values would be rounded away. fp32 and fp64
-    take what is cheaper, and so does the input gradient with blocks, which are the dearest: what it loses to a rounded
-    copy is below its own rounding. Subnets and diagonals always run beside. Entries take what is cheapest
+    take what is cheaper, and so does the input gradient with blocks and diagonals, which are the dearest: what it loses
+    to a rounded copy is below its own rounding. Subnets always run beside. Entries take what is cheapest
     (`ops.costs`): on a CPU a product of their own for few tokens and a copy for many. `copied`: whether that copy is
     still to be made.
     """
@@ -42,8 +42,8 @@ def runs_beside(
     if support.granularity == "entry":
         size = tokens, rows, cols, count, support.units.subgrid
         return entry_product_way(costs, *size, gradient=gradient, copied=copied) != "copy"
-    exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity == "block")
-    if support.granularity in ("column", "subnet", "diagonal") or exact:
+    exact = dtype in (torch.bfloat16, torch.float16) and not (gradient and support.granularity in ("block", "diagonal"))
+    if support.granularity in ("column", "subnet") or exact:
         return True
     return product_pays(costs, tokens, rows, cols, count)
 
