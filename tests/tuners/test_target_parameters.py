@@ -22,14 +22,17 @@ from transformers import (
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    Allocate,
+    Fraction,
     Gradient,
+    Prune,
     Regrow,
     SparseLoraConfig,
     callbacks_for,
     initialize_support,
 )
 from hf_sparse_peft.hub import apply_patch, check_adapter, export_lora, export_patch, merge_to_dense
-from hf_sparse_peft.sparsity import UnitGrid, decode_support
+from hf_sparse_peft.sparsity import Global, UnitGrid, decode_support
 from hf_sparse_peft.tuners import adapter_layers
 
 SMALL = {
@@ -274,6 +277,33 @@ def test_moving_supports_of_experts_resume_to_the_bit(grow, tmp_path):
     assert whole.keys() == resumed.keys()
     for key in whole:
         assert torch.equal(whole[key], resumed[key]), key
+
+
+CHOICES = {
+    "a budget over the model": {"budget": Global(0.02), "criterion": "magnitude"},
+    "Fisher information": {"budget": Global(0.02), "criterion": "fisher"},
+    "a subnet": {"granularity": "subnet", "density": 0.05},
+    "thinning out": {"density": 0.05, "schedule": [Prune(final_fraction=0.5, every=1)]},
+    "ranks and entries in one budget": {
+        "r": 4, "density": 0.05, "schedule": [Allocate(["rank", "support"], Fraction(0.5), every=1)]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "Fisher information" else ()) for case in CHOICES]
+)
+def test_what_trains_other_weights_trains_experts_and_leaves_compact(case, tmp_path):
+    options = {"r": 0, "target_modules": ["q_proj"], "target_parameters": EXPERTS, **CHOICES[case]}
+    model = get_peft_model(mixtral(), SparseLoraConfig(**options))
+    tiny.train(model, tmp_path / "run", 5, callbacks=callbacks_for(model))
+    model.save_pretrained(tmp_path / "saved")
+    assert check_adapter(tmp_path / "saved").modules
+    expected = model.eval()(IDS).logits
+    assert torch.equal(PeftModel.from_pretrained(mixtral(), tmp_path / "saved").eval()(IDS).logits, expected)
+    model.base_model.compact()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merge_to_dense(model)(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_readers_are_shown_the_dense_gradient_and_activation_criteria_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,12 +91,11 @@ class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
     def _adapted_matrix(self, names: list[str]) -> torch.Tensor:
         weight = self.get_base_weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        dense = list(self._dense_updates(names, wide))
         sparse = [self.sparse_entries(name)[::-1] for name in names if self._has_living_support(name)]
-        if dense:
+        if any(self._has_dense_update(name) for name in names):
             total = weight.to(wide)
-            for update in dense:
-                total = total + update
+            for name in names:
+                total = self._with_dense_updates(total, name)
             for values, positions in sparse:
                 total = total.flatten().index_add(0, positions, values.to(wide)).view_as(weight)
             return total.to(weight.dtype)
@@ -107,16 +106,17 @@ class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
         changed = (flat[positions].to(wide) + one["values"]).to(weight.dtype)
         return flat.index_copy(0, positions, changed).view_as(weight)
 
-    def _dense_updates(self, names: list[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        for name in names:
-            if name in self.sparse_lora_dense_delta:
-                yield self.sparse_lora_dense_delta[name]
-            if (kept := self.accumulated(name)) is not None:
-                yield kept
-            if name in self.sparse_lora_A:
-                A, B = (factor.to(dtype) for factor in forward_factors(self, name))
-                gate = self.sparse_lora_gate.get(name, None)
-                yield self.sparse_lora_scaling[name] * ((B if gate is None else B * gate) @ A)
+    def _has_dense_update(self, name: str) -> bool:
+        return name in self.sparse_lora_A or name in self.sparse_lora_dense_delta or self.accumulated(name) is not None
+
+    def _with_dense_updates(self, total: torch.Tensor, name: str) -> torch.Tensor:
+        for dense in (self.sparse_lora_dense_delta.get(name), self.accumulated(name)):
+            total = total if dense is None else total + dense
+        if name not in self.sparse_lora_A:
+            return total
+        A, B = (factor.to(total.dtype) for factor in forward_factors(self, name))
+        gate = self.sparse_lora_gate.get(name, None)
+        return torch.addmm(total, B if gate is None else B * gate, A, alpha=self.sparse_lora_scaling[name])
 
     def _has_living_support(self, name: str) -> bool:
         return self.has_sparse_half(name) and name not in self.sparse_lora_dense_delta and not is_idle(self, name)
