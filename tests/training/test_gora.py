@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from training_toolbox import StopAt, all_state, differences
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from hf_sparse_peft import (
     Allocate,
@@ -24,6 +25,7 @@ from hf_sparse_peft import (
     hub,
     make_optimizer,
     methods,
+    trainer_options,
 )
 from hf_sparse_peft.sparsity import Numbers
 from hf_sparse_peft.training.calibration import both_halves
@@ -120,8 +122,7 @@ def test_a_rank_above_the_columns_projects_on_all_of_them():
     torch.testing.assert_close(projected(G @ A.t(), A) @ A, G, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "conv1d", "biased"])
-@pytest.mark.parametrize("alpha", [1, 64])
+@tiny.crossed(kind=["fp32", "bf16", "nf4", "conv1d", "biased"], alpha=[1, 64])
 def test_ranks_and_start_are_the_published_ones_whatever_alpha_is(kind, alpha):
     base = tiny.llama(attention_bias=True, mlp_bias=True) if kind == "biased" else None
     model = adapted(kind, base, lora_alpha=alpha, most=8)
@@ -146,6 +147,44 @@ def test_ranks_and_start_are_the_published_ones_whatever_alpha_is(kind, alpha):
         torch.testing.assert_close(delta, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
         assert (delta * G).sum() < 0
         torch.testing.assert_close(delta @ P, delta, rtol=0, atol=1e-5 * float(delta.abs().max()))
+
+
+def test_experts_start_as_one_matrix_and_weights_that_are_used_twice_by_both_uses():
+    config = MixtralConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, data = MixtralForCausalLM(config).eval(), batches(2)
+    dense = copy.deepcopy(base)  # its grouped products know no float64
+    name = "model.layers.0.mlp.experts.down_proj"
+    weight = dict(dense.named_parameters())[name]
+    G = sum(torch.autograd.grad(dense(**batch).loss, weight)[0].double() for batch in data).flatten(0, 1) / 2
+    options = {"target_modules": [], "target_parameters": ["experts.down_proj"], "least": 3, "most": 3, "steps": 2}
+    model = get_peft_model(base, methods.get("gora", task_type="CAUSAL_LM", **options).config)
+    calibrate(model, data, show_progress=False)
+    (layer,) = adapter_layers(model)
+    A = layer.sparse_lora_A["default"].detach().double()
+    expected = -ETA * math.sqrt(A.shape[1] / 3) * G @ A.t() @ torch.linalg.pinv(A @ A.t()) @ A
+    delta = layer.get_delta_weight("default").double().view_as(expected)
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(6, 6)
+
+        def forward(self, x, labels=None):
+            return {"loss": self.a(self.a(x).tanh()).square().mean()}
+
+    base, data = Twice(), [{"x": torch.randn(3, 6)} for _ in range(2)]
+    twin = copy.deepcopy(base).double()
+    G = sum(torch.autograd.grad(twin(batch["x"].double())["loss"], twin.a.weight)[0] for batch in data) / 2
+    start = GradientProjection(steps=2, least=6, most=6)
+    model = get_peft_model(base, SparseLoraConfig(r=6, density=0, target_modules=["a"], start=start))
+    calibrate(model, data, show_progress=False)
+    (layer,) = adapter_layers(model)
+    torch.testing.assert_close(layer.get_delta_weight("default").double(), -ETA * G, rtol=1e-3, atol=1e-6)
 
 
 def test_every_weight_has_the_mean_of_all_32_batches():
@@ -223,7 +262,7 @@ def trainer_run(folder, stop=None, resume=None, kind="fp32", **options):
     return model, all_state(model, trainer.optimizer)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("kind", ["fp32", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_trainer_starts_the_adapter_and_a_resumed_run_goes_on_to_the_bit(kind, tmp_path, monkeypatch):
     model, whole = trainer_run(tmp_path / "whole", kind=kind)
     assert len(set(ranks_of(model).values())) > 2
@@ -361,6 +400,24 @@ def test_an_interrupted_start_leaves_the_model_as_it_was(when, monkeypatch):
     assert not differences(state_of(fresh), state_of(model))
 
 
+def test_a_run_that_was_interrupted_at_its_start_starts_at_the_second_call(tmp_path, monkeypatch):
+    model, whole = adapted(), adapted()
+    trainers = [
+        Trainer(
+            model=one, train_dataset=tiny.TokenData(),
+            **trainer_options(one, tiny.arguments(tmp_path, 3, lr_scheduler_type="constant")),
+        )
+        for one in (model, whole)
+    ]  # fmt: skip
+    monkeypatch.setattr(GradientProjection, "decide", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainers[0].train()
+    monkeypatch.undo()
+    for trainer in trainers:
+        trainer.train()
+    assert not differences(state_of(model), state_of(whole))
+
+
 def test_a_layer_without_a_gradient_gets_the_least_and_starts_at_the_base_and_is_named():
     class Blind(torch.nn.Module):
         """Two branches of which the loss reaches one."""
@@ -397,6 +454,9 @@ def test_data_without_labels_is_refused_before_anything_changes():
 def test_a_head_and_a_second_adapter_stay_as_they_are():
     model = adapted(modules_to_save=["lm_head"])
     model.add_adapter("other", SparseLoraConfig(r=2, density=0.05, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"inactive, disabled or merged.*model.set_adapter\('default'\)"):
+        calibrate(model, batches(), show_progress=False)
     model.set_adapter("default")
     kept = {n: t.clone() for n, t in model.state_dict().items() if ".other" in n or "lm_head" in n}
     calibrate(model, batches(), show_progress=False)

@@ -58,7 +58,7 @@ def error(matrix, one, c=1.0):
     return float((matrix.double() + flat.view_as(update) / c).square().sum())
 
 
-def best_of_fixed_sizes(matrix, r, k, rounds=100):
+def best_of_fixed_sizes(matrix, r, k, rounds=40):
     """Entries and components in turns in float64, at r and k, from both starts."""
     M, lowest = matrix.double(), float("inf")
     for S in (torch.zeros_like(M), keep(M, k)):
@@ -211,8 +211,7 @@ def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "conv1d"])
-@pytest.mark.parametrize("c", [0.0, 0.1])
+@tiny.crossed(kind=["fp32", "bf16", "nf4", "conv1d"], c=[0.0, 0.1])
 def test_both_halves_of_a_model_start_from_its_gradients_within_the_budget(kind, c, tmp_path):
     targets = {"target_modules": ["c_attn", "c_proj"]} if kind == "conv1d" else {}
     model = adapted(kind, lora_alpha=3, scale_support=2.0, start=GradientSplit(steps=2, step_size=c), **targets)
@@ -261,8 +260,16 @@ def run(folder, stop=None, resume=None, made_before=False, **options):
     return model, all_state(model, trainer.optimizer)
 
 
-@pytest.mark.parametrize("made_before", [False, True], ids=["late", "early"])
-@pytest.mark.parametrize("rules", [[], [Regrow(every=2, grow="gradient", fraction=0.3)]], ids=["still", "moving"])
+@pytest.mark.parametrize(
+    ("rules", "made_before"),
+    [
+        pytest.param([], False, marks=pytest.mark.slow),
+        ([], True),
+        ([Regrow(every=2, grow="gradient", fraction=0.3)], False),
+        pytest.param([Regrow(every=2, grow="gradient", fraction=0.3)], True, marks=pytest.mark.slow),
+    ],
+    ids=["still-late", "still-early", "moving-late", "moving-early"],
+)
 def test_a_trainer_splits_the_budget_and_a_resumed_run_goes_on_to_the_bit(rules, made_before, tmp_path):
     # So little that some modules, or all, are left without one half: the optimizer forgets what is removed.
     options = {"schedule": rules, "r": 2 if made_before else 4, "density": 0.02, "made_before": made_before}
