@@ -31,14 +31,15 @@ def start_both_halves(
     first content; `options` are those of `read_statistics`. The config's `sizes` say what was decided.
 
     Raises:
-        ValueError: the adapter is inactive, disabled or merged, there is no batch, or the data says nothing about any layer.
+        ValueError: the adapter is inactive, disabled or merged, there is no batch, or the data says nothing about any
+            layer.
     """
     config = layers[0].adapter_configs[adapter_name]
     start: Start = config.start
     if any(adapter_name not in one.active_adapters or one.merged or one.disable_adapters for one in layers):
         raise ValueError(
-            f"Adapter '{adapter_name}' is inactive, disabled or merged, and starts at the gradients of the model that it "
-            f"is to train in: call model.set_adapter('{adapter_name}'), model.unmerge_adapter()."
+            f"Adapter '{adapter_name}' is inactive, disabled or merged, and starts by gradients of the model as it is "
+            f"with it. Call model.set_adapter('{adapter_name}'), model.unmerge_adapter()."
         )
     by_name = {layer.module_name: layer for layer in layers}
     sites = {name: layer.start_site(adapter_name) for name, layer in by_name.items()}

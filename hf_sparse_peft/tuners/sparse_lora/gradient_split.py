@@ -147,8 +147,8 @@ def _fit(gradient: Tensor, B: Tensor, A: Tensor) -> Fit:
     squares = (gradient - B @ A).double().square_().flatten()
     size = (_HIGHEST - _LOWEST) * _PER_OCTAVE
     prices = _prices(size)
-    # A square that is a price itself is not above it.
-    at = torch.searchsorted(prices.to(squares.device), squares)
+    # The lowest price that a square is not above; 0 is above none.
+    at = ((squares.log2() - _LOWEST) * _PER_OCTAVE).ceil_().clamp_(0, size).long()
     counts = torch.bincount(at, minlength=size + 1)
     sums = torch.bincount(at, weights=squares, minlength=size + 1)
     above = counts.flip(0).cumsum(0).flip(0)[1:].cpu()
