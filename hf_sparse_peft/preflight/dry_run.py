@@ -87,7 +87,7 @@ def adapt_on_meta(base: PreTrainedModel, config: PeftConfig) -> tuple[PeftModel 
             raise ValueError(
                 f"{type(config).__name__} looks at weights to make its adapter, and a config.json has none: {error}"
             ) from error
-    for layer, name in _active(model):
+    for layer, name in active_layers(model):
         layer.assume_units(name)
     return model.train(), [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
 
@@ -112,11 +112,9 @@ def dry_run(
     numbers = _base_numbers(base)
     model, told = (base, []) if config is None else adapt_on_meta(base, config)
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     if gradient_checkpointing if input_gradients is None else input_gradients:
         base.get_input_embeddings().register_forward_hook(_require_gradient)
-    for layer, name in _active(model):  # as the first step of a run would have it
-        layer.allocate_training_state(name) if layer.adapter_configs[name].has_schedule else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     needs = _needs(config)
     inputs, width = batch_of(base, batch, seq), getattr(base.config.get_text_config(), "vocab_size", None)
@@ -156,7 +154,8 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _active(model: nn.Module) -> list[tuple[AdapterLayer, str]]:
+def active_layers(model: nn.Module) -> list[tuple[AdapterLayer, str]]:
+    """Layers of this package with the active adapters that they hold."""
     return [(layer, name) for layer in adapter_layers(model) for name in layer.active_adapters if layer.holds(name)]
 
 
@@ -182,7 +181,7 @@ def _at_rest(model: nn.Module, of_base: set[int]) -> dict[str, int]:
     found: dict[str, list[torch.Tensor]] = {kind: [] for kind in (WEIGHTS, CONSTANTS, VALUES, INDICES, FROZEN, STATE)}
     found[CONSTANTS] = constants_of(model)
     constants = {_key(tensor) for tensor in found[CONSTANTS]}
-    rule_state = {_key(t) for layer, name in _active(model) for t in layer.rule_state(name).values()}
+    rule_state = {_key(t) for layer, name in active_layers(model) for t in layer.rule_state(name).values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if _key(tensor) in of_base:
             kind = CONSTANTS if _key(tensor) in constants else WEIGHTS
@@ -200,7 +199,7 @@ def _at_move(model: nn.Module, inputs: dict, held: list[torch.Tensor], options: 
     """What a step whose dense gradients are read takes beyond a plain one: those, and what rules keep for a few layers
     at a time (`TensorSpec.passing`)."""
     readers = []
-    for layer, name in _active(model):
+    for layer, name in active_layers(model):
         if type(layer).add_gradient_reader is not AdapterLayer.add_gradient_reader:
             reader = _Reader()
             layer.add_gradient_reader(name, reader)
@@ -212,7 +211,7 @@ def _at_move(model: nn.Module, inputs: dict, held: list[torch.Tensor], options: 
         layer.remove_gradient_reader(name, reader)
     passing = [
         sum(_spec_bytes(spec) for rule in layer.adapter_configs[name].rules for spec in _passing(layer, name, rule))
-        for layer, name in _active(model)
+        for layer, name in active_layers(model)
     ]
     return max(0, sum(trace.at_peak.values()) - plain) + max(passing, default=0)
 
@@ -234,7 +233,7 @@ def _spec_bytes(spec: Any) -> int:
 def _calibration(model: nn.Module, width: int) -> int:
     """Statistics of as many layers as fit into a pass, and the dense gradient of one."""
     by_statistic: dict[Any, dict[str, nn.Module]] = {}
-    for layer, name in _active(model):
+    for layer, name in active_layers(model):
         config = layer.adapter_configs[name]
         if config.needs_calibration and not isinstance(getattr(config, "criterion", None), Given):
             by_statistic.setdefault(layer.calibration_statistic(name), {})[layer.module_name] = layer

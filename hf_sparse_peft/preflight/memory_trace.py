@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .meta_answers import MetaAnswers
 
 NETWORK, ADAPTER, LOGITS, GRADIENTS, WORKING = "network", "adapter", "logits", "gradients", "working"
 """What a storage is for: kept by the frozen network, by adapted layers, for the loss; a gradient; everything else."""
 
-_ALL = (torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.dims)
 
-
-class MemoryTrace(TorchDispatchMode):
+class MemoryTrace(MetaAnswers):
     """Bytes of the storages that operations make and that are alive, by what they are for, and at their highest.
 
     Operations that compute in one piece on a device are one piece here: the memory that kernels take for themselves is
-    not seen. Questions about values are answered as a batch without padding or packing would: `all` with True, others
-    with False, 0 or 1.0.
+    not seen.
 
     Args:
         held: tensors that were there before: they and views of them count nothing.
@@ -38,7 +36,6 @@ class MemoryTrace(TorchDispatchMode):
         self.at_peak = dict(self.alive)
         self._peak = self._now = 0
         self._purposes = WeakIdKeyDictionary()
-        self._all = WeakIdKeyDictionary()
         self._classes = classes
         self._in_adapter = 0
         self.packed: dict[int, int] = {}
@@ -46,24 +43,12 @@ class MemoryTrace(TorchDispatchMode):
         for tensor in held:
             self._purposes[tensor.untyped_storage()] = [None, 0]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return self._answer(args[0])
-        if func is torch.ops.aten.bincount.default and args[0].is_meta:  # has no form for meta
-            return args[0].new_empty(max([1, *args[2:], *(kwargs or {}).values()]))
-        out = func(*args, **(kwargs or {}))
-        if func in _ALL and out.is_meta:
-            self._all[out.untyped_storage()] = True
+    def seen(self, out: Any) -> None:
+        """Note the storages of an operation's outputs."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.is_meta:
                 for part in _parts(leaf):
                     self._note(part)
-        return out
-
-    def _answer(self, asked: torch.Tensor) -> bool | int | float:
-        if asked.dtype == torch.bool:
-            return asked.untyped_storage() in self._all
-        return 1.0 if asked.is_floating_point() else 0
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

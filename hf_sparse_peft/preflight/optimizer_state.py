@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 
 from ..optim import OptimizerSettings, OptimizerSpec
 from ..training import optimizer_spec
-from .memory_trace import MemoryTrace
+from .meta_answers import MetaAnswers
 
 _SETTINGS = OptimizerSettings(lr=1e-4)
 DEFAULT = "adamw_torch_fused"
@@ -27,8 +27,7 @@ _MADE: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adafactor": _adafactor,
 }
-# bitsandbytes has no step on meta: states of each, and whether in 8 bits.
-_BNB = {
+BNB = {
     "adamw_8bit": (2, True),
     "adamw_bnb_8bit": (2, True),
     "paged_adamw_8bit": (2, True),
@@ -41,8 +40,9 @@ _BNB = {
     "rmsprop_bnb_8bit": (1, True),
     "rmsprop_bnb_32bit": (1, False),
 }
-_SMALLEST_8BIT, _BNB_BLOCK = 4096, 256
-NAMES = sorted({*_MADE, *_BNB})
+"""bitsandbytes' optimizers, which have no step on meta: states of each, and whether in 8 bits."""
+SMALLEST_8BIT, _BNB_BLOCK = 4096, 256
+NAMES = sorted({*_MADE, *BNB})
 
 
 def optimizer_of(model: nn.Module, optimizer: OptimizerSpec | str | None) -> tuple[str, int]:
@@ -64,8 +64,8 @@ def optimizer_of(model: nn.Module, optimizer: OptimizerSpec | str | None) -> tup
     if not isinstance(optimizer, str):
         raise TypeError(f"optimizer={optimizer!r}: pass a Trainer's optim, such as 'adamw_8bit', or AgedAdamWSpec().")
     name = str(getattr(optimizer, "value", optimizer))
-    if name in _BNB:
-        return name, sum(_bnb_bytes(parameter.numel(), *_BNB[name]) for parameter in trained)
+    if name in BNB:
+        return name, sum(_bnb_bytes(parameter.numel(), *BNB[name]) for parameter in trained)
     if name not in _MADE:
         raise ValueError(
             f"optimizer={name!r} has a state of unknown size; choose one of {NAMES}, or a part of a config."
@@ -80,7 +80,7 @@ def _state_after_step(optimizer: torch.optim.Optimizer) -> int:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         if not type(optimizer).__name__.startswith("ZerothOrder"):  # no state but a seed
-            with MemoryTrace(()):
+            with MetaAnswers():
                 optimizer.step()
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
@@ -97,6 +97,6 @@ def _bytes_in(value: Any) -> int:
 
 
 def _bnb_bytes(numel: int, states: int, eight_bits: bool) -> int:
-    if not eight_bits or numel < _SMALLEST_8BIT:
+    if not eight_bits or numel < SMALLEST_8BIT:
         return 4 * states * numel
     return states * (numel + 4 * math.ceil(numel / _BNB_BLOCK))
