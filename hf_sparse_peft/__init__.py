@@ -10,6 +10,7 @@ from .hub.analysis import (
     support_from_checkpoints,
 )
 from .optim import OptimizerSpec
+from .preflight import DoctorCallback, doctor, estimate
 from .rules import (
     SM3,
     AccumulatedGradient,
@@ -132,6 +133,7 @@ __all__ = [
     "Cosine",
     "Curve",
     "Density",
+    "DoctorCallback",
     "ErdosRenyi",
     "Exponential",
     "FactorExperts",
@@ -199,6 +201,8 @@ __all__ = [
     "__version__",
     "calibrate",
     "callbacks_for",
+    "doctor",
+    "estimate",
     "initialize_support",
     "load_support",
     "make_optimizer",

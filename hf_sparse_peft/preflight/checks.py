@@ -25,7 +25,7 @@ from ..tuners.shared.target_checks import name_left_out, refuse_unworkable
 from .dry_run import active_layers
 from .findings import Finding, from_message
 from .memory_trace import trace_step
-from .meta_base import batch_of
+from .meta_base import batch_of, meta_base
 from .optimizer_state import BNB, SMALLEST_8BIT
 from .rehearsal import rehearse
 
@@ -146,12 +146,7 @@ def check_forward(case: Case) -> Iterator[Finding]:
         yield Finding("note", "model", f"The forward pass was not followed: {error}", "")
         return
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        yield Finding(
-            "error",
-            "bits",
-            f"The adapter does not run on a base of {case.bits} bits: {str(error).splitlines()[0]}",
-            "Use a base in 16 bits, or a method for quantised ones (its cost says 'dense bases only' otherwise).",
-        )
+        yield _why_it_does_not_run(case, str(error).splitlines()[0])
         return
     finally:
         for handle in handles:
@@ -167,6 +162,20 @@ def check_forward(case: Case) -> Iterator[Finding]:
             "no gradient there (an expert without tokens, another tower, a weight that a fused kernel reads).",
             "Leave them out with exclude_modules, unless other batches reach them.",
         )
+
+
+def _why_it_does_not_run(case: Case, message: str) -> Finding:
+    bare = meta_base(case.base.config, case.bits, case.config)
+    try:
+        trace_step(bare, batch_of(bare, 2, _TOKENS), [*bare.parameters(), *bare.buffers()], backward=False)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return Finding("note", "model", f"The model does not run without weights, and was not followed: {message}", "")
+    return Finding(
+        "error",
+        "bits",
+        f"The adapter does not run on a base of {case.bits} bits: {message}",
+        "Use a base in 16 bits, or a method that takes quantised ones (methods.describe says 'dense bases only').",
+    )
 
 
 def check_schedule(case: Case) -> Iterator[Finding]:

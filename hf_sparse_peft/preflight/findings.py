@@ -84,7 +84,8 @@ def from_message(severity: Severity, message: str, field: str) -> Finding:
     """A finding of what an error or a warning of this package says: its option and its mend are in the message; `field`
     is the option where it names none."""
     message = " ".join(message.split())
-    named = _FIELD.search(message)
     at = next((found.start() for found in _MEND.finditer(message)), None)
     what, mend = (message, "") if at is None else (message[:at], message[at + 1 :])
-    return Finding(severity, named[1] if named else field, what, mend)
+    named = _FIELD.search(what)
+    # An option of the config itself is named without its class, one of a rule with it.
+    return Finding(severity, re.sub(r"^\w+Config\.", "", named[1]) if named else field, what, mend)

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+for _folder in (Path(__file__).parent, Path(__file__).parents[1] / "methods"):
+    sys.path.insert(0, str(_folder))

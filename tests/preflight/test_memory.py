@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from preflight_toolbox import BATCH, CONFIGS, SEQ, measured
-from transformers import LlamaConfig, LlamaForSequenceClassification, ViTConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, ViTConfig
 
 from hf_sparse_peft import SparseLoraConfig, methods
 from hf_sparse_peft.preflight import estimate
@@ -19,6 +19,12 @@ MODEL = tiny.llama().config
 WIDE = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=64,
+)  # fmt: skip
+
+
+MIXTRAL = MixtralConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=64, num_local_experts=4, architectures=["MixtralForCausalLM"],
 )  # fmt: skip
 
 
@@ -162,3 +168,11 @@ def test_the_table_adds_up():
     assert f"{told.trained_numbers:,} numbers train" in text
     assert all(part.name in text for part in told.parts)
     assert all(line in str(told) for line in told.assumptions)
+
+
+def test_units_over_fused_experts_are_estimated():
+    config = SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    told = estimate(MIXTRAL, config, seq=8, bits=16)
+    without = estimate(MIXTRAL, SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"]), seq=8, bits=16)
+    entries = 4 * 2 * 64 * 32
+    assert told.trained_numbers - without.trained_numbers == pytest.approx(0.1 * entries, abs=2)
