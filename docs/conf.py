@@ -46,6 +46,7 @@ ROOMS = {
     "hf_sparse_peft.hub": "Files, cards, export",
     "hf_sparse_peft.hub.analysis": "Analysis of adapters and checkpoints",
     "hf_sparse_peft.pruning": "Pruning",
+    "hf_sparse_peft.preflight": "Before a run",
 }
 """Module whose `__all__` is documented -> title of its page."""
 

@@ -106,17 +106,24 @@ class Estimate:
         made = table(("memory", "MiB", "share"), rows)
         for column in made.columns[1:]:
             column.justify = "right"
-        about = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        made.title, made.title_justify = f"{self.method} on {self.model}: {about}", "left"
-        share = self.trained_numbers / self.base_numbers
-        made.caption_justify = "left"
-        made.caption = (
-            f"{self.trained_numbers:,} numbers train in {self.modules} modules, {share:.3%} of {self.base_numbers:,}."
-        )
         return made
 
+    @property
+    def headline(self) -> str:
+        """What was estimated."""
+        about = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.method} on {self.model}: {about}"
+
+    @property
+    def summary(self) -> str:
+        """How many numbers train, and what was taken for granted or warned of, a line each."""
+        share = self.trained_numbers / self.base_numbers
+        trains = f"{self.trained_numbers:,} numbers train in {self.modules} modules, {share:.3%} of the base's "
+        lines = [f"{trains}{self.base_numbers:,}.", *(f"- {line}" for line in (*self.assumptions, *self.warnings))]
+        return "\n".join(lines)
+
     def __str__(self) -> str:
-        return "\n".join([str(self.table()), "", *(f"- {line}" for line in self.assumptions)])
+        return f"{self.headline}\n\n{self.table()}\n\n{self.summary}"
 
 
 def _mib(size: int) -> str:
@@ -268,57 +275,52 @@ def knob(given: PeftConfig | methods.Method | str, options: dict[str, Any]) -> t
     )
 
 
+_SMALLEST = {True: (1,), False: (1e-4, 1e-3, 1e-2, 0.1, 1.0)}
+"""Ranks and densities to begin with: a density may leave layers without a unit, rows and blocks more than entries."""
+_LARGEST = {True: 1024, False: 1.0}
+
+
 def largest_that_fits(
     measure: Callable[..., tuple[str, DryRun]], name: str, whole: bool, room: int
 ) -> tuple[dict[str, Any], tuple[str, DryRun]]:
     """The largest value of the option `name` with which `measure(**{name: value})` needs at most `room` bytes, to two
-    digits; memory grows with it, nearly in proportion, so a line through the last two tries gives the next one.
+    digits; memory grows with it, nearly in proportion, so a line through two tries gives the next one.
 
     Raises:
         ValueError: even the smallest does not fit.
     """
-    low, high = (1, 1024) if whole else (1e-4, 1.0)
-    tried: dict[float, tuple[str, DryRun] | None] = {}
-
-    def peak(value: float) -> int | None:
-        if value not in tried:
-            try:
-                tried[value] = measure(**{name: value})
-            except ValueError:
-                if value in (1, 1e-4) and not tried:
-                    raise
-                tried[value] = None
-        found = tried[value]
-        return None if found is None else found[1].peak
-
-    needed = peak(low)
-    if needed > room:
+    best, found = _smallest(measure, name, whole)
+    if found[1].peak > room:
         raise ValueError(
-            f"{name}={low} needs {needed / 2**20:,.0f} MiB, and {room / 2**20:,.0f} MiB are there. Lower batch or seq, "
-            "store the base in fewer bits, or set gradient_checkpointing=True."
+            f"{name}={best} needs {found[1].peak / 2**20:,.0f} MiB, and {room / 2**20:,.0f} MiB are there. Lower batch "
+            "or seq, store the base in fewer bits, or set gradient_checkpointing=True."
         )
-    best, too_large = low, None
-    while True:
+    value, too_large, above = _LARGEST[whole], None, None
+    while value > best and value != too_large:
+        try:
+            tried = measure(**{name: value})
+        except ValueError:  # more than a layer has
+            tried = None
+        if tried is not None and tried[1].peak <= room:
+            best, found = value, tried
+        else:
+            too_large, above = value, None if tried is None else tried[1].peak
         if too_large is None:
-            value = high
-        else:
-            above = peak(too_large)
-            share = 0.5 if above is None else (room - peak(best)) / (above - peak(best))
-            value = best + (too_large - best) * min(max(share, 0.05), 0.95)
-        value = int(value) if whole else _two_digits(value)
-        if value in tried or value <= best or (too_large is not None and value >= too_large):
-            return {name: best}, tried[best]
-        found = peak(value)
-        if found is not None and found <= room:
-            best = value
-            if value == high:
-                return {name: best}, tried[best]
-        else:
-            too_large = value
+            break
+        share = 0.5 if above is None else (room - found[1].peak) / (above - found[1].peak)
+        value = best + (too_large - best) * min(max(share, 0.05), 0.95)
+        value = int(value) if whole else float(f"{value:.1e}")
+    return {name: best}, found
 
 
-def _two_digits(value: float) -> float:
-    return float(f"{value:.1e}")
+def _smallest(measure: Callable[..., tuple[str, DryRun]], name: str, whole: bool) -> tuple[float, tuple[str, DryRun]]:
+    *first, last = _SMALLEST[whole]
+    for value in first:
+        try:
+            return value, measure(**{name: value})
+        except ValueError:
+            continue
+    return last, measure(**{name: last})
 
 
 def _parts(found: DryRun) -> tuple[Part, ...]:

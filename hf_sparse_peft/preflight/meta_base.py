@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -73,7 +74,8 @@ def meta_base(
     """
     if bits not in DTYPES:
         raise ValueError(f"bits={bits!r} is no form of a base known here; choose 4 (NF4), 8 (LLM.int8), 16 or 32.")
-    before = torch.get_default_dtype()
+    config, before = copy.deepcopy(config), torch.get_default_dtype()
+    config.use_cache = False  # as a Trainer has it
     torch.set_default_dtype(DTYPES[bits])
     try:
         with torch.device("meta"):
