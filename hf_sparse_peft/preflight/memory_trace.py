@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,9 @@ def trace_step(
     """Run the forward pass of one batch, `passes` times, and, unless it is left out, the backward pass on the meta
     device; `after_forward` is called between the two."""
     trace = MemoryTrace([*held, *batch.values()], classes)
-    with fused_attention(), trace, trace.following(model), torch.set_grad_enabled(backward):
+    gradients = torch.set_grad_enabled(backward)
+    with fused_attention(), trace, trace.following(model), gradients, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a run that is none: no runner, layers that did not run
         loss = model(**batch).loss
         for _ in range(passes - 1):
             loss = loss + model(**batch).loss

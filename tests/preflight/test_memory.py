@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from preflight_toolbox import BATCH, CONFIGS, SEQ, measured
 from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, ViTConfig
 
 from hf_sparse_peft import SparseLoraConfig, methods
-from hf_sparse_peft.preflight import estimate
+from hf_sparse_peft.preflight import doctor, estimate
 from hf_sparse_peft.preflight.memory import RESERVE, parse_bytes
 
 AT_REST = {"base weights", "quantisation constants", "adapter values", "indices"}
@@ -79,6 +80,13 @@ def test_a_move_shows_the_dense_gradient_of_the_largest_layer_and_data_its_stati
     entries = 2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024
     assert chosen.calibration > 4 * entries > 0
     assert chosen.total == max(chosen.training, chosen.calibration)
+
+
+def test_nothing_is_said_of_a_run_that_is_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate(WIDE, "rigl", seq=8)
+        doctor(WIDE, "rigl", bits=16)
 
 
 def test_no_gradient_nothing_kept():
