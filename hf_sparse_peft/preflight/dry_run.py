@@ -52,6 +52,8 @@ class DryRun:
     """What the step before a move takes beyond that."""
     calibration: int
     """What choosing a start from data takes beside the model, the adapter and what a step keeps; 0 without it."""
+    shares_assumed: bool = False
+    """Whether scores or data, which are not there, share a budget out over the modules."""
     warnings: list[str] = field(default_factory=list)
     """What was said at injection."""
 
@@ -135,6 +137,7 @@ def dry_run(
         trace.at_peak,
         _at_move(model, inputs, held, options, sum(trace.at_peak.values())) if "gradient" in needs else 0,
         _calibration(model, DTYPE_BYTES.get(base.dtype, 2)) if config is not None else 0,
+        bool(getattr(config, "calibrates_sizes", False) or getattr(getattr(config, "budget", None), "ranks_units", 0)),
         told,
     )
 
@@ -236,7 +239,9 @@ def _calibration(model: nn.Module, width: int) -> int:
     for layer, name in active_layers(model):
         config = layer.adapter_configs[name]
         if config.needs_calibration and not isinstance(getattr(config, "criterion", None), Given):
-            by_statistic.setdefault(layer.calibration_statistic(name), {})[layer.module_name] = layer
+            own = getattr(config, "awaits_start", False)
+            statistic = config.start.statistic if own else layer.calibration_statistic(name)
+            by_statistic.setdefault(statistic, {})[layer.module_name] = layer
     most = 0
     for statistic, layers in by_statistic.items():
         sizes = {name: layer.in_features * layer.out_features for name, layer in layers.items()}

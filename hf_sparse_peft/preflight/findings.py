@@ -87,5 +87,6 @@ def from_message(severity: Severity, message: str, field: str) -> Finding:
     at = next((found.start() for found in _MEND.finditer(message)), None)
     what, mend = (message, "") if at is None else (message[:at], message[at + 1 :])
     named = _FIELD.search(what)
+    mend = mend or f"Change {named[1] if named else field}."  # upstream's messages often have none
     # An option of the config itself is named without its class, one of a rule with it.
     return Finding(severity, re.sub(r"^\w+Config\.", "", named[1]) if named else field, what, mend)

@@ -342,6 +342,8 @@ def _assumptions(found: DryRun, bits: int, checkpointing: bool, on_gpu: bool) ->
     ]
     if checkpointing:
         said.append("Checkpoints are transformers' own, one a layer, without reentrance.")
+    if found.shares_assumed:
+        said.append("A budget that scores or data share out over the modules is shared out by the weights' sizes.")
     if found.at_move:
         said.append("Before a move dense gradients are there one layer at a time; what rules keep longer is counted.")
     if found.calibration:

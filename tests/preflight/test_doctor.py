@@ -131,7 +131,7 @@ def test_a_run_counted_in_epochs_is_as_long_as_its_examples_make_it():
 
 
 SOUND = ["sparse-lora", "losia", "snella", "lora-xs", "adalora-peft", "sora", "lisa", "mosa"]
-SIZES = {"miss": {"r": 4}, "vb-lora": {"vector_length": 32}, "gralora": {"r": 4}}
+SIZES = {"miss": {"r": 4}, "vb-lora": {"vector_length": 16}, "gralora": {"r": 4}}
 
 
 def sane(name):

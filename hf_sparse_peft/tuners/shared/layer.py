@@ -50,6 +50,8 @@ class AdapterLayer(CalibratedTensors):
         self.any_dtype: set[str] = set()
         """Adapters whose dtype is the user's choice: no cast of theirs is undone."""
         self.ran_in_training: set[str] = set()
+        self.assumed: set[str] = set()
+        """Adapters whose units and start are assumed (`assume_units`)."""
         self.copied_from: dict[str, str] = {}
         self.noted_parameters: dict[tuple[str, str | None], torch.Tensor | None] = {}
         self._make_containers()
@@ -85,7 +87,9 @@ class AdapterLayer(CalibratedTensors):
 
     def assume_units(self, adapter_name: str) -> None:
         """On the meta device: take as many units as the adapter starts with to be chosen, at places that nobody knows,
-        so that a step can be followed for the shapes that it makes. Nothing where units have no places."""
+        so that a step can be followed for the shapes that it makes, and as if data had been seen where it waits for
+        that."""
+        self.assumed.add(adapter_name)
 
     def _begin(self, adapter_name: str, first: Any) -> None:
         """Write what the new adapter starts with, where that is more than its tensors' first content."""

@@ -224,6 +224,7 @@ class SparseLoraLayer(StartState, SubnetState, SupportState):
 
     def assume_units(self, adapter_name: str) -> None:
         """On the meta device: see `AdapterLayer.assume_units`."""
+        super().assume_units(adapter_name)
         assume_units(self, adapter_name)
 
     def has_sparse_half(self, adapter_name: str) -> bool:

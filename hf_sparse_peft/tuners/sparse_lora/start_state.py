@@ -21,7 +21,7 @@ class StartState(AdapterLayer):
     def awaits_start(self, adapter_name: str) -> bool:
         """Whether what both halves start with is still to be found in data."""
         config = self.adapter_configs.get(adapter_name)
-        return config is not None and config.awaits_start
+        return config is not None and config.awaits_start and adapter_name not in self.assumed
 
     def calibration_statistic(self, adapter_name: str) -> Statistic:
         """The start's, where the adapter waits for one."""
