@@ -67,8 +67,10 @@ def proportional_counts(grids: dict[str, UnitGrid], num_entries: int, seed: int 
             "of the targeted weights."
         )
     # In integers: n_l / total as a float would lose entries of large models.
-    counts = {name: num_entries * grid.num_units // total for name, grid in grids.items()}
-    remainders = {name: num_entries * grid.num_units % total for name, grid in grids.items()}
+    shares = {name: divmod(num_entries * g.rows * g.cols, total * g.unit_numel) for name, g in grids.items()}
+    counts = {name: count for name, (count, _) in shares.items()}
+    remainders = {name: rest // grids[name].unit_numel for name, (_, rest) in shares.items()}
+    _check_room(counts, grids)
     return _filled_up(counts, remainders, grids, num_entries, seed)
 
 
@@ -123,7 +125,8 @@ def erdos_renyi_counts(grids: dict[str, UnitGrid], density: float, seed: int = 0
     total = _total_entries(grids)
     # floor with the guard against float error that the grids have
     entries = UnitGrid(1, total).count_for_density(density)
-    exact = {name: densities[name] * grid.num_units for name, grid in grids.items()}
+    exact = {name: densities[name] * _units_of_weight(grid) for name, grid in grids.items()}
+    _check_room({name: math.floor(value + 1e-9) for name, value in exact.items()}, grids)
     counts = {name: min(grids[name].num_units, math.floor(value + 1e-9)) for name, value in exact.items()}
     remainders = {name: exact[name] - counts[name] for name in grids}
     counts = _filled_up(counts, remainders, grids, entries, seed)
@@ -267,6 +270,22 @@ def _filled_up(
             counts[name] += 1
             spare -= grids[name].unit_numel
     return counts
+
+
+def _units_of_weight(grid: UnitGrid) -> float:
+    """How many units have as many numbers as the weight: all that there are, but of a diagonal more."""
+    return grid.rows * grid.cols / grid.unit_numel if grid.granularity == "diagonal" else grid.num_units
+
+
+def _check_room(counts: dict[str, int], grids: dict[str, UnitGrid]) -> None:
+    """Raises `ValueError` where a share of the budget is more than a diagonal has; others cover the weight."""
+    for name, count in counts.items():
+        grid = grids[name]
+        if grid.granularity == "diagonal" and count > grid.num_units:
+            raise ValueError(
+                f"The budget gives '{name}' {count} {grid.unit_name}s of {grid.unit_numel} numbers, and its diagonal "
+                f"has {grid.num_units}. Lower the budget, or diagonal_blocks."
+            )
 
 
 def _largest_first(remainders: dict[str, float], seed: int) -> list[str]:

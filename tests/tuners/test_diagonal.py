@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_sparse_peft import Controller, Prune, Regrow, SparseLoraConfig, callbacks_for, hub, methods
 from hf_sparse_peft.hub.summary import adapter_summary
-from hf_sparse_peft.sparsity import Numbers, RankEquivalent
+from hf_sparse_peft.sparsity import ErdosRenyi, Numbers, Proportional, RankEquivalent
 from hf_sparse_peft.tuners import adapter_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -160,6 +160,13 @@ def test_some_blocks_are_chosen_by_a_criterion_and_budgets_count_them():
     assert layer.units("default").tolist() == sorted(torch.stack(sums).topk(2).indices.tolist())
     _, layers = adapted(diagonal_blocks=8, density=0.005, budget=Numbers(600))
     assert 0 < sum(layer.sparse_lora_values["default"].numel() for layer in layers) <= 600
+    for budget in (Proportional, ErdosRenyi):  # fractions of all entries, not of the diagonal's
+        _, layers = adapted(diagonal_blocks=8, density=0.005, budget=budget(0.05))
+        numbers = sum(layer.sparse_lora_values["default"].numel() for layer in layers if layer.holds("default"))
+        asked = 0.05 * sum(layer.out_features * layer.in_features for layer in layers)
+        assert 0.8 * asked <= numbers <= asked
+        with pytest.raises(ValueError, match=r"budget gives '.*' \d+ diagonal blocks of .* has 8\. Lower the budget"):
+            adapted(diagonal_blocks=8, density=0.005, budget=budget(0.5))
     with pytest.raises(ValueError, match=r"wants \d+ diagonal block units, and its .* has 8\. Lower the budget"):
         adapted(diagonal_blocks=8, density=0.005, budget=RankEquivalent(16))
     with pytest.raises(
