@@ -12,6 +12,7 @@ from ..rules import Rule, Training
 from ..tuners import restore_fp32
 from ..tuners.shared.live_run import current_trainer
 from .executor import RuleExecutor, has_schedule, trained_adapters
+from .loss_watch import LossWatch, watch_losses
 from .trainer_checks import check_run, refuse_sharded
 from .upstream_runs import asks_for_rules, prepare_upstream
 
@@ -27,6 +28,8 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
 
     restored: ClassVar[dict[str, dict[str, Any]]] = {}
     """Set by Trainer where it makes callbacks anew from a checkpoint; `on_train_begin` reads the checkpoint itself."""
+
+    _watch: LossWatch | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries (`trainer_state.json`)."""
@@ -87,6 +90,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
             saved |= one.get("attributes", {}).get("restored", {})
         self.begin(training, saved, loop=state)
+        self._watch = watch_losses(self._live, model, args)
 
     def _refuse_sharded(self, args: TrainingArguments, model: nn.Module | None) -> None:
         carries_rule = self.rule is not None or self.rule_class is not Rule
@@ -99,11 +103,19 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         self.before_step()
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
-        """Between micro-batches."""
+        """Between micro-batches.
+
+        Raises:
+            ValueError: the loss is not finite, nor are trained values (`LossWatch`).
+        """
+        if self._watch is not None:
+            self._watch.close_micro_batch(state.global_step + 1)
         self.after_micro_batch()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Before the update."""
+        """Before the update; raises as `on_substep_end`."""
+        if self._watch is not None:
+            self._watch.close_micro_batch(state.global_step + 1)
         self.training.optimizer = optimizer or self.training.optimizer
         self.gradients()
 
@@ -112,7 +124,13 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         self.after_update(skipped=bool(getattr(self.training.optimizer, "step_was_skipped", False)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """After the step is counted."""
+        """After the step is counted.
+
+        Raises:
+            ValueError: a loss was not finite, and the update has spoiled trained values (`LossWatch`).
+        """
+        if self._watch is not None:
+            self._watch.close_step()
         self.training.step = state.global_step
         self.after_step()
 

@@ -17,6 +17,7 @@ from ..rules import UnitSpace
 from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.file_writing import whole_file
+from .loss_watch import LossWatch, watch_losses
 from .panels import NUMBERS
 from .record_log import RecordLog
 from .support_tracker import GradientShare, SupportTracker, quantiles
@@ -54,6 +55,9 @@ class SupportTelemetryCallback(TrainerCallback):
     A resumed run appends after the step it resumed from. For that every checkpoint gets a file
     `support_telemetry.safetensors`: 12 bytes a unit, which is also the memory that telemetry takes (`SupportTracker`).
 
+    A loss that is not finite ends the run with an error that names the step and the first layer, where it spoils
+    trained values (`LossWatch`).
+
     Files that cannot be written or read are warned about once; the run goes on and `history` stays complete. Records
     that were missed are written as soon as that is possible. Damaged lines of the log are left out at a resume.
     """
@@ -67,6 +71,7 @@ class SupportTelemetryCallback(TrainerCallback):
         self._watched: list[GradientShare] = []
         self._attached = self._started = False
         self._run: LiveRun | None = None
+        self._losses: LossWatch | None = None
 
     def attach(self, trainer: Trainer) -> SupportTelemetryCallback:
         """Join `trainer` so that its reporters (TensorBoard, W&B) show the figures too; returns self."""
@@ -82,6 +87,7 @@ class SupportTelemetryCallback(TrainerCallback):
         """Forget records after the step that training starts from."""
         self._run = begin_run(model, adapter_layers(model), state)
         self._run.join(self, self._stop_watching)
+        self._losses = watch_losses(self._run, model, args)
         self._trackers, self._watched, self._started = {}, [], False
         self._log = RecordLog(Path(args.output_dir) / "support_log.jsonl", _record_check(model))
         self.history = self._log.read(state.global_step) if state.global_step else []
@@ -107,12 +113,20 @@ class SupportTelemetryCallback(TrainerCallback):
                 self._watched.append(share)
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
-        """Close a micro-batch."""
+        """Close a micro-batch.
+
+        Raises:
+            ValueError: the loss is not finite, nor are trained values (`LossWatch`).
+        """
+        if self._losses is not None:
+            self._losses.close_micro_batch(state.global_step + 1)
         for share in self._watched:
             share.finish_micro_batch()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Stop watching."""
+        """Stop watching gradients; raises as `on_substep_end`."""
+        if self._losses is not None:
+            self._losses.close_micro_batch(state.global_step + 1)
         for share in self._watched:
             share.finish_micro_batch()
         self._stop_watching()
@@ -127,7 +141,13 @@ class SupportTelemetryCallback(TrainerCallback):
             self._run.leave(self)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        """Follow the moves; take a record every `every` steps and at the last one."""
+        """Follow the moves; take a record every `every` steps and at the last one.
+
+        Raises:
+            ValueError: a loss was not finite, and the update has spoiled trained values (`LossWatch`).
+        """
+        if self._losses is not None:
+            self._losses.close_step()
         for tracker in self._trackers.values():
             tracker.follow(state.global_step)
         if self._records_after(state.global_step, state):

@@ -12,6 +12,7 @@ from hf_sparse_peft import (
     AccumulatedGradient,
     Allocate,
     AverageRank,
+    Controller,
     Gradient,
     KernelLoraConfig,
     Linear,
@@ -115,8 +116,18 @@ def test_values_that_are_not_finite_move_no_unit(tmp_path):
     before = units(model)
     for layer in layers(model).values():
         layer.sparse_lora_values["default"].data[3] = float("nan")
-    assert len(told(model, tmp_path)) == 2
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    batches = torch.utils.data.DataLoader(tiny.TokenData(), batch_size=4)
+    with pytest.warns(UserWarning, match="all 0 or not finite"), Controller(model, optimizer, 8) as rules:
+        for _, batch in zip(range(8), batches, strict=False):
+            rules.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            rules.after_step()
+            optimizer.zero_grad()
     assert units(model) == before
+    with pytest.raises(ValueError, match=r"Step 1.*Trained values of .*q_proj"):  # which a Trainer's run looks at
+        told(model, tmp_path)
 
 
 def test_units_of_equal_worth_leave_from_the_whole_support():

@@ -42,6 +42,7 @@ class LiveRun:
         self.loop = loop
         self.is_live = True
         self._undo: dict[Any, Callable[[], None]] = {}
+        self._shared: dict[type, tuple[Any, Callable[[Any], None]]] = {}
         self._rules: dict[int, tuple[PeftConfig, list[Rule]]] = {}
         for module in modules:
             _RUNS[module] = weakref.ref(self)
@@ -57,6 +58,13 @@ class LiveRun:
     def rules_run_for(self, config: PeftConfig) -> list[Rule]:
         """The rules that callbacks run on the adapter with this config."""
         return self._rules.get(id(config), (config, []))[1]
+
+    def shared(self, kind: type, make: Callable[[], Any], undo: Callable[[Any], None]) -> Any:
+        """The one object of that kind that all callbacks of the run use; made by the first, taken off by `undo` when
+        the run ends."""
+        if kind not in self._shared:
+            self._shared[kind] = (make(), undo)
+        return self._shared[kind][0]
 
     def join(self, callback: Any, undo: Callable[[], None]) -> None:
         """`callback` takes part; `undo` takes its marks off the model, whenever the run ends."""
@@ -77,6 +85,9 @@ class LiveRun:
             callback = next(iter(self._undo))
             self._undo[callback]()
             self._undo.pop(callback, None)
+        while self._shared:
+            one, undo = self._shared.popitem()[1]
+            undo(one)
         for config, _ in self._rules.values():
             _WARNED.pop(id(config), None)
         self._rules = {}
