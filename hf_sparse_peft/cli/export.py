@@ -17,6 +17,7 @@ from ..hub import (
     merge_to_dense,
     read_config,
 )
+from ..hub.processors import has_processor
 from ..utils.tables import show, table
 from .app import verb
 from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
@@ -105,7 +106,7 @@ def export(
         slime = {"encoding": encoding} if encoding else {}
         _to_patch(model, out, format or "vllm", as_json, only=only, keep_unchanged=keep_unchanged, **slime)
     else:
-        _to_dense(model, out, as_json)
+        _to_dense(model, adapter, out, as_json)
 
 
 @verb("merge", panel="Take adapters elsewhere")
@@ -121,7 +122,7 @@ def merge(
     """Merge an adapter into a dense model: `export --to dense`."""
     if read_config(adapter).get("peft_type") not in _UPSTREAM:
         check_adapter(adapter)
-    _to_dense(load(adapter, base, dtype, nf4, double_quant), out, as_json)
+    _to_dense(load(adapter, base, dtype, nf4, double_quant), adapter, out, as_json)
 
 
 def _check_patch_options(to: str, only: str | None, nf4: bool, given: dict[str, Any]) -> None:
@@ -172,6 +173,7 @@ def _to_patch(model: PeftModel, out: Path, kind: str, as_json: bool, **options: 
     )
 
 
-def _to_dense(model: PeftModel, out: Path, as_json: bool) -> None:
-    count = sum(p.numel() for p in merge_to_dense(model, out).parameters())
+def _to_dense(model: PeftModel, adapter: Path, out: Path, as_json: bool) -> None:
+    tokenizer = adapter if has_processor(adapter) else "base"  # the one that it was trained with
+    count = sum(p.numel() for p in merge_to_dense(model, out, tokenizer=tokenizer).parameters())
     print_json({"parameters": count, "path": out}) if as_json else print(f"{count:,} parameters in {out}")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from ..training.run_record import RunRecord
 from ..training.support_picture import draw_run
@@ -55,8 +54,7 @@ def save_adapter(
     if run is not None:
         card_arguments = {"run": run, "picture": PICTURE, **card_arguments}
     card = adapter_card(model, adapter_name=adapter_name, base_model=base_model, **card_arguments)
-    config = model.peft_config[adapter_name]
-    with staged_folder(path, config.peft_type.value) as stage, _named(config, base_model):
+    with staged_folder(path, model.peft_config[adapter_name].peft_type.value) as stage:
         model.save_pretrained(str(stage), selected_adapters=[adapter_name])
         if adapter_name != "default":  # peft puts other names into a folder of their own
             inner = stage / adapter_name
@@ -66,21 +64,18 @@ def save_adapter(
         missing = [name for name in ADAPTER_FILES if not (stage / name).is_file()]
         if missing:
             raise ValueError(f"peft wrote no {missing[0]} for adapter '{adapter_name}'; is this the main process?")
+        if base_model:
+            _name_base(stage / ADAPTER_FILES[0], base_model)
         if run is not None and card_arguments["picture"] == PICTURE:
             draw_run(run.log, run.support, stage / PICTURE, run.title)
         write_card(card, stage)
     return Path(path)
 
 
-@contextmanager
-def _named(config: PeftConfig, base_model: str | None) -> Iterator[None]:
-    """Within the block, `config` names that base."""
-    before = config.base_model_name_or_path
-    config.base_model_name_or_path = base_model or before
-    try:
-        yield
-    finally:
-        config.base_model_name_or_path = before
+def _name_base(file: Path, base_model: str) -> None:
+    # Only now: while it writes the weights, peft compares the vocabulary with that of the base that the config names.
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "base_model_name_or_path": base_model}, indent=2, sort_keys=True))
 
 
 def write_card(card: ModelCard, folder: Path) -> None:
