@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from ..training import RunReportCallback
 from ..training.recipe_files import parse_recipe
 from .base import load_base
 from .data import chunk_text, head, in_chat_template, load_splits, tokenize_pairs, tokenize_texts
@@ -97,6 +99,7 @@ def train_recipe(words: Sequence[str]) -> FineTuned:
         measure=measure,
         load_dense=lambda: load_base(AutoModelForCausalLM, options.model_name_or_path, dense, args),
         card={"training_data": [options.dataset_name] if options.dataset_name else _named(options.data_files)},
+        report=RunReportCallback(max(1, int(args.logging_steps))) if importlib.util.find_spec("matplotlib") else None,
     )
 
 
