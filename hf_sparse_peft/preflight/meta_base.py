@@ -15,6 +15,7 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..hub.base_model import base_class_name
@@ -83,9 +84,12 @@ def meta_base(
     finally:
         torch.set_default_dtype(before)
     if bits < 16:
-        kept = set(get_keys_to_not_convert(model))
+        kept, wide = set(get_keys_to_not_convert(model)), set(model._keep_in_fp32_modules or ())
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and name not in kept:
+            if wide & set(name.split(".")):  # T5's wo
+                module.float()
+            elif type(module) in (nn.Linear, Conv1D) and name not in kept:
+                module = module if type(module) is nn.Linear else _as_linear(module)
                 model.set_submodule(name, _as_nf4(module) if bits == 4 else _as_int8(module))
         setattr(model, f"is_loaded_in_{bits}bit", True)  # what peft's dispatchers ask
     return model.requires_grad_(False).train()
@@ -102,6 +106,12 @@ def _make(config: PretrainedConfig, adapter: Mapping[str, Any] | PeftConfig) -> 
             "the adapter's config a task_type."
         )
     return cls.from_config(config) if name.startswith("Auto") else cls._from_config(config)
+
+
+def _as_linear(module: Conv1D) -> nn.Linear:
+    """What transformers quantises a layer as that stores its weight transposed."""
+    rows, cols = module.weight.shape
+    return nn.Linear(rows, cols, module.bias is not None, device="meta", dtype=module.weight.dtype)
 
 
 def _as_nf4(dense: nn.Linear) -> nn.Module:
@@ -198,6 +208,8 @@ def batch_of(model: PreTrainedModel, batch: int, seq: int) -> dict[str, torch.Te
     if name.endswith(
         ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM")
     ):
+        if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
+            model.config.decoder_start_token_id = 0
         if model.main_input_name != "input_ids":
             raise ValueError(f"{name} takes {model.main_input_name}; only models of tokens can be estimated here.")
         return {"input_ids": ids, "labels": ids}

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from preflight_toolbox import BATCH, CONFIGS, SEQ, measured
-from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, ViTConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, T5Config, ViTConfig
 
 from hf_sparse_peft import SparseLoraConfig, methods
 from hf_sparse_peft.preflight import doctor, estimate
@@ -184,3 +184,19 @@ def test_units_over_fused_experts_are_estimated():
     without = estimate(MIXTRAL, SparseLoraConfig(r=0, density=0.1, target_modules=["q_proj"]), seq=8, bits=16)
     entries = 4 * 2 * 64 * 32
     assert told.trained_numbers - without.trained_numbers == pytest.approx(0.1 * entries, abs=2)
+
+
+def test_layers_that_store_their_weight_transposed_are_quantised_and_those_of_t5_that_stay_wide_are_not():
+    def weights(model, bits):
+        told = estimate(model, SparseLoraConfig(r=0, density=0.1, target_modules="all-linear"), seq=8, bits=bits)
+        return {part.name: part.bytes for part in told.parts}["base weights"]
+
+    gpt2 = tiny.gpt2().config
+    linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)
+    assert weights(gpt2, 16) - weights(gpt2, 4) == 1.5 * linear
+    t5 = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64, tie_word_embeddings=True,
+        architectures=["T5ForConditionalGeneration"],
+    )  # fmt: skip
+    quantised, wide = 3 * 4 * 32 * 32 + 2 * 64 * 32, 2 * 64 * 32
+    assert weights(t5, 16) - weights(t5, 4) == 1.5 * quantised - 2 * wide
