@@ -140,7 +140,7 @@ def load_dataset(path: str, name: str | None = None, *, split: str) -> datasets.
     return rows
 
 
-def llama(folder: Path, chat: bool) -> None:
+def llama(folder: Path, chat: bool, pruned: bool = False) -> None:
     tokenizer = AutoTokenizer.from_pretrained(RECIPES / "demo_base")
     tokenizer.model_max_length = 131072
     if chat:
@@ -150,8 +150,12 @@ def llama(folder: Path, chat: bool) -> None:
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if pruned:  # two of four weights
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.data.view(-1, 4)[:, :2] = 0
+    saved(folder, model, tokenizer)
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -191,6 +195,7 @@ Model = Callable[[Path], None]
 MODELS: dict[str, Model] = {
     "meta-llama/Llama-3.2-1B-Instruct": partial(llama, chat=True),
     "meta-llama/Llama-3.2-1B": partial(llama, chat=False),
+    "RedHatAI/Sparse-Llama-3.1-8B-2of4": partial(llama, chat=False, pruned=True),
     "FacebookAI/xlm-roberta-base": partial(encoder, config_class=XLMRobertaConfig, model_class=XLMRobertaForMaskedLM),
     "sentence-transformers/all-MiniLM-L6-v2": partial(encoder, config_class=BertConfig, model_class=BertModel),
     "google/flan-t5-base": t5,
