@@ -20,8 +20,8 @@ def _numbers(value: Any) -> list[float]:
         raise typer.BadParameter(f"{value!r} is no list of numbers, as in 0.7,0.3.") from None
 
 
-def _kinds() -> list[str]:
-    return list(COMBINATION_TYPES)
+def _kinds(incomplete: str) -> list[str]:
+    return [kind for kind in COMBINATION_TYPES if kind.startswith(incomplete)]
 
 
 @verb(

@@ -6,24 +6,56 @@ from typing import Annotated
 
 import typer
 
-from ..methods import describe, markdown_table, names
-from ..utils.tables import show, table
+from .. import methods
+from ..preflight import families, method_rows, methods_table
+from ..utils.tables import show
 from .app import verb
 from .options import Json, print_json
 
 
+def _names(incomplete: str) -> list[str]:
+    return [name for name in methods.names() if name.startswith(incomplete)]
+
+
+def _families(incomplete: str) -> list[str]:
+    return [name for name in families() if name.startswith(incomplete)]
+
+
 @verb("methods", panel="Before training")
 def list_methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[METHOD ...]",
+            help="Some of them; all without it.",
+            show_default=False,
+            autocompletion=_names,
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="Those of one family, such as sparse-moving.", show_default=False, autocompletion=_families),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="Count what each trains, at its own defaults, on a model: a config.json, its folder or a Hub id.",
+            show_default=False,
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods by name: what moves, source, cost."""
+    """List the methods by name: family, what moves, source, 4-bit support, what they leave as, trained numbers."""
     if markdown:
-        print(markdown_table())
+        print(methods.markdown_table())
         return
-    rows = [describe(name) for name in names()]
+    rows = method_rows(names, family=family, model=model, show_progress=model is not None)
     if as_json:
-        kept = ("name", "paper", "moves", "use_when", "cost", "upstream")
-        print_json([{key: getattr(info, key) for key in kept} for info in rows])
+        print_json(rows)
         return
-    show(table(("method", "source", "what moves"), [(info.name, info.paper, info.moves) for info in rows]))
+    show(methods_table(rows))
+    for row in rows:
+        if row.problem:
+            print(f"{row.name}: {row.problem}")

@@ -40,6 +40,8 @@ class MethodInfo:
     """The config class of upstream peft that the method is, where it is one of upstream's."""
     claim: str | None = None
     """What its authors claim, with where they do; nothing of it was measured here."""
+    four_bit: bool = True
+    """Whether it trains on 4-bit bases; where not, `cost` says so too."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,11 @@ def register(
     cost: str,
     upstream: str | None = None,
     claim: str | None = None,
+    four_bit: bool = True,
 ):
     """Decorator: enter a function that builds a `Method` under `name`; its keyword arguments are the method's options.
-    `upstream` names the config class of upstream peft for methods that are its own; `claim` what the authors report.
+    `upstream` names the config class of upstream peft for methods that are its own; `claim` what the authors report;
+    `four_bit` whether it trains on 4-bit bases.
 
     Raises:
         ValueError: the name is taken or is not lower case with dashes.
@@ -116,7 +120,7 @@ def register(
         def with_info(**options: Any) -> Method:
             return replace(build(**options), info=_METHODS[name])
 
-        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream, claim)
+        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream, claim, four_bit)
         return with_info
 
     return enter

@@ -93,6 +93,7 @@ def rslora(r: int = 64, lora_alpha: float = 16, schedule: Rules = (), **override
     moves="nothing",
     use_when="LoRA starts slowly",
     cost="an SVD of every weight at injection; peft writes the rest into the base; dense bases only",
+    four_bit=False,
     upstream="LoraConfig",
 )
 def pissa(r: int = 16, lora_alpha: float = 16, iterations: int = 0, schedule: Rules = (), **overrides: Any) -> Method:
@@ -126,6 +127,7 @@ def eva(
     moves="nothing",
     use_when="LoRA should take full fine-tuning's first step",
     cost="dense gradients of all adapted weights first; peft writes the start into the base; dense bases only",
+    four_bit=False,
     upstream="LoraConfig",
 )
 def lora_ga(
@@ -167,6 +169,7 @@ def adalora_peft(
     moves="nothing",
     use_when="a higher rank is wanted of as many numbers: two factor pairs multiplied entry by entry",
     cost="the dense update of every weight at each step; dense bases only",
+    four_bit=False,
     upstream="LoHaConfig",
 )
 def loha(r: int = 8, alpha: float = 8, schedule: Rules = (), **overrides: Any) -> Method:
@@ -180,6 +183,7 @@ def loha(r: int = 8, alpha: float = 8, schedule: Rules = (), **overrides: Any) -
     moves="nothing",
     use_when="very few numbers, or updates of a block structure",
     cost="the dense update of every weight at each step; dense bases only",
+    four_bit=False,
     upstream="LoKrConfig",
 )
 def lokr(r: int = 8, alpha: float = 8, decompose_factor: int = -1, schedule: Rules = (), **overrides: Any) -> Method:
@@ -234,6 +238,7 @@ def miss(r: int = 64, schedule: Rules = (), **overrides: Any) -> Method:
     moves="nothing",
     use_when="LoRA of a high rank suffers from outlier channels",
     cost="none beyond LoRA's numbers; k * k small products; dense bases only",
+    four_bit=False,
     upstream="GraloraConfig",
 )
 def gralora(r: int = 32, alpha: float = 64, k: int = 2, schedule: Rules = (), **overrides: Any) -> Method:
@@ -247,6 +252,7 @@ def gralora(r: int = 32, alpha: float = 64, k: int = 2, schedule: Rules = (), **
     moves="nothing",
     use_when="updates of full rank from few numbers; a larger r means fewer of them",
     cost="products with all random bases; these in the file, unless save_projection=False; dense bases only",
+    four_bit=False,
     upstream="RandLoraConfig",
 )
 def randlora(r: int = 32, alpha: float = 640, schedule: Rules = (), **overrides: Any) -> Method:
@@ -260,6 +266,7 @@ def randlora(r: int = 32, alpha: float = 640, schedule: Rules = (), **overrides:
     moves="which vectors of the bank a factor is mixed of, every forward pass",
     use_when="the file must be tiny: one bank of vectors for the whole model",
     cost="a softmax over the bank for every piece of every factor; dense bases only",
+    four_bit=False,
     upstream="VBLoRAConfig",
 )
 def vb_lora(

@@ -3,5 +3,18 @@
 from .examination import DoctorCallback, doctor
 from .findings import Diagnosis, Finding
 from .memory import Estimate, Part, estimate
+from .overview import MethodRow, families, method_rows, methods_table
 
-__all__ = ["Diagnosis", "DoctorCallback", "Estimate", "Finding", "Part", "doctor", "estimate"]
+__all__ = [
+    "Diagnosis",
+    "DoctorCallback",
+    "Estimate",
+    "Finding",
+    "MethodRow",
+    "Part",
+    "doctor",
+    "estimate",
+    "families",
+    "method_rows",
+    "methods_table",
+]

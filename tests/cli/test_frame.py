@@ -1,9 +1,7 @@
 """How commands begin and end: exit codes, messages, JSON, completion."""
 
-import json
 import warnings
 
-import processes
 import pytest
 import typer
 
@@ -103,16 +101,18 @@ def test_a_warning_is_one_line_without_the_place_in_the_source(fails, capsys):
     assert warnings.formatwarning is before
 
 
-def test_methods_print_json_that_names_every_field(capsys):
-    assert cli.main(["methods", "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["dora"]["upstream"] == "LoraConfig"
-    assert set(rows["rigl"]) >= {"paper", "moves", "use_when", "cost"}
-
-
-def test_the_package_runs_as_a_module_and_completes_words():
-    done = processes.python("-m", "hf_sparse_peft", "--version", check=True)
-    assert done.stdout.startswith("sparse-peft ")
-    words = {"_SPARSE_PEFT_COMPLETE": "complete_bash", "COMP_WORDS": "sparse-peft exp", "COMP_CWORD": "1"}
-    done = processes.python("-m", "hf_sparse_peft", env=words)
-    assert done.stdout.split() == ["export"]
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("exp", "export"),
+        ("methods rig", "rigl"),
+        ("export --to gg", "gguf-lora"),
+        ("combine --type dare_t", "dare_ties"),
+    ],
+)
+def test_shells_complete_verbs_methods_and_choices(line, expected, monkeypatch, capsys):
+    monkeypatch.setenv("_SPARSE_PEFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"sparse-peft {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    assert cli.main([]) == 0
+    assert expected in capsys.readouterr().out.split()

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_sparse_peft import SparseLoraConfig, cli, hub, methods
+from hf_sparse_peft import SparseLoraConfig, cli, hub
 from hf_sparse_peft.tuners import adapter_layers
 
 
@@ -85,16 +85,6 @@ def test_export_pads_and_cuts_ranks(folders, tmp_path, capsys):
     assert all(0 < float(line.split()[2]) < 1 for line in lines[1:3])
     assert cli.main(["export", *source[:-1], "dense", "--rank", "4", str(tmp_path / "x")]) == 2
     assert "--rank and --uniform-rank belong to --to lora" in capsys.readouterr().err
-
-
-def test_methods_prints_the_table_of_all_methods(capsys):
-    assert cli.main(["methods"]) == 0
-    table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[1:]] == methods.names()
-    assert cli.main(["methods", "--markdown"]) == 0
-    table = capsys.readouterr().out
-    assert all(f"| `{name}` |" in table for name in methods.names())
-    assert "peft's `LoraConfig`" in table
 
 
 def test_merge_takes_the_base_from_the_config(folders, tmp_path):
