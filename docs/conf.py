@@ -38,6 +38,7 @@ html_show_sphinx = False
 ROOMS = {
     "hf_sparse_peft.tuners": "Tuners and configs",
     "hf_sparse_peft.methods": "Methods by name",
+    "hf_sparse_peft.preflight": "Before a run",
     "hf_sparse_peft.training": "Training",
     "hf_sparse_peft.finetuning": "Runs from a YAML file",
     "hf_sparse_peft.rules": "Rules",
@@ -46,7 +47,6 @@ ROOMS = {
     "hf_sparse_peft.hub": "Files, cards, export",
     "hf_sparse_peft.hub.analysis": "Analysis of adapters and checkpoints",
     "hf_sparse_peft.pruning": "Pruning",
-    "hf_sparse_peft.preflight": "Before a run",
 }
 """Module whose `__all__` is documented -> title of its page."""
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from ..hub.analysis import IntruderReport, UtilizationReport, intruder_dimensions, utilized_rank
 from ..utils.tables import show
 from .app import verb
-from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, Picture, load, print_json
+from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, Picture, load, print_json
 
 
 @verb("intruders", panel="Look into adapters")
@@ -24,10 +24,11 @@ def intruders(
     dtype: Dtype = "auto",
     nf4: Nf4 = False,
     double_quant: DoubleQuant = False,
+    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Count the intruder dimensions of an adapter: leading singular vectors that the base does not have."""
-    report = intruder_dimensions(load(adapter, base, dtype, nf4, double_quant), k=k, epsilon=epsilon)
+    report = intruder_dimensions(load(adapter, base, dtype, nf4, double_quant, base_as), k=k, epsilon=epsilon)
     _print_report(report, picture, as_json)
 
 
@@ -42,11 +43,12 @@ def utilized(
     dtype: Dtype = "auto",
     nf4: Nf4 = False,
     double_quant: DoubleQuant = False,
+    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the adapted weights' rank a text uses."""
     lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    model = load(adapter, base, dtype, nf4, double_quant)
+    model = load(adapter, base, dtype, nf4, double_quant, base_as)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     batches = [dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=1024)) for line in lines]
     _print_report(utilized_rank(model, batches, threshold=threshold, examples=examples), picture, as_json)

@@ -14,7 +14,7 @@ from ..utils.file_writing import whole_file
 from ..utils.plain_data import plain_data
 from ..utils.tables import show
 from .app import verb
-from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, load, print_json
+from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, load, print_json
 
 
 def _batch_size(value: Any) -> int | str:
@@ -47,11 +47,12 @@ def evaluate(
     dtype: Dtype = "auto",
     nf4: Nf4 = False,
     double_quant: DoubleQuant = False,
+    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Measure an adapter on tasks of lm-evaluation-harness (extra: eval)."""
     check_harness()  # before a base is loaded for it
-    model = load(adapter, base, dtype, nf4, double_quant)
+    model = load(adapter, base, dtype, nf4, double_quant, base_as)
     beside = adapter / "tokenizer_config.json"
     name = str(adapter) if beside.is_file() else model.peft_config["default"].base_model_name_or_path
     found = evaluate_adapter(

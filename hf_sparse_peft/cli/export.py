@@ -20,7 +20,7 @@ from ..hub import (
 from ..hub.processors import has_processor
 from ..utils.tables import show, table
 from .app import verb
-from .options import Adapter, Base, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
+from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
 
 _UPSTREAM = ("LORA", "ADALORA")
 """Types of upstream's that are exported as well."""
@@ -38,6 +38,16 @@ def _uniform_rank(value: str) -> int | bool:
     if not value.isdigit() or value == "0":
         raise typer.BadParameter(f"{value!r} is neither 'largest' nor an integer >= 1.")
     return int(value)
+
+
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|none",
+        help="dense: tokenizer to write beside the model; without it the adapter's, else the base's.",
+        show_default=False,
+    ),
+]
 
 
 @verb("export", panel="Take adapters elsewhere")
@@ -78,10 +88,12 @@ def export(
     keep_unchanged: Annotated[
         bool, typer.Option("--keep-unchanged", help="patch: keep entries that rounding leaves alone.")
     ] = False,
+    tokenizer: Tokenizer = None,
     base: Base = None,
     dtype: Dtype = "auto",
     nf4: Nf4 = False,
     double_quant: DoubleQuant = False,
+    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter in a format that loads without this package."""
@@ -90,11 +102,13 @@ def export(
     if to == "dense" and only:
         raise typer.BadParameter("--only belongs to --to lora, gguf-lora, shira, patch; a dense model has both halves.")
     given = {"--format": format, "--encoding": encoding, "--keep-unchanged": keep_unchanged}
+    if tokenizer and to != "dense":
+        raise typer.BadParameter(f"--tokenizer belongs to --to dense, got --to {to}.")
     _check_patch_options(to, only, nf4, {flag: value for flag, value in given.items() if value})
     if read_config(adapter).get("peft_type") not in _UPSTREAM:
         check_adapter(adapter)
     # A patch holds values of the checkpoint as it is stored.
-    model = load(adapter, base, dtype, nf4, double_quant, base_as="full" if to == "patch" else "trained")
+    model = load(adapter, base, dtype, nf4, double_quant, base_as or ("full" if to == "patch" else "trained"))
     if to == "lora":
         _to_lora(model, out, uniform_rank or False, rank, only, as_json)
     elif to == "gguf-lora":
@@ -106,23 +120,25 @@ def export(
         slime = {"encoding": encoding} if encoding else {}
         _to_patch(model, out, format or "vllm", as_json, only=only, keep_unchanged=keep_unchanged, **slime)
     else:
-        _to_dense(model, adapter, out, as_json)
+        _to_dense(model, adapter, out, tokenizer, as_json)
 
 
 @verb("merge", panel="Take adapters elsewhere")
 def merge(
     adapter: Adapter,
     out: Out,
+    tokenizer: Tokenizer = None,
     base: Base = None,
     dtype: Dtype = "auto",
     nf4: Nf4 = False,
     double_quant: DoubleQuant = False,
+    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into a dense model: `export --to dense`."""
     if read_config(adapter).get("peft_type") not in _UPSTREAM:
         check_adapter(adapter)
-    _to_dense(load(adapter, base, dtype, nf4, double_quant), adapter, out, as_json)
+    _to_dense(load(adapter, base, dtype, nf4, double_quant, base_as), adapter, out, tokenizer, as_json)
 
 
 def _check_patch_options(to: str, only: str | None, nf4: bool, given: dict[str, Any]) -> None:
@@ -173,7 +189,12 @@ def _to_patch(model: PeftModel, out: Path, kind: str, as_json: bool, **options: 
     )
 
 
-def _to_dense(model: PeftModel, adapter: Path, out: Path, as_json: bool) -> None:
-    tokenizer = adapter if has_processor(adapter) else "base"  # the one that it was trained with
-    count = sum(p.numel() for p in merge_to_dense(model, out, tokenizer=tokenizer).parameters())
-    print_json({"parameters": count, "path": out}) if as_json else print(f"{count:,} parameters in {out}")
+def _to_dense(model: PeftModel, adapter: Path, out: Path, tokenizer: str | None, as_json: bool) -> None:
+    own = adapter if has_processor(adapter) else "base"  # beside the adapter lies the one that it was trained with
+    given = {None: own, "none": None}.get(tokenizer, tokenizer)
+    count = sum(p.numel() for p in merge_to_dense(model, out, tokenizer=given).parameters())
+    beside = has_processor(out)
+    if as_json:
+        print_json({"parameters": count, "path": out, "tokenizer": beside})
+    else:
+        print(f"{count:,} parameters {'and a tokenizer or processor' if beside else 'without a tokenizer'} in {out}")

@@ -38,12 +38,22 @@ DoubleQuant = Annotated[
     bool,
     typer.Option("--double-quant", help="With --nf4: quantise the block scales as well.", rich_help_panel=_BASE),
 ]
+BaseKind = Annotated[
+    BaseAs | None,
+    typer.Option(
+        "--base-as",
+        help="trained: quantised as the adapter was trained on it; full: in full precision. Without it trained, for "
+        "patches full.",
+        show_default=False,
+        rich_help_panel=_BASE,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")]
 Picture = Annotated[Path | None, typer.Option(help="File to draw a heat map to: PNG, PDF or SVG.", show_default=False)]
 
 
 def load(
-    adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: bool, base_as: BaseAs = "trained"
+    adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: bool, base_as: BaseAs | None = None
 ) -> PeftModel:
     """The adapter on its base, as the options of the base say.
 
@@ -52,12 +62,14 @@ def load(
     """
     if double_quant and not nf4:
         raise typer.BadParameter("--double-quant says how --nf4 quantises; pass --nf4 too.")
+    if nf4 and base_as == "full":
+        raise typer.BadParameter("--nf4 and --base-as full contradict each other; leave one out.")
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
     if nf4:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
         )
-    return load_adapter(adapter, base, base_as=base_as, **arguments)
+    return load_adapter(adapter, base=base, base_as=base_as or "trained", **arguments)
 
 
 def print_json(content: Any) -> None:
