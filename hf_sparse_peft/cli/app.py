@@ -29,6 +29,8 @@ _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 after an error that the user can mend, 2 after a wrong command."""
     before, warnings.formatwarning = warnings.formatwarning, _short_warning
+    # peft 0.21 reads the old name of `is_activation_checkpointing`, which no user of a command can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         status = app(args=arguments, prog_name="sparse-peft", standalone_mode=False)
         return status if isinstance(status, int) else 0

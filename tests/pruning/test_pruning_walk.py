@@ -206,7 +206,7 @@ def experts():
         (llama, {"data": []}, "dataloader gave no batch"),
         (llama, {"method": SparseGPT(block=6), "pattern": NM()}, "block=6 cuts groups of 4"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_cannot_be_pruned_is_refused_whole(make, options, message):
     model = make()

@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from tuner_toolbox import base_bits, fill, logits, make_config, same_bits, tiny_llama
@@ -52,14 +52,6 @@ def test_a_peft_without_what_we_need_is_refused_with_the_mend(monkeypatch):
     monkeypatch.delattr("peft.utils.register_peft_method")
     with pytest.raises(ImportError, match=r"does not know peft 9.0.0: .*register_peft_method.*pip install 'peft=="):
         registration.check_peft()
-
-
-def test_mixed_models_refuse_the_method_with_a_reason():
-    with pytest.raises(ValueError, match=r"SPARSE_LORA' is not compatible with the `PeftMixedModel`"):
-        get_peft_model(tiny_llama(), make_config(), mixed=True)
-    mixed = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match=r"SPARSE_LORA' is not compatible with the `PeftMixedModel`"):
-        mixed.add_adapter("other", make_config())
 
 
 BAD = [
