@@ -34,7 +34,7 @@ class DSnoT(PruningMethod):
     """
 
     initial: PruningMethod = field(default_factory=Wanda)
-    """What chooses the first mask; not a method that changes weights."""
+    """What chooses the first mask by scores; not a method that changes weights."""
     cycles: NonNegativeInt = 50
     """Swaps of a row at most."""
     threshold: NonNegativeFloat = 0.1
@@ -52,6 +52,11 @@ class DSnoT(PruningMethod):
             raise ValueError(
                 f"DSnoT.initial={self.initial!r} changes the weights that stay, and DSnoT refines a mask of weights as "
                 "they were. Take Wanda() or MagnitudePruning()."
+            )
+        if type(self.initial).scores is PruningMethod.scores:
+            raise ValueError(
+                f"DSnoT.initial={self.initial!r} scores no entries, and scores order what goes. Take Wanda() or "
+                "MagnitudePruning()."
             )
 
     def all_reads(self) -> frozenset[str]:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..ops import autocast_off
+
 SQUARES, MEANS, HESSIAN = "squares", "means", "hessian"
 
 
@@ -52,7 +54,8 @@ class InputStatistics:
                 self._sums += x.sum(0)
                 self._spread += len(x) * x.var(0, correction=0)
             if self._hessian is not None:
-                self._hessian += x.T @ x
+                with autocast_off(x.device.type):
+                    self._hessian += x.T @ x
 
     def is_finite(self) -> bool:
         """Whether every sum is finite."""

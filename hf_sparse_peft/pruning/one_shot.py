@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +27,7 @@ from ..sparsity.selection import Source, count_selected, find_cut, tie_priority
 from ..tuners.shared import AdapterConfig
 from ..tuners.shared.base_weight import dense_weight, keep_4bit_weight_stable
 from ..tuners.shared.layer import is_supported
+from ..tuners.shared.quantised import backend_of
 from ..tuners.shared.rollback import uninterrupted
 from ..tuners.shared.target_checks import target_layers
 
@@ -71,7 +72,7 @@ def prunable_layers(
     for name, module in target_layers(config, base, BaseTuner._check_target_module_exists).items():
         if id(module) not in inside or set(name.split(".")) & set(_OUTPUT_PARTS):
             continue
-        backend = resolve_quantization_backend(module, **get_quantization_kwargs(base))
+        backend = backend_of(module, **get_quantization_kwargs(base))
         if is_supported(module, backend):
             found.append(PrunableLayer(name, module, backend))
     if not found:
@@ -146,6 +147,15 @@ def pruning_masks(
     return {layer.name: pack_bits(_mask(layer, sources[layer.name], counts[layer.name])) for layer in layers}
 
 
+def check_own_weight(layer: PrunableLayer) -> None:
+    """Raises `ValueError` where a dense layer's weight is no parameter of its own."""
+    if layer.module._parameters.get("weight") is None:
+        raise ValueError(
+            f"The weight of '{layer.name}' is computed at each forward (a parametrization), so it cannot be pruned. "
+            "Call torch.nn.utils.parametrize.remove_parametrizations first, or exclude the module."
+        )
+
+
 def set_fraction(packed: Tensor, grid: UnitGrid) -> float:
     """Fraction of set bits in a layer's mask."""
     return int(unpack_bits(packed, grid.num_units).sum()) / grid.num_units
@@ -209,11 +219,7 @@ def _smallest_of_group(layer: PrunableLayer, sparsity: float, group: int, seed: 
 @torch.no_grad()
 def _hold_pruned_copy(layer: PrunableLayer, packed: Tensor) -> Callable[[], None]:
     module, kept = layer.module, layer.module.weight
-    if module._parameters.get("weight") is not kept:
-        raise ValueError(
-            f"The weight of '{layer.name}' is computed at each forward (a parametrization), so it cannot be pruned. "
-            "Call torch.nn.utils.parametrize.remove_parametrizations first, or exclude the module."
-        )
+    check_own_weight(layer)
     mask = unpack_bits(packed.to(kept.device), layer.grid.num_units).view(layer.weight().shape)
     mask = mask.t() if isinstance(module, Conv1D) else mask
     module.weight = nn.Parameter(kept.masked_fill(mask, 0), requires_grad=kept.requires_grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,26 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..ops import autocast_off
 from ..sparsity import pack_bits
 from ..tuners.shared.rollback import uninterrupted
 from ..tuners.shared.target_checks import expert_parameters
-from ..utils.file_length import read_safetensors
-from ..utils.file_writing import whole_file
 from ..utils.parts import load_part_by_name
 from ..utils.tables import Table, table
 from .block_inputs import Block, BlockInputs, blocks_of, collect
 from .input_statistics import InputStatistics
-from .one_shot import PrunableLayer, prunable_layers
+from .one_shot import PrunableLayer, check_own_weight, prunable_layers
 from .one_shot_methods import PruningMethod
 from .pruning_patterns import PruningPattern, Unstructured
-
-WALK_FILE = "pruning.json"
-Pruned = dict[str, tuple[Tensor, Tensor]]
-"""Weight and mask of what was removed, by layer."""
+from .walk_checkpoint import Pruned, WalkCheckpoint
 
 
 @dataclass
@@ -93,7 +87,9 @@ def prune_model(
 
     Raises:
         ValueError: an option out of range; a model with 4-bit weights, adapters, shared weights or experts in 3-D
-            parameters; data that is missing or not finite; a checkpoint of another walk.
+            parameters, or weights that are computed at each forward; blocks that run twice in a pass, not at all, or
+            do not feed one another; data that is missing or not finite; a checkpoint of another walk or model.
+        TypeError: a batch that is no mapping.
     """
     method = _part(PruningMethod, method, "method")
     pattern = _part(PruningPattern, Unstructured() if pattern is None else pattern, "pattern")
@@ -104,14 +100,16 @@ def prune_model(
     if reads and dataloader is None:
         raise ValueError(f"method='{method.part_type}' reads the inputs of layers: pass a dataloader.")
     blocks = blocks_of(model, layers) if reads else [Block(layer.name, layer.module, [layer]) for layer in layers]
-    walk = _Walk(method, sparsity, pattern, seed, None if checkpoint is None else Path(checkpoint))
-    walk.begin(layers)
+    walk = _Walk(method, sparsity, pattern, seed)
+    finished = WalkCheckpoint(None if checkpoint is None else Path(checkpoint))
+    finished.begin(walk.about(), layers)
     report = PruningReport(method, pattern)
     with _evaluating(model):
         inputs = collect(model, blocks, dataloader, _device(layers)) if reads else None
+        finished.data = "" if inputs is None else inputs.digest
         for number, block in enumerate(tqdm(blocks, desc="Pruning", unit="block", disable=not show_progress)):
-            pruned = walk.load(number, block) or walk.prune(block, inputs, reads)
-            walk.save(number, pruned)
+            pruned = finished.load(number, block) or walk.prune(block, inputs, reads)
+            finished.save(number, block, pruned)
             with uninterrupted():
                 for layer in block.layers:
                     weight, gone = pruned[layer.name]
@@ -126,17 +124,23 @@ def prune_model(
 
 @dataclass
 class _Walk:
-    """How each block is pruned, and where finished ones are kept."""
+    """How each block is pruned."""
 
     method: PruningMethod
     sparsity: float
     pattern: PruningPattern
     seed: int
-    folder: Path | None
 
-    def prune(
-        self, block: Block, inputs: BlockInputs | None, reads: frozenset[str]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def about(self) -> dict[str, Any]:
+        """The options, as JSON has them."""
+        return {
+            "method": self.method.to_dict(),
+            "sparsity": self.sparsity,
+            "pattern": self.pattern.to_dict(),
+            "seed": self.seed,
+        }
+
+    def prune(self, block: Block, inputs: BlockInputs | None, reads: frozenset[str]) -> Pruned:
         """Pruned weight, in its dtype, and mask of each layer of a block; the layers stay as they are."""
         read = {} if inputs is None else _statistics(block, inputs, reads)
         found = {}
@@ -145,74 +149,19 @@ class _Walk:
             statistics = read.get(layer.name)
             if not weight.isfinite().all():
                 raise ValueError(f"The weight of '{layer.name}' is not finite: load the model again.")
-            values, gone = self.method.prune(
-                weight.float(), statistics, self.sparsity, self.pattern, layer.name, self.seed
-            )
+            with autocast_off(weight.device.type):
+                values, gone = self.method.prune(
+                    weight.float(), statistics, self.sparsity, self.pattern, layer.name, self.seed
+                )
+            values = values.to(weight.dtype)  # fp16 has a narrower range
             if not values.isfinite().all():
                 raise ValueError(
-                    f"method='{self.method.part_type}' gives '{layer.name}' weights that are not finite. Calibrate "
-                    "with more tokens than its inputs, or choose method='wanda'."
+                    f"method='{self.method.part_type}' gives '{layer.name}' weights that are not finite in "
+                    f"{weight.dtype}. Calibrate with more tokens than its inputs, load the model in bf16 or fp32, or "
+                    "choose method='wanda'."
                 )
-            found[layer.name] = (values.to(weight.dtype), gone)
+            found[layer.name] = (values, gone)
         return found
-
-    def begin(self, layers: list[PrunableLayer]) -> None:
-        """Start or find the checkpoint folder.
-
-        Raises:
-            ValueError: it is of another walk.
-        """
-        if self.folder is None:
-            return
-        about = {
-            "method": self.method.to_dict(),
-            "sparsity": self.sparsity,
-            "pattern": self.pattern.to_dict(),
-            "seed": self.seed,
-            "weights": {layer.name: list(layer.weight().shape) for layer in layers},
-        }
-        about = json.loads(json.dumps(about))
-        file = self.folder / WALK_FILE
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            other = [key for key in about if found.get(key) != about[key]]
-            if other:
-                raise ValueError(
-                    f"'{self.folder}' holds another pruning walk, with another {other[0]}. Choose another folder, or "
-                    "delete it."
-                )
-            return
-        with whole_file(file) as temporary:
-            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"block_{number:05d}.safetensors"
-
-    def load(self, number: int, block: Block) -> Pruned | None:
-        """A block that an earlier call finished; None where there is none."""
-        if self.folder is None or not self._file(number).exists():
-            return None
-        tensors, _ = read_safetensors(self._file(number))
-        found = {}
-        for layer in block.layers:
-            weight, gone = tensors.get(f"{layer.name}.weight"), tensors.get(f"{layer.name}.removed")
-            old = layer.weight()
-            fits = weight is not None and gone is not None and weight.shape == gone.shape == old.shape
-            if not fits or weight.dtype != old.dtype:
-                raise ValueError(f"'{self._file(number)}' does not fit '{layer.name}': delete it, to prune it again.")
-            found[layer.name] = (weight.to(old.device), gone.bool().to(old.device))
-        return found
-
-    def save(self, number: int, pruned: Pruned) -> None:
-        """Write a finished block, whole."""
-        if self.folder is None or self._file(number).exists():
-            return
-        tensors = {}
-        for name, (weight, gone) in pruned.items():
-            tensors[f"{name}.weight"] = weight.contiguous().cpu()
-            tensors[f"{name}.removed"] = gone.to(torch.uint8).contiguous().cpu()
-        with whole_file(self._file(number)) as temporary:
-            save_file(tensors, temporary)
 
 
 def _statistics(block: Block, inputs: BlockInputs, reads: frozenset[str]) -> dict[str, InputStatistics]:
@@ -280,12 +229,19 @@ def _refuse(model: nn.Module, layers: list[PrunableLayer], pattern: PruningPatte
             f"Experts in 3-D parameters, such as '{experts[0]}', cannot be pruned here, and a model of which most "
             "stays dense would be called sparse. Models whose experts are linear layers can."
         )
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name.removesuffix(".weight"))
     for layer in layers:
+        check_own_weight(layer)
         pattern.check(layer.grid.rows, layer.grid.cols, layer.name)
-        other = owners.setdefault(layer.weight().data_ptr(), layer.name)
-        if other != layer.name:
-            raise ValueError(f"'{other}' and '{layer.name}' share one weight: name both in exclude_modules.")
+        if layer.weight().is_meta:
+            raise ValueError(
+                f"The weight of '{layer.name}' is on the meta device: load the model whole, without offload."
+            )
+        one, *others = owners.get(layer.weight().data_ptr(), [layer.name])
+        if others:
+            raise ValueError(f"'{one}' and '{others[0]}' share one weight: name both in exclude_modules.")
 
 
 def _device(layers: list[PrunableLayer]) -> torch.device:

@@ -319,6 +319,11 @@ def test_dsnot_refuses_a_first_method_that_changes_weights():
         DSnoT(SparseGPT())
 
 
+def test_dsnot_refuses_a_first_method_without_scores():
+    with pytest.raises(ValueError, match=r"initial=DSnoT.*scores no entries.*Wanda\(\)"):
+        DSnoT(DSnoT())
+
+
 @pytest.mark.parametrize(("keep", "of"), itertools.product((0, 4), (4,)))
 def test_a_pattern_that_keeps_nothing_or_all_is_refused(keep, of):
     with pytest.raises(ValueError, match="keep"):

@@ -6,11 +6,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_peft import SparseLoraConfig
 from hf_sparse_peft.pruning import NM, SparseGPT, prune_model, walk
+from hf_sparse_peft.pruning.input_statistics import InputStatistics
 from hf_sparse_peft.sparsity import unpack_bits
+from hf_sparse_peft.utils.file_length import read_safetensors
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 KEYS = {"num_key_value_heads": 1, "head_dim": 16}
@@ -170,6 +173,113 @@ def test_a_checkpoint_of_another_walk_or_a_damaged_one_is_refused_before_anythin
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("text", ["[]", "{", ""])
+def test_a_checkpoint_whose_description_is_damaged_is_refused(tmp_path, text):
+    (tmp_path / "pruning.json").write_text(text)
+    with pytest.raises(ValueError, match=r"pruning\.json' .*Delete the folder"):
+        prune(llama(), checkpoint=tmp_path)
+
+
+def test_a_checkpoint_never_brings_another_models_weights_or_other_datas_masks(tmp_path):
+    prune(llama(), checkpoint=tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"pruned from another weight of 'model\.layers\.0\.mlp\.up_proj'"):
+        prune(other, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="other calibration data, or the same in another order"):
+        prune(other, list(batches())[::-1], checkpoint=tmp_path)
+    file = tmp_path / "block_00000.safetensors"
+    tensors, digests = read_safetensors(file)
+    name = next(key for key in tensors if key.endswith("weight"))
+    for wrong in (tensors[name] * float("nan"), tensors[name] + 1):
+        save_file({**tensors, name: wrong}, file, metadata=digests)
+        with pytest.raises(ValueError, match="does not fit"):
+            prune(llama(), checkpoint=tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_an_encoder_is_walked_beside_a_decoder_that_is_left_out_or_refused():
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"decoder\.block\.0' \(T5Block\).*Name the decoder in exclude_modules"):
+        prune(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    report = prune(model, exclude_modules=r".*decoder.*")
+    assert report.sparsity == 0.5
+    assert all(name.startswith("encoder") for name in report.masks)
+
+
+def test_a_generator_of_batch_encodings_prunes_as_a_list_of_dicts():
+    one, other = llama(), llama()
+    prune(one)
+    prune(other, (transformers.BatchEncoding(batch) for batch in batches()))
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
+
+
+def test_autocast_around_the_walk_rounds_no_hessian():
+    x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0))
+    inside, outside = InputStatistics(16, {"hessian"}, "cpu"), InputStatistics(16, {"hessian"}, "cpu")
+    outside.add(x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(x, None)
+    assert torch.equal(inside.hessian(), outside.hessian())
+
+
+def test_weights_that_leave_the_range_of_fp16_are_refused_before_they_are_written():
+    model = llama(torch.float16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.normal_(std=20000)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"down_proj' weights that are not finite in torch\.float16"):
+        prune(model, method=SparseGPT(damping=1e-6))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def parametrized():
+    model = llama()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def on_meta():
+    with torch.device("meta"):
+        return llama()
+
+
+def shared_block():
+    model = llama()
+    model.model.layers[1] = model.model.layers[0]
+    return model
+
+
+def shared_with_an_embedding():
+    model = llama()
+    model.aside = torch.nn.Embedding(32, 32)
+    model.aside.weight = model.model.layers[0].self_attn.q_proj.weight
+    return model
+
+
+def fp8():
+    model = llama()
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    projection.weight_scale_inv = torch.nn.Parameter(torch.ones(1, 1), requires_grad=False)
+    return model
+
+
+def albert():
+    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(embedding_size=16, **SMALL))
+
+
+def shorter():
+    model = llama()
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def nf4():
     return tiny.base("nf4")
 
@@ -197,6 +307,12 @@ def experts():
         (nf4, {}, "is quantised.*Prune the dense model, then quantise"),
         (adapted, {}, "has adapters.*Prune the base first"),
         (shared, {}, "share one weight: name both in exclude_modules"),
+        (shared_block, {}, "share one weight: name both in exclude_modules"),
+        (shared_with_an_embedding, {"method": "magnitude"}, "share one weight: name both in exclude_modules"),
+        (parametrized, {}, "up_proj' is computed at each forward .a parametrization"),
+        (fp8, {"method": "magnitude"}, "up_proj' is quantised"),
+        (albert, {"exclude_modules": ["embedding_hidden_mapping_in"]}, "runs more than once in a pass"),
+        (shorter, {}, "'model.layers.1' does not run on this data"),
         (experts, {}, "Experts in 3-D parameters"),
         (llama, {"sparsity": 1.0}, r"sparsity=1.0 is no fraction in \[0, 1\)"),
         (llama, {"sparsity": "0.5"}, "sparsity='0.5' is no fraction"),
@@ -214,6 +330,14 @@ def test_what_cannot_be_pruned_is_refused_whole(make, options, message):
     with pytest.raises(ValueError, match=message):
         prune(model, **options)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_without_weights_or_batches_that_are_no_mappings_are_refused():
+    with pytest.raises(ValueError, match="on the meta device"):
+        prune(on_meta(), method="magnitude")
+    for data in ([(torch.ones(1, 4),)], next(batches())):
+        with pytest.raises(TypeError, match=r"dataloader gives a (tuple|str)"):
+            prune(llama(), data)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])

@@ -15,6 +15,7 @@ from hf_sparse_peft.hub import check_adapter, merge_to_dense
 from hf_sparse_peft.pruning import NM, prune_model
 from hf_sparse_peft.sparsity import pack_bits
 from hf_sparse_peft.tuners import MaskedLoraLayer, adapter_layers
+from hf_sparse_peft.tuners.masked_lora.product import masked_product
 
 TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.arange(12)[None]
@@ -227,3 +228,55 @@ def test_a_pickled_copy_acts_alike():
     other = adapted(pruned()[0], init_weights=True)
     other.load_state_dict(torch.load(stream, weights_only=True))
     assert torch.equal(logits(other), logits(model))
+
+
+def test_a_layer_that_was_pruned_whole_trains_nothing_and_stops_no_run():
+    model, _ = pruned()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    model = adapted(model).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    layer = next(layer for layer in adapter_layers(model) if "0.mlp.up_proj" in layer.module_name)
+    assert not layer.masked_lora_B["default"].grad.any()
+    assert not layer.get_delta_weight("default").any()
+
+
+def test_zeros_are_not_read_off_a_base_that_adapters_are_merged_into():
+    model = adapted(pruned()[0], mask="given")
+    entries = {layer.module_name: layer.out_features * layer.in_features for layer in adapter_layers(model)}
+    set_masks(model, {name: pack_bits(torch.arange(n) % 4 == 0) for name, n in entries.items()} | pruned()[1].masks)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapters are merged.*unmerge_adapter\(\) first"):
+        model.add_adapter("two", MaskedLoraConfig(r=2, **TARGETS))
+    model.unmerge_adapter()
+    model.add_adapter("two", MaskedLoraConfig(r=2, **TARGETS))
+    assert all(layer.kept("two").float().mean() == 0.5 for layer in adapter_layers(model))
+
+
+def test_an_adapter_is_refused_on_a_base_that_is_not_0_where_its_mask_is(tmp_path):
+    base, _ = pruned()
+    adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
+    for other in (tiny.llama(hidden=64, layers=2), pruned(pattern=NM())[0]):
+        with pytest.raises(ValueError, match="of this base is not 0 where the adapter's mask has it pruned"):
+            PeftModel.from_pretrained(other, str(tmp_path))
+        assert not any(isinstance(module, MaskedLoraLayer) for module in other.modules())
+    PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_a_gradient_that_overflows_where_nothing_trains_spoils_none_that_trains():
+    A, B = torch.ones(1, 4, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    x, dy = torch.tensor([[6e4, 1.0, 1.0, 1.0]]).half(), torch.tensor([[6e4, 1.0]]).half()
+    kept = torch.tensor([[False, True, True, True], [False, True, True, True]])
+    masked_product(x, A, B, pack_bits(kept), 1.0, torch.float16).backward(dy)
+    assert torch.equal(B.grad[:, 0], 3 * dy[0].float())
+    assert A.grad[0, 0] == 0
+    assert torch.equal(A.grad[0, 1:], torch.full((3,), dy.float().sum().item()))
+
+
+def test_masks_that_are_no_bits_by_name_are_refused():
+    model, report = pruned()
+    model = adapted(model, mask="given")
+    with pytest.raises(TypeError, match="removed is a list"):
+        set_masks(model, list(report.masks))
+    with pytest.raises(ValueError, match="removed has a list for"):
+        set_masks(model, {name: bits.tolist() for name, bits in report.masks.items()})

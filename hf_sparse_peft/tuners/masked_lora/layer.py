@@ -53,10 +53,11 @@ class MaskedLoraLayer(AdapterLayer):
         zeros = self.adapter_configs[adapter_name].mask == "zeros" and self.quantization_backend is None
         if zeros and not self.get_base_layer().weight.is_meta:
             self.masked_lora_mask[adapter_name] = pack_bits(self.dense_base_weight() != 0).cpu()
+            self.masked_lora_known[adapter_name] = True
 
     def keep(self, adapter_name: str, kept: Tensor) -> None:
-        """Let the adapter change the entries that `kept`, bool `[out, in]`, names, and no others."""
-        self.masked_lora_mask[adapter_name].copy_(pack_bits(kept))
+        """Let the adapter change the entries that `kept` names, bits as `pack_bits` gives them, and no others."""
+        self.masked_lora_mask[adapter_name].copy_(kept)
         self.masked_lora_known[adapter_name] = True
 
     def kept(self, adapter_name: str) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...sparsity import unpack_bits
+from ...sparsity import pack_bits, unpack_bits
 from ..shared.layer import adapter_layers
 from .layer import MaskedLoraLayer
 
@@ -25,16 +25,18 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
     Raises:
         ValueError: no such adapter, a layer that `removed` does not name, bits of another weight, or a base that is not
             0 where something was removed: it is not the one that was pruned.
+        TypeError: `removed` is no mapping.
     """
     layers = adapter_layers(model, MaskedLoraLayer, adapter_name)
-    if not layers:
-        raise ValueError(f"The model has no masked LoRA '{adapter_name}': call get_peft_model with one first.")
+    if not isinstance(removed, Mapping):
+        raise TypeError(f"removed is a {type(removed).__name__}; it takes the report's masks, bits by module name.")
     found = {}
     for layer in layers:
         bits = _bits_of(layer.module_name, removed)
         numel = layer.out_features * layer.in_features
-        if bits is None or bits.dtype != torch.uint8 or bits.numel() != (numel + 7) // 8:
-            what = "nothing" if bits is None else f"{bits.numel()} bytes of {bits.dtype}"
+        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
+            what = "nothing" if bits is None else f"a {type(bits).__name__}"
+            what = f"{bits.numel()} bytes of {bits.dtype}" if isinstance(bits, Tensor) else what
             raise ValueError(
                 f"removed has {what} for '{layer.module_name}', a weight of {numel} entries, which takes "
                 f"{(numel + 7) // 8} bytes of uint8. Pass the masks of the walk that pruned this base."
@@ -46,7 +48,7 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
                 f"'{layer.module_name}' is not 0 where weights were removed: this base is not the one that was pruned. "
                 "Load that, or prune and quantise again."
             )
-        found[layer] = ~gone
+        found[layer] = pack_bits(~gone)  # a bit an entry: these are all layers'
     for layer, kept in found.items():
         layer.keep(adapter_name, kept)
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from ...sparsity import unpack_bits
 from ..shared.file_check import file_being_loaded
 from ..shared.model import AdapterModel, AdapterPlan
+from ..shared.quantised import backend_of
 from .config import MaskedLoraConfig
-from .layer import MaskedLoraLayer, MaskedLoraLinear
+from .layer import MASK, MaskedLoraLayer, MaskedLoraLinear
 
 
 class MaskedLoraModel(AdapterModel):
@@ -25,13 +31,25 @@ class MaskedLoraModel(AdapterModel):
         """Nothing to decide.
 
         Raises:
-            ValueError: zeros of a quantised base, or of one without any, are to be the mask.
+            ValueError: zeros of a quantised base, of one that adapters are merged into, or of one without any, are to
+                be the mask; a file's mask is of another base.
         """
-        if file_being_loaded() is not None or peft_config.mask != "zeros":
+        merged = any(isinstance(module, BaseTunerLayer) and module.merged_adapters for module in model.modules())
+        quantisation = get_quantization_kwargs(model)
+        file = file_being_loaded()
+        if file is not None and not file.renamed and not merged:
+            for name, base in targets.items():
+                if backend_of(base, **quantisation) is None and not base.weight.is_meta:
+                    _check_mask(file.modules.get(name, {}).get(MASK), name, base)
+        if file is not None or peft_config.mask != "zeros":
             return AdapterPlan()
+        if merged:
+            raise ValueError(
+                "mask='zeros': adapters are merged into this base, and its zeros are not its own. Call "
+                "model.unmerge_adapter() first."
+            )
         for name, base in targets.items():
-            weight = base.weight
-            if not weight.is_floating_point():
+            if backend_of(base, **quantisation) is not None:
                 raise ValueError(
                     f"mask='zeros': '{name}' is quantised, where weights that were kept are 0 too. Set mask='given', "
                     "and call set_masks(model, report.masks) with what prune_model returned."
@@ -44,3 +62,18 @@ class MaskedLoraModel(AdapterModel):
                 "SparseLoraConfig(r=..., density=0)."
             )
         return AdapterPlan()
+
+
+@torch.no_grad()
+def _check_mask(mask: torch.Tensor | None, name: str, base: nn.Module) -> None:
+    """Is the base 0 where the mask of a file has nothing to keep? One that is not known yet, or has another size, is
+    for others to judge."""
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    if mask is None or mask.numel() != (weight.numel() + 7) // 8 or not mask.any():
+        return
+    kept = unpack_bits(mask.to(weight.device), weight.numel()).view(weight.shape)
+    if bool(weight.masked_fill(kept, 0).any()):
+        raise ValueError(
+            f"'{name}' of this base is not 0 where the adapter's mask has it pruned, so it is not the base that the "
+            "adapter was trained on. Load that: the model that prune_model left."
+        )

@@ -56,7 +56,10 @@ class _MaskedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 flat, dy = x.reshape(-1, x.shape[-1]).to(ctx.dtype), gradient.reshape(-1, gradient.shape[-1])
                 G = (dy.t() @ flat).to(A.dtype)
-                G.mul_(unpack_bits(mask, G.numel()).view(G.shape)).mul_(ctx.scale)
+                removed = unpack_bits(mask, G.numel()).logical_not_().view(G.shape)
+                G.masked_fill_(removed, 0).mul_(
+                    ctx.scale
+                )  # not by a product: inf, of fp16 where nothing trains, is NaN then
                 dA = B.t() @ G if ctx.needs_input_grad[1] else None
                 dB = G @ A.t() if ctx.needs_input_grad[2] else None
         return dx, dA, dB, None, None, None
