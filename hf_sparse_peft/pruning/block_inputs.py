@@ -83,6 +83,7 @@ def collect(model: nn.Module, blocks: list[Block], batches: Iterable[Mapping[str
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if not getattr(config, "is_encoder_decoder", False):  # there the decoder's inputs are made of them
             inputs.pop("labels", None)
+        _refuse_padded_cross_attention(inputs)
         found.masks.append(inputs.get("attention_mask") if _is_padding_mask(inputs.get("attention_mask")) else None)
         found.others.append({})
         digests += [f"{key} {digest(batch[key])}" for key in sorted(inputs) if isinstance(inputs[key], Tensor)]
@@ -118,6 +119,16 @@ def _refuse_decoder(model: nn.Module, blocks: list[Block], config: Any) -> None:
             )
 
 
+def _refuse_padded_cross_attention(inputs: Mapping[str, Any]) -> None:
+    given = [inputs.get(name) for name in ("attention_mask", "encoder_attention_mask")]
+    padded = any(isinstance(mask, Tensor) and not mask.all() for mask in given)
+    if isinstance(inputs.get("encoder_hidden_states"), Tensor) and padded:
+        raise ValueError(
+            "A batch has padding and encoder_hidden_states: attention_mask does not say which of those count. Use "
+            "sequences of equal length, without masks that hide some."
+        )
+
+
 def _is_padding_mask(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
 
@@ -148,7 +159,7 @@ def _record(model: nn.Module, blocks: list[Block], inputs: dict[str, Any], found
         hooks.append(block.module.register_forward_hook(lambda _, __, output: last.update(output=first_of(output))))
     use_cache = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
     try:
-        model(**inputs, **use_cache)
+        model(**{**inputs, **use_cache})
     finally:
         for hook in hooks:
             hook.remove()

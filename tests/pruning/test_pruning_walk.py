@@ -212,10 +212,24 @@ def test_an_encoder_is_walked_beside_a_decoder_that_is_left_out_or_refused():
     assert all(name.startswith("encoder") for name in report.masks)
 
 
+def test_layers_of_cross_attention_are_pruned_by_what_reaches_them_and_padding_there_is_refused():
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
+    data = [{**batch, "encoder_hidden_states": torch.randn(2, 12, 32)} for batch in batches(padded=True)]
+    with pytest.raises(ValueError, match=r"has padding and encoder_hidden_states"):
+        prune(model, data)
+    data = [{**batch, "attention_mask": torch.ones(2, 12)} for batch in data]
+    key = model.bert.encoder.layer[1].crossattention.self.key
+    norms = torch.cat([batch["encoder_hidden_states"].flatten(0, 1) for batch in data]).square().sum(0).sqrt()
+    lowest = (key.weight.abs() * norms).argsort(dim=1)[:, :16]
+    prune(model, data)
+    assert torch.equal((key.weight == 0).nonzero()[:, 1].view(32, 16), lowest.sort(dim=1).values)
+
+
 def test_a_generator_of_batch_encodings_prunes_as_a_list_of_dicts():
     one, other = llama(), llama()
     prune(one)
-    prune(other, (transformers.BatchEncoding(batch) for batch in batches()))
+    prune(other, (transformers.BatchEncoding({**batch, "use_cache": True}) for batch in batches()))
     assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
 
 

@@ -256,7 +256,7 @@ def test_zeros_are_not_read_off_a_base_that_adapters_are_merged_into():
 def test_an_adapter_is_refused_on_a_base_that_is_not_0_where_its_mask_is(tmp_path):
     base, _ = pruned()
     adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
-    for other in (tiny.llama(hidden=64, layers=2), pruned(pattern=NM())[0]):
+    for other in (tiny.llama(hidden=64, layers=2), pruned(pattern=NM())[0], tiny.base("nf4", hidden=64)):
         with pytest.raises(ValueError, match="of this base is not 0 where the adapter's mask has it pruned"):
             PeftModel.from_pretrained(other, str(tmp_path))
         assert not any(isinstance(module, MaskedLoraLayer) for module in other.modules())

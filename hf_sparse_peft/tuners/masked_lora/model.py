@@ -8,9 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...sparsity import unpack_bits
+from ..shared.base_weight import dense_weight
 from ..shared.file_check import file_being_loaded
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.quantised import backend_of
@@ -39,8 +39,7 @@ class MaskedLoraModel(AdapterModel):
         file = file_being_loaded()
         if file is not None and not file.renamed and not merged:
             for name, base in targets.items():
-                if backend_of(base, **quantisation) is None and not base.weight.is_meta:
-                    _check_mask(file.modules.get(name, {}).get(MASK), name, base)
+                _check_mask(file.modules.get(name, {}).get(MASK), name, base, backend_of(base, **quantisation))
         if file is not None or peft_config.mask != "zeros":
             return AdapterPlan()
         if merged:
@@ -65,11 +64,15 @@ class MaskedLoraModel(AdapterModel):
 
 
 @torch.no_grad()
-def _check_mask(mask: torch.Tensor | None, name: str, base: nn.Module) -> None:
-    """Is the base 0 where the mask of a file has nothing to keep? One that is not known yet, or has another size, is
-    for others to judge."""
-    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    if mask is None or mask.numel() != (weight.numel() + 7) // 8 or not mask.any():
+def _check_mask(mask: torch.Tensor | None, name: str, base: nn.Module, backend: Any) -> None:
+    """Is the base 0 where the mask of a file has nothing to keep? A mask that is not known yet or has another size is
+    for others to judge, and some quantised weights nobody can read."""
+    if mask is None or not mask.any() or not getattr(backend, "supports_merge", True):
+        return
+    if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
+        return
+    weight = dense_weight(base, backend)
+    if mask.numel() != (weight.numel() + 7) // 8:
         return
     kept = unpack_bits(mask.to(weight.device), weight.numel()).view(weight.shape)
     if bool(weight.masked_fill(kept, 0).any()):
