@@ -11,44 +11,34 @@ from transformers import AutoTokenizer
 from ..hub.analysis import IntruderReport, UtilizationReport, intruder_dimensions, utilized_rank
 from ..utils.tables import show
 from .app import verb
-from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, Picture, load, print_json
+from .options import AdapterOnBase, Json, Picture, print_json
 
 
 @verb("intruders", panel="Look into adapters")
 def intruders(
-    adapter: Adapter,
+    source: AdapterOnBase,
     k: Annotated[int, typer.Option("--k", help="Leading singular vectors to look at.")] = 10,
     epsilon: Annotated[float, typer.Option(help="Similarity below which a vector is an intruder.")] = 0.5,
     picture: Picture = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    nf4: Nf4 = False,
-    double_quant: DoubleQuant = False,
-    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Count the intruder dimensions of an adapter: leading singular vectors that the base does not have."""
-    report = intruder_dimensions(load(adapter, base, dtype, nf4, double_quant, base_as), k=k, epsilon=epsilon)
+    report = intruder_dimensions(source.load(), k=k, epsilon=epsilon)
     _print_report(report, picture, as_json)
 
 
 @verb("utilized-rank", panel="Look into adapters")
 def utilized(
-    adapter: Adapter,
+    source: AdapterOnBase,
     text: Annotated[Path, typer.Option(help="File of examples, one a line.", show_default=False)],
     threshold: Annotated[float, typer.Option(help="Variance to hold, in (0, 1].")] = 0.99,
     examples: Annotated[int, typer.Option(help="Examples to read.")] = 128,
     picture: Picture = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    nf4: Nf4 = False,
-    double_quant: DoubleQuant = False,
-    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the adapted weights' rank a text uses."""
     lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    model = load(adapter, base, dtype, nf4, double_quant, base_as)
+    model = source.load()
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     batches = [dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=1024)) for line in lines]
     _print_report(utilized_rank(model, batches, threshold=threshold, examples=examples), picture, as_json)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -51,17 +53,21 @@ def verb(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: enter a function as `sparse-peft NAME`, below `panel` in the help.
 
-    Its parameters are annotated as typer has it, its docstring is the help. An error that its user can mend ends the
-    command with status 1 and one message, in words of flags; a wrong combination of flags is a `typer.BadParameter`,
-    and ends it with 2. `aliases` are names of Python arguments in such errors, and the flags they have here;
-    `context_settings` are typer's.
+    Its parameters are annotated as typer has it, its docstring is the help; a parameter that is a dataclass stands for
+    one of each field. An error that its user can mend ends the command with status 1 and one message, in words of
+    flags; a wrong combination of flags is a `typer.BadParameter`, and ends it with 2. `aliases` are names of Python
+    arguments in such errors, and the flags they have here; `context_settings` are typer's.
     """
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:
+        groups, parameters = _grouped(function)
+
         @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
+        def run(**kwargs: Any) -> None:
             try:
-                function(*args, **kwargs)
+                for parameter, kind in groups.items():
+                    kwargs[parameter] = kind(**{field.name: kwargs.pop(field.name) for field in fields(kind)})
+                function(**kwargs)
             except BrokenPipeError:
                 raise
             except _MISTAKES as error:
@@ -72,10 +78,26 @@ def verb(
                 print(f"sparse-peft {name}: {in_flags(str(error), command, aliases)}", file=sys.stderr)
                 raise typer.Exit(1) from error
 
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         app.command(name, rich_help_panel=panel, context_settings=context_settings)(run)
         return run
 
     return enter
+
+
+def _grouped(function: Callable[..., None]) -> tuple[dict[str, type], list[inspect.Parameter]]:
+    """The parameters of a verb that are dataclasses, and all parameters with the fields of these in their place."""
+    groups, parameters = {}, []
+    for given in inspect.signature(function, eval_str=True).parameters.values():
+        kind = given.annotation
+        if not is_dataclass(kind):
+            parameters.append(given.replace(kind=given.KEYWORD_ONLY))
+            continue
+        groups[given.name] = kind
+        for one in inspect.signature(kind, eval_str=True).parameters.values():
+            parameters.append(one.replace(kind=one.KEYWORD_ONLY))
+    return groups, parameters
 
 
 def _context() -> typer.Context | None:

@@ -10,7 +10,7 @@ from ..hub import adapter_card
 from ..hub.card import GENERATED
 from ..hub.saving import write_card
 from .app import verb
-from .options import Adapter, Base, BaseKind, Dtype, Json, load, print_json
+from .options import Adapter, AdapterOnBase, Base, BaseKind, Dtype, Json, print_json
 
 _LATER = {"show_default": False}
 
@@ -45,7 +45,7 @@ def card(
         raise ValueError(
             f"'{file}' has no mark of this package, so somebody may have edited it. Pass --force to replace it."
         )
-    model = load(adapter, base, dtype, False, False, base_as)
+    model = AdapterOnBase(adapter, base, dtype, base_as=base_as).load()
     made = adapter_card(
         model, method=method, paper=paper, metrics=metrics or None, evaluated_on=evaluated_on, training_data=data,
         notes=notes, license=license, repo_id=repo_id,

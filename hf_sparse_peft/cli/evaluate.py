@@ -14,7 +14,7 @@ from ..utils.file_writing import whole_file
 from ..utils.plain_data import plain_data
 from ..utils.tables import show
 from .app import verb
-from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, load, print_json
+from .options import AdapterOnBase, Json, print_json
 
 
 def _batch_size(value: Any) -> int | str:
@@ -27,7 +27,7 @@ def _batch_size(value: Any) -> int | str:
 
 @verb("eval", panel="Train and measure")
 def evaluate(
-    adapter: Adapter,
+    source: AdapterOnBase,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.", show_default=False)],
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in the prompt; without it what the task says.", show_default=False)
@@ -43,18 +43,13 @@ def evaluate(
         Path | None, typer.Option(help="Folder with further task definitions.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the figures to, JSON.", show_default=False)] = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    nf4: Nf4 = False,
-    double_quant: DoubleQuant = False,
-    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Measure an adapter on tasks of lm-evaluation-harness (extra: eval)."""
     check_harness()  # before a base is loaded for it
-    model = load(adapter, base, dtype, nf4, double_quant, base_as)
-    beside = adapter / "tokenizer_config.json"
-    name = str(adapter) if beside.is_file() else model.peft_config["default"].base_model_name_or_path
+    model = source.load()
+    beside = source.adapter / "tokenizer_config.json"
+    name = str(source.adapter) if beside.is_file() else model.peft_config["default"].base_model_name_or_path
     found = evaluate_adapter(
         model,
         AutoTokenizer.from_pretrained(name),

@@ -20,7 +20,7 @@ from ..hub import (
 from ..hub.processors import has_processor
 from ..utils.tables import show, table
 from .app import verb
-from .options import Adapter, Base, BaseKind, DoubleQuant, Dtype, Json, Nf4, Out, load, print_json
+from .options import AdapterOnBase, Json, Out, print_json
 
 _UPSTREAM = ("LORA", "ADALORA")
 """Types of upstream's that are exported as well."""
@@ -52,7 +52,7 @@ Tokenizer = Annotated[
 
 @verb("export", panel="Take adapters elsewhere")
 def export(
-    adapter: Adapter,
+    source: AdapterOnBase,
     out: Out,
     to: Annotated[
         Literal["lora", "dense", "shira", "patch", "gguf-lora"], typer.Option(help="What to write.", show_default=False)
@@ -89,11 +89,6 @@ def export(
         bool, typer.Option("--keep-unchanged", help="patch: keep entries that rounding leaves alone.")
     ] = False,
     tokenizer: Tokenizer = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    nf4: Nf4 = False,
-    double_quant: DoubleQuant = False,
-    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter in a format that loads without this package."""
@@ -104,11 +99,11 @@ def export(
     given = {"--format": format, "--encoding": encoding, "--keep-unchanged": keep_unchanged}
     if tokenizer and to != "dense":
         raise typer.BadParameter(f"--tokenizer belongs to --to dense, got --to {to}.")
-    _check_patch_options(to, only, nf4, {flag: value for flag, value in given.items() if value})
-    if read_config(adapter).get("peft_type") not in _UPSTREAM:
-        check_adapter(adapter)
+    _check_patch_options(to, only, source.nf4, {flag: value for flag, value in given.items() if value})
+    if read_config(source.adapter).get("peft_type") not in _UPSTREAM:
+        check_adapter(source.adapter)
     # A patch holds values of the checkpoint as it is stored.
-    model = load(adapter, base, dtype, nf4, double_quant, base_as or ("full" if to == "patch" else "trained"))
+    model = source.load("full" if to == "patch" else "trained")
     if to == "lora":
         _to_lora(model, out, uniform_rank or False, rank, only, as_json)
     elif to == "gguf-lora":
@@ -120,25 +115,20 @@ def export(
         slime = {"encoding": encoding} if encoding else {}
         _to_patch(model, out, format or "vllm", as_json, only=only, keep_unchanged=keep_unchanged, **slime)
     else:
-        _to_dense(model, adapter, out, tokenizer, as_json)
+        _to_dense(model, source.adapter, out, tokenizer, as_json)
 
 
 @verb("merge", panel="Take adapters elsewhere")
 def merge(
-    adapter: Adapter,
+    source: AdapterOnBase,
     out: Out,
     tokenizer: Tokenizer = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    nf4: Nf4 = False,
-    double_quant: DoubleQuant = False,
-    base_as: BaseKind = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into a dense model: `export --to dense`."""
-    if read_config(adapter).get("peft_type") not in _UPSTREAM:
-        check_adapter(adapter)
-    _to_dense(load(adapter, base, dtype, nf4, double_quant, base_as), adapter, out, tokenizer, as_json)
+    if read_config(source.adapter).get("peft_type") not in _UPSTREAM:
+        check_adapter(source.adapter)
+    _to_dense(source.load(), source.adapter, out, tokenizer, as_json)
 
 
 def _check_patch_options(to: str, only: str | None, nf4: bool, given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,24 +53,33 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of the t
 Picture = Annotated[Path | None, typer.Option(help="File to draw a heat map to: PNG, PDF or SVG.", show_default=False)]
 
 
-def load(
-    adapter: Path, base: str | None, dtype: str, nf4: bool, double_quant: bool, base_as: BaseAs | None = None
-) -> PeftModel:
-    """The adapter on its base, as the options of the base say.
+@dataclass(frozen=True)
+class AdapterOnBase:
+    """An adapter, and how to get the base that it is for. As a parameter of a verb it stands for one of each field."""
 
-    Raises:
-        ValueError: a dtype that no model is loaded in, or what `load_adapter` refuses.
-    """
-    if double_quant and not nf4:
-        raise typer.BadParameter("--double-quant says how --nf4 quantises; pass --nf4 too.")
-    if nf4 and base_as == "full":
-        raise typer.BadParameter("--nf4 and --base-as full contradict each other; leave one out.")
-    arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
-    if nf4:
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
-        )
-    return load_adapter(adapter, base=base, base_as=base_as or "trained", **arguments)
+    adapter: Adapter
+    base: Base = None
+    dtype: Dtype = "auto"
+    nf4: Nf4 = False
+    double_quant: DoubleQuant = False
+    base_as: BaseKind = None
+
+    def load(self, base_as: BaseAs = "trained") -> PeftModel:
+        """The adapter on its base; `base_as` is what to do without `--base-as`.
+
+        Raises:
+            ValueError: a dtype that no model is loaded in, or what `load_adapter` refuses.
+        """
+        if self.double_quant and not self.nf4:
+            raise typer.BadParameter("--double-quant says how --nf4 quantises; pass --nf4 too.")
+        if self.nf4 and self.base_as == "full":
+            raise typer.BadParameter("--nf4 and --base-as full contradict each other; leave one out.")
+        arguments: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else _dtype(self.dtype)}
+        if self.nf4:
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=self.double_quant
+            )
+        return load_adapter(self.adapter, base=self.base, base_as=self.base_as or base_as, **arguments)
 
 
 def print_json(content: Any) -> None:

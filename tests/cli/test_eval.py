@@ -81,7 +81,7 @@ def test_the_table_has_a_line_for_each_metric_and_unknown_tasks_are_named(stand_
 
 def test_without_lm_eval_the_message_says_how_to_get_it_before_a_base_is_loaded(adapter, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("hf_sparse_peft.cli.evaluate.load", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_sparse_peft.cli.options.load_adapter", lambda *a, **k: pytest.fail("loaded"))
     assert cli.main(["eval", str(adapter("both")), "--tasks", "sums"]) == 1
     assert "pip install 'hf-sparse-peft[eval]'" in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from ...rules.probing import random_state_kept
 from ...tuners.shared.rollback import uninterrupted
 from ...tuners.sparse_lora import SparseLoraLayer, Start
 from ...tuners.sparse_lora.starts import Started
+from .evidence import tell_missing
 from .passes import read_statistics
 
 
@@ -52,30 +52,21 @@ def start_both_halves(
                 without += [] if says_something else [reader.name]
                 state = reader.state if says_something else None
                 summaries[reader.name] = start.summary(sites[reader.name], state)
-        _check_evidence(start, adapter_name, without, len(layers))
+        tell_missing(
+            f"start='{start.part_type}' of adapter '{adapter_name}' has no gradient to go by: those of all "
+            f"{len(layers)} modules are 0 or not finite",
+            f"start='{start.part_type}' has no gradient of {len(without)} of {len(layers)} modules of adapter "
+            f"'{adapter_name}', 0 or not finite: they start at the base, with the least that the start gives",
+            without,
+            len(layers),
+            stacklevel=3,
+        )
         started = start.decide(sites, summaries)
         started = {name: _same_on_all_ranks(started[name], sites[name].device) for name in by_name}
     with uninterrupted(), _whole_or_not(layers, adapter_name):
         for name, layer in by_name.items():
             layer.take_start(adapter_name, started[name])
         config.sizes = {name: layer.sizes[adapter_name].as_list() for name, layer in by_name.items()}
-
-
-def _check_evidence(start: Start, adapter_name: str, without: list[str], count: int) -> None:
-    if len(without) == count:
-        raise ValueError(
-            f"start='{start.part_type}' of adapter '{adapter_name}' has no gradient to go by: those of all {count} "
-            "modules are 0 or not finite. Check that the labels of the batches are not all masked (-100), that the "
-            "loss is finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
-        )
-    if without:
-        shown = ", ".join(without[:20]) + (", ..." if len(without) > 20 else "")
-        warnings.warn(
-            f"start='{start.part_type}' has no gradient of {len(without)} of {count} modules of adapter "
-            f"'{adapter_name}', 0 or not finite: they start at the base, with the least that the start gives: {shown}. "
-            "Did the batches reach them? Use more or other data, or leave them out of target_modules.",
-            stacklevel=4,
-        )
 
 
 def _same_on_all_ranks(started: Started, device: torch.device) -> Started:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from ...tuners.sparse_lora.config import SparseLoraConfig
 from ...tuners.sparse_lora.layer import SparseLoraLayer
 from ...tuners.sparse_lora.plan import find_pattern, matrix_entries
 from ...tuners.sparse_lora.structures import StructureRanking
+from .evidence import tell_missing
 
 
 class SupportSelection:
@@ -114,22 +114,17 @@ class SupportSelection:
         Raises:
             ValueError: they do in no module.
         """
-        names = self.without_evidence
-        if len(names) == len(self.layers):
-            raise ValueError(
-                f"criterion='{what}' has nothing to choose a support by: the scores of all {len(names)} modules are 0 "
-                "or not finite. Check that the labels of the batches are not all masked (-100), that the loss is "
-                "finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
-            )
-        if names:
-            got = "none of the shared budget" if self._competes else "random units"
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            warnings.warn(
-                f"criterion='{what}' says nothing about {len(names)} of {len(self.layers)} modules, whose scores are "
-                f"all 0 or not finite; they get {got}: {shown}. Did the batches "
-                "reach them? Use more or other data, or leave them out of target_modules.",
-                stacklevel=3,
-            )
+        names, count = self.without_evidence, len(self.layers)
+        got = "none of the shared budget" if self._competes else "random units"
+        tell_missing(
+            f"criterion='{what}' has nothing to choose a support by: the scores of all {count} modules are 0 or not "
+            "finite",
+            f"criterion='{what}' says nothing about {len(names)} of {count} modules, whose scores are all 0 or not "
+            f"finite; they get {got}",
+            names,
+            count,
+            stacklevel=3,
+        )
 
 
 _NONE = torch.empty(0)

@@ -18,6 +18,7 @@ from ...rules.probing import random_state_kept
 from ...tuners import AdapterLayer, SparseLoraLayer, adapter_layers
 from ..trainer_checks import sharding_switched_on
 from .both_halves import start_both_halves
+from .evidence import tell_missing
 from .initialize import initialize_support
 from .passes import ACCUMULATOR_BYTES, check_numbers, read_statistics
 
@@ -92,22 +93,17 @@ def _calibrate_each(
                         layers[reader.name].take_calibration(adapter_name, reader.state)
                     else:
                         without.append(reader.name)
-    if len(without) == len(waiting):
-        raise ValueError(
-            f"The data says nothing about any of the {len(waiting)} modules of adapter '{adapter_name}': their "
-            "statistics are 0 or not finite. Check that the labels of the batches are not all masked (-100), that the "
-            "loss is finite (under fp16 use bf16 or fp32), and that the adapted modules take part in it."
-        )
+    tell_missing(
+        f"The data says nothing about any of the {len(waiting)} modules of adapter '{adapter_name}': their statistics "
+        "are 0 or not finite",
+        f"The data says nothing about {len(without)} of {len(waiting)} modules of adapter '{adapter_name}', whose "
+        "statistics are 0 or not finite; they start as without data",
+        without,
+        len(waiting),
+        stacklevel=4,
+    )
     for name in without:
         waiting[name].take_calibration(adapter_name, None)
-    if without:
-        shown = ", ".join(without[:20]) + (", ..." if len(without) > 20 else "")
-        warnings.warn(
-            f"The data says nothing about {len(without)} of {len(waiting)} modules of adapter '{adapter_name}', whose "
-            f"statistics are 0 or not finite; they start as without data: {shown}. Did the batches reach them? Use "
-            "more or other data, or leave them out of target_modules.",
-            stacklevel=4,
-        )
 
 
 def calibrate_waiting(training: Training) -> None:
