@@ -57,6 +57,12 @@ class InputStatistics:
                 with autocast_off(x.device.type):
                     self._hessian += x.T @ x
 
+    def scale(self, factor: float) -> None:
+        """Multiply every sum by `factor`; the counts of sequences and tokens stay."""
+        for sums in (self._squares, self._sums, self._spread, self._hessian):
+            if sums is not None:
+                sums *= factor
+
     def is_finite(self) -> bool:
         """Whether every sum is finite."""
         sums = (self._squares, self._sums, self._spread, self._hessian)

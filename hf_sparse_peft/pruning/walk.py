@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..tuners.shared.target_checks import expert_parameters
 from ..utils.parts import load_part_by_name
 from ..utils.tables import Table, table
 from .block_inputs import Block, BlockInputs, blocks_of, collect
-from .input_statistics import InputStatistics
+from .block_statistics import block_statistics, evaluating
 from .one_shot import PrunableLayer, check_own_weight, prunable_layers
 from .one_shot_methods import PruningMethod
 from .pruning_patterns import PruningPattern, Unstructured
@@ -104,7 +103,7 @@ def prune_model(
     finished = WalkCheckpoint(None if checkpoint is None else Path(checkpoint))
     finished.begin(walk.about(), layers)
     report = PruningReport(method, pattern)
-    with _evaluating(model):
+    with evaluating(model):
         inputs = collect(model, blocks, dataloader, _device(layers)) if reads else None
         finished.data = "" if inputs is None else inputs.digest
         for number, block in enumerate(tqdm(blocks, desc="Pruning", unit="block", disable=not show_progress)):
@@ -142,7 +141,7 @@ class _Walk:
 
     def prune(self, block: Block, inputs: BlockInputs | None, reads: frozenset[str]) -> Pruned:
         """Pruned weight, in its dtype, and mask of each layer of a block; the layers stay as they are."""
-        read = {} if inputs is None else _statistics(block, inputs, reads)
+        read = {} if inputs is None else block_statistics(block, inputs, reads)
         found = {}
         for layer in block.layers:
             weight = layer.weight()
@@ -162,35 +161,6 @@ class _Walk:
                 )
             found[layer.name] = (values, gone)
         return found
-
-
-def _statistics(block: Block, inputs: BlockInputs, reads: frozenset[str]) -> dict[str, InputStatistics]:
-    """What reaches each layer of a block, over all batches."""
-    found, hooks, current = {}, [], {"mask": None}
-    for layer in block.layers:
-        found[layer.name] = InputStatistics(layer.grid.cols, reads, layer.weight().device)
-        add = found[layer.name].add
-        hooks.append(layer.module.register_forward_pre_hook(lambda _, args, add=add: add(args[0], current["mask"])))
-    try:
-        for at in range(len(inputs.hidden)):
-            current["mask"] = inputs.masks[at]
-            inputs.call(block, at)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    silent = [name for name, statistics in found.items() if not statistics.tokens]
-    if silent:
-        raise ValueError(
-            f"No token of the data reaches '{silent[0]}'. Check the attention masks, use other data, or name it in "
-            "exclude_modules."
-        )
-    broken = [name for name, statistics in found.items() if not statistics.is_finite()]
-    if broken:
-        raise ValueError(
-            f"The inputs of '{broken[0]}' are not finite on this data. Under fp16 use bf16 or fp32; else look for the "
-            "batch, or for weights that are not finite."
-        )
-    return found
 
 
 def _part(kind: type, value: Any, field_name: str) -> Any:
@@ -246,15 +216,3 @@ def _refuse(model: nn.Module, layers: list[PrunableLayer], pattern: PruningPatte
 
 def _device(layers: list[PrunableLayer]) -> torch.device:
     return layers[0].weight().device
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Evaluation mode, and the modes of all modules again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
