@@ -2,18 +2,24 @@
 
 from .dsnot import DSnoT
 from .input_statistics import InputStatistics
+from .kept_units import KeptOfBlock, KeptUnits
 from .one_shot import one_shot_pruned
 from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
 from .pruning_patterns import NM, PruningPattern, Unstructured
 from .sparsity_curve import EssentialSparsity, essential_sparsity
+from .structure import BlockStructure, Member, structures_of
 from .walk import PruningReport, prune_model
 
 __all__ = [
     "NM",
+    "BlockStructure",
     "DSnoT",
     "EssentialSparsity",
     "InputStatistics",
+    "KeptOfBlock",
+    "KeptUnits",
     "MagnitudePruning",
+    "Member",
     "PruningMethod",
     "PruningPattern",
     "PruningReport",
@@ -24,4 +30,5 @@ __all__ = [
     "essential_sparsity",
     "one_shot_pruned",
     "prune_model",
+    "structures_of",
 ]
