@@ -1,5 +1,6 @@
 """Optimizers for supports that move, and the one function that edits optimizer state."""
 
+from .adam_s import AdamS
 from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .groups import parameter_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
@@ -11,6 +12,7 @@ from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from .zeroth_order_log import replay
 
 __all__ = [
+    "AdamS",
     "AgedAdamW",
     "OptimizerSettings",
     "OptimizerSpec",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from ..sparsity import lowest_of_rows, n_of_m_mask
 from ..utils.option_types import PositiveInt
 from ..utils.parts import Part, register_part, require
 
@@ -49,7 +49,7 @@ class Unstructured(PruningPattern):
     def removed(self, scores: Tensor, sparsity: float, group: str) -> Tensor:
         """See `PruningPattern`."""
         grouped = scores if (self.group or group) == "row" else scores.reshape(1, -1)
-        return _lowest(grouped, int(grouped.shape[1] * sparsity)).view(scores.shape)
+        return lowest_of_rows(grouped, int(grouped.shape[1] * sparsity)).view(scores.shape)
 
 
 @register_part("n_of_m")
@@ -81,12 +81,4 @@ class NM(PruningPattern):
 
     def removed(self, scores: Tensor, sparsity: float, group: str) -> Tensor:
         """See `PruningPattern`; `group` has no say."""
-        return _lowest(scores.reshape(-1, self.of), self.of - self.keep).view(scores.shape)
-
-
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest of each row of `scores`, bool; of equals the earlier one goes."""
-    gone = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    if count:
-        gone.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], True)
-    return gone
+        return ~n_of_m_mask(scores, self.keep, self.of)

@@ -18,6 +18,7 @@ choose_support.py    a support is chosen by gradients after a warm-up
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
+distil.py        the base without its adapter as a teacher
 penalties.py     L1 and nuclear norm on what trains
 sample_layers.py, switch_layers.py    drawn transformer layers train    drawn_layers.py    what they share
 probing.py       passes beside training
@@ -27,6 +28,7 @@ from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
 from .choose_support import ChooseSupport
+from .distil import Distil
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
@@ -66,6 +68,7 @@ __all__ = [
     "ChooseSupport",
     "ComponentSpace",
     "ConstantRate",
+    "Distil",
     "Drop",
     "EnteringRate",
     "ExpertDraw",

@@ -4,6 +4,7 @@ UnitGrid                         what a unit is: an entry, a block, a row or a c
 Score, select_units              importance of units by the weight, and the best k of them
 DataCriterion                    importance of units estimated from data
 top_units, random_units          exact selection in chunks
+n_of_m_mask                      the largest so many of every few neighbours
 encode_support, decode_support   a support as bytes of fixed length
 Pattern, Grid                    in which shape supports may lie
 Budget, *_counts                 how many units each layer gets, and what is left of them in the end
@@ -50,6 +51,7 @@ from .curves import (
     make_curve,
     whole_steps,
 )
+from .n_of_m import lowest_of_rows, n_of_m_mask
 from .patterns import Everywhere, Grid, Pattern, Region, region_of
 from .scores import (
     DecompositionResidual,
@@ -155,8 +157,10 @@ __all__ = [
     "erdos_renyi_densities",
     "excluding",
     "global_counts",
+    "lowest_of_rows",
     "make_curve",
     "make_score",
+    "n_of_m_mask",
     "nested_group_slopes",
     "nested_group_threshold",
     "pack_bits",

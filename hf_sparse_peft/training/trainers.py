@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from ..rules import ExpertDraw
 from ..tuners import adapter_layers
-from ..utils.label_shift import measured_shift, shift_by_class
+from ..utils.label_shift import at_labels, measured_shift, shift_by_class
 
 
 class TwoPassTrainer(Trainer):
@@ -74,8 +74,7 @@ class TwoPassTrainer(Trainer):
             if shifted is None:
                 base = getattr(self.model, "get_base_model", lambda: self.model)()
                 shifted = shift_by_class(base)
-            each, labels = (each[:, :-1], labels[:, 1:]) if shifted else (each, labels)
-            each = each[labels != -100]
+            each = at_labels(each, labels, shifted)
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs or each.ndim == 0:
             return each.mean()
         total = each.sum() / num_items_in_batch

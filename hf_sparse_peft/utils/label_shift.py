@@ -45,3 +45,10 @@ def shift_by_class(model: nn.Module) -> bool:
     if names & _CAUSAL_CLASSES or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return True
     return getattr(model, "loss_type", None) in _SHIFTING_LOSSES
+
+
+def at_labels(each: Tensor, labels: Tensor, shifted: bool) -> Tensor:
+    """What `each` `[batch, tokens]` holds at positions with a label, `[n]`; a label is that of its own position, or
+    `shifted` of the one before."""
+    each, labels = (each[:, :-1], labels[:, 1:]) if shifted else (each, labels)
+    return each[labels.to(each.device) != -100]

@@ -81,6 +81,7 @@ RULES: dict[str, dict[str, Any]] = {
         "spaces": ("kernel",), "budget": {"type": "density", "fraction": 0.2}, "every": 2, "initial_warmup": 0.0,
         "fixed_at_end": False, "only": ("kernel",),
     },
+    "distil": {"weight": 0.5},
     "freeze_gradually": {"until": 0.7},
     "frobenius_decay": {"weight": 0.1},
     "orthogonality": {"weight": 0.5},
