@@ -93,6 +93,8 @@ from .training import (
     write_supports,
 )
 from .tuners import (
+    FactoredConfig,
+    FactoredModel,
     FactorMaskConfig,
     GradientProjection,
     GradientSplit,
@@ -140,6 +142,8 @@ __all__ = [
     "Exponential",
     "FactorExperts",
     "FactorMaskConfig",
+    "FactoredConfig",
+    "FactoredModel",
     "Fraction",
     "Freeze",
     "FreezeGradually",

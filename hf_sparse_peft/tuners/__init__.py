@@ -1,5 +1,6 @@
 """Floor 5: tuners, one package each; importing this package registers all of them with peft."""
 
+from .factored import FactoredConfig, FactoredLayer, FactoredModel
 from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
 from .masked_lora import MaskedLoraConfig, MaskedLoraLayer, MaskedLoraModel, set_masks
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
@@ -25,6 +26,9 @@ end_runs_with_train()
 __all__ = [
     "AdapterLayer",
     "FactorMaskConfig",
+    "FactoredConfig",
+    "FactoredLayer",
+    "FactoredModel",
     "GradientProjection",
     "GradientSplit",
     "KernelLoraConfig",

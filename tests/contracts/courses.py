@@ -16,7 +16,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse_peft import KernelLoraConfig, Rule, SparseLoraConfig, SpectralLoraConfig, callbacks_for
+from hf_sparse_peft import FactoredConfig, KernelLoraConfig, Rule, SparseLoraConfig, SpectralLoraConfig, callbacks_for
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
 from hf_sparse_peft.utils.parts import part_types
 
@@ -36,6 +36,7 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "kernel": (KernelLoraConfig, {"r": 4, "kernel": "mixed", "sparsity": 0.5}),
     "core": (SpectralLoraConfig, {"r": 4, "bases": SVD(train_B=True), "core": Full("values", residual="init")}),
     "shared bases": (SpectralLoraConfig, {"r": 4, "bases": SharedBases("AB", init="normal"), "core": Diagonal()}),
+    "factored": (FactoredConfig, {"keep_base": True}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -49,6 +50,7 @@ KINDS = {
     "kernel": {"kernel", "module"},
     "core": {"core", "basis", "module"},
     "shared bases": {"core", "module"},
+    "factored": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -104,6 +106,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 
 EXCEPTIONS = {
     ("identity", "kernel"): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
+    ("identity", "factored"): "its factors are an approximation of the weight",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
 }
@@ -225,7 +228,7 @@ def logits(model) -> torch.Tensor:
 def base_bits(model) -> dict[str, torch.Tensor]:
     """Copies of what is saved of the model without its adapter, by the base's own names."""
     named = {k.replace(".base_layer", "").removeprefix("base_model.model."): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone() for k, v in named.items() if "_lora_" not in k}
+    return {k: v.detach().clone() for k, v in named.items() if "_lora_" not in k and ".factored_" not in k}
 
 
 @dataclass
