@@ -89,7 +89,7 @@ def test_a_kill_at_any_file_operation_leaves_whole_files_and_the_next_save_heals
         save(one, folder)
         assert no_leftovers(tmp_path)
         assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
-        at += 3 if how == "save_pretrained" else 4  # not every one: a fork takes its time
+        at += 4  # not every one: a fork takes its time
     assert at > 4
     if how != "export_lora":
         assert seen == {0.25, 0.5}  # some died before the new weights were in place, some behind
@@ -111,7 +111,7 @@ def test_a_kill_while_a_new_folder_is_written_does_not_block_the_next_save(how, 
         if how != "merge_to_dense" or not place.exists():  # a dense model is there whole, or not at all
             saves[how](model, place)
         assert {path.name for path in place.iterdir()} == names
-        step += 4
+        step += 7
     assert step > 0
     assert no_leftovers(tmp_path / "out")
 

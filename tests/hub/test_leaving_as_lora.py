@@ -136,11 +136,18 @@ def write_expected(root, name, model):
     save_file({"logits": logits(model)}, root / f"{name}.logits.safetensors")
 
 
-def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([name for name in METHODS if name not in TINY_CORES or name in ("lora-xs", "mos")], id="ranks"),
+        pytest.param(list(TINY_CORES), id="small cores", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_leaves_as_a_lora_that_peft_alone_loads(names, tmp_path):
     base().save_pretrained(tmp_path / "base")
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
     ranks = {}
-    for name in METHODS:
+    for name in names:
         model = trained(name, tmp_path / "run")
         ranks[name] = gated_ranks(model) if name not in RANKS else dict.fromkeys(names_of(model), *RANKS[name])
         hub.export_lora(model, tmp_path / name, only="low_rank" if name == "joint-budget" else None)
@@ -161,9 +168,9 @@ def test_every_method_leaves_as_a_lora_that_peft_alone_loads(tmp_path):
     assert {name: one[1] for name, one in found.items()} == ranks
     assert max(one[0] for one in found.values()) < 1e-5, found
     # Ranks moved: modules differ, some of them left.
-    assert any(len(ranks[name]) < 6 for name in METHODS)
+    assert any(len(ranks[name]) < 6 for name in names) or set(names) <= set(TINY_CORES)
     moving = ("adalora", "adalora-peft", "eva", "gora", "sora", "increlora", "cuttlefish", "maestro", "joint-budget")
-    for name in moving:
+    for name in set(moving) & set(names):
         assert len(set(ranks[name].values())) > 1, name
 
 

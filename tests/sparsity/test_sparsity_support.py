@@ -143,7 +143,7 @@ def test_density_of_a_whole_number_of_units_is_that_number(numerator, units):
 
 
 @given(st.floats(1e-6, 1.0), st.integers(1, 10**9))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_count_is_the_floor_and_never_nothing(density, units):
     grid = UnitGrid(1, units)
     exact = density * units

@@ -19,12 +19,12 @@ NF4_LIKE = torch.tensor([-1.0, -0.5, 0.0, 0.0, 0.25, 1.0])
 
 
 def test_every_tied_pair_is_as_likely_over_seeds():
-    """Unit 0 scores highest and unit 7 lowest; of the six equal ones between them two get in: 15 pairs, 200 each."""
+    """Unit 0 scores highest and unit 7 lowest; of the six equal ones between them two get in: 15 pairs, 60 each."""
     scores = torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 0])
-    draws = [tuple(top_units(scores, 3, seed=stream_seed(seed, "layer")).tolist()) for seed in range(3000)]
+    draws = [tuple(top_units(scores, 3, seed=stream_seed(seed, "layer")).tolist()) for seed in range(900)]
     counts = collections.Counter(draws)
     assert set(counts) == {(0, *pair) for pair in itertools.combinations(range(1, 7), 2)}
-    assert sum((c - 200) ** 2 / 200 for c in counts.values()) < 14 + 4 * 28**0.5
+    assert sum((c - 60) ** 2 / 60 for c in counts.values()) < 14 + 4 * 28**0.5
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -42,7 +42,7 @@ def test_tied_units_are_taken_from_the_whole_weight(largest):
     st.integers(-(2**63), 2**64),
     st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_one_seed_draws_the_same_units_whatever_the_chunks_and_the_dtype(values, seed, data):
     k, largest = data.draw(st.integers(0, len(values))), data.draw(st.booleans())
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=60, max_size=60))

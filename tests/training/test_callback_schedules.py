@@ -91,7 +91,7 @@ def a_move(draw):
     return units, importance, candidates, gradients, draw(st.integers(0, alive))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(a_move())
 def test_choose_units_keeps_size_order_and_survivors_and_takes_the_strongest_rivals(case):
     units, importance, candidates, gradients, count = case

@@ -74,7 +74,7 @@ def tiles_of(dense, height, width):
     return tiles
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(pieces_of_one_weight())
 def test_pieces_and_every_form_that_they_offer_add_up_to_the_formula(case):
     pieces, expected = case
