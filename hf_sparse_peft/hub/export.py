@@ -202,7 +202,7 @@ def export_shira(
     for layer in layers:
         positions, values = entries[layer.module_name]
         count = r * (layer.out_features + layer.in_features)
-        positions, values = _filled(positions, values, count)
+        positions, values = fill_entries(positions, values, count)
         indices = torch.stack((positions // layer.in_features, positions % layer.in_features)).to(torch.int32)
         tensors[f"{_prefix(layer.module_name)}shira_weight"] = values.cpu()
         tensors[f"{_prefix(layer.module_name)}shira_indices"] = indices.cpu()
@@ -360,7 +360,7 @@ def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
 # SHiRA
 
 
-def _filled(positions: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fill_entries(positions: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` entries: the given ones, and zeros at the first places that are free."""
     first = torch.arange(count, device=positions.device)
     free = first[~torch.isin(first, positions)][: count - positions.numel()]

@@ -6,8 +6,12 @@ from .kept_units import KeptOfBlock, KeptUnits
 from .one_shot import one_shot_pruned
 from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
 from .pruning_patterns import NM, PruningPattern, Unstructured
+from .recovery import recover_adapter
+from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
+from .slicing import slice_model
 from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
+from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
 from .walk import PruningReport, prune_model
 
 __all__ = [
@@ -25,10 +29,20 @@ __all__ = [
     "PruningReport",
     "RandomPruning",
     "SparseGPT",
+    "UnitMasks",
     "Unstructured",
     "Wanda",
     "essential_sparsity",
+    "kept_units_of",
+    "load_sliced",
+    "mask_units",
     "one_shot_pruned",
     "prune_model",
+    "recover_adapter",
+    "save_kept_units",
+    "save_sliced",
+    "slice_model",
     "structures_of",
+    "unit_masks_of",
+    "unmask_units",
 ]
