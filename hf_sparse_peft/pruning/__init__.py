@@ -1,6 +1,7 @@
 """Pruning of base weights in one shot: for good, block by block, or for as long as a block of code runs."""
 
 from .dsnot import DSnoT
+from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
 from .input_statistics import InputStatistics
 from .kept_units import KeptOfBlock, KeptUnits
 from .one_shot import one_shot_pruned
@@ -17,11 +18,13 @@ from .walk import PruningReport, prune_model
 __all__ = [
     "NM",
     "BlockStructure",
+    "Compensation",
     "DSnoT",
     "EssentialSparsity",
     "InputStatistics",
     "KeptOfBlock",
     "KeptUnits",
+    "LowRankCorrection",
     "MagnitudePruning",
     "Member",
     "PruningMethod",
@@ -32,6 +35,8 @@ __all__ = [
     "UnitMasks",
     "Unstructured",
     "Wanda",
+    "compensate",
+    "eigenspace_correction",
     "essential_sparsity",
     "kept_units_of",
     "load_sliced",
