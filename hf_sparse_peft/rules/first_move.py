@@ -17,6 +17,8 @@ def replaces_start(run: Run) -> bool:
     otherwise; None keeps what was chosen or trained.
     """
     rule, spaces = run.rule, run.spaces(training=False)
+    if rule.space == "mask":
+        return bool(rule.replace_all_first)
     origin = origin_of(spaces)
     if rule.drop is None:
         _warn_of_new_choice(run, origin)
@@ -43,6 +45,8 @@ def restored_start(run: Run) -> bool:
     """The same for a resumed run whose checkpoint says nothing of it: from the support, which has not moved before the
     first move."""
     rule = run.rule
+    if rule.space == "mask":
+        return bool(rule.replace_all_first)
     if rule.replace_all_first is not None or not rule.replaces_random_start:
         return rule.replaces_random_start
     return all(space.is_random_start() for space in run.spaces(training=False))

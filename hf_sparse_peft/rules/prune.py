@@ -1,4 +1,4 @@
-"""`Prune`: units leave along a curve, those with the smallest values first."""
+"""`Prune`: units of supports or masks leave along a curve, those with the smallest values first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..utils.parts import register_part, require
 from .evidence import is_evidence
 from .moves import move_units
 from .no_effect import report_idle
-from .rule import Rule
+from .rule import Rule, check_kind
 from .run import Run
 from .space import UnitSpace, unit_sums
 from .training_budget import budget_of_training
@@ -24,8 +24,8 @@ from .training_budget import budget_of_training
 @register_part("prune")
 @dataclass(frozen=True)
 class Prune(Rule):
-    r"""Gradual magnitude pruning of supports (Zhu and Gupta, 2017): after step `t` of a window of the run the fraction
-    :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3` of the injected units lives, the units with the smallest
+    r"""Gradual magnitude pruning of supports or masks (Zhu and Gupta, 2017): after step `t` of a window of the run the
+    fraction :math:`f + (1-f)(1 - \frac{t-t_b}{t_e-t_b})^3` of the injected units lives, the units with the smallest
     :math:`\sum|\delta|` leaving first.
 
     Once in `every` steps of the window, and once at its end, units leave until the curve's fraction is left; capacity
@@ -34,6 +34,9 @@ class Prune(Rule):
     last pruning is at its end all the same. Every layer keeps at least one unit. A layer whose values are all 0 (it
     never had a gradient) or not finite keeps its units and is named in a warning. Layers that are held still lose
     nothing; they follow, once in `every` steps, after the window, when they train again.
+
+    With `space="mask"` the weight itself is pruned: of all its entries that fraction is kept, those that live having
+    the largest :math:`|W + D|`, the weight as it would be merged. Entries that left do not return.
     """
 
     final_fraction: PositiveFraction = 0.5
@@ -46,8 +49,11 @@ class Prune(Rule):
     """Optimizer steps between two prunings."""
     scope: Literal["layer", "global"] = "layer"
     """Whether every layer loses the same fraction, or units of all layers compete (by mean |value| of a unit)."""
+    space: Literal["support", "mask"] = "support"
+    """What is thinned out: the support of a sparse adapter, or the mask of a masked one."""
+    score: Literal["merged", "base"] = "merged"
+    """Of a mask: whether entries are ranked by :math:`|W + D|`, or by the base weight's :math:`|W|` alone."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
     writes: ClassVar[frozenset[str]] = frozenset({"units"})
     within: ClassVar[frozenset[str]] = frozenset({"regrow"})
 
@@ -55,9 +61,17 @@ class Prune(Rule):
         super().__post_init__()
         require(self.start < self.end, self, "start", f"a fraction of the run from 0 to below end={self.end}")
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """The kind of `space`."""
+        return frozenset({self.space})
+
     def check(self, config: Any) -> None:
-        """Refuse an adapter without a support, or with units that stopped training."""
-        if not config.has_support:
+        """Refuse an adapter without such units, or with units that stopped training."""
+        check_kind(self, config)
+        if self.space == "support" and self.score != "merged":
+            raise ValueError(f"Prune.score={self.score!r} ranks the entries of a mask. Set space='mask'.")
+        if self.space == "support" and not config.has_support:
             raise ValueError("Prune thins the support, and density=0 leaves it out. Set density > 0.")
         if config.freezes_units:
             raise ValueError(
@@ -121,7 +135,7 @@ class Prune(Rule):
             return
         spaces = run.spaces(training=False)
         training = [space for space in spaces if space.trains]
-        judged = run.with_evidence(training, lambda s: is_evidence(s.living_values()), "the support was not pruned")
+        judged = run.with_evidence(training, self._has_evidence, f"the {self.space} was not pruned")
         run.memory.missed = run.memory.missed or len(training) < len(spaces)
         if judged:
             self._prune(run, judged, [space for space in spaces if not space.trains])
@@ -139,18 +153,32 @@ class Prune(Rule):
     def _prune(self, run: Run, spaces: list[UnitSpace], held_still: list[UnitSpace]) -> None:
         fraction = self.living_fraction(run.step, run.total_steps)
         targets = [self._target(space, fraction) for space in spaces]
-        importance = [unit_sums(space.living_values()) for space in spaces]
+        scores = {}
         if self.scope == "global":
             everybody = [*spaces, *held_still]
             sizes = [self._target(space, fraction) for space in everybody]
             total = budget_of_training(sum(sizes), everybody, [space.count for space in everybody], sizes)
+            scores = {space: self._scores(space) for space in spaces}
+            importance = list(scores.values())
             targets = _global_targets(spaces, importance, total, stream_seed(run.seed, "pruning", run.step))
         left = 0
-        for space, target, scores in zip(spaces, targets, importance, strict=True):
-            if target < space.count:
-                best = top_units(scores, target, seed=stream_seed(run.seed, "pruning", run.step, space.name))
+        for space, target in zip(spaces, targets, strict=True):
+            if target < space.count and space.counted:
+                left += space.count - target
+                space.resize(target)
+            elif target < space.count:
+                seed = stream_seed(run.seed, "pruning", run.step, space.name)
+                best = top_units(scores[space] if space in scores else self._scores(space), target, seed=seed)
                 left += move_units(space, space.alive()[best.long()], run.optimizer).left
         run.record(pruned=left, alive=sum(space.count for space in spaces))
+
+    def _scores(self, space: UnitSpace) -> Tensor:
+        """`[a]` fp32, of the living units."""
+        values = space.living_values(self.score) if self.space == "mask" else space.living_values()
+        return unit_sums(values)
+
+    def _has_evidence(self, space: UnitSpace) -> bool:
+        return space.counted or is_evidence(self._scores(space))
 
     @staticmethod
     def _target(space: UnitSpace, fraction: float) -> int:
@@ -173,14 +201,14 @@ class Prune(Rule):
 
 
 def _moves_of(config: Any) -> Any:
-    """`moves_after(update, total_steps)` of the rule that regrows the same supports, if there is one."""
+    """`moves_after(update, total_steps)` of the rule that regrows the same units, if there is one."""
     regrows = [rule for rule in config.rules if rule.part_type in Prune.within] if config is not None else []
     return regrows[0].moves_after if regrows else None
 
 
 def _global_targets(spaces: list[UnitSpace], importance: list[Tensor], total: int, seed: int) -> list[int]:
     """Units each space keeps when its best one and the best of all others, by mean |value|, stay: `total` together."""
-    means = [scores.cpu() / space.unit_numel for space, scores in zip(spaces, importance, strict=True)]
+    means = [scores.cpu() / max(space.unit_numel, 1) for space, scores in zip(spaces, importance, strict=True)]
     for mean in means:
         mean[mean.argmax()] = torch.inf  # which of equal ones is no matter: counts are read off
     sizes = torch.tensor([scores.numel() for scores in importance])

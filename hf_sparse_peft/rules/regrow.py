@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from .first_move import replaces_start, restored_start
 from .frozen import Moved, frozen_state, hold_frozen, move_trained_units
 from .growth import AccumulatedGradient, Growth, Move
 from .no_effect import report_idle
-from .rule import Rule, check_entries
+from .rule import Rule, check_entries, check_kind
 from .run import Run, leave_update_out, refuse_unskippable
 from .space import UnitSpace, unit_sums
 
@@ -25,14 +25,17 @@ from .space import UnitSpace, unit_sums
 @register_part("regrow")
 @dataclass(frozen=True)
 class Regrow(Rule):
-    """Moves supports: every `every` optimizer steps a fraction of each layer's trained units is dropped and as many are
-    grown, so that their number never changes. The defaults are SpIEL-AG (Ansell et al., 2024).
+    """Moves supports or masks: every `every` optimizer steps a fraction of each layer's trained units is dropped and as
+    many are grown, so that their number never changes. The defaults are SpIEL-AG (Ansell et al., 2024).
 
     A unit that is dropped and grown at once keeps value and optimizer state; grown ones start at value 0 with zero
     state, or with the one that the growth estimates. With `retired` units that leave keep their learned change.
 
     Where nothing says which units matter (gradients or values that are all 0 or not finite: masked labels, a layer that
     the batches did not reach, an overflow) a layer keeps its units and is named in a warning, once a run.
+
+    With `space="mask"` entries of the weight itself leave and return: the smallest |W + D| leave, and by the dense
+    gradient, or at random, as many of those that were removed enter, with the weight that they have in W + D.
 
     Two departures from SpIEL's official code, both its faults: squares are those of whole optimizer steps, not of
     micro-batches, and every phase sums `steps` updates (the code: one more in all but the first).
@@ -66,8 +69,8 @@ class Regrow(Rule):
     for the mark. When the room is full, the retired units with the smallest sum of |value| lose their change, which is
     counted (`lost` in the runner's events) and warned of once."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"support"})
-    writes: ClassVar[frozenset[str]] = frozenset({"units", "trains"})
+    space: Literal["support", "mask"] = "support"
+    """What moves: the support of a sparse adapter, or the mask of a masked one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +88,16 @@ class Regrow(Rule):
         require(self.drop is not None or self.grow.chooses_all, self, "drop", accepted)
 
     # What others ask
+
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """The kind of `space`."""
+        return frozenset({self.space})
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """Which units live; of a support also which are updated."""
+        return frozenset({"units", "trains"} if self.space == "support" else {"units"})
 
     @property
     def needs(self) -> frozenset[str]:
@@ -140,6 +153,10 @@ class Regrow(Rule):
     def check(self, config: Any) -> None:
         """Refuse an adapter without a support, units that the growth cannot rank, and room without a size."""
         super().check(config)
+        check_kind(self, config)
+        if self.space == "mask":
+            self._check_mask()
+            return
         if not config.has_support:
             raise ValueError("Regrow moves the support, and density=0 leaves it out. Set density > 0.")
         if "entries" in self.grow.needs:
@@ -150,6 +167,17 @@ class Regrow(Rule):
                 f"scope='model' leave the sizes to criterion='{config.criterion.part_type}'. Set a density or "
                 "ErdosRenyi, and scope='block'."
             )
+
+    def _check_mask(self) -> None:
+        """Entries of a mask have no numbers, ages or optimizer state of their own to rank them by."""
+        for name, accepted in (("drop", ("magnitude", "signed_magnitude")), ("grow", ("gradient", "random"))):
+            part = getattr(self, name)
+            if part is None or part.part_type not in accepted:
+                raise ValueError(
+                    f"Regrow.{name}={part} ranks units by numbers of their own, which entries of a mask do not have. "
+                    f"Set {name} to one of {accepted}."
+                )
+        require(not self.retired, self, "retired", "0 with space='mask', where no unit has a change to keep")
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """What drop and growth keep, and the mark of retired units."""
@@ -249,7 +277,7 @@ class Regrow(Rule):
             if self.retired:
                 event["retired"], event["lost"] = sum(one.retired for one in moved), sum(one.lost for one in moved)
             run.record(**event)
-            run.report_missing(without, len(due) - len(without), "the support was not moved")
+            run.report_missing(without, len(due) - len(without), f"the {self.space} was not moved")
         run.memory.measured = {}
 
     def _due(self, run: Run, update: int) -> list[UnitSpace]:

@@ -177,6 +177,16 @@ def check_entries(owner: str, config: Any) -> None:
         )
 
 
+def check_kind(rule: Any, config: Any) -> None:
+    """Raises `ValueError` where adapters of that config have no units of the rule's one kind, `rule.space`."""
+    if rule.space not in config.possible_kinds:
+        kinds = sorted(config.possible_kinds & {"support", "mask"}) or "neither"
+        raise ValueError(
+            f"{type(rule).__name__}.space={rule.space!r}, and adapters of a {type(config).__name__} have {kinds}. "
+            "Set space to that, or leave the rule out of schedule."
+        )
+
+
 def in_order(rules: Iterable[Rule]) -> list[Rule]:
     """Rules in the order in which they act: as listed, but those that hold whole modules still before all others, which
     must find who trains at a step, and one that acts within another's moves before that one."""

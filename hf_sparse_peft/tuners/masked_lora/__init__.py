@@ -1,17 +1,31 @@
-"""Masked LoRA: a low-rank update that leaves the zeros of a pruned base zero (PERP's MaskLoRA)."""
+"""Masked adapters: updates that leave the zeros of a pruned base zero (PERP's MaskLoRA), and masks that move."""
 
 from ..shared.registration import register_tuner
 from .config import MaskedLoraConfig
-from .layer import MaskedLoraLayer, MaskedLoraLinear
+from .layer import MaskedLoraLayer
+from .linear import MaskedLoraLinear
+from .masking import HardMask, Masking
 from .masks import set_masks
 from .model import MaskedLoraModel
+from .spaces import MaskSpace
+from .updates import DenseUpdate, LowRankUpdate, MaskedUpdate, NoUpdate, ScaleUpdate
+from .weight import MaskedWeight
 
 register_tuner(MaskedLoraConfig, MaskedLoraModel)
 
 __all__ = [
+    "DenseUpdate",
+    "HardMask",
+    "LowRankUpdate",
+    "MaskSpace",
     "MaskedLoraConfig",
     "MaskedLoraLayer",
     "MaskedLoraLinear",
     "MaskedLoraModel",
+    "MaskedUpdate",
+    "MaskedWeight",
+    "Masking",
+    "NoUpdate",
+    "ScaleUpdate",
     "set_masks",
 ]

@@ -1,38 +1,59 @@
-"""`MaskedLoraConfig`: a LoRA on a pruned base whose zeros stay zeros."""
+"""`MaskedLoraConfig`: an adapter whose update, and if need be the base too, is masked by what is kept of a weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...rules import check_schedule
 from ...utils.option_types import PositiveInt
+from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
+from .masking import HardMask, Masking
+from .updates import LowRankUpdate, MaskedUpdate
 
 
 @dataclass
 class MaskedLoraConfig(AdapterConfig):
-    r"""Configuration of a masked LoRA, :math:`\Delta W = s\,M \odot (B A)` on a pruned base, :math:`W = M \odot W`
-    (MaskLoRA of PERP; Zimmer et al., 2023).
+    r"""Configuration of a masked adapter, :math:`W' = M \odot (W + D)`; by default a masked LoRA, :math:`D = s\,B A`,
+    on a base that was pruned, :math:`W = M \odot W` (MaskLoRA of PERP; Zimmer et al., 2023).
 
-    `M` is 1 where the base keeps a weight: a bit an entry, in memory and in the file. So the update trains as it is
-    merged, and merging keeps every zero. `A` is Kaiming-uniform, `B` starts at 0.
+    `M` is 1 where a weight is kept: a bit an entry, in memory and in the file. So the adapter trains as it is merged,
+    and merging keeps every zero. `update` says what is trained, `masking` how the mask enters the passes, and rules of
+    `schedule` that act on units of kind "mask" (`Prune(space="mask")`) move it.
 
     Raises:
         ValueError: an option is out of range; the message names the option and the mend.
     """
 
     tuner: ClassVar[str] = "masked_lora"
+    possible_kinds: ClassVar[frozenset[str]] = frozenset({"mask", "module"})
 
     r: PositiveInt = field(default=16, metadata={"help": "Rank of the product that is masked."})
     lora_alpha: float = field(default=32, metadata={"help": "Numerator of the scaling s = lora_alpha / r."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."})
-    mask: Literal["zeros", "given"] = field(
+    update: MaskedUpdate | UnknownPart = field(
+        default_factory=LowRankUpdate,
+        metadata={"help": "What is trained: LowRankUpdate(), ScaleUpdate(), DenseUpdate(), NoUpdate()."},
+    )
+    mask: Literal["zeros", "given", "all"] = field(
         default="zeros",
         metadata={
             "help": "'zeros': what is 0 in the dense base stays 0. 'given': set_masks(model, report.masks) says what "
-            "was removed; needed on quantised bases, where up to a tenth of the weights that were kept are 0."
+            "was removed; needed on quantised bases, where up to a tenth of the weights that were kept are 0. 'all': "
+            "everything lives until a rule removes it."
         },
+    )
+    masks_base: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the base may hold weights where the mask has none: they count as 0, and merging zeroes "
+            "them. None: where the mask moves, or starts with all. False: the base is 0 there, and is never read."
+        },
+    )
+    masking: Masking | UnknownPart = field(
+        default_factory=HardMask,
+        metadata={"help": "How the mask enters the passes: HardMask() in forward and backward alike."},
     )
     init_weights: bool = field(
         default=True, metadata={"help": "True starts as the identity; False starts with random values (tests)."}
@@ -43,7 +64,49 @@ class MaskedLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.masks_base is False and self.mask_moves:
+            raise ValueError(
+                "masks_base=False takes the base for 0 wherever the mask is, and here the mask moves. Set "
+                "masks_base=None."
+            )
         check_schedule(self.schedule, self)
+
+    def _make_nested(self) -> None:
+        self.update = load_part_by_name(MaskedUpdate, self.update, "update")
+        self.masking = load_part_by_name(Masking, self.masking, "masking")
+        for name in ("update", "masking"):
+            part = getattr(self, name)
+            if isinstance(part, UnknownPart):
+                raise ValueError(
+                    f"{name}={part.data} cannot be used here: {part.reason}, and without it nobody knows what the "
+                    "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
+                )
+
+    def meet_needs(self) -> None:
+        """Say whether the base is masked too, as far as the options leave that open."""
+        if self.masks_base is None:
+            self.masks_base = self.mask_moves
+
+    @property
+    def mask_moves(self) -> bool:
+        """Whether entries may be removed that the base holds."""
+        writes = any("mask" in rule.acts_on and "units" in rule.writes for rule in self.rules)
+        return writes or self.mask == "all" or self.masking.computes_mask
+
+    @property
+    def unit_kinds(self) -> frozenset[str]:
+        """Kinds of units that an adapter has."""
+        return frozenset({"mask", "module"})
+
+    @property
+    def has_support(self) -> bool:
+        """False: the units of a mask are no support."""
+        return False
+
+    @property
+    def known_pattern(self) -> Any:
+        """The shape in which living entries lie; None: anywhere."""
+        return None
 
     @property
     def scaling(self) -> float:

@@ -1,89 +1,206 @@
-"""What every adapted layer holds of masked LoRAs, and the adapted linear layer itself."""
+"""What every adapted layer holds of masked adapters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...sparsity import pack_bits, unpack_bits
+from ...ops import DenseSource, Source
+from ...rules import ModuleSpace, UnitSpace
+from ...rules.gradient_readers import SharedReader
+from ...sparsity import UnitGrid, pack_bits
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
-from ..shared.linear import AdditiveLinear
-from ..shared.pieces import Piece, Tiles
+from ..shared.pieces import BaseMask, Piece, Tiles
 from .config import MaskedLoraConfig
-from .product import masked_product, masked_update
+from .spaces import MaskSpace
+from .updates import PREFIX, tell_of_tensors
+from .weight import MaskedWeight, masked
 
-A, B, MASK = "masked_lora_A", "masked_lora_B", "masked_lora_mask"
+MASK, COUNT = PREFIX + "mask", PREFIX + "count"
 
 
 class MaskedLoraLayer(AdapterLayer):
-    """What every adapted layer holds per adapter, keyed by adapter name. Parameters are fp32 masters."""
+    """What every adapted layer holds per adapter, keyed by adapter name: the tensors of its update (`updates`) and
+    masking (`masking`), fp32 masters, under `masked_lora_` and their own names, and the mask."""
 
-    prefix: str = "masked_lora_"
-    masked_lora_A: nn.ParameterDict
-    """`[r, in]`."""
-    masked_lora_B: nn.ParameterDict
-    """`[out, r]`."""
+    prefix: str = PREFIX
     masked_lora_mask: BufferDict
-    """uint8 `[ceil(out * in / 8)]`, the bits of what the base keeps, row-major; all 0 until they are known."""
+    """uint8 `[ceil(out * in / 8)]`, the bits of M, row-major; all 0 until they are known."""
+    masked_lora_count: BufferDict
+    """int64 `[1]`, in place of the bits where the masking computes its mask: how many entries live."""
     masked_lora_known: dict[str, bool]
     """Whether the adapter's mask was seen to be there."""
+    masked_lora_numbers: dict[str, dict[str, float]]
+    """Numbers that rules set for the passes of a step, by name."""
+    masked_lora_input_mask: dict[str, Tensor]
+    """Bits of another mask for the gradient of the input, while a rule sets one."""
+    masked_lora_readers: dict[str, list[Callable[[Tensor], None]]]
+    """Readers of the dense gradient."""
+
+    # Tensors
 
     @classmethod
     def tensor_specs(
         cls, config: MaskedLoraConfig, module_name: str, rows: int, cols: int, sizes: None = None
     ) -> list[TensorSpec]:
-        """The factors and the mask."""
+        """Those of the update and of the masking, and the mask."""
 
-        def drawn(*shape: int) -> Callable[[torch.Generator | None], Tensor]:
-            return lambda generator: nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+        def check_count(tensor: Tensor, key: str) -> None:
+            if tensor.dtype != torch.int64 or not 0 <= int(tensor) <= rows * cols:
+                raise ValueError(
+                    f"'{key}' is {tensor.tolist()}, no count of the {rows * cols} entries of its weight. The file is "
+                    "damaged or belongs to another base model."
+                )
 
-        return [
-            TensorSpec(A, (config.r, cols), start=drawn(config.r, cols)),
-            TensorSpec(B, (rows, config.r), start=None if config.init_weights else drawn(rows, config.r)),
-            TensorSpec(MASK, ((rows * cols + 7) // 8,), torch.uint8, "saved"),
-        ]
+        parts = (config.update, config.masking)
+        found = [replace(s, name=PREFIX + s.name) for part in parts for s in part.specs(config, rows, cols)]
+        if config.masking.computes_mask:
+            start = torch.tensor([rows * cols])
+            return [*found, TensorSpec(COUNT, (1,), torch.int64, "saved", start=lambda _: start, check=check_count)]
+        return [*found, TensorSpec(MASK, ((rows * cols + 7) // 8,), torch.uint8, "saved")]
+
+    @classmethod
+    def read_sizes(
+        cls, config: MaskedLoraConfig, module_name: str, held: Mapping[str, Tensor]
+    ) -> tuple[int, int, None]:
+        """Rows and columns by the tensors that have these sides, or by `shape`."""
+        shape = held.get(PREFIX + "shape")
+        if shape is not None and shape.dtype == torch.int64 and shape.shape == (2,):
+            return int(shape[0]), int(shape[1]), None
+        return super().read_sizes(config, module_name, held)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has a part of that adapter."""
+        return adapter_name in self.masked_lora_mask or adapter_name in self.masked_lora_count
 
     def _begin(self, adapter_name: str, first: Any) -> None:
-        zeros = self.adapter_configs[adapter_name].mask == "zeros" and self.quantization_backend is None
-        if zeros and not self.get_base_layer().weight.is_meta:
+        config = self.adapter_configs[adapter_name]
+        self.masked_lora_numbers[adapter_name] = {}
+        if config.masking.computes_mask or self.get_base_layer().weight.is_meta:
+            return
+        if config.mask == "all":
+            self.masked_lora_mask[adapter_name].fill_(255)
+            self.masked_lora_known[adapter_name] = True
+        elif config.mask == "zeros" and self.quantization_backend is None:
             self.masked_lora_mask[adapter_name] = pack_bits(self.dense_base_weight() != 0).cpu()
             self.masked_lora_known[adapter_name] = True
 
+    # The mask
+
     def keep(self, adapter_name: str, kept: Tensor) -> None:
-        """Let the adapter change the entries that `kept` names, bits as `pack_bits` gives them, and no others."""
+        """Let these entries live and no others: `kept` are bits as `pack_bits` gives them."""
         self.masked_lora_mask[adapter_name].copy_(kept)
         self.masked_lora_known[adapter_name] = True
 
+    @torch.no_grad()
     def kept(self, adapter_name: str) -> Tensor:
-        """M as bool `[out, in]`."""
-        bits = unpack_bits(self.masked_lora_mask[adapter_name], self.out_features * self.in_features)
-        return bits.view(self.out_features, self.in_features)
+        """M as bool `[out, in]`, whatever rules set for the passes of a step."""
+        of = replace(self.masked_weight(adapter_name), numbers={})
+        return of.kept if of.bits is not None else of.config.masking.mask(of)
+
+    @torch.no_grad()
+    def mask(self, adapter_name: str) -> Tensor:
+        """M of a forward pass at this step `[out, in]`, bool or numbers."""
+        return self.adapter_configs[adapter_name].masking.mask(self.masked_weight(adapter_name))
 
     def knows_mask(self, adapter_name: str) -> bool:
         """Whether anything is known to be kept; looked up on the device until it is."""
+        if adapter_name not in self.masked_lora_mask:
+            return True
         if not self.masked_lora_known.get(adapter_name):
             self.masked_lora_known[adapter_name] = bool(self.masked_lora_mask[adapter_name].any())
         return self.masked_lora_known[adapter_name]
 
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The mask, and the module itself."""
+        return [MaskSpace(self, adapter_name), ModuleSpace(self, adapter_name)]
+
+    # The weight
+
+    def own_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of the adapter's update and masking, by their own names, and the mask's bits or count."""
+        held = self.tensors(adapter_name)
+        return {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
+
+    def masked_weight(
+        self,
+        adapter_name: str,
+        tensors: Mapping[str, Tensor] | None = None,
+        source: Source | None = None,
+    ) -> MaskedWeight:
+        """The weight under that adapter, of `tensors` (`own_tensors`) and the base that `source` has; None: as they
+        are. While adapters are merged, the base is the merged one."""
+
+        def read(dtype: torch.dtype) -> Tensor:
+            if source is None:
+                return self.dense_base_weight().detach().to(dtype)
+            # A dense weight is not rounded on the way.
+            return source.read(source.weight.dtype).to(dtype) if isinstance(source, DenseSource) else source.read(dtype)
+
+        tensors = dict(self.own_tensors(adapter_name) if tensors is None else tensors)
+        bits, count = tensors.pop("mask", None), tensors.pop("count", None)
+        return MaskedWeight(
+            config=self.adapter_configs[adapter_name],
+            name=self.module_name,
+            shape=(self.out_features, self.in_features),
+            tensors=tensors,
+            bits=bits,
+            input_bits=self.masked_lora_input_mask.get(adapter_name),
+            read=read,
+            count=None if count is None or count.is_meta else int(count),
+            numbers=self.masked_lora_numbers.get(adapter_name, {}),
+        )
+
+    def masks_base(self, adapter_name: str) -> bool:
+        """Whether the base may hold weights where the adapter's mask has none."""
+        return bool(self.adapter_configs[adapter_name].masks_base)
+
+    @torch.no_grad()
     def pieces(self, adapter_name: str) -> list[Piece]:
-        """The masked product, as one dense tile."""
+        """What the mask takes from the base, if the base has it, and the masked update as one dense tile."""
         if not self.holds(adapter_name):
             return []
+        shape, found = (self.out_features, self.in_features), []
+        if self.masks_base(adapter_name):
+            held = self.masked_lora_mask
+            bits = held[adapter_name] if adapter_name in held else pack_bits(self.kept(adapter_name))
+            found.append(BaseMask(bits, shape, self.dense_base_weight))
 
         def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
-            yield slice(None), slice(None), masked_update(*self._parts(adapter_name)).detach()
+            update = masked(self.masked_weight(adapter_name).delta, self.kept(adapter_name))
+            yield slice(None), slice(None), update.detach()
 
-        return [Tiles((self.out_features, self.in_features), tiles)]
+        if self.adapter_configs[adapter_name].update.trained:
+            found.append(Tiles(shape, tiles))
+        return found
 
-    def _parts(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
-        held = (getattr(self, name)[adapter_name] for name in (A, B, MASK))
-        return *held, self.adapter_configs[adapter_name].scaling
+    # Dense gradients
+
+    def add_gradient_reader(self, adapter_name: str, reader: Callable[[Tensor], None]) -> None:
+        """Show `reader` the dense gradient `[out, in]` of the weight, masked by nothing, in every backward pass until
+        it is removed."""
+        readers = self.masked_lora_readers.setdefault(adapter_name, [])
+        if not any(known is reader for known in readers):
+            readers.append(reader)
+
+    def remove_gradient_reader(self, adapter_name: str, reader: Callable[[Tensor], None]) -> None:
+        """Show it no more."""
+        left = [known for known in self.masked_lora_readers.pop(adapter_name, []) if known is not reader]
+        if left:
+            self.masked_lora_readers[adapter_name] = left
+
+    def _shared_reader(self, names: list[str]) -> SharedReader | None:
+        grid = UnitGrid(self.out_features, self.in_features, "entry")
+        readers = [(reader, grid) for name in names for reader in self.masked_lora_readers.get(name, ())]
+        return SharedReader(readers, "entry", 0) if readers else None
+
+    # Training
 
     def _before_training(self, active: list[str]) -> None:
         for name in active:
@@ -95,9 +212,4 @@ class MaskedLoraLayer(AdapterLayer):
         super()._before_training(active)
 
 
-class MaskedLoraLinear(AdditiveLinear, MaskedLoraLayer):
-    r""":math:`Y = X W^\top + b + X (s\,M \odot (B A))^\top`."""
-
-    def update(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
-        r""":math:`X\,\Delta W^\top` of one adapter."""
-        return masked_product(x, *self._parts(adapter_name), dtype)
+tell_of_tensors(MaskedLoraLayer.declare)

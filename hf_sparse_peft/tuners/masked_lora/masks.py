@@ -23,13 +23,17 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such adapter, a layer that `removed` does not name, bits of another weight, or a base that is not
-            0 where something was removed: it is not the one that was pruned.
+        ValueError: no such adapter, one whose mask is computed, a layer that `removed` does not name, bits of another
+            weight, or, unless the adapter masks the base too (`masks_base`), a base that is not 0 where something was
+            removed: it is not the one that was pruned.
         TypeError: `removed` is no mapping.
     """
     layers = adapter_layers(model, MaskedLoraLayer, adapter_name)
     if not isinstance(removed, Mapping):
         raise TypeError(f"removed is a {type(removed).__name__}; it takes the report's masks, bits by module name.")
+    masking = layers[0].adapter_configs[adapter_name].masking
+    if masking.computes_mask:
+        raise ValueError(f"Adapter '{adapter_name}' computes its mask ({type(masking).__name__}), and none can be set.")
     found = {}
     for layer in layers:
         bits = _bits_of(layer.module_name, removed)
@@ -41,12 +45,12 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
                 f"removed has {what} for '{layer.module_name}', a weight of {numel} entries, which takes "
                 f"{(numel + 7) // 8} bytes of uint8. Pass the masks of the walk that pruned this base."
             )
-        weight = layer.dense_base_weight()
-        gone = unpack_bits(bits.to(weight.device), numel).view(weight.shape)
-        if bool(weight[gone].any()):
+        device = layer.get_base_layer_device()
+        gone = unpack_bits(bits.to(device), numel).view(layer.out_features, layer.in_features)
+        if not layer.masks_base(adapter_name) and bool(layer.dense_base_weight()[gone].any()):
             raise ValueError(
                 f"'{layer.module_name}' is not 0 where weights were removed: this base is not the one that was pruned. "
-                "Load that, or prune and quantise again."
+                "Load that, prune and quantise again, or set masks_base=True in the config to mask this base too."
             )
         found[layer] = pack_bits(~gone)  # a bit an entry: these are all layers'
     for layer, kept in found.items():

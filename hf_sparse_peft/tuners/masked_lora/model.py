@@ -15,11 +15,12 @@ from ..shared.file_check import file_being_loaded
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.quantised import backend_of
 from .config import MaskedLoraConfig
-from .layer import MASK, MaskedLoraLayer, MaskedLoraLinear
+from .layer import MASK, MaskedLoraLayer
+from .linear import MaskedLoraLinear
 
 
 class MaskedLoraModel(AdapterModel):
-    r"""Masked LoRAs, :math:`\Delta W = s\,M \odot (B A)`, on dense and quantised linears.
+    r"""Masked adapters, :math:`W' = M \odot (W + D)`, on dense and quantised linears.
 
     Args: as every peft tuner (`model`, `peft_config`, `adapter_name`, `low_cpu_mem_usage`).
     """
@@ -37,10 +38,18 @@ class MaskedLoraModel(AdapterModel):
         merged = any(isinstance(module, BaseTunerLayer) and module.merged_adapters for module in model.modules())
         quantisation = get_quantization_kwargs(model)
         file = file_being_loaded()
-        if file is not None and not file.renamed and not merged:
+        if file is not None and not file.renamed and not merged and not peft_config.masks_base:
             for name, base in targets.items():
                 _check_mask(file.modules.get(name, {}).get(MASK), name, base, backend_of(base, **quantisation))
-        if file is not None or peft_config.mask != "zeros":
+        if peft_config.masks_base and not merged:
+            for name, base in targets.items():
+                backend = backend_of(base, **quantisation)
+                if not getattr(backend, "supports_merge", True):
+                    raise ValueError(
+                        f"'{name}' is quantised by {backend.backend_name}, whose weight cannot be read, and a mask "
+                        "that moves masks the base too. Load the base dense or in 4 bits, or leave the module out."
+                    )
+        if file is not None or peft_config.mask != "zeros" or peft_config.masking.computes_mask:
             return AdapterPlan()
         if merged:
             raise ValueError(

@@ -9,13 +9,14 @@ from .config import AdapterConfig
 from .layer import AdapterLayer
 from .linear import AdditiveLinear
 from .model import AdapterModel
-from .pieces import Decomposed, Entries, LowRank, Piece, Subgrid, Tiles
+from .pieces import BaseMask, Decomposed, Entries, LowRank, Piece, Subgrid, Tiles
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
     "AdapterModel",
     "AdditiveLinear",
+    "BaseMask",
     "Decomposed",
     "Entries",
     "LowRank",

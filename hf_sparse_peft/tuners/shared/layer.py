@@ -18,7 +18,7 @@ from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
 from .parameters import ParameterWeight
-from .pieces import Piece
+from .pieces import BaseMask, Piece
 from .quantised import backend_of
 
 
@@ -171,12 +171,21 @@ class AdapterLayer(CalibratedTensors):
         """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so."""
         delta = torch.zeros(self.out_features, self.in_features, device=self.get_base_layer_device())
         self._add_delta_(delta, adapter_name)
+        for piece in self.pieces(adapter_name) if self.masks_base(adapter_name) else []:
+            if isinstance(piece, BaseMask):
+                piece.add_(delta)
         return delta.t() if self.fan_in_fan_out else delta
 
     def _add_delta_(self, weight: torch.Tensor, adapter_name: str) -> None:
-        """Add the adapter's update to the `[out, in]` matrix `weight`, fp32 or wider, in place."""
+        """Add the adapter's update to the `[out, in]` matrix `weight`, fp32 or wider, in place; all but what it takes
+        from the base (`BaseMask`), which merging does before."""
         for piece in self.pieces(adapter_name):
-            piece.add_(weight)
+            if not isinstance(piece, BaseMask):
+                piece.add_(weight)
+
+    def masks_base(self, adapter_name: str) -> bool:
+        """Whether the adapter may set weights of the base to 0: whether a `BaseMask` may be among its pieces."""
+        return False
 
     def pieces(self, adapter_name: str) -> list[Piece]:
         """What the adapter adds to this layer's `[out, in]` weight: its update is the sum of the pieces, in this order.

@@ -12,6 +12,7 @@ from torch import nn
 
 from .layer import AdapterLayer
 from .parameters import ParameterHost, ParameterWeight
+from .pieces import zero_removed_
 from .rollback import uninterrupted
 
 
@@ -108,6 +109,8 @@ class MergeMixin(AdapterLayer):
         # Deltas are summed before anything is rounded, so that merging is one rounding however many adapters.
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         view = merged.t() if self.fan_in_fan_out else merged
+        for name in names:
+            zero_removed_(view, self.pieces(name) if self.masks_base(name) else [])
         for name in names:
             self._add_delta_(view, name)
         if safe_merge and not torch.isfinite(merged).all():

@@ -9,6 +9,7 @@ r"""Pieces: what an adapter adds to one weight, in forms that merging, export, c
 | `Entries` | values at the units of a support | rows and columns: LoRA, exactly; all: SHiRA, exactly |
 | `Subgrid` | a dense matrix at some rows x some columns | LoRA of the smaller side's rank, SHiRA, exactly |
 | `Tiles` | a dense matrix that is built tile after tile | SHiRA where most of it is zero, else LoRA by SVD |
+| `BaseMask` | :math:`-(1 - M) \\odot W`: the base's weights off the mask go | SHiRA, exactly; merged, exact zeros |
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...ops import add_subgrid_
-from ...sparsity import UnitGrid
+from ...sparsity import UnitGrid, unpack_bits
 
 
 class Piece:
@@ -248,6 +249,46 @@ class Tiles(Piece):
             positions[-1] += column + columns.indices(self.shape[1])[0]
         order = torch.cat(positions).sort()
         return order.values, torch.cat(values)[order.indices]
+
+
+@dataclass(frozen=True)
+class BaseMask(Piece):
+    r"""What a mask takes from the base, :math:`-(1 - M) \odot W`. Merging lets it act first, and once for all adapters
+    (`zero_removed_`): what is removed is exactly 0 then, or what other pieces add there."""
+
+    bits: Tensor
+    """The bits of M, row-major, uint8 `[ceil(out * in / 8)]`."""
+    shape: tuple[int, int]
+    """`(out, in)`."""
+    weight: Callable[[], Tensor]
+    """The base weight W, `[out, in]`; not to be written to."""
+
+    def removed(self, device: torch.device | None = None) -> Tensor:
+        """Bool `[out, in]`, 1 - M."""
+        bits = self.bits if device is None else self.bits.to(device)
+        return unpack_bits(bits, self.shape[0] * self.shape[1]).logical_not_().view(self.shape)
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Subtract W off the mask, in fp32 or wider."""
+        base, removed = self.weight().to(weight.dtype), self.removed(weight.device)
+        weight -= base.masked_fill(~removed, 0)
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The entries that are removed and were not 0, with the negative of what they were."""
+        weight = self.weight()
+        removed = self.removed(weight.device) & (weight != 0)
+        return removed.view(-1).nonzero().squeeze(1), -weight[removed].float()
+
+
+@torch.no_grad()
+def zero_removed_(weight: Tensor, pieces: Sequence[Piece]) -> None:
+    """Let the `BaseMask` among the pieces act on `weight` `[out, in]`, which is the base's own: exact zeros, however
+    many masks remove an entry."""
+    for piece in pieces:
+        if isinstance(piece, BaseMask):
+            weight.masked_fill_(piece.removed(weight.device), 0)
 
 
 def summed_entries(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor] | None:

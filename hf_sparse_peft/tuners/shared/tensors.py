@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -51,10 +52,29 @@ class AdapterTensors(BaseTunerLayer):
     the config nor the weight. None where nothing is to decide."""
     _rule_specs: dict[str, dict[str, TensorSpec]]
 
+    brought: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Containers that parts among the options bring (`declare`), by name: "ParameterDict" or "BufferDict"."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._name_containers()
+
+    @classmethod
+    def declare(cls, containers: Mapping[str, str]) -> None:
+        """Add containers that a part among the options brings, by name: "ParameterDict" for what trains, "BufferDict"
+        for what is saved beside it. Layers that are there already get them with the first adapter that has such
+        tensors."""
+        cls.brought = MappingProxyType({**cls.brought, **containers})
+        found = [cls]
+        for one in found:
+            one._name_containers()
+            found += one.__subclasses__()
+
+    @classmethod
+    def _name_containers(cls) -> None:
         layers = [base for base in cls.__mro__ if issubclass(base, AdapterTensors)]
         declared = {name: str(kind) for base in layers for name, kind in inspect.get_annotations(base).items()}
+        declared |= cls.brought
         cls.adapter_layer_names = tuple(name for name in declared if "ParameterDict" in declared[name])
         cls.buffer_names = tuple(name for name in declared if "BufferDict" in declared[name])
         cls.saved_names = (*cls.adapter_layer_names, *cls.buffer_names)
@@ -62,6 +82,9 @@ class AdapterTensors(BaseTunerLayer):
         cls.other_param_names = (*cls.buffer_names, *cls.training_state_names, *values)
 
     def _make_containers(self) -> None:
+        # Its own tuples: a part that is registered later adds to the class what this layer has no container of.
+        for kind in ("adapter_layer_names", "buffer_names", "saved_names", "other_param_names"):
+            setattr(self, kind, getattr(type(self), kind))
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         for name in (*self.buffer_names, *self.training_state_names):
@@ -69,6 +92,17 @@ class AdapterTensors(BaseTunerLayer):
         for name in self.other_param_names:
             if name not in (*self.buffer_names, *self.training_state_names):
                 setattr(self, name, {})
+
+    def _make_brought_containers(self) -> None:
+        """Make those that were declared since the layer was made."""
+        for name, kind in type(self).brought.items():
+            if name in self.saved_names:
+                continue
+            trained = kind == "ParameterDict"
+            setattr(self, name, nn.ParameterDict({}) if trained else BufferDict({}, persistent=True))
+            for names in ("adapter_layer_names",) if trained else ("buffer_names", "other_param_names"):
+                setattr(self, names, (*getattr(self, names), name))
+            self.saved_names = (*self.adapter_layer_names, *self.buffer_names)
 
     # The declaration
 
@@ -139,6 +173,7 @@ class AdapterTensors(BaseTunerLayer):
         Raises:
             TypeError: a spec has no container of its role.
         """
+        self._make_brought_containers()
         for name, spec in self.specs(adapter_name).items():
             trained = spec.role == "trained"
             kind = "ParameterDict" if trained else "BufferDict"
