@@ -41,10 +41,12 @@ from .rules import (
     Rule,
     SampleLayers,
     SampleRank,
+    SampleVectors,
     SearchSupport,
     Smoothed,
     StableRank,
     SwitchLayers,
+    Windowed,
 )
 from .sparsity import (
     AverageRank,
@@ -187,6 +189,7 @@ __all__ = [
     "RunReportCallback",
     "SampleLayers",
     "SampleRank",
+    "SampleVectors",
     "Score",
     "SearchSupport",
     "Smoothed",
@@ -203,6 +206,7 @@ __all__ = [
     "UnitsPerModule",
     "UpdateSparsity",
     "WholeTensors",
+    "Windowed",
     "ZerothOrderSpec",
     "__version__",
     "calibrate",

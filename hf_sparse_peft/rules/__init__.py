@@ -9,6 +9,7 @@ relocate_subnets.py  subnets move to other rows and columns, a layer at a time
 allocate.py      one budget for all layers            scores.py        which units matter
 orthogonality.py, frobenius_decay.py    pulls on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
+sample_vectors.py            singular vectors that train in turns
 group_lasso.py   ranks that shrink from their end
 stable_rank.py   ranks that are cut once they have settled
 gradient_noise.py, adaptive_row_scale.py    noise on weights, gradients by the rows of the update
@@ -51,7 +52,8 @@ from .rule import RankRule, Rule, check_pairs, check_schedule, conflict, in_orde
 from .run import Run, Training, leave_update_out, refuse_unskippable
 from .sample_layers import SampleLayers
 from .sample_rank import SampleRank
-from .scores import ModuleSensitivity, Smoothed, TrainingScore
+from .sample_vectors import SampleVectors
+from .scores import ModuleSensitivity, Smoothed, TrainingScore, Windowed
 from .search_support import SearchSupport
 from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
@@ -104,6 +106,7 @@ __all__ = [
     "RunRate",
     "SampleLayers",
     "SampleRank",
+    "SampleVectors",
     "SearchSupport",
     "Sensitivity",
     "SignedMagnitude",
@@ -115,6 +118,7 @@ __all__ = [
     "TrainingScore",
     "UnitSpace",
     "UpdateMask",
+    "Windowed",
     "check_pairs",
     "check_schedule",
     "conflict",

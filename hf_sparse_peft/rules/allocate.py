@@ -38,6 +38,8 @@ class Allocate(Rule):
       target, for the split can only grow one part by cutting the other.
     * `("kernel",)` is SNELLA (Shen et al., 2025): a matrix's number of entries is proportional to its score, none above
       its size (`sparsity.competition_counts`); which entries follows from the kernel.
+    * `("row",)` is LoSparse (Li et al., 2023): rows of the sparse part of `LowRankSparse` compete, and a loser is
+      zeroed. It trains on, so it may return at the next comparison; at the target it is zeroed after every step.
 
     Scores are updated after every optimizer step `t`, up to :math:`T - t_f` where `fixed_at_end`. Units are compared at
     multiples of `every` after :math:`t_i`, and at :math:`t = T - t_f` (or the last step) for the target. They are taken
@@ -48,7 +50,7 @@ class Allocate(Rule):
     """
 
     spaces: tuple[str, ...] = ("rank",)
-    """Kinds of units that compete for the budget: "rank" and "support" in any combination, or "kernel"."""
+    """Kinds of units that compete for the budget: "rank" and "support" in any combination, or "kernel", or "row"."""
     budget: Budget | None = None
     """What is left at the end: `AverageRank(r)`, `Numbers(n)`, `Density(d)`, `Fraction(f)` of the start, or another
     budget that answers for training (`sparsity.Budget.target`). None: the `budget` of the config, which is what its
@@ -80,8 +82,9 @@ class Allocate(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = set(self.spaces)
-        accepted = "'rank' and 'support' in any combination, or 'kernel' alone"
-        require(bool(kinds) and (kinds <= {"rank", "support"} or kinds == {"kernel"}), self, "spaces", accepted)
+        accepted = "'rank' and 'support' in any combination, or 'kernel' or 'row' alone"
+        known = kinds <= {"rank", "support"} or kinds in ({"kernel"}, {"row"})
+        require(bool(kinds) and known, self, "spaces", accepted)
         if self.initial_warmup + self.final_warmup >= 1:
             raise ValueError(
                 f"Allocate.initial_warmup + final_warmup={self.initial_warmup + self.final_warmup} leave no step for "
@@ -96,7 +99,8 @@ class Allocate(Rule):
     @property
     def needs(self) -> frozenset[str]:
         """Components with a gate, matrices with counts of their own."""
-        return frozenset({"rank": "gate", "kernel": "counts"}[kind] for kind in self.spaces if kind != "support")
+        needed = {"rank": "gate", "kernel": "counts"}
+        return frozenset(needed[kind] for kind in self.spaces if kind in needed)
 
     def check(self, config: Any) -> None:
         """Refuse an adapter without these units, and one that starts with less than the budget."""
@@ -234,7 +238,7 @@ class Allocate(Rule):
             run.report_missing([space for space in training if space not in judged], len(judged), self._not_done)
             if judged:
                 self._allocate(run, judged, all_spaces, step, late)
-        if due or fixed:
+        if due or fixed or (step >= at_end and self.spaces == ("row",)):
             for space in training:
                 space.apply_mask()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..utils.option_types import Range
+from ..utils.option_types import PositiveInt, Range
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
 from .collectives import all_reduce_mean
@@ -203,3 +203,72 @@ class Smoothed(TrainingScore):
     def read(self, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
         """Their product."""
         return sensitivity * uncertainty
+
+
+@register_part("windowed")
+@dataclass(frozen=True)
+class Windowed(TrainingScore):
+    r"""Moving average of another score's means over windows of `steps` steps (LoSparse; Li et al., 2023): where a new
+    window begins, the mean of the one before enters,
+    :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1)\,\bar\imath`, without bias correction; so it is 0 in the first
+    window. State: two fp32 tensors in the shape of each parameter.
+
+    With `beta2` it is times an average of :math:`|\bar\imath - \bar I|` (PLATON; an option of LoSparse's code), and
+    three tensors are kept.
+    """
+
+    score: TrainingScore = field(default_factory=Sensitivity)
+    """What is averaged."""
+    steps: PositiveInt = 10
+    """Length of a window."""
+    beta1: Annotated[float, Range(above=0, below=1)] = 0.85
+    """Smoothing over windows."""
+    beta2: Annotated[float, Range(above=0, below=1)] | None = None
+    """Smoothing of the uncertainty; None: without it."""
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """What is kept of each parameter."""
+        return ("smoothed", "window") if self.beta2 is None else ("smoothed", "window", "uncertainty")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As the score that is averaged."""
+        return self.score.needs
+
+    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """As the score that is averaged."""
+        return self.score.shapes(space)
+
+    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """As the score that is averaged."""
+        self.score.before_step(run, spaces)
+
+    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
+        """The score that is averaged."""
+        return self.score.measure(run, spaces)
+
+    @torch.no_grad()
+    def update(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """Close a window where one ends, and take one optimizer step."""
+        if run.step % self.steps == 0:
+            for space in spaces:
+                state = space.state()
+                for name in self.shapes(space):
+                    self._close(*[state[f"{kept}_{name}"] for kept in self.averages])
+        super().update(run, spaces)
+
+    def _close(self, smoothed: Tensor, window: Tensor, uncertainty: Tensor | None = None) -> None:
+        mean = window.div_(self.steps)
+        smoothed.lerp_(mean, 1 - self.beta1)
+        if uncertainty is not None:
+            uncertainty.lerp_((mean - smoothed).abs_(), 1 - self.beta2)
+        window.zero_()
+
+    def take(self, current: Tensor, smoothed: Tensor, window: Tensor, uncertainty: Tensor | None = None) -> None:
+        """Add a step to the window."""
+        window.add_(current)
+
+    def read(self, smoothed: Tensor, window: Tensor, uncertainty: Tensor | None = None) -> Tensor:
+        """The average, times its uncertainty if that is kept."""
+        return smoothed if uncertainty is None else smoothed * uncertainty

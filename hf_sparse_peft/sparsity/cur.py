@@ -12,7 +12,7 @@ Greedy = Literal["deim", "one_row"]
 """How the greedy choice takes out what is chosen; see `greedy_indices`."""
 
 
-class CUR(NamedTuple):
+class CURFactors(NamedTuple):
     r""":math:`W \approx C U R`."""
 
     rows: Tensor
@@ -63,7 +63,7 @@ def greedy_indices(vectors: Tensor, greedy: Greedy = "deim") -> Tensor:
 
 
 @torch.no_grad()
-def cur(weight: Tensor, rank: int, input_scale: Tensor | None = None, greedy: Greedy = "deim") -> CUR:
+def cur(weight: Tensor, rank: int, input_scale: Tensor | None = None, greedy: Greedy = "deim") -> CURFactors:
     r"""CUR of a `[m, n]` matrix with `rank` rows and columns, chosen by the singular vectors of
     :math:`Z_{ij} = |W_{ij}|\,a_j`, and :math:`U = C^+ W R^+` (CURing, 2025).
 
@@ -81,4 +81,4 @@ def cur(weight: Tensor, rank: int, input_scale: Tensor | None = None, greedy: Gr
         raise ValueError("The weight, or the scale of its inputs, is not finite.")
     U, _, Vh = torch.linalg.svd(Z, full_matrices=False)
     rows, columns = greedy_indices(U[:, :rank], greedy), greedy_indices(Vh[:rank].t(), greedy)
-    return CUR(rows, columns, torch.linalg.pinv(W[:, columns]) @ W @ torch.linalg.pinv(W[rows]))
+    return CURFactors(rows, columns, torch.linalg.pinv(W[:, columns]) @ W @ torch.linalg.pinv(W[rows]))

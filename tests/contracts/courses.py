@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import FactoredConfig, KernelLoraConfig, Rule, SparseLoraConfig, SpectralLoraConfig, callbacks_for
+from hf_sparse_peft.tuners.factored import Codebooks, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
 from hf_sparse_peft.utils.parts import part_types
 
@@ -37,6 +38,9 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "core": (SpectralLoraConfig, {"r": 4, "bases": SVD(train_B=True), "core": Full("values", residual="init")}),
     "shared bases": (SpectralLoraConfig, {"r": 4, "bases": SharedBases("AB", init="normal"), "core": Diagonal()}),
     "factored": (FactoredConfig, {"keep_base": True}),
+    "codebooks": (FactoredConfig, {"keep_base": True, "form": Codebooks(groups=1, bits=2, examples=8)}),
+    "low rank + rows": (FactoredConfig, {"keep_base": True, "form": LowRankSparse(0.1)}),
+    "singular vectors": (FactoredConfig, {"keep_base": True, "form": Spectral(4)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -51,11 +55,14 @@ KINDS = {
     "core": {"core", "basis", "module"},
     "shared bases": {"core", "module"},
     "factored": {"module"},
+    "codebooks": {"module"},
+    "low rank + rows": {"row", "module"},
+    "singular vectors": {"vector", "module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
 
-SCALED = tuple(name for name in PARAMETRIZATIONS if name != "kernel")
+SCALED = tuple(name for name, (cls, _) in PARAMETRIZATIONS.items() if cls not in (KernelLoraConfig, FactoredConfig))
 RANKS = ("low rank", "low rank + entries")
 SUPPORTS = tuple(name for name in PARAMETRIZATIONS if "support" in KINDS[name])
 RULES: dict[str, dict[str, Any]] = {
@@ -83,6 +90,12 @@ RULES: dict[str, dict[str, Any]] = {
         "spaces": ("kernel",), "budget": {"type": "density", "fraction": 0.2}, "every": 2, "initial_warmup": 0.0,
         "fixed_at_end": False, "only": ("kernel",),
     },
+    "allocate: rows": {
+        "spaces": ("row",), "budget": {"type": "fraction", "fraction": 0.3}, "score": {"type": "windowed", "steps": 2},
+        "unit_score": "mean", "every": 2, "initial_warmup": 0.2, "count_from": 0, "fixed_at_end": False,
+        "only": ("low rank + rows",),
+    },
+    "sample_vectors": {"every": 2, "iterations": 2, "warmup": 1},
     "distil": {"weight": 0.5},
     "freeze_gradually": {"until": 0.7},
     "frobenius_decay": {"weight": 0.1},
@@ -107,6 +120,8 @@ CONFIG: dict[str, dict[str, Any]] = {
 EXCEPTIONS = {
     ("identity", "kernel"): "factors start at random, and the kernel of two random point sets is not 0 (as published)",
     ("identity", "factored"): "its factors are an approximation of the weight",
+    ("identity", "low rank + rows"): "its sum is the weight to rounding",
+    ("identity", "singular vectors"): "its product is the weight to rounding",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
 }

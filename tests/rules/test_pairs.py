@@ -19,6 +19,7 @@ from hf_sparse_peft import (
     AverageRank,
     ChooseSupport,
     Distil,
+    FactoredConfig,
     FactorExperts,
     Freeze,
     GroupLasso,
@@ -30,6 +31,7 @@ from hf_sparse_peft import (
     Regrow,
     RelocateSubnets,
     SampleLayers,
+    SampleVectors,
     SearchSupport,
     SparseLoraConfig,
     SpectralLoraConfig,
@@ -41,6 +43,7 @@ from hf_sparse_peft.rules import Rule, conflict
 from hf_sparse_peft.rules.pairs import pair_table
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.factored import Spectral
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
 from hf_sparse_peft.utils.parts import part_types
@@ -61,6 +64,7 @@ BUSY = {
     "relocate_subnets": RelocateSubnets(every=2, rate="rewarm"),
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "sample_layers": SampleLayers(trained=0.5, every=5, probes=2),
+    "sample_vectors": SampleVectors(every=2, warmup=1),
     "stable_rank": StableRank(every=1, window=2, last=2, threshold=10.0, first=1),
     "switch_layers": SwitchLayers(1, every=1, seed=1),
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
@@ -70,8 +74,9 @@ KINDS = (
     {"support", "rank", "module"},
     {"subnet_row", "subnet_column", "rank", "module"},
     {"basis", "core", "module"},
+    {"vector", "module"},
 )
-"""Units of sparse adapters, of those with subnets, and of spectral ones with a trained basis."""
+"""Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, and of whole SVDs."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -85,6 +90,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return KernelLoraConfig(sparsity=0.5, **options)
     if any(rule.acts_on == {"basis"} for rule in rules):
         return SpectralLoraConfig(bases=SVD(train_B=True), core=Diagonal(), **options)
+    if any(rule.acts_on == {"vector"} for rule in rules):
+        return FactoredConfig(form=Spectral(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     if any("subnet_row" in rule.acts_on for rule in rules):
@@ -92,10 +99,16 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
     return SparseLoraConfig(density=0.1, **options)
 
 
+def fit(rules: list[Rule], kinds: set[str]) -> bool:
+    """Whether all of them have something to act on there."""
+    unscaled = "vector" in kinds and any(rule.part_type == "sample_layers" for rule in rules)
+    return all(rule.acts_on & kinds for rule in rules) and not unscaled
+
+
 def composes(*names: str) -> bool:
     """Whether no two conflict, and there are adapters with units for all."""
     rules = [rule_of(name) for name in names]
-    together = any(all(rule.acts_on & kinds for rule in rules) for kinds in KINDS)
+    together = any(fit(rules, kinds) for kinds in KINDS)
     return together and all(conflict(a, b) is None for a, b in itertools.combinations(rules, 2))
 
 
@@ -152,7 +165,7 @@ class Watch:
     def before(self, step, model, optimizer):
         mask = run_on(model).mask
         held = {id(p): p for parameters in mask._held.values() for p in parameters.values()}
-        trained = [p for n, p in model.named_parameters() if "lora_" in n]
+        trained = [p for n, p in model.named_parameters() if "lora_" in n or ".factored_" in n]
         for parameter in trained:
             assert parameter.requires_grad == (id(parameter) not in held)
             assert id(parameter) not in held or parameter.grad is None
@@ -183,7 +196,13 @@ class Watch:
 
 def state_of(layer, name: str = "default") -> dict[str, torch.Tensor]:
     """What an adapter consists of in a layer, units included."""
-    kinds = (*layer.adapter_layer_names, "sparse_lora_support", "sparse_lora_rank_mask", "kernel_lora_survivors")
+    kinds = (
+        *layer.adapter_layer_names,
+        *layer.buffer_names,
+        "sparse_lora_support",
+        "sparse_lora_rank_mask",
+        "kernel_lora_survivors",
+    )
     return {kind: getattr(layer, kind)[name] for kind in kinds if name in getattr(layer, kind, {})}
 
 
@@ -194,7 +213,7 @@ def train_schedule(names: tuple[str, ...], out) -> None:
     tiny.train(model, out, STEPS, callbacks=watch.around(runner), weight_decay=0.1)
     assert {run.rule.part_type for run in runner.runs} == set(names)
     assert len(watch.trained) == STEPS
-    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or ".factored_" in n)
     layers = adapter_layers(model)
     assert all(torch.isfinite(layer.get_delta_weight("default")).all() for layer in layers)
     assert any(layer.get_delta_weight("default").any() for layer in layers)

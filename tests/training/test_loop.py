@@ -24,6 +24,7 @@ from hf_sparse_peft import (
     ChooseSupport,
     Controller,
     Distil,
+    FactoredConfig,
     FactorExperts,
     FactorMaskConfig,
     Freeze,
@@ -42,6 +43,7 @@ from hf_sparse_peft import (
     Rule,
     SampleLayers,
     SampleRank,
+    SampleVectors,
     SearchSupport,
     SparseLoraConfig,
     SpectralLoraConfig,
@@ -50,6 +52,7 @@ from hf_sparse_peft import (
     callbacks_for,
 )
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.factored import Spectral
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import load_part, part_types
@@ -89,6 +92,7 @@ RULES = {
     "switch_layers": SwitchLayers(1, every=2),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
+    "sample_vectors": SampleVectors(every=2, iterations=2, warmup=1),
     "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),
     "search_support": SearchSupport(trials=6, steps=1, batches=2),
 }
@@ -219,6 +223,8 @@ def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
 def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig:
     if rule.acts_on == {"basis"}:
         return SpectralLoraConfig(r=4, target_modules=["q_proj", "v_proj"], bases=SVD(train_B=True), schedule=[rule])
+    if rule.acts_on == {"vector"}:
+        return FactoredConfig(form=Spectral(4), target_modules=["q_proj", "v_proj"], schedule=[rule], keep_base=True)
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
     granularity = "subnet" if "subnet_row" in rule.acts_on else "entry"
     return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split, granularity=granularity)

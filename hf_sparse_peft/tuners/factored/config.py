@@ -77,6 +77,12 @@ class FactoredConfig(AdapterConfig):
                     f"sizes[{name!r}]={found} is not [rows, columns, rank]. It is written at injection: leave it out."
                 )
         check_schedule(self.schedule, self)
+        for rule in self.rules:
+            if rule.part_type == "sample_layers":
+                raise ValueError(
+                    "SampleLayers acts on units of kind 'module' by the scaling of their updates, and a form has none. "
+                    "Take SwitchLayers or AlternateModules."
+                )
 
     def _make_nested(self) -> None:
         for name, base in (("form", Form), ("rank", RankRule)):
@@ -86,6 +92,16 @@ class FactoredConfig(AdapterConfig):
                 f"form={self.form.data} cannot be used here: {self.form.reason}, and without it nobody knows what the "
                 "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
             )
+
+    @property
+    def unit_kinds(self) -> frozenset[str]:
+        """Kinds of units that the form has, and modules."""
+        return self.form.unit_kinds | {"module"}
+
+    @property
+    def possible_kinds(self) -> frozenset[str]:
+        """The same: the form is known."""
+        return self.unit_kinds
 
     @property
     def needs_calibration(self) -> bool:

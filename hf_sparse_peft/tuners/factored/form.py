@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...rules import UnitSpace
 from ...sparsity import Statistic
 from ...utils.parts import Part
 from ...utils.tensors import TensorSpec
@@ -44,6 +45,11 @@ class Form(Part):
     exact: ClassVar[bool] = False
     """Whether it is the weight itself at the start and shrinks while it trains (low rank + sparse): it is not asked
     then to save numbers at once."""
+
+    full_precision: ClassVar[frozenset[str]] = frozenset()
+    """Names of frozen floats that stay fp32; others are held in the base's dtype."""
+    unit_kinds: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of the units that `spaces` gives."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,6 +109,10 @@ class Form(Part):
     def bias(self, tensors: Tensors, own: Tensor | None) -> Tensor | None:
         """The bias beside it; here the layer's `own`."""
         return own
+
+    def spaces(self, layer: Any, adapter: str) -> list[UnitSpace]:
+        """Unit spaces of the form in a layer, whose units rules move."""
+        return []
 
     def modules(self, tensors: Tensors, bias: Tensor | None) -> nn.Module:
         """The form as torch's own modules, with the tensors' dtypes, to be run without this package.

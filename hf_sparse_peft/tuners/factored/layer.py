@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...rules import UnitSpace
 from ...sparsity import Statistic
 from ...sparsity.selection import stream_seed
 from ...utils.tensors import TensorSpec
@@ -19,7 +20,6 @@ from ..shared.file_check import file_being_loaded
 from ..shared.linear import AdditiveLinear
 from ..shared.pieces import Piece, Tiles
 from ..shared.quantised import base_product
-from ..shared.tensor_checks import weight_sides
 from .config import FactoredConfig
 from .form import NAMES, Form, Tensors
 from .released import HOW_TO_KEEP, ReleasedLinear
@@ -81,18 +81,12 @@ class FactoredLayer(AdditiveLinear):
 
     @classmethod
     def read_sizes(cls, config: FactoredConfig, module_name: str, held: Mapping[str, Tensor]) -> tuple[int, int, int]:
-        """Rows, columns and rank, as the config's `sizes` has them and the tensors' shapes bear out.
+        """Rows, columns and rank, as the config's `sizes` has them; the tensors are checked against the specs of that.
 
         Raises:
             ValueError: `sizes` does not name the module.
         """
         rows, cols, rank = _size_of(config, module_name)
-        sides = weight_sides(lambda m, n: cls.tensor_specs(config, module_name, m, n, rank), held)
-        if any(found not in (0, due) for found, due in zip(sides, (rows, cols), strict=True)):
-            raise ValueError(
-                f"sizes[{module_name!r}]={[rows, cols, rank]}, and its tensors are those of a weight of {list(sides)}. "
-                "The files do not belong together."
-            )
         return rows, cols, rank
 
     def holds(self, adapter_name: str) -> bool:
@@ -121,11 +115,17 @@ class FactoredLayer(AdditiveLinear):
     def allocate(self, adapter_name: str) -> None:
         """Allocate the form's tensors, frozen floats in the base's dtype."""
         super().allocate(adapter_name)
-        dtype = self._base_dtype()
+        dtype, kept = self._base_dtype(), self.form(adapter_name).full_precision
         for name in self.buffer_names:
             held = getattr(self, name)
+            if name.removeprefix(FROZEN) in kept:
+                continue
             if adapter_name in held and held[adapter_name].dtype == torch.float32:
                 held[adapter_name] = held[adapter_name].to(dtype)
+
+    def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
+        """The form's units, and the module itself."""
+        return [*self.form(adapter_name).spaces(self, adapter_name), *super().unit_spaces(adapter_name)]
 
     def _base_dtype(self) -> torch.dtype:
         base = self.get_base_layer()
