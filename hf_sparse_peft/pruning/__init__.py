@@ -1,5 +1,8 @@
 """Pruning of base weights in one shot: for good, block by block, or for as long as a block of code runs."""
 
+from .block_influence import block_influence
+from .cfsp import CFSP, importance_lora_config
+from .dropped_blocks import drop_blocks
 from .dsnot import DSnoT
 from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
 from .input_statistics import InputStatistics
@@ -7,23 +10,32 @@ from .kept_units import KeptOfBlock, KeptUnits
 from .one_shot import one_shot_pruned
 from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
 from .pruning_patterns import NM, PruningPattern, Unstructured
+from .pruning_report import PruningReport
 from .recovery import recover_adapter
 from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
 from .slicing import slice_model
 from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
+from .structured_methods import OBA, HessianSaliency, LoRAPrune, StructuredPruning
+from .structured_patterns import Blocks, Heads, Rows
 from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
 from .walk import PruningReport, prune_model
 
 __all__ = [
+    "CFSP",
     "NM",
+    "OBA",
     "BlockStructure",
+    "Blocks",
     "Compensation",
     "DSnoT",
     "EssentialSparsity",
+    "Heads",
+    "HessianSaliency",
     "InputStatistics",
     "KeptOfBlock",
     "KeptUnits",
+    "LoRAPrune",
     "LowRankCorrection",
     "MagnitudePruning",
     "Member",
@@ -31,13 +43,18 @@ __all__ = [
     "PruningPattern",
     "PruningReport",
     "RandomPruning",
+    "Rows",
     "SparseGPT",
+    "StructuredPruning",
     "UnitMasks",
     "Unstructured",
     "Wanda",
+    "block_influence",
     "compensate",
+    "drop_blocks",
     "eigenspace_correction",
     "essential_sparsity",
+    "importance_lora_config",
     "kept_units_of",
     "load_sliced",
     "mask_units",

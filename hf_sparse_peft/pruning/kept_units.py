@@ -56,6 +56,11 @@ class KeptUnits:
         return cls({s.name: KeptOfBlock(torch.arange(s.kv_heads), torch.arange(s.width), s.kv_heads, s.width)
                     for s in structures})  # fmt: skip
 
+    def units(self, block: str, kind: Kind) -> Tensor | None:
+        """Kept units of a block; None: all of them."""
+        kept = self.blocks.get(block)
+        return None if kept is None or not kept.all_units(kind) else kept.units(kind)
+
     def keep(self, block: str, kind: Kind, units: Tensor) -> None:
         """Set what a block keeps of a kind.
 
@@ -68,7 +73,7 @@ class KeptUnits:
         self.blocks[block] = KeptOfBlock(new[HEADS], new[CHANNELS], old.all_heads, old.all_channels)
 
     def check(self, structures: Iterable[BlockStructure]) -> None:
-        """Raises `ValueError` where they are not of a model with these structures."""
+        """Raises `ValueError` where they are not of a model with these structures, or leave a block none of a kind."""
         known = {structure.name: structure for structure in structures}
         for name, kept in self.blocks.items():
             if name not in known:
@@ -80,6 +85,8 @@ class KeptUnits:
                         f"Kept units are of a block '{name}' with {told} {kind}, and the model's has {has}: load the "
                         "model that was pruned."
                     )
+                if told and not len(kept.units(kind)):
+                    raise ValueError(f"Kept units leave '{name}' without {kind}: keep one at least.")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: `{block: {"heads": [...], "channels": [...], "of": [heads, channels]}}`."""

@@ -55,6 +55,10 @@ class PruningMethod(Part):
         gone = pattern.removed(self.scores(weight, inputs, name, seed), sparsity, self.group)
         return weight.masked_fill(gone, 0), gone
 
+    def scores_entries(self) -> bool:
+        """Whether what goes follows from `scores` alone, so that norms of them rank rows, heads or tiles."""
+        return type(self).prune is PruningMethod.prune and type(self).scores is not PruningMethod.scores
+
     def scores(self, weight: Tensor, inputs: InputStatistics | None, name: str, seed: int) -> Tensor:
         """What ranks the entries, `[rows, cols]`, the highest kept first."""
         raise NotImplementedError

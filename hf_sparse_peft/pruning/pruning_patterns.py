@@ -16,6 +16,10 @@ class PruningPattern(Part):
     """Which entries of a weight compete with one another for being kept."""
 
     part_kind: ClassVar[str] = "pruning_pattern"
+    whole_units: ClassVar[bool] = False
+    """Whether what goes are units of several entries, so that methods which judge single entries have no say."""
+    kind: ClassVar[str | None] = None
+    """Units of a block that go from several weights at once, "heads" or "channels"; None: each weight by itself."""
 
     def fixed_sparsity(self) -> float | None:
         """The fraction of zeros that the pattern itself fixes; None where it is free."""

@@ -121,16 +121,21 @@ def structures_of(model: nn.Module, kinds: Iterable[Kind] = (HEADS, CHANNELS)) -
         ValueError: nothing numbered; a block whose attention or feed-forward part, where it is asked for, is not
             understood (cross-attention, experts, other parameters per head, shapes that do not agree).
     """
-    kinds = set(kinds)
-    modules = dict(model.named_modules())
-    names = dict.fromkeys(
-        found.group()
-        for name, module in modules.items()
-        if _is_linear(module) and (found := re.match(r"(?:.*?\.)?\d+(?=\.)", name))
-    )
+    kinds, modules = set(kinds), dict(model.named_modules())
+    return [_structure(model, name, modules, kinds) for name in block_names(model)]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of a model's blocks in its order: modules of the outermost numbered lists that hold linear layers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = (re.match(r"(?:.*?\.)?\d+(?=\.)", name) for name, module in model.named_modules() if _is_linear(module))
+    names = list(dict.fromkeys(one.group() for one in found if one))
     if not names:
-        raise ValueError(f"{type(model).__name__} has no numbered blocks with linear layers, so no heads or channels.")
-    return [_structure(model, name, modules, kinds) for name in names]
+        raise ValueError(f"{type(model).__name__} has no numbered blocks with linear layers.")
+    return names
 
 
 def _structure(model: nn.Module, name: str, modules: dict[str, nn.Module], kinds: set[str]) -> BlockStructure:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..ops import autocast_off
@@ -16,38 +16,17 @@ from ..sparsity import pack_bits
 from ..tuners.shared.rollback import uninterrupted
 from ..tuners.shared.target_checks import expert_parameters
 from ..utils.parts import load_part_by_name
-from ..utils.tables import Table, table
 from .block_inputs import Block, BlockInputs, blocks_of, collect
 from .block_statistics import block_statistics, evaluating
 from .one_shot import PrunableLayer, check_own_weight, prunable_layers
 from .one_shot_methods import PruningMethod
 from .pruning_patterns import PruningPattern, Unstructured
+from .pruning_report import PruningReport
+from .structure import CHANNELS, HEADS
+from .structured_methods import StructuredPruning
+from .structured_patterns import Heads, Rows
+from .structured_walk import prune_units
 from .walk_checkpoint import Pruned, WalkCheckpoint
-
-
-@dataclass
-class PruningReport:
-    """What `prune_model` did."""
-
-    method: PruningMethod
-    pattern: PruningPattern
-    entries: dict[str, int] = field(default_factory=dict)
-    """Entries of each pruned weight."""
-    zeros: dict[str, int] = field(default_factory=dict)
-    """Entries of it that are 0 now."""
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    """What was removed from each weight: bits (`sparsity.unpack_bits(mask, entries)`), on the CPU."""
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over all pruned weights."""
-        return sum(self.zeros.values()) / max(sum(self.entries.values()), 1)
-
-    def table(self) -> Table:
-        """A row a weight: entries, zeros, sparsity."""
-        rows = [(name, count, self.zeros[name], self.zeros[name] / count) for name, count in self.entries.items()]
-        totals = ("all", sum(self.entries.values()), sum(self.zeros.values()), self.sparsity)
-        return table(("weight", "entries", "zeros", "sparsity"), rows, totals=totals)
 
 
 @torch.no_grad()
@@ -57,7 +36,7 @@ def prune_model(
     *,
     method: str | PruningMethod = "wanda",
     sparsity: float | None = None,
-    pattern: str | PruningPattern | None = None,
+    pattern: str | PruningPattern | Sequence[str | PruningPattern] | None = None,
     target_modules: Any = "all-linear",
     exclude_modules: Any = None,
     checkpoint: str | Path | None = None,
@@ -75,9 +54,12 @@ def prune_model(
         model: a transformers model with dense weights and no adapter.
         dataloader: batches as the model takes them, `input_ids` and perhaps `attention_mask`; None where the method
             reads no inputs.
-        method: "magnitude", "random", "wanda", "sparsegpt", "dsnot", or such a part with options.
+        method: "magnitude", "random", "wanda", "sparsegpt", "dsnot", or such a part with options; of heads and channels
+            the first three, "cfsp", "lora_prune", "oba" and "hessian_saliency". The last three read gradients of the
+            model's loss: labels of the batches, or their input_ids where the model predicts them.
         sparsity: fraction of zeros, in [0, 1); None: 0.5, or what the pattern fixes.
-        pattern: None: anywhere (`Unstructured()`); `NM(2, 4)`.
+        pattern: None: anywhere (`Unstructured()`), or the units that a structured method scores; `NM(2, 4)`; tiles,
+            `Blocks(16, 16)`; `Heads()`, `Rows()` (intermediate channels), or both in a list.
         target_modules, exclude_modules: as in a peft config; embeddings and heads stay out.
         checkpoint: a folder that every finished block is written to. A walk that was killed goes on from there, on the
             model as it was first loaded, with the same arguments and data, and ends as if it had never stopped.
@@ -91,16 +73,20 @@ def prune_model(
         TypeError: a batch that is no mapping.
     """
     method = _part(PruningMethod, method, "method")
-    pattern = _part(PruningPattern, Unstructured() if pattern is None else pattern, "pattern")
+    patterns = _patterns(pattern, method)
+    pattern = patterns[0]
     sparsity = _sparsity(sparsity, pattern)
     layers = prunable_layers(model, target_modules, exclude_modules)
     _refuse(model, layers, pattern)
     reads = method.all_reads()
-    if reads and dataloader is None:
+    if (reads or isinstance(method, StructuredPruning)) and dataloader is None:
         raise ValueError(f"method='{method.part_type}' reads the inputs of layers: pass a dataloader.")
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if pattern.kind is not None:
+        return prune_units(model, dataloader, layers, method, patterns, sparsity, seed, checkpoint, show_progress)
     blocks = blocks_of(model, layers) if reads else [Block(layer.name, layer.module, [layer]) for layer in layers]
     walk = _Walk(method, sparsity, pattern, seed)
-    finished = WalkCheckpoint(None if checkpoint is None else Path(checkpoint))
+    finished = WalkCheckpoint(checkpoint)
     finished.begin(walk.about(), layers)
     report = PruningReport(method, pattern)
     with evaluating(model):
@@ -167,6 +153,34 @@ def _part(kind: type, value: Any, field_name: str) -> Any:
     found = load_part_by_name(kind, value, field_name)
     if not isinstance(found, kind):
         raise ValueError(f"{field_name}={value!r} cannot prune here: {found.reason}.")
+    return found
+
+
+def _patterns(pattern: Any, method: PruningMethod) -> tuple[PruningPattern, ...]:
+    """The pattern, or patterns of different units of a block."""
+    if pattern is None and isinstance(method, StructuredPruning):
+        pattern = [{HEADS: Heads(), CHANNELS: Rows()}[kind] for kind in (HEADS, CHANNELS) if kind in method.kinds]
+    given = pattern if isinstance(pattern, (list, tuple)) else [Unstructured() if pattern is None else pattern]
+    found = tuple(_part(PruningPattern, one, "pattern") for one in given)
+    kinds = [one.kind for one in found]
+    if not found or (len(found) > 1 and (None in kinds or len(set(kinds)) < len(kinds))):
+        raise ValueError(
+            f"pattern={pattern!r}: several are units of different kinds, [Heads(), Rows()]; else pass one."
+        )
+    if isinstance(method, StructuredPruning) and None in kinds:
+        raise ValueError(
+            f"method='{method.part_type}' scores heads and channels, and pattern={found[0]} is of single weights: pass "
+            "Heads(), Rows(), or both in a list."
+        )
+    if (
+        not isinstance(method, StructuredPruning)
+        and any(one.whole_units for one in found)
+        and not method.scores_entries()
+    ):
+        raise ValueError(
+            f"method='{method.part_type}' judges single entries as it goes, and pattern={found[0]} removes whole "
+            "units: choose 'magnitude', 'wanda', 'random' or a structured method."
+        )
     return found
 
 

@@ -1,0 +1,353 @@
+"""Scores of heads and channels from gradients, all blocks at once on the dense model: LoRAPrune, OBA, NViT."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..ops import autocast_off
+from ..sparsity import stream_seed
+from ..utils.option_types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from ..utils.parts import FrozenDict, register_part
+from .calibration_batches import CalibrationBatches, without_weight_gradients
+from .one_shot import prunable_layers
+from .one_shot_methods import PruningMethod
+from .structure import CHANNELS, HEADS, BlockStructure, Kind
+from .unit_gates import Gate, unit_gates
+from .unit_scores import (
+    UnitScores,
+    entries_of_unit,
+    kept_by_block,
+    kept_over_all,
+    lora_gradient,
+    sum_by_unit,
+    weight_of,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method found on the dense model."""
+
+    scores: UnitScores
+    importance: dict[str, float] = field(default_factory=dict)
+    """Of blocks, by name, where the method allots by it."""
+
+
+class StructuredPruning(PruningMethod):
+    """A way to score heads and channels of all blocks on the dense model, before anything is removed."""
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({HEADS, CHANNELS})
+    """Which units it can score; all of them go where no pattern is given."""
+    competes: ClassVar[bool] = False
+    """Whether heads and channels compete with one another, so that of one of them none may go."""
+
+    @abstractmethod
+    def score(
+        self,
+        model: nn.Module,
+        structures: list[BlockStructure],
+        kinds: frozenset[Kind],
+        data: CalibrationBatches,
+        seed: int,
+    ) -> Scored:
+        """Scores of every unit of `kinds`, the highest kept first. No weight is touched."""
+
+    def keep(
+        self, model: nn.Module, structures: list[BlockStructure], found: Scored, sparsity: float
+    ) -> dict[str, dict[Kind, Tensor]]:
+        """Sorted units that stay, by block and kind: of each block as many."""
+        return {
+            block: {kind: kept_by_block(scores, sparsity) for kind, scores in kinds.items()}
+            for block, kinds in found.scores.items()
+        }
+
+
+@register_part("lora_prune")
+@dataclass(frozen=True)
+class LoRAPrune(StructuredPruning):
+    r"""Gradients of LoRA factors in place of the weights', in one shot on calibration data (Zhang et al., 2024;
+    official code aim-uofa/LoRAPrune).
+
+    Of every matrix :math:`I = |\hat G \odot (s B A + W)|` with :math:`\hat G = g_B A + B g_A - g_B g_A`
+    (`unit_scores.lora_gradient`), summed over the entries of a unit; each matrix' vector of units is divided by its
+    L2 norm, and all matrices of attention, or of the feed-forward part, are added. Scores of batches are averaged,
+    :math:`\bar I \leftarrow \lambda \bar I + (1 - \lambda) I`, from 0 as released. No weight asks for its gradient.
+
+    Factors start as LoRA's do, `A` uniform (Kaiming, a = sqrt 5) and `B = 0`, and stay there: the paper's run trains
+    them between batches, and prunes while it does. With B = 0, :math:`\hat G = g_B A`. The paper squares; its code
+    takes the absolute value, as here.
+    """
+
+    r: PositiveInt = 8
+    """Rank of the factors."""
+    alpha: PositiveFloat = 16.0
+    """LoRA's alpha; s = alpha / r."""
+    decay: Annotated[float, Range(least=0, below=1)] = 0.9
+    """lambda of the average over batches."""
+    first: Fraction = 0.1
+    """Fraction of the blocks at the front that keep all, rounded down."""
+    last: NonNegativeInt = 1
+    """Blocks at the end that keep all."""
+
+    def score(
+        self,
+        model: nn.Module,
+        structures: list[BlockStructure],
+        kinds: frozenset[Kind],
+        data: CalibrationBatches,
+        seed: int,
+    ) -> Scored:
+        """See the class."""
+        begin, end = int(self.first * len(structures)), len(structures) - self.last
+        if begin >= end:
+            raise ValueError(
+                f"LoRAPrune(first={self.first}, last={self.last}) leaves none of {len(structures)} blocks to prune: "
+                "lower them."
+            )
+        pruned = structures[begin:end]
+        layers = list(dict.fromkeys(m.module for s in pruned for kind in sorted(kinds) for m in s.members(kind)))
+        average: UnitScores = {s.name: {kind: torch.zeros(s.units(kind)) for kind in sorted(kinds)} for s in pruned}
+        scaling = self.alpha / self.r
+        with without_weight_gradients(model), _lora_factors(model, layers, self.r, scaling, seed) as factors:
+            leaves = [leaf for pair in factors.values() for leaf in pair]
+            for loss in data.losses(model):
+                read = torch.autograd.grad(loss, leaves)
+                pairs = dict(zip(factors, zip(read[::2], read[1::2], strict=True), strict=True))
+                with torch.no_grad(), autocast_off(loss.device.type):
+                    for structure in pruned:
+                        for kind, score in average[structure.name].items():
+                            new = self._of_block(model, structure, kind, factors, pairs)
+                            score.mul_(self.decay).add_(new, alpha=1 - self.decay)
+        return Scored(average)
+
+    def _of_block(
+        self, model: nn.Module, structure: BlockStructure, kind: Kind, factors: dict[str, Any], read: dict[str, Any]
+    ) -> Tensor:
+        total = torch.zeros(structure.units(kind))
+        for member in structure.members(kind):
+            a, b = factors[member.module]
+            merged = weight_of(model, member.module).float() + self.alpha / self.r * (b @ a)
+            scores = (lora_gradient(a, b, *read[member.module]) * merged).abs()
+            units = sum_by_unit(scores, member, structure.units(kind))
+            total += (units / units.norm().clamp(min=torch.finfo(units.dtype).tiny)).cpu()
+        return total
+
+
+@contextmanager
+def _lora_factors(
+    model: nn.Module, layers: list[str], r: int, scaling: float, seed: int
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Inside, layers have factors A `[r, in]` and B `[out, r]` beside them, fp32."""
+    factors, hooks = {}, []
+    try:
+        for name in layers:
+            weight = weight_of(model, name)
+            generator = torch.Generator().manual_seed(stream_seed(seed, name))
+            a = (torch.rand(r, weight.shape[1], generator=generator) * 2 - 1) * weight.shape[1] ** -0.5
+            b = torch.zeros(weight.shape[0], r, device=weight.device, requires_grad=True)
+            factors[name] = (a.to(weight.device).requires_grad_(), b)
+            hooks.append(model.get_submodule(name).register_forward_hook(_beside(*factors[name], scaling)))
+        yield factors
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _beside(a: Tensor, b: Tensor, scaling: float) -> Any:
+    def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + (args[0].to(a.dtype) @ a.t() @ b.t() * scaling).to(output.dtype)
+
+    return hook
+
+
+@register_part("hessian_saliency")
+@dataclass(frozen=True)
+class HessianSaliency(StructuredPruning):
+    r"""Square of a unit's first-order Taylor term, :math:`I_S = (\sum_{i \in S} g_i w_i)^2`, averaged over batches, in
+    one ranking over all blocks and kinds (NViT's Hessian-aware saliency; Yang et al., 2023; official code NVlabs/NViT).
+
+    The square of the sum, not the sum of squares: it is the squared derivative by a gate on the unit, biases that go
+    with it included, so that no weight's gradient is made. With `latency`, :math:`I_S \leftarrow I_S - \eta \Delta_S`.
+    Units that score lowest go until `sparsity` of all their entries are gone; the best of each kind in each block
+    stays. Scores that are not finite are refused (released: 0, so that they go first).
+
+    The paper prunes a step at a time between updates, in chunks of units, and removes embedding and query-key widths
+    too; here units are heads and channels and go at once. A chunk is a unit.
+    """
+
+    latency: FrozenDict | dict[str, NonNegativeFloat] = field(default_factory=FrozenDict)
+    """What a unit less saves, by kind: `{"heads": 0.8, "channels": 0.01}`, in any unit; empty: nothing counts."""
+    eta: NonNegativeFloat = 5e-4
+    """Importance that a unit of time is worth."""
+
+    competes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if set(self.latency) - {HEADS, CHANNELS}:
+            raise ValueError(f"HessianSaliency.latency={dict(self.latency)!r} takes 'heads' and 'channels'.")
+
+    def score(
+        self,
+        model: nn.Module,
+        structures: list[BlockStructure],
+        kinds: frozenset[Kind],
+        data: CalibrationBatches,
+        seed: int,
+    ) -> Scored:
+        """See the class."""
+        found = _zeros(structures, kinds)
+        with without_weight_gradients(model), unit_gates(model, structures, kinds, biases=True) as gates:
+            for loss in data.losses(model):
+                read = torch.autograd.grad(loss, [gate.value for gate in gates])
+                for block, of_kinds in _by_unit(gates, read).items():
+                    for kind, sums in of_kinds.items():
+                        found[block][kind] += sums.square() / len(data.inputs)
+        for of_kinds in found.values():
+            for kind, scores in of_kinds.items():
+                scores -= self.eta * self.latency.get(kind, 0.0)
+        return Scored(found)
+
+    def keep(
+        self, model: nn.Module, structures: list[BlockStructure], found: Scored, sparsity: float
+    ) -> dict[str, dict[Kind, Tensor]]:
+        """All units compete (`unit_scores.kept_over_all`)."""
+        known = {structure.name: structure for structure in structures}
+        costs = {
+            block: {kind: entries_of_unit(model, known[block], kind) for kind in kinds}
+            for block, kinds in found.scores.items()
+        }
+        return kept_over_all(found.scores, costs, sparsity)
+
+
+@register_part("oba")
+@dataclass(frozen=True)
+class OBA(StructuredPruning):
+    r"""Optimal Brain Apoptosis: units by the quadratic form of the loss' Hessian (Sun et al., 2025; official code
+    NEU-REAL/OBA).
+
+    `fast`, the released fastOBA: :math:`h = \theta \odot (H \theta)` with the weights of all linear layers of the trunk
+    as :math:`\theta`, one double backward a batch, averaged over batches and summed over a unit's entries of each
+    matrix; :math:`|h|` of its matrices are added, or (`over_members="sum"`) the absolute value of their sum is taken;
+    both are divided by the largest of their group (kind and block). No first-order term, no 1/2, no biases; what a unit
+    shares with other units counts, so that it is no change of the loss.
+
+    `group`, the second-order change of the loss when S alone goes:
+    :math:`I_S = |\sum_{i \in S} (-g_i \theta_i + \frac12 \theta_i (H \theta_S)_i)|`, :math:`\theta_S` being 0 outside
+    of S, biases that go with it included. Exact with `probes=None`: a double backward a unit and batch. Else the
+    quadratic terms are estimated by so many random signs (Hutchinson).
+
+    Second derivatives need plain attention: PyTorch's fused kernels are switched off meanwhile. Activations of a whole
+    pass stay alive.
+    """
+
+    curvature: Literal["fast", "group"] = "fast"
+    """Which of the two."""
+    over_members: Literal["absolute", "sum"] = "absolute"
+    """`fast` only: how the matrices of a unit are joined."""
+    probes: PositiveInt | None = None
+    """`group` only: random signs a batch; None: exactly."""
+
+    def score(
+        self,
+        model: nn.Module,
+        structures: list[BlockStructure],
+        kinds: frozenset[Kind],
+        data: CalibrationBatches,
+        seed: int,
+    ) -> Scored:
+        """See the class."""
+        fast = self.curvature == "fast"
+        others = [layer.name for layer in prunable_layers(model)] if fast else []
+        with (
+            without_weight_gradients(model),
+            sdpa_kernel(SDPBackend.MATH),
+            unit_gates(model, structures, kinds, others, biases=not fast) as gates,
+        ):
+            values = [gate.value for gate in gates]
+            total = [torch.zeros_like(value, requires_grad=False) for value in values]
+            for number, loss in enumerate(data.losses(model)):
+                first = torch.autograd.grad(loss, values, create_graph=True)
+                terms = _hessian_row_sums(first, values) if fast else self._changes(first, gates, number, seed)
+                for sums, term in zip(total, terms, strict=True):
+                    sums += term / len(data.inputs)
+        mine = [(gate, sums) for gate, sums in zip(gates, total, strict=True) if gate.kind in kinds]
+        if not fast:
+            return Scored(_absolute(_by_unit([g for g, _ in mine], [s for _, s in mine])))
+        if self.over_members == "absolute":
+            mine = [(gate, sums.abs()) for gate, sums in mine]
+        found = _absolute(_by_unit([g for g, _ in mine], [s for _, s in mine]))
+        for of_kinds in found.values():
+            for scores in of_kinds.values():
+                scores /= scores.max().clamp(min=torch.finfo(scores.dtype).tiny)
+        return Scored(found)
+
+    def _changes(self, first: tuple[Tensor, ...], gates: list[Gate], number: int, seed: int) -> list[Tensor]:
+        """Each member's part of the change when its unit goes."""
+        values, of_unit = [gate.value for gate in gates], {}
+        for at, gate in enumerate(gates):
+            of_unit.setdefault((gate.block, gate.kind), []).append(at)
+        quadratic = [torch.zeros_like(value, requires_grad=False) for value in values]
+        if self.probes is None:
+            for members in of_unit.values():
+                for unit in range(len(values[members[0]])):
+                    rows = torch.autograd.grad(
+                        sum(first[at][unit] for at in members), [values[at] for at in members],
+                        retain_graph=True, allow_unused=True,
+                    )  # fmt: skip
+                    for at, row in zip(members, rows, strict=True):
+                        if row is not None:
+                            quadratic[at][unit] = row[unit]
+        else:
+            generator = torch.Generator().manual_seed(stream_seed(seed, f"probes {number}"))
+            for _ in range(self.probes):
+                signs = {
+                    key: (torch.rand(len(values[members[0]]), generator=generator) < 0.5).float() * 2 - 1
+                    for key, members in of_unit.items()
+                }
+                drawn = [signs[gate.block, gate.kind].to(gate.value.device) for gate in gates]
+                rows = _hessian_product(first, values, drawn)
+                for at, row in enumerate(rows):
+                    quadratic[at] += drawn[at] * row / self.probes
+        return [-slope.detach() + square / 2 for slope, square in zip(first, quadratic, strict=True)]
+
+
+def _hessian_row_sums(first: tuple[Tensor, ...], values: list[Tensor]) -> list[Tensor]:
+    return _hessian_product(first, values, [torch.ones_like(value, requires_grad=False) for value in values])
+
+
+def _hessian_product(first: tuple[Tensor, ...], values: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    # Without a path a second derivative is 0: a model whose loss is linear in all gates has no graph at all.
+    if not any(slope.requires_grad for slope in first):
+        return [torch.zeros_like(value, requires_grad=False) for value in values]
+    dot = sum((slope * part).sum() for slope, part in zip(first, vector, strict=True))
+    rows = torch.autograd.grad(dot, values, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(v, requires_grad=False) if row is None else row for row, v in zip(rows, values, strict=True)
+    ]
+
+
+def _zeros(structures: list[BlockStructure], kinds: frozenset[Kind]) -> UnitScores:
+    return {s.name: {kind: torch.zeros(s.units(kind)) for kind in sorted(kinds)} for s in structures}
+
+
+def _by_unit(gates: list[Gate], values: Any) -> UnitScores:
+    """Sums over the members of each unit."""
+    found: UnitScores = {}
+    for gate, value in zip(gates, values, strict=True):
+        of_kinds = found.setdefault(gate.block, {})
+        value = value.detach().float().cpu()
+        of_kinds[gate.kind] = of_kinds[gate.kind] + value if gate.kind in of_kinds else value
+    return found
+
+
+def _absolute(scores: UnitScores) -> UnitScores:
+    return {block: {kind: value.abs() for kind, value in kinds.items()} for block, kinds in scores.items()}
