@@ -19,7 +19,7 @@ from .structure import BlockStructure, Member, structures_of
 from .structured_methods import OBA, HessianSaliency, LoRAPrune, StructuredPruning
 from .structured_patterns import Blocks, Heads, Rows
 from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
-from .walk import PruningReport, prune_model
+from .walk import prune_model
 
 __all__ = [
     "CFSP",
