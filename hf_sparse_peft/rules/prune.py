@@ -53,6 +53,12 @@ class Prune(Rule):
     """What is thinned out: the support of a sparse adapter, or the mask of a masked one."""
     score: Literal["merged", "base"] = "merged"
     """Of a mask: whether entries are ranked by :math:`|W + D|`, or by the base weight's :math:`|W|` alone."""
+    unit: Literal["steps", "compute"] = "steps"
+    r"""What `start` and `end` are fractions of: the run's steps, or its compute, where a step costs
+    :math:`f + (1-f)` times what lives (Jin et al., 2025). Early steps are dense and dear, so that the window lies
+    earlier in the run."""
+    fixed_share: Annotated[float, Range(least=0, below=1)] = 0.0
+    """With `unit="compute"` the part f of a dense step's compute that pruning leaves: embeddings, attention, a head."""
 
     writes: ClassVar[frozenset[str]] = frozenset({"units"})
     within: ClassVar[frozenset[str]] = frozenset({"regrow"})
@@ -60,6 +66,8 @@ class Prune(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.start < self.end, self, "start", f"a fraction of the run from 0 to below end={self.end}")
+        accepted = "0 with unit='steps', where compute does not count"
+        require(self.unit == "compute" or not self.fixed_share, self, "fixed_share", accepted)
 
     @property
     def acts_on(self) -> frozenset[str]:
@@ -85,9 +93,24 @@ class Prune(Rule):
         progress = (update - first) / (last - first)
         return Cubic(1.0, self.final_fraction)(min(max(progress, 0.0), 1.0))
 
+    def window(self) -> tuple[float, float]:
+        r"""Where pruning starts and ends, as fractions of the run's steps.
+
+        With `unit="compute"` and :math:`\sigma = (1-f)(1-\mathrm{final})`: a cubic ramp has 3/4 of its end's sparsity
+        in the mean, so the run's compute relative to a dense one is :math:`C = 1 / (a + \frac{b-a}{1 - .75\sigma} +
+        \frac{1-b}{1-\sigma})`, pruning starts at :math:`a\,C` and lasts :math:`\frac{(b-a)\,C}{1 - .75\sigma}`.
+        """
+        if self.unit == "steps":
+            return self.start, self.end
+        sigma = (1 - self.fixed_share) * (1 - self.final_fraction)
+        ramp = (self.end - self.start) / (1 - 0.75 * sigma)
+        compute = 1 / (self.start + ramp + (1 - self.end) / (1 - sigma))
+        return self.start * compute, (self.start + ramp) * compute
+
     def _window(self, total_steps: int) -> tuple[int, int]:
         # Whole steps, or the fraction at the step nearest to `end` would not be the final one.
-        return round(self.start * total_steps), round(self.end * total_steps)
+        first, last = self.window()
+        return round(first * total_steps), round(last * total_steps)
 
     # In training
 

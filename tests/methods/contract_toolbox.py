@@ -172,7 +172,7 @@ def adapted(name: str, folder: Path, kind: str):
     method, base = build(name), load_base(folder, kind)
     torch.manual_seed(1)  # the draw of low-rank factors
     model = get_peft_model(base, method.config)
-    if isinstance(method.config, MaskedLoraConfig):
+    if isinstance(method.config, MaskedLoraConfig) and method.config.mask == "given":
         keep_all(model)
     method.prepare(model, first_run=lambda: _two_checkpoints(folder))
     return model, method

@@ -8,6 +8,7 @@ from .masking import HardMask, Masking
 from .masks import set_masks
 from .model import MaskedLoraModel
 from .spaces import MaskSpace
+from .structured_scores import StructuredScores
 from .updates import DenseUpdate, LowRankUpdate, MaskedUpdate, NoUpdate, ScaleUpdate
 from .weight import MaskedWeight
 
@@ -27,5 +28,6 @@ __all__ = [
     "Masking",
     "NoUpdate",
     "ScaleUpdate",
+    "StructuredScores",
     "set_masks",
 ]

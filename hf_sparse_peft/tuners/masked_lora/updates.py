@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,10 @@ class MaskedUpdate(BringsTensors):
         return dict(zip(own, found, strict=True))
 
 
+def _normal(*shape: int) -> Callable[[torch.Generator | None], Tensor]:
+    return lambda generator: torch.randn(shape, generator=generator)
+
+
 def _drawn(*shape: int) -> Callable[[torch.Generator | None], Tensor]:
     return lambda generator: nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
@@ -99,10 +103,18 @@ class LowRankUpdate(MaskedUpdate):
     r""":math:`D = s\,B A`, with `A` `[r, in]` and `B` `[out, r]` of the config's `r` and :math:`s` (MaskLoRA of PERP;
     Zimmer et al., 2023). `A` is Kaiming-uniform, `B` starts at 0."""
 
+    start: Literal["lora", "normal"] = "lora"
+    """"normal": `B` is drawn from N(0, 1), and `A` starts at 0 (PST)."""
+
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def specs(self, config: Any, rows: int, cols: int) -> list[TensorSpec]:
         """`A` and `B`."""
+        if self.start == "normal":
+            return [
+                TensorSpec("A", (config.r, cols), start=None if config.init_weights else _drawn(config.r, cols)),
+                TensorSpec("B", (rows, config.r), start=_normal(rows, config.r)),
+            ]
         return [
             TensorSpec("A", (config.r, cols), start=_drawn(config.r, cols)),
             TensorSpec("B", (rows, config.r), start=None if config.init_weights else _drawn(rows, config.r)),
