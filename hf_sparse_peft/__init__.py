@@ -112,6 +112,7 @@ from .tuners import (
     StructureConfig,
     restore_fp32,
     set_masks,
+    sparsity_report,
 )
 from .utils.parts import register_part
 
@@ -223,6 +224,7 @@ __all__ = [
     "restore_fp32",
     "save_support",
     "set_masks",
+    "sparsity_report",
     "support_from_checkpoints",
     "trainer_class_for",
     "trainer_options",

@@ -7,6 +7,7 @@ from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
 from .shared.mixed import serve_mixed_models
+from .shared.sparsity_report import SparsityReport, sparsity_report
 from .sparse_lora import (
     FactorMaskConfig,
     GradientProjection,
@@ -40,6 +41,7 @@ __all__ = [
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
+    "SparsityReport",
     "SpectralLoraConfig",
     "SpectralLoraLayer",
     "SpectralLoraModel",
@@ -48,4 +50,5 @@ __all__ = [
     "adapter_layers",
     "restore_fp32",
     "set_masks",
+    "sparsity_report",
 ]

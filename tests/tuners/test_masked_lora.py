@@ -134,28 +134,6 @@ def test_zeros_survive_in_nf4_and_a_merge_requantises_none_away(tmp_path):
         assert not layer.dense_base_weight()[gone].any(), layer.module_name
 
 
-def test_what_it_keeps_for_the_backward_pass_is_a_loras_without_its_inner_products():
-    def kept(model):
-        seen = {}
-
-        def pack(tensor):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.train()(input_ids=IDS, labels=IDS)
-        return sum(size for place, size in seen.items() if place not in own)
-
-    base, _ = pruned()
-    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, **TARGETS))
-    masked = adapted(base)
-    assert kept(masked) <= kept(lora)
-    bits = sum(b.nbytes for name, b in masked.named_buffers() if "_mask" in name)
-    weights = sum(layer.out_features * layer.in_features for layer in adapter_layers(masked))
-    assert bits == weights / 8
-
-
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
     def run(out, **options):
         model = adapted(pruned()[0], init_weights=True)

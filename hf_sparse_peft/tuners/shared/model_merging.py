@@ -12,6 +12,7 @@ from .idle_layers import stop_watching
 from .layer import AdapterLayer
 from .merge import embeddings_tied, refuse_shared_modules, untie_embeddings
 from .rollback import unchanged_on_error, uninterrupted
+from .sparsity_report import SparsityReport, sparsity_report
 
 
 class ModelMerging:
@@ -70,6 +71,10 @@ class ModelMerging:
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         refuse_shared_modules(self.model)
+
+    def sparsity_report(self) -> SparsityReport:
+        """The zeros of every linear weight, counted before and as merged; see `sparsity_report`."""
+        return sparsity_report(self.model)
 
     def merge_errors(self) -> dict[str, float]:
         """Relative Frobenius error of each merged quantised weight, by module name: what re-rounding lost."""
