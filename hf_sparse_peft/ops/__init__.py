@@ -20,6 +20,7 @@ from .linear import sparse_linear
 from .sources import DenseSource, DequantizedSource, Source, Support, shifted
 from .subgrid import add_subgrid_, put_columns_, read_subgrid, subgrid_gradient, take_columns, write_subgrid_
 from .units import add_units_, read_units, unit_gradient, write_units_
+from .unread import are_read, gradients_unread
 
 __all__ = [
     "CHUNK",
@@ -32,11 +33,13 @@ __all__ = [
     "Support",
     "add_subgrid_",
     "add_units_",
+    "are_read",
     "autocast_dtype",
     "autocast_off",
     "chunk_count",
     "diagonal_shape",
     "entry_lines",
+    "gradients_unread",
     "live_lines",
     "pack_entries",
     "pack_units",

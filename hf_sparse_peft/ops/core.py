@@ -18,6 +18,7 @@ from .sources import DenseSource, Source, Support
 from .subgrid import subgrid_gradient, take_columns
 from .support_product import add_support_product_, add_transposed_support_product_, beside_form, runs_beside
 from .units import column_gradient, compacted_gradient, narrowed_blocks, unit_gradient
+from .unread import are_read
 
 
 class GradientReader(Protocol):
@@ -212,8 +213,8 @@ def _weight(
 
 
 def _values_gradient(dy, x2d, support, plan, needed, columns_only, dy_rows) -> torch.Tensor | None:
-    reader = plan.gradient_reader
-    if plan.passive_reader is not None:
+    reader = plan.gradient_reader if are_read() else None
+    if plan.passive_reader is not None and are_read():
         plan.passive_reader(dy.t() @ x2d)
     if reader is not None:
         wanted = reader.wanted_units() if hasattr(reader, "wanted_units") else None

@@ -21,6 +21,10 @@ freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
 distil.py        the base without its adapter as a teacher
 penalties.py     L1 and nuclear norm on what trains
+lobster.py, serene.py, mask_sparsity.py     pulls on what the loss or the outputs do not need, or that is to go
+plateau_threshold.py    units below a threshold leave once the loss is flat
+group_envelope.py, half_space.py, hesso.py     groups that become 0 whole    groups.py    units as groups of numbers
+neuron_sensitivity.py   how much outputs depend on pre-activations
 sample_layers.py, switch_layers.py    drawn transformer layers train    drawn_layers.py    what they share
 probing.py       passes beside training
 """
@@ -37,12 +41,18 @@ from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
 from .frobenius_decay import FrobeniusDecay
 from .gradient_noise import GradientNoise
+from .group_envelope import GroupEnvelope
 from .group_lasso import GroupLasso
 from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
+from .half_space import HalfSpace
+from .hesso import Hesso
+from .lobster import Lobster
+from .mask_sparsity import MaskSparsity
 from .moves import MoveResult, move_units
 from .orthogonality import Orthogonality
 from .penalties import L1Penalty, NuclearNorm
+from .plateau_threshold import PlateauThreshold
 from .proximal_gate import ProximalGate
 from .prune import Prune
 from .random_growth import Random, RandomUnfired
@@ -55,6 +65,7 @@ from .sample_rank import SampleRank
 from .sample_vectors import SampleVectors
 from .scores import ModuleSensitivity, Smoothed, TrainingScore, Windowed
 from .search_support import SearchSupport
+from .serene import SeReNe
 from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
 from .switch_layers import SwitchLayers
@@ -81,12 +92,17 @@ __all__ = [
     "FrobeniusDecay",
     "Gradient",
     "GradientNoise",
+    "GroupEnvelope",
     "GroupLasso",
     "GrowRank",
     "Growth",
+    "HalfSpace",
+    "Hesso",
     "L1Penalty",
+    "Lobster",
     "LowRankMagnitude",
     "Magnitude",
+    "MaskSparsity",
     "ModuleSensitivity",
     "ModuleSpace",
     "Move",
@@ -94,6 +110,7 @@ __all__ = [
     "NuclearNorm",
     "Orthogonality",
     "OwnClock",
+    "PlateauThreshold",
     "ProximalGate",
     "Prune",
     "Random",
@@ -107,6 +124,7 @@ __all__ = [
     "SampleLayers",
     "SampleRank",
     "SampleVectors",
+    "SeReNe",
     "SearchSupport",
     "Sensitivity",
     "SignedMagnitude",

@@ -50,6 +50,8 @@ class Training:
     """Whether the scaler has left the current step's update out."""
     dataloader: Iterable | None = None
     """The training data, where the loop hands it out."""
+    evaluate: Callable[[nn.Module], float] | None = None
+    """The loss that the loop evaluates, of the model as it is; None where it has none."""
     arguments: Any = None
     """The Trainer's arguments; None in a plain loop."""
     show_progress: bool = False
@@ -271,8 +273,9 @@ class Run:
         if self.rule.undecayed and self.optimizer is not None:
             groups = [group for group in innermost(self.optimizer).param_groups if group.get("weight_decay")]
             decayed = {id(parameter) for group in groups for parameter in group["params"]}
-            held = [space.scored_parameters() for space in self.spaces()]
-            names = [name for name in sorted(self.rule.undecayed) if any(id(one[name][0]) in decayed for one in held)]
+            held = [pair for space in self.spaces() for pair in space.scored_parameters().items()]
+            named = {name for name, (parameter, _) in held if id(parameter) in decayed}
+            names = sorted(self.rule.undecayed & named)
             if names:
                 warnings.warn(
                     f"{type(self.rule).__name__}: weight decay shrinks what is to have none ({', '.join(names)}). Take "

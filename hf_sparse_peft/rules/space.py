@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -144,6 +145,15 @@ class UnitSpace:
             ValueError: says what and how to get it.
         """
 
+    def largest_entries(self) -> Tensor:
+        """`[a]` fp32: the largest |entry| of what each living unit adds to the weight."""
+        raise ValueError(f"Nothing tells how much units of kind '{self.kind}' of '{self.name}' add to the weight.")
+
+    def without(self, units: Tensor) -> AbstractContextManager[None]:
+        """Inside, the living units at the places `units` of `alive()` (bool `[a]`) add nothing; all of them do again on
+        leaving, to the bit."""
+        raise ValueError(f"Units of kind '{self.kind}' of '{self.name}' cannot be left out for a while.")
+
     def apply_mask(self) -> None:
         """Zero what makes dead units add nothing, where an optimizer may have moved it; nothing where they are gone."""
 
@@ -194,6 +204,17 @@ def unit_sums(values: Tensor) -> Tensor:
     return values.detach().float().abs().unsqueeze(1).flatten(1).sum(1)
 
 
+@contextmanager
+def zeroed(parameter: nn.Parameter, slices: Tensor) -> Iterator[None]:
+    """Inside, these slices along the first axis are 0; they are put back to the bit."""
+    before = parameter.detach()[slices].clone()
+    parameter.data[slices] = 0
+    try:
+        yield
+    finally:
+        parameter.data[slices] = before
+
+
 @dataclass(frozen=True)
 class ComponentSpace(UnitSpace):
     """Rank-one components of factors `A` `[r, in]` and `B` `[out, r]`, with a gate or without: component i is row i of
@@ -225,6 +246,25 @@ class ComponentSpace(UnitSpace):
     def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
         """Components lie along the rows of A, the columns of B, and the gate."""
         return [(parameter, 1 if parameter is self.B else 0) for parameter in self.parameters()]
+
+    @property
+    def scale(self) -> float:
+        r"""What :math:`B\,\mathrm{diag}(g)\,A` is multiplied by in the update."""
+        return 1.0
+
+    @torch.no_grad()
+    def largest_entries(self) -> Tensor:
+        r"""`[a]` fp32: the largest entry of :math:`|s g_i B_i A_i|`."""
+        alive = self.alive().long().to(self.A.device)
+        gate = 1.0 if self.gate is None else self.gate.flatten()[alive].float()
+        largest = self.B[:, alive].float().abs().amax(0) * self.A[alive].float().abs().amax(1)
+        return (largest * gate * self.scale).abs()
+
+    @contextmanager
+    def without(self, units: Tensor) -> Iterator[None]:
+        """Their gates are 0 inside."""
+        with zeroed(self.gate, self.alive().long().to(self.gate.device)[units]):
+            yield
 
     def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
         """Gate (if any), A, B."""

@@ -94,6 +94,19 @@ class UpdateMask:
         """
         self._factors[rule] = list(parts)
 
+    def held_numbers(self, parameter: nn.Parameter) -> Tensor | None:
+        """Bool of the parameter's shape: the numbers whose value is held still at this step; None where none is. What a
+        rule writes after an update leaves them as they are."""
+        if any(id(parameter) in held for held in self._held.values()):
+            return torch.ones_like(parameter, dtype=torch.bool)
+        found = None
+        for mask, _, keep_value in self._masks_of(parameter):
+            if keep_value:
+                wide = mask if mask.shape == parameter.shape else mask.view(-1, *[1] * (parameter.dim() - 1))
+                held = wide.bool().expand_as(parameter)
+                found = held if found is None else found | held
+        return found
+
     def _zero(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         for mask, *_ in self._masks_of(parameter):
             held = mask.bool() if mask.shape == gradient.shape else mask.bool().view(-1, *[1] * (gradient.dim() - 1))

@@ -24,6 +24,7 @@ from .allocation import (
     proportional_counts,
     uniform_counts,
 )
+from .bisection import largest_within
 from .bits import pack_bits, unpack_bits
 from .block_gradient import BlockGradient, WarmedBlockGradient
 from .budget import Budget, Competition, CountedUnits, Targets, Total
@@ -51,6 +52,7 @@ from .curves import (
     make_curve,
     whole_steps,
 )
+from .group_envelope import envelope, envelope_prox, envelope_shares
 from .n_of_m import lowest_of_rows, n_of_m_mask
 from .patterns import Everywhere, Grid, Pattern, Region, region_of
 from .scores import (
@@ -153,10 +155,14 @@ __all__ = [
     "dead_zone_threshold",
     "decode_support",
     "encode_support",
+    "envelope",
+    "envelope_prox",
+    "envelope_shares",
     "erdos_renyi_counts",
     "erdos_renyi_densities",
     "excluding",
     "global_counts",
+    "largest_within",
     "lowest_of_rows",
     "make_curve",
     "make_score",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -60,6 +60,7 @@ class Controller:
         scaler: the `torch.amp.GradScaler` of an fp16 loop; accelerate's is found by itself.
         dataloader: the training data, for rules that look at it before the first step and for adapters that start from
             data (`calibrate`).
+        evaluate: gives the loss of the model on data kept back, for rules that prune by it (`PlateauThreshold`).
         state: `state_dict()` of the run that goes on, whose model and optimizer have been loaded.
         show_progress: whether rules may draw progress bars.
 
@@ -80,6 +81,7 @@ class Controller:
         accumulation: int = 1,
         scaler: Any = None,
         dataloader: Iterable | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
         state: dict[str, Any] | None = None,
         show_progress: bool = False,
     ) -> None:
@@ -105,6 +107,7 @@ class Controller:
             fp16=scaler is not None,
             scaler=scaler,
             dataloader=dataloader,
+            evaluate=evaluate,
             show_progress=show_progress,
             resumed=state is not None and state["step"] > 0,
         )

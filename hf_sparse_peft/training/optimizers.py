@@ -184,11 +184,12 @@ def _component_axes(model: nn.Module) -> dict[int, int]:
 def _no_decay_of_rules(model: nn.Module) -> Callable[[str, nn.Parameter], dict[str, float]]:
     """Options for `parameter_groups`: weight decay 0 for what rules want to have none."""
     undecayed = {
-        id(space.scored_parameters()[name][0])
+        id(parameter)
         for config, space in _active_spaces(model)
         for rule in config.rules
-        if space.kind in rule.acts_on
-        for name in rule.undecayed
+        if space.kind in rule.acts_on and rule.undecayed
+        for name, (parameter, _) in space.scored_parameters().items()
+        if name in rule.undecayed
     }
     return lambda _, parameter: {"weight_decay": 0.0} if id(parameter) in undecayed else {}
 

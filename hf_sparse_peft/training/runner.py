@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from ..rules import Rule, Training
 from ..tuners import restore_fp32
 from ..tuners.shared.live_run import current_trainer
+from .evaluation import evaluation_of
 from .executor import RuleExecutor, has_schedule, trained_adapters
 from .loss_watch import LossWatch, watch_losses
 from .trainer_checks import check_run, refuse_sharded
@@ -28,6 +30,9 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
 
     restored: ClassVar[dict[str, dict[str, Any]]] = {}
     """Set by Trainer where it makes callbacks anew from a checkpoint; `on_train_begin` reads the checkpoint itself."""
+
+    evaluate: Callable[[nn.Module], float] | None = None
+    """Gives the loss that rules prune by (`PlateauThreshold`); None: the Trainer's own, on its `eval_dataset`."""
 
     _watch: LossWatch | None = None
 
@@ -80,6 +85,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             clips=bool(args.max_grad_norm),
             fp16=bool(args.fp16),
             dataloader=kwargs.get("train_dataloader"),
+            evaluate=self.evaluate or evaluation_of(current_trainer()),
             arguments=args,
             show_progress=not args.disable_tqdm and state.is_world_process_zero,
             resumed=bool(state.global_step),

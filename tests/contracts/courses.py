@@ -107,6 +107,13 @@ RULES: dict[str, dict[str, Any]] = {
     "stable_rank": {"every": 1, "window": 2, "last": 2, "threshold": 10.0, "first": 1, "only": RANKS},
     "group_lasso": {"weight": 3.0, "every": 2, "only": RANKS},
     "grow_rank": {"every": 1, "warmup": 2, "modules": 1, "only": RANKS},
+    "lobster": {"weight": 0.05},
+    "serene": {"weight": 0.05, "projections": 2},
+    "plateau_threshold": {"tolerance": 0.5, "patience": 1, "every": 2, "slack": -0.5, "data": "training"},
+    "mask_sparsity": {"weight": 0.5, "start": 0.25, "end": 0.75},
+    "group_envelope": {"weight": 20.0, "only": (*SUPPORTS, *RANKS)},
+    "half_space": {"weight": 0.5, "epsilon": 0.5},
+    "hesso": {"periods": 2, "start": 0.2, "end": 0.8},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...ops import are_read
 from ..shared.layer import AdapterLayer
 from ..shared.merge import MergeMixin
 from ..shared.parameters import ParameterWeight
@@ -127,10 +129,15 @@ class SparseLoraParameter(nn.Module, MergeMixin, SparseLoraLayer):
             if hasattr(reader, "expect"):
                 reader.expect()
             if adapted.requires_grad:
-                adapted.register_hook(lambda gradient, reader=reader: reader(gradient.detach().flatten(0, -2)))
+                adapted.register_hook(partial(_read, reader))
 
     def __repr__(self) -> str:
         return "sparse_lora." + super().__repr__()
+
+
+def _read(reader: Callable[[torch.Tensor], None], gradient: torch.Tensor) -> None:
+    if are_read():
+        reader(gradient.detach().flatten(0, -2))
 
 
 def _refresh_units(layer: SparseLoraParameter, incompatible_keys: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rules import ComponentSpace, ExpertDraw, UnitSpace
+from ...rules.space import zeroed
 from ...sparsity import Pattern, UnitGrid
 from .factors import drawn_expert, forward_factors
 from .subnet_spaces import SubnetColumns, SubnetRows, WeightSpace
@@ -93,6 +94,16 @@ class SupportSpace(WeightSpace):
         """The values."""
         return {"values": (self.values, 0)}
 
+    def largest_entries(self) -> Tensor:
+        """`[a]` fp32: the largest |value| of each unit, as it is in the update."""
+        return self.living_values().float().abs().unsqueeze(1).flatten(1).amax(1) * abs(self.scaling)
+
+    @contextmanager
+    def without(self, units: Tensor) -> Iterator[None]:
+        """Their values are 0 inside."""
+        with zeroed(self.values, units.nonzero().squeeze(1)):
+            yield
+
     def write(self, units: Tensor) -> None:
         """Make `units` the support."""
         self.layer.write_support(self.adapter, units)
@@ -172,6 +183,11 @@ class RankSpace(ComponentSpace):
     def scalings(self) -> dict[str, float]:
         """The layer's own dictionary, adapter -> what `B A` is multiplied by."""
         return self.layer.sparse_lora_scaling
+
+    @property
+    def scale(self) -> float:
+        """What `B diag(g) A` is multiplied by."""
+        return self.scalings[self.adapter]
 
     @property
     def mask(self) -> Tensor:
