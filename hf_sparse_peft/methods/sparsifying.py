@@ -31,7 +31,7 @@ def lobster(
     entries of a sparse adapter. The authors train with SGD without momentum or weight decay, lr 0.1, a patience of 20
     epochs, and take a flat loss for no plateau (`PlateauThreshold.slack=0.01`; here 0)."""
     rules = [Lobster(weight), PlateauThreshold(tolerance, patience, every, slack=0.0, data=data)]
-    return row(overrides, r=0, density=density, schedule=rules)
+    return row(overrides, r=0, density=density, schedule=rules, target_modules="all-linear")
 
 
 @register(
@@ -78,7 +78,7 @@ def mask_sparsity(r: int = 16, fraction: float = 0.5, weight: float = 5e-4, **ov
     cost="one number a component",
 )
 def wgsef(r: int = 16, kept: float = 0.5, weight: float = 1.0, **overrides: Any) -> Method:
-    """Group sparse envelope of `kept` of the components, on the gates of a LoRA; the paper prunes groups of whole
+    """Group sparse envelope of `kept` of the components, on the gates of a LoRA, from N(0, 1) as SoRA's; the paper prunes groups of whole
     networks. `weight` is this project's."""
     return row(overrides, r=r, schedule=[GroupEnvelope(weight, kept)], optimizer=AdamWSpec(), **_ALL_LINEAR)
 

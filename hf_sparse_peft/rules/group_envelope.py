@@ -54,7 +54,7 @@ class GroupEnvelope(Rule):
     writes: ClassVar[frozenset[str]] = frozenset({"units", "values"})
     needs: ClassVar[frozenset[str]] = frozenset({"gate"})
     undecayed: ClassVar[frozenset[str]] = frozenset({"gate"})
-    gate: ClassVar[str] = "ones"
+    gate: ClassVar[str] = "normal"
 
     def begin(self, run: Run) -> None:
         """Nothing is to be done yet."""

@@ -91,7 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lobster": {"schedule": [Lobster(0.05), PlateauThreshold(0.5, 1, 2, slack=-0.5, data="training")]},
     "serene": {"schedule": [SeReNe(0.05), PlateauThreshold(0.5, 1, 2, slack=-0.5, data="training")]},
     "wgsef": {"weight": 20.0},
-    "hspg": {"weight": 0.5, "epsilon": 0.5},
+    "hspg": {"weight": 0.05, "epsilon": 0.99},
     "hesso": {"periods": 2},
     "gradual-pruning": {
         "schedule": [{"type": "prune", "final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7}]

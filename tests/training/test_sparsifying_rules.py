@@ -437,7 +437,7 @@ def test_half_space_steps_are_the_papers_loop():
         for i, (a, b, g) in enumerate(groups[4 * at : 4 * at + 4]):
             assert torch.allclose(A[i].double(), a, atol=1e-4)
             assert torch.allclose(B[:, i].double(), b, atol=1e-4)
-            assert float(gate[i]) == pytest.approx(float(g), abs=1e-4)
+            assert gate[i].item() == pytest.approx(float(g), abs=1e-4)
             dead += float(g) == 0
     assert 0 < dead < 8
     assert sum(layer.alive_components("default") for layer in layers) == 8 - dead
