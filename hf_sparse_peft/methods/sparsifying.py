@@ -78,8 +78,8 @@ def mask_sparsity(r: int = 16, fraction: float = 0.5, weight: float = 5e-4, **ov
     cost="one number a component",
 )
 def wgsef(r: int = 16, kept: float = 0.5, weight: float = 1.0, **overrides: Any) -> Method:
-    """Group sparse envelope of `kept` of the components, on the gates of a LoRA, from N(0, 1) as SoRA's; the paper prunes groups of whole
-    networks. `weight` is this project's."""
+    """Group sparse envelope of `kept` of the components, on the gates of a LoRA, which start at N(0, 1) as SoRA's; the
+    paper prunes groups of whole networks. `weight` is this project's."""
     return row(overrides, r=r, schedule=[GroupEnvelope(weight, kept)], optimizer=AdamWSpec(), **_ALL_LINEAR)
 
 
