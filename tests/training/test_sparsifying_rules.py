@@ -452,7 +452,7 @@ def test_a_period_of_five_multiplies_by_four_factors_and_what_is_gone_stays_gone
     found = {}
 
     def look(step):
-        found[step] = [[round(float(a / b), 4) for a, b in zip(factors_of(layer)[2], one[2], strict=True)]
+        found[step] = [[round((a / b).item(), 4) for a, b in zip(factors_of(layer)[2], one[2], strict=True)]
                        for layer, one in zip(layers, start, strict=True)]  # fmt: skip
 
     G = torch.full((ROWS, COLS), 1e-3)
