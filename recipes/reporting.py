@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_table(rows: list[tuple[str, str, str]], title: str) -> None:
-    """Print `(figure, before, after)` rows."""
+def print_table(rows: list[tuple[str, ...]], title: str, columns: tuple[str, ...] = ("before", "after")) -> None:
+    """Print `(figure, before, after)` rows, or others of a name and as many values as `columns`."""
     table = Table(title=title)
     table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     Console(width=100).print(table)

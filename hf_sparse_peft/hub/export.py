@@ -111,7 +111,7 @@ def export_lora(
         factors = {name: _padded(*halves, padded) for name, halves in factors.items()}
         ranks = dict.fromkeys(ranks, padded)
     default = Counter(ranks.values()).most_common(1)[0][0]
-    pattern, bias = _rank_pattern(ranks, default), getattr(config, "bias", "none")
+    pattern, bias = rank_pattern_of(ranks, default), getattr(config, "bias", "none")
     lora = LoraConfig(
         r=default,
         lora_alpha=default,
@@ -348,7 +348,7 @@ def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
 
 
-def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
+def rank_pattern_of(ranks: dict[str, int], default: int) -> dict[str, int]:
     """peft takes the first key that matches the end of a module's name, as a regex: longer names go first."""
     longest_first = sorted(ranks, key=lambda name: (-len(name), name))
     pattern = {name: ranks[name] for name in longest_first if ranks[name] != default}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from ..pruning.light_peft import EstimateImportance, LightPEFTCallback
+from ..pruning.lora_prune import LoRAPruneCallback, PruneUnits
+from ..pruning.unit_masks import mask_units
 from ..tuners import MaskedLoraConfig
 from .registry import Method, register
+from .upstream import Rules, upstream_method
 
 
 @register(
@@ -21,3 +26,59 @@ def mask_lora(r: int = 16, lora_alpha: float = 32, mask: str = "zeros", **overri
     train with AdamW without weight decay, linear decay after 10 % warm-up, rates of 5e-6 to 5e-4."""
     options = {"r": r, "lora_alpha": lora_alpha, "mask": mask, "target_modules": "all-linear"}
     return Method(MaskedLoraConfig(**{**options, **overrides}))
+
+
+@register(
+    "loraprune",
+    paper="Zhang et al., 2024 (LoRAPrune)",
+    moves="heads and channels of the base: masked along a cubic curve",
+    use_when="a base is to become smaller while it is tuned; slice_model cuts it afterwards",
+    cost="two dense matrices of each adapted weight, one after the other, at each step",
+    upstream="LoraConfig",
+)
+def loraprune(
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.05,
+    sparsity: float = 0.5,
+    start: float = 0.1,
+    end: float = 0.9,
+    every: int = 10,
+    schedule: Rules = (),
+    **overrides: Any,
+) -> Method:
+    """A LoRA, and `PruneUnits` by the gradient that it estimates. The authors train with batches of 128 at 1e-4."""
+    rule = PruneUnits(sparsity=sparsity, start=start, end=end, every=every)
+    options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    return upstream_method("LoraConfig", schedule, overrides, partial(LoRAPruneCallback, rule), **options)
+
+
+@register(
+    "light-peft",
+    paper="Gu et al., 2024 (Light-PEFT)",
+    moves="nothing: factors on heads and channels train beside the LoRA, and say what a second run can do without",
+    use_when="base and adapter are to be cut before a long run, after a short one",
+    cost="a factor a head and channel; norms of all modules' outputs in the second half of the steps",
+    upstream="LoraConfig",
+)
+def light_peft(
+    r: int = 8,
+    lora_alpha: float = 16,
+    l1: float = 1e-4,
+    head_rate: float = 100.0,
+    channel_rate: float = 50.0,
+    schedule: Rules = (),
+    **overrides: Any,
+) -> Method:
+    """The first of two stages (800 steps at 3e-4 in the paper): `callback.importance.second_stage()` says what is left
+    for `slice_model` of the base as it was, and for the LoRA of the second."""
+    rule = EstimateImportance(l1=l1, head_rate=head_rate, channel_rate=channel_rate)
+    return upstream_method(
+        "LoraConfig",
+        schedule,
+        overrides,
+        partial(LightPEFTCallback, rule),
+        partial(mask_units, trained=True),
+        r=r,
+        lora_alpha=lora_alpha,
+    )

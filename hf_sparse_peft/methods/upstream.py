@@ -10,8 +10,7 @@ save these with `path_initial_model_for_weight_conversion`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -44,10 +43,33 @@ def upstream_config(name: str, **options: Any) -> PeftConfig:
 
 
 def _method(config_class: str, schedule: Rules, overrides: dict[str, Any], **options: Any) -> Method:
+    return upstream_method(config_class, schedule, overrides, **options)
+
+
+def upstream_method(
+    config_class: str,
+    schedule: Rules,
+    overrides: dict[str, Any],
+    own_callback: Callable[[], TrainerCallback] | None = None,
+    make_ready: Callable[[nn.Module], object] | None = None,
+    **options: Any,
+) -> Method:
+    """A method that is a config of upstream's, on every linear layer unless `overrides` say otherwise, with the rules
+    of `schedule`; perhaps with a callback of its own, and with something to do to the adapted model before there is a
+    Trainer."""
     rules = [load_part(Rule, rule, "schedule") for rule in schedule]
     check_pairs(rules)
     config = upstream_config(config_class, **{"target_modules": "all-linear", **options, **overrides})
-    return Method(config, make_callbacks=partial(_callbacks, rules), make_ready=_keep_4bit_stable)
+
+    def callbacks(model: nn.Module) -> list[TrainerCallback]:
+        return [*_callbacks(rules, model), *([] if own_callback is None else [own_callback()])]
+
+    def prepare(model: nn.Module, first_run: FirstRun | None) -> None:
+        _keep_4bit_stable(model, first_run)
+        if make_ready is not None:
+            make_ready(model)
+
+    return Method(config, make_callbacks=callbacks, make_ready=prepare)
 
 
 def _keep_4bit_stable(model: nn.Module, first_run: FirstRun | None) -> None:

@@ -7,6 +7,8 @@ from .dsnot import DSnoT
 from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
 from .input_statistics import InputStatistics
 from .kept_units import KeptOfBlock, KeptUnits
+from .light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
+from .lora_prune import LoRAPruneCallback, PruneUnits
 from .one_shot import one_shot_pruned
 from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
 from .pruning_patterns import NM, PruningPattern, Unstructured
@@ -30,20 +32,26 @@ __all__ = [
     "Compensation",
     "DSnoT",
     "EssentialSparsity",
+    "EstimateImportance",
     "Heads",
     "HessianSaliency",
+    "Importance",
     "InputStatistics",
     "KeptOfBlock",
     "KeptUnits",
+    "LightPEFTCallback",
     "LoRAPrune",
+    "LoRAPruneCallback",
     "LowRankCorrection",
     "MagnitudePruning",
     "Member",
+    "PruneUnits",
     "PruningMethod",
     "PruningPattern",
     "PruningReport",
     "RandomPruning",
     "Rows",
+    "SecondStage",
     "SparseGPT",
     "StructuredPruning",
     "UnitMasks",

@@ -168,6 +168,11 @@ class MaskedUnits(UnitSpace):
             return [self.layer.factors]
         return [parameter for _, components in self.factors for parameter in components.parameters()]
 
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """The factors, where they train."""
+        trained = isinstance(self.layer.factors, nn.Parameter)
+        return {"factors": (self.layer.factors, 0)} if trained else super().scored_parameters()
+
     @torch.no_grad()
     def write(self, units: Tensor) -> None:
         """Mask all units but these."""

@@ -115,6 +115,8 @@ RULES: dict[str, dict[str, Any]] = {
     "half_space": {"weight": 0.5, "epsilon": 0.5},
     "hesso": {"periods": 2, "start": 0.2, "end": 0.8},
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
+    "lora_prune": {"only": ()},  # units of the base, in callbacks of their own: tests/pruning
+    "light_peft": {"only": ()},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
 CONFIG: dict[str, dict[str, Any]] = {
