@@ -57,6 +57,7 @@ class RecipeArguments(common.DataArguments):
     documents: int = field(default=4000, metadata={"help": "Documents to calibrate and to align with."})
     alignment_steps: int = field(default=0, metadata={"help": "Steps in which all weights that are left train."})
     alignment_rate: float = field(default=5e-5, metadata={"help": "Their learning rate."})
+    held_out_rows: int = field(default=32, metadata={"help": "Rows of text to measure on."})
     missing: Literal["zeros", "normal"] = field(
         default="zeros", metadata={"help": "What recovery puts into columns that were cut: zeroA, or normA."}
     )
@@ -121,9 +122,10 @@ def main(argv: list[str]) -> common.Figures:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train, test = load_pairs(recipe, args.seed)
     text = load_text(recipe, tokenizer, args.seed)
-    held_out = text.select(range(min(16, len(text)))) if recipe.text_dataset else demo_data.chunk_text(
-        demo_data.pretraining_text(100, seed=0, split="heldout"), tokenizer
-    )  # fmt: skip
+    held_out = text
+    if not recipe.text_dataset:
+        held_out = demo_data.chunk_text(demo_data.pretraining_text(200, seed=0, split="heldout"), tokenizer)
+    held_out = common.head(held_out, recipe.held_out_rows)
     figures: common.Figures = {}
 
     def measure(stage: str, model: nn.Module) -> None:

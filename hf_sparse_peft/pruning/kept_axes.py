@@ -51,14 +51,7 @@ def cut_structures(model: nn.Module, kept: KeptUnits) -> list[BlockStructure]:
     kinds = [kind for kind in KINDS if any(block.all_units(kind) for block in kept.blocks.values())]
     structures = structures_of(model, kinds) if kinds else []
     kept.check(structures)
-    cut = [one for one in structures if any(kept_of(kept, one.name, kind) is not None for kind in kinds)]
-    for structure in cut:
-        empty = next((kind for kind in kinds if not len(kept.blocks[structure.name].units(kind))), None)
-        if empty is not None and structure.units(empty):
-            raise ValueError(
-                f"'{structure.name}' would keep no {empty}, and transformers' layers need one at least. Keep one there."
-            )
-    return cut
+    return [one for one in structures if any(kept_of(kept, one.name, kind) is not None for kind in kinds)]
 
 
 def kept_of(kept: KeptUnits, block: str, kind: str) -> Tensor | None:

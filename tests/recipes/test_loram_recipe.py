@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("max_steps=2", "train_examples=40", "test_examples=4", "documents=200", "calibration_rows=8")
+SHORT = ("max_steps=2", "train_examples=40", "test_examples=4", "documents=200", "calibration_rows=8",
+         "held_out_rows=2")  # fmt: skip
 
 PEFT_ALONE = """
 import sys
