@@ -10,6 +10,7 @@ from ..pruning.one_shot import one_shot_pruned
 from ..pruning.sparsity_curve import EssentialSparsity, essential_sparsity
 from . import (
     blocks,
+    compressed_bases,
     default,
     kernel,
     low_rank,
@@ -42,6 +43,7 @@ __all__ = [
     "MethodInfo",
     "blocks",
     "claims_table",
+    "compressed_bases",
     "default",
     "describe",
     "essential_sparsity",

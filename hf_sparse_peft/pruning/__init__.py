@@ -1,6 +1,6 @@
 """Pruning of base weights in one shot: for good, block by block, or for as long as a block of code runs."""
 
-from .block_influence import block_influence
+from .block_influence import block_angles, block_influence
 from .cfsp import CFSP, importance_lora_config
 from .dropped_blocks import drop_blocks
 from .dsnot import DSnoT
@@ -57,6 +57,7 @@ __all__ = [
     "UnitMasks",
     "Unstructured",
     "Wanda",
+    "block_angles",
     "block_influence",
     "compensate",
     "drop_blocks",

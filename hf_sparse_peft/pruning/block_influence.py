@@ -53,6 +53,44 @@ def block_influence(
     return {name: 1 - one.cosine / one.tokens for name, one in found.items()}
 
 
+@torch.no_grad()
+def block_angles(
+    model: nn.Module, dataloader: Iterable[Mapping[str, Any]], *, last_token: bool = True, show_progress: bool = True
+) -> dict[str, float]:
+    r"""Angular distance of every block's output from its input, :math:`\mathbb{E}[\arccos \cos(x_l, x_{l+1})] / \pi`
+    from 0 to 1, at each sequence's last token that `attention_mask` does not hide, or at all of them; by the block's
+    name. CURing (Park and Moon, 2025) compresses the blocks of the smallest, the first and last left out.
+
+    Args:
+        model: a transformers model.
+        dataloader: batches as the model takes them.
+        last_token: whether only the last token of a sequence counts.
+        show_progress: whether a bar shows on stderr.
+
+    Raises:
+        ValueError: as `block_influence`.
+        TypeError: a batch is no mapping.
+    """
+    names = block_names(model)
+    data = read_batches(dataloader, next(model.parameters()).device)
+    if last_token:
+        data.masks = [_last_tokens(inputs, mask) for inputs, mask in zip(data.inputs, data.masks, strict=True)]
+    data.progress = tqdm(total=len(data.inputs), desc="Reading", unit="batch", disable=not show_progress)
+    with evaluating(model), data.progress:
+        found = block_cosines(model, names, data)
+    return {name: one.angle / one.tokens for name, one in found.items()}
+
+
+def _last_tokens(inputs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+    """bool `[sequences, tokens]`: the last token that counts."""
+    if mask is None:
+        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        mask = torch.ones(given.shape[:2], device=given.device)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = (mask.bool() * places).amax(1, keepdim=True)
+    return (places == last) & mask.bool()
+
+
 def block_cosines(
     model: nn.Module, names: list[str], data: CalibrationBatches, current: dict[str, Tensor | None] | None = None
 ) -> dict[str, Cosines]:

@@ -53,6 +53,11 @@ TINY: dict[str, Any] = {
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mask-lora": {"mask": "given"},
+    "curing": {"max_rank": 5, "examples": 8, "keep_base": True},
+    "dsformer": {"ratio": 0.6, "keep_base": True},
+    "losparse": {"sparse": 0.3, "window": 2, "initial_warmup": 0.2, "keep_base": True},
+    "sketchtune": {"groups": 1, "bits": 2, "examples": 8, "keep_base": True},
+    "sst": {"keep_base": True},
     "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},
@@ -111,6 +116,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("identity", "snella"): "as snell",
     ("identity", "edora"): "as lora-xs",
     ("identity", "lora-xs"): "the core starts at N(0, 1e-10), not at 0 (as published)",
+    ("identity", "dsformer"): "its factors are an approximation of the weight",
+    ("identity", "losparse"): "its sum is the weight to rounding",
+    ("identity", "sst"): "its product is the weight to rounding",
     ("moves", "dylora"): "a rank is sampled for a step, and all components live between steps",
     ("loss", "mezo"): "eight random directions need not lead down",
     ("loss", "sparse-mezo"): "as mezo",
@@ -281,7 +289,11 @@ def logits(model) -> torch.Tensor:
 def base_bits(model) -> dict[str, torch.Tensor]:
     """Copies of what is saved of the model without its adapter, by the base's own names."""
     named = {k.replace(".base_layer", "").removeprefix("base_model.model."): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone() for k, v in named.items() if "lora_" not in k and "kernel_" not in k}
+    return {
+        k: v.detach().clone()
+        for k, v in named.items()
+        if not any(part in k for part in ("lora_", "kernel_", ".factored_"))
+    }
 
 
 @dataclass

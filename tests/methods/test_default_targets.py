@@ -11,6 +11,7 @@ ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 # LoRA on query and value, as the released code of these has it.
 QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora"}
 OTHERS = {
+    "curing": {"q_proj", "k_proj", "gate_proj"},
     "s2ft": {"down_proj"},
     "diablo": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
@@ -19,6 +20,8 @@ OTHERS = {
 SIZES = {
     "dsee": {"num_sparse": 8},
     "mask-lora": {"mask": "given"},
+    "curing": {"max_rank": 5},
+    "sketchtune": {"groups": 1, "bits": 2},
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
 }

@@ -8,7 +8,14 @@ from peft import get_peft_model
 
 from hf_sparse_peft import methods
 
-FITTING = {"mask-lora": {"mask": "given"}, "smt": {"block_size": 8}, "diablo": {"blocks": 8}}
+FITTING = {
+    "mask-lora": {"mask": "given"},
+    "curing": {"max_rank": 5},
+    "sketchtune": {"groups": 1, "bits": 2},
+    "sst": {"r": 4},
+    "smt": {"block_size": 8},
+    "diablo": {"blocks": 8},
+}
 CASES = [(name, FITTING.get(name, {})) for name in methods.names(upstream=False)]
 CASES += [("s2ft", options) for options in ({"o": 0.25, "v": 0.25}, {"channels": 0.1}, {"heads": 0.5})]
 

@@ -11,7 +11,14 @@ from hf_sparse_peft.methods import registry
 from hf_sparse_peft.sparsity import Random
 from hf_sparse_peft.training import RuleRunner
 
-FITTING = {"mask-lora": {"mask": "given"}, "smt": {"block_size": 8}, "diablo": {"blocks": 8}}
+FITTING = {
+    "mask-lora": {"mask": "given"},
+    "curing": {"max_rank": 5},
+    "sketchtune": {"groups": 1, "bits": 2},
+    "sst": {"r": 4},
+    "smt": {"block_size": 8},
+    "diablo": {"blocks": 8},
+}
 """Options without which a method does not fit a model of width 32."""
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny import llama
 
-from hf_sparse_peft.pruning import block_influence, drop_blocks
+from hf_sparse_peft.pruning import block_angles, block_influence, drop_blocks
 from hf_sparse_peft.pruning.block_influence import Cosines, _count
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pad_token_id": 0,
@@ -68,6 +68,27 @@ def test_influence_equals_the_equation_over_the_tokens_that_count(padded):
     found = block_influence(model, data(padded), show_progress=False)
     assert list(found) == [f"model.layers.{n}" for n in range(3)]
     assert torch.allclose(torch.tensor(list(found.values()), dtype=torch.float64), 1 - expected / tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_angles_are_those_of_each_sequences_last_token(masked):
+    model, batches = llama(layers=3).eval(), list(data())
+    angles, last = torch.zeros(2, dtype=torch.float64), torch.tensor([8, 8])
+    for batch in batches:
+        batch["attention_mask"][0, 5:] = 0  # padded on the right
+        if not masked:
+            del batch["attention_mask"]
+        last = [4 if masked and row == 0 else 8 for row in range(len(batch["input_ids"]))]
+        with torch.no_grad():
+            states = copy.deepcopy(model).double()(**batch, output_hidden_states=True).hidden_states
+        for at in range(2):
+            x, y = (states[n][range(len(last)), last] for n in (at, at + 1))
+            angles[at] += torch.acos((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).sum() / torch.pi
+    found = block_angles(model, batches, show_progress=False)
+    assert list(found) == [f"model.layers.{n}" for n in range(3)]
+    assert torch.allclose(torch.tensor(list(found.values())[:2], dtype=torch.float64), angles / 5, atol=1e-5)
+    everywhere = block_angles(model, batches, last_token=False, show_progress=False)
+    assert all(abs(everywhere[name] - found[name]) > 1e-4 for name in found)
 
 
 def test_a_block_that_does_nothing_has_no_influence_goes_first_and_is_not_missed():
