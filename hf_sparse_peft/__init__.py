@@ -118,6 +118,7 @@ from .tuners import (
     Start,
     StructureConfig,
     restore_fp32,
+    save_masks,
     set_masks,
     sparsity_report,
 )
@@ -236,6 +237,7 @@ __all__ = [
     "methods",
     "register_part",
     "restore_fp32",
+    "save_masks",
     "save_support",
     "set_masks",
     "sparsity_report",

@@ -54,6 +54,7 @@ from .curves import (
 )
 from .group_envelope import envelope, envelope_prox, envelope_shares
 from .n_of_m import lowest_of_rows, n_of_m_mask
+from .n_of_m_code import decode_n_of_m, encode_n_of_m, n_of_m_bytes
 from .patterns import Everywhere, Grid, Pattern, Region, region_of
 from .scores import (
     DecompositionResidual,
@@ -153,7 +154,9 @@ __all__ = [
     "counts_from_rank",
     "counts_from_total",
     "dead_zone_threshold",
+    "decode_n_of_m",
     "decode_support",
+    "encode_n_of_m",
     "encode_support",
     "envelope",
     "envelope_prox",
@@ -166,6 +169,7 @@ __all__ = [
     "lowest_of_rows",
     "make_curve",
     "make_score",
+    "n_of_m_bytes",
     "n_of_m_mask",
     "nested_group_slopes",
     "nested_group_threshold",

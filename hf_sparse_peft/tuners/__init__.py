@@ -2,7 +2,7 @@
 
 from .factored import FactoredConfig, FactoredLayer, FactoredModel
 from .kernel_lora import KernelLoraConfig, KernelLoraLayer, KernelLoraModel
-from .masked_lora import MaskedLoraConfig, MaskedLoraLayer, MaskedLoraModel, set_masks
+from .masked_lora import MaskedLoraConfig, MaskedLoraLayer, MaskedLoraModel, save_masks, set_masks
 from .shared.layer import AdapterLayer, adapter_layers, restore_fp32
 from .shared.live_run import end_runs_with_train
 from .shared.loading import guard_loading
@@ -49,6 +49,7 @@ __all__ = [
     "StructureConfig",
     "adapter_layers",
     "restore_fp32",
+    "save_masks",
     "set_masks",
     "sparsity_report",
 ]

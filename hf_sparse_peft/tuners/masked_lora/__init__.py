@@ -5,8 +5,9 @@ from .config import MaskedLoraConfig
 from .layer import MaskedLoraLayer
 from .linear import MaskedLoraLinear
 from .masking import HardMask, Masking
-from .masks import set_masks
+from .masks import save_masks, set_masks
 from .model import MaskedLoraModel
+from .one_shot import MagnitudeMask, MaskStart, WandaMask
 from .spaces import MaskSpace
 from .structured_scores import StructuredScores
 from .updates import DenseUpdate, LowRankUpdate, MaskedUpdate, NoUpdate, ScaleUpdate
@@ -18,7 +19,9 @@ __all__ = [
     "DenseUpdate",
     "HardMask",
     "LowRankUpdate",
+    "MagnitudeMask",
     "MaskSpace",
+    "MaskStart",
     "MaskedLoraConfig",
     "MaskedLoraLayer",
     "MaskedLoraLinear",
@@ -29,5 +32,7 @@ __all__ = [
     "NoUpdate",
     "ScaleUpdate",
     "StructuredScores",
+    "WandaMask",
+    "save_masks",
     "set_masks",
 ]

@@ -10,6 +10,7 @@ from ...utils.option_types import PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from .masking import HardMask, Masking
+from .one_shot import MaskStart
 from .updates import LowRankUpdate, MaskedUpdate
 
 
@@ -36,12 +37,12 @@ class MaskedLoraConfig(AdapterConfig):
         default_factory=LowRankUpdate,
         metadata={"help": "What is trained: LowRankUpdate(), ScaleUpdate(), DenseUpdate(), NoUpdate()."},
     )
-    mask: Literal["zeros", "given", "all"] = field(
+    mask: Literal["zeros", "given", "all"] | MaskStart | UnknownPart = field(
         default="zeros",
         metadata={
             "help": "'zeros': what is 0 in the dense base stays 0. 'given': set_masks(model, report.masks) says what "
             "was removed; needed on quantised bases, where up to a tenth of the weights that were kept are 0. 'all': "
-            "everything lives until a rule removes it."
+            "everything lives until a rule removes it. MagnitudeMask(0.5), WandaMask(0.5): what that criterion keeps."
         },
     )
     masks_base: bool | None = field(
@@ -66,15 +67,17 @@ class MaskedLoraConfig(AdapterConfig):
         super().__post_init__()
         if self.masks_base is False and self.mask_moves:
             raise ValueError(
-                "masks_base=False takes the base for 0 wherever the mask is, and here the mask moves. Set "
-                "masks_base=None."
+                "masks_base=False takes the base for 0 wherever the mask is, and here the mask moves, or removes "
+                "what the base has. Set masks_base=None."
             )
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
         self.update = load_part_by_name(MaskedUpdate, self.update, "update")
         self.masking = load_part_by_name(Masking, self.masking, "masking")
-        for name in ("update", "masking"):
+        if self.mask not in ("zeros", "given", "all"):
+            self.mask = load_part_by_name(MaskStart, self.mask, "mask")
+        for name in ("update", "masking", "mask"):
             part = getattr(self, name)
             if isinstance(part, UnknownPart):
                 raise ValueError(
@@ -91,7 +94,12 @@ class MaskedLoraConfig(AdapterConfig):
     def mask_moves(self) -> bool:
         """Whether entries may be removed that the base holds."""
         writes = any("mask" in rule.acts_on and "units" in rule.writes for rule in self.rules)
-        return writes or self.mask == "all" or self.masking.computes_mask
+        return writes or self.mask == "all" or isinstance(self.mask, MaskStart) or self.masking.computes_mask
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the mask is chosen with data."""
+        return isinstance(self.mask, MaskStart) and self.mask.statistic is not None
 
     @property
     def unit_kinds(self) -> frozenset[str]:

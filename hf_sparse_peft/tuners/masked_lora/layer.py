@@ -13,11 +13,12 @@ from torch import Tensor
 from ...ops import DenseSource, Source
 from ...rules import ModuleSpace, UnitSpace
 from ...rules.gradient_readers import SharedReader
-from ...sparsity import UnitGrid, pack_bits
+from ...sparsity import Statistic, UnitGrid, pack_bits
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from ..shared.pieces import BaseMask, Piece, Tiles
 from .config import MaskedLoraConfig
+from .one_shot import MaskStart
 from .spaces import MaskSpace
 from .updates import PREFIX, tell_of_tensors
 from .weight import MaskedWeight, masked
@@ -87,9 +88,29 @@ class MaskedLoraLayer(AdapterLayer):
         if config.mask == "all":
             self.masked_lora_mask[adapter_name].fill_(255)
             self.masked_lora_known[adapter_name] = True
+        elif isinstance(config.mask, MaskStart):
+            if config.mask.statistic is None:
+                self.take_calibration(adapter_name, None)
         elif config.mask == "zeros" and self.quantization_backend is None:
             self.masked_lora_mask[adapter_name] = pack_bits(self.dense_base_weight() != 0).cpu()
             self.masked_lora_known[adapter_name] = True
+
+    # A mask that is chosen in one shot
+
+    def awaits_calibration(self, adapter_name: str) -> bool:
+        """Whether the mask is still to be chosen with data."""
+        waits = self.adapter_configs[adapter_name].needs_calibration and adapter_name in self.masked_lora_mask
+        return waits and not self.masked_lora_mask[adapter_name].is_meta and not self.knows_mask(adapter_name)
+
+    def calibration_statistic(self, adapter_name: str) -> Statistic:
+        """What the criterion reads."""
+        return self.adapter_configs[adapter_name].mask.statistic
+
+    @torch.no_grad()
+    def take_calibration(self, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+        """Choose the mask."""
+        start = self.adapter_configs[adapter_name].mask
+        self.keep(adapter_name, pack_bits(start.kept(self.dense_base_weight(), state, self.module_name)))
 
     # The mask
 
@@ -204,7 +225,7 @@ class MaskedLoraLayer(AdapterLayer):
 
     def _before_training(self, active: list[str]) -> None:
         for name in active:
-            if not self.knows_mask(name):
+            if not self.knows_mask(name) and not self.awaits_calibration(name):
                 raise ValueError(
                     f"Adapter '{name}' has mask='given' and does not know yet what '{self.module_name}' keeps. Call "
                     "hf_sparse_peft.set_masks(model, report.masks) with what prune_model returned."

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...sparsity import pack_bits, unpack_bits
+from ...sparsity import decode_n_of_m, encode_n_of_m, pack_bits, unpack_bits
+from ...utils.file_length import read_safetensors
+from ...utils.file_writing import whole_file
 from ..shared.layer import adapter_layers
 from .layer import MaskedLoraLayer
 
 
 @torch.no_grad()
-def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+def set_masks(model: nn.Module, removed: Mapping[str, Tensor] | str | Path, adapter_name: str = "default") -> None:
     """Let an adapter with `mask="given"` leave alone what was removed from the base, in all of its layers or in none.
 
     Args:
         model: the adapted model, dense or quantised.
-        removed: by module name the bits of what is gone, as `PruningReport.masks` has them. Names of a model without a
-            head, or inside of one, are understood.
+        removed: by module name the bits of what is gone, as `PruningReport.masks` has them, or a file of them
+            (`save_masks`). Names of a model without a head, or inside of one, are understood.
         adapter_name: which adapter.
 
     Raises:
@@ -29,6 +33,9 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
         TypeError: `removed` is no mapping.
     """
     layers = adapter_layers(model, MaskedLoraLayer, adapter_name)
+    groups = None
+    if isinstance(removed, (str, Path)):
+        removed, groups = _read(Path(removed))
     if not isinstance(removed, Mapping):
         raise TypeError(f"removed is a {type(removed).__name__}; it takes the report's masks, bits by module name.")
     masking = layers[0].adapter_configs[adapter_name].masking
@@ -37,6 +44,8 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
     found = {}
     for layer in layers:
         bits = _bits_of(layer.module_name, removed)
+        if groups is not None and bits is not None:
+            bits = _decoded(bits, layer.out_features * layer.in_features, groups, layer.module_name)
         numel = layer.out_features * layer.in_features
         if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
             what = "nothing" if bits is None else f"a {type(bits).__name__}"
@@ -55,6 +64,62 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor], adapter_name: str
         found[layer] = pack_bits(~gone)  # a bit an entry: these are all layers'
     for layer, kept in found.items():
         layer.keep(adapter_name, kept)
+
+
+def save_masks(removed: Mapping[str, Tensor], file: str | Path, n_of_m: tuple[int, int] | None = None) -> None:
+    """Write masks to a safetensors file, for `set_masks` to read: a bit an entry, or with `n_of_m`, `(2, 4)` for masks
+    that keep 2 of every 4, 2/3 of one.
+
+    Args:
+        removed: by module name the bits of what is gone, as `PruningReport.masks` has them.
+        file: is replaced whole.
+        n_of_m: what of every few neighbours is kept, in every group alike.
+
+    Raises:
+        ValueError: a mask does not keep `n_of_m`; names the module, and nothing is written.
+    """
+    tensors = {name: bits.cpu().contiguous() for name, bits in removed.items()}
+    if n_of_m is not None:
+        for name, bits in tensors.items():
+            try:
+                tensors[name] = encode_n_of_m(_without_padding(bits, n_of_m[1]), *n_of_m)
+            except ValueError as error:
+                raise ValueError(f"n_of_m={n_of_m}: of '{name}' {error}") from error
+    about = {_FORMAT: "bits" if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}"}
+    with whole_file(Path(file)) as temporary:
+        save_file(tensors, temporary, metadata=about)
+
+
+def _without_padding(removed: Tensor, of: int) -> Tensor:
+    """The kept entries, without what fills the last byte: groups that keep everything, as no group of a mask does."""
+    kept = ~unpack_bits(removed, removed.numel() * 8 // of * of)
+    while kept.numel() > removed.numel() * 8 - 8 + of - 1 and bool(kept[-of:].all()):
+        kept = kept[:-of]
+    return kept
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """The tensors of a file of masks, and the groups that they are coded in."""
+    if not file.is_file():
+        raise ValueError(f"removed='{file}' is no file; write one with save_masks(report.masks, file).")
+    tensors, about = read_safetensors(file)
+    found = (about or {}).get(_FORMAT)
+    if found == "bits":
+        return tensors, None
+    keep, _, of = str(found).partition(":")
+    if not (keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of)):
+        raise ValueError(f"'{file}' says {_FORMAT}={found!r}: it is no file of masks. Write one with save_masks.")
+    return tensors, (int(keep), int(of))
+
+
+def _decoded(codes: Tensor, numel: int, groups: tuple[int, int], name: str) -> Tensor:
+    try:
+        return pack_bits(~decode_n_of_m(codes, numel, *groups))
+    except ValueError as error:
+        raise ValueError(f"The mask of '{name}': {error}") from error
+
+
+_FORMAT = "hf_sparse_peft.masks"
 
 
 def _bits_of(name: str, removed: Mapping[str, Tensor]) -> Tensor | None:
