@@ -28,7 +28,7 @@ def choose_method(options: AdapterArguments, defaults: Mapping[str, Any], seed: 
     describes it. `defaults` (task, target modules) and `seed` hold where these say nothing.
 
     Raises:
-        ValueError: an unknown method or option; names those that are alike.
+        ValueError: an unknown method or option, and names those that are alike; a method that leaves another base.
     """
     if not options.method:
         given = checked_options(options.adapter, SparseLoraConfig, "adapter")
@@ -36,6 +36,11 @@ def choose_method(options: AdapterArguments, defaults: Mapping[str, Any], seed: 
         if config.has_support and config.optimizer is None:
             config.optimizer = AgedAdamWSpec()
         return Method(config)
+    if methods.describe(options.method).changes_base:
+        raise ValueError(
+            f"method={options.method!r} leaves a smaller base beside its adapter, and this run saves adapters alone. "
+            "Train it in Python, as 'Smaller bases' in docs/pruning.md shows."
+        )
     method = methods.get(options.method, **{**method_defaults(options.method, defaults), **options.method_options})
     if "seed" not in options.method_options and hasattr(method.config, "seed"):
         method.config.seed = seed

@@ -35,6 +35,7 @@ def mask_lora(r: int = 16, lora_alpha: float = 32, mask: str = "zeros", **overri
     use_when="a base is to become smaller while it is tuned; slice_model cuts it afterwards",
     cost="two dense matrices of each adapted weight, one after the other, at each step",
     upstream="LoraConfig",
+    changes_base=True,
 )
 def loraprune(
     r: int = 8,
@@ -60,6 +61,7 @@ def loraprune(
     use_when="base and adapter are to be cut before a long run, after a short one",
     cost="a factor a head and channel; norms of all modules' outputs in the second half of the steps",
     upstream="LoraConfig",
+    changes_base=True,
 )
 def light_peft(
     r: int = 8,

@@ -42,6 +42,8 @@ class MethodInfo:
     """What its authors claim, with where they do; nothing of it was measured here."""
     four_bit: bool = True
     """Whether it trains on 4-bit bases; where not, `cost` says so too."""
+    changes_base: bool = False
+    """Whether it leaves another base beside its adapter, which is to be saved too."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ def register(
     upstream: str | None = None,
     claim: str | None = None,
     four_bit: bool = True,
+    changes_base: bool = False,
 ):
     """Decorator: enter a function that builds a `Method` under `name`; its keyword arguments are the method's options.
     `upstream` names the config class of upstream peft for methods that are its own; `claim` what the authors report;
-    `four_bit` whether it trains on 4-bit bases.
+    `four_bit` whether it trains on 4-bit bases; `changes_base` whether it leaves another base beside its adapter.
 
     Raises:
         ValueError: the name is taken or is not lower case with dashes.
@@ -120,7 +123,9 @@ def register(
         def with_info(**options: Any) -> Method:
             return replace(build(**options), info=_METHODS[name])
 
-        _METHODS[name] = MethodInfo(name, paper, moves, use_when, cost, with_info, upstream, claim, four_bit)
+        _METHODS[name] = MethodInfo(
+            name, paper, moves, use_when, cost, with_info, upstream, claim, four_bit, changes_base
+        )
         return with_info
 
     return enter

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_sparse_peft import SparseLoraConfig, methods
+from hf_sparse_peft.finetuning import AdapterArguments, choose_method
 from hf_sparse_peft.pruning import mask_units, slice_model, structures_of, unit_masks_of
 from hf_sparse_peft.pruning.lora_prune import LoRAPruneCallback, PruneUnits, merged_weight, unit_scores
 from hf_sparse_peft.pruning.unit_masks import components_of, masked_spaces
@@ -233,3 +234,9 @@ def test_the_method_is_this_on_upstreams_lora(tmp_path):
     tiny.train(model, tmp_path, 4, callbacks=[callback], data=tiny.TokenData(16))
     assert torch.equal(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, base)
     assert len(structures_of(model.get_base_model())) == 3
+
+
+@pytest.mark.parametrize("name", ["loraprune", "light-peft"])
+def test_a_run_that_saves_adapters_alone_refuses_what_leaves_another_base(name):
+    with pytest.raises(ValueError, match="smaller base"):
+        choose_method(AdapterArguments(method=name), {}, 0)
