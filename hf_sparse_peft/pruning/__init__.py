@@ -1,5 +1,6 @@
 """Pruning of base weights in one shot: for good, block by block, or for as long as a block of code runs."""
 
+from .apoptosis import OBA
 from .block_influence import block_angles, block_influence
 from .cfsp import CFSP, importance_lora_config
 from .dropped_blocks import drop_blocks
@@ -18,7 +19,7 @@ from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_slic
 from .slicing import slice_model
 from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
-from .structured_methods import OBA, HessianSaliency, LoRAPrune, StructuredPruning
+from .structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
 from .structured_patterns import Blocks, Heads, Rows
 from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
 from .walk import prune_model

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .block_inputs import Block, BlockInputs
+from .expert_matrices import ExpertMatrix, expert_hooks
 from .input_statistics import InputStatistics
 
 
@@ -24,9 +25,11 @@ def block_statistics(
     """
     found, hooks, current = {}, [], {"mask": None}
     for layer in block.layers:
-        found[layer.name] = InputStatistics(layer.grid.cols, reads, layer.module.weight.device)
+        found[layer.name] = InputStatistics(layer.grid.cols, reads, layer.weight().device)
         add = found[layer.name].add
-        hooks.append(layer.module.register_forward_pre_hook(lambda _, args, add=add: add(args[0], current["mask"])))
+        if not isinstance(layer, ExpertMatrix):
+            hooks.append(layer.module.register_forward_pre_hook(lambda _, args, add=add: add(args[0], current["mask"])))
+    hooks += expert_hooks(block.layers, found, current)
     total = sum(len(hidden) for hidden in inputs.hidden)
     try:
         for at, hidden in enumerate(inputs.hidden):

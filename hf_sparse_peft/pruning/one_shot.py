@@ -57,12 +57,12 @@ class PrunableLayer:
 
 
 def prunable_layers(
-    model: nn.Module, target_modules: Any = "all-linear", exclude_modules: Any = None
+    model: nn.Module, target_modules: Any = "all-linear", exclude_modules: Any = None, *, required: bool = True
 ) -> list[PrunableLayer]:
     """The linear layers of a model's trunk (attention and feed-forward); embeddings, pooler and heads are left out.
 
     Raises:
-        ValueError: nothing matches.
+        ValueError: nothing matches, and something is `required`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     trunk = getattr(base, "base_model", base)
@@ -75,7 +75,7 @@ def prunable_layers(
         backend = backend_of(module, **get_quantization_kwargs(base))
         if is_supported(module, backend):
             found.append(PrunableLayer(name, module, backend))
-    if not found:
+    if not found and required:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer of the model's trunk. Name modules as peft "
             "does, or take 'all-linear'."

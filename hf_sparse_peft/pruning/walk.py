@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from ..ops import autocast_off
 from ..sparsity import pack_bits
 from ..tuners.shared.rollback import uninterrupted
-from ..tuners.shared.target_checks import expert_parameters
 from ..utils.parts import load_part_by_name
 from .block_inputs import Block, BlockInputs, blocks_of, collect
 from .block_statistics import block_statistics, evaluating
+from .expert_matrices import ExpertMatrix, expert_matrices
+from .input_statistics import SQUARES
 from .one_shot import PrunableLayer, check_own_weight, prunable_layers
 from .one_shot_methods import PruningMethod
 from .pruning_patterns import PruningPattern, Unstructured
@@ -43,7 +44,7 @@ def prune_model(
     seed: int = 0,
     show_progress: bool = True,
 ) -> PruningReport:
-    """Set weights of the trunk's linear layers to 0 in one shot, in place.
+    """Set weights of the trunk's linear layers, and of experts in 3-D parameters, to 0 in one shot, in place.
 
     Methods that read inputs walk from block to block, as their papers do: the calibration data runs through one block,
     whose layers are then pruned, and through it again, so that the next block sees what pruned ones give. Statistics of
@@ -67,16 +68,18 @@ def prune_model(
         show_progress: whether a bar shows on stderr.
 
     Raises:
-        ValueError: an option out of range; a model with 4-bit weights, adapters, shared weights or experts in 3-D
-            parameters, or weights that are computed at each forward; blocks that run twice in a pass, not at all, or
-            do not feed one another; data that is missing or not finite; a checkpoint of another walk or model.
+        ValueError: an option out of range; a model with 4-bit weights, adapters or shared weights, or weights that are
+            computed at each forward; experts of a layout, heads or channels of blocks that are not understood; blocks
+            that run twice in a pass, not at all, or do not feed one another; data that is missing or not finite; a
+            checkpoint of another walk or model.
         TypeError: a batch that is no mapping.
     """
     method = _part(PruningMethod, method, "method")
     patterns = _patterns(pattern, method)
     pattern = patterns[0]
     sparsity = _sparsity(sparsity, pattern)
-    layers = prunable_layers(model, target_modules, exclude_modules)
+    experts = [] if pattern.kind else expert_matrices(model, target_modules, exclude_modules)
+    layers = prunable_layers(model, target_modules, exclude_modules, required=not experts)
     _refuse(model, layers, pattern)
     reads = method.all_reads()
     if (reads or isinstance(method, StructuredPruning)) and dataloader is None:
@@ -84,7 +87,9 @@ def prune_model(
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if pattern.kind is not None:
         return prune_units(model, dataloader, layers, method, patterns, sparsity, seed, checkpoint, show_progress)
-    blocks = blocks_of(model, layers) if reads else [Block(layer.name, layer.module, [layer]) for layer in layers]
+    _refuse_experts(experts, method, pattern)
+    layers += experts
+    blocks = blocks_of(model, layers) if reads else _alone(layers)
     walk = _Walk(method, sparsity, pattern, seed)
     finished = WalkCheckpoint(checkpoint)
     finished.begin(walk.about(), layers)
@@ -207,12 +212,6 @@ def _refuse(model: nn.Module, layers: list[PrunableLayer], pattern: PruningPatte
             f"'{quantised}' is quantised, and writing it would round it again. Prune the dense model, then quantise: "
             "zeros stay zeros in NF4, FP4 and int8."
         )
-    experts = [f"{name}.{own}" for name, module in model.named_modules() for own, _ in expert_parameters(name, module)]
-    if experts:
-        raise ValueError(
-            f"Experts in 3-D parameters, such as '{experts[0]}', cannot be pruned here, and a model of which most "
-            "stays dense would be called sparse. Models whose experts are linear layers can."
-        )
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name.removesuffix(".weight"))
@@ -226,6 +225,29 @@ def _refuse(model: nn.Module, layers: list[PrunableLayer], pattern: PruningPatte
         one, *others = owners.get(layer.weight().data_ptr(), [layer.name])
         if others:
             raise ValueError(f"'{one}' and '{others[0]}' share one weight: name both in exclude_modules.")
+
+
+def _refuse_experts(found: list[ExpertMatrix], method: PruningMethod, pattern: PruningPattern) -> None:
+    """Refuse experts in 3-D parameters of which the method asks for what cannot be read, or that have no weights."""
+    if found and method.all_reads() - {SQUARES}:
+        raise ValueError(
+            f"method='{method.part_type}' reads more than norms, and of experts in 3-D parameters, such as "
+            f"'{found[0].name}', norms are known: choose 'wanda', 'magnitude' or 'random', or name the experts in "
+            "exclude_modules."
+        )
+    for layer in found:
+        if layer.weight().is_meta:
+            raise ValueError(f"'{layer.name}' is on the meta device: load the model whole, without offload.")
+        pattern.check(layer.grid.rows, layer.grid.cols, layer.name)
+
+
+def _alone(layers: list[PrunableLayer]) -> list[Block]:
+    """A block a layer; the experts of one module together."""
+    found: dict[Any, Block] = {}
+    for layer in layers:
+        key = id(layer.module) if isinstance(layer, ExpertMatrix) else layer.name
+        found.setdefault(key, Block(layer.name, layer.module, [])).layers.append(layer)
+    return list(found.values())
 
 
 def _device(layers: list[PrunableLayer]) -> torch.device:

@@ -327,7 +327,7 @@ def experts():
         (fp8, {"method": "magnitude"}, "up_proj' is quantised"),
         (albert, {"exclude_modules": ["embedding_hidden_mapping_in"]}, "runs more than once in a pass"),
         (shorter, {}, "'model.layers.1' does not run on this data"),
-        (experts, {}, "Experts in 3-D parameters"),
+        (experts, {"method": "sparsegpt"}, "reads more than norms, and of experts in 3-D parameters"),
         (llama, {"sparsity": 1.0}, r"sparsity=1.0 is no fraction in \[0, 1\)"),
         (llama, {"sparsity": "0.5"}, "sparsity='0.5' is no fraction"),
         (llama, {"sparsity": 0.4, "pattern": NM()}, "Leave it out|leave sparsity out"),

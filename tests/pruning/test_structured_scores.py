@@ -14,9 +14,9 @@ from hf_sparse_peft.pruning import (
     OBA,
     HessianSaliency,
     LoRAPrune,
+    apoptosis,
     importance_lora_config,
     prune_model,
-    structured_methods,
     structures_of,
 )
 from hf_sparse_peft.pruning.calibration_batches import read_batches
@@ -201,20 +201,20 @@ def quadratic(weight):
 def test_apoptosis_on_the_worked_quadratic():
     gate, weight = gated(THETA, [(0,), (1,), (2,)])
     first = torch.autograd.grad(quadratic(weight), [gate.value], create_graph=True)
-    assert structured_methods._hessian_row_sums(first, [gate.value])[0].tolist() == [1, 4, 6]
+    assert apoptosis._hessian_row_sums(first, [gate.value])[0].tolist() == [1, 4, 6]
     gate, weight = gated(THETA, [(0, 1), (2,)])
     first = torch.autograd.grad(quadratic(weight), [gate.value], create_graph=True)
-    assert structured_methods._hessian_row_sums(first, [gate.value])[0].tolist() == [5, 6]
+    assert apoptosis._hessian_row_sums(first, [gate.value])[0].tolist() == [5, 6]
     exact = OBA(curvature="group")._changes(first, [gate], 0, 0)[0]
     left = THETA.clone()
     left[:2] = 0
     assert exact[0].item() == (quadratic(left) - quadratic(THETA)).item() == -4
-    full = -first[0].detach() + structured_methods._hessian_row_sums(first, [gate.value])[0] / 2
+    full = -first[0].detach() + apoptosis._hessian_row_sums(first, [gate.value])[0] / 2
     assert full[0].item() == -3  # what units share with others is no part of the change
     assert torch.allclose(OBA(curvature="group", probes=500)._changes(first, [gate], 0, 0)[0], exact, atol=0.3)
     value = torch.ones(2, dtype=torch.float64, requires_grad=True)
     linear = torch.autograd.grad(value @ SLOPE[:2], [value], create_graph=True)
-    assert structured_methods._hessian_row_sums(linear, [value])[0].tolist() == [0, 0]
+    assert apoptosis._hessian_row_sums(linear, [value])[0].tolist() == [0, 0]
 
 
 def test_the_fast_score_is_theta_times_hessian_theta_of_all_linear_weights():
