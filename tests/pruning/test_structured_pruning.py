@@ -145,7 +145,12 @@ class Killed(BaseException):
     pass
 
 
-METHODS = ["wanda", CFSP(), LoRAPrune(last=0), HessianSaliency(), OBA()]
+METHODS = [
+    "wanda",
+    CFSP(),
+    LoRAPrune(last=0),
+    *(pytest.param(method, marks=pytest.mark.slow) for method in (HessianSaliency(), OBA())),
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: getattr(m, "part_type", m))
