@@ -40,7 +40,8 @@ class PlateauThreshold(Rule):
 
     The loss is the Trainer's on its `eval_dataset`, `RuleRunner.evaluate` or `Controller(evaluate=...)`, or that of
     the first examples of the training data. All layers lose their units or none does; a support keeps one at least.
-    Layers that are held still, and those whose values are all 0 or not finite, keep theirs.
+    Layers that are held still, and those whose values are all 0 or not finite, keep theirs. Of a mask the units are the
+    weight's entries, :math:`|W + D|`: there the base itself is pruned.
     """
 
     tolerance: NonNegativeFloat = 0.05
@@ -58,7 +59,7 @@ class PlateauThreshold(Rule):
     batches: PositiveInt = 8
     """How many, with `data="training"`."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"support", "rank"})
+    acts_on: ClassVar[frozenset[str]] = frozenset({"support", "rank", "mask"})
     writes: ClassVar[frozenset[str]] = frozenset({"units", "values"})
     needs: ClassVar[frozenset[str]] = frozenset({"gate"})
     gate: ClassVar[str] = "ones"
@@ -70,6 +71,15 @@ class PlateauThreshold(Rule):
                        axis=axis or 0)
             for name, (p, axis) in space.scored_parameters().items()
         ]  # fmt: skip
+
+    def check(self, config: Any) -> None:
+        """Refuse masks that are computed in every pass."""
+        super().check(config)
+        if getattr(getattr(config, "masking", None), "computes_mask", False):
+            raise ValueError(
+                f"PlateauThreshold takes entries out of a mask, and masking={config.masking} computes it in every "
+                "pass. Take the default masking, or leave the rule out."
+            )
 
     def begin(self, run: Run) -> None:
         """There must be something to evaluate, and evaluations enough for a plateau.

@@ -16,11 +16,13 @@ from hf_sparse_peft import (
     HalfSpace,
     Hesso,
     Lobster,
+    MaskedLoraConfig,
     MaskSparsity,
     PlateauThreshold,
     SeReNe,
     SparseLoraConfig,
 )
+from hf_sparse_peft.rules import Run, Training
 from hf_sparse_peft.rules.hesso import overall_scores, raw_scores
 from hf_sparse_peft.rules.neuron_sensitivity import NeuronSensitivity
 from hf_sparse_peft.sparsity import envelope, envelope_prox, envelope_shares, largest_within
@@ -222,6 +224,33 @@ def test_a_threshold_without_an_evaluation_is_refused_with_the_mend():
         train(model, 3, torch.zeros(ROWS, COLS))
 
 
+def test_entries_of_a_masked_base_leave_at_a_plateau_and_merging_keeps_them_zero():
+    torch.manual_seed(0)
+    rules = [Lobster(1e-3), PlateauThreshold(0.05, patience=1, every=1, slack=0.0)]
+    config = MaskedLoraConfig(r=2, lora_alpha=2, mask="all", target_modules=["first", "second"], schedule=rules)
+    model = get_peft_model(Matrix(), config).train()
+    layers = adapter_layers(model)
+    target = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+
+    def evaluate(model):
+        merged = [layer.unit_spaces("default")[0] for layer in layers]
+        kept = [space.current_weight() * layer.kept("default") for space, layer in zip(merged, layers, strict=True)]
+        return 1.0 + sum(float((one - goal).square().sum()) for one, goal in zip(kept, target, strict=True))
+
+    events = train(model, 2, torch.full((ROWS, COLS), 1e-3), evaluate=evaluate, momentum=0.9, total=3)
+    (event,) = [one for one in events if "threshold" in one]
+    assert event["loss_after"] <= 1.05 * event["loss_before"]
+    gone = [~layer.kept("default") for layer in layers]
+    assert sum(int(one.sum()) for one in gone) == event["pruned"] > 4
+    for layer, one, goal in zip(layers, gone, target, strict=True):
+        assert goal[one].abs().max() < event["threshold"] + 1e-3
+        assert torch.equal(layer.get_base_layer().weight, goal)
+    merged = model.merge_and_unload()
+    for linear, one in zip((merged.first, merged.second), gone, strict=True):
+        assert not linear.weight[one].any()
+        assert linear.weight[~one].all()
+
+
 # SeReNe
 
 
@@ -317,6 +346,32 @@ def test_all_incoming_weights_of_a_neuron_lose_the_same_fraction():
         assert torch.allclose(ratio[rows == row], (B / plain_B)[row].mean(), atol=1e-5)
     assert torch.allclose(A / plain_A, (A / plain_A)[:, :1], atol=1e-4)
     assert ((A / plain_A) < 1 - 1e-4).any()
+
+
+def test_readers_of_dense_gradients_see_the_loss_alone():
+    torch.manual_seed(3)
+    model = get_peft_model(Net(), SparseLoraConfig(r=2, density=0.3, target_modules=["one", "two"])).train()
+    spaces = [layer.unit_spaces("default")[0] for layer in adapter_layers(model)]
+    seen = []
+    adapter_layers(model)[0].add_gradient_reader("default", seen.append)
+    with NeuronSensitivity(spaces, "full", 4, 0, 1.0).reading(model):
+        model(torch.randn(6, 5)).logits.sum().backward()
+    assert len(seen) == 1
+    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rule", [MaskSparsity(0.5, 0.5, start=0.0, end=1.0), HalfSpace(0.5)])
+def test_pulls_are_in_the_scale_of_gradients_that_nobody_has_unscaled(rule):
+    found = []
+    for scale in (1.0, 64.0):
+        model, layers = gated(rule, r=4)
+        spaces = [s for layer in layers for s in layer.unit_spaces("default") if s.kind == "rank"]
+        run = Run(Training(model, 4, loss_scale=scale, clips=False), rule, "default", None, spaces)
+        rule.begin(run)
+        (model(torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(5))) * scale).backward()
+        rule.gradients(run)
+        found.append([factor.grad / scale for layer in layers for factor in factors_of(layer)])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found, strict=True))
 
 
 # MaskSparsity

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -121,6 +122,26 @@ class MaskSpace(UnitSpace):
     def living_values(self, of: Literal["merged", "base"] = "merged") -> Tensor:
         """V, or W, of the living entries, `[a]`."""
         return self.gather(self.current_weight(of))
+
+    def largest_entries(self) -> Tensor:
+        """`[a]` fp32: |V| of the living entries."""
+        return self.living_values().float().abs()
+
+    @contextmanager
+    def without(self, units: Tensor) -> Iterator[None]:
+        """Their bits are 0 inside.
+
+        Raises:
+            ValueError: the masking computes its mask.
+        """
+        if self.counted:
+            raise ValueError(f"The mask of '{self.name}' is computed in every pass: no entry can be left out of it.")
+        before = self.bits.clone()
+        self.write(self.alive()[~units.to(self.device)])
+        try:
+            yield
+        finally:
+            self.write_bits(before)
 
     # Parameters
 
