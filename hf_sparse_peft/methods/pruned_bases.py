@@ -45,11 +45,13 @@ def loraprune(
     start: float = 0.1,
     end: float = 0.9,
     every: int = 10,
+    whole_first: float = 0.1,
+    whole_last: int = 1,
     schedule: Rules = (),
     **overrides: Any,
 ) -> Method:
     """A LoRA, and `PruneUnits` by the gradient that it estimates. The authors train with batches of 128 at 1e-4."""
-    rule = PruneUnits(sparsity=sparsity, start=start, end=end, every=every)
+    rule = PruneUnits(sparsity, start, end, every, whole_first=whole_first, whole_last=whole_last)
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     return upstream_method("LoraConfig", schedule, overrides, partial(LoRAPruneCallback, rule), **options)
 
