@@ -13,6 +13,7 @@ from hf_sparse_peft.tuners.factored import (
     Codebooks,
     DenseSparse,
     FixedRank,
+    LowRank,
     LowRankSparse,
     ParameterRatio,
     Spectral,
@@ -108,6 +109,14 @@ def test_product_and_gradients_are_those_of_the_dense_weight(name):
     if name != "spectral":  # whose vectors have the enhanced gradient
         for one, expected in zip(got[1:], due[1:], strict=True):
             torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 7])
+def test_the_rank_of_a_ratio_is_that_of_integers(divisor):
+    shapes = {f"{m}x{n}": (m, n) for m in range(6, 40) for n in (6, 10, 15, 42, 60, 84)}
+    found = ParameterRatio(1 / divisor).ranks(LowRank(), shapes, {})
+    expected = {name: m * n // (divisor * (m + n)) for name, (m, n) in shapes.items()}
+    assert found == {name: rank for name, rank in expected.items() if rank}
 
 
 # CUR

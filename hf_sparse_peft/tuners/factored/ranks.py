@@ -35,6 +35,7 @@ class RankRule(Part):
 def largest_rank(form: Form, rows: int, cols: int, numbers: float) -> int:
     """The largest rank at which the form stores at most that many numbers; 0 where none does."""
     low, high = 0, min(rows, cols)
+    numbers *= 1 + 1e-9  # a third of 7 x 42 is 97.99999999999999 in floats, and a rank of 2 takes 98
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if form.stored_numbers(rows, cols, middle) <= numbers else (low, middle - 1)
