@@ -6,7 +6,10 @@ from .cfsp import CFSP, importance_lora_config
 from .dropped_blocks import drop_blocks
 from .dsnot import DSnoT
 from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
+from .global_pruning import prune_globally
+from .gqsa import GQSA, Groups
 from .input_statistics import InputStatistics
+from .iso_flop import doped_ranks, iso_flop_size
 from .kept_units import KeptOfBlock, KeptUnits
 from .light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
 from .lora_prune import LoRAPruneCallback, PruneUnits
@@ -14,9 +17,11 @@ from .one_shot import one_shot_pruned
 from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
 from .pruning_patterns import NM, PruningPattern, Unstructured
 from .pruning_report import PruningReport
+from .reconstruction import Reconstruction, reconstruct
 from .recovery import recover_adapter
 from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
 from .slicing import slice_model
+from .soups import Soup, sparse_soup
 from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
 from .structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
@@ -26,6 +31,7 @@ from .walk import prune_model
 
 __all__ = [
     "CFSP",
+    "GQSA",
     "NM",
     "OBA",
     "BlockStructure",
@@ -34,6 +40,7 @@ __all__ = [
     "DSnoT",
     "EssentialSparsity",
     "EstimateImportance",
+    "Groups",
     "Heads",
     "HessianSaliency",
     "Importance",
@@ -51,8 +58,10 @@ __all__ = [
     "PruningPattern",
     "PruningReport",
     "RandomPruning",
+    "Reconstruction",
     "Rows",
     "SecondStage",
+    "Soup",
     "SparseGPT",
     "StructuredPruning",
     "UnitMasks",
@@ -61,19 +70,24 @@ __all__ = [
     "block_angles",
     "block_influence",
     "compensate",
+    "doped_ranks",
     "drop_blocks",
     "eigenspace_correction",
     "essential_sparsity",
     "importance_lora_config",
+    "iso_flop_size",
     "kept_units_of",
     "load_sliced",
     "mask_units",
     "one_shot_pruned",
+    "prune_globally",
     "prune_model",
+    "reconstruct",
     "recover_adapter",
     "save_kept_units",
     "save_sliced",
     "slice_model",
+    "sparse_soup",
     "structures_of",
     "unit_masks_of",
     "unmask_units",

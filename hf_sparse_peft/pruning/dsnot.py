@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..utils.option_types import NonNegativeFloat, NonNegativeInt
 from ..utils.parts import register_part
+from .gqsa import Groups
 from .input_statistics import MEANS, SQUARES, InputStatistics
 from .one_shot_methods import PruningMethod, Wanda
 from .pruning_patterns import NM, PruningPattern
@@ -73,6 +74,8 @@ class DSnoT(PruningMethod):
         seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """See `PruningMethod`."""
+        if isinstance(pattern, Groups):
+            raise ValueError(f"DSnoT swaps single entries, and pattern={pattern} keeps or removes whole groups.")
         gone = self.initial.prune(weight, inputs, sparsity, pattern, name, seed)[1]
         if self.cycles:
             grouped = isinstance(pattern, NM)

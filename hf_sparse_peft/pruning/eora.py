@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from .block_inputs import Block, blocks_of, collect
 from .block_statistics import block_statistics, evaluating
 from .input_statistics import HESSIAN
 from .one_shot import PrunableLayer, check_own_weight, prunable_layers
-from .reference_weights import ReferenceWeights
+from .reference_weights import ReferenceWeights, with_weights
 
 
 @dataclass
@@ -184,7 +183,7 @@ class _Walk:
     def compensate(self, block: Block, inputs: Any) -> None:
         """Find and add the corrections of one block's layers."""
         weights = {layer.name: self.original.get(layer) for layer in block.layers}
-        with _with_weights(block.layers, weights):
+        with with_weights(block.layers, weights):
             read = block_statistics(block, inputs, frozenset({HESSIAN}), running=self.running)
         moment, eigenspace = None, None
         for layer in block.layers:
@@ -216,27 +215,6 @@ class _Walk:
 def _add_product(A: Tensor, B: Tensor, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     with autocast_off(output.device.type):
         return (output + (args[0].float() @ A.T) @ B.T).to(output.dtype)
-
-
-@contextmanager
-def _with_weights(layers: list[PrunableLayer], weights: dict[str, Tensor]) -> Iterator[None]:
-    """The layers compute with `weights`, `[out, in]`, inside; nothing is written to them."""
-    held = {layer.name: layer.module.__dict__.get("forward") for layer in layers}
-    try:
-        for layer in layers:
-            layer.module.forward = partial(_linear, layer.module, weights[layer.name])
-        yield
-    finally:
-        for layer in layers:
-            if held[layer.name] is None:
-                layer.module.__dict__.pop("forward", None)
-            else:
-                layer.module.forward = held[layer.name]
-
-
-def _linear(module: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    return nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
 def _config(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -101,3 +106,24 @@ def _absent(layer: PrunableLayer) -> ValueError:
         f"The reference has no weight of '{layer.name}'. Pass the dense model that this one was made of, of the same "
         "class, or its folder; or name the module in exclude_modules."
     )
+
+
+@contextmanager
+def with_weights(layers: list[PrunableLayer], weights: dict[str, Tensor]) -> Iterator[None]:
+    """The layers compute with `weights`, `[out, in]`, inside; nothing is written to them."""
+    held = {layer.name: layer.module.__dict__.get("forward") for layer in layers}
+    try:
+        for layer in layers:
+            layer.module.forward = partial(_linear, layer.module, weights[layer.name])
+        yield
+    finally:
+        for layer in layers:
+            if held[layer.name] is None:
+                layer.module.__dict__.pop("forward", None)
+            else:
+                layer.module.forward = held[layer.name]
+
+
+def _linear(module: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return nn.functional.linear(x, weight.to(x.dtype), bias)

@@ -58,6 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "losparse": {"sparse": 0.3, "window": 2, "initial_warmup": 0.2, "keep_base": True},
     "sketchtune": {"groups": 1, "bits": 2, "examples": 8, "keep_base": True},
     "sst": {"keep_base": True},
+    "perp": {"mask": "given", "norms": False},  # copies of norms are no bits of the base
+    "spdf": {"norms": False},
     "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},

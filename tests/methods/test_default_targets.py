@@ -22,6 +22,7 @@ SIZES = {
     "mask-lora": {"mask": "given"},
     "curing": {"max_rank": 5},
     "sketchtune": {"groups": 1, "bits": 2},
+    "perp": {"mask": "given"},
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
 }

@@ -4,6 +4,7 @@ from ..shared.registration import register_tuner
 from .config import MaskedLoraConfig
 from .layer import MaskedLoraLayer
 from .linear import MaskedLoraLinear
+from .mask_at_merge import MaskAtMerge
 from .masking import HardMask, Masking
 from .masks import save_masks, set_masks
 from .model import MaskedLoraModel
@@ -20,6 +21,7 @@ __all__ = [
     "HardMask",
     "LowRankUpdate",
     "MagnitudeMask",
+    "MaskAtMerge",
     "MaskSpace",
     "MaskStart",
     "MaskedLoraConfig",
