@@ -8,8 +8,11 @@ from typing import Any
 from ..pruning.light_peft import EstimateImportance, LightPEFTCallback
 from ..pruning.lora_prune import LoRAPruneCallback, PruneUnits
 from ..pruning.unit_masks import mask_units
+from ..rules import AccumulatedGradient, Regrow
+from ..sparsity import Curve, KeptWeights, Linear
+from ..training import AgedAdamWSpec
 from ..tuners import MaskedLoraConfig
-from .registry import Method, register
+from .registry import Method, register, row
 from .upstream import Rules, upstream_method
 
 
@@ -86,3 +89,28 @@ def light_peft(
         r=r,
         lora_alpha=lora_alpha,
     )
+
+
+@register(
+    "seft",
+    paper="Xiao et al., 2026 (SEFT)",
+    moves="support: as spiel-ag, among the weights that a pruned base keeps",
+    use_when="a pruned base is tuned by few entries, which move, and is to stay as sparse when they are merged",
+    cost="as spiel-ag; the base weight is read at each move",
+)
+def seft(
+    density: float = 0.01,
+    every: int = 20,
+    steps: int = 5,
+    fraction: Curve | float = Linear(0.2, 0.0),
+    drop: str = "magnitude",
+    **overrides: Any,
+) -> Method:
+    """The idea of SEFT, of which only the abstract could be read: SpIEL's drop and grow on a pruned base. The abstract
+    lets entries grow on pruned weights too and restores the sparsity by a sensitivity; here supports stay inside of
+    what the base keeps (`pattern=KeptWeights()`), so that sparsity never changes. `drop="sensitivity"` drops by
+    |value x gradient|. Use it on bases that were pruned; on a dense one it is spiel-ag.
+    """
+    move = Regrow(every=every, drop=drop, grow=AccumulatedGradient(steps=steps), fraction=fraction)
+    options = {"r": 0, "density": density, "pattern": KeptWeights(), "schedule": [move]}
+    return row(overrides, **options, target_modules="all-linear", optimizer=AgedAdamWSpec())

@@ -53,6 +53,7 @@ from .curves import (
     whole_steps,
 )
 from .group_envelope import envelope, envelope_prox, envelope_shares
+from .kept_weights import KeptWeights
 from .n_of_m import lowest_of_rows, n_of_m_mask
 from .n_of_m_code import decode_n_of_m, encode_n_of_m, n_of_m_bytes
 from .patterns import Everywhere, Grid, Pattern, Region, region_of
@@ -116,6 +117,7 @@ __all__ = [
     "Gradient",
     "Granularity",
     "Grid",
+    "KeptWeights",
     "Linear",
     "LowRankMagnitude",
     "Magnitude",

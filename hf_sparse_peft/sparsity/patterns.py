@@ -89,6 +89,13 @@ class Pattern(Part):
 
     part_kind: ClassVar[str] = "pattern"
 
+    reads_weight: ClassVar[bool] = False
+    """Whether the units that it allows follow from the weight (`on`): a choice by data cannot keep to it."""
+
+    def on(self, weight: Callable[[], Tensor]) -> Pattern:
+        """The pattern on a weight `[rows, cols]`, which is read when it is asked for."""
+        return self
+
     def check_grid(self, grid: UnitGrid, name: str = "") -> None:
         """Refuse a weight that the pattern does not fit; names the module `name`.
 

@@ -314,6 +314,12 @@ class SparseLoraConfig(AdapterConfig):
                 f"{start}granularity='subnet' trains every entry of its rows and columns. Set subnet_shares instead, "
                 "or granularity='entry'."
             )
+        ranked = getattr(self.budget, "ranks_units", False)
+        if getattr(self.pattern, "reads_weight", False) and (self.criterion.part_type != "random" or ranked):
+            raise ValueError(
+                f"{start}reads that off the weight where units are drawn or moved. Set criterion='random' and a budget "
+                "that does not rank units, or pattern=None."
+            )
         room = next((type(rule).__name__ for rule in self.rules if rule.extra_capacity > 0), None)
         if room is not None:
             raise ValueError(

@@ -71,7 +71,7 @@ class SupportSpace(WeightSpace):
     @property
     def pattern(self) -> Pattern | None:
         """The shape in which the units lie."""
-        return self.config.known_pattern
+        return self.layer.pattern_on_weight(self.adapter)
 
     def alive(self) -> Tensor:
         """Living units, sorted; `values[:a]` belong to them."""

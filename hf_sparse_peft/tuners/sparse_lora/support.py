@@ -16,6 +16,7 @@ from ...sparsity import (
     ByModule,
     DataCriterion,
     Given,
+    Pattern,
     Random,
     Targets,
     UnitGrid,
@@ -238,8 +239,13 @@ class SupportState(AdapterLayer):
             self.sizes[adapter_name].units,
             generator=torch.Generator(device="cpu" if weight is None else weight.device).manual_seed(seed),
             name=self.module_name,
-            pattern=config.pattern,
+            pattern=self.pattern_on_weight(adapter_name),
         )
+
+    def pattern_on_weight(self, adapter_name: str) -> Pattern | None:
+        """The config's pattern on this layer's base weight."""
+        pattern = self.adapter_configs[adapter_name].known_pattern
+        return None if pattern is None else pattern.on(self.dense_base_weight)
 
     def is_random_start(self, adapter_name: str) -> bool:
         """Whether the support is the random draw that injection made, not one that was chosen, loaded or moved."""
