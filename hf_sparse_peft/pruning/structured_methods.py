@@ -181,7 +181,7 @@ class HessianSaliency(StructuredPruning):
     too; here units are heads and channels and go at once. A chunk is a unit.
     """
 
-    latency: FrozenDict | dict[str, NonNegativeFloat] = field(default_factory=FrozenDict)
+    latency: dict[str, NonNegativeFloat] = field(default_factory=FrozenDict)
     """What a unit less saves, by kind: `{"heads": 0.8, "channels": 0.01}`, in any unit; empty: nothing counts."""
     eta: NonNegativeFloat = 5e-4
     """Importance that a unit of time is worth."""
