@@ -17,6 +17,7 @@ from .rules import (
     AdaptiveRowScale,
     Allocate,
     AlternateModules,
+    Cast,
     ChooseSupport,
     Distil,
     FactorExperts,
@@ -32,6 +33,7 @@ from .rules import (
     HalfSpace,
     Hesso,
     L1Penalty,
+    LearnMask,
     Lobster,
     LowRankMagnitude,
     MaskSparsity,
@@ -53,6 +55,7 @@ from .rules import (
     Smoothed,
     StableRank,
     SwitchLayers,
+    TrainNM,
     Windowed,
 )
 from .sparsity import (
@@ -80,6 +83,7 @@ from .sparsity import (
     WholeTensors,
 )
 from .training import (
+    AdamSSpec,
     AdamWSpec,
     AgedAdamWSpec,
     Controller,
@@ -132,6 +136,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "AccumulatedGradient",
+    "AdamSSpec",
     "AdamWSpec",
     "AdaptiveRowScale",
     "AgedAdamWSpec",
@@ -141,6 +146,7 @@ __all__ = [
     "BelowThreshold",
     "Budget",
     "ByModule",
+    "Cast",
     "ChooseSupport",
     "Constant",
     "Controller",
@@ -176,6 +182,7 @@ __all__ = [
     "KernelLoraModel",
     "L1Penalty",
     "LayerSamplingCallback",
+    "LearnMask",
     "Linear",
     "Lobster",
     "LowRankMagnitude",
@@ -219,6 +226,7 @@ __all__ = [
     "StructureConfig",
     "SupportTelemetryCallback",
     "SwitchLayers",
+    "TrainNM",
     "UnitsPerModule",
     "UpdateSparsity",
     "WholeTensors",

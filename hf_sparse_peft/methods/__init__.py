@@ -24,6 +24,7 @@ from . import (
     sparsifying,
     structured,
     tiny_core,
+    trained_masks,
     upstream,
     zeroth_order,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "sparsifying",
     "structured",
     "tiny_core",
+    "trained_masks",
     "upstream",
     "zeroth_order",
 ]

@@ -20,6 +20,8 @@ freeze.py        entries stop training                frozen.py        units tha
 freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
 distil.py        the base without its adapter as a teacher
+train_nm.py, input_masks.py    N:M sparsity while weights train
+learn_mask.py, cast.py     masks by trained scores, and of weights that the optimizer drove to 0
 penalties.py     L1 and nuclear norm on what trains
 lobster.py, serene.py, mask_sparsity.py     pulls on what the loss or the outputs do not need, or that is to go
 plateau_threshold.py    units below a threshold leave once the loss is flat
@@ -32,6 +34,7 @@ probing.py       passes beside training
 from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
+from .cast import Cast
 from .choose_support import ChooseSupport
 from .distil import Distil
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
@@ -47,6 +50,8 @@ from .grow_rank import GrowRank
 from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude, Move
 from .half_space import HalfSpace
 from .hesso import Hesso
+from .input_masks import InputMask, OutputGroups, PermutedOutputGroups
+from .learn_mask import LearnMask
 from .lobster import Lobster
 from .mask_sparsity import MaskSparsity
 from .moves import MoveResult, move_units
@@ -69,6 +74,7 @@ from .serene import SeReNe
 from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
 from .switch_layers import SwitchLayers
+from .train_nm import TrainNM
 from .update_mask import UpdateMask
 
 __all__ = [
@@ -78,6 +84,7 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "Cast",
     "ChooseSupport",
     "ComponentSpace",
     "ConstantRate",
@@ -98,7 +105,9 @@ __all__ = [
     "Growth",
     "HalfSpace",
     "Hesso",
+    "InputMask",
     "L1Penalty",
+    "LearnMask",
     "Lobster",
     "LowRankMagnitude",
     "Magnitude",
@@ -109,7 +118,9 @@ __all__ = [
     "MoveResult",
     "NuclearNorm",
     "Orthogonality",
+    "OutputGroups",
     "OwnClock",
+    "PermutedOutputGroups",
     "PlateauThreshold",
     "ProximalGate",
     "Prune",
@@ -132,6 +143,7 @@ __all__ = [
     "StableRank",
     "SwitchLayers",
     "TensorSpace",
+    "TrainNM",
     "Training",
     "TrainingScore",
     "UnitSpace",

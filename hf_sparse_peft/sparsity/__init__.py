@@ -52,6 +52,7 @@ from .curves import (
     make_curve,
     whole_steps,
 )
+from .gradient_flow import GradientFlow, MaskDecay, StructureDecay
 from .group_envelope import envelope, envelope_prox, envelope_shares
 from .kept_weights import KeptWeights
 from .n_of_m import lowest_of_rows, n_of_m_mask
@@ -68,7 +69,16 @@ from .scores import (
     make_score,
     select_units,
 )
-from .selection import excluding, random_units, random_units_outside, stream_seed, top_units
+from .selection import (
+    Source,
+    count_selected,
+    excluding,
+    find_cut,
+    random_units,
+    random_units_outside,
+    stream_seed,
+    top_units,
+)
 from .shrinkage import dead_zone_threshold, nested_group_slopes, nested_group_threshold, soft_threshold
 from .statistics import (
     SM3,
@@ -115,12 +125,14 @@ __all__ = [
     "Global",
     "GlobalByGroup",
     "Gradient",
+    "GradientFlow",
     "Granularity",
     "Grid",
     "KeptWeights",
     "Linear",
     "LowRankMagnitude",
     "Magnitude",
+    "MaskDecay",
     "MeanGradient",
     "MeanStepGradient",
     "Momentum",
@@ -135,8 +147,10 @@ __all__ = [
     "Sensitivity",
     "SmallestMagnitude",
     "Snip",
+    "Source",
     "Split",
     "Statistic",
+    "StructureDecay",
     "Targets",
     "Total",
     "UnitGrid",
@@ -153,6 +167,7 @@ __all__ = [
     "coded_parts",
     "codes_length",
     "competition_counts",
+    "count_selected",
     "counts_from_rank",
     "counts_from_total",
     "dead_zone_threshold",
@@ -166,6 +181,7 @@ __all__ = [
     "erdos_renyi_counts",
     "erdos_renyi_densities",
     "excluding",
+    "find_cut",
     "global_counts",
     "largest_within",
     "lowest_of_rows",

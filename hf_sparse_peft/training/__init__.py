@@ -5,7 +5,15 @@ from __future__ import annotations
 from .calibration import calibrate, initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .loop import Controller
-from .optimizers import AdamWSpec, AgedAdamWSpec, SparseSM3Spec, ZerothOrderSpec, make_optimizer, optimizer_spec
+from .optimizers import (
+    AdamSSpec,
+    AdamWSpec,
+    AgedAdamWSpec,
+    SparseSM3Spec,
+    ZerothOrderSpec,
+    make_optimizer,
+    optimizer_spec,
+)
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
 from .report_page import write_report
 from .run_record import RunRecord
@@ -20,6 +28,7 @@ from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zerot
 
 __all__ = [
     "TRAINERS",
+    "AdamSSpec",
     "AdamWSpec",
     "AgedAdamWSpec",
     "Controller",

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..optim import (
+    AdamS,
     AgedAdamW,
     OptimizerSettings,
     OptimizerSpec,
@@ -25,8 +26,8 @@ from ..optim import (
 )
 from ..rules import UnitSpace
 from ..tuners import adapter_layers
-from ..utils.option_types import Decay, PositiveFloat, Range
-from ..utils.parts import UnknownPart, register_part
+from ..utils.option_types import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from ..utils.parts import UnknownPart, register_part, require
 
 
 @register_part("adamw")
@@ -38,6 +39,8 @@ class AdamWSpec(OptimizerSpec):
     B_ratio: PositiveFloat = 1.0
     """Learning rate of low-rank factors `B` over the run's (LoRA+: about 16, peft's `loraplus_lr_ratio`; Hayou et al.,
     2024)."""
+    scores_ratio: PositiveFloat = 1.0
+    """Learning rate of a mask's trained scores over the run's (movement pruning: 1e-2 / 3e-5)."""
 
     builds: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
 
@@ -57,7 +60,7 @@ class AdamWSpec(OptimizerSpec):
 
     def ratios(self, model: nn.Module) -> dict[int, float]:
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
-        return _ratios_of_B(model, self)
+        return _ratios_of_B(model, self) | _ratios_of_scores(model, self.scores_ratio)
 
 
 @register_part("aged_adamw")
@@ -136,6 +139,54 @@ class SparseSM3Spec(OptimizerSpec):
         return SparseSM3(groups, lr=settings.lr, indices_of=indices_of, momentum=self.momentum)
 
 
+@register_part("adam_s")
+@dataclass(frozen=True)
+class AdamSSpec(OptimizerSpec):
+    """`optim.AdamS`: Adam that drives to 0 what an N:M mask does not keep of the weights, in every layer whose update
+    is a matrix (`DenseUpdate`, `ScaledDenseUpdate`); plain Adam for all else (CAST; Huang et al., 2025). It goes with
+    the rule `Cast`. Weight decay, which CAST has none of, acts on W + D."""
+
+    decay: NonNegativeFloat = 4e-7
+    """Strength of the decay, lambda (CAST, LLaMA-2-7B at a learning rate of 2e-5: 4e-7)."""
+    keep: PositiveInt = 2
+    """N: weights kept of each group."""
+    of: PositiveInt = 4
+    """M: consecutive inputs that make a group."""
+    mask_every: PositiveInt = 10
+    """Steps between two choices of the mask (CAST: 10)."""
+    betas: tuple[Decay, Decay] | None = None
+    """Decay rates of the moments; None: the run's."""
+
+    builds: ClassVar[type[torch.optim.Optimizer]] = AdamS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.keep < self.of, self, "keep", f"fewer than of={self.of}")
+
+    def build(self, model: nn.Module, settings: OptimizerSettings) -> AdamS:
+        """Groups as Trainer makes them, times matrices in scope and everything else.
+
+        Raises:
+            ValueError: no adapter trains a matrix; one whose inputs are no multiple of `of`.
+        """
+        spaces = [space for _, space in _active_spaces(model) if space.kind == "mask"]
+        scope = {id(space.dense_change()): space for space in spaces}
+        if not scope:
+            raise ValueError(
+                "AdamSSpec sparsifies trained matrices, and no active adapter has one. Train a MaskedLoraConfig("
+                "update=DenseUpdate()), or take another optimizer."
+            )
+        groups = parameter_groups(model, settings.weight_decay, lambda _, p: {"cast_scope": id(p) in scope})
+        own = {"decay": self.decay, "keep": self.keep, "of": self.of, "mask_every": self.mask_every}
+        betas = self.betas or settings.betas
+
+        def offset_of(parameter: torch.Tensor) -> torch.Tensor | None:
+            space = scope.get(id(parameter))
+            return None if space is None else space.base_weight()
+
+        return AdamS(groups, settings.lr, betas, settings.eps, **own, offset_of=offset_of)
+
+
 @register_part("zeroth_order")
 @dataclass(frozen=True)
 class ZerothOrderSpec(OptimizerSpec):
@@ -209,6 +260,19 @@ def _ratios_of_B(model: nn.Module, spec: AdamWSpec | AgedAdamWSpec) -> dict[int,
             "Set r >= 1, or B_ratio=1."
         )
     return {id(factor): spec.B_ratio for factor in factors}
+
+
+def _ratios_of_scores(model: nn.Module, ratio: float) -> dict[int, float]:
+    if ratio == 1:
+        return {}
+    held = [space.scored_parameters() for _, space in _active_spaces(model) if space.kind == "mask"]
+    scores = [one[name][0] for one in held for name in ("scores", "score_factors") if name in one]
+    if not scores:
+        raise ValueError(
+            f"AdamWSpec.scores_ratio={ratio} is for trained scores of a mask, and none trains in this model. Set "
+            "masking=ScoredMask(), or scores_ratio=1."
+        )
+    return {id(one): ratio for one in scores}
 
 
 def _misses_ratios(model: nn.Module, optimizer: Any, spec: AdamWSpec | AgedAdamWSpec) -> bool:
@@ -291,7 +355,7 @@ def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None
     trained = [config.optimizer for config in asked_configs(model) if not config.inference_mode]
     for spec in trained if optimizer is not None else ():
         other = isinstance(spec, OptimizerSpec) and not isinstance(innermost(optimizer), spec.builds)
-        asks = getattr(spec, "B_ratio", 1) != 1
+        asks = any(getattr(spec, name, 1) != 1 for name in ("B_ratio", "scores_ratio"))
         if other or (asks and _misses_ratios(model, optimizer, spec)):
             found = type(innermost(optimizer)).__name__ + ("" if other else " with other learning rates")
             warnings.warn(

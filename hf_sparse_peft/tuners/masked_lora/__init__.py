@@ -9,6 +9,8 @@ from .masking import HardMask, Masking
 from .masks import save_masks, set_masks
 from .model import MaskedLoraModel
 from .one_shot import MagnitudeMask, MaskStart, WandaMask
+from .scaled_dense import ScaledDenseUpdate
+from .scores import ScoredMask
 from .spaces import MaskSpace
 from .structured_scores import StructuredScores
 from .updates import DenseUpdate, LowRankUpdate, MaskedUpdate, NoUpdate, ScaleUpdate
@@ -33,6 +35,8 @@ __all__ = [
     "Masking",
     "NoUpdate",
     "ScaleUpdate",
+    "ScaledDenseUpdate",
+    "ScoredMask",
     "StructuredScores",
     "WandaMask",
     "save_masks",

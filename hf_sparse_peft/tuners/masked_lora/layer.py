@@ -17,6 +17,7 @@ from ...sparsity import Statistic, UnitGrid, pack_bits
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from ..shared.pieces import BaseMask, Piece, Tiles
+from ..shared.tensor_checks import weight_sides
 from .config import MaskedLoraConfig
 from .one_shot import MaskStart
 from .spaces import MaskSpace
@@ -24,6 +25,7 @@ from .updates import PREFIX, tell_of_tensors
 from .weight import MaskedWeight, masked
 
 MASK, COUNT = PREFIX + "mask", PREFIX + "count"
+SHIPPED = "shipped"
 
 
 class MaskedLoraLayer(AdapterLayer):
@@ -48,9 +50,9 @@ class MaskedLoraLayer(AdapterLayer):
 
     @classmethod
     def tensor_specs(
-        cls, config: MaskedLoraConfig, module_name: str, rows: int, cols: int, sizes: None = None
+        cls, config: MaskedLoraConfig, module_name: str, rows: int, cols: int, sizes: str | None = None
     ) -> list[TensorSpec]:
-        """Those of the update and of the masking, and the mask."""
+        """Those of the update and of the masking, and the mask; `sizes=SHIPPED`: without what only training needs."""
 
         def check_count(tensor: Tensor, key: str) -> None:
             if tensor.dtype != torch.int64 or not 0 <= int(tensor) <= rows * cols:
@@ -59,8 +61,12 @@ class MaskedLoraLayer(AdapterLayer):
                     "damaged or belongs to another base model."
                 )
 
-        parts = (config.update, config.masking)
-        found = [replace(s, name=PREFIX + s.name) for part in parts for s in part.specs(config, rows, cols)]
+        found = [
+            replace(spec, name=PREFIX + spec.name)
+            for part in (config.update, config.masking)
+            for spec in part.specs(config, rows, cols)
+            if sizes != SHIPPED or spec.name not in part.for_training
+        ]
         if config.masking.computes_mask:
             start = torch.tensor([rows * cols])
             return [*found, TensorSpec(COUNT, (1,), torch.int64, "saved", start=lambda _: start, check=check_count)]
@@ -69,12 +75,23 @@ class MaskedLoraLayer(AdapterLayer):
     @classmethod
     def read_sizes(
         cls, config: MaskedLoraConfig, module_name: str, held: Mapping[str, Tensor]
-    ) -> tuple[int, int, None]:
-        """Rows and columns by the tensors that have these sides, or by `shape`."""
+    ) -> tuple[int, int, str | None]:
+        """Rows and columns by the tensors that have these sides, or by `shape`; and whether it is without what only
+        training needs."""
+        for_training = config.masking.for_training
+        sizes = SHIPPED if for_training and not any(PREFIX + name in held for name in for_training) else None
         shape = held.get(PREFIX + "shape")
         if shape is not None and shape.dtype == torch.int64 and shape.shape == (2,):
-            return int(shape[0]), int(shape[1]), None
-        return super().read_sizes(config, module_name, held)
+            return int(shape[0]), int(shape[1]), sizes
+        return *weight_sides(lambda rows, cols: cls.tensor_specs(config, module_name, rows, cols, sizes), held), sizes
+
+    @classmethod
+    def sizes_to_load(
+        cls, config: MaskedLoraConfig, module_name: str, sizes: str | None, held: Mapping[str, Tensor]
+    ) -> str | None:
+        """Whether the file is without what only training needs."""
+        for_training = config.masking.for_training
+        return SHIPPED if for_training and not any(PREFIX + name in held for name in for_training) else None
 
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has a part of that adapter."""

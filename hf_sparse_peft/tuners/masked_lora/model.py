@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
@@ -35,6 +35,10 @@ class MaskedLoraModel(AdapterModel):
             ValueError: zeros of a quantised base, of one that adapters are merged into, or of one without any, are to
                 be the mask; a file's mask is of another base.
         """
+        for name, base in targets.items():
+            cols, rows = _get_in_out_features(base)
+            for part in (peft_config.update, peft_config.masking):
+                part.check_weight(rows, cols, name)
         merged = any(isinstance(module, BaseTunerLayer) and module.merged_adapters for module in model.modules())
         quantisation = get_quantization_kwargs(model)
         file = file_being_loaded()
@@ -49,7 +53,9 @@ class MaskedLoraModel(AdapterModel):
                         f"'{name}' is quantised by {backend.backend_name}, whose weight cannot be read, and a mask "
                         "that moves masks the base too. Load the base dense or in 4 bits, or leave the module out."
                     )
-        if file is not None or peft_config.mask != "zeros" or peft_config.masking.computes_mask:
+        if file is not None:
+            return AdapterPlan(sizes={name: sizes for name, (_, _, sizes) in file.sizes.items()})
+        if peft_config.mask != "zeros" or peft_config.masking.computes_mask:
             return AdapterPlan()
         if merged:
             raise ValueError(

@@ -143,6 +143,50 @@ class MaskSpace(UnitSpace):
         finally:
             self.write_bits(before)
 
+    # What a rule does with dense tensors of the weight's shape
+
+    def dense_change(self) -> nn.Parameter:
+        """The trained matrix `[out, in]` that is added to the base.
+
+        Raises:
+            ValueError: the update is of another form.
+        """
+        found = self.layer.own_tensors(self.adapter).get("delta")
+        if not isinstance(found, nn.Parameter) or tuple(found.shape) != self.weight_shape:
+            raise ValueError(
+                f"update={self.config.update} has no trained matrix of the shape of '{self.name}'. Set "
+                "update=DenseUpdate() or ScaledDenseUpdate()."
+            )
+        return found
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: Tensor, scale: float = 1.0) -> None:
+        """Add, to what the update's parameters have of a gradient, that of `scale * gradient` `[out, in]` as the
+        gradient of D; parameters without one stay so."""
+        weight = self.layer.masked_weight(self.adapter)
+        self._accumulate(weight.config.update.gradients(weight, gradient * scale))
+
+    def scores(self) -> Tensor | None:
+        """The trained scores of the entries `[out, in]` (`ScoredMask`), or None without any."""
+        tensors = self.layer.own_tensors(self.adapter)
+        return self.config.masking.scores(tensors).detach() if "scores" in tensors else None
+
+    @torch.no_grad()
+    def add_score_gradient(self, gradient: Tensor, scale: float = 1.0) -> None:
+        """As `add_gradient`, for the scores."""
+        tensors = self.layer.own_tensors(self.adapter)
+        self._accumulate(self.config.masking.score_gradients(tensors, gradient * scale))
+
+    def drop_scores(self) -> None:
+        """Delete what only training needs: the mask stays as it is."""
+        self.layer.resize(self.adapter, "shipped")
+
+    def _accumulate(self, gradients: dict[str, Tensor]) -> None:
+        tensors = self.layer.own_tensors(self.adapter)
+        for name, gradient in gradients.items():
+            if tensors[name].grad is not None:
+                tensors[name].grad.add_(gradient)
+
     # Parameters
 
     def parameters(self) -> list[nn.Parameter]:

@@ -52,6 +52,8 @@ class BringsTensors(Part):
     """Names of the tensors that train, without the tuner's prefix."""
     saved: ClassVar[tuple[str, ...]] = ()
     """Names of those that are saved beside them."""
+    for_training: ClassVar[tuple[str, ...]] = ()
+    """Names of those that the trained adapter is shipped without (`MaskSpace.drop_scores`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,6 +62,9 @@ class BringsTensors(Part):
         _DECLARED.update(found)
         for listener in _LISTENERS:
             listener(found)
+
+    def check_weight(self, rows: int, cols: int, name: str) -> None:
+        """Raises `ValueError` where the module `name` has a weight that the part is not for."""
 
     def specs(self, config: Any, rows: int, cols: int) -> list[TensorSpec]:
         """The tensors on a weight `[rows, cols]`, under the names of `trained` and `saved`."""
