@@ -30,7 +30,8 @@ class LearnMask(Rule):
     A penalty pulls scores down: :math:`\lambda_t` times the mean over matrices of the mean of :math:`\sigma(S)`, its
     gradient added once a step, after clipping. Exactly `int(v * n)` of the `n` entries that compete are kept; of equal
     scores drawn ones. A layer whose scores are all 0 (it never had a gradient) or not finite keeps its mask and is
-    named. After the last step the scores are dropped: what is left of them is the mask.
+    named; one that is held still follows when it trains again, or at the end. After the last step the scores are
+    dropped: what is left of them is the mask.
 
     Raises:
         ValueError: a config without trained scores; a run that goes on without the scores.
@@ -88,6 +89,7 @@ class LearnMask(Rule):
 
     def begin(self, run: Run) -> None:
         """Scores must be there."""
+        run.memory.missed = False
         for space in run.spaces(training=False):
             if space.scores() is None:
                 raise ValueError(
@@ -95,7 +97,7 @@ class LearnMask(Rule):
                     "Train on with schedule=[], or begin with a new adapter."
                 )
         if not run.step:
-            self._write_masks(run)
+            self._write_masks(run, run.spaces(training=False))
 
     def gradients(self, run: Run) -> None:
         """Add the penalty's gradient."""
@@ -107,18 +109,20 @@ class LearnMask(Rule):
             space.add_score_gradient(slope, run.gradient_scale * weight / (len(spaces) * slope.numel()))
 
     def after_step(self, run: Run) -> None:
-        """Choose the masks."""
+        """Choose the masks of what trains."""
         if run.step % self.every == 0 or run.step == run.total_steps:
-            self._write_masks(run)
+            run.memory.missed = len(run.spaces()) < len(run.all_spaces)
+            self._write_masks(run, run.spaces())
 
     def finish(self, run: Run) -> None:
-        """Drop the scores."""
+        """Choose the last masks where layers were held still, and drop the scores."""
+        if run.memory.missed:
+            self._write_masks(run, run.spaces(training=False))
         for space in run.spaces(training=False):
             space.drop_scores()
 
     @torch.no_grad()
-    def _write_masks(self, run: Run) -> None:
-        spaces = run.spaces(training=False)
+    def _write_masks(self, run: Run, spaces: list[UnitSpace]) -> None:
         if self.threshold is None and self.density(run.step, run.total_steps) >= 1:
             for space in spaces:
                 space.write_bits(torch.full_like(space.bits, 255))

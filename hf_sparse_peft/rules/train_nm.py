@@ -79,13 +79,14 @@ class TrainNM(Rule):
 
     def begin(self, run: Run) -> None:
         """Check all widths, and write the first masks."""
+        run.memory.patterns = {}
         patterns = [(self.keep, self.of)] if self.flow is None else self.flow.patterns(self.keep, self.of)
         widest = max(of for _, of in patterns)
         for space in run.spaces(training=False):
             _check_space(space, "TrainNM", widest)
             if self.input_mask is not None:
                 self.input_mask.check_space(space, self.keep, self.of)
-        self._write_masks(run)
+        self._write_masks(run, run.spaces(training=False))
         dense, end = self._phases(run.total_steps)
         left = 0.0 if self.flow is None else self.flow.removed_weight(end - dense, end - dense)
         if left > 0.1 and not run.resumed:
@@ -100,6 +101,7 @@ class TrainNM(Rule):
         beta = self.removed_weight(run.step, run.total_steps)
         factor = beta if self.removed_gradient == "scaled" else 1.0
         numbers = {"removed_weight": beta, "removed_gradient": factor}
+        self._write_masks(run, [s for s in run.spaces() if run.memory.patterns[s] != self._pattern(run)])
         for space in run.spaces():
             bits = None
             if self.input_mask is not None:
@@ -116,8 +118,12 @@ class TrainNM(Rule):
             space.add_gradient(space.current_weight() * removed, run.gradient_scale * self.decay)
 
     def after_step(self, run: Run) -> None:
-        """Write the masks of the weights as they are now."""
-        self._write_masks(run)
+        """Write the masks of the weights that have moved."""
+        self._write_masks(run, run.spaces())
+
+    def finish(self, run: Run) -> None:
+        """Layers that were held still get the final pattern too."""
+        self._write_masks(run, [s for s in run.all_spaces if run.memory.patterns[s] != self._pattern(run)])
 
     # Where in the run
 
@@ -140,10 +146,14 @@ class TrainNM(Rule):
     def _phases(self, total: int) -> tuple[int, int]:
         return whole_steps(self.dense, total), total - whole_steps(self.final, total)
 
+    def _pattern(self, run: Run) -> tuple[int, int] | None:
+        return self.pattern(run.step, run.total_steps)
+
     @torch.no_grad()
-    def _write_masks(self, run: Run) -> None:
-        pattern = self.pattern(run.step, run.total_steps)
-        for space in run.spaces(training=False):
+    def _write_masks(self, run: Run, spaces: list[UnitSpace]) -> None:
+        pattern = self._pattern(run)
+        for space in spaces:
+            run.memory.patterns[space] = pattern
             if pattern is None:
                 space.write_bits(torch.full_like(space.bits, 255))
             else:

@@ -16,8 +16,19 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse_peft import FactoredConfig, KernelLoraConfig, Rule, SparseLoraConfig, SpectralLoraConfig, callbacks_for
+from hf_sparse_peft import (
+    AdamSSpec,
+    FactoredConfig,
+    KernelLoraConfig,
+    MaskedLoraConfig,
+    Rule,
+    SparseLoraConfig,
+    SpectralLoraConfig,
+    callbacks_for,
+    make_optimizer,
+)
 from hf_sparse_peft.tuners.factored import Codebooks, LowRankSparse, Spectral
+from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
 from hf_sparse_peft.utils.parts import part_types
 
@@ -37,6 +48,8 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "kernel": (KernelLoraConfig, {"r": 4, "kernel": "mixed", "sparsity": 0.5}),
     "core": (SpectralLoraConfig, {"r": 4, "bases": SVD(train_B=True), "core": Full("values", residual="init")}),
     "shared bases": (SpectralLoraConfig, {"r": 4, "bases": SharedBases("AB", init="normal"), "core": Diagonal()}),
+    "masked weights": (MaskedLoraConfig, {"update": DenseUpdate(), "mask": "all"}),
+    "mask by scores": (MaskedLoraConfig, {"update": NoUpdate(), "masking": ScoredMask(), "mask": "all"}),
     "factored": (FactoredConfig, {"keep_base": True}),
     "codebooks": (FactoredConfig, {"keep_base": True, "form": Codebooks(groups=1, bits=2, examples=8)}),
     "low rank + rows": (FactoredConfig, {"keep_base": True, "form": LowRankSparse(0.1)}),
@@ -54,6 +67,8 @@ KINDS = {
     "kernel": {"kernel", "module"},
     "core": {"core", "basis", "module"},
     "shared bases": {"core", "module"},
+    "masked weights": {"mask", "module"},
+    "mask by scores": {"mask", "module"},
     "factored": {"module"},
     "codebooks": {"module"},
     "low rank + rows": {"row", "module"},
@@ -62,7 +77,8 @@ KINDS = {
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
 
-SCALED = tuple(name for name, (cls, _) in PARAMETRIZATIONS.items() if cls not in (KernelLoraConfig, FactoredConfig))
+UNSCALED = (KernelLoraConfig, FactoredConfig, MaskedLoraConfig)
+SCALED = tuple(name for name, (cls, _) in PARAMETRIZATIONS.items() if cls not in UNSCALED)
 RANKS = ("low rank", "low rank + entries")
 SUPPORTS = tuple(name for name in PARAMETRIZATIONS if "support" in KINDS[name])
 RULES: dict[str, dict[str, Any]] = {
@@ -96,10 +112,13 @@ RULES: dict[str, dict[str, Any]] = {
         "only": ("low rank + rows",),
     },
     "sample_vectors": {"every": 2, "iterations": 2, "warmup": 1},
+    "cast": {"only": ("masked weights",)},
     "distil": {"weight": 0.5},
     "freeze_gradually": {"until": 0.7},
     "frobenius_decay": {"weight": 0.1},
+    "learn_mask": {"final_density": 0.5, "penalty": 1.0, "only": ("mask by scores",)},
     "orthogonality": {"weight": 0.5},
+    "train_nm": {"only": ("masked weights",)},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},
     "adaptive_row_scale": {"max_scale": 2.0, "only": RANKS},
@@ -120,6 +139,7 @@ RULES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
 CONFIG: dict[str, dict[str, Any]] = {
+    "cast": {"optimizer": AdamSSpec(mask_every=3)},
     "freeze": {"criterion": "smallest_magnitude"},
     "search_support": {"criterion": "random"},
     "factor_experts": {"factor_masks": {"kind": "stochastic", "experts": 2}},
@@ -132,6 +152,7 @@ EXCEPTIONS = {
     ("identity", "low rank + rows"): "its sum is the weight to rounding",
     ("identity", "singular vectors"): "its product is the weight to rounding",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
+    ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
 }
 """(contract, parametrization or rule) -> why it is not kept; the tests hold these to be true too."""
@@ -144,6 +165,8 @@ def rule_names() -> list[str]:
 
 def fits(parametrization: str, rule: str | None) -> bool:
     """Whether the rule has something to act on there."""
+    if parametrization == "mask by scores":
+        return rule == "learn_mask"  # nothing else changes the mask
     if rule is None:
         return True
     only = RULES[rule].get("only", tuple(PARAMETRIZATIONS))
@@ -235,7 +258,8 @@ def train(model, out, *, resume=None, save_at=None, **options) -> dict[str, torc
         warnings.simplefilter("ignore")
         data = tiny.TokenData(32, repeated=options.pop("repeated", 1))
         callbacks = [*callbacks_for(model), Watch()]
-        tiny.train(model, out, steps, callbacks=callbacks, data=data, resume=resume, **options)
+        made = {"callbacks": callbacks, "optimizer": make_optimizer}
+        tiny.train(model, out, steps, data=data, resume=resume, **made, **options)
     return state
 
 

@@ -14,9 +14,11 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import (
+    AdamSSpec,
     Allocate,
     AlternateModules,
     AverageRank,
+    Cast,
     ChooseSupport,
     Distil,
     FactoredConfig,
@@ -28,7 +30,9 @@ from hf_sparse_peft import (
     Hesso,
     KernelLoraConfig,
     L1Penalty,
+    LearnMask,
     Lobster,
+    MaskedLoraConfig,
     MaskSparsity,
     NuclearNorm,
     PlateauThreshold,
@@ -45,12 +49,14 @@ from hf_sparse_peft import (
     StableRank,
     SwitchLayers,
     callbacks_for,
+    make_optimizer,
 )
 from hf_sparse_peft.rules import Rule, conflict
 from hf_sparse_peft.rules.pairs import pair_table
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.factored import Spectral
+from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
 from hf_sparse_peft.utils.parts import part_types
@@ -89,8 +95,10 @@ KINDS = (
     {"subnet_row", "subnet_column", "rank", "module"},
     {"basis", "core", "module"},
     {"vector", "module"},
+    {"mask", "module"},
 )
-"""Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, and of whole SVDs."""
+"""Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, of whole SVDs, of masked
+weights."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -106,6 +114,10 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return SpectralLoraConfig(bases=SVD(train_B=True), core=Diagonal(), **options)
     if any(rule.acts_on == {"vector"} for rule in rules):
         return FactoredConfig(form=Spectral(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
+    if any(rule.acts_on == {"mask"} for rule in rules):
+        parts = {"masking": ScoredMask()} if any(isinstance(rule, LearnMask) for rule in rules) else {}
+        parts |= {"optimizer": AdamSSpec()} if any(isinstance(rule, Cast) for rule in rules) else {}
+        return MaskedLoraConfig(update=DenseUpdate(), mask="all", **parts, **options)
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     if any("subnet_row" in rule.acts_on for rule in rules):
@@ -115,7 +127,7 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
 
 def fit(rules: list[Rule], kinds: set[str]) -> bool:
     """Whether all of them have something to act on there."""
-    unscaled = "vector" in kinds and any(rule.part_type == "sample_layers" for rule in rules)
+    unscaled = kinds & {"vector", "mask"} and any(rule.part_type == "sample_layers" for rule in rules)
     return all(rule.acts_on & kinds for rule in rules) and not unscaled
 
 
@@ -224,7 +236,7 @@ def train_schedule(names: tuple[str, ...], out) -> None:
     torch.manual_seed(0)
     model, watch = get_peft_model(tiny.llama(), config_of(*map(rule_of, names))), Watch()
     (runner,) = [one for one in callbacks_for(model) if isinstance(one, RuleRunner)]
-    tiny.train(model, out, STEPS, callbacks=watch.around(runner), weight_decay=0.1)
+    tiny.train(model, out, STEPS, callbacks=watch.around(runner), optimizer=make_optimizer, weight_decay=0.1)
     assert {run.rule.part_type for run in runner.runs} == set(names)
     assert len(watch.trained) == STEPS
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or ".factored_" in n)

@@ -17,10 +17,12 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sparse_peft import (
     AccumulatedGradient,
+    AdamSSpec,
     AdaptiveRowScale,
     Allocate,
     AlternateModules,
     AverageRank,
+    Cast,
     ChooseSupport,
     Controller,
     Distil,
@@ -37,7 +39,9 @@ from hf_sparse_peft import (
     HalfSpace,
     Hesso,
     L1Penalty,
+    LearnMask,
     Lobster,
+    MaskedLoraConfig,
     MaskSparsity,
     NuclearNorm,
     Orthogonality,
@@ -56,10 +60,13 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
     StableRank,
     SwitchLayers,
+    TrainNM,
     callbacks_for,
+    make_optimizer,
 )
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.factored import Spectral
+from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
 from hf_sparse_peft.utils.parts import load_part, part_types
@@ -80,6 +87,7 @@ RULES = {
     "adaptive_row_scale": AdaptiveRowScale(2.0),
     "allocate": Allocate(budget=AverageRank(2), every=1),
     "alternate_modules": AlternateModules(period_steps=2),
+    "cast": Cast(),
     "choose_support": ChooseSupport(2, 2),
     "distil": Distil(0.5),
     "factor_experts": FactorExperts(consistency=0.0),
@@ -92,6 +100,7 @@ RULES = {
     "group_envelope": GroupEnvelope(weight=20.0),
     "half_space": HalfSpace(0.5, 0.5),
     "hesso": Hesso(periods=2),
+    "learn_mask": LearnMask(0.5, penalty=1.0),
     "l1_penalty": L1Penalty(weight=5.0),
     "lobster": Lobster(0.05),
     "mask_sparsity": MaskSparsity(0.5),
@@ -109,6 +118,7 @@ RULES = {
     "sample_vectors": SampleVectors(every=2, iterations=2, warmup=1),
     "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),
     "search_support": SearchSupport(trials=6, steps=1, batches=2),
+    "train_nm": TrainNM(),
 }
 """Every rule of the package, with options with which it acts within a few steps on a tiny model."""
 ON_THE_BASE = {"lora_prune", "light_peft"}
@@ -134,14 +144,17 @@ def trained_by_trainer(config, out, accumulation: int = 1, layers: int = 1, **ar
         learning_rate=1e-2, weight_decay=0.0, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
         optim="adamw_torch", **arguments,
     )  # fmt: skip
-    trainer = Recorder(model, args, train_dataset=TokenData(), callbacks=callbacks_for(model))
+    optimizers = (make_optimizer(model, args), None)
+    trainer = Recorder(model, args, train_dataset=TokenData(), callbacks=callbacks_for(model), optimizers=optimizers)
     trainer.seen = []
     trainer.train()
     return model, trainer.seen
 
 
 def optimizer_for(model) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = make_optimizer(model, lr=1e-2)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     optimizer.param_groups[0]["initial_lr"] = 1e-2  # written by torch's schedulers, of which the Trainer has one
     return optimizer
 
@@ -238,6 +251,11 @@ def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
 
 
 def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig:
+    if rule.acts_on == {"mask"}:
+        parts = {"masking": ScoredMask()} if isinstance(rule, LearnMask) else {}
+        parts |= {"optimizer": AdamSSpec()} if isinstance(rule, Cast) else {}
+        targets = ["q_proj", "v_proj"]
+        return MaskedLoraConfig(update=DenseUpdate(), mask="all", target_modules=targets, schedule=[rule], **parts)
     if rule.acts_on == {"basis"}:
         return SpectralLoraConfig(r=4, target_modules=["q_proj", "v_proj"], bases=SVD(train_B=True), schedule=[rule])
     if rule.acts_on == {"vector"}:

@@ -71,6 +71,18 @@ class MaskedLoraConfig(AdapterConfig):
                 "what the base has. Set masks_base=None."
             )
         check_schedule(self.schedule, self)
+        for rule in self.rules:
+            if rule.part_type == "sample_layers":
+                raise ValueError(
+                    "SampleLayers acts on units of kind 'module' by the scaling of their updates, and masked adapters "
+                    "have none. Take SwitchLayers or AlternateModules."
+                )
+        moves = any("mask" in rule.acts_on and "units" in rule.writes for rule in self.rules)
+        if self.masking.for_training and not moves and not any(isinstance(rule, UnknownPart) for rule in self.schedule):
+            raise ValueError(
+                f"masking={self.masking} trains scores, and no rule of schedule makes a mask of them. Add LearnMask(), "
+                "or set masking=HardMask()."
+            )
 
     def _make_nested(self) -> None:
         self.update = load_part_by_name(MaskedUpdate, self.update, "update")
