@@ -51,7 +51,7 @@ def by_hand(model, rule, steps, lr, trains_weights=True, soft=None):
 def test_both_gradients_of_an_entry_that_is_kept_and_of_one_that_is_not():
     """w = -2 with upstream gradient 3: dS = -6 in both; dW = 3 and 0."""
     masking = ScoredMask()
-    model = masked_net(**{**MOVEMENT, "target_modules": ["second"]})
+    model = masked_net(LearnMask(), **{**MOVEMENT, "target_modules": ["second"]})
     (layer,) = adapter_layers(model)
     with torch.no_grad():
         layer.get_base_layer().weight.fill_(-2.0)
