@@ -293,6 +293,8 @@ def test_every_rule_does_in_a_loop_by_hand_what_it_does_in_a_trainer_also_resume
 
     idle = adapted(config, layers=layers)
     idle.peft_config["default"].schedule = []
+    if name == "cast":
+        idle.peft_config["default"].optimizer = None  # AdamS refuses to step without the rule
     trained(idle, steps)
     ours, theirs = idle.state_dict(), expected.state_dict()
     assert not all(torch.equal(ours[key], theirs[key]) for key in theirs)  # the rule has done something
