@@ -11,6 +11,7 @@ from .gqsa import GQSA, Groups
 from .input_statistics import InputStatistics
 from .iso_flop import doped_ranks, iso_flop_size
 from .kept_units import KeptOfBlock, KeptUnits
+from .laser import LaserEdit, laser, search_laser
 from .light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
 from .lora_prune import LoRAPruneCallback, PruneUnits
 from .one_shot import one_shot_pruned
@@ -47,6 +48,7 @@ __all__ = [
     "InputStatistics",
     "KeptOfBlock",
     "KeptUnits",
+    "LaserEdit",
     "LightPEFTCallback",
     "LoRAPrune",
     "LoRAPruneCallback",
@@ -77,6 +79,7 @@ __all__ = [
     "importance_lora_config",
     "iso_flop_size",
     "kept_units_of",
+    "laser",
     "load_sliced",
     "mask_units",
     "one_shot_pruned",
@@ -86,6 +89,7 @@ __all__ = [
     "recover_adapter",
     "save_kept_units",
     "save_sliced",
+    "search_laser",
     "slice_model",
     "sparse_soup",
     "structures_of",

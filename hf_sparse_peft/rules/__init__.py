@@ -12,6 +12,8 @@ sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that gr
 sample_vectors.py            singular vectors that train in turns
 group_lasso.py   ranks that shrink from their end
 stable_rank.py   ranks that are cut once they have settled
+trained_rank_pruning.py   weights that are cut to low rank while they train
+largest_error.py    a pull on what is furthest from the base
 gradient_noise.py, adaptive_row_scale.py    noise on weights, gradients by the rows of the update
 entering.py      units that begin to train late
 factor_experts.py    the experts of split factors that a pass uses
@@ -19,7 +21,7 @@ choose_support.py    a support is chosen by gradients after a warm-up
 freeze.py        entries stop training                frozen.py        units that are excluded from the update
 freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
-distil.py        the base without its adapter as a teacher
+distil.py, distil_features.py    the base without its adapter as a teacher
 train_nm.py, input_masks.py    N:M sparsity while weights train
 learn_mask.py, cast.py     masks by trained scores, and of weights that the optimizer drove to 0
 penalties.py     L1 and nuclear norm on what trains
@@ -37,6 +39,7 @@ from .alternate_modules import AlternateModules
 from .cast import Cast
 from .choose_support import ChooseSupport
 from .distil import Distil
+from .distil_features import DistilFeatures
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
 from .factor_experts import ExpertDraw, FactorExperts
@@ -51,6 +54,7 @@ from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude
 from .half_space import HalfSpace
 from .hesso import Hesso
 from .input_masks import InputMask, OutputGroups, PermutedOutputGroups
+from .largest_error import LargestError
 from .learn_mask import LearnMask
 from .lobster import Lobster
 from .mask_sparsity import MaskSparsity
@@ -75,6 +79,7 @@ from .space import ComponentSpace, Follower, ModuleSpace, TensorSpace, UnitSpace
 from .stable_rank import StableRank
 from .switch_layers import SwitchLayers
 from .train_nm import TrainNM
+from .trained_rank_pruning import TrainedRankPruning
 from .update_mask import UpdateMask
 
 __all__ = [
@@ -89,6 +94,7 @@ __all__ = [
     "ComponentSpace",
     "ConstantRate",
     "Distil",
+    "DistilFeatures",
     "Drop",
     "EnteringRate",
     "ExpertDraw",
@@ -107,6 +113,7 @@ __all__ = [
     "Hesso",
     "InputMask",
     "L1Penalty",
+    "LargestError",
     "LearnMask",
     "Lobster",
     "LowRankMagnitude",
@@ -144,6 +151,7 @@ __all__ = [
     "SwitchLayers",
     "TensorSpace",
     "TrainNM",
+    "TrainedRankPruning",
     "Training",
     "TrainingScore",
     "UnitSpace",

@@ -28,7 +28,7 @@ class FrobeniusDecay(Rule):
     weight: PositiveFloat = 1e-4
     r""":math:`\lambda`."""
 
-    acts_on: ClassVar[frozenset[str]] = frozenset({"rank"})
+    acts_on: ClassVar[frozenset[str]] = frozenset({"rank", "factors"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradient"})
     undecayed: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 

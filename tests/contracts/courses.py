@@ -69,10 +69,10 @@ KINDS = {
     "shared bases": {"core", "module"},
     "masked weights": {"mask", "module"},
     "mask by scores": {"mask", "module"},
-    "factored": {"module"},
     "codebooks": {"module"},
     "low rank + rows": {"row", "module"},
     "singular vectors": {"vector", "module"},
+    "factored": {"factors", "module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -114,6 +114,9 @@ RULES: dict[str, dict[str, Any]] = {
     "sample_vectors": {"every": 2, "iterations": 2, "warmup": 1},
     "cast": {"only": ("masked weights",)},
     "distil": {"weight": 0.5},
+    "distil_features": {"logits": 0.5},
+    "largest_error": {"weight": 50.0, "only": ("factored",)},
+    "trained_rank_pruning": {"every": 2, "energy": 0.5, "nuclear_norm": 0.1},
     "freeze_gradually": {"until": 0.7},
     "frobenius_decay": {"weight": 0.1},
     "learn_mask": {"final_density": 0.5, "penalty": 1.0, "only": ("mask by scores",)},

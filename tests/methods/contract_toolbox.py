@@ -60,6 +60,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sst": {"keep_base": True},
     "perp": {"mask": "given", "norms": False},  # copies of norms are no bits of the base
     "spdf": {"norms": False},
+    "welore": {"keep_base": True, "min_ratio": 0.0},
+    "lord": {"keep_base": True, "examples": 8},
+    "low-rank-transformer": {"keep_base": True},
+    "trp": {"keep_base": True, "energy": 0.5},
     "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},
@@ -121,6 +125,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("identity", "dsformer"): "its factors are an approximation of the weight",
     ("identity", "losparse"): "its sum is the weight to rounding",
     ("identity", "sst"): "its product is the weight to rounding",
+    ("identity", "welore"): "factors are an approximation of the weight",
+    ("identity", "pela"): "as welore",
+    ("identity", "low-rank-transformer"): "as welore",
     ("moves", "dylora"): "a rank is sampled for a step, and all components live between steps",
     ("loss", "mezo"): "eight random directions need not lead down",
     ("loss", "sparse-mezo"): "as mezo",
@@ -294,7 +301,7 @@ def base_bits(model) -> dict[str, torch.Tensor]:
     return {
         k: v.detach().clone()
         for k, v in named.items()
-        if not any(part in k for part in ("lora_", "kernel_", ".factored_"))
+        if not any(own in k for own in ("lora_", "kernel_", "factored_"))
     }
 
 

@@ -23,6 +23,7 @@ SIZES = {
     "curing": {"max_rank": 5},
     "sketchtune": {"groups": 1, "bits": 2},
     "perp": {"mask": "given"},
+    "welore": {"reduction": 0.8, "min_ratio": 0.0},
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
 }

@@ -48,6 +48,7 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
     StableRank,
     SwitchLayers,
+    TrainedRankPruning,
     callbacks_for,
     make_optimizer,
 )
@@ -85,6 +86,7 @@ BUSY = {
     "regrow": Regrow(every=2, grow=Random(), fraction=0.5),
     "sample_layers": SampleLayers(trained=0.5, every=5, probes=2),
     "sample_vectors": SampleVectors(every=2, warmup=1),
+    "trained_rank_pruning": TrainedRankPruning(every=2, energy=0.5),
     "stable_rank": StableRank(every=1, window=2, last=2, threshold=10.0, first=1),
     "switch_layers": SwitchLayers(1, every=1, seed=1),
     "search_support": SearchSupport(trials=2, steps=1, batches=1),
@@ -96,9 +98,10 @@ KINDS = (
     {"basis", "core", "module"},
     {"vector", "module"},
     {"mask", "module"},
+    {"factors", "module"},
 )
 """Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, of whole SVDs, of masked
-weights."""
+weights, and of low-rank bases."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -112,6 +115,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return KernelLoraConfig(sparsity=0.5, **options)
     if any(rule.acts_on == {"basis"} for rule in rules):
         return SpectralLoraConfig(bases=SVD(train_B=True), core=Diagonal(), **options)
+    if any(rule.acts_on == {"factors"} for rule in rules):
+        return FactoredConfig(keep_base=True, **{k: v for k, v in options.items() if k != "r"})
     if any(rule.acts_on == {"vector"} for rule in rules):
         return FactoredConfig(form=Spectral(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
     if any(rule.acts_on == {"mask"} for rule in rules):
@@ -127,7 +132,7 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
 
 def fit(rules: list[Rule], kinds: set[str]) -> bool:
     """Whether all of them have something to act on there."""
-    unscaled = kinds & {"vector", "mask"} and any(rule.part_type == "sample_layers" for rule in rules)
+    unscaled = kinds & {"vector", "mask", "factors"} and any(rule.part_type == "sample_layers" for rule in rules)
     return all(rule.acts_on & kinds for rule in rules) and not unscaled
 
 

@@ -26,6 +26,7 @@ from hf_sparse_peft import (
     ChooseSupport,
     Controller,
     Distil,
+    DistilFeatures,
     FactoredConfig,
     FactorExperts,
     FactorMaskConfig,
@@ -39,6 +40,7 @@ from hf_sparse_peft import (
     HalfSpace,
     Hesso,
     L1Penalty,
+    LargestError,
     LearnMask,
     Lobster,
     MaskedLoraConfig,
@@ -60,6 +62,7 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
     StableRank,
     SwitchLayers,
+    TrainedRankPruning,
     TrainNM,
     callbacks_for,
     make_optimizer,
@@ -90,6 +93,9 @@ RULES = {
     "cast": Cast(),
     "choose_support": ChooseSupport(2, 2),
     "distil": Distil(0.5),
+    "distil_features": DistilFeatures(logits=0.5),
+    "largest_error": LargestError(),
+    "trained_rank_pruning": TrainedRankPruning(every=2, energy=0.5),
     "factor_experts": FactorExperts(consistency=0.0),
     "freeze": Freeze(at=0.5, threshold=0.01),
     "freeze_gradually": FreezeGradually(0.7),
@@ -250,7 +256,9 @@ def test_a_run_goes_on_from_model_optimizer_and_the_controllers_state(tmp_path):
     assert_same(again, expected)
 
 
-def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig:
+def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig | FactoredConfig:
+    if rule.acts_on == {"factors"}:
+        return FactoredConfig(keep_base=True, target_modules=["q_proj", "v_proj"], schedule=[rule])
     if rule.acts_on == {"mask"}:
         parts = {"masking": ScoredMask()} if isinstance(rule, LearnMask) else {}
         parts |= {"optimizer": AdamSSpec()} if isinstance(rule, Cast) else {}

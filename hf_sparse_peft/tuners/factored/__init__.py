@@ -10,8 +10,18 @@ from .layer import FactoredLayer, FactoredLinear
 from .low_rank import LowRank
 from .low_rank_sparse import LowRankSparse
 from .model import FactoredModel, factored_layers
-from .ranks import EnergyFraction, FixedRank, ParameterRatio, RankRule, SideFraction, SingularValueThreshold
+from .output_features import OutputFeatures
+from .ranks import (
+    EnergyFraction,
+    FixedRank,
+    LargestRankFraction,
+    ParameterRatio,
+    RankRule,
+    SideFraction,
+    SingularValueThreshold,
+)
 from .spectral import Spectral
+from .whole import Whole
 
 register_tuner(FactoredConfig, FactoredModel)
 
@@ -26,12 +36,15 @@ __all__ = [
     "FactoredModel",
     "FixedRank",
     "Form",
+    "LargestRankFraction",
     "LowRank",
     "LowRankSparse",
+    "OutputFeatures",
     "ParameterRatio",
     "RankRule",
     "SideFraction",
     "SingularValueThreshold",
     "Spectral",
+    "Whole",
     "factored_layers",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...rules import UnitSpace
 from ...sparsity import Statistic
 from ...sparsity.decomposition import truncated_svd
 from ...utils.parts import register_part
@@ -16,6 +17,7 @@ from ...utils.tensors import TensorSpec
 from .form import Form, Tensors
 from .input_statistics import InputMoments
 from .product import factor_product
+from .spaces import FactorsSpace
 
 
 @register_part("low_rank")
@@ -30,6 +32,7 @@ class LowRank(Form):
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ("A", "B")
+    unit_kinds: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     trained: Literal["AB", "A", "B", ""] = "AB"
     """Which factors train; the others are frozen, in the base's dtype."""
@@ -80,6 +83,10 @@ class LowRank(Form):
     def weight(self, tensors: Tensors) -> Tensor:
         """B A."""
         return tensors["B"] @ tensors["A"]
+
+    def spaces(self, layer: Any, adapter: str) -> list[UnitSpace]:
+        """The product, where both factors train."""
+        return [FactorsSpace(layer, adapter)] if self.trained == "AB" else []
 
     def modules(self, tensors: Tensors, bias: Tensor | None) -> nn.Module:
         """Two linear layers in a row, `down` (A) and `up` (B, with the bias)."""

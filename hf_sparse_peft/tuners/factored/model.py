@@ -91,7 +91,17 @@ class FactoredModel(AdapterModel):
                     f"'{layer.module_name}' has no weight to go back to: it was released when its factors took its "
                     f"place. merge_and_unload() gives the dense model that the factors make. {HOW_TO_KEEP}"
                 )
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unbiased = {layer for layer in self.adapted_layers() if getattr(layer.get_base_layer(), "bias", None) is None}
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        added = [layer.module_name for layer in unbiased if getattr(layer.get_base_layer(), "bias", None) is not None]
+        if added:
+            warnings.warn(
+                f"The forms of {len(added)} layers ('{added[0]}') have biases, and this architecture has none there: "
+                "save_pretrained writes them, and from_pretrained drops them. For a dense model on disk start from "
+                "OutputFeatures(center=False).",
+                stacklevel=2,
+            )
+        return unloaded
 
     def export_modules(self, adapter_name: str | None = None) -> nn.Module:
         """The base model with torch's own linear layers in the place of each factored weight, for LoRA on the factors,
@@ -163,9 +173,14 @@ def _saves(config: FactoredConfig, rows: int, cols: int, rank: int) -> bool:
 def _tell_dense(config: FactoredConfig, shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> None:
     form = type(config.form).__name__
     if not config.sizes:
-        name = config.left_dense[0]
+        name = next((name for name in config.left_dense if name in ranks), config.left_dense[0])
+        if not ranks:
+            raise ValueError(
+                f"No target is factored: rank={config.rank} leaves all {len(shapes)} dense ('{name}', ...). Ask for a "
+                "larger reduction, or a smaller min_ratio."
+            )
         raise ValueError(
-            f"No target is factored: {form} at rank {ranks.get(name)} saves nothing of '{name}' "
+            f"No target is factored: {form} at rank {ranks[name]} saves nothing of '{name}' "
             f"({shapes[name][0]}x{shapes[name][1]}), and so it is with all {len(shapes)}. Lower the rank."
         )
     wasteful = [name for name in config.left_dense if name in ranks]

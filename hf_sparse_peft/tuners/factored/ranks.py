@@ -77,18 +77,32 @@ class ParameterRatio(RankRule):
 
     ratio: PositiveFraction = 0.5
     r""":math:`\rho`: numbers that are stored, by those of the weight."""
-    below: bool = False
-    """Whether it is to be strictly less than that, as Greenformers' largest rank."""
+
+    def ranks(self, form: Form, shapes: Shapes, weights: Weights) -> dict[str, int]:
+        """Weight after weight."""
+        found = {name: largest_rank(form, *shape, self.ratio * shape[0] * shape[1]) for name, shape in shapes.items()}
+        return {name: rank for name, rank in found.items() if rank}
+
+
+@register_part("largest_rank_fraction")
+@dataclass(frozen=True)
+class LargestRankFraction(RankRule):
+    r"""A fraction of the largest rank that stores no more than the weight, for low rank
+    :math:`\lfloor \rho \lfloor mn/(m+n) \rfloor \rfloor`, at least 1; where it is that rank itself the weight stays
+    dense (Greenformers; Cahyawijaya, 2021)."""
+
+    fraction: PositiveFraction = 0.5
+    r""":math:`\rho`."""
 
     def ranks(self, form: Form, shapes: Shapes, weights: Weights) -> dict[str, int]:
         """Weight after weight."""
         found = {}
         for name, (rows, cols) in shapes.items():
-            numbers = self.ratio * rows * cols
-            rank = largest_rank(form, rows, cols, numbers)
-            full = rank and form.stored_numbers(rows, cols, rank) == numbers
-            found[name] = rank - 1 if self.below and full else rank
-        return {name: rank for name, rank in found.items() if rank}
+            largest = largest_rank(form, rows, cols, rows * cols)
+            rank = max(1, int(self.fraction * largest))
+            if rank < largest:
+                found[name] = rank
+        return found
 
 
 @register_part("energy_fraction")
