@@ -49,6 +49,7 @@ class BaseArguments:
     heads: int = field(default=6, metadata={"help": "Query heads."})
     kv_heads: int = field(default=2, metadata={"help": "Key/value heads."})
     threads: int = field(default=1, metadata={"help": "CPU threads; 2 gain little on matrices this small."})
+    bf16: bool = field(default=True, metadata={"help": "False where the CPU has no bf16 units: many times as fast."})
     seed: int = field(default=0, metadata={"help": "Seed of data, weights and order."})
 
 
@@ -150,7 +151,7 @@ def main(args: BaseArguments) -> None:
                 warmup_steps=min(100, args.steps // 10),
                 weight_decay=0.1,
                 adam_beta2=0.98,
-                bf16=True,
+                bf16=args.bf16,
                 use_cpu=not torch.cuda.is_available(),  # transformers refuses bf16 without a GPU unless told
                 logging_steps=100,
                 save_strategy="no",
