@@ -29,7 +29,8 @@ def curing(max_rank: int = 256, greedy: Greedy = "deim", examples: int = 128, **
     and dU trains. `CUR(greedy="one_row", trained="core")` is the released code.
 
     The authors compress 10 blocks, never the first or the last: those whose output, at the last token, has the smallest
-    angle to their input (`pruning.block_angles`). They heal by distillation from the dense base.
+    angle to their input (`pruning.block_angles`). They heal by distillation from the dense base, which is kept for it:
+    `schedule=[DistilFeatures(1.0)], keep_base=True`.
     """
     form = CUR(max_rank=max_rank, greedy=greedy, examples=examples)
     return _formed(overrides, form=form, target_modules=["q_proj", "k_proj", "gate_proj"])
