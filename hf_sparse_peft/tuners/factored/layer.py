@@ -240,8 +240,8 @@ class FactoredLayer(AdditiveLinear):
 
         return [Tiles((self.out_features, self.in_features), tiles)]
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete the adapter from this layer.
+    def check_deletion(self, adapter_name: str) -> None:
+        """Can the adapter be deleted from this layer?
 
         Raises:
             ValueError: its form is all that is left of the weight.
@@ -251,6 +251,10 @@ class FactoredLayer(AdditiveLinear):
                 f"Adapter '{adapter_name}' is all that is left of the weight of '{self.module_name}', which was "
                 f"released. {HOW_TO_KEEP}"
             )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the adapter from this layer; see `check_deletion`."""
+        self.check_deletion(adapter_name)
         super().delete_adapter(adapter_name)
 
     @torch.no_grad()

@@ -77,6 +77,16 @@ class FactoredModel(AdapterModel):
         if name in self._plan.sizes:
             super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `AdapterModel.delete_adapter`.
+
+        Raises:
+            ValueError: its form is all that is left of a weight; nothing is removed then, its config neither.
+        """
+        for layer in self.adapted_layers():
+            layer.check_deletion(adapter_name)
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

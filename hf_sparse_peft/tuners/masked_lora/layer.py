@@ -155,6 +155,21 @@ class MaskedLoraLayer(AdapterLayer):
             self.masked_lora_known[adapter_name] = bool(self.masked_lora_mask[adapter_name].any())
         return self.masked_lora_known[adapter_name]
 
+    def check_mask(self, adapter_name: str) -> None:
+        """Can the mask be applied to the base?
+
+        Raises:
+            ValueError: nobody has said yet what it keeps.
+        """
+        if self.awaits_calibration(adapter_name):
+            raise ValueError(self.calibration_message(adapter_name))
+        given = self.adapter_configs[adapter_name].mask == "given" and adapter_name in self.masked_lora_mask
+        if given and not self.masked_lora_mask[adapter_name].is_meta and not self.knows_mask(adapter_name):
+            raise ValueError(
+                f"Adapter '{adapter_name}' has mask='given' and does not know yet what '{self.module_name}' keeps. Call "
+                "hf_sparse_peft.set_masks(model, report.masks) with what prune_model returned."
+            )
+
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:
         """The mask, and the module itself."""
         return [MaskSpace(self, adapter_name), ModuleSpace(self, adapter_name)]
@@ -191,7 +206,8 @@ class MaskedLoraLayer(AdapterLayer):
             bits=bits,
             input_bits=self.masked_lora_input_mask.get(adapter_name),
             read=read,
-            count=None if count is None or count.is_meta else int(count),
+            # On the meta device all live: memory is followed there before a run (preflight).
+            count=None if count is None else self.out_features * self.in_features if count.is_meta else int(count),
             numbers=self.masked_lora_numbers.get(adapter_name, {}),
         )
 
@@ -201,9 +217,14 @@ class MaskedLoraLayer(AdapterLayer):
 
     @torch.no_grad()
     def pieces(self, adapter_name: str) -> list[Piece]:
-        """What the mask takes from the base, if the base has it, and the masked update as one dense tile."""
+        """What the mask takes from the base, if the base has it, and the masked update as one dense tile.
+
+        Raises:
+            ValueError: the mask is not known yet.
+        """
         if not self.holds(adapter_name):
             return []
+        self.check_mask(adapter_name)
         shape, found = (self.out_features, self.in_features), []
         if self.masks_base(adapter_name):
             held = self.masked_lora_mask
@@ -242,11 +263,8 @@ class MaskedLoraLayer(AdapterLayer):
 
     def _before_training(self, active: list[str]) -> None:
         for name in active:
-            if not self.knows_mask(name) and not self.awaits_calibration(name):
-                raise ValueError(
-                    f"Adapter '{name}' has mask='given' and does not know yet what '{self.module_name}' keeps. Call "
-                    "hf_sparse_peft.set_masks(model, report.masks) with what prune_model returned."
-                )
+            if not self.awaits_calibration(name):  # else the runner says so, or reads the data
+                self.check_mask(name)
         super()._before_training(active)
 
 

@@ -29,6 +29,8 @@ class MaskedLoraLinear(AdditiveLinear, MaskedLoraLayer):
         dtype = compute_dtype(self, x, source)
         names = [name for name in names if not self.awaits_calibration(name)]
         removing = [name for name in names if self.masks_base(name)]
+        for name in removing:
+            self.check_mask(name)  # an unknown mask would take the whole weight for removed
         result, done = None, None
         if removing and source is not None and not args and not kwargs:
             # One product with the masked weight; the others' updates come beside it.
