@@ -15,6 +15,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
+from ..tuners.factored import FactoredLayer
 from ..tuners.shared.heads import head_owners
 from ..tuners.shared.merge import refuse_merged, untie_embeddings
 from ..tuners.shared.parameters import ParameterHost
@@ -48,8 +49,8 @@ def merge_to_dense(
 
     Raises:
         ValueError: an adapter is unknown or merged, `weights` has another length, two adapters have different heads,
-            another tuner's layer lies underneath, a quantised layer cannot be read, `path` is not empty, or `tokenizer`
-            is none.
+            another tuner's layer lies underneath, a quantised layer cannot be read, a weight was released and not one
+            form alone, of weight 1, takes its place, `path` is not empty, or `tokenizer` is none.
     """
     names = active_adapters(model) if adapter_names is None else list(adapter_names)
     if not names:
@@ -140,6 +141,9 @@ def _merged_layer(name: str, layer: AdapterLayer, terms: list[tuple[str, float]]
         raise ValueError(
             f"'{name}' wraps a layer of another tuner ({type(base).__name__}); merge or unload that first."
         )
+    if isinstance(layer, FactoredLayer) and layer.released:
+        # deepcopy: its bias may be the live layer's.
+        return copy.deepcopy(layer.dense_layer([term for term in terms if layer.holds(term[0])]))
     stored = base.weight.data if backend is None else _dequantised(name, backend, base)
     merged = _merged_weight(layer, stored, terms)
     if backend is not None:

@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_peft import MaskedLoraConfig, calibrate, callbacks_for, save_masks, set_masks
+from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.pruning import NM, prune_model
 from hf_sparse_peft.sparsity import decode_n_of_m, encode_n_of_m, pack_bits
 from hf_sparse_peft.tuners import adapter_layers
@@ -116,3 +117,20 @@ def test_codes_tell_every_way_of_two_of_four_and_lengths_that_fill_no_byte():
     assert torch.equal(decode_n_of_m(codes, 28, 2, 4), mask)
     with pytest.raises(ValueError, match="behind its last group"):
         decode_n_of_m(codes + torch.tensor([0, 0, 36], dtype=torch.uint8), 28, 2, 4)
+
+
+@pytest.mark.parametrize("mask", ["given", WandaMask(0.5)], ids=str)
+def test_a_mask_that_is_not_known_yet_removes_nothing(mask):
+    base = tiny.llama(layers=1)
+    before = logits(base)
+    model = adapted(base, mask=mask, masks_base=True)
+    if mask == "given":
+        with pytest.raises(ValueError, match="set_masks"):
+            logits(model)
+    else:
+        assert torch.equal(logits(model), before)
+    for leave in (model.merge_adapter, lambda: merge_to_dense(model), model.sparsity_report, model.merge_and_unload):
+        with pytest.raises(ValueError, match="set_masks" if mask == "given" else "calibrate"):
+            leave()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_sparse_peft import FactoredConfig, calibrate
+from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.tuners.factored import (
     FixedRank,
     LowRank,
@@ -79,6 +80,11 @@ def test_a_released_base_trains_saves_reloads_merges_and_refuses_what_needs_its_
         model.unload()
     with pytest.raises(ValueError, match="keep_base=True"):
         model.delete_adapter("default")
+    assert torch.equal(logits(model), before)
+    assert list(model.peft_config) == ["default"]
+    assert torch.allclose(logits(merge_to_dense(model)), before, atol=5e-2 if base == "bf16" else 1e-4)
+    with pytest.raises(ValueError, match="keep_base=True"):
+        merge_to_dense(model, weights=[0.5])
     again = PeftModel.from_pretrained(tiny.base(base), tmp_path)
     assert torch.equal(logits(again), before)
     assert all(layer.released for layer in factored_layers(again))

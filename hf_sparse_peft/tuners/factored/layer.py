@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -264,16 +264,34 @@ class FactoredLayer(AdditiveLinear):
             return
         if self._merge_backup is not None:
             self._put_back(self._merge_backup)
-        held, weight = self._held(), self.factored_weight(names[0])
-        if safe_merge and not torch.isfinite(weight).all():
+        held, dense = self._held(), self.dense_layer([(names[0], 1.0)])
+        if safe_merge and not torch.isfinite(dense.weight).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        bias = self.form(names[0]).bias(self.form_tensors(names[0]), getattr(self.get_base_layer(), "bias", None))
         self._merge_backup = held
-        self.base_layer = self._dense_layer(weight, bias)
+        self.base_layer = dense
         self.merged_adapters = names
 
-    def _dense_layer(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base, dtype = self.get_base_layer(), self._base_dtype()
+    @torch.no_grad()
+    def dense_layer(self, terms: Sequence[tuple[str, float]]) -> nn.Module:
+        """The plain layer that a form makes: F, rounded to the base's dtype, and the layer's own bias or the form's.
+
+        Args:
+            terms: names of adapters and their weights in a sum.
+
+        Raises:
+            ValueError: they are not one adapter of weight 1, or it waits for data: forms add up as changes of the base.
+        """
+        if len(terms) != 1 or terms[0][1] != 1:
+            told = ", ".join(f"{scale:g} x '{name}'" for name, scale in terms) or "no adapter"
+            raise ValueError(
+                f"'{self.module_name}' takes {told}: its weight was released, and one form alone, of weight 1, takes "
+                f"its place. {HOW_TO_KEEP}"
+            )
+        name = terms[0][0]
+        if self.awaits_calibration(name):
+            raise ValueError(self.calibration_message(name))
+        base, dtype, weight = self.get_base_layer(), self._base_dtype(), self.factored_weight(name)
+        bias = self.form(name).bias(self.form_tensors(name), getattr(base, "bias", None))
         if self.fan_in_fan_out:
             dense = Conv1D(self.out_features, self.in_features)
             weight = weight.t()

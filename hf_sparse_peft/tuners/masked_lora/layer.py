@@ -166,8 +166,8 @@ class MaskedLoraLayer(AdapterLayer):
         given = self.adapter_configs[adapter_name].mask == "given" and adapter_name in self.masked_lora_mask
         if given and not self.masked_lora_mask[adapter_name].is_meta and not self.knows_mask(adapter_name):
             raise ValueError(
-                f"Adapter '{adapter_name}' has mask='given' and does not know yet what '{self.module_name}' keeps. Call "
-                "hf_sparse_peft.set_masks(model, report.masks) with what prune_model returned."
+                f"Adapter '{adapter_name}' has mask='given' and does not know yet what '{self.module_name}' keeps. "
+                "Call hf_sparse_peft.set_masks(model, report.masks) with what prune_model returned."
             )
 
     def unit_spaces(self, adapter_name: str) -> list[UnitSpace]:

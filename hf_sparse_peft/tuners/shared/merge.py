@@ -106,6 +106,11 @@ class MergeMixin(AdapterLayer):
                 "be merged into it. Call torch.nn.utils.parametrize.remove_parametrizations on that layer first."
             )
         weight = self.get_base_weight()
+        if not weight.numel():
+            raise ValueError(
+                f"'{self.module_name}' has no weight to merge into: it was released when another adapter's factors "
+                "took its place. Add that with FactoredConfig(keep_base=True), or keep this one unmerged."
+            )
         # Deltas are summed before anything is rounded, so that merging is one rounding however many adapters.
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         view = merged.t() if self.fan_in_fan_out else merged
