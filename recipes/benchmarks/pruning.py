@@ -66,7 +66,7 @@ class PruningOptions(harness.Options):
 def rows_of(path: Path | None, split: str, count: int, seed: int, options: PruningOptions) -> Dataset:
     """`count` rows of `input_ids` of one length."""
     if path is None:
-        text = demo_data.pretraining_text(40 * count, seed=seed, split=split)
+        text = demo_data.pretraining_text(3 * count, seed=seed, split=split)  # about half a row each
     else:
         text = Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")}).shuffle(seed=seed)
     chunks = demo_data.chunk_text(text, AutoTokenizer.from_pretrained(options.model), options.length)
