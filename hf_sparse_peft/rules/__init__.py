@@ -54,6 +54,7 @@ from .growth import SM3, AccumulatedGradient, Gradient, Growth, LowRankMagnitude
 from .half_space import HalfSpace
 from .hesso import Hesso
 from .input_masks import InputMask, OutputGroups, PermutedOutputGroups
+from .l1_norm import L1Norm
 from .largest_error import LargestError
 from .learn_mask import LearnMask
 from .lobster import Lobster
@@ -112,6 +113,7 @@ __all__ = [
     "HalfSpace",
     "Hesso",
     "InputMask",
+    "L1Norm",
     "L1Penalty",
     "LargestError",
     "LearnMask",

@@ -82,12 +82,17 @@ class L1Penalty(Rule):
             return
         weight = run.gradient_scale * self.weight / run.memory.numel
         for space in run.spaces():
-            distance = space.values.detach().clone()
-            distance[: space.count][~space.trained()] = 0
-            # What changes the weight is the value times this: its sign is the value's, its slope the factor's size.
-            add_l1_gradient(space.values, distance, abs(space.scaling) * weight)
+            pull_support(space, weight)
         for parameter, start in run.memory.heads:
             add_l1_gradient(parameter, parameter.detach() - start, weight)
+
+
+def pull_support(space: UnitSpace, weight: float) -> None:
+    """Add the gradient of `weight` times the sum of |change| of a support's trained entries."""
+    distance = space.values.detach().clone()
+    distance[: space.count][~space.trained()] = 0
+    # What changes the weight is the value times this: its sign is the value's, its slope the factor's size.
+    add_l1_gradient(space.values, distance, abs(space.scaling) * weight)
 
 
 @torch.no_grad()

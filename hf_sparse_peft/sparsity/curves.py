@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from ..utils.option_types import PositiveFraction, Range
+from ..utils.option_types import PositiveFraction, PositiveInt, Range
 from ..utils.parts import Part, part_types, register_part
 
 
@@ -138,6 +138,21 @@ class Window(Curve):
         return self.inner(min(1.0, max(0.0, inside)))
 
 
+@register_part("staircase")
+@dataclass(frozen=True)
+class Staircase(Curve):
+    r"""`inner` as it is where a stage begins, held through the stage: :math:`inner(\lfloor p\,n \rfloor / n)`. With as
+    many stages as a run has epochs, the value of each epoch. Raises `ValueError` for progress outside [0, 1]."""
+
+    inner: Curve
+    """The curve whose values are held."""
+    stages: PositiveInt
+    """Stages of equal length, n."""
+
+    def __call__(self, progress: float) -> float:
+        return self.inner(whole_steps(_progress(progress), self.stages) / self.stages)
+
+
 def make_curve(name: str, start: float, end: float, begin: float = 0.0, end_at: float = 1.0) -> Curve:
     """The curve `name` from `start` to `end`, moving between progress `begin` and `end_at` and still outside.
 
@@ -146,7 +161,7 @@ def make_curve(name: str, start: float, end: float, begin: float = 0.0, end_at: 
     Raises:
         ValueError: unknown name, unless `0 <= begin < end_at <= 1`, or end points that the curve cannot join.
     """
-    known = {key: cls for key, cls in part_types(Curve).items() if key != "window"}
+    known = {key: cls for key, cls in part_types(Curve).items() if key not in ("window", "staircase")}
     if name not in known:
         raise ValueError(f"schedule='{name}' is unknown. Accepted: {', '.join(sorted(known))}.")
     if name == "constant":

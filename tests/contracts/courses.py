@@ -129,6 +129,7 @@ RULES: dict[str, dict[str, Any]] = {
     "stable_rank": {"every": 1, "window": 2, "last": 2, "threshold": 10.0, "first": 1, "only": RANKS},
     "group_lasso": {"weight": 3.0, "every": 2, "only": RANKS},
     "grow_rank": {"every": 1, "warmup": 2, "modules": 1, "only": RANKS},
+    "l1_norm": {"weight": 0.01, "of": "update"},
     "lobster": {"weight": 0.05},
     "serene": {"weight": 0.05, "projections": 2},
     "plateau_threshold": {"tolerance": 0.5, "patience": 1, "every": 2, "slack": -0.5, "data": "training"},

@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lord": {"keep_base": True, "examples": 8},
     "low-rank-transformer": {"keep_base": True},
     "trp": {"keep_base": True, "energy": 0.5},
+    "unlearn-sparse": {"norms": False, "mask": "given"},
     "rosa": {"warmup": 2, "steps": 2},
     "lift": {"filter_rank": 4},
     "sara": {"min_side": 8},

@@ -24,6 +24,7 @@ SIZES = {
     "sketchtune": {"groups": 1, "bits": 2},
     "perp": {"mask": "given"},
     "welore": {"reduction": 0.8, "min_ratio": 0.0},
+    "unlearn-sparse": {"mask": "given"},
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
 }

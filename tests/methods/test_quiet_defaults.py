@@ -11,6 +11,7 @@ from hf_sparse_peft import methods
 FITTING = {
     "mask-lora": {"mask": "given"},
     "perp": {"mask": "given"},
+    "unlearn-sparse": {"mask": "given"},
     "curing": {"max_rank": 5},
     "sketchtune": {"groups": 1, "bits": 2},
     "sst": {"r": 4},

@@ -39,6 +39,7 @@ from hf_sparse_peft import (
     GrowRank,
     HalfSpace,
     Hesso,
+    L1Norm,
     L1Penalty,
     LargestError,
     LearnMask,
@@ -67,6 +68,7 @@ from hf_sparse_peft import (
     callbacks_for,
     make_optimizer,
 )
+from hf_sparse_peft.sparsity import Linear, Staircase
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.factored import Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
@@ -108,6 +110,7 @@ RULES = {
     "hesso": Hesso(periods=2),
     "learn_mask": LearnMask(0.5, penalty=1.0),
     "l1_penalty": L1Penalty(weight=5.0),
+    "l1_norm": L1Norm(Staircase(Linear(5e-2, 0.0), 3), of="update"),
     "lobster": Lobster(0.05),
     "mask_sparsity": MaskSparsity(0.5),
     "plateau_threshold": PlateauThreshold(0.5, 1, 2, slack=-0.5, data="training", batches=1),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...rules import UnitSpace
 from ...sparsity import UnitGrid, pack_bits
+from .weight import masked
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,20 @@ class MaskSpace(UnitSpace):
     def living_values(self, of: Literal["merged", "base"] = "merged") -> Tensor:
         """V, or W, of the living entries, `[a]`."""
         return self.gather(self.current_weight(of))
+
+    @torch.no_grad()
+    def add_l1_gradient(self, of: Literal["weights", "update"], weight: float) -> None:
+        r"""Add, to what the update's parameters have of a gradient, that of :math:`w \sum |M \odot V|`, or of
+        :math:`w \sum |M \odot D|`; parameters without one stay so."""
+        read = self.layer.masked_weight(self.adapter)
+        pulled = read.dense if of == "weights" else read.delta
+        if read.delta is None or pulled is None:
+            return
+        signs = masked(pulled.sign(), read.config.masking.mask(read)) * weight
+        held = self.layer.own_tensors(self.adapter)
+        for name, gradient in read.config.update.gradients(read, signs).items():
+            if held[name].grad is not None:
+                held[name].grad.add_(gradient)
 
     def largest_entries(self) -> Tensor:
         """`[a]` fp32: |V| of the living entries."""
