@@ -10,6 +10,7 @@ allocate.py      one budget for all layers            scores.py        which uni
 orthogonality.py, frobenius_decay.py    pulls on low-rank factors
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 sample_vectors.py            singular vectors that train in turns
+bit_penalty.py   a price on the bits of weights that train through their quantiser
 group_lasso.py   ranks that shrink from their end
 stable_rank.py   ranks that are cut once they have settled
 trained_rank_pruning.py   weights that are cut to low rank while they train
@@ -36,6 +37,7 @@ probing.py       passes beside training
 from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
+from .bit_penalty import BitPenalty
 from .cast import Cast
 from .choose_support import ChooseSupport
 from .distil import Distil
@@ -90,6 +92,7 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "BitPenalty",
     "Cast",
     "ChooseSupport",
     "ComponentSpace",

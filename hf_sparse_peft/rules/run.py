@@ -202,6 +202,8 @@ class Run:
     def scale_updates(self, factor: Callable[[UnitSpace, nn.Parameter], Tensor | None]) -> None:
         """Multiply the updates of units by `factor(space, parameter)`, `[size]`, from now on. See
         `UpdateMask.scale_part`."""
+        if self.optimizer is not None:
+            self.updates.attach(self.optimizer)  # which is done for rules that write "trains" alone
         self.updates.scale_part(self, self._along_units(factor))
 
     def train_units(self, trained: Callable[[UnitSpace, nn.Parameter], Tensor], rate: EnteringRate) -> None:

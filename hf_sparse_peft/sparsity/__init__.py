@@ -25,6 +25,7 @@ from .allocation import (
     uniform_counts,
 )
 from .bisection import largest_within
+from .bit_planes import pack_planes, unpack_planes
 from .bits import pack_bits, unpack_bits
 from .block_gradient import BlockGradient, WarmedBlockGradient
 from .budget import Budget, Competition, CountedUnits, Targets, Total
@@ -194,6 +195,7 @@ __all__ = [
     "nested_group_slopes",
     "nested_group_threshold",
     "pack_bits",
+    "pack_planes",
     "proportional_counts",
     "random_units",
     "random_units_outside",
@@ -204,5 +206,6 @@ __all__ = [
     "top_units",
     "uniform_counts",
     "unpack_bits",
+    "unpack_planes",
     "whole_steps",
 ]

@@ -27,7 +27,7 @@ from hf_sparse_peft import (
     callbacks_for,
     make_optimizer,
 )
-from hf_sparse_peft.tuners.factored import Codebooks, LowRankSparse, Spectral
+from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
 from hf_sparse_peft.utils.parts import part_types
@@ -54,6 +54,7 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "codebooks": (FactoredConfig, {"keep_base": True, "form": Codebooks(groups=1, bits=2, examples=8)}),
     "low rank + rows": (FactoredConfig, {"keep_base": True, "form": LowRankSparse(0.1)}),
     "singular vectors": (FactoredConfig, {"keep_base": True, "form": Spectral(4)}),
+    "channel bits": (FactoredConfig, {"keep_base": True, "form": ChannelBits(4)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -73,6 +74,7 @@ KINDS = {
     "low rank + rows": {"row", "module"},
     "singular vectors": {"vector", "module"},
     "factored": {"factors", "module"},
+    "channel bits": {"channel", "module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -113,6 +115,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "sample_vectors": {"every": 2, "iterations": 2, "warmup": 1},
     "cast": {"only": ("masked weights",)},
+    "bit_penalty": {"weight": 20.0, "rate": 100.0},
     "distil": {"weight": 0.5},
     "distil_features": {"logits": 0.5},
     "largest_error": {"weight": 50.0, "only": ("factored",)},
@@ -155,6 +158,7 @@ EXCEPTIONS = {
     ("identity", "factored"): "its factors are an approximation of the weight",
     ("identity", "low rank + rows"): "its sum is the weight to rounding",
     ("identity", "singular vectors"): "its product is the weight to rounding",
+    ("identity", "channel bits"): "the weight is rounded",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",

@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "curing": {"max_rank": 5, "examples": 8, "keep_base": True},
     "dsformer": {"ratio": 0.6, "keep_base": True},
     "losparse": {"sparse": 0.3, "window": 2, "initial_warmup": 0.2, "keep_base": True},
+    "self-compression": {"bits": 4, "weight": 20.0, "keep_base": True},
     "sketchtune": {"groups": 1, "bits": 2, "examples": 8, "keep_base": True},
     "sst": {"keep_base": True},
     "perp": {"mask": "given", "norms": False},  # copies of norms are no bits of the base
@@ -125,6 +126,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("identity", "lora-xs"): "the core starts at N(0, 1e-10), not at 0 (as published)",
     ("identity", "dsformer"): "its factors are an approximation of the weight",
     ("identity", "losparse"): "its sum is the weight to rounding",
+    ("identity", "self-compression"): "the weight is rounded",
     ("identity", "sst"): "its product is the weight to rounding",
     ("identity", "welore"): "factors are an approximation of the weight",
     ("identity", "pela"): "as welore",

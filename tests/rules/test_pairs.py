@@ -18,6 +18,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    BitPenalty,
     Cast,
     ChooseSupport,
     Distil,
@@ -57,7 +58,7 @@ from hf_sparse_peft.rules import Rule, conflict
 from hf_sparse_peft.rules.pairs import pair_table
 from hf_sparse_peft.training import RuleRunner
 from hf_sparse_peft.tuners import adapter_layers
-from hf_sparse_peft.tuners.factored import Spectral
+from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
@@ -68,6 +69,7 @@ STEPS = 12
 BUSY = {
     "allocate": Allocate(budget=AverageRank(2), every=2),
     "alternate_modules": AlternateModules(period_steps=2),
+    "bit_penalty": BitPenalty(20.0, rate=10.0),
     "choose_support": ChooseSupport(3, 2),
     "distil": Distil(0.5),
     "factor_experts": FactorExperts(consistency=0.0),
@@ -101,9 +103,10 @@ KINDS = (
     {"vector", "module"},
     {"mask", "module"},
     {"factors", "module"},
+    {"channel", "module"},
 )
 """Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, of whole SVDs, of masked
-weights, and of low-rank bases."""
+weights, of quantisers, and of low-rank bases."""
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -125,6 +128,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         parts = {"masking": ScoredMask()} if any(isinstance(rule, LearnMask) for rule in rules) else {}
         parts |= {"optimizer": AdamSSpec()} if any(isinstance(rule, Cast) for rule in rules) else {}
         return MaskedLoraConfig(update=DenseUpdate(), mask="all", **parts, **options)
+    if any(rule.acts_on == {"channel"} for rule in rules):
+        return FactoredConfig(form=ChannelBits(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     if any("subnet_row" in rule.acts_on for rule in rules):
@@ -134,7 +139,9 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
 
 def fit(rules: list[Rule], kinds: set[str]) -> bool:
     """Whether all of them have something to act on there."""
-    unscaled = kinds & {"vector", "mask", "factors"} and any(rule.part_type == "sample_layers" for rule in rules)
+    unscaled = kinds & {"vector", "mask", "factors", "channel"} and any(
+        rule.part_type == "sample_layers" for rule in rules
+    )
     return all(rule.acts_on & kinds for rule in rules) and not unscaled
 
 

@@ -22,6 +22,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    BitPenalty,
     Cast,
     ChooseSupport,
     Controller,
@@ -70,7 +71,7 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.sparsity import Linear, Staircase
 from hf_sparse_peft.tuners import adapter_layers
-from hf_sparse_peft.tuners.factored import Spectral
+from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
@@ -124,6 +125,7 @@ RULES = {
     "switch_layers": SwitchLayers(1, every=2),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
+    "bit_penalty": BitPenalty(20.0, rate=10.0),
     "sample_vectors": SampleVectors(every=2, iterations=2, warmup=1),
     "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),
     "search_support": SearchSupport(trials=6, steps=1, batches=2),
@@ -269,6 +271,9 @@ def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig | FactoredCo
         return MaskedLoraConfig(update=DenseUpdate(), mask="all", target_modules=targets, schedule=[rule], **parts)
     if rule.acts_on == {"basis"}:
         return SpectralLoraConfig(r=4, target_modules=["q_proj", "v_proj"], bases=SVD(train_B=True), schedule=[rule])
+    if rule.acts_on == {"channel"}:
+        targets = ["q_proj", "v_proj"]
+        return FactoredConfig(form=ChannelBits(4), target_modules=targets, schedule=[rule], keep_base=True)
     if rule.acts_on == {"vector"}:
         return FactoredConfig(form=Spectral(4), target_modules=["q_proj", "v_proj"], schedule=[rule], keep_base=True)
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None

@@ -1,6 +1,8 @@
 """Factored bases: weights replaced by low-rank and other compressed forms (WeLore, LoRD, PELA, ...)."""
 
 from ..shared.registration import register_tuner
+from .channel_bits import ChannelBits, PackedChannels
+from .channel_report import ChannelStatistics, channel_report
 from .codebooks import Codebooks
 from .config import FactoredConfig
 from .cur import CUR
@@ -27,6 +29,8 @@ register_tuner(FactoredConfig, FactoredModel)
 
 __all__ = [
     "CUR",
+    "ChannelBits",
+    "ChannelStatistics",
     "Codebooks",
     "DenseSparse",
     "EnergyFraction",
@@ -40,11 +44,13 @@ __all__ = [
     "LowRank",
     "LowRankSparse",
     "OutputFeatures",
+    "PackedChannels",
     "ParameterRatio",
     "RankRule",
     "SideFraction",
     "SingularValueThreshold",
     "Spectral",
     "Whole",
+    "channel_report",
     "factored_layers",
 ]

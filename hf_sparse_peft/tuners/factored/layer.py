@@ -163,6 +163,14 @@ class FactoredLayer(AdditiveLinear):
             held[name].data.copy_(tensor)
         self.factored_seen[adapter_name] = True
 
+    def replace_form(self, adapter_name: str, config: FactoredConfig, rank: int, tensors: Tensors) -> None:
+        """Give the adapter the form of `config` at `rank`, with `tensors`, none of which trains."""
+        self.adapter_configs[adapter_name] = config
+        self._add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, rank))
+        self.resize(adapter_name, rank)
+        for name, tensor in tensors.items():
+            getattr(self, f"{FROZEN}{name}")[adapter_name] = tensor
+
     def awaits_calibration(self, adapter_name: str) -> bool:
         """Whether the form is still to be found from data."""
         if self.form(adapter_name).statistic is None or self.factored_seen.get(adapter_name):

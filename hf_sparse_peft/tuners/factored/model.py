@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.module_patterns import pattern_key
 from ..shared.quantised import backend_of
 from ..shared.wrapped_names import plain_name
+from .channel_bits import ChannelBits, PackedChannels
 from .config import FactoredConfig
 from .layer import FactoredLayer, FactoredLinear
 from .ranks import largest_rank
@@ -143,6 +145,38 @@ class FactoredModel(AdapterModel):
             parent_name, _, child = key.rpartition(".")
             setattr(self.model.get_submodule(parent_name), child, built[layer].train(layer.training))
         return super()._unload_and_optionally_merge(merge=False)
+
+    def pack_channels(self, adapter_name: str | None = None) -> None:
+        """Give an adapter of form `ChannelBits` the form `PackedChannels`, of the same weights to the bit: integers at
+        the bit depth of each row, rounded up, in place of fp32 weights. `save_pretrained` then writes the file to ship.
+
+        Nothing of it trains any more, and its rules are dropped from its config: save a checkpoint before. All layers
+        are packed, or none.
+
+        Raises:
+            ValueError: the adapter has another form, several are active, it is merged, or a row has too many bits.
+        """
+        names = [adapter_name] if adapter_name else list(self.active_adapters)
+        layers = [layer for layer in self.adapted_layers() if any(layer.holds(name) for name in names)]
+        if len(names) != 1 or not layers or not isinstance(layers[0].form(names[0]), ChannelBits):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} of {names}: name one adapter of FactoredConfig(form=ChannelBits())."
+            )
+        merged = next((layer for layer in layers if layer.merged), None)
+        if merged is not None:
+            raise ValueError(f"{merged.merged_adapters} is merged; call unmerge_adapter() first.")
+        name, found = names[0], {}
+        for layer in layers:
+            try:
+                found[layer] = layer.form(name).packed(layer.form_tensors(name))
+            except ValueError as error:
+                raise ValueError(f"'{layer.module_name}' cannot be packed: {error}") from error
+        config = copy.deepcopy(self.peft_config[name])  # another model may have the same
+        config.form, config.schedule = PackedChannels(), []
+        config.sizes |= {layer.module_name: [*config.sizes[layer.module_name][:2], found[layer][0]] for layer in layers}
+        self.peft_config[name] = config
+        for layer, (rank, tensors) in found.items():
+            layer.replace_form(name, config, rank, tensors)
 
 
 def factored_layers(model: nn.Module) -> list[FactoredLayer]:
