@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,8 +154,11 @@ def _tuned(
     """Tune one block; its error before and after. Whatever ends this early leaves the block as it was."""
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     weights = {layer.name: original.get(layer) for layer in block.layers}
-    with torch.no_grad(), model.disable_adapter(), with_weights(block.layers, weights):
-        targets = [inputs.call(block, at) for at in range(len(inputs.hidden))]
+    with warnings.catch_warnings():
+        # peft says that biases which train stay what they are; no step has changed this block's yet
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        with torch.no_grad(), model.disable_adapter(), with_weights(block.layers, weights):
+            targets = [inputs.call(block, at) for at in range(len(inputs.hidden))]
     del weights
     optimizer = torch.optim.AdamW(trained.values(), lr=options["learning_rate"], weight_decay=0.0)
     first = int(options["warmup"] * options["steps"])

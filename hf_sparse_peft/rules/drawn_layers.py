@@ -90,7 +90,7 @@ class DrawnLayers(Rule):
         return stream_seed(run.seed if self.seed is None else self.seed, *stream)
 
     def draw(self, run: Run, weights: Tensor, count: Callable[[int], int], *stream: Any) -> list[int]:
-        """`count(L)` layers of every stack of L layers, drawn without replacement in proportion to `weights`.
+        """`count(L)` layers of every stack of L layers, drawn without replacement in proportion to ``weights``.
 
         Of every stack, because a batch may reach one tower only: were all drawn layers in another one, nothing would
         train, and the backward pass would fail.

@@ -255,7 +255,7 @@ class Run:
         return found
 
     def draw(self, what: str, weights: Tensor) -> int:
-        """An index, drawn for this step by `weights`; the same on every rank and in a resumed run."""
+        """An index, drawn for this step by ``weights``; the same on every rank and in a resumed run."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, what, self.step))
         return int(torch.multinomial(weights, 1, generator=generator))
 
