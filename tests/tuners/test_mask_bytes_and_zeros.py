@@ -82,7 +82,7 @@ def test_what_a_mask_removes_is_counted_apart_from_what_a_quantised_grid_rounds_
         layer.keep("default", pack_bits(torch.arange(numel) % 4 != 0))
     before = [layer.get_base_layer().weight.data.clone() for layer in adapter_layers(model)]
     report = model.sparsity_report()
-    for layer, one, packed in zip(adapter_layers(model), report.weights, before, strict=False):
+    for layer, one, packed in zip(adapter_layers(model), report.layers, before, strict=False):
         assert torch.equal(layer.get_base_layer().weight.data, packed)
         gone = ~layer.kept("default")
         was = layer.dense_base_weight() == 0

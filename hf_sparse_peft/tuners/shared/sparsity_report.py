@@ -55,7 +55,7 @@ class WeightSparsity:
 class SparsityReport:
     """The zeros of a model's linear weights."""
 
-    weights: tuple[WeightSparsity, ...]
+    layers: tuple[WeightSparsity, ...]
     """One a weight, in model order."""
     unreadable: tuple[str, ...] = ()
     """Modules whose quantised weight nobody can read."""
@@ -64,7 +64,7 @@ class SparsityReport:
     def total(self) -> WeightSparsity:
         """All of them together."""
         names = ("entries", "zeros", "merged_zeros", "filled", "removed")
-        return WeightSparsity("all", *(sum(getattr(one, name) for one in self.weights) for name in names))
+        return WeightSparsity("all", *(sum(getattr(one, name) for one in self.layers) for name in names))
 
     @property
     def sparsity(self) -> float:
@@ -80,7 +80,7 @@ class SparsityReport:
         """A row a weight, and one for all: fractions of zeros before and after merging, and what merging changes."""
         rows = [
             (one.name, one.entries, one.sparsity, one.merged_sparsity, one.filled, one.removed, one.rounded)
-            for one in (*self.weights, self.total)
+            for one in (*self.layers, self.total)
         ]
         names = ("weight", "entries", "sparsity", "merged", "filled", "removed", "rounded to 0")
         return table(names, rows[:-1], totals=rows[-1])
