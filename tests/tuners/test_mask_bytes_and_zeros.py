@@ -54,7 +54,7 @@ def test_saved_bytes_are_a_loras_and_a_bit_a_weight(masks_base):
 def test_zeros_are_counted_before_and_as_merged_and_the_model_is_left_as_it_was():
     base, report = pruned()
     plain = sparsity_report(base)
-    counts = {one.name: one.zeros for one in plain.weights}
+    counts = {one.name: one.zeros for one in plain.layers}
     assert all(counts[name] == zeros for name, zeros in report.zeros.items())
     assert set(counts) - set(report.zeros) == {"lm_head"}
     lora = get_peft_model(copy.deepcopy(base), SparseLoraConfig(r=4, density=0, init_weights=False, **TARGETS))
