@@ -15,7 +15,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
-from ..tuners.factored import FactoredLayer
+from ..tuners.factored import FactoredLayer, warn_of_biases
 from ..tuners.shared.heads import head_owners
 from ..tuners.shared.merge import refuse_merged, untie_embeddings
 from ..tuners.shared.parameters import ParameterHost
@@ -91,7 +91,7 @@ def _merged_copy(
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     kwargs = get_quantization_kwargs(base)
     replaced: dict[int, nn.Module] = {}
-    untied, done = False, ()
+    untied, done, biased = False, (), []
     for name, module in base.named_modules():
         if done and name.startswith(done):
             continue
@@ -99,6 +99,8 @@ def _merged_copy(
         if new is not None:
             replaced[id(module)] = new
             done = (*done, f"{name}.")
+            if isinstance(module, FactoredLayer) and getattr(module.get_base_layer(), "bias", None) is None:
+                biased += [name] if new.bias is not None else []
             untied |= any(owners.get(id(p), 0) > 1 for p in _original(module).parameters())
     # What deepcopy finds in its memo it takes: adapted and quantised layers are swapped without being copied first.
     dense = copy.deepcopy(base, dict(replaced))
@@ -106,6 +108,7 @@ def _merged_copy(
     if untied and getattr(dense, "config", None) is not None:
         untie_embeddings(dense)
     dense.requires_grad_(False)
+    warn_of_biases(biased)
     return dense if dtype is None else dense.to(dtype)
 
 
@@ -141,9 +144,12 @@ def _merged_layer(name: str, layer: AdapterLayer, terms: list[tuple[str, float]]
         raise ValueError(
             f"'{name}' wraps a layer of another tuner ({type(base).__name__}); merge or unload that first."
         )
-    if isinstance(layer, FactoredLayer) and layer.released:
-        # deepcopy: its bias may be the live layer's.
-        return copy.deepcopy(layer.dense_layer([term for term in terms if layer.holds(term[0])]))
+    if isinstance(layer, FactoredLayer):
+        held = [term for term in terms if layer.holds(term[0])]
+        if layer.released or [scale for _, scale in held] == [1.0]:
+            # deepcopy: its bias may be the live layer's.
+            return copy.deepcopy(layer.dense_layer(held))
+        layer.check_sum([adapter for adapter, _ in held])
     stored = base.weight.data if backend is None else _dequantised(name, backend, base)
     merged = _merged_weight(layer, stored, terms)
     if backend is not None:

@@ -17,6 +17,7 @@ from hf_sparse_peft import (
     calibrate,
     callbacks_for,
 )
+from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.rules.trained_rank_pruning import add_product_gradient
 from hf_sparse_peft.tuners.factored import FixedRank, OutputFeatures, Whole, factored_layers
 
@@ -64,6 +65,27 @@ def test_lord_in_a_model_says_that_its_biases_are_no_part_of_a_llama(tmp_path):
     model = get_peft_model(tiny.llama(), FactoredConfig(form=OutputFeatures(False), rank=FixedRank(4), **TARGETS))
     calibrate(model, data)
     assert factored_layers(model)[0].form("default").bias({}, None) is None
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_forms_own_bias_is_merged_over_a_kept_base_or_its_sum_is_refused(base):
+    data = [{"input_ids": torch.randint(0, tiny.VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))}]
+    options = {"form": OutputFeatures(), "rank": FixedRank(4), "keep_base": True, **TARGETS}
+    model = get_peft_model(tiny.base(base), FactoredConfig(**options))
+    calibrate(model, data)
+    before = model.eval()(**data[0]).logits
+    with model.disable_adapter():
+        base_logits = model(**data[0]).logits
+    assert not torch.allclose(before, base_logits, atol=1e-2)
+    with pytest.warns(UserWarning, match="center=False"):
+        dense = merge_to_dense(model)
+    assert torch.allclose(dense.eval()(**data[0]).logits, before, atol=1e-3)
+    with pytest.raises(ValueError, match="a bias of its own"):
+        merge_to_dense(model, weights=[0.5])
+    if base == "nf4":
+        with pytest.raises(ValueError, match="a bias of its own"):
+            model.merge_adapter()
+    assert torch.equal(model(**data[0]).logits, before)
 
 
 def trained(model, out, steps=6, **events):

@@ -11,7 +11,7 @@ from .form import Form
 from .layer import FactoredLayer, FactoredLinear
 from .low_rank import LowRank
 from .low_rank_sparse import LowRankSparse
-from .model import FactoredModel, factored_layers
+from .model import FactoredModel, factored_layers, warn_of_biases
 from .output_features import OutputFeatures
 from .ranks import (
     EnergyFraction,
@@ -53,4 +53,5 @@ __all__ = [
     "Whole",
     "channel_report",
     "factored_layers",
+    "warn_of_biases",
 ]

@@ -268,6 +268,7 @@ class FactoredLayer(AdditiveLinear):
     @torch.no_grad()
     def _merge(self, names: list[str], safe_merge: bool) -> None:
         if len(names) > 1 or self.quantization_backend is not None:
+            self.check_sum(names)
             super()._merge(names, safe_merge)
             return
         if self._merge_backup is not None:
@@ -325,6 +326,21 @@ class FactoredLayer(AdditiveLinear):
         if self.released and len({*self.merged_adapters, *names}) > 1:
             self._refuse_sum([*self.merged_adapters, *names])
         super().merge(safe_merge, adapter_names)
+
+    def check_sum(self, names: list[str]) -> None:
+        """Can forms be added to a kept base as changes of its weight?
+
+        Raises:
+            ValueError: one has a bias of its own, which no change of the weight says.
+        """
+        own = getattr(self.get_base_layer(), "bias", None)
+        for name in names:
+            if self.form(name).bias(self.form_tensors(name), own) is not own:
+                raise ValueError(
+                    f"The form of '{name}' gives '{self.module_name}' a bias of its own, which is lost where its "
+                    "weight is added to others or rounded into a quantised base. Merge that adapter alone, with weight "
+                    "1, by hub.merge_to_dense(model, adapter_names=...), or take OutputFeatures(center=False)."
+                )
 
     def _refuse_sum(self, names: list[str]) -> None:
         raise ValueError(

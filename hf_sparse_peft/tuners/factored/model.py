@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -106,13 +107,7 @@ class FactoredModel(AdapterModel):
         unbiased = {layer for layer in self.adapted_layers() if getattr(layer.get_base_layer(), "bias", None) is None}
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         added = [layer.module_name for layer in unbiased if getattr(layer.get_base_layer(), "bias", None) is not None]
-        if added:
-            warnings.warn(
-                f"The forms of {len(added)} layers ('{added[0]}') have biases, and this architecture has none there: "
-                "save_pretrained writes them, and from_pretrained drops them. For a dense model on disk start from "
-                "OutputFeatures(center=False).",
-                stacklevel=2,
-            )
+        warn_of_biases(added)
         return unloaded
 
     def export_modules(self, adapter_name: str | None = None) -> nn.Module:
@@ -247,3 +242,14 @@ def _check_sizes(config: FactoredConfig, shapes: dict[str, tuple[int, int]]) -> 
                 f"sizes[{name!r}] has a weight of {rows}x{cols}, and this base's is {found}. Load the adapter on the "
                 "base that it was made from."
             )
+
+
+def warn_of_biases(added: Sequence[str]) -> None:
+    """Warn where merging gave layers biases, by module name, that their architecture has no place for."""
+    if added:
+        warnings.warn(
+            f"The forms of {len(added)} layers ('{added[0]}') have biases, and this architecture has none there: "
+            "save_pretrained writes them, and from_pretrained drops them. For a dense model on disk start from "
+            "OutputFeatures(center=False).",
+            stacklevel=3,
+        )
