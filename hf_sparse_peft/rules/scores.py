@@ -158,9 +158,32 @@ def _product(space: UnitSpace, dense: Tensor) -> Tensor:
     return (space.delta() * dense).abs().sum() / dense.numel() ** 0.5
 
 
+class _Averaged(TrainingScore):
+    """Averages of another score, its option `score`, which says what is measured."""
+
+    score: TrainingScore
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As the score that is averaged."""
+        return self.score.needs
+
+    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """As the score that is averaged."""
+        return self.score.shapes(space)
+
+    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
+        """As the score that is averaged."""
+        self.score.before_step(run, spaces)
+
+    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
+        """The score that is averaged."""
+        return self.score.measure(run, spaces)
+
+
 @register_part("smoothed")
 @dataclass(frozen=True)
-class Smoothed(TrainingScore):
+class Smoothed(_Averaged):
     r"""Moving average of another score `I` times its uncertainty (Zhang et al., 2023), without bias correction:
 
     .. math:: \bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I, \quad
@@ -178,23 +201,6 @@ class Smoothed(TrainingScore):
 
     averages: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """As the score that is smoothed."""
-        return self.score.needs
-
-    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        """As the score that is smoothed."""
-        return self.score.shapes(space)
-
-    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
-        """As the score that is smoothed."""
-        self.score.before_step(run, spaces)
-
-    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
-        """The score that is smoothed."""
-        return self.score.measure(run, spaces)
-
     def take(self, current: Tensor, sensitivity: Tensor, uncertainty: Tensor) -> None:
         """One step of both averages, in place."""
         sensitivity.mul_(self.beta1).add_(current, alpha=1 - self.beta1)
@@ -207,7 +213,7 @@ class Smoothed(TrainingScore):
 
 @register_part("windowed")
 @dataclass(frozen=True)
-class Windowed(TrainingScore):
+class Windowed(_Averaged):
     r"""Moving average of another score's means over windows of `steps` steps (LoSparse; Li et al., 2023): where a new
     window begins, the mean of the one before enters,
     :math:`\bar I \leftarrow \beta_1 \bar I + (1-\beta_1)\,\bar\imath`, without bias correction; so it is 0 in the first
@@ -230,23 +236,6 @@ class Windowed(TrainingScore):
     def averages(self) -> tuple[str, ...]:
         """What is kept of each parameter."""
         return ("smoothed", "window") if self.beta2 is None else ("smoothed", "window", "uncertainty")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """As the score that is averaged."""
-        return self.score.needs
-
-    def shapes(self, space: UnitSpace) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        """As the score that is averaged."""
-        return self.score.shapes(space)
-
-    def before_step(self, run: Run, spaces: list[UnitSpace]) -> None:
-        """As the score that is averaged."""
-        self.score.before_step(run, spaces)
-
-    def measure(self, run: Run, spaces: list[UnitSpace]) -> list[dict[str, Tensor | None]]:
-        """The score that is averaged."""
-        return self.score.measure(run, spaces)
 
     @torch.no_grad()
     def update(self, run: Run, spaces: list[UnitSpace]) -> None:
