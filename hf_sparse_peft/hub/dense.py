@@ -168,9 +168,12 @@ def _merged_parameters(host: ParameterHost, terms: list[tuple[str, float]]) -> n
 
 def _merged_weight(layer: AdapterLayer, stored: torch.Tensor, terms: list[tuple[str, float]]) -> torch.Tensor:
     merged = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+    terms = [term for term in terms if layer.holds(term[0])]
+    several = sum(layer.masks_base(name) for name, _ in terms) > 1
+    if several:
+        layer.zero_removed_(merged.t() if layer.fan_in_fan_out else merged, terms)
     for adapter_name, scale in terms:
-        if layer.holds(adapter_name):
-            merged += layer.get_delta_weight(adapter_name) * scale
+        merged += layer.get_delta_weight(adapter_name, with_removed=not several) * scale
     return merged.to(stored.dtype)
 
 

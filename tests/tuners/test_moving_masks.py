@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from hf_sparse_peft import MaskedLoraConfig, Prune, Regrow, callbacks_for
-from hf_sparse_peft.hub import check_adapter
+from hf_sparse_peft.hub import check_adapter, make_patch, merge_to_dense
+from hf_sparse_peft.hub.analysis.merged_weights import merged_weight
 from hf_sparse_peft.rules import Gradient, move_units
 from hf_sparse_peft.sparsity import pack_bits, unpack_bits
 from hf_sparse_peft.tuners import adapter_layers
@@ -123,6 +124,25 @@ def test_two_masks_act_on_the_base_together_and_on_their_own_updates():
     assert not layer.dense_base_weight()[gone].any()
     model.base_model.unmerge_adapter()
     assert torch.equal(layer.dense_base_weight().double(), W)
+
+
+@pytest.mark.parametrize("base", ["fp32", "conv1d", "nf4"])
+def test_what_two_masks_remove_is_removed_once_in_whatever_leaves(base):
+    model = adapted(tiny.base(base), update=LowRankUpdate())
+    model.add_adapter("second", MaskedLoraConfig(r=2, init_weights=False, mask="all", **TARGETS))
+    masks(model, 0.5), masks(model, 0.5, 1, "second")
+    model.base_model.set_adapter(["default", "second"])
+    before = logits(model)
+    assert torch.allclose(logits(merge_to_dense(model)), before, atol=1e-4)
+    layer = adapter_layers(model)[0]
+    both = ~layer.kept("default") & ~layer.kept("second")
+    assert both.float().mean() > 0.2
+    assert not merged_weight(layer, ["default", "second"])[both].any()
+    with pytest.raises(ValueError, match="removed once, so that they cannot be weighted"):
+        merge_to_dense(model, weights=[0.5, 1.0])
+    with pytest.raises(ValueError, match=r"\['default', 'second'\] all remove weights"):
+        make_patch(model)
+    assert torch.equal(logits(model), before)
 
 
 def test_units_of_a_mask_are_entries_of_the_weight():

@@ -14,6 +14,7 @@ from ...rules.probing import modes_kept
 from ...training.calibration.readers import dense_weight
 from ...tuners import AdapterLayer
 from ...tuners.shared.base_weight import keep_4bit_weight_stable
+from ...tuners.shared.pieces import BaseMask
 from ...tuners.upstream import UpstreamLowRank, upstream_layers
 
 
@@ -75,8 +76,11 @@ def merged_weight(layer: nn.Module, adapter_names: Iterable[str]) -> Tensor:
     names = [name for name in names if _holds(layer, name)]
     source = layer if isinstance(layer, AdapterLayer) else _as_low_rank(layer, names)
     if source is not None:
+        if isinstance(source, AdapterLayer):
+            source.zero_removed_(weight, [(name, 1.0) for name in names])
         for piece in (piece for name in names for piece in source.pieces(name)):
-            piece.add_(weight)
+            if not isinstance(piece, BaseMask):
+                piece.add_(weight)
         return weight
     if set(layer.active_adapters) != set(names):
         raise ValueError(

@@ -76,8 +76,9 @@ def make_patch(
     stored = base_tensors(places if base is None else base)
     made: list[tuple[WeightPatch, Tensor | None, int]] = []
     if only != "modules":
-        if only is None:
-            for layer in layers:
+        for layer in layers:
+            _refuse_several_masks(layer, names)
+            if only is None:
                 _refuse_factors(layer, names)
         for layer in layers:
             made += _changed(layer, list(zip(names, given, strict=True)), places, stored, dtype, only, keep_unchanged)
@@ -169,6 +170,15 @@ def _sparse_pieces(layer: AdapterLayer, adapter_name: str, only: str | None) -> 
         "patch of it is the whole weight. Serve the factors as a LoRA beside the patch, export_patch(only='support') "
         "and export_lora(only='low_rank'), or everything as a dense model, merge_to_dense."
     )
+
+
+def _refuse_several_masks(layer: AdapterLayer, names: list[str]) -> None:
+    masking = [name for name in names if layer.holds(name) and layer.masks_base(name)]
+    if len(masking) > 1:
+        raise ValueError(
+            f"Adapters {masking} all remove weights of '{layer.module_name}', and what two of them remove is removed "
+            "once, so that their changes do not add up. Make a patch of one, or a dense model, merge_to_dense."
+        )
 
 
 def _changed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from .fp32_masters import remember_masters, restore_masters
 from .idle_layers import note_that_it_runs
 from .live_run import first_warning, run_on
 from .parameters import ParameterWeight
-from .pieces import BaseMask, Piece
+from .pieces import BaseMask, Piece, zero_removed_
 from .quantised import backend_of
 
 
@@ -167,11 +167,14 @@ class AdapterLayer(CalibratedTensors):
         """Whether the base layer stores its weight as `[in, out]`."""
         return type(self.get_base_layer()).__name__ == "Conv1D" and self.quantization_backend is None
 
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so."""
+    def get_delta_weight(self, adapter_name: str, *, with_removed: bool = True) -> torch.Tensor:
+        """The adapter's update as a dense fp32 `[out, in]` matrix, `[in, out]` where the base stores it so.
+
+        Without `with_removed` what a mask takes from the base is left out, for `zero_removed_` to do.
+        """
         delta = torch.zeros(self.out_features, self.in_features, device=self.get_base_layer_device())
         self._add_delta_(delta, adapter_name)
-        for piece in self.pieces(adapter_name) if self.masks_base(adapter_name) else []:
+        for piece in self.pieces(adapter_name) if with_removed and self.masks_base(adapter_name) else []:
             if isinstance(piece, BaseMask):
                 piece.add_(delta)
         return delta.t() if self.fan_in_fan_out else delta
@@ -182,6 +185,23 @@ class AdapterLayer(CalibratedTensors):
         for piece in self.pieces(adapter_name):
             if not isinstance(piece, BaseMask):
                 piece.add_(weight)
+
+    def zero_removed_(self, weight: torch.Tensor, terms: Iterable[tuple[str, float]]) -> None:
+        """Set what the masks of several adapters, each of weight 1, take from the base to 0 in its `[out, in]` copy,
+        once however many take it. The rest of their updates is `_add_delta_`.
+
+        Raises:
+            ValueError: a weight is not 1: a share of a mask is none.
+        """
+        masking = [(name, scale) for name, scale in terms if self.masks_base(name)]
+        told = ", ".join(f"{scale:g} x '{name}'" for name, scale in masking)
+        if any(scale != 1 for _, scale in masking):
+            raise ValueError(
+                f"{told}: several adapters remove weights of '{self.module_name}', where a weight that two of them "
+                "remove is removed once, so that they cannot be weighted. Give each the weight 1, or merge one alone."
+            )
+        for name, _ in masking:
+            zero_removed_(weight, self.pieces(name))
 
     def masks_base(self, adapter_name: str) -> bool:
         """Whether the adapter may set weights of the base to 0: whether a `BaseMask` may be among its pieces."""

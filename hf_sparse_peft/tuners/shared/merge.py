@@ -12,7 +12,6 @@ from torch import nn
 
 from .layer import AdapterLayer
 from .parameters import ParameterHost, ParameterWeight
-from .pieces import zero_removed_
 from .rollback import uninterrupted
 
 
@@ -114,8 +113,7 @@ class MergeMixin(AdapterLayer):
         # Deltas are summed before anything is rounded, so that merging is one rounding however many adapters.
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         view = merged.t() if self.fan_in_fan_out else merged
-        for name in names:
-            zero_removed_(view, self.pieces(name) if self.masks_base(name) else [])
+        self.zero_removed_(view, [(name, 1.0) for name in names])
         for name in names:
             self._add_delta_(view, name)
         if safe_merge and not torch.isfinite(merged).all():
