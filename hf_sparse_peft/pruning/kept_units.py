@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,12 +125,13 @@ class KeptUnits:
         return cls(found)
 
     def save(self, file: str | Path) -> None:
-        """Write a safetensors file, whole: int64 tensors `<block>.heads` and `<block>.channels`, totals as metadata."""
+        """Write a safetensors file, whole: int64 tensors `<block>.heads` and `<block>.channels`; totals and a
+        checksum as metadata."""
         tensors = {f"{name}.{kind}": kept.units(kind).contiguous()
                    for name, kept in self.blocks.items() for kind in (HEADS, CHANNELS)}  # fmt: skip
         totals = {name: [kept.all_heads, kept.all_channels] for name, kept in self.blocks.items()}
         with whole_file(Path(file)) as temporary:
-            save_file(tensors, temporary, metadata={"of": json.dumps(totals)})
+            save_file(tensors, temporary, metadata={"of": json.dumps(totals), "crc32": str(_crc32(tensors))})
 
     @classmethod
     def load(cls, file: str | Path) -> KeptUnits:
@@ -144,12 +146,21 @@ class KeptUnits:
             wanted = {f"{name}.{kind}" for name in totals for kind in (HEADS, CHANNELS)}
             if wanted != set(tensors) or any(t.dtype != torch.int64 or t.dim() != 1 for t in tensors.values()):
                 raise ValueError("its tensors are others than those it lists")
+            if metadata.get("crc32") != str(_crc32(tensors)):
+                raise ValueError("its units are not those that were written")
             return cls.from_dict({
                 name: {"of": of, **{kind: tensors[f"{name}.{kind}"].tolist() for kind in (HEADS, CHANNELS)}}
                 for name, of in totals.items()
             })  # fmt: skip
         except (ValueError, TypeError) as error:
             raise ValueError(f"'{file}' holds no kept units: {error}.") from error
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return found
 
 
 def _is_count(value: Any) -> bool:

@@ -1,13 +1,14 @@
 """Sliced models compute what masked ones do, are saved and loaded as they are, and a file that lies is refused."""
 
 import copy
-import json
+import zlib
 
 import pytest
 import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_structure import MODELS, build
 from transformers.pytorch_utils import Conv1D
@@ -135,16 +136,26 @@ def test_a_lora_is_cut_with_its_base():
     torch.testing.assert_close(logits(small.merge_and_unload()), masked, rtol=1e-4, atol=1e-5)
 
 
-def rewrite(folder, **changed):
-    tensors = load_file(folder / "kept_units.safetensors")
-    metadata = {"of": json.dumps({f"model.layers.{n}": [2, 48] for n in range(2)})}
-    save_file({**tensors, **changed}, folder / "kept_units.safetensors", metadata=metadata)
+def rewrite(folder, checksum=True, **changed):
+    file = folder / "kept_units.safetensors"
+    tensors = {**load_file(file), **changed}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    if checksum:
+        content = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+        metadata["crc32"] = str(zlib.crc32(content))
+    save_file(tensors, file, metadata=metadata)
 
 
 def test_kept_units_that_lie_are_refused(tmp_path):
     small = slice_model(model := build("llama"), kept_of(model))
     save_sliced(small, tmp_path)
     name = "model.layers.1.channels"
+    as_many = load_file(tmp_path / "kept_units.safetensors")[name].clone()
+    as_many[-1] += 1 if as_many[-1] < 47 else -1
+    rewrite(tmp_path, checksum=False, **{name: as_many})
+    with pytest.raises(ValueError, match="not those that were written"):
+        load_sliced(tmp_path)
     rewrite(tmp_path, **{name: torch.arange(26)})
     with pytest.raises(ValueError, match="shape"):
         load_sliced(tmp_path)
