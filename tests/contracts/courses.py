@@ -266,7 +266,7 @@ def train(model, out, *, resume=None, save_at=None, **options) -> dict[str, torc
         warnings.simplefilter("ignore")
         data = tiny.TokenData(32, repeated=options.pop("repeated", 1))
         callbacks = [*callbacks_for(model), Watch()]
-        made = {"callbacks": callbacks, "optimizer": make_optimizer}
+        made = {"callbacks": callbacks, "optimizer": options.pop("optimizer", make_optimizer)}
         tiny.train(model, out, steps, data=data, resume=resume, **made, **options)
     return state
 

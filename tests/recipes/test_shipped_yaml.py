@@ -28,6 +28,7 @@ SMALLER = {
     "sparse_low_rank": ["method_options.warmup=1", "max_steps=3"],
     "sparse_moving": ["max_steps=7"],
     "qlora_sparse_lora_llama1b": ["max_steps=7"],
+    "sparsifying": ["max_steps=24"],
     "token_classification_xlmr": ["max_steps=7"],
     "image_classification_vit": ["max_steps=7", "dataloader_num_workers=0"],
     "tiny_core": ["method_options.r=4"],
