@@ -45,9 +45,16 @@ def list_methods(
         ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="List the methods that are functions of models and weights, no configs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods by name: family, what moves, source, 4-bit support, what they leave as, trained numbers."""
+    """List the methods by name: family, what moves, source, 4-bit support, what they leave as, trained numbers; then
+    those that are functions, with what to call."""
+    if functions:
+        _list_functions(markdown, as_json)
+        return
     if markdown:
         print(methods.markdown_table())
         return
@@ -59,3 +66,16 @@ def list_methods(
     for row in rows:
         if row.problem:
             print(f"{row.name}: {row.problem}")
+    if not (names or family or model):
+        print()
+        show(methods.functions_table())
+
+
+def _list_functions(markdown: bool, as_json: bool) -> None:
+    if markdown:
+        print(methods.functions_markdown())
+    elif as_json:
+        rows = methods.FUNCTIONS.values()
+        print_json([{"name": row.name, "paper": row.paper, "call": row.call, "does": row.does} for row in rows])
+    else:
+        show(methods.functions_table())

@@ -29,6 +29,7 @@ from . import (
     upstream,
     zeroth_order,
 )
+from .functions import FUNCTIONS, FunctionInfo, functions_markdown, functions_table
 from .registry import (
     Method,
     MethodInfo,
@@ -41,7 +42,9 @@ from .registry import (
 )
 
 __all__ = [
+    "FUNCTIONS",
     "EssentialSparsity",
+    "FunctionInfo",
     "Method",
     "MethodInfo",
     "blocks",
@@ -50,6 +53,8 @@ __all__ = [
     "default",
     "describe",
     "essential_sparsity",
+    "functions_markdown",
+    "functions_table",
     "get",
     "kernel",
     "low_rank",

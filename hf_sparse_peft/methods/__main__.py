@@ -4,9 +4,9 @@ without a file they are printed."""
 import sys
 from pathlib import Path
 
-from . import claims_table, markdown_table
+from . import claims_table, functions_markdown, markdown_table
 
-TABLES = {"method table": markdown_table, "claims": claims_table}
+TABLES = {"method table": markdown_table, "function table": functions_markdown, "claims": claims_table}
 
 
 def write(page: Path) -> None:

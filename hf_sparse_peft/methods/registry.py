@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..hub.analysis.checkpoints import Checkpoint
 from ..training import callbacks_for, make_optimizer, trainer_class_for
 from ..tuners import SparseLoraConfig
+from .functions import how_to_call
 
 CallbackFactory = Callable[[nn.Module], list[TrainerCallback]]
 FirstRun = Callable[[], tuple[Checkpoint, Checkpoint]]
@@ -138,7 +139,7 @@ def get(name: str, **options: Any) -> Method:
         ValueError: no such method (the message lists them), or an option that neither method nor config has.
     """
     if name not in _METHODS:
-        raise ValueError(f"method {name!r} is unknown; choose one of {names()}.")
+        raise ValueError(_unknown(name))
     try:
         return _METHODS[name].build(**options)
     except TypeError as error:
@@ -160,8 +161,12 @@ def describe(name: str) -> MethodInfo:
     """The registry's entry of one method."""
     get_known = _METHODS.get(name)
     if get_known is None:
-        raise ValueError(f"method {name!r} is unknown; choose one of {names()}.")
+        raise ValueError(_unknown(name))
     return get_known
+
+
+def _unknown(name: str) -> str:
+    return how_to_call(name) or f"method {name!r} is unknown; choose one of {names()}."
 
 
 def markdown_table() -> str:
