@@ -28,7 +28,7 @@ class DSnoT(PruningMethod):
     the sign opposite to that of :math:`\epsilon_i` (as released; a returned weight never goes again, nor the other way
     round). A row stops at its first refused swap: :math:`|\epsilon_i| \le` `threshold`, no candidate left, or, with
     `same_sign`, an error whose sign would differ from the first one's. Of a pattern, the swap stays inside the group of
-    neighbours and `same_sign` always holds, as released.
+    neighbours, the score is that of `initial`, and `same_sign` always holds, as released.
 
     `m_j` is the sum over tokens divided by the number of sequences, so `threshold` is in units of a sequence's length.
     Weights that stay do not change; the count of each row does not change.
@@ -44,6 +44,9 @@ class DSnoT(PruningMethod):
     """Exponent of the inputs' variance when weights return."""
     same_sign: bool = False
     """Whether a swap may not change the error's sign; the released script's default, though its help says otherwise."""
+    sign_in_groups: bool = True
+    """Of a pattern, whether the sign of what goes counts there too, as in the paper's equation. False as released: the
+    smallest score of the group goes whatever its sign, and the error may grow."""
 
     reads: ClassVar[frozenset[str]] = frozenset({SQUARES, MEANS})
 
@@ -86,6 +89,7 @@ class DSnoT(PruningMethod):
                 keeping=ranking.scores(weight, inputs, name, seed),
                 gone=gone,
                 group=pattern.of if grouped else None,
+                signed=self.sign_in_groups or not grouped,
             )
             gone = swaps.run(self.cycles, self.threshold, self.same_sign or grouped)
         return weight.masked_fill(gone, 0), gone
@@ -94,8 +98,11 @@ class DSnoT(PruningMethod):
 class _Swaps:
     """The state of all rows: `[rows, cols]` each, candidates that were swapped are no candidates again."""
 
-    def __init__(self, contribution: Tensor, growth: Tensor, keeping: Tensor, gone: Tensor, group: int | None) -> None:
-        self.contribution, self.growth, self.keeping, self.group = contribution, growth, keeping, group
+    def __init__(
+        self, contribution: Tensor, growth: Tensor, keeping: Tensor, gone: Tensor, group: int | None, signed: bool
+    ) -> None:
+        self.contribution, self.growth, self.keeping = contribution, growth, keeping
+        self.group, self.signed = group, signed
         self.gone = gone.clone()
         self.may_return, self.may_go = gone.clone(), ~gone
         self.error = contribution.masked_fill(~gone, 0).sum(1)
@@ -130,12 +137,13 @@ class _Swaps:
 
     def _leaving(self, entering: Tensor) -> tuple[Tensor, Tensor]:
         """The kept weight of each row that goes for it."""
-        if self.group is None:
+        candidates = self.may_go
+        if self.signed:
             towards = torch.where(self.error < 0, 1.0, -1.0)[:, None]
-            candidates = self.may_go & (self.contribution * towards > 0)
-        else:
+            candidates = candidates & (self.contribution * towards > 0)
+        if self.group is not None:
             columns = torch.arange(self.gone.shape[1], device=entering.device)
-            candidates = self.may_go & (columns // self.group == (entering // self.group)[:, None])
+            candidates = candidates & (columns // self.group == (entering // self.group)[:, None])
         return self._first(self.keeping, candidates, largest=False)
 
     @staticmethod

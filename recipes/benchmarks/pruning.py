@@ -40,6 +40,7 @@ METHODS = {
     "magnitude + DSnoT": DSnoT(MagnitudePruning()),
     "Wanda": "wanda",
     "Wanda + DSnoT": DSnoT(),
+    "Wanda + DSnoT, same sign": DSnoT(same_sign=True),
     "SparseGPT": "sparsegpt",
 }
 REPAIRED = ("magnitude", "Wanda", "SparseGPT")

@@ -246,12 +246,12 @@ def test_dsnot_swaps_as_in_the_worked_example():
     assert after(cycles=0) == after(threshold=1e9) == [0, 4, 5]
 
 
-def dsnot(weight, gone, m, v, a, cycles, threshold, same_sign, group=None, scores=None):
+def dsnot(weight, gone, m, v, a, cycles, threshold, same_sign, group=None, signed=True):
     """The sheet's cycle in plain Python, a row at a time."""
     rows = []
     for w, removed in zip(weight.double().tolist(), gone.tolist(), strict=True):
         d = [w[j] * m[j] for j in range(len(w))]
-        wanda = [abs(w[j]) * math.sqrt(a[j]) for j in range(len(w))] if scores is None else scores[len(rows)]
+        wanda = [abs(w[j]) * math.sqrt(a[j]) for j in range(len(w))]
         now, error = list(removed), sum(d[j] for j in range(len(w)) if removed[j])
         first = (error > 0) - (error < 0)
         returned, left = set(), set()
@@ -264,7 +264,7 @@ def dsnot(weight, gone, m, v, a, cycles, threshold, same_sign, group=None, score
             go = [j for j in range(len(w)) if not removed[j] and j not in left]
             if group:
                 go = [j for j in go if j // group == enter // group]
-            else:
+            if signed:
                 go = [j for j in go if (d[j] > 0 if error < 0 else d[j] < 0)]
             if not go:
                 break
@@ -279,31 +279,42 @@ def dsnot(weight, gone, m, v, a, cycles, threshold, same_sign, group=None, score
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize(("same_sign", "pattern"), [(False, Unstructured()), (True, Unstructured()), (False, NM(2, 4))])
-def test_dsnot_is_the_papers_cycle(same_sign, pattern):
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({}, Unstructured()),
+        ({"same_sign": True}, Unstructured()),
+        ({}, NM(2, 4)),
+        ({"sign_in_groups": False}, NM(2, 4)),
+        ({"sign_in_groups": False}, Unstructured()),
+    ],
+)
+def test_dsnot_is_the_papers_cycle(options, pattern):
     weight, x = drawn(40, 16), drawn(4, 30, 16, seed=1) + drawn(16, seed=2)
     found = statistics(x)
     first = Wanda().prune(weight, found, 0.5, pattern)[1]
     grouped = isinstance(pattern, NM)
+    signed = not grouped or "sign_in_groups" not in options
     expected = dsnot(
         weight, first, found.mean().tolist(), found.variance().tolist(), found.mean_square().tolist(), 50, 0.1,
-        same_sign or grouped, pattern.of if grouped else None,
+        "same_sign" in options or grouped, pattern.of if grouped else None, signed,
     )  # fmt: skip
-    gone = DSnoT(same_sign=same_sign).prune(weight, found, 0.5, pattern)[1]
+    gone = DSnoT(**options).prune(weight, found, 0.5, pattern)[1]
     assert torch.equal(gone, expected)
     assert not torch.equal(gone, first)
     assert torch.equal(gone.sum(1), first.sum(1))
 
 
-def test_dsnot_with_one_sign_never_raises_a_rows_expected_error():
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)])
+def test_dsnot_with_one_sign_never_raises_a_rows_expected_error(pattern):
     weight, x = drawn(40, 16), drawn(4, 30, 16, seed=1) + drawn(16, seed=2)
     found = statistics(x)
-    first = Wanda().prune(weight, found, 0.5, Unstructured())[1]
+    first = Wanda().prune(weight, found, 0.5, pattern)[1]
 
     def error(gone):
         return (weight * found.mean()).masked_fill(~gone, 0).sum(1).abs()
 
-    after = error(DSnoT(same_sign=True).prune(weight, found, 0.5, Unstructured())[1])
+    after = error(DSnoT(same_sign=True).prune(weight, found, 0.5, pattern)[1])
     assert (after <= error(first) + 1e-4).all()
     assert after.sum() < 0.8 * error(first).sum()
 
