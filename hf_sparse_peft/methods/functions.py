@@ -39,8 +39,10 @@ _FUNCTIONS = [
     _entry(
         "dsee-pruning", "Chen et al., 2023 (DSEE)",
         'prune_globally(model, 0.2, by="update", target_modules=["q_proj", "v_proj"])',
-        "entries of the base go where an adapter's update is small; `dsee` is the adapter",
+        "entries of the base go where an adapter's update is small (whole heads: `kept_by_update`); `dsee` is the "
+        "adapter",
         pruning.prune_globally,
+        pruning.kept_by_update,
     ),
     _entry(
         "dsnot", "Zhang et al., 2024 (DSnoT)",

@@ -37,8 +37,9 @@ def sltrain(density: float = 0.03, r: int = 128, lora_alpha: float = 32, **overr
 def dsee(r: int = 4, lora_alpha: float = 32, num_sparse: int = 128, **overrides: Any) -> Method:
     """`(alpha / r)(U V + S2)` on the query and value matrices (peft's default targets), with `num_sparse` entries where
     a low-rank + sparse decomposition of the pretrained weight has its largest sparse entries. The paper's
-    update; `pruning.prune_globally(model, 0.2, by="update", target_modules=["query", "value"])` makes its pruned base
-    after a first training, and once more without `by` for the other matrices; then it trains on."""
+    update, and the first of its three stages; `pruning.prune_globally(model, 0.2, by="update", target_modules=["query",
+    "value"])`, and once more without `by` for the other matrices, prunes the base, or `pruning.kept_by_update` chooses
+    heads; then it trains on. docs/pruning.md has all three, and what merging does to the zeros."""
     options = {
         "r": r,
         "lora_alpha": lora_alpha,

@@ -4,6 +4,7 @@ from .apoptosis import OBA
 from .block_influence import block_angles, block_influence
 from .cfsp import CFSP, importance_lora_config
 from .dropped_blocks import drop_blocks
+from .dsee import apply_masks, kept_by_update
 from .dsnot import DSnoT
 from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
 from .global_pruning import prune_globally
@@ -69,6 +70,7 @@ __all__ = [
     "UnitMasks",
     "Unstructured",
     "Wanda",
+    "apply_masks",
     "block_angles",
     "block_influence",
     "compensate",
@@ -78,6 +80,7 @@ __all__ = [
     "essential_sparsity",
     "importance_lora_config",
     "iso_flop_size",
+    "kept_by_update",
     "kept_units_of",
     "laser",
     "load_sliced",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..sparsity import pack_bits, stream_seed, top_units
 from ..sparsity.scores import Magnitude
@@ -42,7 +43,8 @@ def prune_globally(
 
     Raises:
         ValueError: sparsity or `by` out of range, quantised or shared weights, weights that are not finite, adapters
-            that are merged, or layers without one where the update is to judge. Nothing is changed then.
+            that are merged, or layers without one where the update is to judge, or with one that is 0. Nothing is
+            changed then.
     """
     if by not in ("base", "update", "sum"):
         raise ValueError(f"by={by!r} is unknown; choose 'base', 'update' or 'sum'.")
@@ -50,8 +52,8 @@ def prune_globally(
         raise ValueError(f"sparsity={sparsity!r} is no fraction in [0, 1): it is how much of the weights goes.")
     layers = prunable_layers(model, target_modules, exclude_modules)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _refuse(base, layers)
-    judged = {layer.name: _judged(base.get_submodule(layer.name), layer, by) for layer in layers}
+    refuse_unwritable(base, layers)
+    judged = {layer.name: judged_weight(base.get_submodule(layer.name), layer, by) for layer in layers}
     scores = {layer.name: _scores(layer, judged[layer.name]) for layer in layers}
     sources = [Source(name, chunks, stream_seed(seed, name)) for name, chunks in scores.items()]
     cut = find_cut(sources, round(sparsity * sum(layer.grid.num_units for layer in layers)), largest=False)
@@ -76,7 +78,14 @@ def _scores(layer: PrunableLayer, read: _Read) -> Callable[[], Iterable[Tensor]]
     return lambda: Magnitude()(read(), layer.grid)()
 
 
-def _judged(module: nn.Module, layer: PrunableLayer, by: str) -> _Read:
+def judged_weight(module: nn.Module, layer: PrunableLayer, by: str) -> _Read:
+    r"""What judges the entries of a layer, `[out, in]`, made anew in each call: W for `by="base"`, :math:`\Delta W` of
+    the active adapters of `module` for "update", the sum of both for "sum".
+
+    Raises:
+        ValueError: no active adapter, one that is not finite, or, for "update", one that is 0 throughout: an update
+            that nothing was learnt in judges nothing.
+    """
     if by == "base":
         return layer.weight
     names = [name for name in getattr(module, "active_adapters", ()) if _holds(module, name)]
@@ -88,8 +97,17 @@ def _judged(module: nn.Module, layer: PrunableLayer, by: str) -> _Read:
 
     def update() -> Tensor:
         found = sum(module.get_delta_weight(name).float() for name in names)
+        found = found.t() if isinstance(layer.module, Conv1D) else found
         return found if by == "update" else found + layer.weight().float()
 
+    first = update()
+    if not first.isfinite().all():
+        raise ValueError(f"The update of '{layer.name}' is not finite: load an earlier checkpoint of the adapter.")
+    if by == "update" and not first.any():
+        raise ValueError(
+            f"The update of '{layer.name}' is 0, and says nothing about its weights. Train the adapter first, or leave "
+            "the module out with exclude_modules."
+        )
     return update
 
 
@@ -98,7 +116,8 @@ def _holds(module: nn.Module, name: str) -> bool:
     return holds(name) if holds is not None else name in getattr(module, "lora_A", ())
 
 
-def _refuse(base: nn.Module, layers: list[PrunableLayer]) -> None:
+def refuse_unwritable(base: nn.Module, layers: list[PrunableLayer]) -> None:
+    """Raises `ValueError` where a layer's weight cannot be written: merged, quantised, shared, computed, not finite."""
     owners: dict[int, int] = {}
     for parameter in (p for _, p in base.named_parameters(remove_duplicate=False)):
         owners[parameter.data_ptr()] = owners.get(parameter.data_ptr(), 0) + 1

@@ -62,16 +62,17 @@ class UnitMasks(nn.Module):
 
     @torch.no_grad()
     def keep(self, kept: KeptUnits) -> None:
-        """Set factors of what is kept to 1, of the rest to 0.
+        """Set factors of what is kept to 1, of the rest to 0; of blocks and kinds that `kept` says nothing about all
+        stay as they are.
 
         Raises:
             ValueError: `kept` is of another model.
         """
         kept.check(self.structures.values())
         for mask in self.masks:
-            if mask.block in kept.blocks:
-                units = kept.blocks[mask.block].units(mask.kind).to(mask.factors.device)
-                mask.factors.zero_()[units] = 1
+            units = kept.units(mask.block, mask.kind)
+            if units is not None:
+                mask.factors.zero_()[units.to(mask.factors.device)] = 1
 
 
 def mask_units(

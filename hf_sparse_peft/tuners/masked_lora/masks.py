@@ -33,29 +33,13 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor] | str | Path, adap
         TypeError: `removed` is no mapping.
     """
     layers = adapter_layers(model, MaskedLoraLayer, adapter_name)
-    groups = None
-    if isinstance(removed, (str, Path)):
-        removed, groups = _read(Path(removed))
-    if not isinstance(removed, Mapping):
-        raise TypeError(f"removed is a {type(removed).__name__}; it takes the report's masks, bits by module name.")
+    masks = RemovedWeights(removed)
     masking = layers[0].adapter_configs[adapter_name].masking
     if masking.computes_mask:
         raise ValueError(f"Adapter '{adapter_name}' computes its mask ({type(masking).__name__}), and none can be set.")
     found = {}
     for layer in layers:
-        bits = _bits_of(layer.module_name, removed)
-        if groups is not None and bits is not None:
-            bits = _decoded(bits, layer.out_features * layer.in_features, groups, layer.module_name)
-        numel = layer.out_features * layer.in_features
-        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
-            what = "nothing" if bits is None else f"a {type(bits).__name__}"
-            what = f"{bits.numel()} bytes of {bits.dtype}" if isinstance(bits, Tensor) else what
-            raise ValueError(
-                f"removed has {what} for '{layer.module_name}', a weight of {numel} entries, which takes "
-                f"{(numel + 7) // 8} bytes of uint8. Pass the masks of the walk that pruned this base."
-            )
-        device = layer.get_base_layer_device()
-        gone = unpack_bits(bits.to(device), numel).view(layer.out_features, layer.in_features)
+        gone = masks.of(layer.module_name, layer.out_features, layer.in_features, layer.get_base_layer_device())
         if not layer.masks_base(adapter_name) and bool(layer.dense_base_weight()[gone].any()):
             raise ValueError(
                 f"'{layer.module_name}' is not 0 where weights were removed: this base is not the one that was pruned. "
@@ -64,6 +48,43 @@ def set_masks(model: nn.Module, removed: Mapping[str, Tensor] | str | Path, adap
         found[layer] = pack_bits(~gone)  # a bit an entry: these are all layers'
     for layer, kept in found.items():
         layer.keep(adapter_name, kept)
+
+
+class RemovedWeights:
+    """What was removed from a model's weights, of a report's masks or of a file of them."""
+
+    def __init__(self, removed: Mapping[str, Tensor] | str | Path) -> None:
+        self.groups = None
+        if isinstance(removed, (str, Path)):
+            removed, self.groups = _read(Path(removed))
+        if not isinstance(removed, Mapping):
+            raise TypeError(f"removed is a {type(removed).__name__}; it takes the report's masks, bits by module name.")
+        self.masks = removed
+
+    def of(self, name: str, rows: int, cols: int, device: torch.device) -> Tensor:
+        """bool `[rows, cols]`, True where it was removed from the module's weight.
+
+        Raises:
+            ValueError: nothing is said about the module, or of a weight of another size.
+        """
+        numel, bits = rows * cols, self.bits_of(name)
+        if self.groups is not None and bits is not None:
+            bits = _decoded(bits, numel, self.groups, name)
+        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
+            what = "nothing" if bits is None else f"a {type(bits).__name__}"
+            what = f"{bits.numel()} bytes of {bits.dtype}" if isinstance(bits, Tensor) else what
+            raise ValueError(
+                f"removed has {what} for '{name}', a weight of {numel} entries, which takes {(numel + 7) // 8} bytes "
+                "of uint8. Pass the masks of the walk that pruned this base."
+            )
+        return unpack_bits(bits.to(device), numel).view(rows, cols)
+
+    def bits_of(self, name: str) -> Tensor | None:
+        """The packed bits of a module, also by its name in a model without a head, or inside of another."""
+        if name in self.masks:
+            return self.masks[name]
+        close = [b for other, b in self.masks.items() if name.endswith(f".{other}") or other.endswith(f".{name}")]
+        return close[0] if len(close) == 1 else None
 
 
 def save_masks(removed: Mapping[str, Tensor], file: str | Path, n_of_m: tuple[int, int] | None = None) -> None:
@@ -120,10 +141,3 @@ def _decoded(codes: Tensor, numel: int, groups: tuple[int, int], name: str) -> T
 
 
 _FORMAT = "hf_sparse_peft.masks"
-
-
-def _bits_of(name: str, removed: Mapping[str, Tensor]) -> Tensor | None:
-    if name in removed:
-        return removed[name]
-    close = [bits for other, bits in removed.items() if name.endswith(f".{other}") or other.endswith(f".{name}")]
-    return close[0] if len(close) == 1 else None
