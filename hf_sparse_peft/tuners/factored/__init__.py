@@ -18,7 +18,7 @@ from .ranks import (
     FixedRank,
     LargestRankFraction,
     ParameterRatio,
-    RankRule,
+    RankChoice,
     SideFraction,
     SingularValueThreshold,
 )
@@ -46,7 +46,7 @@ __all__ = [
     "OutputFeatures",
     "PackedChannels",
     "ParameterRatio",
-    "RankRule",
+    "RankChoice",
     "SideFraction",
     "SingularValueThreshold",
     "Spectral",

@@ -12,7 +12,7 @@ from ..shared.config import AdapterConfig
 from ..shared.module_patterns import check_pattern
 from .form import Form
 from .low_rank import LowRank
-from .ranks import ParameterRatio, RankRule
+from .ranks import ParameterRatio, RankChoice
 
 
 @dataclass
@@ -43,7 +43,7 @@ class FactoredConfig(AdapterConfig):
     form: Form | UnknownPart = field(
         default_factory=LowRank, metadata={"help": "What stands in the place of a weight: LowRank(), ..."}
     )
-    rank: RankRule | UnknownPart = field(
+    rank: RankChoice | UnknownPart = field(
         default_factory=ParameterRatio,
         metadata={"help": "The rank of each form: FixedRank(), ParameterRatio(), SingularValueThreshold(), ..."},
     )
@@ -85,7 +85,7 @@ class FactoredConfig(AdapterConfig):
                 )
 
     def _make_nested(self) -> None:
-        for name, base in (("form", Form), ("rank", RankRule)):
+        for name, base in (("form", Form), ("rank", RankChoice)):
             setattr(self, name, load_part_by_name(base, getattr(self, name), name))
         if isinstance(self.form, UnknownPart):
             raise ValueError(

@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class RankRule(Part):
+class RankChoice(Part):
     """How many components the form of each weight has."""
 
     part_kind: ClassVar[str] = "rank_rule"
@@ -44,7 +44,7 @@ def largest_rank(form: Form, rows: int, cols: int, numbers: float) -> int:
 
 @register_part("fixed_rank")
 @dataclass(frozen=True)
-class FixedRank(RankRule):
+class FixedRank(RankChoice):
     """The same rank everywhere, at most a weight's smaller side."""
 
     r: PositiveInt = 64
@@ -57,7 +57,7 @@ class FixedRank(RankRule):
 
 @register_part("side_fraction")
 @dataclass(frozen=True)
-class SideFraction(RankRule):
+class SideFraction(RankChoice):
     r"""A fraction of each weight's smaller side, :math:`\lfloor \rho \min(m, n) \rfloor`, at least 1 (LASER's
     :math:`\rho`)."""
 
@@ -71,7 +71,7 @@ class SideFraction(RankRule):
 
 @register_part("parameter_ratio")
 @dataclass(frozen=True)
-class ParameterRatio(RankRule):
+class ParameterRatio(RankChoice):
     r"""The largest rank with at most a fraction of each weight's numbers: for low rank
     :math:`\lfloor \rho\, m n / (m + n) \rfloor`. A weight that has none stays dense."""
 
@@ -86,7 +86,7 @@ class ParameterRatio(RankRule):
 
 @register_part("largest_rank_fraction")
 @dataclass(frozen=True)
-class LargestRankFraction(RankRule):
+class LargestRankFraction(RankChoice):
     r"""A fraction of the largest rank that stores no more than the weight, for low rank
     :math:`\lfloor \rho \lfloor mn/(m+n) \rfloor \rfloor`, at least 1; where it is that rank itself the weight stays
     dense (Greenformers; Cahyawijaya, 2021)."""
@@ -107,7 +107,7 @@ class LargestRankFraction(RankRule):
 
 @register_part("energy_fraction")
 @dataclass(frozen=True)
-class EnergyFraction(RankRule):
+class EnergyFraction(RankChoice):
     r"""The fewest components with a fraction of each weight's energy,
     :math:`\sum_{i \le k} \sigma_i^2 \ge \rho \sum_i \sigma_i^2`."""
 
@@ -134,7 +134,7 @@ def energy_rank(values: Tensor, fraction: float, power: int = 2) -> int:
 
 @register_part("singular_value_threshold")
 @dataclass(frozen=True)
-class SingularValueThreshold(RankRule):
+class SingularValueThreshold(RankChoice):
     r"""One threshold :math:`\tau` for the normalised singular values of all weights,
     :math:`\tilde\sigma_i = (\sigma_i - \sigma_{\min}) / (\sigma_{\max} - \sigma_{\min})`: a weight keeps those with
     :math:`\tilde\sigma_i \ge \tau` (WeLore; Jaiswal et al., 2024).
