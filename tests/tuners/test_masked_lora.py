@@ -107,8 +107,16 @@ def test_training_merging_and_files_keep_every_zero(tmp_path, dtype, pattern):
     check_adapter(tmp_path / "adapter")
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter"))
     assert torch.equal(logits(again), trained)
+    sums = {
+        layer.module_name: layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+        for layer in adapter_layers(again)
+    }
     again.merge_adapter()
-    assert torch.allclose(logits(again), trained, atol=1e-4 if dtype == torch.float32 else 0.4)
+    for layer in adapter_layers(again):
+        one_rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+        assert torch.allclose(layer.get_base_layer().weight.float(), sums[layer.module_name], **one_rounding)
+    if dtype == torch.float32:
+        assert torch.allclose(logits(again), trained, atol=1e-4)
     again.unmerge_adapter()
     assert torch.equal(logits(again), trained)
     dense = merge_to_dense(again, tmp_path / "dense")
