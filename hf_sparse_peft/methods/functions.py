@@ -118,9 +118,10 @@ _FUNCTIONS = [
     ),
     _entry(
         "sparse-ift", "Thangarasa et al., 2024 (Sparse-IFT)",
-        "doped_ranks(model, 0.75)",
-        "ranks of a LoRA that fills a pruned base up to the dense one's multiplications; `iso_flop_size` sizes the "
-        "members that train from scratch",
+        'sparse_ift(config, "wide", 0.75)',
+        "a model of larger sparse layers with the dense one's multiplications, to train from scratch; `doped_ranks` "
+        "sizes the LoRA that fills a pruned base up to them",
+        pruning.sparse_ift,
         pruning.doped_ranks, pruning.iso_flop_size,
     ),
     _entry(

@@ -24,6 +24,7 @@ from .recovery import recover_adapter
 from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
 from .slicing import slice_model
 from .soups import Soup, sparse_soup
+from .sparse_ift import sparse_ift
 from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
 from .structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
@@ -94,6 +95,7 @@ __all__ = [
     "save_sliced",
     "search_laser",
     "slice_model",
+    "sparse_ift",
     "sparse_soup",
     "structures_of",
     "unit_masks_of",

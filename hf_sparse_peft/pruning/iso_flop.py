@@ -23,7 +23,7 @@ def iso_flop_size(member: Member, rows: int, cols: int, sparsity: float) -> int:
     (doped).
 
     Only `doped` starts from a pretrained weight: it is a LoRA beside a base pruned to `s` (`doped_ranks`). The others
-    change a model's width or add layers, and train from scratch; this package sizes them and does not build them.
+    change a model's width or add layers, and train from scratch: `sparse_ift` builds them.
 
     Raises:
         ValueError: an unknown member, a side below 1, or a sparsity outside [0, 1).
