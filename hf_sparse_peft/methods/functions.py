@@ -59,7 +59,7 @@ _FUNCTIONS = [
     _entry(
         "gqsa", "Zeng et al., 2025 (GQSA)",
         "prune_model(model, data, method=GQSA(), sparsity=0.5, pattern=Groups(16))",
-        "groups of 16 neighbours of a row go",
+        "groups of 16 neighbours of a row go; `FactoredConfig(form=GroupBits())` trains what is left at 4 bits",
         pruning.GQSA, pruning.Groups,
     ),
     _entry(

@@ -55,9 +55,10 @@ class GQSA(PruningMethod):
     Zeng et al., 2025). Meant for `Groups(16)`; other patterns take the entries' scores as they are.
 
     :math:`H = \frac2N \sum_t x_t x_t^\top + \lambda I`, with `damping` times the mean of its diagonal as
-    :math:`\lambda`; its inverse in float64. Weights that stay do not change: the paper then trains them and 4-bit
-    scales block by block (`reconstruct` does the first, with an adapter), and at last the scales alone (E2E-OQP). Its
-    4-bit groups and these scales are not here: those of bitsandbytes have no gradient.
+    :math:`\lambda`; its inverse in float64. Weights that stay do not change. The paper goes on from there: a
+    `FactoredConfig(form=GroupBits(), keep_base=True)` rounds the groups that are kept to 4 bits, `reconstruct` trains
+    weights, scales and zero points block by block (BQPO), and `pack_groups()` leaves scales and zero points to train on
+    the loss of the whole model (E2E-OQP).
     """
 
     power: PositiveFloat = 2.0

@@ -8,6 +8,7 @@ from .config import FactoredConfig
 from .cur import CUR
 from .dense_sparse import DenseSparse
 from .form import Form
+from .group_bits import GroupBits, PackedGroups
 from .layer import FactoredLayer, FactoredLinear
 from .low_rank import LowRank
 from .low_rank_sparse import LowRankSparse
@@ -40,11 +41,13 @@ __all__ = [
     "FactoredModel",
     "FixedRank",
     "Form",
+    "GroupBits",
     "LargestRankFraction",
     "LowRank",
     "LowRankSparse",
     "OutputFeatures",
     "PackedChannels",
+    "PackedGroups",
     "ParameterRatio",
     "RankChoice",
     "SideFraction",

@@ -16,7 +16,7 @@ from ...sparsity.bit_planes import MOST_BITS, pack_planes, unpack_planes
 from ...utils.option_types import Range
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
-from .form import Form, Tensors
+from .form import Form, Tensors, check_columns
 
 
 @register_part("channel_bits")
@@ -140,7 +140,7 @@ class PackedChannels(Form):
             TensorSpec("planes", (rank, width), torch.uint8, "saved", check=partial(_check_planes, cols=cols)),
             TensorSpec("bits", (rows,), torch.uint8, "saved", check=partial(_check_bits, lines=rank)),
             TensorSpec("exponents", (rows,), torch.float32, "saved", check=_check_exponents),
-            TensorSpec("columns", (1,), torch.int32, "saved", check=partial(_check_columns, cols=cols)),
+            TensorSpec("columns", (1,), torch.int32, "saved", check=partial(check_columns, cols=cols)),
         ]
 
     def weight(self, tensors: Tensors) -> Tensor:
@@ -168,11 +168,6 @@ def _check_bits(bits: Tensor, key: str, lines: int) -> None:
 def _check_exponents(exponents: Tensor, key: str) -> None:
     if float(exponents.abs().max()) > 126:
         raise ValueError(f"'{key}' has the exponent {float(exponents.abs().max()):g} (in size), and 126 is the most.")
-
-
-def _check_columns(columns: Tensor, key: str, cols: int) -> None:
-    if int(columns) != cols:
-        raise ValueError(f"'{key}' is {int(columns)}, and the weight has {cols} columns. The file is damaged.")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class Form(Part):
     """Whether it is the weight itself at the start and shrinks while it trains (low rank + sparse): it is not asked
     then to save numbers at once."""
 
+    reads_size: ClassVar[bool] = False
+    """Whether its size is that of the weight's content (`size_of`), and neither a rank rule nor a pattern says it."""
     full_precision: ClassVar[frozenset[str]] = frozenset()
     """Names of frozen floats that stay fp32; others are held in the base's dtype."""
     unit_kinds: ClassVar[frozenset[str]] = frozenset()
@@ -60,6 +62,10 @@ class Form(Part):
     def own_rank(self, rows: int, cols: int) -> int | None:
         """The form's own size on a weight of that shape, which replaces the rank rule; None: the rule decides."""
         return None
+
+    def size_of(self, weight: Tensor) -> int:
+        """The form's size on `weight` `[rows, cols]`, which may be on the meta device; asked where `reads_size`."""
+        raise NotImplementedError
 
     def specs(self, rows: int, cols: int, rank: int) -> list[TensorSpec]:
         """The tensors on a weight of that shape, of role "trained" (parameters, fp32) or "saved" (buffers)."""
@@ -123,6 +129,12 @@ class Form(Part):
         raise ValueError(
             f"{type(self).__name__} is no sequence of linear layers. Export its dense weight: merge_and_unload()."
         )
+
+
+def check_columns(columns: Tensor, key: str, cols: int) -> None:
+    """Raises `ValueError` where a file's number of columns, int32 `[1]`, is not the weight's."""
+    if int(columns) != cols:
+        raise ValueError(f"'{key}' is {int(columns)}, and the weight has {cols} columns. The file is damaged.")
 
 
 NAMES: dict[str, None] = {}

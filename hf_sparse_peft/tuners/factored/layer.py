@@ -164,7 +164,8 @@ class FactoredLayer(AdditiveLinear):
         self.factored_seen[adapter_name] = True
 
     def replace_form(self, adapter_name: str, config: FactoredConfig, rank: int, tensors: Tensors) -> None:
-        """Give the adapter the form of `config` at `rank`, with `tensors`, none of which trains."""
+        """Give the adapter the form of `config` at `rank`, with `tensors`, none of which trains; those of the old form
+        that the new one has too stay as they are."""
         self.adapter_configs[adapter_name] = config
         self._add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, rank))
         self.resize(adapter_name, rank)

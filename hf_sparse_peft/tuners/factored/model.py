@@ -22,6 +22,8 @@ from ..shared.quantised import backend_of
 from ..shared.wrapped_names import plain_name
 from .channel_bits import ChannelBits, PackedChannels
 from .config import FactoredConfig
+from .form import Form
+from .group_bits import GroupBits
 from .layer import FactoredLayer, FactoredLinear
 from .ranks import largest_rank
 from .released import HOW_TO_KEEP, ReleasedLinear
@@ -151,16 +153,8 @@ class FactoredModel(AdapterModel):
         Raises:
             ValueError: the adapter has another form, several are active, it is merged, or a row has too many bits.
         """
-        names = [adapter_name] if adapter_name else list(self.active_adapters)
-        layers = [layer for layer in self.adapted_layers() if any(layer.holds(name) for name in names)]
-        if len(names) != 1 or not layers or not isinstance(layers[0].form(names[0]), ChannelBits):
-            raise ValueError(
-                f"adapter_name={adapter_name!r} of {names}: name one adapter of FactoredConfig(form=ChannelBits())."
-            )
-        merged = next((layer for layer in layers if layer.merged), None)
-        if merged is not None:
-            raise ValueError(f"{merged.merged_adapters} is merged; call unmerge_adapter() first.")
-        name, found = names[0], {}
+        name, layers = self._to_pack(adapter_name, ChannelBits)
+        found = {}
         for layer in layers:
             try:
                 found[layer] = layer.form(name).packed(layer.form_tensors(name))
@@ -172,6 +166,41 @@ class FactoredModel(AdapterModel):
         self.peft_config[name] = config
         for layer, (rank, tensors) in found.items():
             layer.replace_form(name, config, rank, tensors)
+
+    def pack_groups(self, adapter_name: str | None = None) -> None:
+        """Give an adapter of form `GroupBits` the form `PackedGroups`, of the same weights to the bit: frozen integers,
+        of which scales and zero points go on training, the same parameters (GQSA's E2E-OQP).
+
+        An optimizer that was made before holds weights that are gone: make a new one. Rules are dropped from the
+        config. All layers are packed, or none.
+
+        Raises:
+            ValueError: the adapter has another form, several are active, or it is merged.
+        """
+        name, layers = self._to_pack(adapter_name, GroupBits)
+        found = {layer: layer.form(name).packed(layer.form_tensors(name)) for layer in layers}
+        config = copy.deepcopy(self.peft_config[name])  # another model may have the same
+        config.form, config.schedule = next(iter(found.values()))[0], []
+        self.peft_config[name] = config
+        for layer, (_, tensors) in found.items():
+            layer.replace_form(name, config, config.sizes[layer.module_name][2], tensors)
+
+    def _to_pack(self, adapter_name: str | None, form: type[Form]) -> tuple[str, list[FactoredLayer]]:
+        """The one adapter of a form that is meant, and its layers.
+
+        Raises:
+            ValueError: another form, several adapters, or something is merged.
+        """
+        names = [adapter_name] if adapter_name else list(self.active_adapters)
+        layers = [layer for layer in self.adapted_layers() if any(layer.holds(name) for name in names)]
+        if len(names) != 1 or not layers or not isinstance(layers[0].form(names[0]), form):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} of {names}: name one adapter of FactoredConfig(form={form.__name__}())."
+            )
+        merged = next((layer for layer in layers if layer.merged), None)
+        if merged is not None:
+            raise ValueError(f"{merged.merged_adapters} is merged; call unmerge_adapter() first.")
+        return names[0], layers
 
 
 def factored_layers(model: nn.Module) -> list[FactoredLayer]:
@@ -185,8 +214,10 @@ def _ranks(
     form, found = config.form, {}
     for name, (rows, cols) in shapes.items():
         key = pattern_key(config.rank_pattern, name, "rank_pattern")
-        own = form.own_rank(rows, cols)
-        if key is not None:
+        own = None if form.reads_size else form.own_rank(rows, cols)
+        if form.reads_size:
+            found[name] = _size_of(form, name, (rows, cols), targets[name], quantisation, key)
+        elif key is not None:
             found[name] = min(config.rank_pattern[key], rows, cols)
         elif own is not None:
             found[name] = own
@@ -203,6 +234,27 @@ def _ranks(
             return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
         return found | config.rank.ranks(form, open_, {name: partial(weight_of, targets[name]) for name in open_})
+
+
+def _size_of(
+    form: Form, name: str, shape: tuple[int, int], base: nn.Module, quantisation: dict, key: str | None
+) -> int:
+    """What the weight's content says.
+
+    Raises:
+        ValueError: a pattern says it too, or the form has no size on it; names the module.
+    """
+    if key is not None:
+        raise ValueError(
+            f"rank_pattern[{key!r}] gives '{name}' a size, and that of {type(form).__name__} follows from the weight. "
+            "Leave it out."
+        )
+    try:
+        if base.weight.is_meta:
+            return form.size_of(torch.empty(shape, device="meta"))
+        return form.size_of(dense_weight(base, backend_of(base, **quantisation)))
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
 
 
 def _saves(config: FactoredConfig, rows: int, cols: int, rank: int) -> bool:
