@@ -58,7 +58,7 @@ from .gradient_flow import GradientFlow, MaskDecay, StructureDecay
 from .group_envelope import envelope, envelope_prox, envelope_shares
 from .kept_weights import KeptWeights
 from .n_of_m import lowest_of_rows, n_of_m_mask
-from .n_of_m_code import decode_n_of_m, encode_n_of_m, n_of_m_bytes
+from .n_of_m_code import check_n_of_m, decode_n_of_m, encode_n_of_m, n_of_m_bytes
 from .patterns import Everywhere, Grid, Pattern, Region, region_of
 from .scores import (
     DecompositionResidual,
@@ -164,6 +164,7 @@ __all__ = [
     "Window",
     "affordable",
     "best_subgrid",
+    "check_n_of_m",
     "chunks_of",
     "coded_grid",
     "coded_header",

@@ -49,7 +49,18 @@ def encode_n_of_m(mask: Tensor, keep: int, of: int) -> Tensor:
 
 
 def decode_n_of_m(codes: Tensor, numel: int, keep: int, of: int) -> Tensor:
-    """The bool mask `[numel]` that `encode_n_of_m` coded.
+    """The bool mask `[numel]` that `encode_n_of_m` coded, of codes that were checked (`check_n_of_m`)."""
+    masks, _, groups = _ways(keep, of)
+    left, ways = codes.long(), []
+    for _ in range(groups):
+        ways.append(left % len(masks))
+        left = left // len(masks)
+    flat = torch.stack(ways, 1).view(-1)
+    return masks.to(codes.device)[flat[: numel // of]].view(-1)
+
+
+def check_n_of_m(codes: Tensor, numel: int, keep: int, of: int) -> None:
+    """Is that the code of a mask of `numel` entries?
 
     Raises:
         ValueError: codes of another length, or a byte that codes nothing.
@@ -60,13 +71,9 @@ def decode_n_of_m(codes: Tensor, numel: int, keep: int, of: int) -> Tensor:
             f"{codes.numel()} codes of {codes.dtype} are no {keep}:{of} mask of {numel} entries, which takes "
             f"{n_of_m_bytes(numel, keep, of)} bytes of uint8."
         )
-    left, ways = codes.long(), []
-    for _ in range(groups):
-        ways.append(left % len(masks))
-        left = left // len(masks)
-    if bool(left.any()):
-        raise ValueError(f"codes of a {keep}:{of} mask are at most {len(masks) ** groups - 1}; the file is damaged.")
-    flat = torch.stack(ways, 1).view(-1)
-    if bool(flat[numel // of :].any()):
+    most = len(masks) ** groups - 1
+    if codes.numel() and int(codes.max()) > most:
+        raise ValueError(f"codes of a {keep}:{of} mask are at most {most}; the file is damaged.")
+    used = numel // of - (codes.numel() - 1) * groups  # groups of the last byte
+    if codes.numel() and int(codes[-1]) >= len(masks) ** used:
         raise ValueError(f"codes of a {keep}:{of} mask say something behind its last group; the file is damaged.")
-    return masks.to(codes.device)[flat[: numel // of]].view(-1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from hf_sparse_peft import MaskedLoraConfig, calibrate, callbacks_for, save_masks, set_masks
 from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.pruning import NM, prune_model
-from hf_sparse_peft.sparsity import decode_n_of_m, encode_n_of_m, pack_bits
+from hf_sparse_peft.sparsity import check_n_of_m, decode_n_of_m, encode_n_of_m, pack_bits
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.masked_lora import MagnitudeMask, WandaMask
 
@@ -116,7 +116,7 @@ def test_codes_tell_every_way_of_two_of_four_and_lengths_that_fill_no_byte():
     assert codes.numel() == 3
     assert torch.equal(decode_n_of_m(codes, 28, 2, 4), mask)
     with pytest.raises(ValueError, match="behind its last group"):
-        decode_n_of_m(codes + torch.tensor([0, 0, 36], dtype=torch.uint8), 28, 2, 4)
+        check_n_of_m(codes + torch.tensor([0, 0, 36], dtype=torch.uint8), 28, 2, 4)
 
 
 @pytest.mark.parametrize("mask", ["given", WandaMask(0.5)], ids=str)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...rules import check_schedule
+from ...sparsity.n_of_m_code import n_of_m_bytes
 from ...utils.option_types import PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
@@ -19,9 +20,9 @@ class MaskedLoraConfig(AdapterConfig):
     r"""Configuration of a masked adapter, :math:`W' = M \odot (W + D)`; by default a masked LoRA, :math:`D = s\,B A`,
     on a base that was pruned, :math:`W = M \odot W` (MaskLoRA of PERP; Zimmer et al., 2023).
 
-    `M` is 1 where a weight is kept: a bit an entry, in memory and in the file. So the adapter trains as it is merged,
-    and merging keeps every zero. `update` says what is trained, `masking` how the mask enters the passes, and rules of
-    `schedule` that act on units of kind "mask" (`Prune(space="mask")`) move it.
+    `M` is 1 where a weight is kept: a bit an entry, in memory and in the file, or less with `n_of_m`. So the adapter
+    trains as it is merged, and merging keeps every zero. `update` says what is trained, `masking` how the mask enters
+    the passes, and rules of `schedule` that act on units of kind "mask" (`Prune(space="mask")`) move it.
 
     Raises:
         ValueError: an option is out of range; the message names the option and the mend.
@@ -52,6 +53,13 @@ class MaskedLoraConfig(AdapterConfig):
             "them. None: where the mask moves, or starts with all. False: the base is 0 there, and is never read."
         },
     )
+    n_of_m: list[PositiveInt] | None = field(
+        default=None,
+        metadata={
+            "help": "[2, 4]: every group of 4 neighbours along the inputs keeps exactly 2, and masks are stored as "
+            "codes of such groups, 2/3 of a bit an entry for 2:4. For masks that do not move."
+        },
+    )
     masking: Masking | UnknownPart = field(
         default_factory=HardMask,
         metadata={"help": "How the mask enters the passes: HardMask() in forward and backward alike."},
@@ -70,6 +78,8 @@ class MaskedLoraConfig(AdapterConfig):
                 "masks_base=False takes the base for 0 wherever the mask is, and here the mask moves, or removes "
                 "what the base has. Set masks_base=None."
             )
+        if self.n_of_m is not None:
+            self._check_n_of_m()
         check_schedule(self.schedule, self)
         for rule in self.rules:
             if rule.part_type == "sample_layers":
@@ -84,7 +94,24 @@ class MaskedLoraConfig(AdapterConfig):
                 "or set masking=HardMask()."
             )
 
+    def _check_n_of_m(self) -> None:
+        if len(self.n_of_m) != 2 or self.n_of_m[0] >= self.n_of_m[1]:
+            raise ValueError(f"n_of_m={self.n_of_m} takes [kept, of], fewer kept than there are: [2, 4].")
+        n_of_m_bytes(0, *self.n_of_m)
+        moves = any("mask" in rule.acts_on and "units" in rule.writes for rule in self.rules)
+        if moves or self.mask == "all" or self.masking.computes_mask:
+            raise ValueError(
+                f"n_of_m={self.n_of_m} codes a mask that keeps so many of every group from the start to the end, and "
+                "here it moves, or starts with all. Set n_of_m=None."
+            )
+        if isinstance(self.mask, MaskStart) and list(self.mask.n_of_m or ()) != list(self.n_of_m):
+            raise ValueError(
+                f"n_of_m={self.n_of_m} codes masks of such groups, and mask={self.mask} chooses others. Give both the "
+                "same n_of_m."
+            )
+
     def _make_nested(self) -> None:
+        self.n_of_m = list(self.n_of_m) if isinstance(self.n_of_m, tuple) else self.n_of_m
         self.update = load_part_by_name(MaskedUpdate, self.update, "update")
         self.masking = load_part_by_name(Masking, self.masking, "masking")
         if self.mask not in ("zeros", "given", "all"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...ops import DenseSource, Source
 from ...rules import ModuleSpace, UnitSpace
 from ...rules.gradient_readers import SharedReader
-from ...sparsity import Statistic, UnitGrid, pack_bits
+from ...sparsity import Statistic, UnitGrid, pack_bits, unpack_bits
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from ..shared.pieces import BaseMask, Piece, Tiles
@@ -21,6 +21,7 @@ from ..shared.tensor_checks import weight_sides
 from .config import MaskedLoraConfig
 from .one_shot import MaskStart
 from .spaces import MaskSpace
+from .stored_mask import StoredMask
 from .updates import PREFIX, tell_of_tensors
 from .weight import MaskedWeight, masked
 
@@ -34,7 +35,8 @@ class MaskedLoraLayer(AdapterLayer):
 
     prefix: str = PREFIX
     masked_lora_mask: BufferDict
-    """uint8 `[ceil(out * in / 8)]`, the bits of M, row-major; all 0 until they are known."""
+    """uint8 `[ceil(out * in / 8)]`, the bits of M, row-major, or fewer, its N:M codes (`n_of_m`); all 0 until they are
+    known."""
     masked_lora_count: BufferDict
     """int64 `[1]`, in place of the bits where the masking computes its mask: how many entries live."""
     masked_lora_known: dict[str, bool]
@@ -70,7 +72,7 @@ class MaskedLoraLayer(AdapterLayer):
         if config.masking.computes_mask:
             start = torch.tensor([rows * cols])
             return [*found, TensorSpec(COUNT, (1,), torch.int64, "saved", start=lambda _: start, check=check_count)]
-        return [*found, TensorSpec(MASK, ((rows * cols + 7) // 8,), torch.uint8, "saved")]
+        return [*found, StoredMask(rows * cols, config.n_of_m).spec(MASK)]
 
     @classmethod
     def read_sizes(
@@ -109,7 +111,8 @@ class MaskedLoraLayer(AdapterLayer):
             if config.mask.statistic is None:
                 self.take_calibration(adapter_name, None)
         elif config.mask == "zeros" and self.quantization_backend is None:
-            self.masked_lora_mask[adapter_name] = pack_bits(self.dense_base_weight() != 0).cpu()
+            stored = self._stored_mask(adapter_name).stored(self.dense_base_weight() != 0, self.module_name)
+            self.masked_lora_mask[adapter_name] = stored.cpu()
             self.masked_lora_known[adapter_name] = True
 
     # A mask that is chosen in one shot
@@ -132,9 +135,24 @@ class MaskedLoraLayer(AdapterLayer):
     # The mask
 
     def keep(self, adapter_name: str, kept: Tensor) -> None:
-        """Let these entries live and no others: `kept` are bits as `pack_bits` gives them."""
+        """Let these entries live and no others: `kept` are bits as `pack_bits` gives them.
+
+        Raises:
+            ValueError: the adapter's masks are N:M codes, and these do not keep so many of every group.
+        """
+        if self.adapter_configs[adapter_name].n_of_m is not None:
+            kept = unpack_bits(kept, self.out_features * self.in_features)
+            kept = self._stored_mask(adapter_name).stored(kept, self.module_name)
         self.masked_lora_mask[adapter_name].copy_(kept)
         self.masked_lora_known[adapter_name] = True
+
+    def mask_bits(self, adapter_name: str, held: Tensor | None = None) -> Tensor:
+        """The bits of M, of `held` or of what is stored: the same memory where bits are, decoded from N:M codes."""
+        held = self.masked_lora_mask[adapter_name] if held is None else held
+        return self._stored_mask(adapter_name).bits(held, known=held.is_meta or self.knows_mask(adapter_name))
+
+    def _stored_mask(self, adapter_name: str) -> StoredMask:
+        return StoredMask(self.out_features * self.in_features, self.adapter_configs[adapter_name].n_of_m)
 
     @torch.no_grad()
     def kept(self, adapter_name: str) -> Tensor:
@@ -198,6 +216,7 @@ class MaskedLoraLayer(AdapterLayer):
 
         tensors = dict(self.own_tensors(adapter_name) if tensors is None else tensors)
         bits, count = tensors.pop("mask", None), tensors.pop("count", None)
+        bits = None if bits is None else self.mask_bits(adapter_name, bits)
         return MaskedWeight(
             config=self.adapter_configs[adapter_name],
             name=self.module_name,
@@ -227,8 +246,8 @@ class MaskedLoraLayer(AdapterLayer):
         self.check_mask(adapter_name)
         shape, found = (self.out_features, self.in_features), []
         if self.masks_base(adapter_name):
-            held = self.masked_lora_mask
-            bits = held[adapter_name] if adapter_name in held else pack_bits(self.kept(adapter_name))
+            stored = adapter_name in self.masked_lora_mask
+            bits = self.mask_bits(adapter_name) if stored else pack_bits(self.kept(adapter_name))
             found.append(BaseMask(bits, shape, self.dense_base_weight))
 
         def tiles() -> Iterator[tuple[slice, slice, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...sparsity import decode_n_of_m, encode_n_of_m, pack_bits, unpack_bits
+from ...sparsity import check_n_of_m, decode_n_of_m, encode_n_of_m, pack_bits, unpack_bits
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from ..shared.layer import adapter_layers
@@ -135,6 +135,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
 
 def _decoded(codes: Tensor, numel: int, groups: tuple[int, int], name: str) -> Tensor:
     try:
+        check_n_of_m(codes, numel, *groups)
         return pack_bits(~decode_n_of_m(codes, numel, *groups))
     except ValueError as error:
         raise ValueError(f"The mask of '{name}': {error}") from error

@@ -17,6 +17,7 @@ from ..shared.quantised import backend_of
 from .config import MaskedLoraConfig
 from .layer import MASK, MaskedLoraLayer
 from .linear import MaskedLoraLinear
+from .stored_mask import StoredMask
 
 
 class MaskedLoraModel(AdapterModel):
@@ -39,12 +40,18 @@ class MaskedLoraModel(AdapterModel):
             cols, rows = _get_in_out_features(base)
             for part in (peft_config.update, peft_config.masking):
                 part.check_weight(rows, cols, name)
+            if peft_config.n_of_m is not None and cols % peft_config.n_of_m[1]:
+                raise ValueError(
+                    f"n_of_m={peft_config.n_of_m}: groups of {peft_config.n_of_m[1]} do not divide the {cols} inputs "
+                    f"of '{name}'. Name the module in exclude_modules, or set n_of_m=None."
+                )
         merged = any(isinstance(module, BaseTunerLayer) and module.merged_adapters for module in model.modules())
         quantisation = get_quantization_kwargs(model)
         file = file_being_loaded()
         if file is not None and not file.renamed and not merged and not peft_config.masks_base:
             for name, base in targets.items():
-                _check_mask(file.modules.get(name, {}).get(MASK), name, base, backend_of(base, **quantisation))
+                held = file.modules.get(name, {}).get(MASK)
+                _check_mask(held, peft_config.n_of_m, name, base, backend_of(base, **quantisation))
         if peft_config.masks_base and not merged:
             for name, base in targets.items():
                 backend = backend_of(base, **quantisation)
@@ -79,7 +86,7 @@ class MaskedLoraModel(AdapterModel):
 
 
 @torch.no_grad()
-def _check_mask(mask: torch.Tensor | None, name: str, base: nn.Module, backend: Any) -> None:
+def _check_mask(mask: torch.Tensor | None, n_of_m: list[int] | None, name: str, base: nn.Module, backend: Any) -> None:
     """Is the base 0 where the mask of a file has nothing to keep? A mask that is not known yet or has another size is
     for others to judge, and some quantised weights nobody can read."""
     if mask is None or not mask.any() or not getattr(backend, "supports_merge", True):
@@ -87,9 +94,10 @@ def _check_mask(mask: torch.Tensor | None, name: str, base: nn.Module, backend: 
     if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
         return
     weight = dense_weight(base, backend)
-    if mask.numel() != (weight.numel() + 7) // 8:
+    stored = StoredMask(weight.numel(), n_of_m)
+    if mask.shape != stored.shape:
         return
-    kept = unpack_bits(mask.to(weight.device), weight.numel()).view(weight.shape)
+    kept = unpack_bits(stored.bits(mask.to(weight.device)), weight.numel()).view(weight.shape)
     if bool(weight.masked_fill(kept, 0).any()):
         raise ValueError(
             f"'{name}' of this base is not 0 where the adapter's mask has it pruned, so it is not the base that the "

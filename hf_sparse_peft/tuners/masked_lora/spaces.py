@@ -95,7 +95,7 @@ class MaskSpace(UnitSpace):
         """Identity and version of the bits; None where the mask is computed."""
         if self.counted:
             return None
-        bits = self.bits
+        bits = self.layer.masked_lora_mask[self.adapter]
         return id(bits), 0 if bits.is_inference() else bits._version
 
     @property
@@ -236,8 +236,8 @@ class MaskSpace(UnitSpace):
 
     @property
     def bits(self) -> Tensor:
-        """The mask as it is stored, uint8 `[ceil(out * in / 8)]`; not to be written to."""
-        return self.layer.masked_lora_mask[self.adapter]
+        """The bits of the mask, uint8 `[ceil(out * in / 8)]`; not to be written to."""
+        return self.layer.mask_bits(self.adapter)
 
     def write_bits(self, bits: Tensor) -> None:
         """Let the entries live whose bit is set, as `sparsity.pack_bits` packs them."""
