@@ -42,15 +42,19 @@ def group_weight(held: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor, bits
     0 elsewhere. See `group_product` for shapes."""
     codes = held if not held.is_floating_point() else group_codes(held, scales, zeros, bits)
     values = scales[:, None] * (codes.to(scales.dtype) - zeros[:, None])
-    dense = values.new_zeros(*kept.shape, held.shape[1])
-    dense[kept] = values
-    return dense.flatten(1)
+    dense = values.new_zeros(kept.numel(), held.shape[1])
+    return dense.index_copy_(0, _places(kept, len(held)), values).view(len(kept), -1)
 
 
 def group_codes(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     r""":math:`q = \mathrm{clip}(\mathrm{round}(w / s + z), 0, 2^b - 1)`, halves to even, `[K, size]` in the weights'
     dtype."""
     return _scaled(weights, scales, zeros).round_().clamp_(0, 2**bits - 1)
+
+
+def _places(kept: Tensor, count: int) -> Tensor:
+    """int64 `[count]`: which of all groups are kept. On the meta device, where memory is followed, only how many."""
+    return kept.new_empty(count, dtype=torch.long) if kept.is_meta else kept.flatten().nonzero().squeeze(1)
 
 
 def _scaled(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -79,7 +83,8 @@ class _GroupProduct(torch.autograd.Function):
                 dx = (gradient @ group_weight(held, scales, zeros, kept, ctx.bits).to(dtype)).to(x.dtype)
             if any(ctx.needs_input_grad[1:4]):
                 dense = gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(dtype)
-                G = dense.view(*kept.shape, -1)[kept].to(scales.dtype)  # sums of many: in the masters' dtype
+                dense = dense.view(kept.numel(), -1)
+                G = dense[_places(kept, len(held))].to(scales.dtype)  # sums of many: in the masters' dtype
                 trained = _gradients(G, held, scales, zeros, ctx.bits)
         return dx, *trained, None, None, None
 

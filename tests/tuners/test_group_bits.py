@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_peft import FactoredConfig
+from hf_sparse_peft import FactoredConfig, estimate
 from hf_sparse_peft.ops.group_product import group_product
 from hf_sparse_peft.pruning import GQSA, Groups, prune_model, reconstruct
 from hf_sparse_peft.tuners.factored import GroupBits, PackedGroups, factored_layers
@@ -120,6 +120,17 @@ def test_other_bases_start_from_what_they_hold(base):
     difference = (logits(near) - logits(plain)).norm() / logits(plain).norm()
     assert difference < 0.05
     assert difference < (logits(model) - logits(plain)).norm() / logits(plain).norm()
+
+
+def test_memory_is_estimated_before_a_run():
+    """Without weights all groups count as kept."""
+    config = FactoredConfig(form=GroupBits(SIZE), target_modules="all-linear", task_type="CAUSAL_LM")
+    dense = tiny.llama(layers=1)
+    entries = sum(
+        m.weight.numel() for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and "lm" not in n
+    )
+    memory = estimate(dense.config, config, seq=16)
+    assert memory.trained_numbers == entries + 2 * entries // SIZE
 
 
 def trained_names(model):

@@ -50,18 +50,16 @@ class _Groups(Form):
 
     def product(self, x: Tensor, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         r""":math:`X \hat W^\top`; the weight is built in each pass, and kept in none."""
-        scales, zeros = tensors["scales"], tensors["zeros"]
-        return group_product(x, self._held(tensors), scales, zeros, self._kept(tensors), self.bits, dtype)
+        kept = _unpacked(tensors["kept"], x.shape[-1] // self.size)
+        return group_product(x, self._held(tensors), tensors["scales"], tensors["zeros"], kept, self.bits, dtype)
 
     def weight(self, tensors: Tensors) -> Tensor:
         """What the integers stand for."""
-        return group_weight(self._held(tensors), tensors["scales"], tensors["zeros"], self._kept(tensors), self.bits)
+        kept = _unpacked(tensors["kept"], int(tensors["columns"]) // self.size)
+        return group_weight(self._held(tensors), tensors["scales"], tensors["zeros"], kept, self.bits)
 
     def _held(self, tensors: Tensors) -> Tensor:
         raise NotImplementedError
-
-    def _kept(self, tensors: Tensors) -> Tensor:
-        return _unpacked(tensors["kept"], int(tensors["columns"]) // self.size)
 
 
 @register_part("group_bits")
