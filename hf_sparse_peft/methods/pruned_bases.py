@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from ..pruning.light_peft import EstimateImportance, LightPEFTCallback
 from ..pruning.lora_prune import LoRAPruneCallback, PruneUnits
+from ..pruning.transfer_pruning import LearnUnitMasks, TransferPruningCallback
 from ..pruning.unit_masks import mask_units
 from ..rules import AccumulatedGradient, Regrow
 from ..sparsity import Curve, KeptWeights, Linear
@@ -89,6 +91,37 @@ def light_peft(
         r=r,
         lora_alpha=lora_alpha,
     )
+
+
+@register(
+    "transfer-pruning",
+    paper="Dery et al., 2023 (transfer pruning); Xia et al., 2022 (CoFi)",
+    moves="heads, channels, whole parts of blocks: masked by gates that train beside the LoRA",
+    use_when="a base is to become smaller for a task of few examples, and a related task has more",
+    cost="a gate a head and channel with Adam's moments; a second pass, on a batch of the related task, at each step",
+    upstream="LoraConfig",
+    changes_base=True,
+)
+def transfer_pruning(
+    r: int = 8,
+    lora_alpha: float = 16,
+    sparsity: float = 0.5,
+    transfer_weight: float = 1.0,
+    transfer_data: Iterable[Mapping[str, Any]] | None = None,
+    start: float = 0.03,
+    full: float = 0.2,
+    end: float = 0.83,
+    gate_rate: float = 0.01,
+    multiplier_rate: float = 0.01,
+    schedule: Rules = (),
+    **overrides: Any,
+) -> Method:
+    """CoFi's hard-concrete masks, trained on the task and on `transfer_data`, batches of a related one, at once: the
+    paper shares masks and weights, and finds that the second task helps most while masks train. `transfer_weight=0` is
+    CoFi, which trains all weights and distils; here a LoRA trains. The numbers are those of CoFi's code."""
+    rule = LearnUnitMasks(sparsity, transfer_weight, start, full, end, gate_rate, multiplier_rate)
+    callback = partial(TransferPruningCallback, rule, transfer_data)
+    return upstream_method("LoraConfig", schedule, overrides, callback, r=r, lora_alpha=lora_alpha)
 
 
 @register(

@@ -13,6 +13,7 @@ from .input_statistics import InputStatistics
 from .iso_flop import doped_ranks, iso_flop_size
 from .kept_units import KeptOfBlock, KeptUnits
 from .laser import LaserEdit, laser, search_laser
+from .learned_masks import LearnedMasks
 from .light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
 from .lora_prune import LoRAPruneCallback, PruneUnits
 from .one_shot import one_shot_pruned
@@ -29,6 +30,7 @@ from .sparsity_curve import EssentialSparsity, essential_sparsity
 from .structure import BlockStructure, Member, structures_of
 from .structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
 from .structured_patterns import Blocks, Heads, Rows
+from .transfer_pruning import LearnUnitMasks, TransferPruningCallback
 from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
 from .walk import prune_model
 
@@ -51,6 +53,8 @@ __all__ = [
     "KeptOfBlock",
     "KeptUnits",
     "LaserEdit",
+    "LearnUnitMasks",
+    "LearnedMasks",
     "LightPEFTCallback",
     "LoRAPrune",
     "LoRAPruneCallback",
@@ -68,6 +72,7 @@ __all__ = [
     "Soup",
     "SparseGPT",
     "StructuredPruning",
+    "TransferPruningCallback",
     "UnitMasks",
     "Unstructured",
     "Wanda",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from ..tuners.upstream import configs_of
 from ..utils.option_types import NonNegativeInt, PositiveInt, Range
 from ..utils.parts import register_part
 from .structure import CHANNELS, HEADS, Member
+from .tensor_text import as_text, from_text
 from .unit_masks import MaskedUnits, mask_units, masked_spaces, unit_masks_of
 from .unit_scores import kept_by_block, lora_gradient, sum_by_unit
 
@@ -96,10 +95,10 @@ class PruneUnits(Rule):
         for space in chosen:
             factors = space.layer.factors
             text, key = run.saved.get("scores", {}), _key(space)
-            kept = torch.zeros_like(factors) if key not in text else _read(text[key], factors)
+            kept = torch.zeros_like(factors) if key not in text else from_text(text[key], factors)
             run.memory.scores[key] = kept
             if key in run.saved.get("masks", {}):
-                space.write(_read(run.saved["masks"][key], factors).nonzero().flatten())
+                space.write(from_text(run.saved["masks"][key], factors).nonzero().flatten())
 
     def gradients(self, run: Run) -> None:
         """Score the step, and mask what is due."""
@@ -107,8 +106,8 @@ class PruneUnits(Rule):
         if self._due(run):
             self._prune(run)
         spaces = run.memory.spaces
-        run.saved["scores"] = {_key(space): _written(run.memory.scores[_key(space)]) for space in spaces}
-        run.saved["masks"] = {_key(space): _written(space.layer.factors) for space in spaces}
+        run.saved["scores"] = {_key(space): as_text(run.memory.scores[_key(space)]) for space in spaces}
+        run.saved["masks"] = {_key(space): as_text(space.layer.factors) for space in spaces}
 
     @torch.no_grad()
     def _score(self, run: Run) -> None:
@@ -197,13 +196,3 @@ class LoRAPruneCallback(RuleRunner):
 
 def _key(space: MaskedUnits) -> str:
     return f"{space.name}.{space.kind}"
-
-
-def _written(values: Tensor) -> str:
-    """fp32 bytes, for a checkpoint's JSON: no layer owns these numbers, so that no adapter's file could."""
-    return base64.b64encode(values.detach().float().cpu().numpy().tobytes()).decode()
-
-
-def _read(text: str, like: Tensor) -> Tensor:
-    values = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).copy())
-    return values.view(like.shape).to(like.device)

@@ -17,7 +17,7 @@ from ..tuners.shared.rollback import unchanged_on_error
 from .kept_axes import KeptAxes, axes_of, cut_structures, kept_of
 from .kept_units import KeptUnits
 from .structure import CHANNELS, HEADS, BlockStructure
-from .unit_masks import unit_masks_of, unmask_units
+from .unit_masks import UnitMasks, unit_masks_of, unmask_units
 
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads")
 _QUERY_ROWS = ("embed_dim", "split_size", "all_head_size", "dim")
@@ -33,7 +33,8 @@ def slice_model(model: nn.Module, kept: KeptUnits | None = None) -> nn.Module:
     The result computes what the full model does under masks (`mask_units`), which are taken off. Blocks may keep
     different numbers. Where all keep the same and the model's config has an option for it, the config says so too, and
     `save_pretrained` and `from_pretrained` are enough; `save_sliced` and `load_sliced` take any. A plain LoRA on the
-    model is cut with it.
+    model is cut with it. Where masks leave a part of a block nothing (`UnitMasks.closed`), one unit stays there, and
+    its output or down projection is of zeros.
 
     Args:
         model: a transformers model, or a PeftModel.
@@ -49,17 +50,21 @@ def slice_model(model: nn.Module, kept: KeptUnits | None = None) -> nn.Module:
     base, masks = model.get_base_model() if hasattr(model, "get_base_model") else model, unit_masks_of(model)
     if kept is None and masks is None:
         raise ValueError("kept is None, and the model has no masks that say what is kept. Pass it.")
+    closed = _last_projections(masks) if kept is None else []
     kept = masks.kept() if kept is None else kept
     if getattr(base, "kept_units", None) is not None:
         raise ValueError("The model was sliced before, and kept units are numbers of the full one. Slice that.")
     structures = cut_structures(base, kept)
     axes, modules = axes_of(structures, kept), dict(base.named_modules())
+    axes |= {name: KeptAxes() for name in closed if name not in axes}
     for structure in structures:
         _refuse_fused(structure, kept, modules)
     _refuse(base, axes, modules)
     with unchanged_on_error(model):
         for name, axis in axes.items():
             _cut(modules[name], axis)
+        for name in closed:
+            _zero(modules[name])
         for structure in structures:
             if kept_of(kept, structure.name, HEADS) is not None:
                 _set_heads(
@@ -121,6 +126,19 @@ def _cut(module: nn.Module, axis: KeptAxes) -> None:
             module.weight = _selected(module.weight, kept, 1 - dim if transposed else dim)
             if dim == 0 and module.bias is not None:
                 module.bias = _selected(module.bias, kept, 0)
+
+
+def _last_projections(masks: UnitMasks) -> list[str]:
+    """Output and down projections of what the masks leave nothing."""
+    return [masks.structures[block].members(kind)[-1].module for block, kind in masks.closed()]
+
+
+def _zero(module: nn.Module) -> None:
+    if isinstance(module, BaseTunerLayer):
+        for half in module.lora_A.values():
+            _zero(half)
+        module = module.get_base_layer()
+    module.weight = nn.Parameter(torch.zeros_like(module.weight), module.weight.requires_grad)
 
 
 def _selected(parameter: nn.Parameter, kept: Tensor, dim: int) -> nn.Parameter:

@@ -150,13 +150,13 @@ def _heads(model: nn.Module, name: str, inside: dict[str, nn.Module]) -> dict[st
     config = getattr(attention, "config", None) or model.config
     dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
     dim = dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wide = _shape(inside[output])[1]
+    wide = linear_shape(inside[output])[1]
     if query == key:
-        narrow, rest = divmod(_shape(inside[query])[0] - wide, 2)
+        narrow, rest = divmod(linear_shape(inside[query])[0] - wide, 2)
         agrees = not rest
     else:
-        narrow = _shape(inside[key])[0]
-        agrees = _shape(inside[query])[0] == wide and _shape(inside[value])[0] == narrow
+        narrow = linear_shape(inside[key])[0]
+        agrees = linear_shape(inside[query])[0] == wide and linear_shape(inside[value])[0] == narrow
     if not agrees or narrow <= 0 or wide % dim or narrow % dim or wide % narrow:
         raise ValueError(
             f"The projections of '{parent}' ({type(attention).__name__}) have shapes that do not make heads of {dim}: "
@@ -171,8 +171,8 @@ def _heads(model: nn.Module, name: str, inside: dict[str, nn.Module]) -> dict[st
 
 def _channels(name: str, inside: dict[str, nn.Module]) -> dict[str, Any]:
     parent, (gate, up, down) = _only(name, inside, _FEED_FORWARD, "feed-forward part")
-    width = _shape(inside[down])[1]
-    rows = [_shape(inside[at])[0] for at in {gate, up} - {""}]
+    width = linear_shape(inside[down])[1]
+    rows = [linear_shape(inside[at])[0] for at in {gate, up} - {""}]
     if rows != [width * (2 if gate == up else 1)] * len(rows):
         raise ValueError(
             f"The projections of '{parent}' ({type(inside[parent]).__name__}) do not agree about its intermediate "
@@ -231,6 +231,7 @@ def _is_linear(module: nn.Module | None) -> bool:
     return isinstance(_base(module), (nn.Linear, Conv1D))
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """`(out, in)` of a linear layer's weight, a packed one's and an adapted one's too."""
     cols, rows = _get_in_out_features(_base(module))
     return rows, cols

@@ -54,11 +54,29 @@ class UnitMasks(nn.Module):
         self._hooks: list[Any] = []
 
     def kept(self) -> KeptUnits:
-        """Units whose factor is not 0."""
+        """Units whose factor is not 0. A part of a block of which nothing is left (`closed`) keeps its first one, as no
+        model has attention without heads: where `slice_model` cuts by the masks, it is of zeros."""
         kept = KeptUnits.all_of(self.structures.values())
         for mask in self.masks:
-            kept.keep(mask.block, mask.kind, mask.factors.detach().nonzero().flatten())
+            units = mask.factors.detach().nonzero().flatten()
+            kept.keep(mask.block, mask.kind, units if len(units) else torch.zeros(1, dtype=torch.int64))
         return kept
+
+    def closed(self) -> list[tuple[str, Kind]]:
+        """Blocks and kinds of which no unit is left: they add nothing but the bias of their last projection."""
+        return [(mask.block, mask.kind) for mask in self.masks if not bool(mask.factors.detach().any())]
+
+    def copied_to(self, model: nn.Module) -> UnitMasks:
+        """The same masks on another model of these shapes: the dense one, say, of a 4-bit base, which can be sliced.
+
+        Raises:
+            ValueError: as `mask_units`; a model of other shapes.
+        """
+        kinds = {mask.kind for mask in self.masks}
+        found = mask_units(model, self.kept(), kinds=kinds)
+        for own, other in zip(self.masks, found.masks, strict=True):
+            other.factors.copy_(own.factors.detach())
+        return found
 
     @torch.no_grad()
     def keep(self, kept: KeptUnits) -> None:
@@ -182,11 +200,16 @@ class MaskedUnits(UnitSpace):
         self.layer.factors.mul_(alive)
 
 
-def masked_spaces(model: nn.Module, masks: UnitMasks) -> list[MaskedUnits]:
+def masked_spaces(model: nn.Module, masks: UnitMasks, *, with_factors: bool = True) -> list[MaskedUnits]:
     """A space a mask, with the low-rank adapters of its block's modules.
 
+    Args:
+        model: that has the masks.
+        masks: of it.
+        with_factors: False: spaces know no adapter, which may be any then.
+
     Raises:
-        ValueError: the masks were put on before the adapter, or an adapter that is not factors alone.
+        ValueError: the masks were put on before the adapter; with factors, an adapter that is more than these.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules, found = dict(base.named_modules()), []
@@ -196,7 +219,7 @@ def masked_spaces(model: nn.Module, masks: UnitMasks) -> list[MaskedUnits]:
                 f"The mask of '{mask.block}' lies below the adapter of '{mask.module}'. Call unmask_units(model), and "
                 "mask_units(model) after get_peft_model."
             )
-        members = masks.structures[mask.block].members(mask.kind)
+        members = masks.structures[mask.block].members(mask.kind) if with_factors else ()
         held = [(member, components_of(modules[member.module], member.module)) for member in members]
         adapter = next((one.adapter for _, one in held if one is not None), "")
         found.append(MaskedUnits(mask, adapter, mask.kind, tuple((m, c) for m, c in held if c is not None)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..sparsity import lowest_of_rows
-from .structure import BlockStructure, Kind, Member
+from .structure import BlockStructure, Kind, Member, linear_shape
 
 UnitScores = dict[str, dict[Kind, Tensor]]
 """fp32 `[units]` on the CPU by block and kind, the highest kept first."""
@@ -32,7 +32,8 @@ def sum_by_unit(matrix: Tensor, member: Member, units: int) -> Tensor:
 def entries_of_unit(model: nn.Module, structure: BlockStructure, kind: Kind) -> int:
     """Weights that a unit owns in all its layers, biases not counted."""
     return sum(
-        member.span * weight_of(model, member.module).shape[1 - member.axis] for member in structure.members(kind)
+        member.span * linear_shape(model.get_submodule(member.module))[1 - member.axis]
+        for member in structure.members(kind)
     )
 
 

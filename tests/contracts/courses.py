@@ -143,6 +143,7 @@ RULES: dict[str, dict[str, Any]] = {
     "proximal_gate": {"weight": 0.2, "scaled_by_lr": False, "only": RANKS},
     "lora_prune": {"only": ()},  # units of the base, in callbacks of their own: tests/pruning
     "light_peft": {"only": ()},
+    "transfer_pruning": {"only": ()},
 }  # fmt: skip
 """Options with which a registered rule acts within eight steps; `only`: parametrizations that it is meant for."""
 CONFIG: dict[str, dict[str, Any]] = {

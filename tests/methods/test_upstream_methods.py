@@ -39,7 +39,7 @@ SHARED = {"vb-lora": BANK * PIECE}
 CHANGES_THE_OUTPUT = {"vb-lora": "the bank and its mixture are drawn, and B is not 0 (as published)"}
 WRITES_THE_BASE = {"lora-ga"}
 """Trained on a base that upstream changed, which the file does not tell."""
-CHANGES_THE_BASE = {"loraprune", "light-peft"}
+CHANGES_THE_BASE = {"loraprune", "light-peft", "transfer-pruning"}
 """A LoRA beside masks on the base: in tests/pruning."""
 ALL = [name for name in methods.names(upstream=True) if name not in CHANGES_THE_BASE]
 

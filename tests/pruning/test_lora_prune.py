@@ -236,7 +236,7 @@ def test_the_method_is_this_on_upstreams_lora(tmp_path):
     assert len(structures_of(model.get_base_model())) == 3
 
 
-@pytest.mark.parametrize("name", ["loraprune", "light-peft"])
+@pytest.mark.parametrize("name", ["loraprune", "light-peft", "transfer-pruning"])
 def test_a_run_that_saves_adapters_alone_refuses_what_leaves_another_base(name):
     with pytest.raises(ValueError, match="smaller base"):
         choose_method(AdapterArguments(method=name), {}, 0)

@@ -132,7 +132,7 @@ RULES = {
     "train_nm": TrainNM(),
 }
 """Every rule of the package, with options with which it acts within a few steps on a tiny model."""
-ON_THE_BASE = {"lora_prune", "light_peft"}
+ON_THE_BASE = {"lora_prune", "light_peft", "transfer_pruning"}
 """On units of the base, which no config has: callbacks of their own run them."""
 OWN = sorted(name for name, rule in part_types(Rule).items() if rule.__module__.startswith("hf_sparse"))
 
