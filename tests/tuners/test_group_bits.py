@@ -204,3 +204,24 @@ def test_what_has_no_groups_is_refused():
     packed.base_model.pack_groups()
     with pytest.raises(ValueError, match=r"name one adapter of FactoredConfig\(form=GroupBits"):
         packed.base_model.pack_groups()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path, stage):
+    def start():
+        model = adapted(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        if stage == 2:
+            model.base_model.pack_groups()
+        return model
+
+    data = [{"input_ids": ids, "labels": ids} for ids in DATA[0]["input_ids"].repeat(4, 1)]
+    saves = {"data": data, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    whole = start()
+    tiny.train(whole, tmp_path / "whole", 4, **saves)
+    again = PeftModel.from_pretrained(pruned(), tmp_path / "whole" / "checkpoint-2", is_trainable=True)
+    tiny.train(again, tmp_path / "again", 4, resume=str(tmp_path / "whole" / "checkpoint-2"), **saves)
+    first = start()
+    for a, b, c in zip(*(factored_layers(one) for one in (whole, again, first)), strict=True):
+        a, b, c = (one.form_tensors("default") for one in (a, b, c))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert not torch.equal(a["scales"], c["scales"])
