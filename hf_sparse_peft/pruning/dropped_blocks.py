@@ -11,6 +11,7 @@ from torch import nn
 
 from ..tuners.shared.rollback import uninterrupted
 from .block_influence import lowest_influence
+from .kept_units import KeptUnits
 from .structure import block_names
 
 # Lists of a config that hold blocks' numbers, not an entry for each block.
@@ -21,7 +22,8 @@ def drop_blocks(
     model: nn.Module, count: int | Iterable[str], influence: Mapping[str, float] | None = None
 ) -> list[int]:
     """Take whole transformer blocks out of a model, in place, and renumber what is left: `layer_idx`, by which caches
-    are read, `config.num_hidden_layers`, and lists of the config with an entry a block (`layer_types`).
+    are read, `config.num_hidden_layers`, lists of the config with an entry a block (`layer_types`), and the kept units
+    of a sliced model.
 
         influence = block_influence(model, dataloader)
         kept = drop_blocks(model, 4, influence)
@@ -68,6 +70,10 @@ def drop_blocks(
         for config, values in changed:
             for key, value in values.items():
                 setattr(config, key, value)
+        units = getattr(model, "kept_units", None)
+        if units is not None:
+            new = {names[old]: f"{place}.{number}" for number, old in enumerate(kept)}
+            model.kept_units = KeptUnits({new[name]: own for name, own in units.blocks.items() if name in new})
     return kept
 
 

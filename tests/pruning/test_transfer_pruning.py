@@ -14,6 +14,7 @@ from hf_sparse_peft.pruning import (
     LearnUnitMasks,
     LoRAPruneCallback,
     TransferPruningCallback,
+    drop_blocks,
     load_sliced,
     mask_units,
     save_sliced,
@@ -484,6 +485,24 @@ def test_parts_of_which_nothing_is_left_are_sliced_to_zeros(merged, tmp_path):
     assert torch.equal(
         small.generate(input_ids=IDS, **options), small.generate(input_ids=IDS, use_cache=False, **options)
     )
+
+
+def test_a_block_of_which_nothing_is_left_is_dropped(tmp_path):
+    """Its block is the identity, and what is left is saved and loaded under its new numbers."""
+    model = adapted(layers=3, init_lora_weights=False).eval()
+    masks = mask_units(model)
+    masks.masks[2].factors.zero_()
+    masks.masks[3].factors.zero_()
+    masks.masks[5].factors[7:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        small = slice_model(model.merge_and_unload())
+        assert drop_blocks(small, ["model.layers.1"]) == [0, 2]
+        torch.testing.assert_close(small(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        save_sliced(small, tmp_path)
+        again = load_sliced(tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert [len(one.channels) for one in again.kept_units.blocks.values()] == [64, 7]
 
 
 def test_masks_of_a_four_bit_base_cut_the_dense_one(tmp_path):
