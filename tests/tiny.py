@@ -136,10 +136,14 @@ def _quantised(kind: str, hidden: int, layers: int, compute_dtype: torch.dtype):
     options = four_bit if kind == "nf4" else {"load_in_8bit": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LlamaForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             _saved_llama(hidden, layers), device_map="cpu", dtype=torch.float32,
             quantization_config=BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=compute_dtype),
         )  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # where the CPU has bf16, bnb repacks or fails
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 class TokenData(torch.utils.data.Dataset):

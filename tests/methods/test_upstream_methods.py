@@ -128,7 +128,7 @@ def test_alternating_modules_hold_half_of_them_still_and_the_adapter_is_saved(na
     trained = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(tiny.llama(layers=LAYERS), tmp_path / "adapter")
-    assert torch.equal(logits(loaded), trained) == (name not in WRITES_THE_BASE)
+    assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5) == (name not in WRITES_THE_BASE)
 
 
 def shared(model):

@@ -109,13 +109,13 @@ def test_a_sliced_model_generates_with_its_cache():
 
 def test_what_is_left_is_quantised_while_it_is_loaded(tmp_path):
     """QLoRAM: slice, then NF4."""
-    small = slice_model(model := tiny.llama(hidden=64), kept_of(model, (1, 2), (64, 96)))
+    small = slice_model(model := tiny.llama(hidden=128), kept_of(model, (1, 2), (64, 128)))
     save_sliced(small, tmp_path)
     four_bit = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     loaded = load_sliced(tmp_path, quantization_config=four_bit, device_map="cpu", dtype=torch.float32)
     layer = loaded.model.layers[0].mlp.down_proj
     assert type(layer).__name__ == "Linear4bit"
-    assert (layer.out_features, layer.in_features) == (64, 64)
+    assert (layer.out_features, layer.in_features) == (128, 64)
     assert 0 < (logits(loaded) - logits(small)).abs().max() < 3
     with pytest.raises(ValueError, match="Slice the dense model"):
         slice_model(tiny.base("nf4"), kept_of(tiny.base("nf4")))
