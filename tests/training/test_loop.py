@@ -288,20 +288,21 @@ def test_every_rule_does_in_a_loop_by_hand_what_it_does_in_a_trainer_also_resume
     steps, loader = steps_of(seen, 2), DataLoader(TokenData(), batch_size=4)
 
     def trained(model, steps, state=None, moments=None):
-        optimizer = optimizer_for(model)
+        """Train; what a resumed run needs, as it was before each step."""
+        optimizer, seen = optimizer_for(model), []
         if moments is not None:
             optimizer.load_state_dict(moments)
         with Controller(model, optimizer, STEPS, accumulation=2, dataloader=loader, state=state) as rules:
-            for micro_batches in steps:
+            for at, micro_batches in enumerate(steps):
+                if at == middle:
+                    seen = copy.deepcopy((rules.state_dict(), optimizer.state_dict(), model.state_dict()))
                 step_by_hand(rules, model, optimizer, micro_batches)
-            return rules.events, rules.state_dict(), optimizer.state_dict(), copy.deepcopy(model.state_dict())
+        return seen
 
     model = adapted(config, layers=layers)
-    trained(model, steps)
+    state, moments, tensors = trained(model, steps)
     assert_same(model, expected)
 
-    model = adapted(config, layers=layers)
-    _, state, moments, tensors = copy.deepcopy(trained(model, steps[:middle]))
     again = adapted(config, layers=layers)
     again.load_state_dict(tensors)
     trained(again, steps[middle:], state, moments)
