@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_sparse_peft.methods import EssentialSparsity, essential_sparsity
-from hf_sparse_peft.pruning.one_shot import SCOPES
+from hf_sparse_peft.pruning.reading.one_shot import SCOPES
 
 HERE = Path(__file__).parent
 

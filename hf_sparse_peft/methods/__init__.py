@@ -6,8 +6,8 @@ model = get_peft_model(base, m.config)
 m.trainer_class(model=model, args=args, callbacks=m.callbacks(model), optimizers=(m.optimizer(model, args), None))
 """
 
-from ..pruning.one_shot import one_shot_pruned
-from ..pruning.sparsity_curve import EssentialSparsity, essential_sparsity
+from ..pruning.reading.one_shot import one_shot_pruned
+from ..pruning.removal.sparsity_curve import EssentialSparsity, essential_sparsity
 from . import (
     blocks,
     compressed_bases,

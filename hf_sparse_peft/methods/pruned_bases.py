@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ..pruning.light_peft import EstimateImportance, LightPEFTCallback
-from ..pruning.lora_prune import LoRAPruneCallback, PruneUnits
-from ..pruning.transfer_pruning import LearnUnitMasks, TransferPruningCallback
-from ..pruning.unit_masks import mask_units
+from ..pruning.units.unit_masks import mask_units
+from ..pruning.while_training.light_peft import EstimateImportance, LightPEFTCallback
+from ..pruning.while_training.lora_prune import LoRAPruneCallback, PruneUnits
+from ..pruning.while_training.transfer_pruning import LearnUnitMasks, TransferPruningCallback
 from ..rules import AccumulatedGradient, Regrow
 from ..sparsity import Curve, KeptWeights, Linear
 from ..training import AgedAdamWSpec

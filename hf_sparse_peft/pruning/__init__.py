@@ -1,38 +1,38 @@
 """Pruning of base weights in one shot: for good, block by block, or for as long as a block of code runs."""
 
-from .apoptosis import OBA
-from .block_influence import block_angles, block_influence
-from .cfsp import CFSP, importance_lora_config
-from .dropped_blocks import drop_blocks
-from .dsee import apply_masks, kept_by_update
-from .dsnot import DSnoT
-from .eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
-from .global_pruning import prune_globally
-from .gqsa import GQSA, Groups
-from .input_statistics import InputStatistics
-from .iso_flop import doped_ranks, iso_flop_size
-from .kept_units import KeptOfBlock, KeptUnits
-from .laser import LaserEdit, laser, search_laser
-from .learned_masks import LearnedMasks
-from .light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
-from .lora_prune import LoRAPruneCallback, PruneUnits
-from .one_shot import one_shot_pruned
-from .one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
-from .pruning_patterns import NM, PruningPattern, Unstructured
-from .pruning_report import PruningReport
-from .reconstruction import Reconstruction, reconstruct
-from .recovery import recover_adapter
-from .sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
-from .slicing import slice_model
-from .soups import Soup, sparse_soup
-from .sparse_ift import sparse_ift
-from .sparsity_curve import EssentialSparsity, essential_sparsity
-from .structure import BlockStructure, Member, structures_of
-from .structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
-from .structured_patterns import Blocks, Heads, Rows
-from .transfer_pruning import LearnUnitMasks, TransferPruningCallback
-from .unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
-from .walk import prune_model
+from .criteria.apoptosis import OBA
+from .criteria.block_influence import block_angles, block_influence
+from .criteria.cfsp import CFSP, importance_lora_config
+from .criteria.dsnot import DSnoT
+from .criteria.gqsa import GQSA, Groups
+from .criteria.one_shot_methods import MagnitudePruning, PruningMethod, RandomPruning, SparseGPT, Wanda
+from .criteria.pruning_patterns import NM, PruningPattern, Unstructured
+from .criteria.structured_methods import HessianSaliency, LoRAPrune, StructuredPruning
+from .criteria.structured_patterns import Blocks, Heads, Rows
+from .reading.input_statistics import InputStatistics
+from .reading.one_shot import one_shot_pruned
+from .removal.dropped_blocks import drop_blocks
+from .removal.global_pruning import prune_globally
+from .removal.pruning_report import PruningReport
+from .removal.sparsity_curve import EssentialSparsity, essential_sparsity
+from .removal.walk import prune_model
+from .repair.dsee import apply_masks, kept_by_update
+from .repair.eora import Compensation, LowRankCorrection, compensate, eigenspace_correction
+from .repair.iso_flop import doped_ranks, iso_flop_size
+from .repair.laser import LaserEdit, laser, search_laser
+from .repair.reconstruction import Reconstruction, reconstruct
+from .repair.recovery import recover_adapter
+from .repair.soups import Soup, sparse_soup
+from .repair.sparse_ift import sparse_ift
+from .units.kept_units import KeptOfBlock, KeptUnits
+from .units.sliced_files import kept_units_of, load_sliced, save_kept_units, save_sliced
+from .units.slicing import slice_model
+from .units.structure import BlockStructure, Member, structures_of
+from .units.unit_masks import UnitMasks, mask_units, unit_masks_of, unmask_units
+from .while_training.learned_masks import LearnedMasks
+from .while_training.light_peft import EstimateImportance, Importance, LightPEFTCallback, SecondStage
+from .while_training.lora_prune import LoRAPruneCallback, PruneUnits
+from .while_training.transfer_pruning import LearnUnitMasks, TransferPruningCallback
 
 __all__ = [
     "CFSP",

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BitsAndBytes
 
 from hf_sparse_peft import Global, SparseLoraConfig, methods
 from hf_sparse_peft.methods import EssentialSparsity, essential_sparsity, one_shot_pruned
-from hf_sparse_peft.pruning.sparsity_curve import two_segment_knee
+from hf_sparse_peft.pruning.removal.sparsity_curve import two_segment_knee
 from hf_sparse_peft.sparsity import stream_seed
 
 IDS = torch.arange(12).view(1, 12)

@@ -9,7 +9,7 @@ import transformers
 from tiny import llama
 
 from hf_sparse_peft.pruning import block_angles, block_influence, drop_blocks
-from hf_sparse_peft.pruning.block_influence import Cosines, _count
+from hf_sparse_peft.pruning.criteria.block_influence import Cosines, _count
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2, "num_hidden_layers": 4}  # fmt: skip

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_peft.pruning import NM, InputStatistics, compensate, eigenspace_correction, prune_model
-from hf_sparse_peft.pruning.block_inputs import BlockInputs
-from hf_sparse_peft.pruning.block_statistics import block_statistics
+from hf_sparse_peft.pruning.reading.block_inputs import BlockInputs
+from hf_sparse_peft.pruning.reading.block_statistics import block_statistics
 
 
 def drawn(*shape, seed=0):
@@ -95,8 +95,8 @@ def test_a_running_average_weighs_the_first_of_64_sequences_0377_of_the_last():
 
 
 def tiny_block(module):
-    from hf_sparse_peft.pruning.block_inputs import Block
-    from hf_sparse_peft.pruning.one_shot import PrunableLayer
+    from hf_sparse_peft.pruning.reading.block_inputs import Block
+    from hf_sparse_peft.pruning.reading.one_shot import PrunableLayer
 
     return Block("b", module, [PrunableLayer("b.linear", module.linear, None)])
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from hf_sparse_peft.pruning import NM, Heads, Wanda, prune_model, walk
+from hf_sparse_peft.pruning import NM, Heads, Wanda, prune_model
+from hf_sparse_peft.pruning.removal import walk
 from hf_sparse_peft.sparsity import unpack_bits
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,

@@ -16,8 +16,8 @@ from hf_sparse_peft.pruning import (
     structures_of,
     unit_masks_of,
 )
-from hf_sparse_peft.pruning.light_peft import component_scores
-from hf_sparse_peft.pruning.unit_masks import components_of
+from hf_sparse_peft.pruning.units.unit_masks import components_of
+from hf_sparse_peft.pruning.while_training.light_peft import component_scores
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.arange(20).view(2, 10) + 3

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from hf_sparse_peft import SparseLoraConfig, methods
 from hf_sparse_peft.finetuning import AdapterArguments, choose_method
 from hf_sparse_peft.pruning import mask_units, slice_model, structures_of, unit_masks_of
-from hf_sparse_peft.pruning.lora_prune import LoRAPruneCallback, PruneUnits, merged_weight, unit_scores
-from hf_sparse_peft.pruning.unit_masks import components_of, masked_spaces
-from hf_sparse_peft.pruning.unit_scores import lora_gradient
+from hf_sparse_peft.pruning.units.unit_masks import components_of, masked_spaces
+from hf_sparse_peft.pruning.units.unit_scores import lora_gradient
+from hf_sparse_peft.pruning.while_training.lora_prune import LoRAPruneCallback, PruneUnits, merged_weight, unit_scores
 
 STEPS = 10
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_peft import SparseLoraConfig
-from hf_sparse_peft.pruning import NM, SparseGPT, prune_model, walk
-from hf_sparse_peft.pruning.input_statistics import InputStatistics
+from hf_sparse_peft.pruning import NM, SparseGPT, prune_model
+from hf_sparse_peft.pruning.reading.input_statistics import InputStatistics
+from hf_sparse_peft.pruning.removal import walk
 from hf_sparse_peft.sparsity import unpack_bits
 from hf_sparse_peft.utils.file_length import read_safetensors
 

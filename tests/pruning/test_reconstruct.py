@@ -148,7 +148,7 @@ def test_a_head_beside_the_layers_gets_an_ordinary_lora():
 
 
 def test_a_killed_run_goes_on_behind_its_last_block_and_ends_with_the_same_bits(tmp_path, monkeypatch):
-    from hf_sparse_peft.pruning import reconstruction
+    from hf_sparse_peft.pruning.repair import reconstruction
 
     expected, dense = pruned("conv1d")
     report = run(expected, dense)

@@ -11,8 +11,8 @@ from test_structure import build
 
 from hf_sparse_peft import SparseLoraConfig, hub
 from hf_sparse_peft.pruning import KeptUnits, prune_model, recover_adapter, save_kept_units, slice_model, structures_of
-from hf_sparse_peft.pruning.kept_axes import KeptAxes
-from hf_sparse_peft.pruning.recovery import recover_tensors
+from hf_sparse_peft.pruning.repair.recovery import recover_tensors
+from hf_sparse_peft.pruning.units.kept_axes import KeptAxes
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 

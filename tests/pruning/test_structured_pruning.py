@@ -19,10 +19,10 @@ from hf_sparse_peft.pruning import (
     LoRAPrune,
     Rows,
     prune_model,
-    structured_walk,
     structures_of,
 )
-from hf_sparse_peft.pruning.unit_scores import kept_over_all, weight_of
+from hf_sparse_peft.pruning.removal import structured_walk
+from hf_sparse_peft.pruning.units.unit_scores import kept_over_all, weight_of
 from hf_sparse_peft.sparsity import unpack_bits
 
 BOTH = [Heads(), Rows()]

@@ -14,16 +14,16 @@ from hf_sparse_peft.pruning import (
     OBA,
     HessianSaliency,
     LoRAPrune,
-    apoptosis,
     importance_lora_config,
     prune_model,
     structures_of,
 )
-from hf_sparse_peft.pruning.calibration_batches import read_batches
-from hf_sparse_peft.pruning.cfsp import allotted, relative
-from hf_sparse_peft.pruning.structure import Member
-from hf_sparse_peft.pruning.unit_gates import Gate, unit_gates
-from hf_sparse_peft.pruning.unit_scores import kept_over_all, lora_gradient
+from hf_sparse_peft.pruning.criteria import apoptosis
+from hf_sparse_peft.pruning.criteria.cfsp import allotted, relative
+from hf_sparse_peft.pruning.reading.calibration_batches import read_batches
+from hf_sparse_peft.pruning.units.structure import Member
+from hf_sparse_peft.pruning.units.unit_gates import Gate, unit_gates
+from hf_sparse_peft.pruning.units.unit_scores import kept_over_all, lora_gradient
 from hf_sparse_peft.sparsity import stream_seed
 
 KINDS = frozenset({"heads", "channels"})

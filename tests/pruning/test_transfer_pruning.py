@@ -23,11 +23,16 @@ from hf_sparse_peft.pruning import (
     unit_masks_of,
     unmask_units,
 )
-from hf_sparse_peft.pruning.gate_checkpoint import Progress, gates_from_json, gates_to_json
-from hf_sparse_peft.pruning.hard_concrete import drawn_gates, likely_open, open_probability, uniform_noise
-from hf_sparse_peft.pruning.unit_hard_concrete import UnitGates, expected_sparsity
-from hf_sparse_peft.pruning.unit_masks import masked_spaces
-from hf_sparse_peft.pruning.unit_scores import entries_of_unit
+from hf_sparse_peft.pruning.units.unit_masks import masked_spaces
+from hf_sparse_peft.pruning.units.unit_scores import entries_of_unit
+from hf_sparse_peft.pruning.while_training.gate_checkpoint import Progress, gates_from_json, gates_to_json
+from hf_sparse_peft.pruning.while_training.hard_concrete import (
+    drawn_gates,
+    likely_open,
+    open_probability,
+    uniform_noise,
+)
+from hf_sparse_peft.pruning.while_training.unit_hard_concrete import UnitGates, expected_sparsity
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.arange(24).view(2, 12) + 3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ties import best
 
-from hf_sparse_peft.pruning.one_shot import prunable_layers, pruning_masks
+from hf_sparse_peft.pruning.reading.one_shot import prunable_layers, pruning_masks
 from hf_sparse_peft.sparsity import UnitGrid, global_counts, select_units, stream_seed, top_units, unpack_bits
 from hf_sparse_peft.sparsity import selection as selection_module
 from hf_sparse_peft.sparsity.ranking import GlobalRanking

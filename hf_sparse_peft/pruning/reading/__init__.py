@@ -1,0 +1,1 @@
+"""Layers and blocks of a base, and what reaches them: inputs, statistics, batches, the dense model's weights."""
