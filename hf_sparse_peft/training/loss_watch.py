@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun
+from .replicated import is_fully_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class LossWatch:
                 "gradient was not, or they were loaded so. Lower the learning rate, clip gradients (max_grad_norm), or "
                 "start again from an earlier checkpoint."
             )
+        if is_fully_sharded(self.model):
+            # A forward pass of one rank alone would wait for the others' shards for ever.
+            self._found = f"{said}FSDP2 shards the base, so that the layer it comes from is not looked for."
+            return
         self._tracing = True
         try:
             self._found = said + _traced(self.model, *inputs)

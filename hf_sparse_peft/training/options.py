@@ -13,7 +13,7 @@ from ..tuners import adapter_layers
 from ..tuners.upstream import freeze_adalora_ranks, upstream_configs
 from .optimizers import asked_configs, make_optimizer, optimizer_spec
 from .runner import RuleRunner
-from .trainer_checks import RunCheckCallback
+from .trainer_checks import RunCheckCallback, sharding_switched_on
 from .trainers import TwoPassTrainer
 from .upstream_start import UpstreamStartCallback
 from .zeroth_order_trainer import ZerothOrderTrainer
@@ -122,6 +122,8 @@ def trainer_options(
             f"This config trains with {needed.__name__}, not with {trainer_class.__name__}: take cls = "
             "hf_sparse_peft.trainer_class_for(model), and cls(model=model, **trainer_options(model, args, cls))."
         )
+    if not callbacks and sharding_switched_on(args) is not None:
+        callbacks = [RunCheckCallback()]  # which keeps adapters whole under FSDP2
     options: dict[str, Any] = {"args": args, "callbacks": callbacks}
     if optimizer_spec(model_or_config) is not None:
         options["optimizer_cls_and_kwargs"] = (_Factory(args), {})

@@ -15,6 +15,7 @@ from ..tuners.shared.live_run import current_trainer
 from .evaluation import evaluation_of
 from .executor import RuleExecutor, has_schedule, trained_adapters
 from .loss_watch import LossWatch, watch_losses
+from .replicated import average_replicated, leave_adapters_whole
 from .trainer_checks import check_run, refuse_sharded
 from .upstream_runs import asks_for_rules, prepare_upstream
 
@@ -57,6 +58,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         self._refuse_sharded(args, model)
         if model is not None:
             restore_fp32(model)
+            leave_adapters_whole(model)
             for layer, adapter in trained_adapters(model) if self.rule is not None else ():
                 layer.allocate_rule_state(adapter, [self.rule])  # before a checkpoint is loaded into it
             prepare_upstream(model, self.pick)
@@ -95,6 +97,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         saved = {}
         for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
             saved |= one.get("attributes", {}).get("restored", {})
+        average_replicated(model)
         self.begin(training, saved, loop=state)
         self._watch = watch_losses(self._live, model, args)
 

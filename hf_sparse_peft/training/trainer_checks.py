@@ -13,34 +13,49 @@ from ..rules import Rule
 from ..tuners import adapter_layers
 from ..tuners.shared.best_model import warn_of_best_model
 from .optimizers import warn_of_other_optimizer
+from .replicated import average_replicated, fsdp_plugin, leave_adapters_whole
 
 _SWITCHES = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "FSDP": "ACCELERATE_USE_FSDP",
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
-_WRAPPERS = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP", "DeepSpeedEngine": "DeepSpeed"}
+_WRAPPERS = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP2", "DeepSpeedEngine": "DeepSpeed"}
+
+_CAUSES = {
+    "FSDP": "version 1 flattens parameters and shards the values, so that single units cannot be told apart",
+    "DeepSpeed": "it steps inside the backward pass and partitions gradients and optimizer state",
+    "Megatron-LM": "it shards the values and the optimizer state",
+}
+_MENDS = {
+    "FSDP": "Use FSDP2 (fsdp_config={'version': 2}, FSDP_VERSION=2 or fsdp_version: 2 in accelerate's config), DDP",
+}
 
 
 def refuse_sharded(args: TrainingArguments, option: str, model: nn.Module | None = None) -> None:
-    """Refuse a run that shards values or optimizer state, however that was switched on.
+    """Refuse a run that shards values or optimizer state, however that was switched on. FSDP2 is none: it leaves
+    adapters whole (`training.replicated`).
 
     Raises:
         ValueError: DeepSpeed, FSDP or Megatron-LM by `TrainingArguments`, by the environment of `accelerate launch`, by
             an accelerator that exists already, or because the model is wrapped.
     """
     found = sharding_switched_on(args) or _wrapped(model)
-    if found is not None:
+    if found is not None and found[0] != "FSDP2":
         name, where = found
         raise ValueError(
-            f"Supports and ranks cannot move under {name}: it steps inside the backward pass or shards the values, so "
-            f"callbacks see no gradients and cannot edit optimizer state. {name} is switched on by {where}. Train with "
-            f"DDP or on one device, or set {option} to None."
+            f"Supports and ranks cannot move under {name}: {_CAUSES[name]}. {name} is switched on by {where}. "
+            f"{_MENDS.get(name, 'Train with FSDP2, DDP')} or on one device, or set {option} to None."
         )
 
 
 def sharding_switched_on(args: TrainingArguments) -> tuple[str, str] | None:
-    """What shards the run, and where that was switched on; None where nothing does."""
+    """What shards the run, "FSDP2" for FSDP of version 2, and where that was switched on; None where nothing does."""
+    found = _switched_on(args)
+    return None if found is None else (_with_version(found[0], args), found[1])
+
+
+def _switched_on(args: TrainingArguments) -> tuple[str, str] | None:
     for name, field in (("DeepSpeed", "deepspeed"), ("DeepSpeed", "deepspeed_plugin"), ("FSDP", "fsdp")):
         if getattr(args, field, None):
             return name, f"TrainingArguments.{field}"
@@ -52,6 +67,21 @@ def sharding_switched_on(args: TrainingArguments) -> tuple[str, str] | None:
     kind = getattr(AcceleratorState._shared_state.get("distributed_type"), "value", "")
     names = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
     return (names[kind], "the accelerator of this process") if kind in names else None
+
+
+def _with_version(name: str, args: TrainingArguments) -> str:
+    """FSDP with its version: the accelerator's plugin knows it, before there is one the arguments or the environment
+    do, where 1 is accelerate's default and 2 transformers'."""
+    if name != "FSDP":
+        return name
+    config = getattr(args, "fsdp_config", None)
+    if (plugin := fsdp_plugin()) is not None:
+        version = plugin.fsdp_version
+    elif getattr(args, "fsdp", None) and isinstance(config, dict) and not config.get("xla"):
+        version = config.get("version", 2)
+    else:
+        version = os.environ.get("FSDP_VERSION", 1)
+    return "FSDP2" if str(version) == "2" else "FSDP"
 
 
 def _wrapped(model: nn.Module | None) -> tuple[str, str] | None:
@@ -66,9 +96,15 @@ class RunCheckCallback(TrainerCallback):
     """Says at the start of a run what this Trainer does not do for the adapters of the model; a `RuleRunner` says it
     too."""
 
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Keep adapters whole where FSDP2 will shard the model."""
+        if model is not None:
+            leave_adapters_whole(model)
+
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Warn of an optimizer that the config does not ask for, and where `load_best_model_at_end` will not load the
         best state."""
+        average_replicated(model)
         check_run(args, state, model, optimizer)
 
 

@@ -18,6 +18,7 @@ from ..rules.rule import why_not_without_gradients
 from ..tuners import adapter_layers, restore_fp32
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from .optimizers import make_optimizer
+from .replicated import leave_adapters_whole, trains_adapters_alone
 from .trainer_checks import sharding_switched_on
 
 logger = logging.get_logger(__name__)
@@ -39,8 +40,8 @@ class ZerothOrderTrainer(Trainer):
 
     - Gradient accumulation: every micro-batch is evaluated with the same `z`, and the differences of the losses, which
       Trainer scales as fractions of the whole batch's, are added: the step is that of the whole batch.
-    - DDP: seeds are equal on all ranks, the difference is averaged over them, nothing else is exchanged. (DDP itself
-      allocates buckets of the trainable parameters' size.)
+    - DDP, and FSDP2 for adapters: seeds are equal on all ranks, the difference is averaged over them, and no gradient
+      is exchanged. (DDP itself allocates buckets of the trainable parameters' size.)
     - The learning rate is the scheduler's; the paper's is constant (`lr_scheduler_type="constant"`).
     - `max_grad_norm` has no meaning and is ignored; the logged `grad_norm` is |g|.
     - Resuming is exact: directions follow from seed and step, and Sparse MeZO's thresholds are saved with the
@@ -53,14 +54,16 @@ class ZerothOrderTrainer(Trainer):
     defaults are taken, or what the adapter's config says (`ZerothOrderSpec`). `replay_log`: whether to write the log.
 
     Raises:
-        ValueError: fp16 loss scaling, DataParallel, DeepSpeed or FSDP, or an adapter with such a schedule.
+        ValueError: fp16 loss scaling, DataParallel, DeepSpeed, FSDP but for an adapter under FSDP2, or an adapter
+            with such a schedule.
         TypeError: another optimizer.
     """
 
     def __init__(self, *args: Any, replay_log: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_unsuited(self.args)
+        _refuse_unsuited(self.args, self.model)
         restore_fp32(self.model)
+        leave_adapters_whole(self.model)
         if self.optimizer is not None:
             zeroth_order_of(self.optimizer)
         self.add_callback(ZerothOrderCallback(replay_log))
@@ -187,13 +190,15 @@ def zeroth_order_of(optimizer: Any) -> ZerothOrderSGD:
     return inner
 
 
-def _refuse_unsuited(args: TrainingArguments) -> None:
+def _refuse_unsuited(args: TrainingArguments, model: nn.Module) -> None:
     if args.fp16:
         raise ValueError(
             "fp16=True scales a loss for its backward pass, and zeroth-order training has none. Set bf16=True, or "
             "load the model in torch.float16 and set fp16=False."
         )
-    if sharded := sharding_switched_on(args):
+    sharded = sharding_switched_on(args)
+    # FSDP2 leaves an adapter whole, as DDP does; a whole model that trains would not be sharded at all.
+    if sharded is not None and not (sharded[0] == "FSDP2" and trains_adapters_alone(model)):
         raise ValueError(
             f"{sharded[0]} shards parameters, which are perturbed as wholes here; it is switched on by {sharded[1]}. "
             "Train with DDP or one device."

@@ -1,12 +1,13 @@
 """What every rank of `test_distributed.py` runs, and the single process it is compared with.
 
-    torchrun --nproc_per_node 2 tests/callbacks/ddp_script.py OUT '{"spiel-ag": {"density": 0.1}}'
+    torchrun --nproc_per_node 2 tests/training/ddp_script.py OUT '{"spiel-ag": {"density": 0.1}}' [fsdp]
 
 For every method it writes `OUT/<method>-rank<r>.pt`: the adapter's tensors after every step, or the error's text.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -18,9 +19,11 @@ from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
+import fsdp_on_cpu
 from training_toolbox import TokenData, tiny_llama
 
-from hf_sparse_peft import calibrate, methods
+from hf_sparse_peft import calibrate, methods, trainer_options
+from hf_sparse_peft.training.replicated import is_fully_sharded
 
 STEPS, GLOBAL_BATCH = 10, 8
 
@@ -54,15 +57,18 @@ class Recorder(TrainerCallback):
         self.steps.append(found)
 
 
-def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-    """One short run; `options` of the method, its name where the case has another, and `layers` of the model."""
+def course(
+    name: str, options: dict, out: Path, rank: int, world: int, sharding: dict | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """One short run; `options` of the method, its name where the case has another, and `layers` of the model;
+    `sharding` of the training arguments."""
     options = dict(options)
     name = options.pop("method", name)
     base = tiny_llama(layers=options.pop("layers", 1))
     args = TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
         weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
-        seed=11, lr_scheduler_type="constant",
+        seed=11, lr_scheduler_type="constant", **(sharding or {}),
     )  # fmt: skip
     method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
     torch.manual_seed(1)  # the draw of low-rank factors
@@ -71,10 +77,11 @@ def course(name: str, options: dict, out: Path, rank: int, world: int) -> list[d
         calibrate(model, share_of(args, rank, world), show_progress=False)
     recorder = Recorder(rank)
     trainer = method.trainer_class(
-        model=model, args=args, train_dataset=TokenData(), callbacks=[*method.callbacks(model), recorder],
-        optimizers=(method.optimizer(model, args), None),
-    )  # fmt: skip
+        model=model, train_dataset=TokenData(), **trainer_options(model, args, method.trainer_class)
+    )
+    trainer.add_callback(recorder)
     trainer.train()
+    assert is_fully_sharded(model) == bool(sharding)
     return recorder.steps
 
 
@@ -86,12 +93,14 @@ def share_of(args: TrainingArguments, rank: int, world: int) -> list[dict[str, t
     return [{"input_ids": ids, "labels": ids.clone()} for ids in parts]
 
 
-def main(out: Path, cases: dict[str, dict]) -> None:
+def main(out: Path, cases: dict[str, dict], sharded: bool = False) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
+    if sharded:
+        fsdp_on_cpu.allow()
     for name, options in cases.items():
         try:
-            result = course(name, options, out, rank, world)
+            result = course(name, options, out, rank, world, copy.deepcopy(fsdp_on_cpu.OPTIONS) if sharded else None)
         except Exception:
             result = traceback.format_exc()
         torch.save(result, out / f"{name}-rank{rank}.pt")
@@ -100,4 +109,4 @@ def main(out: Path, cases: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:] == ["fsdp"])

@@ -1,6 +1,7 @@
-"""Two processes decide as one: supports, ranks and values on both ranks, and against one process with their batch.
+"""Two processes decide as one: supports, ranks and values on both ranks, and against one process with their batch;
+under DDP, and under FSDP2, which shards the base.
 
-`python -m pytest -m slow tests/training/test_distributed.py` (about half a minute: two processes import everything).
+`python -m pytest -m slow tests/training/test_distributed.py` (two processes train each case twice).
 """
 
 import json
@@ -85,17 +86,24 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def single(tmp_path_factory):
+    """Where the single process recorded."""
+    folder = tmp_path_factory.mktemp("single")
+    assert "WORLD_SIZE" not in os.environ
+    ddp_script.main(folder, CASES)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def runs(request, tmp_path_factory, single):
     """`runs(method)`: what rank 0, rank 1 and the single process recorded after every step."""
-    pair, single = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("single")
-    command = [HERE / "ddp_script.py", pair, json.dumps(CASES)]
+    pair = tmp_path_factory.mktemp(request.param)
+    command = [HERE / "ddp_script.py", pair, json.dumps(CASES), request.param]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     running = [
         processes.Started(*command, env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
     ]
-    assert "WORLD_SIZE" not in os.environ
-    ddp_script.main(single, CASES)
-    for done in [process.wait() for process in running]:
+    for done in [process.wait(600) for process in running]:
         assert done.returncode == 0, done.stderr
     return lambda name: [
         torch.load(file, weights_only=True)

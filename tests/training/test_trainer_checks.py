@@ -48,7 +48,7 @@ def moving(model=None, name="default", **options):
 )
 def test_a_run_sharded_by_accelerates_environment_is_refused(callback, event, variable, name, monkeypatch):
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=rf"{name}.*{variable}.*DDP or on one device"):
+    with pytest.raises(ValueError, match=rf"{name}.*{variable}.*FSDP2.*on one device"):
         getattr(callback(), event)(
             SimpleNamespace(**NOT_SHARDED), TrainerState(max_steps=10), TrainerControl(), model=None
         )
@@ -91,7 +91,7 @@ def test_other_ways_to_shard_are_refused(how, monkeypatch):
     elif how == "accelerator":
         monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", SimpleNamespace(value="FSDP"))
     else:
-        model = type("FSDPModule", (nn.Sequential,), {})(nn.Linear(2, 2))
+        model = type("FullyShardedDataParallel", (nn.Sequential,), {})(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"FSDP|DeepSpeed"):
         MaskRegrowthCallback().on_train_begin(args, TrainerState(max_steps=10), TrainerControl(), model=model)
 

@@ -17,7 +17,7 @@ from ...rules.collectives import all_reduce_sum
 from ...rules.gradient_readers import UsesOfLayer
 from ...sparsity import Statistic
 from ...tuners import AdapterLayer
-from ...tuners.shared.base_weight import is_bnb_4bit
+from ...tuners.shared import base_weight
 from ...tuners.shared.parameters import ParameterWeight
 from ...tuners.shared.quantised import backend_of
 
@@ -202,7 +202,7 @@ class _ShowParametersGradient(torch.autograd.Function):
 
 def _product_dtype(base: nn.Module, output: Tensor) -> torch.dtype:
     """The dtype in which the layer multiplies."""
-    if is_bnb_4bit(base) and getattr(base, "compute_dtype", None) is not None:
+    if base_weight.is_bnb_4bit(base) and getattr(base, "compute_dtype", None) is not None:
         return base.compute_dtype
     device = output.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
@@ -213,7 +213,4 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, AdapterLayer):
         return module.dense_base_weight()
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    backend = backend_of(base)
-    if backend is not None:
-        return backend.get_base_weight(base)
-    return base.weight.data.t() if type(base).__name__ == "Conv1D" else base.weight.data
+    return base_weight.dense_weight(base, backend_of(base))

@@ -155,7 +155,8 @@ def _check_loop(training: Training, adapter: str, layer: AdapterLayer) -> None:
     config = layer.adapter_configs[adapter]
     what = f"Adapter '{adapter}' starts from '{layer.calibration_statistic(adapter).name}' of whole weights"
     mend = "Call hf_sparse_peft.calibrate(model, dataloader) before creating the Trainer"
-    if sharded := sharding_switched_on(training.arguments):
+    sharded = sharding_switched_on(training.arguments)
+    if sharded is not None and sharded[0] != "FSDP2":  # which gathers a weight that is asked for
         raise ValueError(f"{what}, and {sharded[0]}, switched on by {sharded[1]}, has sharded them. {mend}.")
     processes = getattr(training.arguments, "world_size", None) or world_size()
     if config.calibrates_sizes and processes > 1:

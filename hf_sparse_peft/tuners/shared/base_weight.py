@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import DenseSource, DequantizedSource, Source, autocast_dtype
 from .parameters import ParameterWeight
+from .quantised import backend_of
 from .rollback import uninterrupted
 
 _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -21,10 +23,16 @@ _LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 def is_bnb_4bit(module: nn.Module) -> bool:
     """Whether `module` is a bitsandbytes 4-bit linear layer."""
-    return (
-        type(module).__module__.startswith("bitsandbytes")
-        and type(getattr(module, "weight", None)).__name__ == "Params4bit"
-    )
+    if not type(module).__module__.startswith("bitsandbytes"):
+        return False
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit" or four_bit_state(module) is not None
+
+
+def four_bit_state(module: nn.Module) -> Any:
+    """How the 4-bit weight of a bitsandbytes layer is coded, None before it is; `fully_shard` makes another parameter
+    of the weight, and the module alone knows it then."""
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
 
 
 def weight_source(layer: BaseTunerLayer) -> Source | None:
@@ -37,9 +45,9 @@ def weight_source(layer: BaseTunerLayer) -> Source | None:
     if isinstance(base, BaseTunerLayer) or _observed(base):
         return None
     if is_bnb_4bit(base):
-        if getattr(base.weight, "quant_state", None) is None:
+        if (state := four_bit_state(base)) is None:
             return None
-        return DequantizedSource(partial(dequantize_4bit, base.weight), base.weight)
+        return DequantizedSource(partial(dequantize_4bit, base.weight, state), base.weight)
     if layer.quantization_backend is not None or type(base).forward not in _LINEAR_FORWARDS:
         return None
     transposed = isinstance(base, Conv1D)
@@ -59,12 +67,33 @@ def _observed(module: nn.Module) -> bool:
 def dense_weight(base: nn.Module, backend: Any) -> torch.Tensor:
     """The weight of a linear layer as `[out, in]`: its own memory where it is dense (no `backend`), a fresh dense copy
     by `backend`, peft's access to a quantised weight."""
-    if backend is not None:
-        return backend.get_base_weight(base)
     if isinstance(base, ParameterWeight):
         return base.matrix
-    weight = base.weight.data
-    return weight.t() if isinstance(base, Conv1D) else weight
+    weight = gathered_weight(base)
+    if weight is None:
+        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+    return weight.t() if backend is None and isinstance(base, Conv1D) else weight
+
+
+def gathered_weight(base: nn.Module) -> torch.Tensor | None:
+    """The whole weight of a layer that `fully_shard` has sharded, as the layer stores it, dequantised if need be; None
+    where it is whole, as within its forward pass. Every rank must ask for it at the same time.
+
+    Raises:
+        ValueError: it is sharded and quantised by something else than bitsandbytes in 4 bits.
+    """
+    if not isinstance(getattr(base, "weight", None), DTensor):
+        return None
+    weight = base.weight.detach().full_tensor()
+    if is_bnb_4bit(base):
+        state = four_bit_state(base)
+        return dequantize_4bit(weight, state, state.dtype)
+    if backend_of(base) is not None:
+        raise ValueError(
+            f"The weight of a {type(base).__name__} is quantised and sharded, and can be read in its forward pass "
+            "alone. Load the base in 4 bits with bnb_4bit_quant_storage, or dense, or train with DDP."
+        )
+    return weight
 
 
 def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None) -> torch.dtype:
@@ -78,11 +107,12 @@ def compute_dtype(layer: BaseTunerLayer, x: torch.Tensor, source: Source | None)
     return autocast or x.dtype
 
 
-def dequantize_4bit(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh `[out, in]` buffer with the bitsandbytes 4-bit weight `packed` in `dtype`."""
+def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh `[out, in]` buffer with the bitsandbytes 4-bit weight `packed`, which `state` says how to read, in
+    `dtype`."""
     import bitsandbytes as bnb
 
-    weight = bnb.functional.dequantize_4bit(packed.data.view(-1, 1), packed.quant_state)
+    weight = bnb.functional.dequantize_4bit(packed.data.view(-1, 1), state)
     # The stored dtype may be the wider one; `.to` returns the fresh buffer itself when there is nothing to convert.
     return weight.to(dtype)
 

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_weight import gathered_weight
 from .calibration import CalibratedTensors
 from .config import AdapterConfig
 from .copies import follow_copied_parameters, note_parameters
@@ -151,6 +152,12 @@ class AdapterLayer(CalibratedTensors):
         remember_masters(self)
 
     # Base weights and deltas
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight as its layer stores it, dequantised if need be; gathered where `fully_shard` has sharded it,
+        which every rank must ask for at the same time."""
+        gathered = gathered_weight(self.get_base_layer())
+        return super().get_base_weight() if gathered is None else gathered
 
     def dense_base_weight(self) -> torch.Tensor:
         """The base weight as `[out, in]`, dequantised if need be; for dense layers it shares the layer's memory."""

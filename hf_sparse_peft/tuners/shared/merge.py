@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .layer import AdapterLayer
 from .parameters import ParameterHost, ParameterWeight
@@ -99,6 +100,11 @@ class MergeMixin(AdapterLayer):
         if self._merge_backup is not None:
             self._put_back(self._merge_backup)
         held = self._held()
+        if isinstance(held.weight, DTensor):
+            raise ValueError(
+                f"The weight of '{self.module_name}' is sharded over ranks, so nothing can be merged into it. Save the "
+                "adapter, and merge it in one process: PeftModel.from_pretrained(base, path).merge_and_unload()."
+            )
         if self.quantization_backend is None and "weight" not in held.base._parameters:
             raise ValueError(
                 f"The weight of '{self.module_name}' is computed at each forward (a parametrization), so nothing can "

@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
@@ -46,8 +47,10 @@ class ParameterWeight:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """`[rows, cols]`: the parameter's own memory."""
-        return self.weight.detach().flatten(0, -2)
+        """`[rows, cols]`: the parameter's own memory; gathered where `fully_shard` has sharded it, which every rank
+        must ask for at the same time."""
+        weight = self.weight.detach()
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).flatten(0, -2)
 
     @property
     def rows_of_one(self) -> int:
