@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,20 @@ def python(*arguments, check: bool = False, cwd=None, env: dict[str, str] | None
     done = Started(*arguments, cwd=cwd, env=env).wait()
     assert not check or done.returncode == 0, f"{done.args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def ranks(count: int, *arguments, timeout: float = 1200.0, env: dict[str, str] | None = None) -> None:
+    """`count` processes of one group, as torchrun starts them, waited for; each must end with 0."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        Started(*arguments, env={**(env or {}), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    for done in [process.wait(timeout) for process in running]:
+        assert done.returncode == 0, f"{done.args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
 
 
 # The server

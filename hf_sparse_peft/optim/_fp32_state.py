@@ -35,6 +35,14 @@ class Fp32StateOptimizer(torch.optim.Optimizer):
         """Step one parameter."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; int16 tensors are int32 where processes train together, whose collectives have no int16: a full
+        state dict of FSDP2 is broadcast when it is loaded."""
+        found = super().state_dict()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            found["state"] = {key: {k: _sendable(v) for k, v in entry.items()} for key, entry in found["state"].items()}
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; groups keep own options that the file does not know.
 
@@ -77,6 +85,10 @@ class Fp32StateOptimizer(torch.optim.Optimizer):
 def state_dtype(p: Tensor) -> torch.dtype:
     """fp64 for fp64 parameters, else fp32."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _sendable(value: Any) -> Any:
+    return value.int() if isinstance(value, Tensor) and value.dtype == torch.int16 else value
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class AgedAdamW(Fp32StateOptimizer):
     State: `exp_avg`, `exp_avg_sq` in fp32 also for bf16 and fp16 parameters. Ages are int16 and stop at 32767, where
     the bias correction has long been 1 (fp32 for a beta above 0.9994, and never bf16, where they stick at 256); a
     scalar `step` is fp32. The state dict holds tensors only and loads with `weights_only=True`, every tensor in the
-    dtype it had. A state dict of `torch.optim.AdamW` loads too: its scalar step becomes the age of every unit.
+    dtype it had (ages are int32 in state dicts of distributed runs). A state dict of `torch.optim.AdamW` loads too: its
+    scalar step becomes the age of every unit.
 
     Args:
         params: parameters or groups; a group may set any option below.

@@ -349,6 +349,8 @@ def refuse_unskippable(run: Run, option: str) -> None:
 def refuse_fixed_ddp(run: Run, rule: str) -> None:
     """Raises `ValueError` where DDP would wait for gradients of parameters that `rule` holds still."""
     args = run.training.arguments
+    if getattr(args, "fsdp", None):
+        return
     if getattr(args, "world_size", 1) > 1 and getattr(args, "ddp_find_unused_parameters", None) is False:
         raise ValueError(
             f"{rule} freezes parameters in turns, and ddp_find_unused_parameters=False makes DDP wait for their "

@@ -30,6 +30,7 @@ class UpdateMask:
     def __init__(self) -> None:
         self._held: dict[Hashable, dict[int, nn.Parameter]] = {}
         self._still: dict[int, nn.Parameter] = {}
+        self._suspended = False
         self._parts: dict[Hashable, list[tuple[nn.Parameter, Mask, bool, bool]]] = {}
         self._factors: dict[Hashable, list[tuple[nn.Parameter, Mask]]] = {}
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -42,6 +43,7 @@ class UpdateMask:
     def hold(self, rule: Hashable, parameters: Iterable[nn.Parameter]) -> None:
         """Hold exactly these still as far as `rule` is concerned; what it held before is updated again unless another
         rule holds it. Parameters that the user froze stay out of it."""
+        self.resume()
         self._held[rule] = {id(parameter): parameter for parameter in parameters}
         wanted = {key: parameter for held in self._held.values() for key, parameter in held.items()}
         for key in [key for key in self._still if key not in wanted]:
@@ -51,6 +53,20 @@ class UpdateMask:
                 self._still[key] = parameter
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    def suspend(self) -> None:
+        """Between two steps, until `resume`: whole parameters that are held still may train. What is saved then has
+        them, where a checkpoint leaves frozen parameters out (FSDP2's full state dict)."""
+        self._suspended = True
+        for parameter in self._still.values():
+            parameter.requires_grad_(True)
+
+    def resume(self) -> None:
+        """Before a step: hold still what was held before `suspend`."""
+        for parameter in self._still.values() if self._suspended else ():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._suspended = False
 
     def hold_part(
         self,

@@ -15,6 +15,7 @@ from .optimizers import (
     optimizer_spec,
 )
 from .options import TRAINERS, callbacks_for, trainer_class_for, trainer_options
+from .replicated import adapter_parameters, leave_adapters_whole
 from .report_page import write_report
 from .run_record import RunRecord
 from .run_report import RunReportCallback
@@ -46,12 +47,14 @@ __all__ = [
     "ZerothOrderCallback",
     "ZerothOrderSpec",
     "ZerothOrderTrainer",
+    "adapter_parameters",
     "calibrate",
     "callbacks_for",
     "draw_run",
     "draw_support_history",
     "initialize_support",
     "initialize_upstream",
+    "leave_adapters_whole",
     "load_support",
     "make_optimizer",
     "optimizer_spec",

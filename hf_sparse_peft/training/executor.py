@@ -16,6 +16,7 @@ from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.parts import UnknownPart, load_part
 from .calibration import calibrate_waiting
+from .replicated import is_fully_sharded
 from .trainer_checks import why_no_rule_runs
 from .upstream_runs import finish_upstream, leave_upstream, make_upstream_runs
 
@@ -104,6 +105,7 @@ class RuleExecutor:
             ValueError: another run has begun on the model meanwhile, and ended this one.
         """
         self._check_live()
+        self.training.updates.resume()
         scaler = self.training.scaler or getattr(self.training.optimizer, "scaler", None)
         self.training.loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
         for run in sorted(self.runs, key=lambda run: "trains" not in run.rule.writes):
@@ -135,6 +137,8 @@ class RuleExecutor:
         for run in self.runs:
             run.rule.after_step(run)
             run.readers.clear()
+        if is_fully_sharded(self.training.model):
+            self.training.updates.suspend()  # its checkpoints leave frozen parameters out
 
     def end(self) -> None:
         """Take everything off the model. If the last step is done, free the rules' state too, so that the shipped

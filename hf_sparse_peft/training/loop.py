@@ -14,6 +14,7 @@ from ..utils.option_types import NonNegativeInt, check_value
 from .calibration import waits_for_data
 from .executor import RuleExecutor, has_schedule
 from .optimizers import warn_of_other_optimizer
+from .replicated import average_replicated
 from .trainer_checks import refuse_sharded
 from .upstream_runs import asks_for_rules
 from .upstream_start import start_in_loop
@@ -47,6 +48,9 @@ class Controller:
     tensors are dropped; leaving the block earlier, by an exception too, takes everything off the model and keeps them
     for a run that goes on. Without `with`, call `close()`; a controller that nobody holds any more closes itself.
 
+    Under FSDP2 adapters must be whole on every rank: `leave_adapters_whole(model)` before accelerate's `prepare`, or
+    `fully_shard(..., ignored_params=adapter_parameters(model))`. The controller averages their gradients over ranks.
+
     A support or bases that wait for data are chosen from `dataloader` first, and upstream's EVA and LoRA-GA get their
     start from it; a run that goes on has them. A model none
     of whose adapters asks for a rule or for data is left alone, so that one loop serves every config.
@@ -66,9 +70,9 @@ class Controller:
 
     Raises:
         TypeError: an optimizer without step hooks, which nothing of torch is.
-        ValueError: an optimizer of other parameters, a number out of range, a state that `state_dict` did not make, a
-            rule that is unknown here or does not fit into the run, an adapter that asks for rules and does not train,
-            or one that waits for data and no dataloader.
+        ValueError: what trains is sharded, an optimizer of other parameters, a number out of range, a state that
+            `state_dict` did not make, a rule that is unknown here or does not fit into the run, an adapter that asks
+            for rules and does not train, or one that waits for data and no dataloader.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Controller:
         start_in_loop(model, optimizer, dataloader, training.resumed, show_progress)
         warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
         asked = rule is not None or has_schedule(model) or waits_for_data(model) or asks_for_rules(model)
+        average_replicated(model, moves=asked)
         try:
             self._steps.begin({} if state is None else state["saved"], asked)
         except BaseException:

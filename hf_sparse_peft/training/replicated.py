@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,9 +13,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
+from ..rules import Run
 from ..rules.collectives import all_reduce_mean, all_reduce_sum, is_distributed
 from ..tuners import adapter_layers
+from ..tuners.shared.base_weight import is_bnb_4bit
 
 _AVERAGED: weakref.WeakKeyDictionary[nn.Module, ReplicatedGradients] = weakref.WeakKeyDictionary()
 
@@ -61,10 +65,14 @@ def leave_adapters_whole(model: nn.Module, device: torch.device | str | None = N
     Args:
         model: with its adapters, not yet prepared.
         device: where the run computes; None: the accelerator's. FSDP2 moves what it shards, and no more.
+
+    Raises:
+        ValueError: the plugin loads weights on the first rank alone, or would cast packed 4-bit weights.
     """
     plugin = fsdp_plugin()
     if plugin is None or plugin.fsdp_version != 2:
         return
+    _check_plugin(plugin, model)
     ignored = plugin.ignored_modules or []
     if isinstance(ignored, str):
         pattern = re.compile(ignored)
@@ -75,6 +83,22 @@ def leave_adapters_whole(model: nn.Module, device: torch.device | str | None = N
     for parameter in adapter_parameters(model) if device is not None else ():
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
+
+
+def _check_plugin(plugin: Any, model: nn.Module) -> None:
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading=true fills the shards alone from the first rank, and leaves adapters, "
+            "which stay whole, on the meta device. Set it to false (fsdp_config={'cpu_ram_efficient_loading': False})."
+        )
+    computed_in = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    packed = {base.weight.dtype for base in model.modules() if is_bnb_4bit(base) and base.weight.is_floating_point()}
+    if computed_in is not None and packed - {computed_in}:
+        stored = (packed - {computed_in}).pop()
+        raise ValueError(
+            f"bnb_4bit_quant_storage={stored} and mixed precision in {computed_in}: FSDP2 would cast the packed codes, "
+            f"which are no numbers. Load the base with bnb_4bit_quant_storage={computed_in}."
+        )
 
 
 def fsdp_plugin() -> Any:
@@ -172,19 +196,43 @@ def _syncs(model: nn.Module) -> bool:
     return all(group.reduce_grads for state in states for group in state._fsdp_param_groups)
 
 
-def average_replicated(model: nn.Module) -> None:
+def average_replicated(model: nn.Module, moves: bool = False) -> None:
     """Average the gradients of what is whole in a fully sharded `model` from now on; nothing to do in any other.
 
     Raises:
-        ValueError: something that trains is sharded.
+        ValueError: units are to move (`moves`), and something that trains is sharded.
     """
-    if not is_fully_sharded(model) or model in _AVERAGED:
+    if not is_fully_sharded(model):
         return
-    if names := sharded_names(model):
+    if moves and (names := sharded_names(model)):
         raise ValueError(
             f"FSDP2 has sharded '{names[0]}' and {len(names) - 1} more that train, whose units cannot move then. Keep "
             "adapters whole: make the Trainer with callbacks=callbacks_for(model), call "
             "hf_sparse_peft.leave_adapters_whole(model) before accelerator.prepare, or pass "
             "fully_shard(..., ignored_params=hf_sparse_peft.adapter_parameters(model))."
         )
-    _AVERAGED[model] = ReplicatedGradients(model)
+    if model not in _AVERAGED:
+        _AVERAGED[model] = ReplicatedGradients(model)
+
+
+def check_checkpoints(runs: list[Run], args: TrainingArguments) -> None:
+    """Under FSDP2: what rules keep at some steps only (`TensorSpec.passing`) is not found again in its checkpoints,
+    which are read into the tensors that a model has.
+
+    Raises:
+        ValueError: a run goes on from one.
+    """
+    if not any(is_fully_sharded(run.model) for run in runs[:1]):
+        return
+    found = {type(r.rule).__name__ for r in runs for space in r.all_spaces for s in r.rule.state(space) if s.passing}
+    if found and runs[0].resumed:
+        raise ValueError(
+            f"{sorted(found)[0]} keeps state at some steps only, which a checkpoint of FSDP2 does not bring back: the "
+            "run would go on without. Resume under DDP, or train from the start with save_strategy='no'."
+        )
+    if found and args.save_strategy != "no":
+        warnings.warn(
+            f"{sorted(found)[0]} keeps state at some steps only, which checkpoints of FSDP2 do not bring back: no run "
+            "can go on from those of this one. Train under DDP to have such runs.",
+            stacklevel=2,
+        )

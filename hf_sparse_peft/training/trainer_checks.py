@@ -22,10 +22,17 @@ _SWITCHES = {
 }
 _WRAPPERS = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP2", "DeepSpeedEngine": "DeepSpeed"}
 
+_MODEL_PARALLEL = {
+    "tensor parallelism": "tp_size",
+    "context parallelism": "cp_size",
+    "sequence parallelism": "sp_size",
+}
+
 _CAUSES = {
     "FSDP": "version 1 flattens parameters and shards the values, so that single units cannot be told apart",
     "DeepSpeed": "it steps inside the backward pass and partitions gradients and optimizer state",
     "Megatron-LM": "it shards the values and the optimizer state",
+    **dict.fromkeys(_MODEL_PARALLEL, "a rank sees a part of the weight or of the sequence"),
 }
 _MENDS = {
     "FSDP": "Use FSDP2 (fsdp_config={'version': 2}, FSDP_VERSION=2 or fsdp_version: 2 in accelerate's config), DDP",
@@ -56,13 +63,17 @@ def sharding_switched_on(args: TrainingArguments) -> tuple[str, str] | None:
 
 
 def _switched_on(args: TrainingArguments) -> tuple[str, str] | None:
+    parallel = getattr(args, "parallelism_config", None)
+    for name, field in _MODEL_PARALLEL.items():
+        if (getattr(parallel, field, None) or 1) > 1:
+            return name, f"TrainingArguments.parallelism_config.{field}"
     for name, field in (("DeepSpeed", "deepspeed"), ("DeepSpeed", "deepspeed_plugin"), ("FSDP", "fsdp")):
         if getattr(args, field, None):
             return name, f"TrainingArguments.{field}"
     for name, variable in _SWITCHES.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             return name, f"the environment variable {variable} (`accelerate launch` sets it from its config)"
-    if getattr(getattr(args, "parallelism_config", None), "dp_shard_size", 1) > 1:
+    if getattr(parallel, "dp_shard_size", 1) > 1:
         return "FSDP", "TrainingArguments.parallelism_config"
     kind = getattr(AcceleratorState._shared_state.get("distributed_type"), "value", "")
     names = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}

@@ -35,6 +35,7 @@ class Recorder(TrainerCallback):
         self.rank = rank
         self.steps: list[dict[str, torch.Tensor]] = []
         self.before: dict[str, torch.Tensor] = {}
+        self.trains: dict[str, torch.Tensor] = {}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         torch.manual_seed(100 * state.global_step + self.rank)  # after the sampler's draw of the epoch
@@ -45,30 +46,53 @@ class Recorder(TrainerCallback):
         named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
         return {name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name}
 
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {name.removeprefix("module."): one for name, one in model.named_parameters()}
+        self.trains = {
+            f"trains.{name}": torch.tensor(one.requires_grad) for name, one in named.items() if "lora_" in name
+        }
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        found = self.tensors(model)
-        for name, parameter in model.named_parameters():
+        found = {**self.tensors(model), **self.trains}
+        for name, _ in model.named_parameters():
             name = name.removeprefix("module.")
-            if "lora_" in name:
-                found[f"trains.{name}"] = torch.tensor(parameter.requires_grad)
             factor, _, adapter = name.rpartition(".")
             if f"{factor}_map.{adapter}" in found:  # the entries of the experts that were drawn
                 found[f"moved.{name}"] = found[name] != self.before[name]
         self.steps.append(found)
 
 
+class Masked(torch.utils.data.Dataset):
+    """Other data without a label."""
+
+    def __init__(self, data: TokenData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        found = self.data[index]
+        return {**found, "labels": torch.full_like(found["labels"], -100)}
+
+
 def course(
     name: str, options: dict, out: Path, rank: int, world: int, sharding: dict | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """One short run; `options` of the method, its name where the case has another, and `layers` of the model;
-    `sharding` of the training arguments."""
+    """One short run; `options` of the method, its name where the case has another, `layers` of the model, `arguments`
+    of the training, `samples` of the data and the rank that all labels are `masked` on; `sharding` is for
+    `TrainingArguments` too."""
     options = dict(options)
-    name = options.pop("method", name)
+    name, data = options.pop("method", name), TokenData(options.pop("samples", 96))
+    if options.pop("masked", None) == rank and world > 1:
+        data = Masked(data)
+    arguments = {**(sharding or {}), **options.pop("arguments", {})}
+    accumulation = arguments.get("gradient_accumulation_steps", 1)
     base = tiny_llama(layers=options.pop("layers", 1))
     args = TrainingArguments(
-        str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=1e-2,
-        weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=True,
-        seed=11, lr_scheduler_type="constant", **(sharding or {}),
+        str(out), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world // accumulation,
+        learning_rate=1e-2, weight_decay=0.1, save_strategy="no", report_to=[], logging_steps=1000,
+        disable_tqdm=True, use_cpu=True, seed=11, lr_scheduler_type="constant", **arguments,
     )  # fmt: skip
     method = methods.get(name, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
     torch.manual_seed(1)  # the draw of low-rank factors
@@ -77,7 +101,7 @@ def course(
         calibrate(model, share_of(args, rank, world), show_progress=False)
     recorder = Recorder(rank)
     trainer = method.trainer_class(
-        model=model, train_dataset=TokenData(), **trainer_options(model, args, method.trainer_class)
+        model=model, train_dataset=data, **trainer_options(model, args, method.trainer_class)
     )
     trainer.add_callback(recorder)
     trainer.train()

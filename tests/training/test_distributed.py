@@ -6,7 +6,6 @@ under DDP, and under FSDP2, which shards the base.
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import ddp_script
@@ -76,13 +75,28 @@ CASES: dict[str, dict] = {
     "nola": {"r": 4, "k": 8},
     "intrinsic-dimension": {"dimension": 40},
     "snella": {"r": 4, "sparsity": 0.6, "init_weights": False},
+    "rigl-accumulated": {"method": "rigl", **MOVES, "arguments": {"gradient_accumulation_steps": 2}},
+    "spiel-ag-accumulated": {
+        "method": "spiel-ag",
+        **MOVES,
+        "steps": 2,
+        "arguments": {"gradient_accumulation_steps": 2},
+    },
+    "rigl-all-used": {"method": "rigl", **MOVES, "arguments": {"ddp_find_unused_parameters": False}},
+    "rigl-checkpointed": {"method": "rigl", **MOVES, "arguments": {"gradient_checkpointing": True}},
 }
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+ALONE: dict[str, dict] = {
+    "rigl-uneven": {"method": "rigl", **MOVES, "samples": 21},
+    "rigl-masked": {"method": "rigl", **MOVES, "masked": 1},
+    "ist-all-used": {**CASES["ist"], "method": "ist", "arguments": {"ddp_find_unused_parameters": False}},
+}
+"""What one process does not do: an epoch whose last batch does not fill all ranks, one rank without labels."""
+SHARDED = (
+    "spiel-ag", "gradual-pruning", "adalora", "rigl", "lift", "losia", "s2ft-by-activation", "ist", "hft", "mezo",
+    "mos", "snella", "rigl-accumulated", "spiel-ag-accumulated", "rigl-checkpointed",
+)  # fmt: skip
+"""Those that run under FSDP2 too: units of every kind, what reads base weights between steps, starts from data, parts
+that are held still, an adapter shared by layers, no gradients."""
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +108,26 @@ def single(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def runs(request, tmp_path_factory, single):
-    """`runs(method)`: what rank 0, rank 1 and the single process recorded after every step."""
-    pair = tmp_path_factory.mktemp(request.param)
-    command = [HERE / "ddp_script.py", pair, json.dumps(CASES), request.param]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    running = [
-        processes.Started(*command, env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-    for done in [process.wait(600) for process in running]:
-        assert done.returncode == 0, done.stderr
-    return lambda name: [
-        torch.load(file, weights_only=True)
-        for file in (pair / f"{name}-rank0.pt", pair / f"{name}-rank1.pt", single / f"{name}-rank0.pt")
-    ]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, single):
+    """`runs(kind, method)`: what rank 0, rank 1 and the single process recorded after every step."""
+    pairs: dict[str, Path] = {}
+
+    def recorded(kind: str, name: str):
+        if kind not in pairs:
+            pairs[kind] = tmp_path_factory.mktemp(kind)
+            cases = ALONE | (CASES if kind == "ddp" else {name: CASES[name] for name in SHARDED})
+            processes.ranks(2, HERE / "ddp_script.py", pairs[kind], json.dumps(cases), kind)
+        files = [pairs[kind] / f"{name}-rank0.pt", pairs[kind] / f"{name}-rank1.pt"]
+        files += [single / f"{name}-rank0.pt"] if name in CASES else []
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return recorded
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_both_ranks_agree_after_every_step_and_with_one_process(name, runs):
-    recorded = runs(name)
+@pytest.mark.parametrize(("kind", "name"), [*(("ddp", name) for name in CASES), *(("fsdp", name) for name in SHARDED)])
+def test_both_ranks_agree_after_every_step_and_with_one_process(kind, name, runs):
+    recorded = runs(kind, name)
     assert not [steps for steps in recorded if isinstance(steps, str)]
     assert [len(steps) for steps in recorded] == [ddp_script.STEPS] * 3
     moved = False
@@ -130,3 +144,19 @@ def test_both_ranks_agree_after_every_step_and_with_one_process(name, runs):
                 moved = moved or not torch.equal(one[key], recorded[0][0][key])
     found_at_start = name in ("gora", "joint-budget-at-start")  # by calibration, before the first step
     assert moved != (found_at_start or methods.describe(CASES[name].get("method", name)).moves == "nothing")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["rigl-uneven", "rigl-masked"])
+def test_ranks_agree_where_their_batches_are_unlike(kind, name, runs):
+    one, two = runs(kind, name)
+    assert len(one) == ddp_script.STEPS
+    moved = False
+    for first, second in zip(one, two, strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        moved = moved or any("support" in key and not torch.equal(first[key], one[0][key]) for key in first)
+    assert moved
+
+
+def test_parameters_held_still_under_a_ddp_that_waits_for_them_are_refused(runs):
+    assert all("ddp_find_unused_parameters=False makes DDP wait" in text for text in runs("ddp", "ist-all-used"))

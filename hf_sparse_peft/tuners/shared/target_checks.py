@@ -12,6 +12,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
@@ -49,8 +51,8 @@ def refuse_unworkable(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Refuse targets whose weights are read elsewhere than in their own forward, or are not there.
 
     Raises:
-        ValueError: `nn.MultiheadAttention.out_proj`, a state-space mixer's `dt_proj` or `out_proj`, or an offloaded
-            layer; the message names all of that kind.
+        ValueError: `nn.MultiheadAttention.out_proj`, a state-space mixer's `dt_proj` or `out_proj`, an offloaded layer,
+            or one that tensor parallelism has split; the message names all of that kind.
     """
     read = [name for name in targets if _is_only_read(model, name)]
     if read:
@@ -67,6 +69,13 @@ def refuse_unworkable(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             "or disk_offload): they are on no device that an adapter could be allocated on. Load the base without "
             "offload: device_map={'': 0} with a 4-bit base where memory is short, or leave these layers out with "
             "exclude_modules."
+        )
+    split = [name for name, base in targets.items() if isinstance(getattr(base, "weight", None), DTensor)]
+    if split and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            f"target_modules matches {_some(split)}, of whose weights each rank holds a part and computes a part of "
+            "the output (tp_plan, DistributedConfig(tp_size=...), expert parallelism), where an update of the whole "
+            "weight cannot be added. Load the base without: DDP or FSDP2 share the work too."
         )
 
 
