@@ -27,7 +27,7 @@ from hf_sparse_peft import (
     callbacks_for,
     make_optimizer,
 )
-from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, LowRankSparse, Spectral
+from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, GroupBits, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
 from hf_sparse_peft.utils.parts import part_types
@@ -55,6 +55,7 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "low rank + rows": (FactoredConfig, {"keep_base": True, "form": LowRankSparse(0.1)}),
     "singular vectors": (FactoredConfig, {"keep_base": True, "form": Spectral(4)}),
     "channel bits": (FactoredConfig, {"keep_base": True, "form": ChannelBits(4)}),
+    "group bits": (FactoredConfig, {"keep_base": True, "form": GroupBits(size=8, bits=3)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -75,6 +76,7 @@ KINDS = {
     "singular vectors": {"vector", "module"},
     "factored": {"factors", "module"},
     "channel bits": {"channel", "module"},
+    "group bits": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -160,6 +162,7 @@ EXCEPTIONS = {
     ("identity", "low rank + rows"): "its sum is the weight to rounding",
     ("identity", "singular vectors"): "its product is the weight to rounding",
     ("identity", "channel bits"): "the weight is rounded",
+    ("identity", "group bits"): "the weight is rounded",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
