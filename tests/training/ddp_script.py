@@ -26,13 +26,14 @@ from hf_sparse_peft import calibrate, methods, trainer_options
 from hf_sparse_peft.training.replicated import is_fully_sharded
 
 STEPS, GLOBAL_BATCH = 10, 8
+SHARDING: dict[str, dict | None] = {"ddp": None, "fsdp": fsdp_on_cpu.OPTIONS, "environment": {}}
 
 
 class Recorder(TrainerCallback):
     """Copies of what moves, after every step; ranks draw from different global streams, so that none agrees by luck."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, raises: bool = False) -> None:
+        self.rank, self.raises = rank, raises
         self.steps: list[dict[str, torch.Tensor]] = []
         self.before: dict[str, torch.Tensor] = {}
         self.trains: dict[str, torch.Tensor] = {}
@@ -40,6 +41,8 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         torch.manual_seed(100 * state.global_step + self.rank)  # after the sampler's draw of the epoch
         self.before = self.tensors(model)
+        if self.raises and state.global_step == 4:
+            raise RuntimeError(f"rank {self.rank} alone")
 
     @staticmethod
     def tensors(model) -> dict[str, torch.Tensor]:
@@ -80,12 +83,13 @@ def course(
     name: str, options: dict, out: Path, rank: int, world: int, sharding: dict | None = None
 ) -> list[dict[str, torch.Tensor]]:
     """One short run; `options` of the method, its name where the case has another, `layers` of the model, `arguments`
-    of the training, `samples` of the data and the rank that all labels are `masked` on; `sharding` is for
-    `TrainingArguments` too."""
+    of the training, `samples` of the data, the rank that all labels are `masked` on and the one that `raises`;
+    `sharding` is for `TrainingArguments` too, None without."""
     options = dict(options)
     name, data = options.pop("method", name), TokenData(options.pop("samples", 96))
     if options.pop("masked", None) == rank and world > 1:
         data = Masked(data)
+    raises = options.pop("raises", None)
     arguments = {**(sharding or {}), **options.pop("arguments", {})}
     accumulation = arguments.get("gradient_accumulation_steps", 1)
     base = tiny_llama(layers=options.pop("layers", 1))
@@ -99,13 +103,13 @@ def course(
     model = get_peft_model(base, method.config)
     if getattr(method.config, "calibrates_sizes", False):
         calibrate(model, share_of(args, rank, world), show_progress=False)
-    recorder = Recorder(rank)
+    recorder = Recorder(rank, raises == rank)
     trainer = method.trainer_class(
         model=model, train_dataset=data, **trainer_options(model, args, method.trainer_class)
     )
     trainer.add_callback(recorder)
     trainer.train()
-    assert is_fully_sharded(model) == bool(sharding)
+    assert is_fully_sharded(model) == (sharding is not None)
     return recorder.steps
 
 
@@ -117,14 +121,15 @@ def share_of(args: TrainingArguments, rank: int, world: int) -> list[dict[str, t
     return [{"input_ids": ids, "labels": ids.clone()} for ids in parts]
 
 
-def main(out: Path, cases: dict[str, dict], sharded: bool = False) -> None:
+def main(out: Path, cases: dict[str, dict], kind: str = "ddp") -> None:
+    """`kind`: "fsdp" by training arguments, "environment" for what that says, "ddp"."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
-    if sharded:
+    if kind != "ddp":
         fsdp_on_cpu.allow()
     for name, options in cases.items():
         try:
-            result = course(name, options, out, rank, world, copy.deepcopy(fsdp_on_cpu.OPTIONS) if sharded else None)
+            result = course(name, options, out, rank, world, copy.deepcopy(SHARDING[kind]))
         except Exception:
             result = traceback.format_exc()
         torch.save(result, out / f"{name}-rank{rank}.pt")
@@ -133,4 +138,4 @@ def main(out: Path, cases: dict[str, dict], sharded: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:] == ["fsdp"])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:])
