@@ -47,12 +47,16 @@ class Recorder(TrainerCallback):
     @staticmethod
     def tensors(model) -> dict[str, torch.Tensor]:
         named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
-        return {name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name}
+        return {
+            name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name or ".factored_" in name
+        }
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = {name.removeprefix("module."): one for name, one in model.named_parameters()}
         self.trains = {
-            f"trains.{name}": torch.tensor(one.requires_grad) for name, one in named.items() if "lora_" in name
+            f"trains.{name}": torch.tensor(one.requires_grad)
+            for name, one in named.items()
+            if "lora_" in name or ".factored_" in name
         }
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -75,6 +75,13 @@ CASES: dict[str, dict] = {
     "nola": {"r": 4, "k": 8},
     "intrinsic-dimension": {"dimension": 40},
     "snella": {"r": 4, "sparsity": 0.6, "init_weights": False},
+    "gradual-magnitude": {},
+    "movement": {"final_density": 0.5},
+    "bdwp": {},
+    "mask-lora": {"mask": "all"},
+    "losparse": {"window": 2},
+    "sst": {"r": 4, "every": 2},
+    "sketchtune": {"groups": 1, "bits": 2, "examples": 8},
     "rigl-accumulated": {"method": "rigl", **MOVES, "arguments": {"gradient_accumulation_steps": 2}},
     "spiel-ag-accumulated": {
         "method": "spiel-ag",
@@ -93,7 +100,7 @@ ALONE: dict[str, dict] = {
 """What one process does not do: an epoch whose last batch does not fill all ranks, one rank without labels."""
 SHARDED = (
     "spiel-ag", "gradual-pruning", "adalora", "rigl", "lift", "losia", "s2ft-by-activation", "ist", "hft", "mezo",
-    "mos", "snella", "rigl-accumulated", "spiel-ag-accumulated", "rigl-checkpointed",
+    "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "rigl-accumulated", "spiel-ag-accumulated", "rigl-checkpointed",
 )  # fmt: skip
 """Those that run under FSDP2 too: units of every kind, what reads base weights between steps, starts from data, parts
 that are held still, an adapter shared by layers, no gradients."""
