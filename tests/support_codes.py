@@ -1,5 +1,6 @@
 """The format of a support's buffer by its definition, a byte at a time; shares nothing with the package."""
 
+import json
 import struct
 import zlib
 
@@ -32,3 +33,13 @@ def read_codes(codes: torch.Tensor) -> list[int]:
 def seal(codes: torch.Tensor) -> None:
     """Write the checksum that the payload has now."""
     codes[20:24] = torch.tensor(list(zlib.crc32(codes[24:].numpy()).to_bytes(4, "little")), dtype=torch.uint8)
+
+
+def checksums_by_hand(tensors, metadata) -> str:
+    """The checksums of a safetensors file: of each tensor by name, then of the rest of the metadata."""
+    parts = [
+        f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes()
+        for name in sorted(tensors)
+    ]
+    rest = {key: value for key, value in metadata.items() if key != "crc32"}
+    return "".join(f"{zlib.crc32(part):08x}" for part in (*parts, json.dumps(rest, sort_keys=True).encode()))

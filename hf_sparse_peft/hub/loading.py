@@ -86,7 +86,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is no JSON object.
         OSError: there is none.
     """
-    config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{Path(folder, CONFIG_FILE)}' is not JSON: {error}. Fetch or save it again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"'{Path(folder, CONFIG_FILE)}' holds no JSON object.")
     return config

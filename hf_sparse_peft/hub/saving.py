@@ -8,15 +8,20 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftModel, peft_model
 
 from ..training.run_record import RunRecord
 from ..training.support_picture import draw_run
 from ..tuners.shared.config import AdapterConfig
+from ..tuners.shared.file_check import OPTIONS
+from ..utils.checksums import save_checked
 from ..utils.file_writing import whole_file
 from .card import adapter_card
 from .folders import ADAPTER_FILES, staged_files, staged_folder
@@ -110,7 +115,7 @@ def register_saving() -> None:
         if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             original(self, save_directory, *args, **kwargs)
             return
-        with staged_files(Path(save_directory)) as stage:
+        with staged_files(Path(save_directory)) as stage, _saving(self, stage):
             card = Path(save_directory) / "README.md"
             if card.is_file():
                 shutil.copyfile(card, stage / card.name)
@@ -118,3 +123,30 @@ def register_saving() -> None:
 
     save_pretrained._whole_files = True
     PeftModel.save_pretrained = save_pretrained
+    # peft gives no way to add to the metadata of the file.
+    peft_model.safe_save_file = functools.partial(_save_weights, peft_model.safe_save_file)
+
+
+_SAVING: ContextVar[tuple[PeftModel, Path] | None] = ContextVar("model being saved, and where to", default=None)
+
+
+@contextmanager
+def _saving(model: PeftModel, folder: Path) -> Iterator[None]:
+    token = _SAVING.set((model, folder))
+    try:
+        yield
+    finally:
+        _SAVING.reset(token)
+
+
+def _save_weights(original: Callable, tensors: dict[str, Any], file: str | os.PathLike, *args: Any, **kwargs: Any):
+    """`safe_save_file` of peft; with checksums of tensors and options where an adapter of this package is saved."""
+    config = None
+    if _SAVING.get() is not None:
+        model, folder = _SAVING.get()
+        inside = Path(file).parent.relative_to(folder).as_posix()
+        config = model.peft_config.get("default" if inside == "." else inside)
+    if not isinstance(config, AdapterConfig):
+        return original(tensors, file, *args, **kwargs)
+    metadata = inspect.signature(original).bind(tensors, file, *args, **kwargs).arguments.get("metadata") or {}
+    return save_checked(tensors, file, {**metadata, OPTIONS: json.dumps(config.option_checksums(), sort_keys=True)})

@@ -1,14 +1,16 @@
 """A zeroth-order run as a few bytes a step: what the directions were multiplied by, and how to walk the way again.
 
 The file begins with one line of JSON (seed, epsilon, sparsity, perturbation, parameter groups); then comes a record of
-`16 + 8 * groups` bytes for every optimizer step: `uint32` update, `uint32` micro-batches, `float64` projected gradient,
-`float64` learning rate of each group, little-endian.
+`20 + 8 * groups` bytes for every optimizer step: `uint32` update, `uint32` micro-batches, `float64` projected gradient,
+`float64` learning rate of each group, and the CRC-32 of the first line and these, little-endian.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,10 @@ class ZerothOrderLog:
         kept = b""
         if optimizer.updates:
             kept = _beginning(path, header, optimizer.updates)
+        line = json.dumps(header).encode()
+        self._seed = zlib.crc32(line)
         with whole_file(path) as file:
-            file.write_bytes(json.dumps(header).encode() + b"\n" + kept)
+            file.write_bytes(line + b"\n" + kept)
 
     def append(self, update: dict[str, Any]) -> None:
         """Add `ZerothOrderSGD.last_update`."""
@@ -51,7 +55,7 @@ class ZerothOrderLog:
             f"<IId{len(update['lr'])}d", update["update"], update["passes"], update["projected_gradient"], *update["lr"]
         )
         with self.path.open("ab") as file:
-            file.write(record)
+            file.write(record + zlib.crc32(record, self._seed).to_bytes(4, "little"))
 
 
 def read_log(path: str | Path) -> tuple[dict[str, Any], Iterator[tuple[int, int, float, list[float]]]]:
@@ -67,7 +71,7 @@ def read_log(path: str | Path) -> tuple[dict[str, Any], Iterator[tuple[int, int,
         )
     records = [
         (update, passes, gradient, list(lrs))
-        for update, passes, gradient, *lrs in struct.iter_unpack(f"<IId{len(header['groups'])}d", body)
+        for update, passes, gradient, *lrs, _ in struct.iter_unpack(f"<IId{len(header['groups'])}dI", body)
     ]
     if [record[0] for record in records] != list(range(len(records))):
         raise ValueError(f"'{path}' skips steps: it does not hold the whole run, so the way cannot be walked again.")
@@ -127,8 +131,36 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes, int]:
     try:
         header = json.loads(line)
         known = set(header) == set(_FIELDS)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         known = False
     if not known:
         raise ValueError(f"'{path}' is not the log of a zeroth-order run: it does not begin with one's header.")
-    return header, body, 16 + 8 * len(header["groups"])
+    _check_header(header, path)
+    size, seed = 20 + 8 * len(header["groups"]), zlib.crc32(line)
+    for at in range(0, len(body) - size + 1, size):
+        record, due = body[at : at + size - 4], body[at + size - 4 : at + size]
+        if zlib.crc32(record, seed) != int.from_bytes(due, "little"):
+            raise ValueError(f"'{path}' is damaged: its record {at // size}, or its first line, is another.")
+    return header, body, size
+
+
+def _check_header(header: dict[str, Any], path: Path) -> None:
+    """Refuse values of other types than a run writes; names the field."""
+
+    def number(one: Any) -> bool:
+        return type(one) in (int, float) and math.isfinite(one)
+
+    groups = header["groups"]
+    wanted = {
+        "seed": type(header["seed"]) is int and -(2**63) <= header["seed"] < 2**64,
+        "epsilon": number(header["epsilon"]) and header["epsilon"] > 0,
+        "sparsity": number(header["sparsity"]),
+        "perturbation": isinstance(header["perturbation"], str),
+        "groups": isinstance(groups, list)
+        and all(isinstance(one, dict) and set(one) == {"weight_decay", "names"} for one in groups)
+        and all(number(one["weight_decay"]) and isinstance(one["names"], list) for one in groups)
+        and all(isinstance(name, str) for one in groups for name in one["names"]),
+    }
+    for name, right in wanted.items():
+        if not right:
+            raise ValueError(f"'{path}' is damaged: its first line has {name}={str(header[name])[:100]}.")

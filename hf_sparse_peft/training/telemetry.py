@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from ..rules import UnitSpace
 from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun, begin_run
+from ..utils.file_length import read_safetensors
 from ..utils.file_writing import whole_file
 from .loss_watch import LossWatch, watch_losses
 from .panels import NUMBERS
@@ -195,8 +196,8 @@ class SupportTelemetryCallback(TrainerCallback):
 
     def _read_state(self, file: Path) -> dict[str, torch.Tensor]:
         try:
-            return load_file(file) if file.exists() else {}
-        except (OSError, SafetensorError) as error:
+            return read_safetensors(file)[0] if file.exists() else {}
+        except (OSError, ValueError) as error:
             self._log.warn(f"goes on without the state in '{file}', which could not be read ({error})")
             return {}
 

@@ -15,7 +15,6 @@ from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, initialize_lora_eva_weights, preprocess_loraga
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import transpose
-from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -23,6 +22,7 @@ from ..optim import innermost
 from ..rules.calibration_data import CalibrationData
 from ..rules.probing import loss_of, modes_kept, random_state_kept
 from ..tuners.upstream import upstream_configs, upstream_layers
+from ..utils.file_length import read_safetensors
 from .trainer_checks import sharding_switched_on
 
 INITIAL_ADAPTER = "initial_adapter"
@@ -219,10 +219,17 @@ def _subtract_start(model: nn.Module, adapter_name: str, folder: Path) -> None:
             f"A resumed run of LoRA-GA changes the base weights as its start did, and '{file}' is not there. Keep the "
             "output folder of the run, or start afresh."
         )
-    start = load_file(file)
-    for name, layer in _lora_layers(model).items():
-        if adapter_name not in layer.lora_A:
-            continue
+    start, _ = read_safetensors(file)
+    layers = {name: layer for name, layer in _lora_layers(model).items() if adapter_name in layer.lora_A}
+    for name, layer in layers.items():  # all of them, before the first weight changes
+        for factor, held in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key, due = f"base_model.model.{name}.lora_{factor}.weight", held[adapter_name].weight.shape
+            if key not in start or start[key].shape != due or not start[key].isfinite().all():
+                raise ValueError(
+                    f"'{key}' in '{file}' is not what LoRA-GA's start wrote, finite numbers of shape {tuple(due)}. "
+                    "Keep the output folder of the run as it was, or start afresh."
+                )
+    for name, layer in layers.items():
         A, B = (start[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
         weight = layer.get_base_layer().weight
         offset = layer.scaling[adapter_name] * (B.to(weight.device).float() @ A.to(weight.device).float())

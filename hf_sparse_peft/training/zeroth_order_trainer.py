@@ -46,7 +46,7 @@ class ZerothOrderTrainer(Trainer):
     - `max_grad_norm` has no meaning and is ignored; the logged `grad_norm` is |g|.
     - Resuming is exact: directions follow from seed and step, and Sparse MeZO's thresholds are saved with the
       optimizer.
-    - `zeroth_order.log` in `output_dir` gets 24 to 32 bytes a step; `optim.replay(model, log)` walks the way again
+    - `zeroth_order.log` in `output_dir` gets 28 to 36 bytes a step; `optim.replay(model, log)` walks the way again
       from the starting weights, without data.
     - Schedules that need gradients, or that freeze or kill entries, are refused.
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files: is one all there? Asked before anything is built for it."""
+"""Reading safetensors files: is one all there, and as it was written? Asked before anything is built for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .checksums import check_checksums
 
 
 def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -58,11 +60,14 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """All tensors of the file, on the CPU, and its metadata.
 
     Raises:
-        ValueError: the file is cut or damaged; names it.
+        ValueError: the file is cut or damaged, or a tensor does not match its checksum; names the file and the tensor.
     """
     check_file_length(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in sorted(opened.keys())}, opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in sorted(opened.keys())}
+            metadata = opened.metadata() or {}
     except (SafetensorError, TypeError, RuntimeError) as error:
         raise ValueError(f"'{file}' is not readable as safetensors: {error}. Fetch or save it again.") from error
+    check_checksums(tensors, metadata, file)
+    return tensors, metadata

@@ -58,7 +58,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
+        header = {key: value for key, value in opened.metadata().items() if key != "crc32"}  # below the checksums
     name = next(key for key in tensors if key.endswith(":positions"))
     for change, message in (
         (lambda t: t[:-1], "bytes where"),
@@ -69,7 +69,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=message):
             hub.read_patch(file)
     file.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match=r"p\.safetensors' is damaged"):
+    with pytest.raises(ValueError, match=r"p\.safetensors' is truncated"):
         hub.read_patch(file)
     save_file(tensors, file)
     with pytest.raises(ValueError, match="no weight patch"):
@@ -240,3 +240,65 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
 def test_a_patch_shows_how_much_it_changes_and_not_its_numbers():
     weight = hub.WeightPatch("w", (4,), torch.bfloat16, torch.ones(2, dtype=torch.bfloat16), torch.tensor([0, 2]).int())
     assert repr(hub.Patch((weight,), {"w": "0" * 32}, 3)) == "Patch(1 tensors, 2 entries, 12 bytes, 3 unchanged)"
+
+
+def test_one_bit_of_a_new_value_is_found_by_the_tensors_name(tmp_path):
+    file = tmp_path / "p.safetensors"
+    hub.write_patch(hub.make_patch(adapted()), file)
+    tensors = load_file(file)
+    content = file.read_bytes()
+    for name in (key for key in tensors if key.endswith(":values")):
+        at = content.index(bits(tensors[name]))
+        file.write_bytes(content[: at + 1] + bytes([content[at + 1] ^ 1]) + content[at + 2 :])
+        with pytest.raises(ValueError, match=f"'{name}' in .*checksum"):
+            hub.read_patch(file)
+
+
+@pytest.fixture
+def delta(tmp_path):
+    folder = hub.export_patch(adapted(), tmp_path / "out", "slime", base=tiny_base()).path
+    assert hub.read_slime_delta(folder, tiny_base()).entries
+    return folder
+
+
+def reindex(folder, change):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+
+
+@needs_zstd
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i["weight_map"].popitem(), "do not belong together"),
+        (lambda i: i["weight_map"].clear(), "do not belong together"),
+        (lambda i: i["weight_map"].update(x="../../secret.safetensors"), "no name of a file beside it"),
+        (lambda i: i["weight_map"].update(x="/etc/passwd"), "no name of a file beside it"),
+        (lambda i: i["weight_map"].update(x=3), "no name of a file beside it"),
+        (lambda i: i.pop("weight_map"), "no index"), (lambda i: i.update(metadata=[]), "metadata"),
+        (lambda i: i["metadata"].pop("checksum_format"), "checksum_format"),
+        (lambda i: i["metadata"].update(base_version="x"), "'x', which is none"),
+        (lambda i: i["metadata"].update(checksum_format=3), "checksum"),
+    ],
+)  # fmt: skip
+def test_index_of_a_delta_that_lies_is_refused(delta, change, message):
+    reindex(delta, change)
+    with pytest.raises(ValueError, match=message):
+        hub.read_slime_delta(delta, tiny_base())
+
+
+@needs_zstd
+def test_payload_that_unfolds_to_gigabytes_is_refused_before_it_does(delta):
+    import zstandard
+
+    (file,) = delta.glob("*.safetensors")
+    names = list(load_file(file))
+    for bomb in (
+        zstandard.ZstdCompressor(level=1).compress(bytes(8 * 2**20)),
+        zstandard.ZstdCompressor(level=1, write_content_size=False).compress(bytes(8 * 2**20)),
+    ):
+        save_file({name: torch.frombuffer(bytearray(bomb), dtype=torch.uint8) for name in names}, file)
+        with pytest.raises(ValueError, match=r"q_proj\.weight' in .*damaged \((it unfolds to 8388608|decompr)"):
+            hub.read_slime_delta(delta, tiny_base())

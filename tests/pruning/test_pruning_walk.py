@@ -193,6 +193,7 @@ def test_a_checkpoint_never_brings_another_models_weights_or_other_datas_masks(t
         prune(other, list(batches())[::-1], checkpoint=tmp_path)
     file = tmp_path / "block_00000.safetensors"
     tensors, digests = read_safetensors(file)
+    del digests["crc32"]  # below the checksums
     name = next(key for key in tensors if key.endswith("weight"))
     for wrong in (tensors[name] * float("nan"), tensors[name] + 1):
         save_file({**tensors, name: wrong}, file, metadata=digests)

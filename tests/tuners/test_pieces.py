@@ -145,3 +145,14 @@ def test_an_adapter_without_a_part_of_a_layer_has_no_pieces_there():
     ]
     with pytest.raises(ValueError, match=r"adapter_name='third' is no adapter.*\['default', 'other'\]"):
         adapter_layers(model, adapter_name="third")
+
+
+def test_factors_of_two_dtypes_are_added_in_the_wider_one():
+    # model.half() leaves bases that are kept in fp32 as they are: spectral_lora multiplies them by an fp16 core.
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(shape, generator=generator) for shape in ((5, 3), (3, 4)))
+    weight = torch.ones(5, 4, dtype=torch.float16)
+    LowRank(B, A.half(), scale=2.0).add_(weight)
+    expected = 1 + 2 * B.double() @ A.half().double()
+    assert weight.dtype == torch.float16
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-3)

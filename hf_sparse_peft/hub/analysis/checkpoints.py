@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from ...utils.checkpoint_index import read_index
 
 Checkpoint = str | Path | Mapping[str, torch.Tensor] | nn.Module
 SLAB = 1 << 22
@@ -93,7 +94,7 @@ class CheckpointTensors:
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        for name, file in sorted(json.loads(index.read_text())["weight_map"].items()):
+        for name, file in sorted(read_index(index)[0].items()):
             yield name, path / file
         return
     file = path / "model.safetensors" if path.is_dir() else path

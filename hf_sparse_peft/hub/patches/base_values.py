@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ...utils.checkpoint_index import read_index
 from .checkpoint_names import CheckpointNames
 
 BaseTensor = Callable[[str], Tensor]
@@ -34,7 +34,7 @@ class _Folder:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            found, _ = read_index(index)
         elif (folder / "model.safetensors").is_file():
             found = None
         else:

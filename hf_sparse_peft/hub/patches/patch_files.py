@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...utils.checksums import save_checked
+from ...utils.file_length import each_name_once, read_safetensors
 from ...utils.file_writing import whole_file
 from . import positions as coding
 from .weight_patch import Patch, WeightPatch, weight_patch
@@ -35,7 +36,7 @@ def write_patch(patch: Patch, path: str | os.PathLike) -> int:
             description["base"] = patch.base_digests[weight.name]
     header = {"format": _FORMAT, "unchanged": str(patch.unchanged), "tensors": json.dumps(described)}
     with whole_file(path) as file:
-        save_file(tensors, file, metadata=header)
+        save_checked(tensors, file, header)
     return Path(path).stat().st_size
 
 
@@ -53,19 +54,18 @@ def read_patch(path: str | os.PathLike) -> Patch:
         parts = [read_patch(file) for file in files]
         digests = {name: digest for part in parts for name, digest in part.base_digests.items()}
         return Patch(sum((p.weights for p in parts), ()), digests, sum(p.unchanged for p in parts))
+    tensors, header = read_safetensors(path)
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"'{path}' is no weight patch of this package; give a file that export_patch wrote.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise ValueError(f"'{path}' is no weight patch of this package; give a file that export_patch wrote.")
-            described = json.loads(header["tensors"])
-            weights = tuple(_decoded(name, description, file) for name, description in described.items())
-            digests = {name: d["base"] for name, d in described.items() if "base" in d}
-            return Patch(weights, digests, int(header["unchanged"]))
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}); copy or export it again.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{path}' is damaged: its description lacks {error}; copy or export it again.") from error
+        described = json.loads(header.get("tensors", ""), object_pairs_hook=each_name_once)
+        unchanged = int(header.get("unchanged", ""))
+        weights = tuple(_decoded(name, description, tensors) for name, description in described.items())
+        digests = {name: str(d["base"]) for name, d in described.items() if "base" in d}
+        return Patch(weights, digests, unchanged)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        lacks = "its description lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(f"'{path}' is damaged: {lacks}{error}; copy or export it again.") from error
 
 
 def coded_bytes(weight: WeightPatch) -> int:
@@ -100,20 +100,23 @@ def _columns_first(positions: Tensor, rows: int, cols: int) -> Tensor:
     return (positions % cols * rows + positions // cols).sort().values
 
 
-def _decoded(name: str, described: dict[str, Any], file: Any) -> WeightPatch:
+def _decoded(name: str, described: dict[str, Any], file: Mapping[str, Tensor]) -> WeightPatch:
     shape, count, kind = tuple(described["shape"]), described["count"], described["positions"]
-    dtype, size = getattr(torch, described["dtype"], None), math.prod(shape)
-    values = file.get_tensor(f"{name}:values")
-    if values.dtype != dtype or values.numel() != count:
+    whole = [count, described.get("runs", 0), *shape]
+    size = math.prod(shape) if all(type(one) is int and one >= 0 for one in whole) else -1
+    if not 0 <= size < 2**63:
+        raise ValueError(f"'{name}' has shape={shape}, count={count}: these are no sizes of a tensor")
+    dtype, values = getattr(torch, described["dtype"], None), file[f"{name}:values"]
+    if values.ndim != 1 or values.dtype != dtype or values.numel() != count:
         raise ValueError(f"'{name}:values' is {values.dtype} of {values.numel()}; described are {count} of {dtype}.")
     if kind == "all":
         return weight_patch(name, shape, values, None)
     if kind == "single":
-        found = coding.decode(file.get_tensor(f"{name}:positions"), count, size, f"{name}:positions")
+        found = coding.decode(file[f"{name}:positions"], count, size, f"{name}:positions")
     elif kind == "runs" or (kind == "runs of columns" and len(shape) == 2):
         runs = described["runs"]
-        starts = coding.decode(file.get_tensor(f"{name}:starts"), runs, size, f"{name}:starts")
-        ends = coding.decode(file.get_tensor(f"{name}:ends"), runs, count, f"{name}:ends") + 1
+        starts = coding.decode(file[f"{name}:starts"], runs, size, f"{name}:starts")
+        ends = coding.decode(file[f"{name}:ends"], runs, count, f"{name}:ends") + 1
         found = coding.positions_of(starts, ends)
         if kind == "runs of columns":
             found = _columns_first(found, shape[1], shape[0])

@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...utils.checkpoint_index import read_index
+from ...utils.checksums import raw_bytes
 from ...utils.file_writing import whole_file
 from ..folders import staged_folder
 from .base_values import BaseTensor, base_tensors
-from .weight_patch import Patch, digest, raw_bytes, weight_patch
+from .weight_patch import Patch, digest, weight_patch
 
 Encoding = Literal["overwrite", "xor"]
 Checksum = Literal["xxh3-128", "blake3", "adler32"]
@@ -107,33 +109,25 @@ def read_slime_delta(
             that of the new bytes, as on another base; names the tensor.
     """
     folder = Path(folder)
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    about, where = index["metadata"], index["weight_map"]
-    if "delta_encoding" not in about:
-        raise ValueError(f"'{folder}' has no delta_encoding: it is a full checkpoint; load it as one.")
-    if int(about["base_version"]) != at_version:
-        raise ValueError(
-            f"'{folder}' follows version {int(about['base_version'])}, and the weights are at version {at_version}; "
-            "apply the versions between first."
-        )
-    if about["compression_format"] != "zstd":
-        raise ValueError(f"compression_format={about['compression_format']!r} is unknown; zstd is.")
-    sum_of, decompress = _checksum(about["checksum_format"]), _zstd().ZstdDecompressor().decompress
+    where, about = read_index(folder / "model.safetensors.index.json")
+    _check_about(about, folder, at_version)
+    sum_of, encoding = _checksum(about["checksum_format"]), about["delta_encoding"]
+    _check_complete(where, folder)
     stored, present = base_tensors(base), {one.name: one for one in (since.weights if since else ())}
     items, digests = [], {}
     for name, file_name in where.items():
         try:
             with safe_open(folder / file_name, framework="pt") as file:
                 payload, expected = file.get_tensor(name), (file.metadata() or {}).get(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TypeError, RuntimeError) as error:
             raise ValueError(f"'{name}' in '{folder}' cannot be read ({error}).") from error
+        if payload.dtype != torch.uint8 or payload.ndim != 1:
+            raise ValueError(f"'{name}' in '{folder}' is {payload.dtype} of {payload.ndim} axes: it is no delta.")
         before = _patched(stored(name), present.get(name))
         old = raw_bytes(before)
-        try:
-            plain = decompress(payload.numpy().tobytes())
-        except Exception as error:  # zstandard's own class of errors
-            raise ValueError(f"'{name}' in '{folder}' is damaged ({error}).") from error
-        new = decode_delta(old, plain, about["delta_encoding"], name)
+        # No delta of a tensor is longer, whatever the payload says that it unfolds to.
+        longest = old.numel() if encoding == "xor" else 4 + 5 * old.numel()
+        new = decode_delta(old, _unfolded(payload.numpy().tobytes(), longest, name, folder), encoding, name)
         if sum_of(new.numpy()) != expected:
             raise ValueError(
                 f"'{name}' in '{folder}' does not give the bytes of its checksum: it is damaged, or it was made "
@@ -145,6 +139,57 @@ def read_slime_delta(
         items.append(weight_patch(name, tuple(before.shape), after[at], at))
         digests[name] = digest(before.reshape(-1)[at])
     return Patch(tuple(items), digests)
+
+
+def _check_about(about: dict[str, Any], folder: Path, at_version: int) -> None:
+    """Refuse a directory that is no delta, or follows another version."""
+    if "delta_encoding" not in about:
+        raise ValueError(f"'{folder}' has no delta_encoding: it is a full checkpoint; load it as one.")
+    missing = [key for key in ("base_version", "compression_format", "checksum_format") if key not in about]
+    if missing:
+        raise ValueError(f"'{folder}' has no {missing[0]} in its index; it is damaged. Copy it again.")
+    version = str(about["base_version"])[:20]
+    version = int(version) if version.isdecimal() else f"{version!r}, which is none"
+    if version != at_version:
+        raise ValueError(
+            f"'{folder}' follows version {version}, and the weights are at version {at_version}; apply the versions "
+            "between first."
+        )
+    if about["compression_format"] != "zstd":
+        raise ValueError(f"compression_format={about['compression_format']!r} is unknown; zstd is.")
+
+
+def _check_complete(where: dict[str, str], folder: Path) -> None:
+    """Refuse an index that leaves out a file, or a tensor of one."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file.name)
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' cannot be read ({error}).") from error
+    odd = sorted(name for name in {**found, **where} if found.get(name) != where.get(name))
+    if odd:
+        raise ValueError(
+            f"'{odd[0]}' is in {found.get(odd[0])} in '{folder}', and in {where.get(odd[0])} by its index: they do not "
+            "belong together. Copy the directory again."
+        )
+
+
+def _unfolded(payload: bytes, longest: int, name: str, folder: Path) -> bytes:
+    """A payload without its compression, of at most `longest` bytes.
+
+    Raises:
+        ValueError: it is no zstd frame, or unfolds to more; names the tensor.
+    """
+    zstd = _zstd()
+    try:
+        size = zstd.frame_content_size(payload)
+        if size > longest:
+            raise ValueError(f"it unfolds to {size} bytes, and a delta of it has {longest} at most")
+        return zstd.ZstdDecompressor().decompress(payload, max_output_size=longest)
+    except (ValueError, zstd.ZstdError) as error:
+        raise ValueError(f"'{name}' in '{folder}' is damaged ({error}).") from error
 
 
 def encode_delta(old: Tensor, new: Tensor, encoding: Encoding, name: str = "tensor") -> bytes:

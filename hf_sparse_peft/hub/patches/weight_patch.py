@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...utils.checksums import raw_bytes
+
 
 class WeightPatch(NamedTuple):
     """New values of one checkpoint tensor; the fields of vLLM's `CheckpointWeightPatch`, in its order."""
@@ -117,11 +119,6 @@ def to_vllm_patches(patch: Patch, chunk_bytes: int = 512 * 2**20) -> Iterator[li
 def digest(values: Tensor) -> str:
     """A digest of a tensor's bytes in row-major order."""
     return hashlib.blake2b(raw_bytes(values).numpy(), digest_size=16).hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor in row-major order, uint8 on the CPU; the tensor's own memory where that is possible."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def differs(one: Tensor, other: Tensor) -> Tensor:

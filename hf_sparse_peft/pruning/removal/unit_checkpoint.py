@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from ..criteria.structured_methods import Scored
@@ -51,8 +53,10 @@ class UnitCheckpoint(WalkCheckpoint):
         for key, value in tensors.items():
             block, _, kind = key.rpartition(".")
             scores.setdefault(block, {})[kind] = value
+            if value.dim() != 1 or not value.is_floating_point() or not value.isfinite().all():
+                raise ValueError(f"'{key}' in '{file}' holds no scores: delete the folder, to begin anew.")
         order = [block.name for block in blocks if block.name in scores]
-        return Scored({name: scores[name] for name in order}, json.loads(metadata.get(IMPORTANCE, "{}")))
+        return Scored({name: scores[name] for name in order}, _importance(metadata, file))
 
     def save_scores(self, found: Scored, blocks: list[Block]) -> None:
         """Write scores, whole, before any weight changes."""
@@ -64,7 +68,7 @@ class UnitCheckpoint(WalkCheckpoint):
         metadata = {layer.name: digest(layer.weight()) for block in blocks for layer in block.layers}
         metadata |= {DATA: self.data, IMPORTANCE: json.dumps(found.importance)}
         with whole_file(self.folder / SCORES_FILE) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_checked(tensors, temporary, metadata=metadata)
 
     def load_units(
         self, number: int, block: Block, structure: BlockStructure, kinds: frozenset[Kind]
@@ -105,7 +109,7 @@ class UnitCheckpoint(WalkCheckpoint):
             metadata[layer.name] = digest(layer.weight())
             metadata[AFTER + layer.name] = digest(_zeroed(layer.weight(), layer.name, structure, kept))
         with whole_file(self._file(number)) as temporary:
-            save_file({kind: units.contiguous() for kind, units in kept.items()}, temporary, metadata=metadata)
+            save_checked({kind: units.contiguous() for kind, units in kept.items()}, temporary, metadata=metadata)
 
     def _same_data(self, file, metadata: dict[str, str]) -> None:
         if metadata.get(DATA, "") != self.data:
@@ -113,6 +117,16 @@ class UnitCheckpoint(WalkCheckpoint):
                 f"'{file}' was made with other calibration data, or the same in another order. Pass a dataloader that "
                 "does not shuffle, choose another folder, or delete it."
             )
+
+
+def _importance(metadata: dict[str, str], file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(IMPORTANCE, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"'{file}' has no readable '{IMPORTANCE}': delete the folder, to begin anew.")
+    return found
 
 
 def _zeroed(weight: Tensor, name: str, structure: BlockStructure, kept: dict[Kind, Tensor]) -> Tensor:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from ..reading.block_inputs import Block, digest
@@ -97,13 +97,13 @@ class WalkCheckpoint:
             tensors[f"{name}.removed"] = gone.to(torch.uint8).contiguous().cpu()
         digests = {layer.name: digest(layer.weight()) for layer in block.layers} | {DATA: self.data}
         with whole_file(self._file(number)) as temporary:
-            save_file(tensors, temporary, metadata=digests)
+            save_checked(tensors, temporary, metadata=digests)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is not readable as JSON: {error}. Delete the folder, or choose another.") from error
     if not isinstance(found, dict):
         raise ValueError(f"'{file}' does not describe a pruning walk. Delete the folder, or choose another.")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from ..reading.block_inputs import digest
@@ -49,19 +49,24 @@ class ReconstructionCheckpoint:
         if self.folder is None or not self._file(number).exists():
             return None
         tensors, about = read_safetensors(self._file(number))
-        held = json.loads(about.get("reconstruction", "{}"))
+        held, errors = _about(about, self._file(number))
         for key, value in self._start.items():
             if held.get(key) != value:
                 raise ValueError(
                     f"'{self._file(number)}' was tuned with another {key}. Pass what the run began with, choose "
                     "another folder, or delete it."
                 )
-        if any(name not in tensors or tensors[name].shape != p.shape for name, p in trained.items()):
-            raise ValueError(f"'{self._file(number)}' does not fit the block: delete it, to tune the block again.")
+        for name, parameter in trained.items():
+            found = tensors.get(name)
+            fits = found is not None and found.shape == parameter.shape and found.dtype == parameter.dtype
+            if not fits or not found.isfinite().all():
+                raise ValueError(
+                    f"'{self._file(number)}' has no '{name}' that fits the block: delete it, to tune the block again."
+                )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
-        return tuple(held["errors"])
+        return errors
 
     def save(self, number: int, trained: Mapping[str, nn.Parameter], errors: Errors) -> None:
         """Write a tuned block, whole."""
@@ -70,7 +75,24 @@ class ReconstructionCheckpoint:
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
         about = json.dumps({**self._start, "errors": errors})
         with whole_file(self._file(number)) as temporary:
-            save_file(tensors, temporary, metadata={"reconstruction": about})
+            save_checked(tensors, temporary, metadata={"reconstruction": about})
 
     def _file(self, number: int) -> Path:
         return self.folder / f"tuned_{number:05d}.safetensors"
+
+
+def _about(metadata: Mapping[str, str], file: Path) -> tuple[dict[str, Any], Errors]:
+    """How a block was tuned, and its errors.
+
+    Raises:
+        ValueError: the file does not say so.
+    """
+    try:
+        held = json.loads(metadata.get("reconstruction", ""))
+        before, after = (float(one) for one in held["errors"])
+    except (ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"'{file}' does not say how its block was tuned, its metadata 'reconstruction' is damaged: delete it, to "
+            "tune the block again."
+        ) from error
+    return held, (before, after)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...utils.checksums import CHECKSUMS, save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from .structure import CHANNELS, HEADS, BlockStructure, Kind
@@ -127,11 +126,11 @@ class KeptUnits:
     def save(self, file: str | Path) -> None:
         """Write a safetensors file, whole: int64 tensors `<block>.heads` and `<block>.channels`; totals and a
         checksum as metadata."""
-        tensors = {f"{name}.{kind}": kept.units(kind).contiguous()
+        tensors = {f"{name}.{kind}": kept.units(kind).clone()
                    for name, kept in self.blocks.items() for kind in (HEADS, CHANNELS)}  # fmt: skip
         totals = {name: [kept.all_heads, kept.all_channels] for name, kept in self.blocks.items()}
         with whole_file(Path(file)) as temporary:
-            save_file(tensors, temporary, metadata={"of": json.dumps(totals), "crc32": str(_crc32(tensors))})
+            save_checked(tensors, temporary, metadata={"of": json.dumps(totals)})
 
     @classmethod
     def load(cls, file: str | Path) -> KeptUnits:
@@ -144,23 +143,16 @@ class KeptUnits:
         try:
             totals = json.loads(metadata.get("of", ""))
             wanted = {f"{name}.{kind}" for name in totals for kind in (HEADS, CHANNELS)}
+            if CHECKSUMS not in metadata:
+                raise ValueError("it has no checksums")
             if wanted != set(tensors) or any(t.dtype != torch.int64 or t.dim() != 1 for t in tensors.values()):
                 raise ValueError("its tensors are others than those it lists")
-            if metadata.get("crc32") != str(_crc32(tensors)):
-                raise ValueError("its units are not those that were written")
             return cls.from_dict({
                 name: {"of": of, **{kind: tensors[f"{name}.{kind}"].tolist() for kind in (HEADS, CHANNELS)}}
                 for name, of in totals.items()
             })  # fmt: skip
         except (ValueError, TypeError) as error:
             raise ValueError(f"'{file}' holds no kept units: {error}.") from error
-
-
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    found = 0
-    for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found
 
 
 def _is_count(value: Any) -> bool:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ...rules.collectives import rank
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
 from ...tuners import adapter_layers
 from ...tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
+from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 
@@ -147,7 +147,7 @@ def write_support_file(
     """Write the units of each module, coded as in adapter files, and what they were chosen by."""
     codes = {name: encode_support(u, grids[name], u.numel()).cpu().contiguous() for name, u in units.items()}
     with whole_file(path) as file:
-        save_file(codes, file, metadata={"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
+        save_checked(codes, file, metadata={"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
 
 
 def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dict[str, torch.Tensor], dict]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...sparsity import check_n_of_m, decode_n_of_m, encode_n_of_m, pack_bits, unpack_bits
+from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
 from ..shared.layer import adapter_layers
@@ -108,7 +108,7 @@ def save_masks(removed: Mapping[str, Tensor], file: str | Path, n_of_m: tuple[in
                 raise ValueError(f"n_of_m={n_of_m}: of '{name}' {error}") from error
     about = {_FORMAT: "bits" if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}"}
     with whole_file(Path(file)) as temporary:
-        save_file(tensors, temporary, metadata=about)
+        save_checked(tensors, temporary, metadata=about)
 
 
 def _without_padding(removed: Tensor, of: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +27,13 @@ ALWAYS_IN_FILE = frozenset(
     {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "target_modules", "install_hint"}
 )
 """Written to `adapter_config.json` also at their defaults: what peft, transformers, the Hub and readers look for."""
+NOT_COMPARED = frozenset(
+    {
+        "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode", "install_hint",
+        "auto_mapping", "schedule", "optimizer", "training_finished", "base_overrides", "saved_base_weights",
+    }
+)  # fmt: skip
+"""Options that may be changed after saving: they do not say what the tensors mean."""
 INSTALL_HINT = f"hf-sparse-peft ({install_phrase()}), then `import hf_sparse_peft` before peft loads this adapter"
 
 
@@ -174,6 +183,16 @@ class AdapterConfig(PeftConfig, metaclass=_FromFiles):
         }
         unknown = known.pop("unknown_options", {})
         return {**known, **unknown}
+
+    def option_checksums(self) -> dict[str, str]:
+        """CRC-32 of each option that says what the tensors of a file mean, as `adapter_config.json` has it: written
+        beside the tensors, so that a config of another save is not taken for theirs."""
+        known = {one.name for one in fields(self)} - NOT_COMPARED
+        options = {name: value for name, value in self.to_dict().items() if name in known}
+        return {
+            name: f"{zlib.crc32(json.dumps(plain(value), sort_keys=True, default=str).encode()):08x}"
+            for name, value in options.items()
+        }
 
     def meet_needs(self) -> None:
         """Give the adapter what its rules need (`Rule.needs`); called at injection, on the adapter's own copy, so that

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ...utils.file_length import each_name_once, read_safetensors
+from ...utils.parts import UnknownPart
 from .config import AdapterConfig
 from .registration import TUNERS
 from .tensor_checks import check_module, check_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", SAFETENSORS_WEIGHTS_NAME
 PREFIX = "base_model.model."
+OPTIONS = "options"
+"""Key of the metadata of weights: the CRC-32 of each option that they were saved with, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,38 @@ def read_adapter(config_file: Path, weights_file: Path) -> AdapterFile:
             and the option or tensor.
     """
     config = read_config(config_file)
-    return check_tensors(read_tensors(weights_file), config, weights_file)
+    tensors, metadata = _read_weights(weights_file)
+    file = check_tensors(tensors, config, weights_file)
+    _check_belongs(config, config_file, metadata, weights_file)
+    return file
+
+
+def _check_belongs(config: AdapterConfig, config_file: Path, metadata: Mapping[str, str], weights_file: Path) -> None:
+    """Compare the options with those that the tensors were saved with, if the file says so.
+
+    Raises:
+        ValueError: an option is another; names it.
+    """
+    if OPTIONS not in metadata:
+        return
+    here = config.option_checksums()
+    try:
+        saved = dict(json.loads(metadata[OPTIONS], object_pairs_hook=each_name_once))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"'{weights_file}' does not say which options it was saved with: its metadata has '{OPTIONS}'={error}. "
+            "Fetch or save it again."
+        ) from error
+    known = {one.name for one in fields(config)}
+    for name in sorted(known & {*here, *saved}):
+        if isinstance(getattr(config, name), UnknownPart):
+            continue  # what it is is not known here
+        if here.get(name) != saved.get(name):
+            raise ValueError(
+                f"'{config_file}' has {name}={getattr(config, name, None)!r}, and the tensors of '{weights_file.name}' "
+                "beside it were saved with another: one of the two files was changed or is of another save. Put the "
+                "config back that was saved with them; to use another option on purpose, pass config= when loading."
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -129,12 +163,16 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the file is missing, truncated or unreadable. Pickled files are never read.
     """
+    return _read_weights(file)[0]
+
+
+def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not file.is_file():
         raise ValueError(
             f"'{file.parent}' has no {file.name}: copy or save it again. An adapter_model.bin is pickled and never "
             "read, because reading it runs what is in it; have it saved with safetensors."
         )
-    return read_safetensors(file)[0]
+    return read_safetensors(file)
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, source: Path | str) -> AdapterFile:

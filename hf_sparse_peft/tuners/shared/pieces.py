@@ -74,11 +74,12 @@ class LowRank(Piece):
 
     @torch.no_grad()
     def add_(self, weight: Tensor) -> None:
-        """Add the piece to `weight`: the product in the factors' dtype, one rounding to the weight's."""
+        """Add the piece to `weight`: the product in the wider of the factors' dtypes, one rounding to the weight's."""
         B = self.B * self.scale
         if self.gate is not None:
             B = B * self.gate
-        weight.copy_((weight + B @ self.A).to(weight.dtype))
+        dtype = torch.promote_types(B.dtype, self.A.dtype)  # after model.half() a product with fp32 bases is half fp32
+        weight.copy_((weight + B.to(dtype) @ self.A.to(dtype)).to(weight.dtype))
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,127 @@
+"""An adapter that was damaged or put together from two saves is not loaded as another adapter."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hf_sparse_peft import (
+    FactoredConfig,
+    KernelLoraConfig,
+    MaskedLoraConfig,
+    SparseLoraConfig,
+    SpectralLoraConfig,
+)
+from hf_sparse_peft.hub import check_adapter, save_adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OPTIONS = {"target_modules": ["q_proj"]}
+CONFIGS = {
+    "sparse_lora": lambda **more: SparseLoraConfig(**OPTIONS, r=2, density=0.05, **more),
+    "kernel_lora": lambda **more: KernelLoraConfig(**OPTIONS, r=4, **more),
+    "spectral_lora": lambda **more: SpectralLoraConfig(**OPTIONS, r=2, **more),
+    "masked_lora": lambda **more: MaskedLoraConfig(**OPTIONS, r=2, mask="all", **more),
+    "factored": lambda **more: FactoredConfig(**OPTIONS, **more),
+}
+
+
+def base():
+    return tiny.llama(layers=1, hidden=16).eval()
+
+
+def saved(folder, tuner="sparse_lora", **options):
+    get_peft_model(base(), CONFIGS[tuner](**options)).save_pretrained(folder)
+    return folder
+
+
+def edit(folder, **options):
+    file = folder / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+
+
+def refused(folder, message):
+    model = base()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for load in (
+        lambda: check_adapter(folder),
+        lambda: PeftModel.from_pretrained(model, folder),
+        lambda: model.load_adapter(str(folder)),
+        lambda: get_peft_model(base(), CONFIGS["sparse_lora"]()).load_adapter(folder, "new"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+        assert all(model.state_dict()[name].equal(tensor) for name, tensor in before.items())
+        assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("tuner", CONFIGS)
+def test_one_bit_of_a_trained_value_is_found_by_the_tensors_name(tmp_path, tuner):
+    saved(tmp_path, tuner)
+    check_adapter(tmp_path)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-2] ^= 4  # still a finite number of about that size
+    (tmp_path / WEIGHTS).write_bytes(content)
+    refused(tmp_path, f"base_model.*{tuner}.*checksum")
+
+
+def test_config_of_another_save_is_refused_by_the_option(tmp_path):
+    saved(tmp_path / "a", lora_alpha=8)
+    saved(tmp_path / "b", lora_alpha=16)
+    (tmp_path / "a" / CONFIG).write_bytes((tmp_path / "b" / CONFIG).read_bytes())
+    refused(tmp_path / "a", r"lora_alpha=16.*config=")
+    edit(tmp_path / "a", lora_alpha=8, use_rslora=True)
+    refused(tmp_path / "a", "use_rslora=True")
+
+
+@pytest.mark.parametrize(("tuner", "option", "value"), [
+    ("kernel_lora", "sparsity", 0.4), ("kernel_lora", "mode", "code"), ("spectral_lora", "lora_alpha", 3.0),
+    ("masked_lora", "lora_alpha", 3.0), ("sparse_lora", "alpha_pattern", {"q_proj": 3.0}),
+])  # fmt: skip
+def test_options_that_no_shape_tells_are_compared_in_every_tuner(tmp_path, tuner, option, value):
+    saved(tmp_path, tuner)
+    edit(tmp_path, **{option: value})
+    with pytest.raises(ValueError, match=option):
+        check_adapter(tmp_path)
+
+
+def test_what_does_not_say_what_the_tensors_mean_may_be_edited(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path, base_model_name_or_path="elsewhere/base", revision="main", inference_mode=False, schedule=[])
+    check_adapter(tmp_path)
+    edit(tmp_path, an_option_of_a_newer_release=1)
+    with pytest.warns(UserWarning, match="does not know"):
+        check_adapter(tmp_path)
+
+
+def test_another_option_on_purpose_is_given_as_a_config(tmp_path):
+    saved(tmp_path, lora_alpha=8)
+    config = CONFIGS["sparse_lora"](lora_alpha=16)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, config=config)
+    assert loaded.peft_config["default"].lora_alpha == 16
+
+
+def test_adapters_under_other_names_and_with_a_card_have_checksums_and_pefts_own_are_left_alone(tmp_path):
+    model = get_peft_model(base(), CONFIGS["sparse_lora"](), adapter_name="mine")
+    model.add_adapter("second", CONFIGS["sparse_lora"](lora_alpha=3.0))
+    model.save_pretrained(tmp_path)
+    save_adapter(model, tmp_path / "card", adapter_name="second")
+    for folder in (tmp_path / "mine", tmp_path / "second", tmp_path / "card"):
+        check_adapter(folder)
+        with safe_open(folder / WEIGHTS, "pt") as opened:
+            assert {"crc32", "options", "format"} <= set(opened.metadata())
+    get_peft_model(base(), LoraConfig(r=2, **OPTIONS)).save_pretrained(tmp_path / "lora")
+    with safe_open(tmp_path / "lora" / WEIGHTS, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_file_without_checksums_is_read(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[next(key for key in tensors if key.endswith("_A"))].mul_(2)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    check_adapter(tmp_path)
+    assert torch.isfinite(PeftModel.from_pretrained(base(), tmp_path)(input_ids=torch.ones(1, 3).long()).logits).all()
