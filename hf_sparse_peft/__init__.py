@@ -103,6 +103,7 @@ from .training import (
     adapter_parameters,
     calibrate,
     callbacks_for,
+    guard_checkpoints,
     initialize_support,
     leave_adapters_whole,
     load_support,
@@ -137,6 +138,7 @@ from .utils.parts import register_part
 
 register_cards()
 register_saving()
+guard_checkpoints()
 
 __version__ = "0.1.0"
 

@@ -25,6 +25,7 @@ from .telemetry import SupportTelemetryCallback
 from .trainers import TwoPassTrainer
 from .upstream_runs import prepare_upstream
 from .upstream_start import UpstreamStartCallback, initialize_upstream
+from .whole_checkpoints import guard_checkpoints
 from .zeroth_order_trainer import ZerothOrderCallback, ZerothOrderTrainer, zeroth_order_optimizer
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "callbacks_for",
     "draw_run",
     "draw_support_history",
+    "guard_checkpoints",
     "initialize_support",
     "initialize_upstream",
     "leave_adapters_whole",

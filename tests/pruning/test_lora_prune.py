@@ -158,11 +158,18 @@ def test_a_run_that_stops_in_the_middle_goes_on_with_the_same_bits(tmp_path):
     train(first, tmp_path / "both", save_steps=5, save_strategy="steps")
     again = adapted()
     train(again, tmp_path / "both", resume=str(tmp_path / "both" / "checkpoint-5"))
+    at_last = [mask.factors.count_nonzero() for mask in unit_masks_of(first).masks]
+    seen = []
+    held = unit_masks_of(first).masks
+    look = tiny.At(on_step_begin=lambda *_: seen.append([mask.factors.count_nonzero() for mask in held]))
+    # The very model of the first run, whose masks are further than the checkpoint.
+    train(first, tmp_path / "both", resume=str(tmp_path / "both" / "checkpoint-5"), callbacks=[look])
+    assert sum(seen[0]) > sum(at_last)
     for one in (first, again):
         for name, value in straight.state_dict().items():
             assert torch.equal(one.state_dict()[name], value), name
-    masks = [[m.factors for m in unit_masks_of(one).masks] for one in (straight, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    masks = [[m.factors for m in unit_masks_of(one).masks] for one in (straight, again, first)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*masks, strict=True))
 
 
 def test_a_loss_scale_and_a_sum_over_micro_batches_do_not_change_the_ranking():

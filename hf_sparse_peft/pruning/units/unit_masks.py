@@ -199,6 +199,13 @@ class MaskedUnits(UnitSpace):
         alive[units.long().to(alive.device)] = 1
         self.layer.factors.mul_(alive)
 
+    @torch.no_grad()
+    def restore(self, units: Tensor) -> None:
+        """Mask all units but these, which are at 1 where they were masked: what an earlier moment had may be more."""
+        factors = self.layer.factors
+        factors.masked_fill_(factors == 0, 1.0)
+        self.write(units)
+
 
 def masked_spaces(model: nn.Module, masks: UnitMasks, *, with_factors: bool = True) -> list[MaskedUnits]:
     """A space a mask, with the low-rank adapters of its block's modules.

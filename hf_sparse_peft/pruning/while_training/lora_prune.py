@@ -98,7 +98,7 @@ class PruneUnits(Rule):
             kept = torch.zeros_like(factors) if key not in text else from_text(text[key], factors)
             run.memory.scores[key] = kept
             if key in run.saved.get("masks", {}):
-                space.write(from_text(run.saved["masks"][key], factors).nonzero().flatten())
+                space.restore(from_text(run.saved["masks"][key], factors).nonzero().flatten())
 
     def gradients(self, run: Run) -> None:
         """Score the step, and mask what is due."""

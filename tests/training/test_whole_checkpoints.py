@@ -1,0 +1,119 @@
+"""A checkpoint that is not whole is found before anything is loaded from it, and names the one before."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+
+from hf_sparse_peft import Regrow, SparseLoraConfig, trainer_options
+from hf_sparse_peft.training.whole_checkpoints import checkpoints_of, why_torn
+
+STEPS, SAVED = 6, (2, 4, 6)
+
+
+def trainer_of(out, config=None, **options) -> Trainer:
+    torch.manual_seed(0)
+    config = config or SparseLoraConfig(
+        r=2, density=0.1, target_modules=["q_proj"], schedule=[Regrow(every=2, grow="gradient", fraction=0.5)]
+    )
+    model = get_peft_model(tiny.llama(layers=1), config)
+    args = tiny.arguments(out, STEPS, **{"save_strategy": "steps", "save_steps": 2, **options})
+    found = {"args": args} if isinstance(config, LoraConfig) else trainer_options(model, args)
+    return Trainer(model=model, train_dataset=tiny.TokenData(32), **found)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    trainer = trainer_of(out)
+    trainer.train()
+    return out, {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "out")
+
+
+def cut(file, size: float = 0.5) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * size)])
+
+
+TORN = {
+    "empty folder": (lambda c: [f.unlink() for f in c.iterdir()], r"has no trainer_state\.json"),
+    "no state": (
+        lambda c: (c / "trainer_state.json").unlink(),
+        r"has no trainer_state\.json, which Trainer writes last",
+    ),
+    "half a state": (lambda c: cut(c / "trainer_state.json"), r"has a trainer_state\.json that is not whole"),
+    "half an adapter": (lambda c: cut(c / "adapter_model.safetensors"), r"adapter_model\.safetensors' is truncated"),
+    "half an optimizer": (lambda c: cut(c / "optimizer.pt"), r"has its optimizer\.pt cut off"),
+    "empty scheduler": (lambda c: cut(c / "scheduler.pt", 0), r"has its scheduler\.pt cut off"),
+    "half random states": (lambda c: cut(c / "rng_state.pth", 0.9), r"has its rng_state\.pth cut off"),
+}
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_newest_checkpoint_names_itself_and_the_one_before(how, out):
+    tear, what = TORN[how]
+    assert [int(one.name[11:]) for one in checkpoints_of(out)] == [*reversed(SAVED)]
+    assert why_torn(out / "checkpoint-6") is None
+    tear(out / "checkpoint-6")
+    trainer = trainer_of(out)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"checkpoint-6' .*{what}.*'.*checkpoint-4': resume from that"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-6"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_resuming_from_the_newest_goes_on_from_the_newest_whole_one_with_the_same_bits(out, trained):
+    cut(out / "checkpoint-6" / "optimizer.pt")
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    (out / "checkpoint-final").mkdir()
+    trainer = trainer_of(out)
+    with pytest.warns(UserWarning, match=r"checkpoint-6' has its optimizer\.pt cut off.*goes on from '.*checkpoint-2'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trainer.model.state_dict().items())
+    assert why_torn(out / "checkpoint-6") is None
+
+
+def test_without_any_whole_checkpoint_the_mend_is_said(out):
+    for step in SAVED:
+        (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint-6' .*No checkpoint before it is whole\. Train from the start"):
+        trainer_of(out).train(resume_from_checkpoint=True)
+    trainer_of(out).train()
+    assert all(why_torn(out / f"checkpoint-{step}") is None for step in SAVED)
+
+
+def test_a_checkpoint_that_is_written_again_is_torn_until_it_is_whole_so_that_no_mixture_resumes(out, monkeypatch):
+    trainer = trainer_of(out, seed=5)  # other data order: its files do not go with those that are there
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "has no trainer_state.json" in why_torn(out / "checkpoint-2")
+
+
+def test_whole_checkpoints_and_other_peoples_trainings_are_left_to_the_trainer(out, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The checkpoint")
+        trainer_of(out).train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="No valid checkpoint found"):
+            trainer_of(tmp_path / "new").train(resume_from_checkpoint=True)
+    plain = LoraConfig(target_modules=["q_proj"])
+    trainer_of(tmp_path / "lora", plain).train()
+    state = tmp_path / "lora" / "checkpoint-6" / "trainer_state.json"
+    assert json.loads(state.read_text())["global_step"] == 6
+    state.unlink()
+    with pytest.raises(FileNotFoundError):
+        trainer_of(tmp_path / "lora", plain).train(resume_from_checkpoint=True)
