@@ -100,7 +100,8 @@ ALONE: dict[str, dict] = {
 """What one process does not do: an epoch whose last batch does not fill all ranks, one rank without labels."""
 SHARDED = (
     "spiel-ag", "gradual-pruning", "adalora", "rigl", "lift", "losia", "s2ft-by-activation", "ist", "hft", "mezo",
-    "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "rigl-accumulated", "spiel-ag-accumulated", "rigl-checkpointed",
+    "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "rigl-accumulated", "spiel-ag-accumulated",
+    "rigl-checkpointed",
 )  # fmt: skip
 """Those that run under FSDP2 too: units of every kind, what reads base weights between steps, starts from data, parts
 that are held still, an adapter shared by layers, no gradients."""
