@@ -125,3 +125,14 @@ def test_file_without_checksums_is_read(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     check_adapter(tmp_path)
     assert torch.isfinite(PeftModel.from_pretrained(base(), tmp_path)(input_ids=torch.ones(1, 3).long()).logits).all()
+
+
+@pytest.mark.parametrize("tuner", CONFIGS)
+def test_adapter_is_loaded_under_the_config_that_it_was_made_with(tmp_path, tuner):
+    # Injection writes sizes into a copy: the config that was given knows none of them.
+    config = CONFIGS[tuner]()
+    model = get_peft_model(base(), config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, config=config)
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

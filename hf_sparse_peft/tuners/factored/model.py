@@ -52,7 +52,10 @@ class FactoredModel(AdapterModel):
             ValueError: no form saves anything, a weight was released already, or a file is of another base.
         """
         shapes = {name: tuple(reversed(_get_in_out_features(base))) for name, base in targets.items()}
-        if file_being_loaded() is not None or self._targets_of_state_dict is not None or self._copying:
+        file = file_being_loaded()
+        if file is not None and not peft_config.sizes:  # a config of one's own, config= of from_pretrained
+            peft_config.sizes, peft_config.left_dense = dict(file.config.sizes), list(file.config.left_dense)
+        if file is not None or self._targets_of_state_dict is not None or self._copying:
             _check_sizes(peft_config, shapes)
             return AdapterPlan(sizes={name: size[2] for name, size in peft_config.sizes.items()})
         gone = next((name for name, base in targets.items() if isinstance(base, ReleasedLinear)), None)

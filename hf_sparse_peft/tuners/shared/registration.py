@@ -94,10 +94,12 @@ def _counting_living(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         trainable, everything = original(self)
-        dead_parameters = getattr(type(self.base_model), "dead_parameters", None)
-        dead = dead_parameters(self.base_model) if dead_parameters is not None else 0
-        frozen_parameters = getattr(type(self.base_model), "frozen_parameters", None)
-        frozen = frozen_parameters(self.base_model) if frozen_parameters is not None else 0
+        # get_model_status calls it on plain modules too, whose layers were injected.
+        base = getattr(self, "base_model", None)
+        dead_parameters = getattr(type(base), "dead_parameters", None)
+        dead = dead_parameters(base) if dead_parameters is not None else 0
+        frozen_parameters = getattr(type(base), "frozen_parameters", None)
+        frozen = frozen_parameters(base) if frozen_parameters is not None else 0
         return trainable - dead - frozen, everything - dead
 
     get_nb_trainable_parameters._counts_living = True
