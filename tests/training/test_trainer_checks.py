@@ -81,18 +81,18 @@ def test_zeroth_order_training_and_supports_from_data_are_refused_under_a_launch
         ZerothOrderTrainer(model=model, args=tiny.arguments(tmp_path, 2), train_dataset=tiny.TokenData())
 
 
-@pytest.mark.parametrize("how", ["plugin", "parallelism", "accelerator", "wrapped"])
+@pytest.mark.parametrize("how", ["plugin", "parallelism", "FSDP", "DEEPSPEED", "MEGATRON_LM", "wrapped"])
 def test_other_ways_to_shard_are_refused(how, monkeypatch):
     args, model = SimpleNamespace(**NOT_SHARDED), None
     if how == "plugin":
         args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
     elif how == "parallelism":
         args.parallelism_config = SimpleNamespace(dp_shard_size=2)
-    elif how == "accelerator":
-        monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", SimpleNamespace(value="FSDP"))
+    elif how.isupper():
+        monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", SimpleNamespace(value=how))
     else:
         model = type("FullyShardedDataParallel", (nn.Sequential,), {})(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"FSDP|DeepSpeed"):
+    with pytest.raises(ValueError, match=r"under (FSDP|DeepSpeed|Megatron-LM): .* on one device"):
         MaskRegrowthCallback().on_train_begin(args, TrainerState(max_steps=10), TrainerControl(), model=model)
 
 
