@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
 import fsdp_on_cpu
@@ -28,6 +29,7 @@ CASES: dict[str, dict] = {
     "tied weights, a named adapter": {"model": {"tie_word_embeddings": True}, "name": "mine"},
     "trained twice": {"again": True},
     "two adapters": {"two": True},
+    "four bits": {"four_bit": True},
     "bf16": {"bf16": True, "model": {"dtype": torch.bfloat16}},
 }
 
@@ -40,6 +42,7 @@ def run(
     fsdp_config: dict | None = None,
     again: bool = False,
     two: bool = False,
+    four_bit: bool = False,
     **arguments,
 ) -> dict[str, torch.Tensor]:
     """Train; the adapters' tensors at the end."""
@@ -54,7 +57,7 @@ def run(
         r=2, density=0.1, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM",
         schedule=[Regrow(every=3, grow=Gradient())], optimizer=AgedAdamWSpec(),
     )  # fmt: skip
-    base = tiny.llama(vocab_size=VOCAB, **(model or {}))
+    base = four_bits(out, world) if four_bit else tiny.llama(vocab_size=VOCAB, **(model or {}))
     torch.manual_seed(1)
     adapted = get_peft_model(base, config, adapter_name=name)
     if two:
@@ -64,8 +67,23 @@ def run(
     trainer = Trainer(model=adapted, train_dataset=TokenData(), **trainer_options(adapted, args))
     for _ in range(1 + again):
         trainer.train()
+    weight = adapted.get_submodule("base_model.model.model.layers.0.mlp.down_proj.base_layer").weight
+    assert isinstance(weight, DTensor) == (world > 1)
     held = {key.replace("._checkpoint_wrapped_module", ""): one for key, one in adapted.state_dict().items()}
     return {key: tensor.detach().clone() for key, tensor in held.items() if "sparse_lora" in key}
+
+
+def four_bits(out: Path, world: int) -> LlamaForCausalLM:
+    """NF4 codes in bf16 storage, as QLoRA under FSDP has them, which FSDP2 shards; the one process saves the base."""
+    if world == 1:
+        tiny.llama(vocab_size=VOCAB, hidden=64).save_pretrained(out / "base")
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16,
+    )  # fmt: skip
+    return LlamaForCausalLM.from_pretrained(
+        out / "base", device_map={"": "cpu"}, dtype=torch.float32, quantization_config=quantised
+    )
 
 
 def main(out: Path) -> None:
