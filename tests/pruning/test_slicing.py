@@ -89,6 +89,27 @@ def test_blocks_of_unequal_sizes_come_back_from_their_folder_and_nothing_else_re
         type(small).from_pretrained(tmp_path)
 
 
+def test_a_save_that_dies_leaves_no_folder_or_one_that_is_refused_and_saving_again_mends_it(tmp_path, monkeypatch):
+    small = slice_model(model := build("llama"), kept_of(model))
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    for place, saved_before in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        if saved_before:
+            save_sliced(small, place)
+        with monkeypatch.context() as patched:
+            patched.setattr(KeptUnits, "save", die)
+            with pytest.raises(KeyboardInterrupt):
+                save_sliced(small, place)
+        assert place.exists() is saved_before
+        if saved_before:  # its weights may be new, and its kept units the old ones
+            with pytest.raises(ValueError, match=r"has no kept_units\.safetensors"):
+                load_sliced(place)
+        save_sliced(small, place)
+        assert torch.equal(logits(load_sliced(place)), logits(small))
+
+
 def test_a_config_says_what_all_blocks_have_in_common_and_transformers_alone_loads_it(tmp_path):
     small = slice_model(model := build("llama"), kept_of(model, (1, 1), (20, 20)))
     assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (1, 2)

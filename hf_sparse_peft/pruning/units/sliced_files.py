@@ -10,7 +10,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from ...hub.folders import staged_folder
 from ...tuners.shared.file_check import CONFIG_FILE, read_json
+from ...utils.file_writing import is_temporary
 from .kept_axes import cut_structures, full_model, kept_of, model_class
 from .kept_units import KeptUnits
 from .slicing import slice_model
@@ -22,6 +24,9 @@ KEPT_FILE = "kept_units.safetensors"
 
 def save_sliced(model: nn.Module, folder: str | os.PathLike, **arguments: Any) -> Path:
     """`model.save_pretrained(folder, **arguments)`, with the kept units of `slice_model` in `kept_units.safetensors`.
+
+    A new or empty folder has all of it or nothing. In one that holds something, the kept units go first and come last:
+    a process that is killed in between leaves a folder that `load_sliced` refuses, and saving again mends it.
 
     Returns: the folder, for `load_sliced`; for `from_pretrained` too, where the config says what was cut.
 
@@ -36,9 +41,17 @@ def save_sliced(model: nn.Module, folder: str | os.PathLike, **arguments: Any) -
             "The model has an adapter. Save the sliced base before get_peft_model, or model.unload() of it; the "
             "adapter by its own save_pretrained, and its kept units by save_kept_units."
         )
-    model.save_pretrained(folder, **arguments)
-    kept.save(Path(folder) / KEPT_FILE)
-    return Path(folder)
+    place = Path(folder)
+    holds = place.is_dir() and any(not is_temporary(entry) for entry in place.iterdir())
+    if holds or arguments.get("push_to_hub"):  # which takes the folder's name for the repository's
+        (place / KEPT_FILE).unlink(missing_ok=True)
+        model.save_pretrained(place, **arguments)
+        kept.save(place / KEPT_FILE)
+        return place
+    with staged_folder(place) as stage:
+        model.save_pretrained(stage, **arguments)
+        kept.save(stage / KEPT_FILE)
+    return place
 
 
 def load_sliced(folder: str | os.PathLike, model_class_: type | None = None, **arguments: Any) -> PreTrainedModel:
