@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checksums import check_checksums
+from .checksums import CHECKSUMS, check_checksums
 
 
 def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def check_file_length(file: Path) -> None:
         raise ValueError(f"'{file}' has {size} bytes where its header accounts for {due}. Fetch or save it again.")
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of the file, on the CPU, and its metadata.
+def read_safetensors(file: Path, *, checked: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of the file, on the CPU, and its metadata; with `checked`, checksums have to be there.
 
     Raises:
         ValueError: the file is cut or damaged, or a tensor does not match its checksum; names the file and the tensor.
@@ -69,5 +69,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             metadata = opened.metadata() or {}
     except (SafetensorError, TypeError, RuntimeError) as error:
         raise ValueError(f"'{file}' is not readable as safetensors: {error}. Fetch or save it again.") from error
+    if checked and CHECKSUMS not in metadata:
+        raise ValueError(f"'{file}' has no checksums ('{CHECKSUMS}' in its metadata). Fetch or save it again.")
     check_checksums(tensors, metadata, file)
     return tensors, metadata

@@ -8,6 +8,7 @@ import torch
 from hub_toolbox import adapted, tiny_base
 from patch_toolbox import bits, merged_state, patched_state, pull_as_slime, saved_state
 from safetensors.torch import load_file, save_file
+from support_codes import checksums_by_hand
 
 from hf_sparse_peft import hub
 from hf_sparse_peft.hub.patches import positions as coding
@@ -58,16 +59,20 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        header = {key: value for key, value in opened.metadata().items() if key != "crc32"}  # below the checksums
+        header = opened.metadata()
     name = next(key for key in tensors if key.endswith(":positions"))
     for change, message in (
         (lambda t: t[:-1], "bytes where"),
         (lambda t: t ^ 255, "damaged"),
         (lambda t: t.to(torch.int16), "damaged"),
     ):
-        save_file({**tensors, name: change(tensors[name])}, file, metadata=header)
+        changed = {**tensors, name: change(tensors[name])}
+        save_file(changed, file, metadata={**header, "crc32": checksums_by_hand(changed, header)})
         with pytest.raises(ValueError, match=message):
             hub.read_patch(file)
+    save_file(tensors, file, metadata={key: value for key, value in header.items() if key != "crc32"})
+    with pytest.raises(ValueError, match="no checksums"):
+        hub.read_patch(file)
     file.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=r"p\.safetensors' is truncated"):
         hub.read_patch(file)

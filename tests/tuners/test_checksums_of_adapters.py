@@ -136,3 +136,13 @@ def test_adapter_is_loaded_under_the_config_that_it_was_made_with(tmp_path, tune
     loaded = PeftModel.from_pretrained(base(), tmp_path, config=config)
     ids = torch.arange(1, 9)[None]
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_config_that_is_nested_without_a_bound_is_refused(tmp_path):
+    saved(tmp_path)
+    deep = []
+    for _ in range(900):
+        deep = [deep]
+    for option in ("an_option_of_a_newer_release", "rank_pattern"):
+        edit(tmp_path, **{option: deep})
+        refused(tmp_path, "adapter_config.json' nests")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.checksums import save_checked
+from ...utils.checksums import CHECKSUMS, save_checked
 from ...utils.file_length import each_name_once, read_safetensors
 from ...utils.file_writing import whole_file
 from . import positions as coding
@@ -57,6 +57,8 @@ def read_patch(path: str | os.PathLike) -> Patch:
     tensors, header = read_safetensors(path)
     if header.get("format") != _FORMAT:
         raise ValueError(f"'{path}' is no weight patch of this package; give a file that export_patch wrote.")
+    if CHECKSUMS not in header:
+        raise ValueError(f"'{path}' is damaged: it has no checksums; copy or export it again.")
     try:
         described = json.loads(header.get("tensors", ""), object_pairs_hook=each_name_once)
         unchanged = int(header.get("unchanged", ""))

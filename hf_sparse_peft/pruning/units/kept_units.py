@@ -151,7 +151,7 @@ class KeptUnits:
                 name: {"of": of, **{kind: tensors[f"{name}.{kind}"].tolist() for kind in (HEADS, CHANNELS)}}
                 for name, of in totals.items()
             })  # fmt: skip
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"'{file}' holds no kept units: {error}.") from error
 
 

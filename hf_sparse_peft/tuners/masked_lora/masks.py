@@ -123,7 +123,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
     """The tensors of a file of masks, and the groups that they are coded in."""
     if not file.is_file():
         raise ValueError(f"removed='{file}' is no file; write one with save_masks(report.masks, file).")
-    tensors, about = read_safetensors(file)
+    tensors, about = read_safetensors(file, checked=True)
     found = (about or {}).get(_FORMAT)
     if found == "bits":
         return tensors, None

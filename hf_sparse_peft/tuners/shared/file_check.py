@@ -23,6 +23,10 @@ from .tensor_checks import check_module, check_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", SAFETENSORS_WEIGHTS_NAME
 PREFIX = "base_model.model."
+DEEPEST = 64
+"""Levels of objects and lists in a config: comparing and writing what is nested deeper may end in a RecursionError."""
+LONGEST_SIDE = 2**31
+"""No weight has as many rows or columns."""
 OPTIONS = "options"
 """Key of the metadata of weights: the CRC-32 of each option that they were saved with, as JSON."""
 
@@ -132,9 +136,19 @@ def read_json(file: Path) -> dict[str, Any]:
         given = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=each_name_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
+    if _depth(given) > DEEPEST:
+        raise ValueError(f"'{file}' nests its options more than {DEEPEST} deep. Fetch or save it again.")
     if not isinstance(given, dict):
         raise ValueError(f"'{file}' holds a {type(given).__name__} where an object of options is due.")
     return given
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        depth, level = depth + 1, [item for items in inner for item in items]
+    return depth
 
 
 def read_config(file: Path) -> AdapterConfig:
@@ -225,6 +239,8 @@ def _check_module(
     """
     try:
         rows, cols, sizes = layer_cls.read_sizes(config, name, held)
+        if not (0 <= rows < LONGEST_SIDE and 0 <= cols < LONGEST_SIDE):
+            raise ValueError(f"the tensors of '{name}' say that its weight is {rows} x {cols}; the file is damaged.")
         specs = layer_cls.tensor_specs(config, name, rows, cols, sizes)
         check_module(held, specs, partial(tensor_key, name), source)
     except ValueError as error:

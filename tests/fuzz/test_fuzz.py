@@ -1,0 +1,39 @@
+"""A few damaged files of each kind through every reader; `python tests/fuzz/run.py` is the long run."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kinds import kept_units, kinds, reconstruction, support, walk
+from run import Fuzz, Unwatched, _alarm
+
+
+@pytest.mark.parametrize("make", [support, kept_units, walk, reconstruction])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_file_is_whole_or_refused_by_name_and_changes_nothing(tmp_path, make):
+    fuzz = Fuzz(make(), tmp_path, Unwatched(), every=20)
+    before = signal.signal(signal.SIGALRM, _alarm)
+    try:
+        for seed in range(60):
+            fuzz.run(seed)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert fuzz.tally.faults == []
+    assert fuzz.tally.refused > 30
+
+
+@pytest.mark.slow
+def test_every_kind_in_a_process_that_watches_what_is_run_opened_and_allocated(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--inputs", "2000", "--first", "1000000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert all(kind.name in done.stdout for kind in kinds())
+
+
+@pytest.mark.slow
+def test_no_reader_takes_more_than_four_times_the_file(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--inputs", "190", "--hidden", "1024"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
