@@ -97,8 +97,9 @@ def guard_checkpoints() -> None:
     """Let `Trainer.train` look at a checkpoint before it loads from it (`whole_checkpoint`).
 
     A checkpoint that is there already, and is written again, loses its `trainer_state.json` first, so that a kill
-    leaves no mixture of two runs that seems whole. For runs with an adapter or a rule of this package; does nothing the
-    second time.
+    leaves no mixture of two runs that seems whole. A run that is resumed behind its last step trains no further one, as
+    Trainer does where that step lies within an epoch. For runs with an adapter or a rule of this package; does nothing
+    the second time.
     """
     original, save = Trainer.train, Trainer._save_checkpoint
     if getattr(save, "_begins_anew", False):
@@ -118,7 +119,24 @@ def guard_checkpoints() -> None:
         return save(self, model, trial, *args, **kwargs)
 
     _save_checkpoint._begins_anew = True
+    _end_at_the_last_step()
     Trainer.train, Trainer._save_checkpoint = train, _save_checkpoint
+
+
+def _end_at_the_last_step() -> None:
+    run_epoch = getattr(Trainer, "_run_epoch", None)
+    if run_epoch is None:  # older ones have a loop of another shape
+        return
+
+    @functools.wraps(run_epoch)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer asks whether a step was the last one when it has made it, and so makes one more here.
+        if _is_ours(self) and 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return None
+        return run_epoch(self, *args, **kwargs)
+
+    Trainer._run_epoch = _run_epoch
 
 
 def _is_ours(trainer: Trainer) -> bool:

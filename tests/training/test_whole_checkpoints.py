@@ -22,7 +22,8 @@ def trainer_of(out, config=None, **options) -> Trainer:
         r=2, density=0.1, target_modules=["q_proj"], schedule=[Regrow(every=2, grow="gradient", fraction=0.5)]
     )
     model = get_peft_model(tiny.llama(layers=1), config)
-    args = tiny.arguments(out, STEPS, **{"save_strategy": "steps", "save_steps": 2, **options})
+    steps = options.pop("max_steps", STEPS)
+    args = tiny.arguments(out, steps, **{"save_strategy": "steps", "save_steps": 2, **options})
     found = {"args": args} if isinstance(config, LoraConfig) else trainer_options(model, args)
     return Trainer(model=model, train_dataset=tiny.TokenData(32), **found)
 
@@ -102,6 +103,19 @@ def test_a_checkpoint_that_is_written_again_is_torn_until_it_is_whole_so_that_no
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "has no trainer_state.json" in why_torn(out / "checkpoint-2")
+
+
+def test_a_run_that_died_behind_its_last_step_makes_no_further_one(out, trained):
+    trainer = trainer_of(out)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+    assert not (out / f"checkpoint-{STEPS + 1}").exists()
+    held, expected = trainer.model.state_dict(), trained[1]
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+    longer = trainer_of(out, max_steps=STEPS + 2)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == STEPS + 2
 
 
 def test_whole_checkpoints_and_other_peoples_trainings_are_left_to_the_trainer(out, tmp_path):
