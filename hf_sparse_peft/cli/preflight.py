@@ -46,6 +46,11 @@ def estimate_memory(
     fit: Annotated[
         bool, typer.Option("--fit", help="Choose the largest density or rank that fits into --gpu.")
     ] = False,
+    processes: Annotated[int, typer.Option(help="Ranks that train together; figures are those of one.")] = 1,
+    sharding: Annotated[
+        str | None,
+        typer.Option(help="How they share: ddp (the default), fsdp2 or zero3.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate the memory that training takes, by part, from a model's config alone."""
@@ -65,6 +70,8 @@ def estimate_memory(
         gradient_checkpointing=gradient_checkpointing,
         gpu=None if fit else gpu,
         fit=gpu if fit else None,
+        processes=processes,
+        sharding=sharding,
         **chosen,
     )
     if as_json:
@@ -72,6 +79,9 @@ def estimate_memory(
         return
     print(f"{found.headline}\n")
     show(found.table())
+    if found.traffic:
+        print()
+        show(found.traffic_table())
     print(f"\n{found.summary}")
 
 

@@ -20,9 +20,12 @@ from ..training import TRAINERS, trainer_class_for
 from ..training.calibration.passes import ACCUMULATOR_BYTES, groups_within
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.assumed_units import units_assumed
+from .communication import Traffic, move_traffic
 from .memory_trace import trace_step
+from .meta_answers import MetaAnswers
 from .meta_base import batch_of, constants_of
 from .optimizer_state import optimizer_of
+from .sharding import BaseGroup, base_groups
 
 ADAPTER_NAME = "default"
 WEIGHTS, CONSTANTS, VALUES, INDICES, FROZEN, STATE = "weights", "constants", "values", "indices", "frozen", "rule_state"
@@ -56,6 +59,16 @@ class DryRun:
     """Whether scores or data, which are not there, share a budget out over the modules."""
     warnings: list[str] = field(default_factory=list)
     """What was said at injection."""
+    groups: tuple[BaseGroup, ...] = ()
+    """The base's parameters, as they are gathered where they are sharded."""
+    trained: tuple[tuple[int, int], ...] = ()
+    """Numbers and bytes of each trained parameter."""
+    buffers: int = 0
+    """Bytes of all buffers."""
+    moves: tuple[Traffic, ...] = ()
+    """Collectives of a move of each rule that is counted."""
+    uncounted: tuple[str, ...] = ()
+    """Rules whose collectives are not."""
 
     @property
     def training_peak(self) -> int:
@@ -111,7 +124,7 @@ def dry_run(
         ValueError: see `adapt_on_meta`, `optimizer_of`, `batch_of`.
     """
     of_base = {_key(tensor) for tensor in (*base.parameters(), *base.buffers())}
-    numbers = _base_numbers(base)
+    numbers, groups = _base_numbers(base), base_groups(base)
     model, told = (base, []) if config is None else adapt_on_meta(base, config)
     if gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -125,6 +138,7 @@ def dry_run(
     options = {"classes": width, "backward": "loss_differences" not in needs, "passes": 1 + ("two_passes" in needs)}
     trace = trace_step(model, inputs, held, after_forward=lambda trace: kept.update(trace.alive), **options)
     name, state = optimizer_of(model, optimizer) if trained else ("none", 0)
+    moves, uncounted = _moves(model, DTYPE_BYTES.get(base.dtype, 2))
     return DryRun(
         sum(parameter.numel() for parameter in trained),
         numbers,
@@ -139,7 +153,25 @@ def dry_run(
         _calibration(model, DTYPE_BYTES.get(base.dtype, 2)) if config is not None else 0,
         bool(getattr(config, "calibrates_sizes", False) or getattr(getattr(config, "budget", None), "ranks_units", 0)),
         told,
+        groups,
+        tuple((parameter.numel(), parameter.nbytes) for parameter in trained),
+        _bytes(model.buffers()),
+        moves,
+        uncounted,
     )
+
+
+def _moves(model: nn.Module, itemsize: int) -> tuple[tuple[Traffic, ...], tuple[str, ...]]:
+    """Collectives of a move of each rule, and the rules that nobody counts."""
+    layers, found, uncounted = active_layers(model), [], []
+    rules = layers[0][0].adapter_configs[layers[0][1]].rules if layers else ()
+    with MetaAnswers():
+        for rule in rules:
+            spaces = [s for layer, name in layers for s in layer.unit_spaces(name) if s.kind in rule.acts_on]
+            counted = move_traffic(rule, spaces, itemsize=itemsize)
+            found += counted or ()
+            uncounted += [rule.part_type] if counted is None else []
+    return tuple(found), tuple(uncounted)
 
 
 DTYPE_BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig
@@ -13,121 +13,13 @@ from .. import methods
 from ..methods.upstream import upstream_config
 from ..optim import OptimizerSpec
 from ..utils.option_types import PositiveInt, check_value
-from ..utils.tables import Table, table
-from .dry_run import CONSTANTS, FROZEN, INDICES, STATE, VALUES, WEIGHTS, DryRun, dry_run
-from .memory_trace import ADAPTER, GRADIENTS, LOGITS, NETWORK, WORKING
+from .communication import Traffic, step_traffic
+from .dry_run import DryRun, dry_run
+from .estimates import LABELS, RESERVE, Estimate, Part
 from .meta_base import meta_base, read_model_config
+from .sharding import SHARDINGS, per_rank, said_of
 
-RESERVE = 1 << 30
-"""Held back of a GPU for its context, its libraries and gaps between blocks. Assumed, not measured."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_LABELS = {
-    WEIGHTS: "base weights",
-    CONSTANTS: "quantisation constants",
-    VALUES: "adapter values",
-    INDICES: "indices",
-    FROZEN: "frozen parts of the adapter",
-    STATE: "state of rules",
-    "optimizer": "optimizer state",
-    GRADIENTS: "gradients",
-    NETWORK: "kept by the frozen network",
-    ADAPTER: "kept by adapted layers",
-    LOGITS: "logits and loss",
-    WORKING: "working memory",
-    "move": "dense gradient at a move",
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Memory of one kind."""
-
-    name: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What training would take; bytes are those of the highest point of a step."""
-
-    model: str
-    """The model's class."""
-    method: str
-    """The method's name, or the config's class."""
-    options: dict[str, Any]
-    """Bits, batch, seq, optimizer, gradient_checkpointing, and what `fit` chose."""
-    base_numbers: int
-    """Numbers of the base, each once, however they are stored."""
-    trained_numbers: int
-    """Numbers that train."""
-    modules: int
-    """Adapted modules."""
-    parts: tuple[Part, ...]
-    """What makes up `training`."""
-    kept: int
-    """Bytes between the forward and the backward pass: activations, logits."""
-    saved: int
-    """Of it, what autograd saved for the backward pass."""
-    training: int
-    """Bytes at the highest point of a step."""
-    calibration: int
-    """Bytes at the highest point of choosing a start from data; 0 for methods that do not."""
-    gpu: int | None
-    """Bytes of the GPU that was asked about."""
-    assumptions: tuple[str, ...]
-    """What was taken for granted."""
-    warnings: tuple[str, ...]
-    """What was said when the adapter was made."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at the highest point of the run."""
-        return max(self.training, self.calibration)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether that and `RESERVE` fit into the GPU; None where none was named."""
-        return None if self.gpu is None else self.total + RESERVE <= self.gpu
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
-        return {**asdict(self), "total": self.total, "fits": self.fits}
-
-    def table(self) -> Table:
-        """The parts, in MiB."""
-        rows = [(part.name, _mib(part.bytes), f"{part.bytes / self.training:.1%}") for part in self.parts]
-        rows.append(("training, at its highest", _mib(self.training), "100.0%"))
-        if self.calibration:
-            share = f"{self.calibration / self.training:.1%}"
-            rows.append(("before it, choosing from data", _mib(self.calibration), share))
-        if self.gpu is not None:
-            verdict = "fits" if self.fits else "does not fit"
-            rows.append((f"GPU, {_mib(RESERVE)} MiB of it held back", _mib(self.gpu), verdict))
-        made = table(("memory", "MiB", "share"), rows)
-        for column in made.columns[1:]:
-            column.justify = "right"
-        return made
-
-    @property
-    def headline(self) -> str:
-        """What was estimated."""
-        about = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.method} on {self.model}: {about}"
-
-    @property
-    def summary(self) -> str:
-        """How many numbers train, and what was taken for granted or warned of, a line each."""
-        share = self.trained_numbers / self.base_numbers
-        trains = f"{self.trained_numbers:,} numbers train in {self.modules} modules, {share:.3%} of the base's "
-        lines = [f"{trains}{self.base_numbers:,}.", *(f"- {line}" for line in (*self.assumptions, *self.warnings))]
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return f"{self.headline}\n\n{self.table()}\n\n{self.summary}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f}"
 
 
 def estimate(
@@ -142,6 +34,8 @@ def estimate(
     input_gradients: bool | None = None,
     gpu: str | int | None = None,
     fit: str | int | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
     **options: Any,
 ) -> Estimate:
     """What training takes in memory, by part, without weights, data or a GPU.
@@ -161,6 +55,9 @@ def estimate(
         input_gradients: whether embeddings ask for a gradient (`enable_input_require_grads`); None: with checkpointing.
         gpu: memory to compare with, "24G" or bytes (GiB and GB are both 2**30 here).
         fit: the same, and the largest density (of supports) or rank that fits is chosen.
+        processes: ranks that train together; figures are those of the one that holds most.
+        sharding: how they share: "ddp" (None), "fsdp2" (the base in shards, adapters whole) or "zero3"; see
+            `preflight.sharding.per_rank`, and `preflight.communication` for what they send.
         options: of the method, where it is given by name.
 
     Raises:
@@ -171,7 +68,10 @@ def estimate(
     for name, number in (("seq", seq), ("batch", batch)):
         check_value(number, PositiveInt, name)
     capacity = None if fit is None and gpu is None else parse_bytes(gpu if fit is None else fit, "gpu")
+    check_value(processes, PositiveInt, "processes")
+    sharding = _sharding(processes, sharding)
     base_config = read_model_config(model)
+    hidden = getattr(base_config.get_text_config(), "hidden_size", 0)
     run = {"batch": batch, "seq": seq, "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing}
 
     def measure(**chosen: Any) -> tuple[str, DryRun]:
@@ -184,6 +84,8 @@ def estimate(
                 f"{label} does not run on a base of {bits} bits without weights: {error} Methods for dense bases only "
                 "(methods.describe) take bits=16."
             ) from error
+        if sharding is not None:
+            found = per_rank(found, sharding, processes, bits=bits, hidden=hidden)
         return f"{type(base).__name__} {label}", found
 
     chosen: dict[str, Any] = {}
@@ -193,7 +95,9 @@ def estimate(
         chosen, (label, found) = largest_that_fits(measure, *knob(config_or_method, options), capacity - RESERVE)
     cls, label = label.split(" ", 1)
     about = {"bits": bits, "batch": batch, "seq": seq, "optimizer": found.optimizer}
-    about |= ({"gradient_checkpointing": True} if gradient_checkpointing else {}) | options | chosen
+    about |= {"gradient_checkpointing": True} if gradient_checkpointing else {}
+    about |= {} if sharding is None else {"processes": processes, "sharding": sharding}
+    about |= options | chosen
     return Estimate(
         model=cls,
         method=label,
@@ -207,9 +111,31 @@ def estimate(
         training=found.training_peak,
         calibration=found.calibration_peak,
         gpu=capacity,
-        assumptions=_assumptions(found, bits, gradient_checkpointing, capacity is not None),
+        assumptions=(
+            *_assumptions(found, bits, gradient_checkpointing, capacity is not None),
+            *(said_of(sharding, processes, found) if sharding else ()),
+        ),
         warnings=tuple(found.warnings),
+        traffic=_traffic(found, sharding, bits),
     )
+
+
+def _sharding(processes: int, sharding: str | None) -> str | None:
+    if sharding is not None and sharding not in SHARDINGS:
+        raise ValueError(f"sharding={sharding!r} is unknown; choose one of {SHARDINGS}.")
+    if sharding is not None and processes == 1:
+        raise ValueError(
+            f"sharding={sharding!r} with processes=1: one process holds everything. Set processes to the number of "
+            "ranks, or leave sharding out."
+        )
+    return sharding or ("ddp" if processes > 1 else None)
+
+
+def _traffic(found: DryRun, sharding: str | None, bits: int) -> tuple[Traffic, ...]:
+    if sharding is None:
+        return ()
+    step = step_traffic(sharding, found.groups, found.trained, found.buffers, 4 if bits == 32 else 2)
+    return (*step, *(() if sharding == "zero3" else found.moves))
 
 
 def parse_bytes(size: str | int, name: str) -> int:
@@ -325,7 +251,7 @@ def _smallest(measure: Callable[..., tuple[str, DryRun]], name: str, whole: bool
 
 def _parts(found: DryRun) -> tuple[Part, ...]:
     sizes = {**found.at_rest, "optimizer": found.optimizer_bytes, **found.at_peak, "move": found.at_move}
-    return tuple(Part(label, sizes[name]) for name, label in _LABELS.items() if sizes.get(name))
+    return tuple(Part(label, sizes[name]) for name, label in LABELS.items() if sizes.get(name))
 
 
 def _assumptions(found: DryRun, bits: int, checkpointing: bool, on_gpu: bool) -> tuple[str, ...]:

@@ -37,6 +37,18 @@ def test_estimate_prints_a_table_or_json_with_options_of_the_method(model, capsy
     assert f"{found['trained_numbers']:,} numbers train" in table
 
 
+def test_estimate_of_several_processes_tells_what_they_send(model, config, capsys):
+    words = ["estimate", model, "--method", "rigl", "--seq", "8", "density=0.1"]
+    words += ["--processes", "4", "--sharding", "fsdp2"]
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    for said in ("processes=4, sharding=fsdp2", "gathered layers of the base", "all_gather", "dense gradients"):
+        assert said in table
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["when"] for one in found["traffic"]] == ["step", "step", "step", "move", "move"]
+
+
 def test_estimate_of_a_config_chooses_what_fits(model, config, capsys):
     assert main(["estimate", model, "--config", config, "--seq", "8", "--gpu", "2G", "--fit", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["options"]["density"] == 1.0
@@ -52,6 +64,8 @@ def test_estimate_of_a_config_chooses_what_fits(model, config, capsys):
         (["--method", "shira", "--optim", "adamw_9bit"], 1, "--optim adamw_9bit"),
         (["--method", "shira", "--gpu", "lots"], 1, "--gpu lots"),
         (["--method", "shira", "densty=1"], 1, "densty"),
+        (["--method", "shira", "--processes", "2", "--sharding", "fsdp1"], 1, "--sharding fsdp1"),
+        (["--method", "shira", "--sharding", "ddp"], 1, "--processes 1"),
     ],
 )
 def test_mistakes_of_estimate_end_in_words_of_flags(model, words, status, message, capsys):
