@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..rules import AccumulatedGradient, Allocate, Gradient, LowRankMagnitude, Regrow
-from .sharding import FSDP_BUCKET, BaseGroup
+from .base_groups import BaseGroup
 
 if TYPE_CHECKING:
     from ..rules import UnitSpace
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+FSDP_BUCKET = 1 << 24
+"""Numbers of adapters that are averaged in one collective under FSDP2 (`training.replicated`)."""
 _DDP_BUCKETS = (1 << 20, 25 << 20)
 """DDP's: the first is closed early, so that its reduction starts while the backward pass goes on."""
 

@@ -20,12 +20,12 @@ from ..training import TRAINERS, trainer_class_for
 from ..training.calibration.passes import ACCUMULATOR_BYTES, groups_within
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.assumed_units import units_assumed
+from .base_groups import BaseGroup, base_groups
 from .communication import Traffic, move_traffic
 from .memory_trace import trace_step
 from .meta_answers import MetaAnswers
 from .meta_base import batch_of, constants_of
 from .optimizer_state import optimizer_of
-from .sharding import BaseGroup, base_groups
 
 ADAPTER_NAME = "default"
 WEIGHTS, CONSTANTS, VALUES, INDICES, FROZEN, STATE = "weights", "constants", "values", "indices", "frozen", "rule_state"

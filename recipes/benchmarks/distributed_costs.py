@@ -23,10 +23,11 @@ from harness import Column, Options, Rows, markdown, option, parse
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from hf_sparse_peft import AccumulatedGradient, AgedAdamWSpec, Linear, Regrow, SparseLoraConfig
+from hf_sparse_peft.preflight.base_groups import BaseGroup
 from hf_sparse_peft.preflight.communication import Traffic, step_traffic
 from hf_sparse_peft.preflight.dry_run import DryRun, dry_run
 from hf_sparse_peft.preflight.meta_base import meta_base
-from hf_sparse_peft.preflight.sharding import BUCKETS, GATHERED, SHARDINGS, BaseGroup, per_rank
+from hf_sparse_peft.preflight.sharding import BUCKETS, GATHERED, SHARDINGS, per_rank
 
 GIB, MIB = 1 << 30, 1 << 20
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}

@@ -170,6 +170,29 @@ class Many(nn.Module):
         return total
 
 
+def moving_fsdp2() -> list:
+    """Collectives of a run with one move over a sharded base."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.base("fp32"), copy.deepcopy(MOVING["accumulated"][0]))
+    shard(model)
+    optimizer = AgedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with Counter().counting() as seen, Controller(model, optimizer, STEPS) as controller:
+        for step in range(STEPS):
+            controller.before_step()
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+    return seen
+
+
+def shard(model) -> None:
+    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, ignored_params=own)
+    fully_shard(model, ignored_params=own)
+
+
 def ddp_buckets() -> list[int]:
     """Bytes of DDP's buckets at the second step, when they are final."""
     ddp, found = DistributedDataParallel(Many()), []
@@ -189,10 +212,7 @@ def fsdp2(base: str) -> dict:
     """A step of a fixed support over a sharded base."""
     torch.manual_seed(0)
     model = get_peft_model(tiny.base(base), sparse(target_modules="all-linear"))
-    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer, ignored_params=own)
-    fully_shard(model, ignored_params=own)
+    shard(model)
     shards = [p.to_local() for p in model.parameters() if isinstance(p.data, DTensor)]
     packed: dict[int, int] = {}
 
@@ -231,7 +251,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     tiny.base("nf4", compute_dtype=torch.bfloat16)  # transformers saves and loads on the first rank of a group alone
     torch.distributed.init_process_group("gloo")
-    found = {"buckets": told(ddp_buckets)}
+    found = {"buckets": told(ddp_buckets), "moving over shards": told(moving_fsdp2)}
     found["moving"] = {name: told(moving, *case) for name, case in MOVING.items()}
     found["fsdp2"] = {base: told(fsdp2, base) for base in ("fp32", "bf16")}
     (out / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

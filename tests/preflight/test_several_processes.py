@@ -13,8 +13,9 @@ import torch
 from peft import get_peft_model
 
 from hf_sparse_peft import estimate
-from hf_sparse_peft.preflight.communication import Traffic, ddp_buckets, fsdp_buckets, move_traffic
-from hf_sparse_peft.preflight.sharding import FSDP_BUCKET, SHARDINGS, base_groups
+from hf_sparse_peft.preflight.base_groups import base_groups
+from hf_sparse_peft.preflight.communication import FSDP_BUCKET, Traffic, ddp_buckets, fsdp_buckets, move_traffic
+from hf_sparse_peft.preflight.sharding import SHARDINGS
 from hf_sparse_peft.training import replicated
 from hf_sparse_peft.tuners import adapter_layers
 
@@ -39,7 +40,9 @@ def counted(tmp_path_factory):
     one, two = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
     failed = [
-        text for text in (one["buckets"], *one["moving"].values(), *one["fsdp2"].values()) if isinstance(text, str)
+        text
+        for text in (one["buckets"], one["moving over shards"], *one["moving"].values(), *one["fsdp2"].values())
+        if isinstance(text, str)
     ]
     assert not failed, failed[0]
     return one
@@ -89,6 +92,20 @@ def test_ddp_sends_gradients_and_all_buffers_at_every_step(counted):
     assert [size for _, size in found["buffers"]] == [*traffic["buffers: indices, state of rules"].sizes] * steps
     own = [one for one in told.traffic if one.when == "move"]
     assert sorted(size for one in own for size in one.sizes) == sorted(size for _, size in found["rules"])
+
+
+@pytest.mark.slow
+def test_a_move_over_a_sharded_base_sends_the_same_beside_its_steps(counted):
+    config = copy.deepcopy(collectives_script.MOVING["accumulated"][0])
+    told = estimate(MODEL, config, bits=32, seq=collectives_script.SEQ, processes=2, sharding="fsdp2").traffic
+    sums = [one for one in told if one.collective == "all_reduce"]
+    expected = [size for one in sums for size in one.sizes * (collectives_script.STEPS if one.when == "step" else 1)]
+    found = counted["moving over shards"]
+    assert sorted(size for name, size in found if name == "all_reduce") == sorted(expected)
+    (gathered,) = [one for one in told if one.collective == "all_gather"]
+    gathers = [size for name, size in found if name.startswith("all_gather")]
+    assert sorted(gathers) == sorted(gathered.sizes * collectives_script.STEPS)
+    assert len(found) == len(expected) + len(gathers)
 
 
 @pytest.mark.slow
