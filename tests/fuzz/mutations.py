@@ -249,7 +249,7 @@ def _metadata(about: dict, draw: random.Random) -> Any:
         except (ValueError, RecursionError):
             about[key] = "{"
     else:
-        about[key] = draw.choice(("", "x", "0", "[" * 3000, about[key][:-1], str(about[key])[::-1]))
+        about[key] = draw.choice(("", "x", "0", "[" * 3000, str(about[key])[:-1], str(about[key])[::-1]))
     return about
 
 
