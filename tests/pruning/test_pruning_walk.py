@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_peft import SparseLoraConfig
@@ -14,6 +13,7 @@ from hf_sparse_peft.pruning import NM, SparseGPT, prune_model
 from hf_sparse_peft.pruning.reading.input_statistics import InputStatistics
 from hf_sparse_peft.pruning.removal import walk
 from hf_sparse_peft.sparsity import unpack_bits
+from hf_sparse_peft.utils.checksums import save_checked
 from hf_sparse_peft.utils.file_length import read_safetensors
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -196,7 +196,7 @@ def test_a_checkpoint_never_brings_another_models_weights_or_other_datas_masks(t
     del digests["crc32"]  # below the checksums
     name = next(key for key in tensors if key.endswith("weight"))
     for wrong in (tensors[name] * float("nan"), tensors[name] + 1):
-        save_file({**tensors, name: wrong}, file, metadata=digests)
+        save_checked({**tensors, name: wrong}, file, digests)
         with pytest.raises(ValueError, match="does not fit"):
             prune(llama(), checkpoint=tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())

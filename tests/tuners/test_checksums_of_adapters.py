@@ -17,6 +17,7 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
 )
 from hf_sparse_peft.hub import check_adapter, save_adapter
+from hf_sparse_peft.utils.file_length import read_safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIONS = {"target_modules": ["q_proj"]}
@@ -146,3 +147,14 @@ def test_config_that_is_nested_without_a_bound_is_refused(tmp_path):
     for option in ("an_option_of_a_newer_release", "rank_pattern"):
         edit(tmp_path, **{option: deep})
         refused(tmp_path, "adapter_config.json' nests")
+
+
+def test_tensors_that_lost_their_checksums_alone_are_refused(tmp_path):
+    get_peft_model(tiny.llama(), SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
+    tensors, metadata = read_safetensors(tmp_path / WEIGHTS)
+    del metadata["crc32"]
+    save_file(tensors, tmp_path / WEIGHTS, metadata)
+    with pytest.raises(ValueError, match="has lost 'crc32'"):
+        PeftModel.from_pretrained(tiny.llama(), tmp_path)

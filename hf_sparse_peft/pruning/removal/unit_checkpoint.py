@@ -40,7 +40,7 @@ class UnitCheckpoint(WalkCheckpoint):
                 raise ValueError(f"'{self.folder}' has finished blocks without '{SCORES_FILE}': delete it, load the "
                                  "model again, and begin anew.")  # fmt: skip
             return None
-        tensors, metadata = read_safetensors(file)
+        tensors, metadata = read_safetensors(file, checked=True)
         self._same_data(file, metadata)
         for number, block in enumerate(blocks):
             for layer in () if self._file(number).exists() else block.layers:  # finished ones are checked by load_units
@@ -81,7 +81,7 @@ class UnitCheckpoint(WalkCheckpoint):
         if self.folder is None or not self._file(number).exists():
             return None
         file = self._file(number)
-        tensors, metadata = read_safetensors(file)
+        tensors, metadata = read_safetensors(file, checked=True)
         self._same_data(file, metadata)
         for kind in kinds:
             units = tensors.get(kind)

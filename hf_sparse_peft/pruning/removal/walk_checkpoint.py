@@ -65,7 +65,7 @@ class WalkCheckpoint:
         """
         if self.folder is None or not self._file(number).exists():
             return None
-        tensors, digests = read_safetensors(self._file(number))
+        tensors, digests = read_safetensors(self._file(number), checked=True)
         if digests.get(DATA, "") != self.data:
             raise ValueError(
                 f"'{self._file(number)}' was pruned with other calibration data, or the same in another order. Pass a "

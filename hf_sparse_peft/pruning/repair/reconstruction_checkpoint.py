@@ -48,7 +48,7 @@ class ReconstructionCheckpoint:
         """
         if self.folder is None or not self._file(number).exists():
             return None
-        tensors, about = read_safetensors(self._file(number))
+        tensors, about = read_safetensors(self._file(number), checked=True)
         held, errors = _about(about, self._file(number))
         for key, value in self._start.items():
             if held.get(key) != value:

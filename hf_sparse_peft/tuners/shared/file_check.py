@@ -15,6 +15,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ...utils.checksums import CHECKSUMS
 from ...utils.file_length import each_name_once, read_safetensors
 from ...utils.parts import UnknownPart
 from .config import AdapterConfig
@@ -186,7 +187,13 @@ def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             f"'{file.parent}' has no {file.name}: copy or save it again. An adapter_model.bin is pickled and never "
             "read, because reading it runs what is in it; have it saved with safetensors."
         )
-    return read_safetensors(file)
+    tensors, metadata = read_safetensors(file)
+    if OPTIONS in metadata and CHECKSUMS not in metadata:
+        raise ValueError(
+            f"The metadata of '{file}' has lost '{CHECKSUMS}', so that nobody can tell whether its tensors are those "
+            "that were saved. Fetch or save it again."
+        )
+    return tensors, metadata
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, source: Path | str) -> AdapterFile:
