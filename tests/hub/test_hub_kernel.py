@@ -49,7 +49,7 @@ def test_damage_is_found_without_the_base(damage, message, tmp_path):
     adapted(**SNELLA).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: damage(key.rpartition(".")[2], t) for key, t in load_file(file).items()}
-    save_file({key: t for key, t in tensors.items() if t is not None}, file)
+    save_file({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         hub.check_adapter(tmp_path)
 

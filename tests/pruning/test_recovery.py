@@ -187,7 +187,7 @@ def test_what_cannot_be_recovered_is_refused_and_nothing_is_written(spoil, messa
     tensors = load_file(folder / "adapter_model.safetensors")
     spoil(folder, config, tensors)
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         recover_adapter(folder, tmp_path / "full", full)
     assert not (tmp_path / "full").exists()

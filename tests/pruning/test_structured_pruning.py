@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from test_structure import MODELS, build, mixtral
 from tiny import llama
 
@@ -24,6 +23,7 @@ from hf_sparse_peft.pruning import (
 from hf_sparse_peft.pruning.removal import structured_walk
 from hf_sparse_peft.pruning.units.unit_scores import kept_over_all, weight_of
 from hf_sparse_peft.sparsity import unpack_bits
+from hf_sparse_peft.utils.checksums import save_checked
 
 BOTH = [Heads(), Rows()]
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_other_weights_other_data_or_a_damaged_one_is_refused(tm
     with pytest.raises(ValueError, match="another pruning walk, with another sparsity"):
         prune(other, **{**options, "sparsity": 0.25})
     for wrong in ([0, 0], [64], [-1, 3]):
-        save_file({"channels": torch.tensor(wrong)}, tmp_path / "block_00000.safetensors", metadata={})
+        save_checked({"channels": torch.tensor(wrong)}, tmp_path / "block_00000.safetensors")
         with pytest.raises(ValueError, match=r"block_00000\.safetensors' (does not fit|was made with other)"):
             prune(other, **options)
     (tmp_path / "block_00000.safetensors").unlink()

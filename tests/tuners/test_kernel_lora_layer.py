@@ -245,7 +245,7 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(damage, message, base_of,
     adapted(base_of(), own_counts=True).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: damage(key, t) for key, t in load_file(file).items()}
-    save_file({key: t for key, t in tensors.items() if t is not None}, file)
+    save_file({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base_of(), tmp_path)
 

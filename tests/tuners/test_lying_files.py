@@ -194,7 +194,9 @@ def test_automatic_classes_refuse_and_load(tmp_path):
     for cls in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         cls.from_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
-    save_file({key: t for key, t in tensors.items() if not key.endswith("_B")}, tmp_path / "a" / WEIGHTS)
+    save_file(
+        {key: t for key, t in tensors.items() if not key.endswith("_B")}, tmp_path / "a" / WEIGHTS, {"format": "pt"}
+    )
     for cls in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         with pytest.raises(ValueError, match="sparse_lora_B' is missing"):
             cls.from_pretrained(tmp_path / "a")

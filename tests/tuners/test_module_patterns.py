@@ -123,7 +123,7 @@ def test_file_with_long_names_and_many_repeats_is_refused_in_bounded_time(tmp_pa
     ).save_pretrained(tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     renamed = {k.replace("model.layers.0.self_attn.q_proj", "a" * 3000): v for k, v in load_file(weights).items()}
-    save_file(renamed, weights)
+    save_file(renamed, weights, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), "rank_pattern": {SLOW: 2}}))
     begin = time.thread_time()
     for read in (check_adapter, lambda place: PeftModel.from_pretrained(tiny.llama(layers=1), place)):

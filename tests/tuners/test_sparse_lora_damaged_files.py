@@ -86,7 +86,7 @@ def test_damaged_file_is_refused_by_name_before_a_layer_changes(base_of, tmp_pat
     saved(tmp_path, base_of)
     tensors = load_file(tmp_path / FILE)
     key = damage(kind, tensors).removeprefix("base_model.model.")
-    save_file(tensors, tmp_path / FILE)
+    save_file(tensors, tmp_path / FILE, {"format": "pt"})
     model = get_peft_model(base_of(), make_config(seed=4))
     fill(model, seed=11)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_transformers_load_adapter_of_a_damaged_file_is_refused_and_leaves_the_m
     saved(tmp_path, base_of)
     tensors = load_file(tmp_path / FILE)
     key = damage(kind, tensors)
-    save_file(tensors, tmp_path / FILE)
+    save_file(tensors, tmp_path / FILE, {"format": "pt"})
     model = base_of()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError) as error:

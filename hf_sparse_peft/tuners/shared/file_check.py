@@ -188,10 +188,11 @@ def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             "read, because reading it runs what is in it; have it saved with safetensors."
         )
     tensors, metadata = read_safetensors(file)
-    if OPTIONS in metadata and CHECKSUMS not in metadata:
+    needed = CHECKSUMS if OPTIONS in metadata else "format"
+    if needed not in metadata:
         raise ValueError(
-            f"The metadata of '{file}' has lost '{CHECKSUMS}', so that nobody can tell whether its tensors are those "
-            "that were saved. Fetch or save it again."
+            f"The metadata of '{file}' has no '{needed}', so that nobody can tell whether its tensors are those that "
+            "were saved. Fetch or save it again; peft and transformers write {'format': 'pt'} at least."
         )
     return tensors, metadata
 

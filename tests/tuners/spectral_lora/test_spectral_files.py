@@ -19,7 +19,7 @@ def tampered(folder, tensors=None, options=None):
     """Change tensors by key (None: gone) and options of a saved adapter."""
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     held = load_file(file) | (tensors or {})
-    save_file({key: tensor for key, tensor in held.items() if tensor is not None}, file)
+    save_file({key: tensor for key, tensor in held.items() if tensor is not None}, file, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), **(options or {})}))
 
 
