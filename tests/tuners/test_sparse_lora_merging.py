@@ -110,6 +110,14 @@ def test_safe_merge_of_nan_has_upstreams_message_and_leaves_the_base(base_of, ba
     assert same_bits(base_bits(model), bits)
 
 
+def test_safe_merge_names_the_adapter_that_is_broken(base_of):
+    model = adapted(base_of, "fp32")
+    model.add_adapter("other", make_config("sparse-row", "fp32"))
+    adapter_layers(model)[0].sparse_lora_values["default"].data[3] = float("nan")
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        model.merge_adapter(["default", "other"], safe_merge=True)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_failed_safe_merge_keeps_what_was_merged_before(base_of, base):
     model = adapted(base_of, base)

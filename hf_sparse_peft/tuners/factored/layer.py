@@ -18,6 +18,7 @@ from ...utils.tensors import TensorSpec
 from ..shared.base_weight import compute_dtype
 from ..shared.file_check import file_being_loaded
 from ..shared.linear import AdditiveLinear
+from ..shared.merge import broken
 from ..shared.pieces import Piece, Tiles
 from ..shared.quantised import base_product
 from .config import FactoredConfig
@@ -276,7 +277,7 @@ class FactoredLayer(AdditiveLinear):
             self._put_back(self._merge_backup)
         held, dense = self._held(), self.dense_layer([(names[0], 1.0)])
         if safe_merge and not torch.isfinite(dense.weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+            raise broken(names[0])
         self._merge_backup = held
         self.base_layer = dense
         self.merged_adapters = names

@@ -14,6 +14,7 @@ from ...rules import ModuleSpace, UnitSpace
 from ...utils.tensors import TensorSpec
 from ..shared.layer import AdapterLayer
 from ..shared.linear import AdditiveLinear
+from ..shared.merge import broken
 from ..shared.pieces import Piece, Tiles
 from .config import KernelLoraConfig
 from .kernels import KernelPlan, update_tiles
@@ -146,6 +147,13 @@ class KernelLoraLinear(AdditiveLinear, KernelLoraLayer):
         r""":math:`X\,\Delta W^\top` of one adapter, with its drop path."""
         update = kernel_product(x, *self._factors(adapter_name), self._plan(adapter_name, dtype))
         return self._drop_path(update, self.adapter_configs[adapter_name].drop_path)
+
+    def _merge(self, names: list[str], safe_merge: bool) -> None:
+        for name in filter(self.holds, names if safe_merge else ()):
+            # Before entries compete: NaN has no rank among them, which is another error.
+            if not all(one is None or torch.isfinite(one).all() for one in self._factors(name)):
+                raise broken(name)
+        super()._merge(names, safe_merge)
 
     def _drop_path(self, update: torch.Tensor, fraction: float) -> torch.Tensor:
         if not fraction or not self.training:

@@ -26,6 +26,11 @@ def _warn_requantised(backend: str) -> None:
     )
 
 
+def broken(adapter_name: str) -> ValueError:
+    """The error of a safe merge that would give a weight that is not finite, in peft's words."""
+    return ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+
+
 class HeldWeight(NamedTuple):
     """Which objects hold a base layer's weight."""
 
@@ -122,8 +127,8 @@ class MergeMixin(AdapterLayer):
         self.zero_removed_(view, [(name, 1.0) for name in names])
         for name in names:
             self._add_delta_(view, name)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+            if safe_merge and not torch.isfinite(merged).all():
+                raise broken(name)
         self._merge_backup = held
         self._install(merged, weight.dtype)
         self.merged_adapters = names
