@@ -188,7 +188,6 @@ def pytest_collection_modifyitems(config, items) -> None:
     OUTCOMES.update({item.nodeid: {"outcome": "left out", "reason": ""} for item in leaves})
     module = sys.modules.get("peft_tests.test_torch_compile")
     if module is not None:
-        module.TestTorchCompileCausalLM.model_id = hub_models.local("tiny-random-OPTForCausalLM", MODELS)
         module.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda name: hub_models.tokenizer())
         module.load_dataset_english_quotes = hub_models.quotes
 

@@ -75,6 +75,7 @@ def run(root: Path, tuner: str, suites: list[str], extra: list[str]) -> dict[str
     result, log = root / f"{tuner}.json", root / f"{tuner}.txt"
     environment = {
         "UPSTREAM_TUNER": tuner, "UPSTREAM_RESULT": str(result), "UPSTREAM_MODELS": str(root / "models"),
+        "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # without it peft skips the file `test_torch_compile`
     }  # fmt: skip
     files = [f"peft_tests/{SUITES[suite].file}.py" for suite in suites]
     options = ["-q", "-p", "plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore"]
