@@ -8,6 +8,8 @@ from endurance import file_faults, kills, long_run
 from endurance.file_faults import FileFaults
 from endurance.work import SMALL, WORKS, Work, whole_files
 
+pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_kill_at_a_file_operation_loses_no_bit(name):

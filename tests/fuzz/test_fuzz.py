@@ -9,6 +9,8 @@ import pytest
 from kinds import kept_units, kinds, reconstruction, support, walk
 from run import Fuzz, Unwatched, _alarm
 
+pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+
 
 @pytest.mark.parametrize("make", [support, kept_units, walk, reconstruction])
 @pytest.mark.filterwarnings("ignore")

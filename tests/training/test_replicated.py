@@ -27,6 +27,8 @@ from hf_sparse_peft.rules import Gradient
 from hf_sparse_peft.training import replicated
 from hf_sparse_peft.tuners import adapter_layers
 
+pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+
 
 @pytest.fixture
 def group():
