@@ -16,7 +16,7 @@ from ...sparsity.bit_planes import MOST_BITS, pack_planes, unpack_planes
 from ...utils.option_types import Range
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
-from .form import Form, Tensors, check_columns
+from .form import Form, PackedForm, Tensors, check_columns
 
 
 @register_part("channel_bits")
@@ -110,7 +110,7 @@ class ChannelBits(Form):
 
 @register_part("packed_channels")
 @dataclass(frozen=True)
-class PackedChannels(Form):
+class PackedChannels(PackedForm):
     r"""What `ChannelBits` is shipped as: integers, row i at `bits[i]` bits in two's complement
     (`sparsity.pack_planes`), times :math:`2^{e_i}`. Nothing of it trains. The size (`rank`) is the sum of `bits`, at
     least 1; a file takes `rank * ceil(cols / 8)` bytes of codes, 5 bytes a row, and 4 for the number of columns.
@@ -119,19 +119,10 @@ class PackedChannels(Form):
     time counts.
     """
 
+    made_of: ClassVar[str] = "ChannelBits"
+    made_by: ClassVar[str] = "pack_channels"
     tensor_names: ClassVar[tuple[str, ...]] = ("planes", "bits", "exponents", "columns")
     full_precision: ClassVar[frozenset[str]] = frozenset({"exponents"})
-
-    def own_rank(self, rows: int, cols: int) -> int:
-        """Refused: a weight has no bit depths.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "PackedChannels is made of a trained adapter: take ChannelBits(), train it, and call "
-            "model.base_model.pack_channels()."
-        )
 
     def specs(self, rows: int, cols: int, rank: int) -> list[TensorSpec]:
         """Bits of the codes, and a bit depth and exponent a row."""

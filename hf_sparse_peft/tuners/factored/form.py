@@ -141,6 +141,27 @@ NAMES: dict[str, None] = {}
 """Tensors of all forms that there are, in the order of their classes."""
 
 
+@dataclass(frozen=True)
+class PackedForm(Form):
+    """A form that a trained adapter's form is packed into, and that no weight starts with."""
+
+    made_of: ClassVar[str]
+    """The form that is trained first."""
+    made_by: ClassVar[str]
+    """The model's method that packs it."""
+
+    def own_rank(self, rows: int, cols: int) -> int:
+        """Refused at injection.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is made of a trained adapter: take {self.made_of}(), train it, and call "
+            f"model.base_model.{self.made_by}()."
+        )
+
+
 def _numbers(spec: TensorSpec) -> float:
     count = torch.Size(spec.shape).numel()
     return count if spec.dtype.is_floating_point else count * torch.iinfo(spec.dtype).bits / 16

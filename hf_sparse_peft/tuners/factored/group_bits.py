@@ -16,7 +16,7 @@ from ...sparsity import pack_bits, unpack_bits
 from ...utils.option_types import PositiveInt, Range
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
-from .form import Form, Tensors, check_columns
+from .form import Form, PackedForm, Tensors, check_columns
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class GroupBits(_Groups):
 
 @register_part("packed_groups")
 @dataclass(frozen=True)
-class PackedGroups(_Groups):
+class PackedGroups(PackedForm, _Groups):
     r"""GQSA's second stage (E2E-OQP): the integers of `GroupBits` are frozen, and the scales and zero points of the
     groups that are kept train on the loss of the whole model. It is what is shipped: b bits a kept weight, two numbers
     a kept group, a bit a group.
@@ -140,23 +140,14 @@ class PackedGroups(_Groups):
     time counts; its zeros stay.
     """
 
+    made_of: ClassVar[str] = "GroupBits"
+    made_by: ClassVar[str] = "pack_groups"
     tensor_names: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "kept", "columns")
 
     @property
     def two_a_byte(self) -> bool:
         """Whether two integers share a byte."""
         return self.bits <= 4 and self.size % 2 == 0
-
-    def own_rank(self, rows: int, cols: int) -> int:
-        """Refused: a weight has no integers.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "PackedGroups is made of a trained adapter: take GroupBits(), train it, and call "
-            "model.base_model.pack_groups()."
-        )
 
     def specs(self, rows: int, cols: int, rank: int) -> list[TensorSpec]:
         """Integers, and what both forms have."""
