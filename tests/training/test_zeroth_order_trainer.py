@@ -215,7 +215,7 @@ def test_unsuited_arguments_are_refused(options, message, folder, tmp_path, monk
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     for name, value in options.items():
         object.__setattr__(args, name, value)
-    monkeypatch.setattr(Trainer, "__init__", lambda self, args: self.__dict__.update(args=args))
+    monkeypatch.setattr(Trainer, "__init__", lambda self, args: self.__dict__.update(args=args, model=None))
     with pytest.raises(ValueError, match=message):
         ZerothOrderTrainer(args)
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import MaskedLoraConfig, calibrate, callbacks_for, save_masks, set_masks
 from hf_sparse_peft.hub import merge_to_dense
@@ -12,6 +12,7 @@ from hf_sparse_peft.pruning import NM, prune_model
 from hf_sparse_peft.sparsity import check_n_of_m, decode_n_of_m, encode_n_of_m, pack_bits
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.masked_lora import MagnitudeMask, WandaMask
+from hf_sparse_peft.utils.checksums import save_checked
 
 TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.arange(12)[None]
@@ -99,7 +100,7 @@ def test_masks_in_a_file_are_read_and_checked(tmp_path, pattern):
     if pattern in ((2, 4),):
         lies.append(({**tensors, **wrong}, about, "at most 215"))
     for content, said, message in lies:
-        save_file(content, file, metadata=said or None)
+        save_checked(content, file, said)
         with pytest.raises(ValueError, match=message):
             set_masks(fresh, file)
     with pytest.raises(ValueError, match="is no file"):
