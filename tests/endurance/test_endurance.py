@@ -8,7 +8,7 @@ from endurance import file_faults, kills, long_run
 from endurance.file_faults import FileFaults
 from endurance.work import SMALL, WORKS, Work, whole_files
 
-pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hung once
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,7 +1,7 @@
 """Damaged files of every kind through every reader of the package, in counts.
 
     python tests/fuzz/damaged_files.py --inputs 200000 --json /tmp/fuzz.json
-    python tests/fuzz/damaged_files.py --kinds "patch vllm" --first 4711 --inputs 1      # a finding again, by its number
+    python tests/fuzz/damaged_files.py --kinds "patch vllm" --first 4711 --inputs 1   # a finding again
 
 Of each input: the reading ends within 10 s, by an answer or a `ValueError` that names the file, a tensor or an option;
 the process survives, takes at most 256 MiB more than before, runs nothing, and opens nothing outside the folder; models

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from kinds import kept_units, kinds, reconstruction, support, walk
 from damaged_files import Fuzz, Unwatched, _alarm
+from kinds import kept_units, kinds, reconstruction, support, walk
 
-pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hung once
 
 
 @pytest.mark.parametrize("make", [support, kept_units, walk, reconstruction])
@@ -28,7 +29,7 @@ def test_damaged_file_is_whole_or_refused_by_name_and_changes_nothing(tmp_path, 
 
 @pytest.mark.slow
 def test_every_kind_in_a_process_that_watches_what_is_run_opened_and_allocated(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("damaged_files.py")), "--inputs", "2000", "--first", "1000000"]
+    command = [sys.executable, str(HERE / "damaged_files.py"), "--inputs", "2000", "--first", "1000000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert all(kind.name in done.stdout for kind in kinds())
@@ -36,6 +37,6 @@ def test_every_kind_in_a_process_that_watches_what_is_run_opened_and_allocated(t
 
 @pytest.mark.slow
 def test_no_reader_takes_more_than_four_times_the_file(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("damaged_files.py")), "--inputs", "190", "--hidden", "1024"]
+    command = [sys.executable, str(HERE / "damaged_files.py"), "--inputs", "190", "--hidden", "1024"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

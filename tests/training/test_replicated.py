@@ -27,7 +27,7 @@ from hf_sparse_peft.rules import Gradient
 from hf_sparse_peft.training import replicated
 from hf_sparse_peft.tuners import adapter_layers
 
-pytestmark = pytest.mark.slow  # signals, limits and process groups outlive a test in a shared process
+pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hung once
 
 
 @pytest.fixture

@@ -102,8 +102,8 @@ def test_a_state_dict_without_all_of_the_adapter_is_refused_and_writes_nothing(s
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_trainer_with_torch_compile_saves_the_adapter_it_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the wrapping is what matters, and compiling is slow
+@torch._dynamo.config.patch(disable=True)  # the wrapping is what matters, and compiling is slow
+def test_a_trainer_with_torch_compile_saves_the_adapter_it_trained(tmp_path):
     config = SparseLoraConfig(r=2, density=0.1, target_modules=["q_proj"])
     model = get_peft_model(tiny.llama(layers=1), config)
     trainer = tiny.train(
