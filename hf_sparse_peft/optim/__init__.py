@@ -5,7 +5,18 @@ from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .groups import parameter_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
 from .optimizer_kinds import innermost, use_32bit_states
+from .projected_adamw import ProjectedAdamW
+from .projected_spec import ProjectedAdamWSpec
+from .projections import (
+    BlockProjection,
+    ColumnProjection,
+    EntryProjection,
+    Projection,
+    RandomProjection,
+    SVDProjection,
+)
 from .removed_parameters import forget_removed, forgets_removed, note_kept, note_removed
+from .residuals import GradientResidual, NormScaledResidual, Residual, SignResidual
 from .sm3 import SparseSM3
 from .spec import OptimizerSettings, OptimizerSpec
 from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
@@ -14,8 +25,20 @@ from .zeroth_order_log import replay
 __all__ = [
     "AdamS",
     "AgedAdamW",
+    "BlockProjection",
+    "ColumnProjection",
+    "EntryProjection",
+    "GradientResidual",
+    "NormScaledResidual",
     "OptimizerSettings",
     "OptimizerSpec",
+    "ProjectedAdamW",
+    "ProjectedAdamWSpec",
+    "Projection",
+    "RandomProjection",
+    "Residual",
+    "SVDProjection",
+    "SignResidual",
     "SparseSM3",
     "ZerothOrderSGD",
     "adam_seeds",

@@ -93,6 +93,11 @@ def unit_views(
     follows units."""
     kind, shape, k = type(optimizer).__name__, tuple(parameter.shape), parameter.shape[axis]
     free = frozenset(getattr(optimizer, "state_not_per_unit", ()))
+    if (projects := getattr(optimizer, "projects", None)) is not None and projects(parameter):
+        raise ValueError(
+            f"{where} cannot move its units in {kind}: its moments are those of a subspace of the whole gradient. "
+            "Leave it out by the optimizer's target_modules, or take AgedAdamW."
+        )
     _refuse_quantised(parameter, state, where, kind)
     views: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -318,6 +318,7 @@ def make_optimizer(
     model: nn.Module,
     args: TrainingArguments | None = None,
     *,
+    spec: OptimizerSpec | None = None,
     lr: float | None = None,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -327,21 +328,74 @@ def make_optimizer(
     """The optimizer that the active adapters of `model` ask for (`config.optimizer`); None where they ask for none.
 
     Args:
-        model: with its adapters.
+        model: with its adapters, or any model that trains, with `spec`.
         args: a Trainer's arguments, from which all other options are taken.
+        spec: the optimizer to make instead, where no adapter asks for one.
         lr, weight_decay, betas, eps, seed: of a loop without them; `lr` is needed.
 
     Raises:
-        ValueError: neither `args` nor `lr`; see `optimizer_spec`.
+        ValueError: neither `args` nor `lr`; the loop or the rules of the adapters do what the optimizer cannot follow;
+            see `optimizer_spec` too.
     """
-    spec = optimizer_spec(model)
+    spec = asked_or_given(model, spec)
     if spec is None:
         return None
     if args is not None:
-        return forgets_removed(spec.build(model, settings_of(args)))
-    if lr is None:
+        _check_loop(spec, args)
+        settings = settings_of(args)
+    elif lr is None:
         raise ValueError("make_optimizer(model) has no learning rate: pass a Trainer's args, or lr=...")
-    return forgets_removed(spec.build(model, OptimizerSettings(lr, weight_decay, betas, eps, seed)))
+    else:
+        settings = OptimizerSettings(lr, weight_decay, betas, eps, seed)
+    optimizer = spec.build(model, settings)
+    refuse_moves(model, optimizer)
+    return forgets_removed(optimizer)
+
+
+def asked_or_given(model_or_config: nn.Module | PeftConfig, spec: OptimizerSpec | None) -> OptimizerSpec | None:
+    """`spec`, or what a config or a model's active adapters ask for.
+
+    Raises:
+        ValueError: both, and they are not the same; as `optimizer_spec`.
+    """
+    asked = optimizer_spec(model_or_config)
+    if None not in (spec, asked) and spec != asked:
+        raise ValueError(
+            f"optimizer={spec} is given, and the config asks for {asked}. Set optimizer=None in one place."
+        )
+    return asked if spec is None else spec
+
+
+def _check_loop(spec: OptimizerSpec, args: TrainingArguments) -> None:
+    if hasattr(spec, "check_run"):
+        accumulation, clips = args.gradient_accumulation_steps, bool(args.max_grad_norm)
+        spec.check_run(accumulation=accumulation, clips=clips, fp16=bool(args.fp16))
+
+
+def refuse_moves(model: nn.Module, optimizer: Any) -> None:
+    """Refuse rules that move units of parameters whose moments are those of a subspace, or, where updates are made in
+    the backward pass, anything that rules do around an update.
+
+    Raises:
+        ValueError: names the rule and the mend.
+    """
+    projects = getattr(optimizer, "projects", None)
+    if projects is None:
+        return
+    kind = type(optimizer).__name__
+    for config, space in _active_spaces(model):
+        for rule in (rule for rule in config.rules if space.kind in rule.acts_on):
+            if "units" in rule.writes and any(projects(parameter) for parameter in space.parameters()):
+                raise ValueError(
+                    f"{type(rule).__name__} moves units of '{space.name}', and {kind} projects its gradient: its "
+                    "moments are of no unit and cannot follow. Leave the module out by target_modules of the "
+                    "optimizer, or take AgedAdamWSpec()."
+                )
+            if getattr(optimizer, "steps_in_backward", False) and rule.writes - {"trains", "forward"}:
+                raise ValueError(
+                    f"{type(rule).__name__} acts on gradients or before an update, and layerwise=True updates in the "
+                    "backward pass. Set layerwise=False."
+                )
 
 
 def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None:

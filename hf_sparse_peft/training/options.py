@@ -9,9 +9,10 @@ from peft import AdaLoraConfig, PeftConfig
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..optim import OptimizerSpec
 from ..tuners import adapter_layers
 from ..tuners.upstream import freeze_adalora_ranks, upstream_configs
-from .optimizers import asked_configs, make_optimizer, optimizer_spec
+from .optimizers import asked_configs, asked_or_given, make_optimizer
 from .runner import RuleRunner
 from .trainer_checks import RunCheckCallback, sharding_switched_on
 from .trainers import TwoPassTrainer
@@ -74,13 +75,17 @@ def upstream_callbacks(model_or_config: nn.Module | PeftConfig) -> list[TrainerC
     return found or None
 
 
-def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:
+def trainer_class_for(model_or_config: nn.Module | PeftConfig, optimizer: OptimizerSpec | None = None) -> type[Trainer]:
     """The Trainer class that a config, or the active adapters of a model, need; most work in any Trainer.
+
+    Args:
+        model_or_config: as `trainer_options` takes it.
+        optimizer: as `trainer_options` takes it.
 
     Raises:
         ValueError: parts of the config need different ones; see `optimizer_spec` too.
     """
-    spec = optimizer_spec(model_or_config)
+    spec = asked_or_given(model_or_config, optimizer)
     needs = set() if spec is None else set(spec.needs)
     for config in asked_configs(model_or_config):
         for rule in getattr(config, "rules", []):
@@ -95,7 +100,10 @@ def trainer_class_for(model_or_config: nn.Module | PeftConfig) -> type[Trainer]:
 
 
 def trainer_options(
-    model_or_config: nn.Module | PeftConfig, args: TrainingArguments, trainer_class: type[Trainer] = Trainer
+    model_or_config: nn.Module | PeftConfig,
+    args: TrainingArguments,
+    trainer_class: type[Trainer] = Trainer,
+    optimizer: OptimizerSpec | None = None,
 ) -> dict[str, Any]:
     """Arguments for a Trainer: `args`, the callbacks and, where the config asks for one, the optimizer.
 
@@ -103,20 +111,26 @@ def trainer_options(
         trl.SFTTrainer(base, train_dataset=data, peft_config=config, **trainer_options(config, args))
 
     The optimizer is built from the adapted model when the Trainer needs it (`optimizer_cls_and_kwargs`), so that a
-    config is enough where the Trainer makes the adapter itself.
+    config is enough where the Trainer makes the adapter itself. A model whose own weights train, or with adapters of
+    upstream peft alone, takes one of this package's too:
+
+        Trainer(model=model, train_dataset=data, **trainer_options(model, args, optimizer=ProjectedAdamWSpec()))
 
     Args:
-        model_or_config: an adapted model, or a config of this package.
+        model_or_config: an adapted model, or a config of this package; with `optimizer`, any model.
         args: the Trainer's; its learning rate, weight decay, betas, epsilon and seed are the optimizer's.
         trainer_class: what will be given the options. A few configs need one of their own,
             `trainer_class_for(model_or_config)`, or a subclass of that.
+        optimizer: a part such as `ProjectedAdamWSpec()`, where no config asks for one.
 
     Raises:
         ValueError: `trainer_class` is not the one that the config needs; an optimizer that is unknown here.
-        TypeError: neither a config of this package nor a model with one of its adapters.
+        TypeError: neither a config of this package nor a model with one of its adapters, and no `optimizer`.
     """
-    callbacks = callbacks_for(model_or_config)
-    needed = trainer_class_for(model_or_config)
+    spec = asked_or_given(model_or_config, optimizer)
+    plain = optimizer is not None and not _has_own(model_or_config)
+    callbacks = (upstream_callbacks(model_or_config) or []) if plain else callbacks_for(model_or_config)
+    needed = trainer_class_for(model_or_config, optimizer)
     if not issubclass(trainer_class, needed):
         raise ValueError(
             f"This config trains with {needed.__name__}, not with {trainer_class.__name__}: take cls = "
@@ -125,22 +139,28 @@ def trainer_options(
     if not callbacks and sharding_switched_on(args) is not None:
         callbacks = [RunCheckCallback()]  # which keeps adapters whole under FSDP2
     options: dict[str, Any] = {"args": args, "callbacks": callbacks}
-    if optimizer_spec(model_or_config) is not None:
-        options["optimizer_cls_and_kwargs"] = (_Factory(args), {})
+    if spec is not None:
+        options["optimizer_cls_and_kwargs"] = (_Factory(args, optimizer), {})
     return options
+
+
+def _has_own(model_or_config: nn.Module | PeftConfig) -> bool:
+    if isinstance(model_or_config, nn.Module):
+        return bool(adapter_layers(model_or_config))
+    return hasattr(model_or_config, "rule_types")
 
 
 class _Factory:
     """What Trainer takes for a factory: called without arguments it gives what is called with the model."""
 
-    def __init__(self, args: TrainingArguments) -> None:
-        self.args = args
+    def __init__(self, args: TrainingArguments, spec: OptimizerSpec | None = None) -> None:
+        self.args, self.spec = args, spec
 
     def __call__(self) -> Any:
         return self._build
 
     def _build(self, model: nn.Module) -> torch.optim.Optimizer:
-        built = make_optimizer(model, self.args)
+        built = make_optimizer(model, self.args, spec=self.spec)
         if built is None:
             raise ValueError("The trained model has no active adapter that asks for the optimizer of its config.")
         return built
