@@ -9,7 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
-from .optim import OptimizerSpec
+from .optim import OptimizerSpec, ProjectedAdamWSpec
 from .preflight import DoctorCallback, doctor, estimate
 from .rules import (
     SM3,
@@ -210,6 +210,7 @@ __all__ = [
     "Orthogonality",
     "Pattern",
     "PlateauThreshold",
+    "ProjectedAdamWSpec",
     "Proportional",
     "ProximalGate",
     "Prune",
