@@ -3,6 +3,7 @@
 adapter_card, adapter_summary            what an adapter is, for people
 save_adapter, push_to_hub                the folder with its card, whole or not at all
 check_adapter                            every tensor of a folder, without its base
+write_checksums                          those of weights that another program wrote
 combine_adapters                         a weighted sum of adapter folders as a new one
 evaluate_adapter                         tasks of lm-evaluation-harness
 export_lora, export_shira                formats of upstream peft
@@ -41,7 +42,7 @@ from .patches import (
     write_slime_delta,
 )
 from .push import push_to_hub, register_cards
-from .saving import register_saving, save_adapter
+from .saving import register_saving, save_adapter, write_checksums
 from .summary import adapter_summary
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "save_adapter",
     "swap_patch",
     "to_vllm_patches",
+    "write_checksums",
     "write_patch",
     "write_slime_delta",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
 from ..tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE
+from ..utils.json_text import read_json_text
 from .base_model import BaseAs, load_base
 
 
@@ -87,8 +87,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         OSError: there is none.
     """
     try:
-        config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = read_json_text(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"'{Path(folder, CONFIG_FILE)}' is not JSON: {error}. Fetch or save it again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"'{Path(folder, CONFIG_FILE)}' holds no JSON object.")

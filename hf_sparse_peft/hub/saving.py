@@ -16,12 +16,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel, peft_model
+from transformers import PreTrainedModel, modeling_utils
 
 from ..training.run_record import RunRecord
 from ..training.support_picture import draw_run
 from ..tuners.shared.config import AdapterConfig
-from ..tuners.shared.file_check import OPTIONS
+from ..tuners.shared.file_check import CONFIG_FILE, OPTIONS, WEIGHTS_FILE, read_adapter
 from ..utils.checksums import save_checked
+from ..utils.file_length import read_safetensors
 from ..utils.file_writing import whole_file
 from .card import adapter_card
 from .folders import ADAPTER_FILES, staged_files, staged_folder
@@ -92,11 +94,30 @@ def write_card(card: ModelCard, folder: Path) -> None:
         warnings.warn(f"The adapter has no card: README.md could not be written ({error}).", stacklevel=3)
 
 
+def write_checksums(path: str | os.PathLike) -> Path:
+    """Check an adapter folder whose weights another program wrote, without checksums, and write them.
+
+    Loaders refuse weights of an adapter of this package without checksums: nobody can tell whether their values are
+    those that were saved. Whoever wrote them on purpose says so by this call. Returns the folder.
+
+    Raises:
+        ValueError: as of `check_adapter`; weights that have checksums, too, have to match them.
+    """
+    folder = Path(path)
+    config = read_adapter(folder / CONFIG_FILE, folder / WEIGHTS_FILE, checked=False).config
+    tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
+    with whole_file(folder / WEIGHTS_FILE) as file:
+        save_checked(tensors, file, {"format": "pt", **metadata, **_described(config)})
+    return folder
+
+
 def register_saving() -> None:
     """Let `PeftModel.save_pretrained` write adapters of this package into a temporary folder first and rename file by
     file: peft writes weights and config in place, and a run that is killed meanwhile leaves half a file in its newest
-    checkpoint. Pickled weights (`safe_serialization=False`) are refused with a ValueError. Other adapters are saved as
+    checkpoint. Pickled weights (`safe_serialization=False`) are refused with a ValueError. Transformers' own
+    `save_pretrained`, of a model with an adapter of this package, writes checksums too. Other adapters are saved as
     before; the second call does nothing."""
+    _register_saving_of_transformers()
     original = PeftModel.save_pretrained
     if getattr(original, "_whole_files", False):
         return
@@ -127,11 +148,26 @@ def register_saving() -> None:
     peft_model.safe_save_file = functools.partial(_save_weights, peft_model.safe_save_file)
 
 
-_SAVING: ContextVar[tuple[PeftModel, Path] | None] = ContextVar("model being saved, and where to", default=None)
+def _register_saving_of_transformers() -> None:
+    original = PreTrainedModel.save_pretrained
+    if getattr(original, "_with_checksums", False):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        with _saving(self, Path(save_directory)):
+            return original(self, save_directory, *args, **kwargs)
+
+    save_pretrained._with_checksums = True
+    PreTrainedModel.save_pretrained = save_pretrained
+    modeling_utils.safe_save_file = functools.partial(_save_weights, modeling_utils.safe_save_file)
+
+
+_SAVING: ContextVar[tuple[Any, Path] | None] = ContextVar("model being saved, and where to", default=None)
 
 
 @contextmanager
-def _saving(model: PeftModel, folder: Path) -> Iterator[None]:
+def _saving(model: PeftModel | PreTrainedModel, folder: Path) -> Iterator[None]:
     token = _SAVING.set((model, folder))
     try:
         yield
@@ -140,13 +176,24 @@ def _saving(model: PeftModel, folder: Path) -> Iterator[None]:
 
 
 def _save_weights(original: Callable, tensors: dict[str, Any], file: str | os.PathLike, *args: Any, **kwargs: Any):
-    """`safe_save_file` of peft; with checksums of tensors and options where an adapter of this package is saved."""
-    config = None
-    if _SAVING.get() is not None:
-        model, folder = _SAVING.get()
-        inside = Path(file).parent.relative_to(folder).as_posix()
-        config = model.peft_config.get("default" if inside == "." else inside)
+    """`safe_save_file` of peft and transformers; with checksums of tensors and options where an adapter of this package
+    is saved."""
+    config = _config_of(Path(file).parent) if _SAVING.get() is not None else None
     if not isinstance(config, AdapterConfig):
         return original(tensors, file, *args, **kwargs)
     metadata = inspect.signature(original).bind(tensors, file, *args, **kwargs).arguments.get("metadata") or {}
-    return save_checked(tensors, file, {**metadata, OPTIONS: json.dumps(config.option_checksums(), sort_keys=True)})
+    return save_checked(tensors, file, {**metadata, **_described(config)})
+
+
+def _config_of(folder: Path) -> Any:
+    """Config of the adapter whose weights are written into that folder, as a part of what is being saved."""
+    model, whole = _SAVING.get()
+    if isinstance(model, PeftModel):
+        inside = folder.relative_to(whole).as_posix()
+        return model.peft_config.get("default" if inside == "." else inside)
+    # Of a plain model, which may also be the base of a PeftModel.
+    return model.peft_config[model.active_adapters()[0]] if getattr(model, "_hf_peft_config_loaded", False) else None
+
+
+def _described(config: AdapterConfig) -> dict[str, str]:
+    return {OPTIONS: json.dumps(config.option_checksums(), sort_keys=True)}

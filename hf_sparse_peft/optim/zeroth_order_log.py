@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..utils.file_writing import whole_file
+from ..utils.json_text import read_json_text
 from .zeroth_order import ZerothOrderSGD
 
 LOG_NAME = "zeroth_order.log"
@@ -129,9 +130,9 @@ def _beginning(path: Path, header: dict[str, Any], steps: int) -> bytes:
 def _read(path: Path) -> tuple[dict[str, Any], bytes, int]:
     line, _, body = path.read_bytes().partition(b"\n")
     try:
-        header = json.loads(line)
+        header = read_json_text(line)
         known = set(header) == set(_FIELDS)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         known = False
     if not known:
         raise ValueError(f"'{path}' is not the log of a zeroth-order run: it does not begin with one's header.")

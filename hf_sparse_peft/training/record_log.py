@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.file_writing import whole_file
+from ..utils.json_text import read_json_text
 
 
 class RecordLog:
@@ -74,6 +75,6 @@ def _line(record: dict) -> str:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return read_json_text(line)
+    except ValueError:
         return None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .file_length import each_name_once
+from .json_text import read_json_text
 
 
 def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -16,9 +15,9 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
         ValueError: it is no such file, or names one outside of its folder.
     """
     try:
-        found = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=each_name_once)
+        found = read_json_text(index.read_text(encoding="utf-8"))
         where, about = found["weight_map"], found.get("metadata", {})
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{index}' is no index of a checkpoint ({type(error).__name__}: {str(error)[:200]}); copy or fetch it "
             "again."

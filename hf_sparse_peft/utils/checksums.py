@@ -1,6 +1,6 @@
 """Checksums in the metadata of safetensors files: numbers that were damaged on the way are found, and named.
 
-They guard against accident. Who edits a file on purpose can write new ones, or leave them out: a file without is read.
+They guard against accident. Who edits a file on purpose can write new ones.
 """
 
 from __future__ import annotations

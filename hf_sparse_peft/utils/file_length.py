@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .checksums import CHECKSUMS, check_checksums
-
-
-def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which parsers keep the last of two equal names in silence.
-
-    Raises:
-        ValueError: a name comes twice.
-    """
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the name {name[:200]!r} comes twice in one object")
-        found[name] = value
-    return found
+from .json_text import read_json_text
 
 
 def check_file_length(file: Path) -> None:
@@ -41,9 +26,9 @@ def check_file_length(file: Path) -> None:
                 f"'{file}' is truncated: it has {size} bytes and ends inside its header. Fetch or save it again."
             )
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=each_name_once)
+            header = read_json_text(stream.read(length))
             ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"'{file}' has no safetensors header: {error}. Fetch or save it again.") from error
     due = max(ends.values(), default=8 + length)
     if size < due:

@@ -7,7 +7,7 @@ import tiny
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig, cli
+from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.arange(1, 11)[None]
 
@@ -108,7 +109,7 @@ def test_new_rows_that_nobody_saved_are_named(base, tmp_path, capsys):
     model.resize_token_embeddings(70)
     saved(model, tmp_path / "adapter", task_type="CAUSAL_LM")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "embed" not in k}, file, {"format": "pt"})
+    save_checked({k: v for k, v in load_file(file).items() if "embed" not in k}, file, {"format": "pt"})
     assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 1
     assert "embed_tokens.weight" in capsys.readouterr().err
 

@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_peft import cli
 from hf_sparse_peft.hub import combine_adapters
 from hf_sparse_peft.hub.analysis import adapter_difference
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 
 def updates(base, folder):
@@ -59,7 +60,7 @@ def test_diff_names_options_that_differ_and_modules_of_one_side(base, adapter, t
     shutil.copytree(adapter("entries"), tmp_path / "cut")
     file = tmp_path / "cut" / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, file, {"format": "pt"})
+    save_checked({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, file, {"format": "pt"})
     config = json.loads((tmp_path / "cut" / "adapter_config.json").read_text())
     (tmp_path / "cut" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3}))
     assert cli.main(["diff", str(adapter("entries")), str(tmp_path / "cut"), "--json"]) == 0

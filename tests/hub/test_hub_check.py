@@ -5,11 +5,12 @@ import pytest
 import torch
 from hub_toolbox import adapted, tiny_base
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import Allocate, AverageRank, ErdosRenyi, Numbers, Prune, Regrow, hub
 from hf_sparse_peft.sparsity import UnitGrid, encode_support
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 FILE = "adapter_model.safetensors"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -33,7 +34,7 @@ def damaged(hybrid_folder, tmp_path):
         tensors = load_file(hybrid_folder / FILE)
         if change is not None:
             change(tensors)
-        save_file(tensors, place / FILE, metadata={"format": "pt"})
+        save_checked(tensors, place / FILE, metadata={"format": "pt"})
         options = json.loads((hybrid_folder / "adapter_config.json").read_text())
         options.update(config or {})
         (place / "adapter_config.json").write_text(json.dumps(options))

@@ -5,11 +5,12 @@ import tiny
 import torch
 from hub_toolbox import logits, tiny_base
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_sparse_peft import KernelLoraConfig, hub
 from hf_sparse_peft.cli import main
+from hf_sparse_peft.utils.checksums import save_checked
 
 
 def adapted(base=None, **options):
@@ -49,7 +50,7 @@ def test_damage_is_found_without_the_base(damage, message, tmp_path):
     adapted(**SNELLA).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: damage(key.rpartition(".")[2], t) for key, t in load_file(file).items()}
-    save_file({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
+    save_checked({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         hub.check_adapter(tmp_path)
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_sparse_peft import BitPenalty, FactoredConfig, callbacks_for, methods
@@ -14,6 +14,7 @@ from hf_sparse_peft.ops.channel_product import channel_product, channel_quantise
 from hf_sparse_peft.sparsity import pack_planes, unpack_planes
 from hf_sparse_peft.training import Controller
 from hf_sparse_peft.tuners.factored import ChannelBits, PackedChannels, channel_report, factored_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.arange(12)[None]
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -268,7 +269,7 @@ def test_a_packed_file_that_lies_is_refused_by_name(lie, tmp_path):
     file, (change, message) = tmp_path / "adapter_model.safetensors", LIES[lie]
     tensors = load_file(file)
     key = next(key for key in tensors if key.endswith(lie.split()[-1]))
-    save_file({**tensors, key: change(tensors[key]).contiguous()}, file, {"format": "pt"})
+    save_checked({**tensors, key: change(tensors[key]).contiguous()}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path)
 

@@ -16,7 +16,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
 )
-from hf_sparse_peft.hub import check_adapter, save_adapter
+from hf_sparse_peft.hub import check_adapter, save_adapter, write_checksums
 from hf_sparse_peft.utils.file_length import read_safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -119,13 +119,83 @@ def test_adapters_under_other_names_and_with_a_card_have_checksums_and_pefts_own
         assert opened.metadata() == {"format": "pt"}
 
 
-def test_file_without_checksums_is_read(tmp_path):
+@pytest.mark.parametrize("tuner", CONFIGS)
+@pytest.mark.parametrize("metadata", [
+    None, {"format": "pt"}, {"format": "pt", "crc32x": "0" * 40}, {"format": "pt", "total_size": "3"},
+], ids=str)  # fmt: skip
+def test_weights_without_checksums_are_refused_whatever_else_their_metadata_says(tmp_path, tuner, metadata):
+    saved(tmp_path, tuner)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, metadata)
+    refused(tmp_path, r"has no checksums.*write_checksums")
+    held = PeftModel.from_pretrained(base(), saved(tmp_path / "other", tuner))
+    (tmp_path / CONFIG).unlink()  # the adapter that is there says what its tensors mean
+    with pytest.raises(ValueError, match="has no checksums"):
+        held.load_adapter(tmp_path, "default")
+
+
+def test_weights_that_another_program_wrote_are_read_once_somebody_says_that_they_are_meant(tmp_path):
     saved(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    tensors[next(key for key in tensors if key.endswith("_A"))].mul_(2)
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    key = next(key for key in tensors if key.endswith("_A"))
+    tensors[key].mul_(2)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "note": "scaled"})
+    write_checksums(tmp_path)
     check_adapter(tmp_path)
-    assert torch.isfinite(PeftModel.from_pretrained(base(), tmp_path)(input_ids=torch.ones(1, 3).long()).logits).all()
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(loaded.state_dict()[f"{key}.default"], tensors[key])
+    assert read_safetensors(tmp_path / WEIGHTS)[1]["note"] == "scaled"
+    edit(tmp_path, use_rslora=True)
+    refused(tmp_path, "use_rslora=True")
+
+
+def test_checksums_are_not_written_over_those_that_do_not_match_nor_over_half_an_adapter(tmp_path):
+    saved(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[:-2] + bytes([whole[-2] ^ 4, whole[-1]]))
+    damaged = (tmp_path / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="checksum"):
+        write_checksums(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == damaged
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({k: t for k, t in tensors.items() if not k.endswith("_B")}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="sparse_lora_B"):
+        write_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("tuner", CONFIGS)
+def test_adapters_that_transformers_saves_have_checksums_and_pefts_own_and_plain_models_are_left_alone(tmp_path, tuner):
+    model = base()
+    model.add_adapter(CONFIGS[tuner](), "mine")
+    model.save_pretrained(tmp_path / "mine")
+    assert {"crc32", "options", "format"} <= set(read_safetensors(tmp_path / "mine" / WEIGHTS)[1])
+    check_adapter(tmp_path / "mine")
+    ids = torch.arange(1, 9)[None]
+    loaded = base()
+    loaded.load_adapter(str(tmp_path / "mine"))
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    other = base()
+    other.add_adapter(LoraConfig(r=2, **OPTIONS))
+    other.save_pretrained(tmp_path / "lora")
+    assert read_safetensors(tmp_path / "lora" / WEIGHTS)[1] == {"format": "pt"}
+    base().save_pretrained(tmp_path / "plain")
+    assert read_safetensors(tmp_path / "plain" / "model.safetensors")[1] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("tuner", sorted({*CONFIGS} - {"factored"}))  # which adapts what its file has sizes of
+def test_config_that_targets_what_no_adapter_can_be_on_is_refused_by_the_module(tmp_path, tuner):
+    saved(tmp_path, tuner)
+    tensors, _ = read_safetensors(tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    edit(tmp_path, target_modules=["q_proj", "0"])
+    write_checksums(tmp_path)  # the config, too, is meant
+    model = base()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    for load in (lambda: PeftModel.from_pretrained(model, tmp_path), lambda: model.load_adapter(str(tmp_path))):
+        with pytest.raises(ValueError, match=r"adapter_model.*'model\.layers\.0'.*LlamaDecoderLayer"):
+            load()
+        assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
 @pytest.mark.parametrize("tuner", CONFIGS)
@@ -146,7 +216,7 @@ def test_config_that_is_nested_without_a_bound_is_refused(tmp_path):
         deep = [deep]
     for option in ("an_option_of_a_newer_release", "rank_pattern"):
         edit(tmp_path, **{option: deep})
-        refused(tmp_path, "adapter_config.json' nests")
+        refused(tmp_path, "adapter_config.json'.*nests")
 
 
 def test_tensors_that_lost_their_checksums_alone_are_refused(tmp_path):
@@ -156,5 +226,5 @@ def test_tensors_that_lost_their_checksums_alone_are_refused(tmp_path):
     tensors, metadata = read_safetensors(tmp_path / WEIGHTS)
     del metadata["crc32"]
     save_file(tensors, tmp_path / WEIGHTS, metadata)
-    with pytest.raises(ValueError, match="has no 'crc32'"):
+    with pytest.raises(ValueError, match="has no checksums"):
         PeftModel.from_pretrained(tiny.llama(), tmp_path)

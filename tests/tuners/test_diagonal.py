@@ -6,13 +6,14 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_sparse_peft import Controller, Prune, Regrow, SparseLoraConfig, callbacks_for, hub, methods
 from hf_sparse_peft.hub.summary import adapter_summary
 from hf_sparse_peft.sparsity import ErdosRenyi, Numbers, Proportional, RankEquivalent
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.arange(1, 11)[None]
@@ -322,7 +323,7 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(harm, tmp_path):
         tensors[codes][-1] ^= 1
     else:
         tensors[codes][4] = 3
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_checked(tensors, file, metadata={"format": "pt"})
     for read in (lambda: hub.check_adapter(tmp_path), lambda: PeftModel.from_pretrained(Two(), tmp_path)):
         with pytest.raises(ValueError, match=r"second.*sparse_lora_(values|support)"):
             read()

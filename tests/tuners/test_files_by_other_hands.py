@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners import FactorMaskConfig
+from hf_sparse_peft.utils.checksums import save_checked
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TUNERS = pytest.mark.parametrize("cls", [SparseLoraConfig, KernelLoraConfig])
@@ -93,7 +94,7 @@ def test_tensor_without_the_prefix_of_adapter_files_is_refused_alike_everywhere(
     tensors = load_file(tmp_path / WEIGHTS)
     key = sorted(tensors)[0]
     tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    save_checked(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     refused(tmp_path, key.rpartition(".")[2])
 
 
@@ -110,11 +111,11 @@ def test_each_map_of_the_factors_is_missed_without_a_base_too(tmp_path, masks, d
     whole = load_file(tmp_path / WEIGHTS)
     assert {key.rpartition("sparse_lora_")[2] for key in whole} >= set(due)
     for kind in due:
-        save_file({k: t for k, t in whole.items() if not k.endswith(kind)}, tmp_path / WEIGHTS, {"format": "pt"})
+        save_checked({k: t for k, t in whole.items() if not k.endswith(kind)}, tmp_path / WEIGHTS, {"format": "pt"})
         refused(tmp_path, f"sparse_lora_{kind}")
     if "A_map" not in due:
         key = next(key for key in whole if key.endswith("lora_A"))
-        save_file({**whole, f"{key}_map": torch.zeros_like(whole[key]).byte()}, tmp_path / WEIGHTS, {"format": "pt"})
+        save_checked({**whole, f"{key}_map": torch.zeros_like(whole[key]).byte()}, tmp_path / WEIGHTS, {"format": "pt"})
         refused(tmp_path, "sparse_lora_A_map")
 
 

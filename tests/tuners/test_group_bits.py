@@ -4,12 +4,13 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import FactoredConfig, estimate
 from hf_sparse_peft.ops.group_product import group_product
 from hf_sparse_peft.pruning import GQSA, Groups, prune_model, reconstruct
 from hf_sparse_peft.tuners.factored import GroupBits, PackedGroups, factored_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.arange(1, 13)[None]
 DATA = [{"input_ids": torch.randint(1, tiny.VOCAB, (8, 12), generator=torch.Generator().manual_seed(5))}]
@@ -184,7 +185,7 @@ def test_a_file_that_lies_is_refused(what, tmp_path):
     tensors = load_file(file)
     change, message = LIES[what]
     key = next(key for key in tensors if key.endswith(what))
-    save_file(tensors | {key: change(tensors[key]).contiguous()}, file, metadata={"format": "pt"})
+    save_checked(tensors | {key: change(tensors[key]).contiguous()}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny.llama(layers=1), tmp_path)
 

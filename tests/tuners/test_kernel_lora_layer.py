@@ -7,7 +7,7 @@ import tiny
 import torch
 from kernel_toolbox import KERNELS, MODES, adapted, make_config, reference_of, reference_update, trained
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 from tuner_toolbox import BASES, logits, token_ids
@@ -15,6 +15,7 @@ from tuner_toolbox import BASES, logits, token_ids
 from hf_sparse_peft import KernelLoraConfig
 from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 TOLERANCE = {"bf16": {"rtol": 0.05, "atol": 0.05}, "nf4": {"rtol": 1e-3, "atol": 1e-3}}
 
@@ -246,7 +247,7 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(damage, message, base_of,
     adapted(base_of(), own_counts=True).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: damage(key, t) for key, t in load_file(file).items()}
-    save_file({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
+    save_checked({key: t for key, t in tensors.items() if t is not None}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base_of(), tmp_path)
 

@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_sparse_peft import SparseLoraConfig, SparseLoraModel, load_support, save_support
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners.shared import loading
+from hf_sparse_peft.utils.checksums import save_checked
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -128,10 +129,10 @@ def test_damaged_support_file_is_refused_by_name_and_chooses_nothing(tmp_path, d
         "half": lambda: file.write_bytes(content[: len(content) // 2]),
         "empty": lambda: file.write_bytes(b""),
         "bit": lambda: file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]),
-        "floats": lambda: save_file({k: t.float() for k, t in tensors.items()}, file, {**meta, "about": "{}"}),
-        "about": lambda: save_file(tensors, file, {**meta, "about": "{"}),
-        "no about": lambda: save_file(tensors, file, meta),
-        "about a list": lambda: save_file(tensors, file, {**meta, "about": "[]"}),
+        "floats": lambda: save_checked({k: t.float() for k, t in tensors.items()}, file, {**meta, "about": "{}"}),
+        "about": lambda: save_checked(tensors, file, {**meta, "about": "{"}),
+        "no about": lambda: save_checked(tensors, file, meta),
+        "about a list": lambda: save_checked(tensors, file, {**meta, "about": "[]"}),
     }
     writes[damage]()
     model = get_peft_model(base(), config(criterion="given"))
@@ -194,7 +195,7 @@ def test_automatic_classes_refuse_and_load(tmp_path):
     for cls in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         cls.from_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
-    save_file(
+    save_checked(
         {key: t for key, t in tensors.items() if not key.endswith("_B")}, tmp_path / "a" / WEIGHTS, {"format": "pt"}
     )
     for cls in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
@@ -245,7 +246,7 @@ def test_refused_load_leaves_quantised_and_half_precision_bases(tmp_path, kind):
     tensors = load_file(tmp_path / WEIGHTS)
     key = next(key for key in tensors if key.endswith("_support"))
     tensors[key][30] ^= 1
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    save_checked(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     fresh = tiny.base(kind)
     before = state(fresh)
     for load in (lambda: PeftModel.from_pretrained(fresh, tmp_path), lambda: fresh.load_adapter(str(tmp_path))):

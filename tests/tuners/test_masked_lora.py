@@ -15,6 +15,7 @@ from hf_sparse_peft.hub import check_adapter, merge_to_dense
 from hf_sparse_peft.pruning import NM, prune_model
 from hf_sparse_peft.sparsity import pack_bits
 from hf_sparse_peft.tuners import MaskedLoraLayer, adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.arange(12)[None]
@@ -193,13 +194,15 @@ def test_a_base_without_zeros_and_a_quantised_one_are_refused_before_anything_is
 
 
 def test_a_file_whose_mask_was_cut_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     base, _ = pruned()
     adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name = next(key for key in tensors if key.endswith("_mask"))
-    save_file({**tensors, name: tensors[name][:-1].clone()}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    save_checked(
+        {**tensors, name: tensors[name][:-1].clone()}, tmp_path / "adapter_model.safetensors", {"format": "pt"}
+    )
     for read in (lambda: check_adapter(tmp_path), lambda: PeftModel.from_pretrained(base, str(tmp_path))):
         with pytest.raises(ValueError, match="masked_lora_mask"):
             read()

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import (
     AccumulatedGradient,
@@ -18,6 +18,7 @@ from hf_sparse_peft import (
 )
 from hf_sparse_peft.hub import check_adapter, merge_to_dense
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.randint(1, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
@@ -194,7 +195,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     file = tmp_path / "sparse" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors[next(key for key in tensors if key.endswith("_A"))][0, 0] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
+    save_checked(tensors, file, {"format": "pt"})
     modules = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="not finite"):
         model.load_adapter(tmp_path / "sparse", "second")

@@ -9,12 +9,13 @@ import pytest
 import tiny
 from peft import PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key, match_target_against_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import SampleLayers, SparseLoraConfig
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners.shared import module_patterns
 from hf_sparse_peft.tuners.shared.module_patterns import check_pattern, matches, pattern_key
+from hf_sparse_peft.utils.checksums import save_checked
 
 ENDLESS = [
     "(a+)+", "(a*)*", "(a|aa)+", "(.*)*x", r"(\w+\.?)+X", "(x+x+)+y", "(a?)+b", "((a|b)c|d)*e", "(?:(?:a+)b?)*c",
@@ -123,7 +124,7 @@ def test_file_with_long_names_and_many_repeats_is_refused_in_bounded_time(tmp_pa
     ).save_pretrained(tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     renamed = {k.replace("model.layers.0.self_attn.q_proj", "a" * 3000): v for k, v in load_file(weights).items()}
-    save_file(renamed, weights, {"format": "pt"})
+    save_checked(renamed, weights, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), "rank_pattern": {SLOW: 2}}))
     begin = time.thread_time()
     for read in (check_adapter, lambda place: PeftModel.from_pretrained(tiny.llama(layers=1), place)):

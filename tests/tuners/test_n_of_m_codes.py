@@ -6,12 +6,13 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sparse_peft import MaskedLoraConfig, Prune, set_masks, sparsity_report
 from hf_sparse_peft.pruning import NM, prune_model
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.masked_lora import MagnitudeMask
+from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.arange(12)[None]
 
@@ -102,7 +103,7 @@ def test_a_byte_that_codes_nothing_is_refused(tmp_path):
     tensors = load_file(file)
     key = next(key for key in tensors if key.endswith("masked_lora_mask"))
     for change, message in ((lambda t: t.index_fill(0, torch.tensor([3]), 250), "at most 215"), (lambda t: t[1:], key)):
-        save_file(tensors | {key: change(tensors[key]).contiguous()}, file, metadata={"format": "pt"})
+        save_checked(tensors | {key: change(tensors[key]).contiguous()}, file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 

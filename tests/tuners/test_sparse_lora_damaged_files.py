@@ -4,9 +4,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft import set_peft_model_state_dict as set_state
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support_codes import chunks_of, seal
 from tuner_toolbox import base_bits, fill, make_config, same_bits, saved, tiny_llama
+
+from hf_sparse_peft.utils.checksums import save_checked
 
 FILE = "adapter_model.safetensors"
 
@@ -86,7 +88,7 @@ def test_damaged_file_is_refused_by_name_before_a_layer_changes(base_of, tmp_pat
     saved(tmp_path, base_of)
     tensors = load_file(tmp_path / FILE)
     key = damage(kind, tensors).removeprefix("base_model.model.")
-    save_file(tensors, tmp_path / FILE, {"format": "pt"})
+    save_checked(tensors, tmp_path / FILE, {"format": "pt"})
     model = get_peft_model(base_of(), make_config(seed=4))
     fill(model, seed=11)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -109,7 +111,7 @@ def test_transformers_load_adapter_of_a_damaged_file_is_refused_and_leaves_the_m
     saved(tmp_path, base_of)
     tensors = load_file(tmp_path / FILE)
     key = damage(kind, tensors)
-    save_file(tensors, tmp_path / FILE, {"format": "pt"})
+    save_checked(tensors, tmp_path / FILE, {"format": "pt"})
     model = base_of()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError) as error:

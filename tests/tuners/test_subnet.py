@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_sparse_peft import AgedAdamWSpec, SparseLoraConfig, callbacks_for, hub, make_optimizer
@@ -17,6 +17,7 @@ from hf_sparse_peft.sparsity import Fisher, Global, Numbers
 from hf_sparse_peft.training import calibrate
 from hf_sparse_peft.tuners import adapter_layers
 from hf_sparse_peft.tuners.shared.pieces import Subgrid
+from hf_sparse_peft.utils.checksums import save_checked
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.arange(1, 11)[None]
@@ -320,7 +321,7 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(tensor, harm, tmp_path):
         tensors[key][0, 0] = float("nan")
     else:
         tensors[key][25] ^= 1
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_checked(tensors, file, metadata={"format": "pt"})
     for read in (lambda: hub.check_adapter(tmp_path), lambda: PeftModel.from_pretrained(Two(), tmp_path)):
         with pytest.raises(ValueError, match=r"second.*sparse_lora_subnet"):
             read()

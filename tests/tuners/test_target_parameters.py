@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import (
@@ -34,6 +34,7 @@ from hf_sparse_peft import (
 from hf_sparse_peft.hub import apply_patch, check_adapter, export_lora, export_patch, merge_to_dense
 from hf_sparse_peft.sparsity import Global, UnitGrid, decode_support
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.utils.checksums import save_checked
 
 SMALL = {
     "vocab_size": tiny.VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -245,7 +246,7 @@ def test_a_file_for_other_experts_is_refused_and_leaves_the_model_as_it_was(tmp_
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("down_proj.sparse_lora_support"))
     tensors[key][20] ^= 1
-    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    save_checked(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"down_proj\.sparse_lora_support"):
         check_adapter(tmp_path)
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_sparse_peft import KernelLoraConfig, SparseLoraConfig
@@ -26,6 +26,7 @@ from hf_sparse_peft.tuners.shared import (
     LowRank,
     register_tuner,
 )
+from hf_sparse_peft.utils.checksums import save_checked
 from hf_sparse_peft.utils.tensors import TensorSpec
 
 WEIGHTS = "adapter_model.safetensors"
@@ -163,7 +164,7 @@ def test_every_tensor_of_a_damaged_file_is_refused_by_name_with_and_without_the_
             continue
         place = tmp_path / kind
         shutil.copytree(tmp_path / "whole", place)
-        save_file(changed, place / WEIGHTS, {"format": "pt"})
+        save_checked(changed, place / WEIGHTS, {"format": "pt"})
         pattern = prefix.replace(".", r"\.")
         with pytest.raises(ValueError, match=pattern):
             PeftModel.from_pretrained(base(), place)
@@ -176,7 +177,7 @@ def test_own_check_of_a_tensor_is_asked_and_named(tmp_path):
     adapted(ScaledConfig(**TARGETS)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     next(t for key, t in tensors.items() if key.endswith("signs"))[0] = 3
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    save_checked(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     for load in (lambda: check_adapter(tmp_path), lambda: PeftModel.from_pretrained(base(), tmp_path)):
         with pytest.raises(ValueError, match=r"scaled_test_signs' holds 3, which is no sign"):
             load()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_sparse_peft import (
@@ -27,6 +27,7 @@ from hf_sparse_peft import (
 from hf_sparse_peft.cli import main as command_line
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.tuners import FactorMaskConfig
+from hf_sparse_peft.utils.checksums import save_checked
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -61,7 +62,7 @@ def save(folder, model_base=None, **options):
 def edit(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_checked(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def edit_config(folder, **options):
@@ -240,7 +241,7 @@ def test_pickled_weights_are_never_read(tmp_path):
     (tmp_path / WEIGHTS).unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
     refused_everywhere(tmp_path, "pickled")
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    save_checked(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(ValueError, match="use_safetensors=False"):
         base().load_adapter(str(tmp_path), use_safetensors=False)
     check_adapter(tmp_path)  # one lying beside is not looked at
@@ -507,7 +508,7 @@ def test_any_mutation_is_refused_everywhere_with_the_model_as_it_was_or_loads_al
     tensors = load_file(folder / WEIGHTS)
     content = mutate((folder / WEIGHTS).read_bytes(), tensors, mutation)
     if content is None:
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        save_checked(tensors, folder / WEIGHTS, {"format": "pt"})
     else:
         (folder / WEIGHTS).write_bytes(content)
     checked = True

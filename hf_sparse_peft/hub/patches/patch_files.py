@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...utils.checksums import CHECKSUMS, save_checked
-from ...utils.file_length import each_name_once, read_safetensors
+from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 from . import positions as coding
 from .weight_patch import Patch, WeightPatch, weight_patch
 
@@ -60,12 +61,12 @@ def read_patch(path: str | os.PathLike) -> Patch:
     if CHECKSUMS not in header:
         raise ValueError(f"'{path}' is damaged: it has no checksums; copy or export it again.")
     try:
-        described = json.loads(header.get("tensors", ""), object_pairs_hook=each_name_once)
+        described = read_json_text(header.get("tensors", ""))
         unchanged = int(header.get("unchanged", ""))
         weights = tuple(_decoded(name, description, tensors) for name, description in described.items())
         digests = {name: str(d["base"]) for name, d in described.items() if "base" in d}
         return Patch(weights, digests, unchanged)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         lacks = "its description lacks " if isinstance(error, KeyError) else ""
         raise ValueError(f"'{path}' is damaged: {lacks}{error}; copy or export it again.") from error
 

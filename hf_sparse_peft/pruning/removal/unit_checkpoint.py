@@ -12,6 +12,7 @@ from torch import Tensor
 from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 from ..criteria.structured_methods import Scored
 from ..reading.block_inputs import Block, digest
 from ..units.structure import BlockStructure, Kind
@@ -121,8 +122,8 @@ class UnitCheckpoint(WalkCheckpoint):
 
 def _importance(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(metadata.get(IMPORTANCE, "{}"))
-    except (ValueError, RecursionError):
+        found = read_json_text(metadata.get(IMPORTANCE, "{}"))
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"'{file}' has no readable '{IMPORTANCE}': delete the folder, to begin anew.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 from ..reading.block_inputs import Block, digest
 from ..reading.one_shot import PrunableLayer
 
@@ -102,8 +103,8 @@ class WalkCheckpoint:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = read_json_text(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"'{file}' is not readable as JSON: {error}. Delete the folder, or choose another.") from error
     if not isinstance(found, dict):
         raise ValueError(f"'{file}' does not describe a pruning walk. Delete the folder, or choose another.")

@@ -14,6 +14,7 @@ from torch import nn
 from ...utils.checksums import save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 from ..reading.block_inputs import digest
 
 Errors = tuple[float, float]
@@ -88,9 +89,9 @@ def _about(metadata: Mapping[str, str], file: Path) -> tuple[dict[str, Any], Err
         ValueError: the file does not say so.
     """
     try:
-        held = json.loads(metadata.get("reconstruction", ""))
+        held = read_json_text(metadata.get("reconstruction", ""))
         before, after = (float(one) for one in held["errors"])
-    except (ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"'{file}' does not say how its block was tuned, its metadata 'reconstruction' is damaged: delete it, to "
             "tune the block again."

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...utils.checksums import CHECKSUMS, save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 from .structure import CHANNELS, HEADS, BlockStructure, Kind
 
 
@@ -141,7 +142,7 @@ class KeptUnits:
         """
         tensors, metadata = read_safetensors(Path(file))
         try:
-            totals = json.loads(metadata.get("of", ""))
+            totals = read_json_text(metadata.get("of", ""))
             wanted = {f"{name}.{kind}" for name in totals for kind in (HEADS, CHANNELS)}
             if CHECKSUMS not in metadata:
                 raise ValueError("it has no checksums")
@@ -151,7 +152,7 @@ class KeptUnits:
                 name: {"of": of, **{kind: tensors[f"{name}.{kind}"].tolist() for kind in (HEADS, CHANNELS)}}
                 for name, of in totals.items()
             })  # fmt: skip
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"'{file}' holds no kept units: {error}.") from error
 
 

@@ -12,9 +12,10 @@ from ...rules.collectives import rank
 from ...sparsity import UnitGrid, codes_length, decode_support, encode_support
 from ...tuners import adapter_layers
 from ...tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
-from ...utils.checksums import save_checked
+from ...utils.checksums import CHECKSUMS, save_checked
 from ...utils.file_length import read_safetensors
 from ...utils.file_writing import whole_file
+from ...utils.json_text import read_json_text
 
 FORMAT, VERSION = "hf_sparse_peft.support", "1"
 
@@ -167,6 +168,8 @@ def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dic
             f"'{path}' is not a support file of version {VERSION}: its format is {about.get('format')!r}, version "
             f"{about.get('version')!r}. initialize_support(..., save_to=...) writes them."
         )
+    if CHECKSUMS not in about:
+        raise ValueError(f"'{path}' has no checksums ('{CHECKSUMS}' in its metadata). Fetch or write it again.")
     missing, extra = sorted(set(grids) - set(stored)), sorted(set(stored) - set(grids))
     if missing or extra:
         raise ValueError(
@@ -184,8 +187,8 @@ def read_support_file(path: str | Path, grids: dict[str, UnitGrid]) -> tuple[dic
 
 def _chosen_by(about: dict[str, str], path: Path) -> dict:
     try:
-        found = json.loads(about.get("about", ""))
-    except (ValueError, RecursionError) as error:
+        found = read_json_text(about.get("about", ""))
+    except ValueError as error:
         raise ValueError(f"'{path}' does not say what its units were chosen by: {error}. Write it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' says {found!r} where an object of what its units were chosen by is due.")

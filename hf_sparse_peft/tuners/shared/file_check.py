@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ...utils.checksums import CHECKSUMS
-from ...utils.file_length import each_name_once, read_safetensors
+from ...utils.file_length import read_safetensors
+from ...utils.json_text import read_json_text
 from ...utils.parts import UnknownPart
 from .config import AdapterConfig
 from .registration import TUNERS
@@ -24,8 +24,6 @@ from .tensor_checks import check_module, check_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", SAFETENSORS_WEIGHTS_NAME
 PREFIX = "base_model.model."
-DEEPEST = 64
-"""Levels of objects and lists in a config: comparing and writing what is nested deeper may end in a RecursionError."""
 LONGEST_SIDE = 2**31
 """No weight has as many rows or columns."""
 OPTIONS = "options"
@@ -83,15 +81,15 @@ def model_class(peft_type: Any) -> Any:
     return TUNERS.get(peft_type) if isinstance(peft_type, str) else None
 
 
-def read_adapter(config_file: Path, weights_file: Path) -> AdapterFile:
-    """Read both files and check them, without a base model.
+def read_adapter(config_file: Path, weights_file: Path, *, checked: bool = True) -> AdapterFile:
+    """Read both files and check them, without a base model; with `checked`, checksums have to be there.
 
     Raises:
         ValueError: a file is missing, truncated, unreadable or damaged, or they do not belong together; names the file
             and the option or tensor.
     """
     config = read_config(config_file)
-    tensors, metadata = _read_weights(weights_file)
+    tensors, metadata = _read_weights(weights_file, checked)
     file = check_tensors(tensors, config, weights_file)
     _check_belongs(config, config_file, metadata, weights_file)
     return file
@@ -107,8 +105,8 @@ def _check_belongs(config: AdapterConfig, config_file: Path, metadata: Mapping[s
         return
     here = config.option_checksums()
     try:
-        saved = dict(json.loads(metadata[OPTIONS], object_pairs_hook=each_name_once))
-    except (ValueError, TypeError, RecursionError) as error:
+        saved = dict(read_json_text(metadata[OPTIONS]))
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"'{weights_file}' does not say which options it was saved with: its metadata has '{OPTIONS}'={error}. "
             "Fetch or save it again."
@@ -134,22 +132,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"'{file.parent}' has no {file.name}; is this an adapter folder?")
     try:
-        given = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=each_name_once)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
-    if _depth(given) > DEEPEST:
-        raise ValueError(f"'{file}' nests its options more than {DEEPEST} deep. Fetch or save it again.")
+        given = read_json_text(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' cannot be read as JSON: {error}. Fetch or save it again.") from error
     if not isinstance(given, dict):
         raise ValueError(f"'{file}' holds a {type(given).__name__} where an object of options is due.")
     return given
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level and depth <= DEEPEST:
-        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
-        depth, level = depth + 1, [item for items in inner for item in items]
-    return depth
 
 
 def read_config(file: Path) -> AdapterConfig:
@@ -181,18 +169,18 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return _read_weights(file)[0]
 
 
-def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_weights(file: Path, checked: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not file.is_file():
         raise ValueError(
             f"'{file.parent}' has no {file.name}: copy or save it again. An adapter_model.bin is pickled and never "
             "read, because reading it runs what is in it; have it saved with safetensors."
         )
     tensors, metadata = read_safetensors(file)
-    needed = CHECKSUMS if OPTIONS in metadata else "format"
-    if needed not in metadata:
+    if checked and CHECKSUMS not in metadata:
         raise ValueError(
-            f"The metadata of '{file}' has no '{needed}', so that nobody can tell whether its tensors are those that "
-            "were saved. Fetch or save it again; peft and transformers write {'format': 'pt'} at least."
+            f"The metadata of '{file}' has no checksums ('{CHECKSUMS}'): nobody can tell whether its tensors are those "
+            "that were saved. Fetch or save it again; if another program wrote it on purpose, "
+            f"hub.write_checksums({str(file.parent)!r}) makes it an adapter of this package."
         )
     return tensors, metadata
 

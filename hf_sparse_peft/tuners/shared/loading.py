@@ -140,6 +140,8 @@ def _whole_or_not(model: nn.Module, file: AdapterFile, key_mapping: Mapping[str,
         if not isinstance(key, str) or key in file.tensors:
             raise
         raise ValueError(f"'{key}' is missing from '{file.path}'; the file is incomplete.") from error
+    except TypeError as error:  # a module that the config beside the file names, and that no adapter can be on
+        raise ValueError(f"The adapter of '{file.path}' does not fit this model: {error}") from error
 
 
 def _known(load_config: Any) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from spectral_forms import FORMS, adapted, logits
 
 from hf_sparse_peft import SpectralLoraConfig, hub
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, RandomBases, SharedBases
+from hf_sparse_peft.utils.checksums import save_checked
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.spectral_lora_"
 
@@ -19,7 +20,7 @@ def tampered(folder, tensors=None, options=None):
     """Change tensors by key (None: gone) and options of a saved adapter."""
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     held = load_file(file) | (tensors or {})
-    save_file({key: tensor for key, tensor in held.items() if tensor is not None}, file, {"format": "pt"})
+    save_checked({key: tensor for key, tensor in held.items() if tensor is not None}, file, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), **(options or {})}))
 
 
