@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft import PeftModel, peft_model
+from peft import PeftMixedModel, PeftModel, peft_model
 from transformers import PreTrainedModel, modeling_utils
 
 from ..training.run_record import RunRecord
@@ -167,7 +167,7 @@ _SAVING: ContextVar[tuple[Any, Path] | None] = ContextVar("model being saved, an
 
 
 @contextmanager
-def _saving(model: PeftModel | PreTrainedModel, folder: Path) -> Iterator[None]:
+def _saving(model: PeftModel | PeftMixedModel | PreTrainedModel, folder: Path) -> Iterator[None]:
     token = _SAVING.set((model, folder))
     try:
         yield
@@ -188,11 +188,11 @@ def _save_weights(original: Callable, tensors: dict[str, Any], file: str | os.Pa
 def _config_of(folder: Path) -> Any:
     """Config of the adapter whose weights are written into that folder, as a part of what is being saved."""
     model, whole = _SAVING.get()
-    if isinstance(model, PeftModel):
-        inside = folder.relative_to(whole).as_posix()
-        return model.peft_config.get("default" if inside == "." else inside)
-    # Of a plain model, which may also be the base of a PeftModel.
-    return model.peft_config[model.active_adapters()[0]] if getattr(model, "_hf_peft_config_loaded", False) else None
+    if isinstance(model, PreTrainedModel):  # one with adapters of its own, or the base of a PeftModel
+        own = getattr(model, "_hf_peft_config_loaded", False)
+        return model.peft_config[model.active_adapters()[0]] if own else None
+    inside = folder.relative_to(whole).as_posix()
+    return model.peft_config.get("default" if inside == "." else inside)
 
 
 def _described(config: AdapterConfig) -> dict[str, str]:

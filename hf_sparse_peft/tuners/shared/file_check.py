@@ -134,7 +134,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         given = read_json_text(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{file}' cannot be read as JSON: {error}. Fetch or save it again.") from error
+        raise ValueError(f"'{file}' is not JSON: {error}. Fetch or save it again.") from error
     if not isinstance(given, dict):
         raise ValueError(f"'{file}' holds a {type(given).__name__} where an object of options is due.")
     return given
