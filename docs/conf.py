@@ -47,6 +47,7 @@ ROOMS = {
     "hf_sparse_peft.hub": "Files, cards, export",
     "hf_sparse_peft.hub.analysis": "Analysis of adapters and checkpoints",
     "hf_sparse_peft.pruning": "Pruning",
+    "hf_sparse_peft.merging": "Merging",
 }
 """Module whose `__all__` is documented -> title of its page."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -19,15 +20,20 @@ def layers_without_base(file: AdapterFile) -> dict[str, AdapterLayer]:
     config.task_type = config.modules_to_save = config.saved_base_weights = None
     config.bias, config.inference_mode, config.target_modules = "none", True, list(file.modules)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    root = nn.Module()
-    for name in file.modules:
-        rows, cols, _ = file.sizes[name]
-        _put(root, name, _linear(rows, cols))
+    root = weights_of_zeros({name: file.sizes[name][:2] for name in file.modules})
     own = {tensor_key(name, kind): t for name, held in file.modules.items() for kind, t in held.items()}
     with loading(check_tensors(own, config, file.path)):
         model = PeftModel(root, config)
         set_peft_model_state_dict(model, own)
     return {layer.module_name: layer for layer in adapter_layers(model)}
+
+
+def weights_of_zeros(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
+    """A module with a linear layer of each name, `(out, in)`, whose weights are zeros that take no memory."""
+    root = nn.Module()
+    for name, (rows, cols) in shapes.items():
+        _put(root, name, _linear(rows, cols))
+    return root
 
 
 def _linear(rows: int, cols: int) -> nn.Linear:

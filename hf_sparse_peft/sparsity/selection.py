@@ -164,6 +164,19 @@ def find_cut(sources: list[Source], k: int, largest: bool = True, finite: bool =
     return Cut(prefix, remaining, priority, total, device)
 
 
+def score_at(sources: list[Source], k: int) -> float:
+    """The `k`-th largest score of all `sources` together, 1 the largest. Raises `ValueError` as `find_cut`."""
+    if k < 1:
+        raise ValueError(f"k={k}: the largest score is number 1.")
+    cut = find_cut(sources, k, draw=False)
+    dtype = next(chunk.dtype for source in sources for chunk in _pieces(source.chunks()))
+    key = torch.tensor([cut.key], dtype=_BITS[dtype])
+    info = torch.iinfo(key.dtype)
+    # What `_keys` does to bits undoes itself.
+    bits = (key >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(key)
+    return float(bits.view(dtype))
+
+
 def _digit(counts: dict[torch.device, Tensor], bins: int, wanted: int) -> tuple[int, int, int]:
     """The bin, from the top, that the `wanted`-th key falls into; its rank in there, and how many keys are in there."""
     histogram = sum((part.cpu() for part in counts.values()), torch.zeros(bins, dtype=torch.int64))

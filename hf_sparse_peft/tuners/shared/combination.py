@@ -4,7 +4,7 @@ does. Reads pieces only; the tuner says which config holds the result."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,27 @@ def _combined_pieces(
         layer.module_name: [_read(layer, name, weight) for name, weight in zip(adapters, weights, strict=True)]
         for layer in layers
     }
+    return _combined(operands, combination_type, merge, svd_rank)
+
+
+def weighted_pieces(terms: Mapping[str, Sequence[tuple[float, Sequence[Piece]]]]) -> dict[str, list[Piece]]:
+    """The weighted sum of pieces, by module name: supports on their union, ranks side by side, exactly; at most one
+    `LowRank` of scale 1 and one `Entries` each.
+
+    Raises:
+        ValueError: a module has pieces of other kinds than factors, entries and subgrids, or two of one kind.
+    """
+
+    def refused() -> ValueError:
+        return ValueError("A weighted sum of these pieces has no exact form of factors and entries.")
+
+    operands = {name: [_weighted(pieces, w, refused) for w, pieces in found] for name, found in terms.items()}
+    return _combined(operands, "cat", _merge_function("linear", None, "total"), None)
+
+
+def _combined(
+    operands: dict[str, list[_Weighted]], combination_type: str, merge: _Merge, svd_rank: int | None
+) -> dict[str, list[Piece]]:
     grids = _grids(operands)
     combined = {}
     for name, parts in operands.items():
@@ -151,11 +172,16 @@ def _combined_pieces(
 
 
 def _read(layer: AdapterLayer, adapter_name: str, weight: float) -> _Weighted:
+    kind = layer.adapter_configs[adapter_name].peft_type.value if layer.holds(adapter_name) else ""
+    return _weighted(layer.pieces(adapter_name), weight, lambda: no_combination(kind))
+
+
+def _weighted(pieces: Sequence[Piece], weight: float, refused: Callable[[], ValueError]) -> _Weighted:
     found: dict[type, Piece] = {}
-    for piece in layer.pieces(adapter_name):
+    for piece in pieces:
         piece = piece.as_entries() if isinstance(piece, Subgrid) else piece
         if type(piece) not in (LowRank, Entries) or type(piece) in found:
-            raise no_combination(layer.adapter_configs[adapter_name].peft_type.value)
+            raise refused()
         found[type(piece)] = piece
     return _Weighted(weight, found.get(LowRank), found.get(Entries))
 

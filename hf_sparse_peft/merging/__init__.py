@@ -1,0 +1,72 @@
+"""Merging and editing of adapters: several become one, and one becomes smaller.
+
+merge_adapters                           adapter folders -> an adapter, a LoRA or a dense model, weight by weight
+Merge, register_merge                    a method as a row: sparsify x rescale x consensus x normalise
+get_merge, merge_names, merge_info       the table of methods
+"""
+
+from .combine import MergeReport, merge_adapters
+from .competition import Competition
+from .consensus import (
+    Agreeing,
+    AgreeingWeights,
+    Agreement,
+    AllWeights,
+    ByImportance,
+    Consensus,
+    ElectedSign,
+    Everyone,
+    Holders,
+    Normalise,
+    Undivided,
+)
+from .deltas import Deltas, Scan, stack_deltas
+from .rescale import ByNorm, ByProbability, ByQ, DareK, Rescale, Unscaled
+from .row import Merge, MergeMethod, Update
+from .sources import AdapterSource, read_source
+from .sparsify import Band, DropByRank, DropRandom, KeepAll, Kept, Sparsify, TopFraction
+from .table import MergeInfo, get_merge, merge_info, merge_names, merges_markdown, register_merge
+
+__all__ = [
+    "AdapterSource",
+    "Agreeing",
+    "AgreeingWeights",
+    "Agreement",
+    "AllWeights",
+    "Band",
+    "ByImportance",
+    "ByNorm",
+    "ByProbability",
+    "ByQ",
+    "Competition",
+    "Consensus",
+    "DareK",
+    "Deltas",
+    "DropByRank",
+    "DropRandom",
+    "ElectedSign",
+    "Everyone",
+    "Holders",
+    "KeepAll",
+    "Kept",
+    "Merge",
+    "MergeInfo",
+    "MergeMethod",
+    "MergeReport",
+    "Normalise",
+    "Rescale",
+    "Scan",
+    "Sparsify",
+    "TopFraction",
+    "Undivided",
+    "Unscaled",
+    "Update",
+    "get_merge",
+    "merge_adapters",
+    "merge_info",
+    "merge_names",
+    "merges_markdown",
+    "read_source",
+    "register_merge",
+    "stack_deltas",
+]
