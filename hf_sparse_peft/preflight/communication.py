@@ -55,7 +55,7 @@ def step_traffic(
     Args:
         groups: of the base, as `base_groups`.
         trained: numbers and bytes of each trained parameter.
-        buffers: bytes of all buffers, which DDP sends.
+        buffers: bytes of the buffers that DDP sends: those of the base. An adapter's it passes by (`tuners.shared.ranks`).
         width: bytes of a trained number under ZeRO-3.
     """
     numbers, sizes = [one for one, _ in trained], [size for _, size in trained]
@@ -63,7 +63,7 @@ def step_traffic(
         found = [
             Traffic("step", "gradients of adapters", "all_reduce", ddp_buckets(sizes)),
             Traffic("step", "which parameters were used", "all_reduce", (4 * len(sizes),) if sizes else ()),
-            Traffic("step", "buffers: indices, state of rules", "broadcast", (buffers,) if buffers else ()),
+            Traffic("step", "buffers of the base", "broadcast", (buffers,) if buffers else ()),
         ]
     elif sharding == "fsdp2":
         gathers = [group.bytes for group in groups] + [group.bytes for group in groups if not group.root]

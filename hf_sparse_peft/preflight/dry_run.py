@@ -20,6 +20,7 @@ from ..training import TRAINERS, trainer_class_for
 from ..training.calibration.passes import ACCUMULATOR_BYTES, groups_within
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.assumed_units import units_assumed
+from ..tuners.shared.ranks import adapter_buffers
 from .base_groups import BaseGroup, base_groups
 from .communication import Traffic, move_traffic
 from .memory_trace import trace_step
@@ -64,7 +65,7 @@ class DryRun:
     trained: tuple[tuple[int, int], ...] = ()
     """Numbers and bytes of each trained parameter."""
     buffers: int = 0
-    """Bytes of all buffers."""
+    """Bytes of the buffers that are none of an adapter's."""
     moves: tuple[Traffic, ...] = ()
     """Collectives of a move of each rule that is counted."""
     uncounted: tuple[str, ...] = ()
@@ -155,7 +156,7 @@ def dry_run(
         told,
         groups,
         tuple((parameter.numel(), parameter.nbytes) for parameter in trained),
-        _bytes(model.buffers()),
+        _bytes(model.buffers()) - _bytes(buffer for _, buffer in adapter_buffers(model)),
         moves,
         uncounted,
     )

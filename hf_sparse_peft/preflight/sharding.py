@@ -73,8 +73,8 @@ def said_of(sharding: str, processes: int, found: DryRun) -> list[str]:
     said = [f"Figures are those of the rank that holds most, of {processes}; batch is a rank's micro-batch."]
     if sharding == "ddp":
         said.append(
-            "Gradients are no views of DDP's buckets (accelerate's default). DDP sends all buffers at every forward "
-            "pass, unless ddp_broadcast_buffers=False."
+            "Gradients are no views of DDP's buckets (accelerate's default). DDP sends buffers of the base at every "
+            "forward pass, and none of an adapter's."
         )
     elif sharding == "fsdp2":
         said.append(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..utils.checksums import raw_bytes
 
 
 def is_distributed() -> bool:
@@ -47,3 +53,37 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 def on_every_rank(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on all ranks."""
     return int(all_reduce_sum(torch.tensor(int(condition), device=device))) == world_size()
+
+
+@torch.no_grad()
+def match_first_rank(tensors: Mapping[str, Tensor], group: Any = None) -> list[str]:
+    """Give every rank of `group` the first one's content of `tensors`, in place; the names of those that were not alike
+    everywhere. What is alike, by CRC-32, is not sent: two small collectives then.
+
+    Raises:
+        ValueError: ranks have tensors of other names, shapes or dtypes.
+    """
+    if not is_distributed() or not tensors or torch.distributed.get_world_size(group) == 1:
+        return []
+    device = next(iter(tensors.values())).device
+    described = "".join(f"{name} {one.dtype} {tuple(one.shape)};" for name, one in tensors.items())
+    if _unlike([zlib.crc32(described.encode())], device, group):
+        raise ValueError(
+            f"Ranks hold adapters of other tensors: this one has {len(tensors)}, '{next(iter(tensors))}' and on. Add the "
+            "same adapters from the same config to the same base on every rank, or load one file on all of them."
+        )
+    names = list(tensors)
+    found = [zlib.crc32(raw_bytes(one).numpy()) for one in tensors.values()]
+    unlike = [names[at] for at in _unlike(found, device, group)]
+    for name in unlike:
+        sent = tensors[name].contiguous()
+        torch.distributed.broadcast(sent, group=group, group_src=0)
+        tensors[name].copy_(sent)
+    return unlike
+
+
+def _unlike(numbers: list[int], device: torch.device, group: Any) -> list[int]:
+    """Places of the numbers that are not the same on all ranks."""
+    both = torch.tensor([numbers, [-one for one in numbers]], device=device)
+    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
+    return (both[0] != -both[1]).nonzero().flatten().tolist()

@@ -48,9 +48,8 @@ class RelocateSubnets(Rule):
     there, its step counter included; weight decay pulls what a subnet has learned since its last move.
 
     A layer without finite scores other than 0 keeps its subnets and is named in a warning. Dense are two fp32 matrices
-    of each weight of the one layer whose turn it is, and with accumulation the sum of its gradients. Under DDP set
-    `ddp_broadcast_buffers=False`, or accumulators are sent at every pass. The run's end is recorded with the number of
-    entries that differ from the base (`changed`).
+    of each weight of the one layer whose turn it is, and with accumulation the sum of its gradients. The run's end is
+    recorded with the number of entries that differ from the base (`changed`).
 
     Departures from the official code, all its faults: one step an update, not one a micro-batch; moments are dropped
     with their step counter; the first update of a layer sees its whole gradient; decay does not pull base weights.

@@ -19,6 +19,7 @@ from ..rules import Run
 from ..rules.collectives import all_reduce_mean, all_reduce_sum, is_distributed
 from ..tuners import adapter_layers
 from ..tuners.shared.base_weight import is_bnb_4bit
+from ..tuners.shared.ranks import adapter_buffers, match_ranks
 
 _AVERAGED: weakref.WeakKeyDictionary[nn.Module, ReplicatedGradients] = weakref.WeakKeyDictionary()
 
@@ -197,10 +198,11 @@ def _syncs(model: nn.Module) -> bool:
 
 
 def average_replicated(model: nn.Module, moves: bool = False) -> None:
-    """Average the gradients of what is whole in a fully sharded `model` from now on; nothing to do in any other.
+    """Average the gradients of what is whole in a fully sharded `model` from now on, and begin with the first rank's
+    values everywhere, as DDP does; nothing to do in any other.
 
     Raises:
-        ValueError: units are to move (`moves`), and something that trains is sharded.
+        ValueError: units are to move (`moves`), and something that trains is sharded; ranks have other adapters.
     """
     if not is_fully_sharded(model):
         return
@@ -212,6 +214,9 @@ def average_replicated(model: nn.Module, moves: bool = False) -> None:
             "fully_shard(..., ignored_params=hf_sparse_peft.adapter_parameters(model))."
         )
     if model not in _AVERAGED:
+        whole = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        whole = {name: one for name, one in whole.items() if not isinstance(one.data, DTensor)}
+        match_ranks(model, {**whole, **dict(adapter_buffers(model))})
         _AVERAGED[model] = ReplicatedGradients(model)
 
 

@@ -32,6 +32,7 @@ from hf_sparse_peft.rules import Allocate, AlternateModules, Regrow
 from hf_sparse_peft.rules.growth import AccumulatedGradient, Gradient, LowRankMagnitude
 from hf_sparse_peft.rules.random_growth import Random
 from hf_sparse_peft.sparsity import Density, Numbers
+from hf_sparse_peft.tuners.shared.ranks import adapter_buffers
 
 SEQ, BATCH, STEPS = 16, 2, 5
 
@@ -137,6 +138,7 @@ def moving(config, base: str, accumulation: int) -> dict[str, list]:
 
     ddp.register_comm_hook(None, hook)
     optimizer = AgedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    held = sum(buffer.nbytes for _, buffer in adapter_buffers(model))
     with counter.counting() as seen, Controller(ddp, optimizer, STEPS, accumulation=accumulation) as controller:
         for step in range(STEPS):
             controller.before_step()
@@ -153,6 +155,7 @@ def moving(config, base: str, accumulation: int) -> dict[str, list]:
     return {
         "rules": [one for one in seen if one[0] != "_broadcast_coalesced"],
         "buffers": [one for one in seen if one[0] == "_broadcast_coalesced"],
+        "buffers of adapters": held,
         "buckets": buckets,
         "events": [event for event in events if event.get("replaced") or event.get("alive")],
     }

@@ -38,6 +38,7 @@ from .names import check_adapter_name
 from .parameters import ParameterHost, ParameterWeight, host_of, target_parameters
 from .pieces import Piece
 from .quantised import backend_of
+from .ranks import leave_buffers_to_ranks
 from .rollback import unchanged_on_error
 from .target_checks import keep_forward, name_left_out, refuse_unworkable, target_layers
 from .wrapped_names import plain_name
@@ -120,6 +121,7 @@ class AdapterModel(ModelFiles, ModelUnits, ModelMerging, MixedBatches, BaseTuner
                 belongs_to(layer, model)
             watch_forwards(model)
             restore_before_ddp()
+            leave_buffers_to_ranks()
             if source is not None and state_dict is None and not low_cpu_mem_usage:
                 for layer in self.adapted_layers():
                     copy_adapter(layer, source, adapter_name)
