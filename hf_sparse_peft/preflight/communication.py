@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..rules import AccumulatedGradient, Allocate, Gradient, LowRankMagnitude, Regrow
+from ..rules.collectives import BUCKET
 from .base_groups import BaseGroup
 
 if TYPE_CHECKING:
     from ..rules import UnitSpace
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
-FSDP_BUCKET = 1 << 24
-"""Numbers of adapters that are averaged in one collective under FSDP2 (`training.replicated`)."""
 _DDP_BUCKETS = (1 << 20, 25 << 20)
 """DDP's: the first is closed early, so that its reduction starts while the backward pass goes on."""
 
@@ -55,7 +54,7 @@ def step_traffic(
     Args:
         groups: of the base, as `base_groups`.
         trained: numbers and bytes of each trained parameter.
-        buffers: bytes of the buffers that DDP sends: those of the base. An adapter's it passes by (`tuners.shared.ranks`).
+        buffers: bytes of the base's buffers, which DDP sends; it passes by an adapter's (`tuners.shared.ranks`).
         width: bytes of a trained number under ZeRO-3.
     """
     numbers, sizes = [one for one, _ in trained], [size for _, size in trained]
@@ -70,7 +69,7 @@ def step_traffic(
         found = [
             Traffic("step", "base, forward and backward", "all_gather", tuple(gathers)),
             Traffic("step", "which gradients exist", "all_reduce", (4 * len(sizes),) if sizes else ()),
-            Traffic("step", "gradients of adapters", "all_reduce", fsdp_buckets(trained)),
+            Traffic("step", "gradients of adapters", "all_reduce", buckets_of(trained)),
         ]
     else:
         base = [math.ceil(group.bytes / group.modules) for group in groups for _ in range(group.modules)]
@@ -95,12 +94,12 @@ def ddp_buckets(sizes: Iterable[int]) -> tuple[int, ...]:
     return tuple([*found, current] if current else found)
 
 
-def fsdp_buckets(trained: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    """Bytes of the sums in which adapters' gradients are averaged under FSDP2: of 16 million numbers at most, or of one
-    parameter."""
+def buckets_of(tensors: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Bytes of the sums in which tensors, of so many numbers and bytes, are averaged together: adapters' gradients
+    under FSDP2, candidates' always. Of 16 million numbers at most (`rules.collectives.BUCKET`), or of one tensor."""
     found, numbers, current = [], 0, 0
-    for one, size in trained:
-        if numbers and numbers + one > FSDP_BUCKET:
+    for one, size in tensors:
+        if numbers and numbers + one > BUCKET:
             found.append(current)
             numbers = current = 0
         numbers, current = numbers + one, current + size
@@ -120,9 +119,10 @@ def move_traffic(
     Of a weight `[m, n]` whose support has `k` units of `u` numbers, with `s` steps of gradients:
 
     * `Regrow(grow=AccumulatedGradient(s))`: one mean of the dense gradient, `mn` numbers in its own dtype, when the
-      candidates are chosen, and `s` of `ku` fp32 numbers.
+      candidates are chosen, and `s` times `ku` fp32 numbers, those of all weights together (`buckets_of`).
     * `Regrow(grow=Gradient())`: the dense gradient, and :math:`(k + c)u` fp32 numbers, `c` the units that leave
-      (`candidates` times as many with that option); with accumulation and no `candidates` one of `mn` fp32 numbers.
+      (`candidates` times as many with that option), of all weights together; with accumulation and no `candidates` one
+      of `mn` fp32 numbers.
     * `Regrow(grow=LowRankMagnitude())`: `k` units' numbers are sent from the first rank.
     * other growths of `Regrow`, `Allocate` of ranks, supports and rows: nothing; scores come from gradients that are
       averaged already, ties from seeds. `Allocate` of kernels: one fp64 score of each matrix.
@@ -139,13 +139,14 @@ def move_traffic(
         return [Traffic("move", "scores of matrices", "all_reduce", scores)] if scores else []
     if not isinstance(rule, Regrow):
         return None
-    grow, dense, units, sent = rule.grow, [], [], []
+    grow, dense, sent = rule.grow, [], []
+    units: list[tuple[int, int]] = []  # numbers and bytes of each weight's, at one step
     for space in spaces:
         rows, cols = space.weight_shape
         count, numel = space.count, space.unit_numel
         if isinstance(grow, AccumulatedGradient):
             dense.append(itemsize * rows * cols)
-            units += [4 * count * numel] * grow.steps
+            units.append((count * numel, 4 * count * numel))
         elif isinstance(grow, Gradient):
             leave = int((rule.curve(0.0) if fraction is None else fraction) * count)
             if accumulation > 1 and grow.candidates is None:
@@ -153,12 +154,13 @@ def move_traffic(
                 continue
             follows = leave if grow.candidates is None else int(grow.candidates * leave)
             dense.append(itemsize * rows * cols)
-            units.append(4 * numel * (count + min(follows, space.size - count)))
+            followed = numel * (count + min(follows, space.size - count))
+            units.append((followed, 4 * followed))
         elif isinstance(grow, LowRankMagnitude):
             sent.append(count * _index_bytes(space))
     found = [
         Traffic("move", "dense gradients", "all_reduce", tuple(dense)),
-        Traffic("move", "gradients of units", "all_reduce", tuple(units)),
+        Traffic("move", "gradients of units", "all_reduce", buckets_of(units) * getattr(grow, "steps", 1)),
         Traffic("move", "units", "broadcast", tuple(sent)),
     ]
     return [one for one in found if one.sizes]

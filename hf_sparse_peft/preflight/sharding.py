@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .communication import FSDP_BUCKET
+from ..rules.collectives import BUCKET
 from .dry_run import DryRun
 from .memory_trace import GRADIENTS
 
@@ -53,7 +53,7 @@ def per_rank(found: DryRun, sharding: str, processes: int, *, bits: int, hidden:
         root = sum(group.bytes for group in groups if group.root)
         at_rest[GATHERED] = root + sum(sorted(layers)[-2:])
         largest = max((size for _, size in found.trained), default=0)
-        at_rest[BUCKETS] = min(found.at_rest["values"], max(4 * FSDP_BUCKET, largest))
+        at_rest[BUCKETS] = min(found.at_rest["values"], max(4 * BUCKET, largest))
         return replace(found, at_rest=at_rest)
     width = 4 if bits == 32 else 2
     numbers = math.ceil(found.trained_numbers / processes)

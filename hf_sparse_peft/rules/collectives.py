@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..utils.checksums import raw_bytes
+
+BUCKET = 1 << 24
+"""Numbers that travel in one collective at most: 64 MiB of fp32."""
 
 
 def is_distributed() -> bool:
@@ -50,6 +53,32 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_means(tensors: Iterable[Tensor]) -> None:
+    """Average each of `tensors` over all ranks, in place: those of one device and dtype in one collective for
+    `BUCKET` numbers, or for a larger one alone. Every rank gives tensors of the same shapes, in one order."""
+    if not is_distributed():
+        return
+    for bucket in buckets(tensors):
+        means = all_reduce_mean(torch.cat([one.flatten() for one in bucket]))
+        for one, mean in zip(bucket, means.split([one.numel() for one in bucket]), strict=True):
+            one.copy_(mean.view_as(one))
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors` as they travel together: of one device and dtype, of `BUCKET` numbers at most, or a larger one."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for one in tensors:
+        alike.setdefault((one.device, one.dtype), []).append(one)
+    for group in alike.values():
+        bucket: list[Tensor] = []
+        for one in group:
+            if bucket and sum(other.numel() for other in bucket) + one.numel() > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(one)
+        yield bucket
+
+
 def on_every_rank(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on all ranks."""
     return int(all_reduce_sum(torch.tensor(int(condition), device=device))) == world_size()
@@ -69,8 +98,8 @@ def match_first_rank(tensors: Mapping[str, Tensor], group: Any = None) -> list[s
     described = "".join(f"{name} {one.dtype} {tuple(one.shape)};" for name, one in tensors.items())
     if _unlike([zlib.crc32(described.encode())], device, group):
         raise ValueError(
-            f"Ranks hold adapters of other tensors: this one has {len(tensors)}, '{next(iter(tensors))}' and on. Add the "
-            "same adapters from the same config to the same base on every rank, or load one file on all of them."
+            f"Ranks hold adapters of other tensors: this one has {len(tensors)}, '{next(iter(tensors))}' and on. Add "
+            "the same adapters from the same config to the same base on every rank, or load one file on all of them."
         )
     names = list(tensors)
     found = [zlib.crc32(raw_bytes(one).numpy()) for one in tensors.values()]

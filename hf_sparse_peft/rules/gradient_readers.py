@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import read_units
 from ..sparsity import Everywhere, Region, UnitGrid, excluding, stream_seed, top_units
 from ..sparsity.scores import Chunks, chunks_of
-from .collectives import all_reduce_mean, is_distributed
+from .collectives import all_reduce_mean, all_reduce_means, is_distributed
 from .space import UnitSpace
 
 # Gradient entries that are scored at once.
@@ -80,9 +80,23 @@ class MicroBatchReader:
         """Take one micro-batch's gradient `[rows, cols]`, lent for the call: keep and change copies only."""
         raise NotImplementedError
 
+    def step_share(self) -> Tensor | None:
+        """This rank's part of what the reader averages over ranks when the step is complete, `finish_step` apart: the
+        caller averages it in place, with those of other readers. None: nothing, on any rank."""
+        return None
+
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Close an optimizer step's accumulation; the gradients were multiplied by `loss_scale`."""
         self.finish_micro_batch()
+
+
+def finish_steps(readers: Iterable[Any], loss_scale: float) -> None:
+    """`finish_step` of all `readers`; what they average over ranks travels together (`all_reduce_means`)."""
+    readers = list(readers)
+    shares = [reader.step_share() for reader in readers if hasattr(reader, "step_share")]
+    all_reduce_means([one for one in shares if one is not None])
+    for reader in readers:
+        reader.finish_step(loss_scale)
 
 
 class StepSumReader(MicroBatchReader):
@@ -236,6 +250,7 @@ class CandidateReader(MicroBatchReader):
         self.region = region
         self.space = space
         self.step_gradient: Tensor | None = None
+        self._averaged = False
         self.overflowed = False
         state = space.state()
         # unit + 1, and 0 where there is no candidate: pruning may shrink the support between the choice and the move,
@@ -299,15 +314,24 @@ class CandidateReader(MicroBatchReader):
         self._stored[: self._count] = chosen + 1
 
     @torch.no_grad()
+    def step_share(self) -> Tensor | None:
+        """The candidates' gradients."""
+        self.finish_micro_batch()
+        if self.step_gradient is None and is_distributed() and self._count:
+            # This rank's batches did not reach the layer, another's may.
+            self.step_gradient = torch.zeros_like(self.sums[0])
+        self._averaged = True
+        return self.step_gradient
+
+    @torch.no_grad()
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Fold the step's summed gradient into the sums; a step that overflowed is left out, as its update is."""
-        self.finish_micro_batch()
-        gradient, self.step_gradient = self.step_gradient, None
-        if gradient is None and is_distributed() and self._count:
-            gradient = torch.zeros_like(self.sums[0])  # this rank's batches did not reach the layer, another's may
+        if not self._averaged:
+            all_reduce_means([one for one in [self.step_share()] if one is not None])
+        gradient, self.step_gradient, self._averaged = self.step_gradient, None, False
         if gradient is None:
             return
-        gradient = all_reduce_mean(gradient) / loss_scale
+        gradient = gradient / loss_scale
         if torch.isfinite(gradient).all() and gradient.any():
             self.sums[0].add_(gradient)
             self.sums[1].add_(gradient.square())
@@ -344,7 +368,7 @@ class StepReader(MicroBatchReader):
         """The units that can matter, sorted; None before they are chosen, and after an overflow."""
         self.gradients: Tensor | None = None
         self._dense: Tensor | None = None
-        self._overflowed = False
+        self._averaged = self._overflowed = False
 
     def wanted_units(self) -> Tensor | None:
         """The followed units once they are chosen: the rest of the dense gradient need not be computed then."""
@@ -368,9 +392,18 @@ class StepReader(MicroBatchReader):
         self.gradients.add_(gradient)
 
     @torch.no_grad()
+    def step_share(self) -> Tensor | None:
+        """The followed units' gradients; dense ones travel alone."""
+        self.finish_micro_batch()
+        self._averaged = True
+        return None if self.sums_dense else self.gradients
+
+    @torch.no_grad()
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Close the step's accumulation; a loss scale changes no rank and stays in the gradients."""
-        self.finish_micro_batch()
+        if not self._averaged:
+            all_reduce_means([one for one in [self.step_share()] if one is not None])
+        self._averaged = False
         if self._dense is None and self.sums_dense and is_distributed():
             # This rank's batches did not reach the layer, another's may.
             grid = self.space.grid
@@ -378,8 +411,6 @@ class StepReader(MicroBatchReader):
         if self._dense is not None:
             self._reduce(all_reduce_mean(self._dense))
             self._dense = None
-        elif self.gradients is not None:
-            self.gradients = all_reduce_mean(self.gradients)
         if self.gradients is not None and not bool(torch.isfinite(self.gradients).all()):
             self.units = None  # an overflow: there is nothing to rank by, and the step is left out anyway
 

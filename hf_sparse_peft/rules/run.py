@@ -18,6 +18,7 @@ from ..sparsity import stream_seed
 from .collectives import world_size
 from .entering import EnteringRate, Schedule, rate_factors, start_units
 from .evidence import MissingEvidence
+from .gradient_readers import finish_steps
 from .space import UnitSpace
 from .update_mask import UpdateMask
 
@@ -301,8 +302,8 @@ class Run:
 
     def close_readers(self) -> None:
         """The step's gradients are complete."""
+        finish_steps(self.readers.values(), self.loss_scale)
         for space, reader in self.readers.items():
-            reader.finish_step(self.loss_scale)
             space.layer.remove_gradient_reader(space.adapter, reader)
 
     def leave_step(self) -> None:

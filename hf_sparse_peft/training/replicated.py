@@ -16,15 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from ..rules import Run
-from ..rules.collectives import all_reduce_mean, all_reduce_sum, is_distributed
+from ..rules.collectives import all_reduce_means, all_reduce_sum, is_distributed
 from ..tuners import adapter_layers
 from ..tuners.shared.base_weight import is_bnb_4bit
 from ..tuners.shared.ranks import adapter_buffers, match_ranks
 
 _AVERAGED: weakref.WeakKeyDictionary[nn.Module, ReplicatedGradients] = weakref.WeakKeyDictionary()
-
-# Numbers that travel in one collective: 64 MiB of fp32.
-_BUCKET = 1 << 24
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -165,22 +162,9 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     ranks; where a rank has none it counts as 0, and where none has it stays None."""
     reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     reached = all_reduce_sum(reached).tolist()
-    for bucket in _buckets([p for p, ranks in zip(parameters, reached, strict=True) if ranks]):
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        means = all_reduce_mean(torch.cat([gradient.flatten() for gradient in found]))
-        for parameter, gradient, mean in zip(bucket, found, means.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
+    for parameter in [p for p, ranks in zip(parameters, reached, strict=True) if ranks and p.grad is None]:
+        parameter.grad = torch.zeros_like(parameter)
+    all_reduce_means([p.grad for p, ranks in zip(parameters, reached, strict=True) if ranks])
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

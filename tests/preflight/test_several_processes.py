@@ -14,9 +14,9 @@ from peft import get_peft_model
 
 from hf_sparse_peft import estimate
 from hf_sparse_peft.preflight.base_groups import base_groups
-from hf_sparse_peft.preflight.communication import FSDP_BUCKET, Traffic, ddp_buckets, fsdp_buckets, move_traffic
+from hf_sparse_peft.preflight.communication import Traffic, buckets_of, ddp_buckets, move_traffic
 from hf_sparse_peft.preflight.sharding import SHARDINGS
-from hf_sparse_peft.training import replicated
+from hf_sparse_peft.rules.collectives import BUCKET, buckets
 from hf_sparse_peft.tuners import adapter_layers
 
 SCRIPT = Path(__file__).parent / "collectives_script.py"
@@ -187,15 +187,15 @@ def _linear_shapes():
 def test_buckets_close_where_they_are_full():
     mib = 1 << 20
     assert ddp_buckets([10 * mib, 10 * mib, 20 * mib, mib // 2, mib // 2]) == (mib, 30 * mib, 10 * mib)
-    assert fsdp_buckets([(FSDP_BUCKET, 4), (1, 4), (FSDP_BUCKET - 1, 4), (2 * FSDP_BUCKET, 8)]) == (4, 8, 8)
-    assert ddp_buckets([]) == fsdp_buckets([]) == ()
+    assert buckets_of([(BUCKET, 4), (1, 4), (BUCKET - 1, 4), (2 * BUCKET, 8)]) == (4, 8, 8)
+    assert ddp_buckets([]) == buckets_of([]) == ()
 
 
 def test_sums_of_fsdp2_are_those_that_average_gradients_makes():
-    numbers = [FSDP_BUCKET - 5, 5, 1, FSDP_BUCKET, 2 * FSDP_BUCKET, 7]
+    numbers = [BUCKET - 5, 5, 1, BUCKET, 2 * BUCKET, 7]
     parameters = [torch.empty(number, device="meta") for number in numbers]
-    found = [sum(one.nbytes for one in bucket) for bucket in replicated._buckets(parameters)]
-    assert [*fsdp_buckets([(one.numel(), one.nbytes) for one in parameters])] == found
+    found = [sum(one.nbytes for one in bucket) for bucket in buckets(parameters)]
+    assert [*buckets_of([(one.numel(), one.nbytes) for one in parameters])] == found
     assert len(found) == 5
 
 

@@ -6,7 +6,6 @@ Writes `OUT/<case>-rank<r>.pt`: what the case returns, or the error's text.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 import warnings
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 

@@ -23,7 +23,7 @@ from hf_sparse_peft import (
     trainer_options,
 )
 from hf_sparse_peft.optim import AgedAdamW
-from hf_sparse_peft.rules import Gradient
+from hf_sparse_peft.rules import Gradient, collectives
 from hf_sparse_peft.training import replicated
 from hf_sparse_peft.tuners import adapter_layers
 
@@ -138,7 +138,7 @@ def test_means_over_ranks_fill_what_a_rank_lacks_and_leave_what_no_rank_has(grou
     a.grad = torch.tensor([2.0, 4.0, 6.0])
     others = [torch.tensor([0, 1, 0]), torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 3.0])]
     monkeypatch.setattr(replicated, "all_reduce_sum", lambda tensor: tensor + others[0])
-    monkeypatch.setattr(replicated, "all_reduce_mean", lambda tensor: (tensor + others[1]) / 2)
+    monkeypatch.setattr(collectives, "all_reduce_mean", lambda tensor: (tensor + others[1]) / 2)
     replicated.average_gradients([a, b, c])
     assert a.grad.tolist() == [1.0, 2.0, 3.0]
     assert b.grad.tolist() == [0.5, 1.0, 1.5]

@@ -2,8 +2,7 @@
 
 DistributedDataParallel sends all buffers from the first rank whenever the model is called. Those of an adapter, indices
 of supports and the state of rules, are more bytes than its gradients, and every rank writes the same into them: rules
-decide by sums over ranks and by seeds. So DDP is told to pass them by. Other buffers (of the base, of heads) it sends as
-ever.
+decide by sums over ranks and by seeds. So DDP is told to pass them by; other buffers (of the base, of heads) are sent.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ def _before_ddp(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def match_ranks(model: nn.Module, tensors: dict[str, Tensor], group: Any = None) -> None:
-    """Give every rank the first one's content of `tensors` of `model`, by their names there, and say so where buffers of
-    adapters differed.
+    """Give every rank the first one's content of `tensors` of `model`, by their names there, and say so where buffers
+    of adapters differed.
 
     Raises:
         ValueError: ranks have tensors of other names, shapes or dtypes.
@@ -82,7 +81,7 @@ def match_ranks(model: nn.Module, tensors: dict[str, Tensor], group: Any = None)
         layers[path].forget_decoded(adapter_name)
     if buffers:
         warnings.warn(
-            f"'{buffers[0]}' and {len(buffers) - 1} more buffers of adapters differed between ranks; all have the first "
-            "rank's now. Add the adapter with the same seed on every rank, or load one file on all of them.",
+            f"'{buffers[0]}' and {len(buffers) - 1} more buffers of adapters differed between ranks; all have the "
+            "first rank's now. Add the adapter with the same seed on every rank, or load one file on all of them.",
             stacklevel=2,
         )
