@@ -18,8 +18,9 @@ from .moments import drop_moments, start_moments, updated_moments
 from .optimizer_kinds import refuse_partitioned
 from .projections import Projection
 from .residuals import Residual
+from .row_norms import RowNorms, joined, split
 
-_OWN = ("projection", "residual", "every", "scale", "reset_moments", "bits", "released", "seed")
+_OWN = ("projection", "residual", "every", "scale", "reset_moments", "weight_norm", "bits", "released", "seed")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -43,6 +44,11 @@ class ProjectedAdamW(AgedAdamW):
     :math:`\eta_t = \eta\sqrt{1-\beta_2^{t+1}}/(1-\beta_1^{t+1})` and :math:`E` of :math:`G - \alpha P^{-1}(R)`; decay
     after the update; all groups alike.
 
+    With `weight_norm` (GradNormLoRP) a projected matrix is :math:`W = g \odot V/\|V\|` by rows: the above is the update
+    of :math:`V` by its gradient, which is orthogonal to it, and :math:`g` `[m]` gets Adam's own; both decay
+    (`optim.row_norms`). State: `magnitude`, `norm` and two moments, `[m]` each; :math:`V` is not kept. The released
+    class keeps it, leaves its gradient's radial part in and forgets :math:`g` at every step.
+
     All of the state is tensors, the subspace too, so that a run resumes to the bit with `weights_only=True`: `step`;
     `exp_avg`, `exp_avg_sq` of the projection's shape, fp32, or uint8 with a `_scale` each (`bits=8`); `left`, `right`
     or `indices`; `residual_norm`. While the gradient of a matrix is all 0, as that of LoRA's `A` at the start, it has
@@ -59,6 +65,7 @@ class ProjectedAdamW(AgedAdamW):
         every: steps between two choices of the subspace.
         scale: factor on the update of projected matrices.
         reset_moments: whether moments begin anew at each choice.
+        weight_norm: see above.
         bits: 32, or 8 for bitsandbytes' blockwise 8-bit moments of what is projected, where they have 4,096 numbers.
         released: see above.
         seed: of random projections.
@@ -84,12 +91,18 @@ class ProjectedAdamW(AgedAdamW):
         every: int = 200,
         scale: float = 1.0,
         reset_moments: bool = False,
+        weight_norm: bool = False,
         bits: int = 32,
         released: bool = False,
         seed: int = 0,
     ) -> None:
         self._options = {"projection": projection, "residual": residual, "every": every, "scale": scale, "bits": bits}
-        self._options |= {"reset_moments": reset_moments, "released": released, "seed": seed}
+        self._options |= {
+            "reset_moments": reset_moments,
+            "weight_norm": weight_norm,
+            "released": released,
+            "seed": seed,
+        }
         self._position: dict[int, int] = {}
         super().__init__(params, lr, betas, eps, weight_decay)
 
@@ -140,17 +153,29 @@ class ProjectedAdamW(AgedAdamW):
         if grad.is_sparse or grad.is_complex():
             raise RuntimeError("ProjectedAdamW takes dense real gradients.")
         refuse_partitioned(grad, f"The gradient of a parameter of shape {tuple(p.shape)}")
-        lr, decay, dtype = float(group["lr"]), group["weight_decay"], state_dtype(p)
-        w = p.to(dtype)  # p itself for fp32
-        if decay and not group["released"]:
-            w.mul_(1 - lr * decay)
-        update = (self._projected if projected else self._whole)(group, p, grad.to(dtype))
-        if update is not None:
-            w.sub_(update, alpha=lr)
-        if decay and group["released"]:
-            w.mul_(1 - lr * decay)
+        w, grad = p.to(state_dtype(p)), grad.to(state_dtype(p))  # p itself for fp32
+        if projected and group["weight_norm"] and (rows := split(self.state[p], w, group["released"])) is not None:
+            w.copy_(self._normalised(group, p, grad, rows))
+        else:
+            _apply(group, w, (self._projected if projected else self._whole)(group, p, grad))
         if w is not p:
             p.copy_(w)
+
+    def _normalised(self, group: dict[str, Any], p: Tensor, grad: Tensor, rows: RowNorms) -> Tensor:
+        """The matrix after a step of its magnitudes and directions."""
+        along, across = rows.gradients(grad, radial=group["released"])
+        state, magnitude, direction = self.state[p], rows.magnitude.clone(), rows.unit * rows.norm[:, None]
+        update, step = self._projected(group, p, across), None
+        if update is not None:
+            m, v = state["magnitude_avg"], state["magnitude_avg_sq"]
+            beta1, beta2 = group["betas"]
+            m.lerp_(along, 1 - beta1)
+            v.mul_(beta2).addcmul_(along, along, value=1 - beta2)
+            step, correction = _adam(m, v, state["step"].item(), group)
+            step = step * correction
+        _apply(group, direction, update)
+        _apply(group, magnitude, step)
+        return joined(state, magnitude, direction)
 
     def _whole(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
         """The update of what is not projected, in the released arithmetic."""
@@ -166,7 +191,7 @@ class ProjectedAdamW(AgedAdamW):
     def _projected(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor | None:
         """The update of a matrix; None where it has no step."""
         state, projection, residual = self.state[p], *_parts(group)
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
         done, every = int(state["step"].item()), group["every"]
         if done % every == 0 and not self._choose(group, p, grad, done):
@@ -235,6 +260,17 @@ class ProjectedAdamW(AgedAdamW):
             return value.to(device=p.device, copy=True)
         dtype = p.dtype if name in ("left", "right") else state_dtype(p)
         return value.to(device=p.device, dtype=dtype, copy=True)
+
+
+def _apply(group: dict[str, Any], w: Tensor, update: Tensor | None) -> None:
+    """Decay and update, in the order of the group's arithmetic; decay alone where there is no update."""
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    if decay and not group["released"]:
+        w.mul_(1 - lr * decay)
+    if update is not None:
+        w.sub_(update, alpha=lr)
+    if decay and group["released"]:
+        w.mul_(1 - lr * decay)
 
 
 def _adam(m: Tensor, v: Tensor, age: float, group: dict[str, Any]) -> tuple[Tensor, float]:

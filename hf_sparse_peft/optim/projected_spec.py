@@ -38,6 +38,8 @@ class ProjectedAdamWSpec(OptimizerSpec):
     """Factor on the update of projected matrices (GaLore: 0.25 to pre-train, 4 to fine-tune)."""
     reset_moments: bool = False
     """Whether moments begin anew at each choice (FRUGAL)."""
+    weight_norm: bool = False
+    """Whether a projected matrix is trained as magnitudes and directions of its rows (GradNormLoRP)."""
     bits: Literal[8, 32] = 32
     """Bits of the moments of projected matrices; 8 by bitsandbytes' blockwise quantisation, from 4,096 numbers on."""
     layerwise: bool = False
@@ -79,6 +81,7 @@ class ProjectedAdamWSpec(OptimizerSpec):
             every=self.every,
             scale=self.scale,
             reset_moments=self.reset_moments,
+            weight_norm=self.weight_norm,
             bits=self.bits,
             released=self.released,
             seed=settings.seed,

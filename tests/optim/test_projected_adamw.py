@@ -290,7 +290,70 @@ def test_a_matrix_has_no_step_while_its_gradient_is_zero():
         ProjectedAdamW([p], 0.05, projection=SVDProjection(2)).step()
 
 
+W = torch.tensor([[3.0, 4], [0, 2], [1, 0]], dtype=F64)
+G = torch.tensor([[1.0, 0], [0.5, 0.5], [0, 2]], dtype=F64)
+
+
+def test_the_worked_numbers_of_gradnormlorps_released_class():
+    p = torch.nn.Parameter(W.clone())
+    options = {"eps": 1e-6, "projection": BlockProjection(1.0), "weight_norm": True, "released": True}
+    optimizer = ProjectedAdamW([p], 0.1, **options)
+    norms = run(optimizer, p, [G]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([4.9000053, 1.9000063, 1.0], dtype=F64), atol=1e-5, rtol=0)
+    norms = run(optimizer, p, [G]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([4.8407166, 1.8028232, 1.0793893], dtype=F64), atol=1e-5, rtol=0)
+
+
+def test_the_papers_magnitudes_go_on_and_its_directions_gradient_is_tangential():
+    p = torch.nn.Parameter(W.clone())
+    optimizer = ProjectedAdamW([p], 0.1, projection=BlockProjection(1.0), weight_norm=True)
+    run(optimizer, p, [G])
+    tangential = torch.tensor([[0.64, -0.48], [0.5, 0], [0, 2]], dtype=F64)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * tangential, atol=1e-12, rtol=0)
+    run(optimizer, p, [G])
+    assert run(ProjectedAdamW([p], 0.0, projection=BlockProjection(1.0)), p, [G]).norm(dim=1)[:2].tolist() == (
+        pytest.approx([4.8, 1.8], abs=5e-3)
+    )
+    torch.testing.assert_close(p.norm(dim=1), optimizer.state[p]["magnitude"].abs(), atol=1e-12, rtol=0)
+    assert not {"direction"} & set(optimizer.state[p])
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)], ids=str)
+def test_weight_normalised_steps_follow_the_equations(shape):
+    p, grads, lr, decay, r, every = matrix(*shape), gradients(7, *shape), 0.05, 0.1, 2, 3
+    v, g = p.detach().clone(), p.detach().norm(dim=1)
+    tall, m, s, mg, sg = shape[0] > shape[1], 0.0, 0.0, 0.0, 0.0
+    for t, grad in enumerate(grads):
+        unit = v / v.norm(dim=1, keepdim=True)
+        grad_g = (grad * unit).sum(1)
+        grad_v = (g / v.norm(dim=1))[:, None] * (grad - grad_g[:, None] * unit)
+        torch.testing.assert_close((grad_v * v).sum(1), torch.zeros(shape[0], dtype=F64), atol=1e-12, rtol=0)
+        if t % every == 0:
+            basis_ = basis(grad_v, r)
+        low = grad_v @ basis_ if tall else basis_.T @ grad_v
+        m, s = 0.9 * m + 0.1 * low, 0.999 * s + 0.001 * low * low
+        mg, sg = 0.9 * mg + 0.1 * grad_g, 0.999 * sg + 0.001 * grad_g * grad_g
+        c1, c2 = 1 - 0.9 ** (t + 1), 1 - 0.999 ** (t + 1)
+        n = (m / c1) / ((s / c2).sqrt() + 1e-8)
+        v = v * (1 - lr * decay) - lr * (n @ basis_.T if tall else basis_ @ n)
+        g = g * (1 - lr * decay) - lr * (mg / c1) / ((sg / c2).sqrt() + 1e-8)
+    optimizer = ProjectedAdamW([p], lr, weight_decay=decay, projection=SVDProjection(r), every=every, weight_norm=True)
+    expected = g[:, None] * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(run(optimizer, p, grads), expected, atol=1e-11, rtol=0)
+
+
+def test_a_matrix_with_rows_of_zeros_has_no_directions_and_is_trained_as_it_is():
+    p, q, grads = torch.nn.Parameter(torch.zeros(6, 4)), torch.nn.Parameter(torch.zeros(6, 4)), gradients(3, 6, 4)
+    normed = ProjectedAdamW([p], 0.05, projection=SVDProjection(2), weight_norm=True)
+    with pytest.warns(UserWarning, match="has rows of zeros, as LoRA's B"):
+        run(normed, p, grads)
+    run(ProjectedAdamW([q], 0.05, projection=SVDProjection(2)), q, grads)
+    assert torch.equal(p, q)
+
+
 STORED = {
+    "gradnormlorp": {"projection": SVDProjection(3), "every": 4, "weight_norm": True},
+    "gradnormlorp released": {"projection": SVDProjection(3), "every": 4, "weight_norm": True, "released": True},
     "galore": {"projection": SVDProjection(3), "every": 4},
     "galore 8-bit": {"projection": SVDProjection(3), "every": 4, "bits": 8},
     "fira": {"projection": SVDProjection(3), "residual": NormScaledResidual(), "every": 4, "released": True},

@@ -38,6 +38,7 @@ SPECS = {
     "galore by layer": ProjectedAdamWSpec(SVDProjection(4), every=3, layerwise=True),
     "fira": ProjectedAdamWSpec(SVDProjection(4), NormScaledResidual(), every=3, released=True),
     "frugal": ProjectedAdamWSpec(ColumnProjection(0.25), SignResidual(0.1), every=3, reset_moments=True),
+    "gradnormlorp": ProjectedAdamWSpec(SVDProjection(4), every=3, weight_norm=True),
     "badam": ProjectedAdamWSpec(BlockProjection(0.25), every=3, reset_moments=True),
 }
 STEPS, SAVE_AT = 8, 4  # SAVE_AT is no multiple of `every`
