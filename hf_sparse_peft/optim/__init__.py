@@ -2,8 +2,9 @@
 
 from .adam_s import AdamS
 from .aged_adamw import AgedAdamW, aged_adamw_groups
-from .groups import parameter_groups
+from .groups import embeddings_and_heads, parameter_groups
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
+from .muon import Muon, newton_schulz
 from .optimizer_kinds import innermost, use_32bit_states
 from .projected_adamw import ProjectedAdamW
 from .projected_spec import ProjectedAdamWSpec
@@ -29,6 +30,7 @@ __all__ = [
     "ColumnProjection",
     "EntryProjection",
     "GradientResidual",
+    "Muon",
     "NormScaledResidual",
     "OptimizerSettings",
     "OptimizerSpec",
@@ -44,11 +46,13 @@ __all__ = [
     "adam_seeds",
     "aged_adamw_groups",
     "bias_correction",
+    "embeddings_and_heads",
     "forget_removed",
     "forgets_removed",
     "innermost",
     "move_optimizer_state",
     "move_rows",
+    "newton_schulz",
     "note_kept",
     "note_removed",
     "parameter_groups",

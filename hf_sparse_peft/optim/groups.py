@@ -45,3 +45,17 @@ def parameter_groups(
             "model has no trainable parameter. Add an adapter or set requires_grad before building groups."
         )
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def embeddings_and_heads(model: nn.Module) -> set[int]:
+    """ids of the weights of embeddings and of output heads, which optimizers of matrices leave aside."""
+    found = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in model.modules():
+        head: Callable[[], Any] | None = getattr(module, "get_output_embeddings", None)
+        try:
+            weight = getattr(head(), "weight", None) if callable(head) else None
+        except (AttributeError, NotImplementedError, TypeError):  # models of no language
+            weight = None
+        if weight is not None:
+            found.append(weight)
+    return {id(weight) for weight in found}

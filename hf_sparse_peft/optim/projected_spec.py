@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from ..utils.option_types import Decay, PositiveFloat, PositiveInt
 from ..utils.parts import register_part
-from .groups import parameter_groups
+from .groups import embeddings_and_heads, parameter_groups
 from .projected_adamw import ProjectedAdamW
 from .projections import Projection, SVDProjection
 from .residuals import Residual
@@ -105,7 +104,7 @@ class ProjectedAdamWSpec(OptimizerSpec):
                 )
 
     def _projected(self, model: nn.Module) -> list[nn.Parameter]:
-        apart = _embeddings_and_heads(model)
+        apart = embeddings_and_heads(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {n: p for n, p in trained.items() if p.dim() == 2 and min(p.shape) > 1 and id(p) not in apart}
         owner = f"ProjectedAdamWSpec(projection={self.projection})"
@@ -135,19 +134,6 @@ class ProjectedAdamWSpec(OptimizerSpec):
     def _saves(self, shape: tuple[int, int]) -> bool:
         rank = getattr(self.projection, "rank", None)
         return min(shape) > rank if rank is not None else torch.Size(self.projection.reduced(shape)).numel() > 0
-
-
-def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    found = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in model.modules():
-        head: Callable[[], Any] | None = getattr(module, "get_output_embeddings", None)
-        try:
-            weight = getattr(head(), "weight", None) if callable(head) else None
-        except (AttributeError, NotImplementedError, TypeError):  # models of no language
-            weight = None
-        if weight is not None:
-            found.append(weight)
-    return {id(weight) for weight in found}
 
 
 def _examples(parameters: dict[str, nn.Parameter]) -> str:

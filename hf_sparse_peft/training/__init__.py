@@ -5,6 +5,7 @@ from __future__ import annotations
 from .calibration import calibrate, initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
 from .loop import Controller
+from .muon import MuonSpec
 from .optimizers import (
     AdamSSpec,
     AdamWSpec,
@@ -36,6 +37,7 @@ __all__ = [
     "Controller",
     "LayerSamplingCallback",
     "MaskRegrowthCallback",
+    "MuonSpec",
     "PruningCallback",
     "RankReallocationCallback",
     "RuleRunner",

@@ -104,7 +104,7 @@ class AgedAdamWSpec(OptimizerSpec):
 
     def ratios(self, model: nn.Module) -> dict[int, float]:
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
-        sparse = [space for _, space in _active_spaces(model) if space.kind in ("support", "subnet_row")]
+        sparse = [space for _, space in active_spaces(model) if space.kind in ("support", "subnet_row")]
         values = {id(parameter): self.values_ratio for space in sparse for parameter in space.parameters()}
         return values | _ratios_of_B(model, self)
 
@@ -169,7 +169,7 @@ class AdamSSpec(OptimizerSpec):
         Raises:
             ValueError: no adapter trains a matrix; one whose inputs are no multiple of `of`.
         """
-        spaces = [space for _, space in _active_spaces(model) if space.kind == "mask"]
+        spaces = [space for _, space in active_spaces(model) if space.kind == "mask"]
         scope = {id(space.dense_change()): space for space in spaces}
         if not scope:
             raise ValueError(
@@ -215,7 +215,7 @@ class ZerothOrderSpec(OptimizerSpec):
         )
 
 
-def _active_spaces(model: nn.Module) -> list[tuple[PeftConfig, UnitSpace]]:
+def active_spaces(model: nn.Module) -> list[tuple[PeftConfig, UnitSpace]]:
     """Unit spaces of the active adapters, each with its adapter's config."""
     return [
         (layer.adapter_configs[name], space)
@@ -228,7 +228,7 @@ def _active_spaces(model: nn.Module) -> list[tuple[PeftConfig, UnitSpace]]:
 
 def _component_axes(model: nn.Module) -> dict[int, int]:
     """Parameter's id -> the axis that low-rank components lie along."""
-    spaces = [space for _, space in _active_spaces(model) if space.kind == "rank"]
+    spaces = [space for _, space in active_spaces(model) if space.kind == "rank"]
     return {id(parameter): axis for space in spaces for parameter, axis in space.parameter_axes()}
 
 
@@ -236,7 +236,7 @@ def _no_decay_of_rules(model: nn.Module) -> Callable[[str, nn.Parameter], dict[s
     """Options for `parameter_groups`: weight decay 0 for what rules want to have none."""
     undecayed = {
         id(parameter)
-        for config, space in _active_spaces(model)
+        for config, space in active_spaces(model)
         for rule in config.rules
         if space.kind in rule.acts_on and rule.undecayed
         for name, (parameter, _) in space.scored_parameters().items()
@@ -246,13 +246,13 @@ def _no_decay_of_rules(model: nn.Module) -> Callable[[str, nn.Parameter], dict[s
 
 
 def _supports(model: nn.Module) -> list[UnitSpace]:
-    return [space for _, space in _active_spaces(model) if space.kind == "support"]
+    return [space for _, space in active_spaces(model) if space.kind == "support"]
 
 
 def _ratios_of_B(model: nn.Module, spec: AdamWSpec | AgedAdamWSpec) -> dict[int, float]:
     if spec.B_ratio == 1:
         return {}
-    held = [space.scored_parameters().get("B") for _, space in _active_spaces(model)]
+    held = [space.scored_parameters().get("B") for _, space in active_spaces(model)]
     factors = [pair[0] for pair in held if pair is not None and pair[0].requires_grad]
     if not factors:
         raise ValueError(
@@ -265,7 +265,7 @@ def _ratios_of_B(model: nn.Module, spec: AdamWSpec | AgedAdamWSpec) -> dict[int,
 def _ratios_of_scores(model: nn.Module, ratio: float) -> dict[int, float]:
     if ratio == 1:
         return {}
-    held = [space.scored_parameters() for _, space in _active_spaces(model) if space.kind == "mask"]
+    held = [space.scored_parameters() for _, space in active_spaces(model) if space.kind == "mask"]
     scores = [one[name][0] for one in held for name in ("scores", "score_factors") if name in one]
     if not scores:
         raise ValueError(
@@ -278,7 +278,7 @@ def _ratios_of_scores(model: nn.Module, ratio: float) -> dict[int, float]:
 def _misses_ratios(model: nn.Module, optimizer: Any, spec: AdamWSpec | AgedAdamWSpec) -> bool:
     """Whether parameters have other learning rates, relative to each other, than the config says."""
     groups = {id(p): group for group in innermost(optimizer).param_groups for p in group["params"]}
-    trained = {id(p) for _, space in _active_spaces(model) for p in space.parameters()} & set(groups)
+    trained = {id(p) for _, space in active_spaces(model) for p in space.parameters()} & set(groups)
     ratios = spec.ratios(model)
     rates = [float(groups[p].get("initial_lr", groups[p]["lr"])) / ratios.get(p, 1.0) for p in trained]
     return bool(rates) and max(rates) > min(rates) * (1 + 1e-6)
@@ -383,7 +383,7 @@ def refuse_moves(model: nn.Module, optimizer: Any) -> None:
     if projects is None:
         return
     kind = type(optimizer).__name__
-    for config, space in _active_spaces(model):
+    for config, space in active_spaces(model):
         for rule in (rule for rule in config.rules if space.kind in rule.acts_on):
             if "units" in rule.writes and any(projects(parameter) for parameter in space.parameters()):
                 raise ValueError(
