@@ -3,6 +3,9 @@
 merge_adapters                           adapter folders -> an adapter, a LoRA or a dense model, weight by weight
 Merge, register_merge                    a method as a row: sparsify x rescale x consensus x normalise
 get_merge, merge_names, merge_info       the table of methods
+fisher_importance                        what Fisher merging goes by
+greedy_soup                              the mean of a choice of a model's adapters
+find_q, analytic_q                       the rescaling of DAREx-q
 """
 
 from .combine import MergeReport, merge_adapters
@@ -21,8 +24,12 @@ from .consensus import (
     Undivided,
 )
 from .deltas import Deltas, Scan, stack_deltas
+from .importance import fisher_importance
+from .rank_clusters import RankClusters
+from .rates import analytic_q, find_q
 from .rescale import ByNorm, ByProbability, ByQ, DareK, Rescale, Unscaled
 from .row import Merge, MergeMethod, Update
+from .soups import greedy_soup
 from .sources import AdapterSource, read_source
 from .sparsify import Band, DropByRank, DropRandom, KeepAll, Kept, Sparsify, TopFraction
 from .table import MergeInfo, get_merge, merge_info, merge_names, merges_markdown, register_merge
@@ -54,6 +61,7 @@ __all__ = [
     "MergeMethod",
     "MergeReport",
     "Normalise",
+    "RankClusters",
     "Rescale",
     "Scan",
     "Sparsify",
@@ -61,7 +69,11 @@ __all__ = [
     "Undivided",
     "Unscaled",
     "Update",
+    "analytic_q",
+    "find_q",
+    "fisher_importance",
     "get_merge",
+    "greedy_soup",
     "merge_adapters",
     "merge_info",
     "merge_names",

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..hub.held_layers import layers_without_base
 from ..tuners import AdapterLayer
 from ..tuners.factored import FactoredLayer
-from ..tuners.shared.file_check import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_head, read_adapter, read_json, read_tensors
+from ..tuners.shared.file_check import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_head, read_adapter, read_json
 from ..tuners.shared.pieces import Entries, LowRank, Piece, Subgrid, Tiles
+from ..utils.file_length import read_safetensors
 
 KNOWN_WITHOUT_BASE = (LowRank, Entries, Subgrid, Tiles)
 
@@ -91,7 +92,13 @@ def _lora_source(folder: Path) -> AdapterSource:
     ):
         if getattr(config, name, None):
             raise ValueError(f"'{folder}' is a LoRA with {name}={getattr(config, name)!r}: {why}. It cannot be merged.")
-    tensors = read_tensors(folder / WEIGHTS_FILE)
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(
+            f"'{folder}' is a LoRA with init_lora_weights={init!r}, which changed the base weights: it is no update of "
+            "the base alone. save_pretrained(..., path_initial_model_for_weight_conversion=...) makes one of it."
+        )
+    tensors = _tensors(folder / WEIGHTS_FILE)
     halves: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in sorted(tensors.items()):
@@ -121,6 +128,12 @@ def _lora_source(folder: Path) -> AdapterSource:
         raise ValueError(f"'{folder}' holds no LoRA of a linear layer.")
     shapes = {name: (piece.B.shape[0], piece.A.shape[1]) for name, (piece,) in pieces.items()}
     return AdapterSource(folder, shapes, pieces.__getitem__, others, {**vars(config), **_extra(options)})
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"'{file.parent}' has no {file.name}; pickled weights are never read. Save it again.")
+    return read_safetensors(file)[0]  # upstream writes no checksums
 
 
 def _extra(options: Mapping[str, Any]) -> dict[str, Any]:

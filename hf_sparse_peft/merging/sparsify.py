@@ -148,7 +148,7 @@ class DropByRank(Sparsify):
             share = self._share(deltas, adapter, held, seed)
             keep = (self.density - self.epsilon) + 2 * self.epsilon * share
             probability[adapter, held] = keep
-            mask[adapter, held] = _uniform(keep.numel(), seed, deltas.name, adapter) < keep
+            mask[adapter, held] = _uniform(keep.numel(), seed, deltas.name, adapter) >= 1 - keep
         return Kept(mask, probability)
 
     def _share(self, deltas: Deltas, adapter: int, held: Tensor, seed: int) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from .competition import Competition
 from .consensus import Agreeing, AgreeingWeights, AllWeights, ByImportance, ElectedSign
+from .rank_clusters import RankClusters
 from .rescale import ByProbability, ByQ, DareK
 from .row import Merge, MergeMethod
 from .sparsify import Band, DropByRank, DropRandom, TopFraction
@@ -67,7 +68,7 @@ def merge_info(name: str) -> MergeInfo:
 
 
 def get_merge(name: str, **options: Any) -> MergeMethod:
-    """The method `name`; `options` are its own and, behind them, those of `Merge`.
+    """The method `name`; `options` are its own and, behind them, those of the class that it builds (`Merge`).
 
     Raises:
         ValueError: no such method, or an option that it does not have.
@@ -76,7 +77,8 @@ def get_merge(name: str, **options: Any) -> MergeMethod:
     parameters = inspect.signature(build).parameters.values()
     known = {one.name for one in parameters if one.kind != one.VAR_KEYWORD}
     if any(one.kind == one.VAR_KEYWORD for one in parameters):
-        known |= {one.name for one in fields(Merge)}
+        kind = inspect.signature(build, eval_str=True).return_annotation
+        known |= {one.name for one in fields(kind if is_dataclass(kind) else Merge)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"merge method {name!r} has no option {unknown}; it takes {sorted(known)}.")
@@ -270,3 +272,14 @@ def fisher(normalise_importance: bool = True, **overrides: Any) -> Merge:
     """Fisher-weighted averaging; needs `importance`."""
     parts = {"consensus": ByImportance(normalise_importance), "normalise": AgreeingWeights()}
     return Merge(**{**parts, **overrides})
+
+
+@register_merge(
+    "lora-lego",
+    paper="Zhao et al., 2025 (LoRA-LEGO)",
+    does="components of low-rank adapters clustered; each cluster is one component of the result",
+    result="of rank k; exact (the sum) with as many clusters as components",
+)
+def lora_lego(clusters: int | None = None, **overrides: Any) -> RankClusters:
+    """LoRA-LEGO."""
+    return RankClusters(clusters, **overrides)
