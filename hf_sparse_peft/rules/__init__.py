@@ -31,6 +31,7 @@ plateau_threshold.py    units below a threshold leave once the loss is flat
 group_envelope.py, half_space.py, hesso.py     groups that become 0 whole    groups.py    units as groups of numbers
 neuron_sensitivity.py   how much outputs depend on pre-activations
 sample_layers.py, switch_layers.py    drawn transformer layers train    drawn_layers.py    what they share
+layer_choices.py        which layers these are
 probing.py       passes beside training
 """
 
@@ -58,6 +59,7 @@ from .hesso import Hesso
 from .input_masks import InputMask, OutputGroups, PermutedOutputGroups
 from .l1_norm import L1Norm
 from .largest_error import LargestError
+from .layer_choices import Cyclic, LargestGradient, LayerChoice, Outliers, Uniform
 from .learn_mask import LearnMask
 from .lobster import Lobster
 from .mask_sparsity import MaskSparsity
@@ -97,6 +99,7 @@ __all__ = [
     "ChooseSupport",
     "ComponentSpace",
     "ConstantRate",
+    "Cyclic",
     "Distil",
     "DistilFeatures",
     "Drop",
@@ -119,6 +122,8 @@ __all__ = [
     "L1Norm",
     "L1Penalty",
     "LargestError",
+    "LargestGradient",
+    "LayerChoice",
     "LearnMask",
     "Lobster",
     "LowRankMagnitude",
@@ -130,6 +135,7 @@ __all__ = [
     "MoveResult",
     "NuclearNorm",
     "Orthogonality",
+    "Outliers",
     "OutputGroups",
     "OwnClock",
     "PermutedOutputGroups",
@@ -159,6 +165,7 @@ __all__ = [
     "TrainedRankPruning",
     "Training",
     "TrainingScore",
+    "Uniform",
     "UnitSpace",
     "UpdateMask",
     "Windowed",

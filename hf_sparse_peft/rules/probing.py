@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..sparsity import random_units
+from .collectives import rank, world_size
+
 
 def random_state() -> tuple:
     """The global random states of Python, numpy and torch, those of GPUs in use included."""
@@ -72,3 +75,45 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any], compute_loss: Any = None
             "training may also come from hf_sparse_peft.calibrate(..., compute_loss=lambda model, batch: ...)."
         )
     return loss
+
+
+def indexed_dataset(run: Any, owner: str) -> Any:
+    """The training data, which samples can be drawn of.
+
+    Raises:
+        ValueError: it has no index.
+    """
+    loader = run.training.dataloader
+    dataset = getattr(loader, "dataset", None)
+    if not all(hasattr(dataset, name) for name in ("__getitem__", "__len__")) or not hasattr(loader, "collate_fn"):
+        raise ValueError(
+            f"{owner} draws its probes by index, and this training data has no index. Train on a dataset with "
+            "__getitem__ and __len__."
+        )
+    return dataset
+
+
+def drawn_batches(
+    run: Any, rule: Any, samples: int, size: int, *stream: Any, share: bool = True
+) -> Iterator[Mapping[str, Any]]:
+    """Random training samples, collated as in training, on the device of what trains, `size` at a time.
+
+    Args:
+        run: of `rule`, a rule that draws (`rule.stream`).
+        rule: the rule, whose name errors have.
+        samples: how many, or all that there are.
+        size: of a batch.
+        stream: what the draw is for.
+        share: whether ranks share the samples out; else each has all of them.
+
+    Raises:
+        ValueError: the training data has no index.
+    """
+    dataset = indexed_dataset(run, type(rule).__name__)
+    generator = torch.Generator().manual_seed(rule.stream(run, *stream))
+    rows = random_units(len(dataset), min(samples, len(dataset)), generator).tolist()
+    rows = (rows[rank() :: world_size()] or rows) if share else rows
+    device = run.all_spaces[0].parameters()[0].device
+    for first in range(0, len(rows), size):
+        batch = run.training.dataloader.collate_fn([dataset[row] for row in rows[first : first + size]])
+        yield to_device(batch, device)

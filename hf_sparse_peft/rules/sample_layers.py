@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from ..sparsity import random_units
 from ..utils.option_types import PositiveFloat, PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part
-from .collectives import all_reduce_mean, rank, world_size
+from .collectives import all_reduce_mean
 from .drawn_layers import DrawnLayers
-from .probing import loss_of, modes_kept, random_state_kept, to_device
+from .probing import drawn_batches, indexed_dataset, loss_of, modes_kept, random_state_kept
 from .run import Run
 
 
@@ -72,7 +71,7 @@ class SampleLayers(DrawnLayers):
                 "SampleLayers works on adapters with one: LoRA, DoRA, SparseLora, SpectralLora."
             )
         if self.every < run.total_steps:
-            _dataset(run)
+            indexed_dataset(run, type(self).__name__)
         if run.resumed:
             self._check_importance(run)
         else:
@@ -125,7 +124,7 @@ class SampleLayers(DrawnLayers):
     def _probe(self, run: Run) -> None:
         sets = self._suppressed_sets(run)
         with modes_kept(run.model, training=False), torch.no_grad(), random_state_kept():
-            batch = self._batch(run)
+            (batch,) = drawn_batches(run, self, self.probe_batch, self.probe_batch, run.step, "batch")
             losses = []
             for chosen in sets:
                 with self._suppressed(run, chosen):
@@ -160,30 +159,10 @@ class SampleLayers(DrawnLayers):
             for held, name, value in kept:
                 held[name] = value
 
-    def _batch(self, run: Run) -> Any:
-        """Random training samples, collated as in training; ranks share them out."""
-        dataset = _dataset(run)
-        generator = torch.Generator().manual_seed(self.stream(run, run.step, "batch"))
-        rows = random_units(len(dataset), min(self.probe_batch, len(dataset)), generator).tolist()
-        rows = rows[rank() :: world_size()] or rows
-        device = run.all_spaces[0].parameters()[0].device
-        return to_device(run.training.dataloader.collate_fn([dataset[row] for row in rows]), device)
-
 
 def _share(fraction: float) -> Callable[[int], int]:
     """`int(fraction * L)` of L layers, at least one."""
     return lambda layers: max(1, int(fraction * layers))
-
-
-def _dataset(run: Run) -> Any:
-    loader = run.training.dataloader
-    dataset = getattr(loader, "dataset", None)
-    if not all(hasattr(dataset, name) for name in ("__getitem__", "__len__")) or not hasattr(loader, "collate_fn"):
-        raise ValueError(
-            "SampleLayers draws its probes by index, and this training data has no index. Train on a dataset with "
-            "__getitem__ and __len__."
-        )
-    return dataset
 
 
 def updated_importance(

@@ -1,17 +1,18 @@
-"""`SwitchLayers`: a few transformer layers, drawn alike, are updated for some steps, then others (LISA)."""
+"""`SwitchLayers`: a few transformer layers are updated for some steps, then others (LISA, OwLore, BAdam)."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from ..optim import innermost
 from ..utils.option_types import PositiveInt
 from ..utils.parts import register_part
 from .drawn_layers import DrawnLayers
+from .layer_choices import LayerChoice, Uniform
 from .run import Run
 
 
@@ -22,9 +23,12 @@ class SwitchLayers(DrawnLayers):
     train until the next draw, the other layers' rest (LISA; Pan et al., 2024). What belongs to no layer trains always.
 
     The importance is fixed: 1 outside of the layers, `layers / L` inside. Draws are made before the steps 0, `every`,
-    2 `every`, ... and follow from the seed and the step, the same on all ranks and in a resumed run. Published for full
-    weights; here for adapters, of this package and upstream's, which an optimizer over all layers holds: a layer that
-    rests keeps every bit, under momentum and weight decay too.
+    2 `every`, ... and follow from the seed and the step, the same on all ranks and in a resumed run. For adapters of
+    this package and upstream's, and for models whose own weights train (`RuleRunner(SwitchLayers())`), with an
+    optimizer over all layers: a layer that rests keeps every bit, under momentum and weight decay too.
+
+    Other choices of the layers make it OwLore (`choice=Outliers()`, with `ProjectedAdamWSpec`) and block coordinate
+    descent, with Adam BAdam (`choice=Cyclic()`, `LargestGradient()`, `moments="drop"`).
     """
 
     layers: PositiveInt = 2
@@ -41,6 +45,8 @@ class SwitchLayers(DrawnLayers):
     """Name of the module list that holds the layers, if it is not in the common places; several with `|` between."""
     seed: int | None = None
     """Seed of the draws, mixed with the step; None: the adapter's."""
+    choice: LayerChoice = field(default_factory=Uniform)
+    """How the layers are chosen."""
 
     def begin(self, run: Run) -> None:
         """Find the layers."""
@@ -52,6 +58,7 @@ class SwitchLayers(DrawnLayers):
                 "adapt more layers, or leave the rule out.",
                 stacklevel=2,
             )
+        self.choice.begin(self, run)
 
     def before_step(self, run: Run) -> None:
         """Draw where it is due; in a resumed run, draw again what trains at this step."""
@@ -59,13 +66,16 @@ class SwitchLayers(DrawnLayers):
         due = run.step == start
         if not due and run.memory.trained:
             return
-        count = len(run.memory.layers)
-        drawn = self.draw(run, torch.ones(count), lambda there: min(self.layers, there), start, "switched")
+        drawn = self.choice.choose(self, run, start)
         self.train_only(run, drawn, self.always_on)
         if due:
             self._restart(run)
             names = list(run.memory.layers)
             run.record(trains=[names[number] for number in drawn])
+
+    def drawn(self, run: Run, weights: Tensor, start: int) -> list[int]:
+        """`layers` of every stack, drawn in proportion to ``weights``."""
+        return self.draw(run, weights, lambda there: min(self.layers, there), start, "switched")
 
     def _restart(self, run: Run) -> None:
         if self.moments == "keep" or not run.step:

@@ -1,4 +1,5 @@
-"""Rules on adapters of upstream peft: the runs of one executor, what they begin with and what they leave."""
+"""Rules on adapters of upstream peft, and on models without any: the runs of one executor, what they begin with and
+leave."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..rules import Rule, Run, Training, UnitSpace
 from ..tuners import upstream
+from ..tuners.whole_modules import whole_spaces
 
 Pick = Callable[[list[Rule]], list[Rule]]
 """The rules that an executor carries, of those that a config asks for."""
@@ -56,6 +58,18 @@ def make_upstream_runs(
                 if rule in asked:
                     upstream.take_over_adalora(training.model)
                 yield Run(training, rule, adapter, None, own)
+    yield from _whole_runs(training, pick)
+
+
+def _whole_runs(training: Training, pick: Pick) -> Iterator[Run]:
+    """Runs of the rules that were given, on a model whose own weights train."""
+    spaces = whole_spaces(training.model)
+    for rule in pick([]) if spaces else ():
+        own = [space for space in spaces if space.kind in rule.acts_on]
+        for space in own:
+            space.check_needs(rule.all_needs)
+        if own:
+            yield Run(training, rule, "", None, own)
 
 
 def _check(rule: Rule, space: UnitSpace) -> None:
@@ -83,7 +97,7 @@ def _begin_state(rule: Rule, space: UnitSpace, resumed: bool) -> None:
 def finish_upstream(run: Run) -> None:
     """The last step is done: note the ranks in upstream's config, and free the rule's state."""
     config = upstream.upstream_configs(run.model).get(run.adapter)
-    for space in run.all_spaces:
+    for space in run.all_spaces if run.adapter else ():
         names = [spec.name for spec in upstream.upstream_specs(run.rule, space)]
         if isinstance(config, AdaLoraConfig) and "dead" in names:
             upstream.finish_adalora(space, config, run.total_steps)
