@@ -18,7 +18,7 @@ from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_overrides import QUANTIZATION, recorded_overrides
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.counts import AdapterCounts, adapter_counts
-from ..tuners.shared.pieces import Decomposed
+from ..tuners.shared.pieces import Decomposed, Nonlinear
 from ..utils.environment import package_versions
 from ..utils.installation import install_command, repository_url
 from ..utils.parts import plain
@@ -204,7 +204,13 @@ def _leaving(
 ) -> str:
     """How the adapter is used where this package is not."""
     pieces = [piece for layer in layers for piece in layer.pieces(adapter_name)]
-    if all(piece.exact_rank is not None for piece in pieces):
+    if any(isinstance(piece, Nonlinear) for piece in pieces):
+        return (
+            "It is a module beside weights and no change of them: nothing of it can be merged, or written as a LoRA. "
+            "Other engines cannot run it."
+        )
+    shifted = any(layer.bias_change(adapter_name) is not None for layer in layers)
+    if not shifted and all(piece.exact_rank is not None for piece in pieces):
         kind = "DoRA" if any(isinstance(piece, Decomposed) for piece in pieces) else "LoRA"
         loads = loading_code(class_of_base, "as-lora", base_model, config, overrides, alone=True)
         done = 'hub.export_lora(model, "as-lora")  # exactly'

@@ -15,9 +15,9 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..tuners import AdapterLayer, adapter_layers
-from ..tuners.factored import FactoredLayer, warn_of_biases
+from ..tuners.factored import FactoredLayer
 from ..tuners.shared.heads import head_owners
-from ..tuners.shared.merge import refuse_merged, untie_embeddings
+from ..tuners.shared.merge import refuse_merged, untie_embeddings, warn_of_biases
 from ..tuners.shared.parameters import ParameterHost
 from ..tuners.shared.quantised import backend_of
 from .folders import staged_folder
@@ -91,7 +91,8 @@ def _merged_copy(
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     kwargs = get_quantization_kwargs(base)
     replaced: dict[int, nn.Module] = {}
-    untied, done, biased = False, (), []
+    untied, done = False, ()
+    biased: dict[str, list[str]] = {}
     for name, module in base.named_modules():
         if done and name.startswith(done):
             continue
@@ -99,8 +100,9 @@ def _merged_copy(
         if new is not None:
             replaced[id(module)] = new
             done = (*done, f"{name}.")
-            if isinstance(module, FactoredLayer) and getattr(module.get_base_layer(), "bias", None) is None:
-                biased += [name] if new.bias is not None else []
+            bare = isinstance(module, AdapterLayer) and getattr(module.get_base_layer(), "bias", None) is None
+            if bare and getattr(new, "bias", None) is not None:
+                biased.setdefault(module.without_biases, []).append(name)
             untied |= any(owners.get(id(p), 0) > 1 for p in _original(module).parameters())
     # What deepcopy finds in its memo it takes: adapted and quantised layers are swapped without being copied first.
     dense = copy.deepcopy(base, dict(replaced))
@@ -108,7 +110,8 @@ def _merged_copy(
     if untied and getattr(dense, "config", None) is not None:
         untie_embeddings(dense)
     dense.requires_grad_(False)
-    warn_of_biases(biased)
+    for mend, names in biased.items():
+        warn_of_biases(names, mend)
     return dense if dtype is None else dense.to(dtype)
 
 
@@ -151,10 +154,24 @@ def _merged_layer(name: str, layer: AdapterLayer, terms: list[tuple[str, float]]
             return copy.deepcopy(layer.dense_layer(held))
         layer.check_sum([adapter for adapter, _ in held])
     stored = base.weight.data if backend is None else _dequantised(name, backend, base)
-    merged = _merged_weight(layer, stored, terms)
+    merged, bias = _merged_weight(layer, stored, terms), _merged_bias(layer, stored.dtype, terms)
     if backend is not None:
-        return _linear(base, merged)
-    return copy.deepcopy(base, {id(base.weight): nn.Parameter(merged, requires_grad=False)})
+        new = _linear(base, merged)
+    else:
+        new = copy.deepcopy(base, {id(base.weight): nn.Parameter(merged, requires_grad=False)})
+    if bias is not None:
+        new.bias = nn.Parameter(bias, requires_grad=False)
+    return new
+
+
+def _merged_bias(layer: AdapterLayer, dtype: torch.dtype, terms: list[tuple[str, float]]) -> torch.Tensor | None:
+    """The bias with what adapters add to it; None: none adds anything."""
+    changes = [(layer.bias_change(name), scale) for name, scale in terms if layer.holds(name)]
+    changes = [change * scale for change, scale in changes if change is not None]
+    if not changes:
+        return None
+    own = getattr(layer.get_base_layer(), "bias", None)
+    return (sum(changes) if own is None else sum(changes, own.float())).to(dtype if own is None else own.dtype)
 
 
 def _merged_parameters(host: ParameterHost, terms: list[tuple[str, float]]) -> nn.Module:

@@ -27,7 +27,7 @@ from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.config import AdapterConfig
 from ..tuners.shared.merge import refuse_merged
 from ..tuners.shared.parameters import ParameterWeight
-from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece, summed_entries
+from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Nonlinear, Piece, summed_entries
 from ..tuners.shared.wrapped_names import plain_name
 from ..tuners.upstream import UpstreamLowRank, configs_of, upstream_low_rank
 from .card import exported_card
@@ -82,7 +82,8 @@ def export_lora(
 
     Raises:
         ValueError: entries, blocks or kernels without `rank`, `uniform_rank` below a module's rank, an adapter that is
-            unknown, changes nothing or is merged, or a `path` that holds something else than a LoRA.
+            unknown, changes nothing, biases or no weight (a module behind layers) or is merged, or a `path` that holds
+            something else than a LoRA.
     """
     config, layers = _exportable(model, adapter_name)
     for option, value in (("rank", rank), ("uniform_rank", uniform_rank)):
@@ -237,7 +238,24 @@ def _pieces(layer: AdapterLayer, adapter_name: str, only: str | None) -> list[Pi
     if only not in (None, "low_rank", "support"):
         raise ValueError(f"only={only!r} is no half of an adapter; choose 'low_rank', 'support' or None for both.")
     pieces = layer.pieces(adapter_name)
+    refuse_nonlinear(pieces)
+    if isinstance(layer, AdapterLayer) and layer.bias_change(adapter_name) is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' changes the bias of '{layer.module_name}' beside its weight, and peft's formats "
+            "of updates have no bias. Use merge_to_dense, which loses nothing."
+        )
     return [piece for piece in pieces if only is None or isinstance(piece, LowRank) == (only == "low_rank")]
+
+
+def refuse_nonlinear(pieces: list[Piece]) -> None:
+    """Refuse what is no update of a weight.
+
+    Raises:
+        ValueError: a piece is none; names the form and the module.
+    """
+    for piece in pieces:
+        if isinstance(piece, Nonlinear):
+            raise piece.refusal()
 
 
 def _shared_options(config: AdapterConfig) -> dict:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from .. import methods
 from ..methods import Method
 from ..tuners import adapter_layers
-from ..tuners.shared.pieces import Decomposed, Entries, LowRank, Piece, Subgrid
+from ..tuners.shared.pieces import Decomposed, Entries, InputMap, LowRank, Nonlinear, OutputMap, Piece, Subgrid, Tiles
 from ..utils.tables import Table, table
 from .dry_run import adapt_on_meta
 from .meta_base import meta_base, read_model_config
@@ -127,6 +127,10 @@ def _leaves_as(name: str) -> str:
     pieces = [piece for layer in adapter_layers(model) for piece in layer.pieces("default")]
     if any(isinstance(piece, Decomposed) for piece in pieces):
         return "DoRA"
+    if any(isinstance(piece, Nonlinear) for piece in pieces):
+        return "nothing"
+    if any(isinstance(piece, (InputMap, OutputMap)) or (isinstance(piece, Tiles) and piece.dense) for piece in pieces):
+        return "dense"
     low_rank = [_is_low_rank(piece) for piece in pieces]
     return "LoRA" if all(low_rank) else "LoRA and patch" if any(low_rank) else "SHiRA or patch"
 

@@ -19,6 +19,7 @@ from .sparse_lora import (
     StructureConfig,
 )
 from .spectral_lora import SpectralLoraConfig, SpectralLoraLayer, SpectralLoraModel
+from .structured import StructuredConfig, StructuredLayer, StructuredModel
 
 guard_loading()
 serve_mixed_models()
@@ -47,6 +48,9 @@ __all__ = [
     "SpectralLoraModel",
     "Start",
     "StructureConfig",
+    "StructuredConfig",
+    "StructuredLayer",
+    "StructuredModel",
     "adapter_layers",
     "restore_fp32",
     "save_masks",

@@ -24,12 +24,14 @@ from hf_sparse_peft import (
     Rule,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StructuredConfig,
     callbacks_for,
     make_optimizer,
 )
 from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, GroupBits, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
+from hf_sparse_peft.tuners.structured import Bottleneck, Kronecker, ScaleShift
 from hf_sparse_peft.utils.parts import part_types
 
 STEPS, SAVE_AT = 8, 4
@@ -56,6 +58,9 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "singular vectors": (FactoredConfig, {"keep_base": True, "form": Spectral(4)}),
     "channel bits": (FactoredConfig, {"keep_base": True, "form": ChannelBits(4)}),
     "group bits": (FactoredConfig, {"keep_base": True, "form": GroupBits(size=8, bits=3)}),
+    "kronecker": (StructuredConfig, {"form": Kronecker(8, 4)}),
+    "scale and shift": (StructuredConfig, {"form": ScaleShift(std=0.0)}),
+    "bottleneck": (StructuredConfig, {"form": Bottleneck(4)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -77,6 +82,9 @@ KINDS = {
     "factored": {"factors", "module"},
     "channel bits": {"channel", "module"},
     "group bits": {"module"},
+    "kronecker": {"module"},
+    "scale and shift": {"module"},
+    "bottleneck": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -163,6 +171,8 @@ EXCEPTIONS = {
     ("identity", "singular vectors"): "its product is the weight to rounding",
     ("identity", "channel bits"): "the weight is rounded",
     ("identity", "group bits"): "the weight is rounded",
+    ("identity", "bottleneck"): "both of its matrices start near 0 (as published)",
+    ("merging", "bottleneck"): "it is no change of a weight, and refuses to be merged",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",
@@ -275,6 +285,10 @@ def train(model, out, *, resume=None, save_at=None, **options) -> dict[str, torc
     return state
 
 
+OWN = ("_lora_", ".factored_", ".structured_")
+"""What names of adapters' tensors have in them."""
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     """Scores of fixed tokens in evaluation mode."""
@@ -288,7 +302,7 @@ def logits(model) -> torch.Tensor:
 def base_bits(model) -> dict[str, torch.Tensor]:
     """Copies of what is saved of the model without its adapter, by the base's own names."""
     named = {k.replace(".base_layer", "").removeprefix("base_model.model."): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone() for k, v in named.items() if "_lora_" not in k and ".factored_" not in k}
+    return {k: v.detach().clone() for k, v in named.items() if not any(kind in k for kind in OWN)}
 
 
 @dataclass

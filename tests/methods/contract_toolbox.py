@@ -87,6 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fish": {"examples": 8},
     "lt-sft": {"warmup_steps": 3, "warmup_lr": 1e-3},
     "diablo": {"blocks": 8},
+    "diffusekrona": {"rows": 8, "cols": 4},
+    "houlsby": {"size": 4, "norms": False},
     "smt": {"attention": 0.02, "mlp": 0.02, "block_size": 8, "warmup_steps": 3},
     "s2ft": {"down": 0.1, "target_modules": ["down_proj"]},
     "dsee": {"num_sparse": 24},
@@ -128,6 +130,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("identity", "losparse"): "its sum is the weight to rounding",
     ("identity", "self-compression"): "the weight is rounded",
     ("identity", "sst"): "its product is the weight to rounding",
+    ("identity", "houlsby"): "both matrices start near 0 (as published)",
+    ("identity", "ssf"): "scales start at N(1, 0.02^2) (as published)",
     ("identity", "welore"): "factors are an approximation of the weight",
     ("identity", "pela"): "as welore",
     ("identity", "low-rank-transformer"): "as welore",
@@ -305,7 +309,7 @@ def base_bits(model) -> dict[str, torch.Tensor]:
     return {
         k: v.detach().clone()
         for k, v in named.items()
-        if not any(own in k for own in ("lora_", "kernel_", "factored_"))
+        if not any(own in k for own in ("lora_", "kernel_", "factored_", "structured_"))
     }
 
 

@@ -16,6 +16,8 @@ OTHERS = {
     "diablo": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "ist": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"},
     "smt": {"q_proj", "k_proj", "v_proj"},
+    "diffusekrona": set(ATTENTION),
+    "houlsby": {"o_proj", "down_proj"},
 }
 SIZES = {
     "dsee": {"num_sparse": 8},
@@ -27,6 +29,7 @@ SIZES = {
     "unlearn-sparse": {"mask": "given"},
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
+    "diffusekrona": {"rows": 8, "cols": 4},
 }
 """What fits into the small model."""
 

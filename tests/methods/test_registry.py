@@ -20,6 +20,7 @@ FITTING = {
     "sst": {"r": 4},
     "smt": {"block_size": 8},
     "diablo": {"blocks": 8},
+    "diffusekrona": {"rows": 8, "cols": 4},
 }
 """Options without which a method does not fit a model of width 32."""
 

@@ -32,6 +32,7 @@ SMALLER = {
     "token_classification_xlmr": ["max_steps=7"],
     "image_classification_vit": ["max_steps=7", "dataloader_num_workers=0"],
     "tiny_core": ["method_options.r=4"],
+    "structured_forms": ["method_options.rows=8", "method_options.cols=4"],
 }
 """Options of single files that a model of 64 columns, or a run of two steps, cannot have."""
 OWN = tuple(path for path in FILES if path.with_suffix(".py").exists())

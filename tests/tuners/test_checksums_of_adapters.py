@@ -15,8 +15,10 @@ from hf_sparse_peft import (
     MaskedLoraConfig,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StructuredConfig,
 )
 from hf_sparse_peft.hub import check_adapter, save_adapter, write_checksums
+from hf_sparse_peft.tuners.structured import Kronecker
 from hf_sparse_peft.utils.file_length import read_safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,6 +28,7 @@ CONFIGS = {
     "kernel_lora": lambda **more: KernelLoraConfig(**OPTIONS, r=4, **more),
     "spectral_lora": lambda **more: SpectralLoraConfig(**OPTIONS, r=2, **more),
     "masked_lora": lambda **more: MaskedLoraConfig(**OPTIONS, r=2, mask="all", **more),
+    "structured": lambda **more: StructuredConfig(**OPTIONS, form=Kronecker(4, 2), **more),
     "factored": lambda **more: FactoredConfig(**OPTIONS, **more),
 }
 

@@ -14,10 +14,12 @@ from hf_sparse_peft import (
     Regrow,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StructuredConfig,
     callbacks_for,
 )
 from hf_sparse_peft.hub import check_adapter, merge_to_dense
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.structured import Kronecker
 from hf_sparse_peft.utils.checksums import save_checked
 
 IDS = torch.randint(1, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -32,6 +34,7 @@ CONFIGS = {
     "sparse": sparse,
     "kernel": lambda: KernelLoraConfig(r=4, **TARGETS),
     "spectral": lambda: SpectralLoraConfig(r=4, **TARGETS),
+    "structured": lambda: StructuredConfig(form=Kronecker(4, 2), **TARGETS),
     "lora": lambda **options: LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options),
     "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
 }

@@ -10,14 +10,21 @@ import pytest
 from peft import PeftConfig
 
 import hf_sparse_peft
-from hf_sparse_peft import KernelLoraConfig, Prune, SparseLoraConfig, SpectralLoraConfig, StructureConfig
+from hf_sparse_peft import (
+    KernelLoraConfig,
+    Prune,
+    SparseLoraConfig,
+    SpectralLoraConfig,
+    StructureConfig,
+    StructuredConfig,
+)
 from hf_sparse_peft.rules import AlternateModules
 from hf_sparse_peft.sparsity import ByModule, Density, Linear
 from hf_sparse_peft.utils import parts
 from hf_sparse_peft.utils.option_docs import Option, options_of
 from hf_sparse_peft.utils.option_types import Range, check_value, described
 
-CONFIGS = (KernelLoraConfig, SparseLoraConfig, SpectralLoraConfig)
+CONFIGS = (KernelLoraConfig, SparseLoraConfig, SpectralLoraConfig, StructuredConfig)
 NEEDED = {
     "end": 1.0,
     "groups": {"q_proj": 4},

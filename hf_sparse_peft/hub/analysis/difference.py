@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...tuners import AdapterLayer
 from ...tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
-from ...tuners.shared.pieces import Decomposed, LowRank, Piece, summed_entries
+from ...tuners.shared.pieces import EVERYWHERE, LowRank, Nonlinear, Piece, summed_entries
 from ...utils.tables import Table, table
 from ..held_layers import layers_without_base
 from .mask_overlap import MaskOverlap, TensorOverlap
@@ -162,7 +162,7 @@ def _compare(one: AdapterLayer, two: AdapterLayer) -> ModuleDifference:
 
 
 def _dense(pieces: list[Piece], shape: tuple[int, int]) -> Tensor | None:
-    if any(isinstance(piece, Decomposed) for piece in pieces):
+    if any(isinstance(piece, (*EVERYWHERE[1:], Nonlinear)) for piece in pieces):
         return None
     update = torch.zeros(shape)
     for piece in pieces:
@@ -179,7 +179,7 @@ def _overlap(one: list[Piece], two: list[Piece], numel: int) -> TensorOverlap | 
 
 
 def _positions(pieces: list[Piece]) -> Tensor | None:
-    found = summed_entries([piece for piece in pieces if not isinstance(piece, (LowRank, Decomposed))])
+    found = summed_entries([piece for piece in pieces if not isinstance(piece, (*EVERYWHERE, Nonlinear))])
     return None if found is None else found[0]
 
 

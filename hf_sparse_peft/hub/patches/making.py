@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...tuners import AdapterLayer, adapter_layers
 from ...tuners.shared.heads import head_owners
 from ...tuners.shared.merge import refuse_merged, refuse_shared_modules
-from ...tuners.shared.pieces import Decomposed, LowRank, Piece, summed_entries
+from ...tuners.shared.pieces import EVERYWHERE, Nonlinear, Piece, summed_entries
 from ..dense import active_adapters
 from .base_values import BaseTensor, base_tensors
 from .checkpoint_names import CheckpointNames
@@ -159,15 +159,18 @@ def _refuse_factors(layer: AdapterLayer, names: list[str]) -> None:
 
 def _sparse_pieces(layer: AdapterLayer, adapter_name: str, only: str | None) -> list[Piece]:
     pieces = layer.pieces(adapter_name)
-    dense = [piece for piece in pieces if isinstance(piece, (LowRank, Decomposed))]
+    nonlinear = next((piece for piece in pieces if isinstance(piece, Nonlinear)), None)
+    if nonlinear is not None:
+        raise nonlinear.refusal()
+    dense = [piece for piece in pieces if isinstance(piece, EVERYWHERE)]
     if not dense or (only == "support" and len(dense) < len(pieces)):
         return [piece for piece in pieces if piece not in dense]
-    kept = only == "support" and not any(isinstance(piece, Decomposed) for piece in dense)
-    if kept:
+    products = any(isinstance(piece, EVERYWHERE[1:]) for piece in dense)
+    if only == "support" and not products:
         return []
     raise ValueError(
-        f"Adapter '{adapter_name}' changes '{layer.module_name}' by a product of factors, which touches every entry: a "
-        "patch of it is the whole weight. Serve the factors as a LoRA beside the patch, export_patch(only='support') "
+        f"Adapter '{adapter_name}' changes '{layer.module_name}' by a product of matrices, which touches every entry: "
+        "a patch of it is the whole weight. Serve the factors as a LoRA beside the patch, export_patch(only='support') "
         "and export_lora(only='low_rank'), or everything as a dense model, merge_to_dense."
     )
 

@@ -12,7 +12,7 @@ from .group_bits import GroupBits, PackedGroups
 from .layer import FactoredLayer, FactoredLinear
 from .low_rank import LowRank
 from .low_rank_sparse import LowRankSparse
-from .model import FactoredModel, factored_layers, warn_of_biases
+from .model import FactoredModel, factored_layers
 from .output_features import OutputFeatures
 from .ranks import (
     EnergyFraction,
@@ -56,5 +56,4 @@ __all__ = [
     "Whole",
     "channel_report",
     "factored_layers",
-    "warn_of_biases",
 ]

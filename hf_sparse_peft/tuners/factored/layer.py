@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +15,7 @@ from ...sparsity.selection import stream_seed
 from ...utils.tensors import TensorSpec
 from ..shared.base_weight import compute_dtype
 from ..shared.file_check import file_being_loaded
-from ..shared.linear import AdditiveLinear
+from ..shared.form_layer import FormLayer
 from ..shared.merge import broken
 from ..shared.pieces import Piece, Tiles
 from ..shared.quantised import base_product
@@ -28,45 +26,16 @@ from .released import HOW_TO_KEEP, ReleasedLinear
 TRAINED, FROZEN = "factored_", "factored_frozen_"
 
 
-class _NamesOfForms:
-    """Names of containers, of all forms that are registered; a layer has those of its own adapters' forms."""
-
-    def __init__(self, *prefixes: str, besides: tuple[str, ...] = ()) -> None:
-        self.prefixes, self.besides = prefixes, besides
-
-    def __get__(self, layer: Any, owner: Any = None) -> tuple[str, ...]:
-        return tuple(f"{prefix}{name}" for prefix in self.prefixes for name in NAMES) + self.besides
-
-
-class FactoredLayer(AdditiveLinear):
+class FactoredLayer(FormLayer):
     """What a layer holds per adapter: the tensors that its form declares, `factored_<name>` where they train (fp32
     masters) and `factored_frozen_<name>` where they do not (in the base's dtype, if they are floats)."""
 
     prefix: str = TRAINED
+    frozen_prefix = FROZEN
+    form_names = NAMES
+    without_biases = "For a dense model on disk start from OutputFeatures(center=False)."
     factored_seen: dict[str, bool]
     """Whether a form that starts from data was seen to be there."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _name_containers(cls)
-
-    def _make_containers(self) -> None:
-        self.adapter_layer_names, self.buffer_names, self.saved_names = (), (), ()
-        self.other_param_names = type(self)._values
-        super()._make_containers()
-
-    def _add_containers(self, specs: list[TensorSpec]) -> None:
-        for spec in specs:
-            if hasattr(self, spec.name):
-                continue
-            if spec.role == "trained":
-                setattr(self, spec.name, nn.ParameterDict({}))
-                self.adapter_layer_names = (*self.adapter_layer_names, spec.name)
-            else:
-                setattr(self, spec.name, BufferDict({}, persistent=True))
-                self.buffer_names = (*self.buffer_names, spec.name)
-                self.other_param_names = (*self.other_param_names, spec.name)
-            self.saved_names = (*self.adapter_layer_names, *self.buffer_names)
 
     # The declaration
 
@@ -77,8 +46,7 @@ class FactoredLayer(AdditiveLinear):
         """The form's tensors at the rank `sizes`."""
         if sizes is None:
             sizes = _size_of(config, module_name)[2]
-        found = config.form.specs(rows, cols, sizes)
-        return [replace(s, name=f"{TRAINED if s.role == 'trained' else FROZEN}{s.name}") for s in found]
+        return cls.named(config.form.specs(rows, cols, sizes))
 
     @classmethod
     def read_sizes(cls, config: FactoredConfig, module_name: str, held: Mapping[str, Tensor]) -> tuple[int, int, int]:
@@ -98,18 +66,11 @@ class FactoredLayer(AdditiveLinear):
         """The adapter's form."""
         return self.adapter_configs[adapter_name].form
 
-    def form_tensors(self, adapter_name: str) -> Tensors:
-        """The tensors of the adapter's form, by its own names for them."""
-        return {
-            name.removeprefix(FROZEN if name in self.buffer_names else TRAINED): tensor
-            for name, tensor in self.tensors(adapter_name).items()
-        }
-
     # Start
 
     def update_layer(self, adapter_name: str, config: FactoredConfig, sizes: int | None = None, **kwargs: Any) -> None:
         """Add an adapter, and release the weight where nobody needs it any more."""
-        self._add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, sizes))
+        self.add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, sizes))
         super().update_layer(adapter_name, config, sizes, **kwargs)
         self._release()
 
@@ -168,7 +129,7 @@ class FactoredLayer(AdditiveLinear):
         """Give the adapter the form of `config` at `rank`, with `tensors`, none of which trains; those of the old form
         that the new one has too stay as they are."""
         self.adapter_configs[adapter_name] = config
-        self._add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, rank))
+        self.add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, rank))
         self.resize(adapter_name, rank)
         for name, tensor in tensors.items():
             getattr(self, f"{FROZEN}{name}")[adapter_name] = tensor
@@ -248,7 +209,7 @@ class FactoredLayer(AdditiveLinear):
         def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
             yield slice(None), slice(None), self.factored_weight(adapter_name) - self.dense_base_weight().float()
 
-        return [Tiles((self.out_features, self.in_features), tiles)]
+        return [Tiles((self.out_features, self.in_features), tiles, dense=True)]
 
     def check_deletion(self, adapter_name: str) -> None:
         """Can the adapter be deleted from this layer?
@@ -355,17 +316,6 @@ def _size_of(config: FactoredConfig, module_name: str) -> list[int]:
     if module_name not in config.sizes:
         raise ValueError(f"sizes has no entry for '{module_name}': the config is incomplete, load the adapter's own.")
     return config.sizes[module_name]
-
-
-def _name_containers(cls: Any) -> None:
-    cls._values = tuple(name for name in cls.other_param_names if name not in cls.buffer_names)
-    cls.adapter_layer_names = _NamesOfForms(TRAINED)
-    cls.buffer_names = _NamesOfForms(FROZEN)
-    cls.saved_names = _NamesOfForms(TRAINED, FROZEN)
-    cls.other_param_names = _NamesOfForms(FROZEN, besides=cls._values)
-
-
-_name_containers(FactoredLayer)
 
 
 class FactoredLinear(FactoredLayer):

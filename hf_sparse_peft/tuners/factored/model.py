@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..shared.base_weight import dense_weight
 from ..shared.file_check import file_being_loaded
+from ..shared.merge import warn_of_biases
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.module_patterns import pattern_key
 from ..shared.quantised import backend_of
@@ -112,7 +112,7 @@ class FactoredModel(AdapterModel):
         unbiased = {layer for layer in self.adapted_layers() if getattr(layer.get_base_layer(), "bias", None) is None}
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         added = [layer.module_name for layer in unbiased if getattr(layer.get_base_layer(), "bias", None) is not None]
-        warn_of_biases(added)
+        warn_of_biases(added, FactoredLayer.without_biases)
         return unloaded
 
     def export_modules(self, adapter_name: str | None = None) -> nn.Module:
@@ -297,14 +297,3 @@ def _check_sizes(config: FactoredConfig, shapes: dict[str, tuple[int, int]]) -> 
                 f"sizes[{name!r}] has a weight of {rows}x{cols}, and this base's is {found}. Load the adapter on the "
                 "base that it was made from."
             )
-
-
-def warn_of_biases(added: Sequence[str]) -> None:
-    """Warn where merging gave layers biases, by module name, that their architecture has no place for."""
-    if added:
-        warnings.warn(
-            f"The forms of {len(added)} layers ('{added[0]}') have biases, and this architecture has none there: "
-            "save_pretrained writes them, and from_pretrained drops them. For a dense model on disk start from "
-            "OutputFeatures(center=False).",
-            stacklevel=3,
-        )

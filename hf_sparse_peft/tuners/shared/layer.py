@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -38,6 +38,8 @@ class AdapterLayer(CalibratedTensors):
     where it starts from data, what it reads of them (`CalibratedTensors`).
     """
 
+    without_biases: ClassVar[str] = ""
+    """How its merged layers do without biases that the architecture has no place for, for a warning."""
     passive_gradient_reader: Callable[[torch.Tensor], None] | None = None
     """Shown the weight's dense gradient `[out, in]` in every eager backward pass, where the tuner computes one, without
     any effect on training; set and taken off by diagnostics."""
@@ -219,6 +221,10 @@ class AdapterLayer(CalibratedTensors):
         Their tensors may be the adapter's own and are only read. Empty where the adapter has no part of this layer.
         """
         raise NotImplementedError
+
+    def bias_change(self, adapter_name: str) -> torch.Tensor | None:
+        """What the adapter adds to the layer's bias beside its pieces, detached `[out]` fp32; None: nothing."""
+        return None
 
     def write_pieces(self, adapter_name: str, pieces: list[Piece]) -> None:
         """Fill an adapter that was allocated by the model's `config_of_pieces` for these pieces."""

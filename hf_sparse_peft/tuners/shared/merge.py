@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,12 +33,13 @@ def broken(adapter_name: str) -> ValueError:
 
 
 class HeldWeight(NamedTuple):
-    """Which objects hold a base layer's weight."""
+    """Which objects hold a base layer's weight and bias."""
 
     base: nn.Module
     weight: torch.Tensor
     attributes: list[tuple[object, dict[str, Any]]]
     """What changes with a weight behind its back, by owner."""
+    bias: torch.Tensor | None = None
 
 
 class MergeState(NamedTuple):
@@ -129,9 +131,27 @@ class MergeMixin(AdapterLayer):
             self._add_delta_(view, name)
             if safe_merge and not torch.isfinite(merged).all():
                 raise broken(name)
+        bias = self._merged_bias(held.bias, names, weight.dtype)
+        if safe_merge and bias is not None and not torch.isfinite(bias).all():
+            raise broken(names[-1])
         self._merge_backup = held
         self._install(merged, weight.dtype)
+        if bias is not None:
+            held.base.bias = bias
         self.merged_adapters = names
+
+    def _merged_bias(self, own: torch.Tensor | None, names: list[str], dtype: torch.dtype) -> nn.Parameter | None:
+        """The bias with what adapters add to it, one where the layer had none; None: none adds anything."""
+        changes = [self.bias_change(name) for name in names]
+        changes = [change for change in changes if change is not None]
+        if not changes:
+            return None
+        start = torch.zeros_like(changes[0]) if own is None else own.detach()
+        merged = sum(changes, start.to(torch.promote_types(start.dtype, torch.float32)))
+        if own is None:
+            dtype = dtype if dtype.is_floating_point else torch.float32
+            return nn.Parameter(merged.to(dtype), requires_grad=False)
+        return nn.Parameter(merged.to(own.dtype), requires_grad=own.requires_grad)
 
     def _install(self, merged: torch.Tensor, dtype: torch.dtype) -> None:
         if self.quantization_backend is None:
@@ -149,14 +169,16 @@ class MergeMixin(AdapterLayer):
 
     def _held(self) -> HeldWeight:
         base = self.get_base_layer()
-        return HeldWeight(base, base.weight, _mutable_state(base))
+        return HeldWeight(base, base.weight, _mutable_state(base), getattr(base, "bias", None))
 
     def _put_back(self, held: HeldWeight) -> None:
-        base, weight, attributes = held
+        base, weight, attributes, bias = held
         if self.get_base_layer() is not base:  # HQQ puts a new module in place
             self.base_layer = base
         if base.weight is not weight:
             base.weight = weight
+        if getattr(base, "bias", None) is not bias:
+            base.bias = bias
         for owner, values in attributes:
             owner.__dict__.update(values)
 
@@ -172,6 +194,17 @@ def _mutable_state(base: nn.Module) -> list[tuple[object, dict[str, Any]]]:
     if "quant_state" in base.__dict__:
         owners.append((base, {"quant_state": base.quant_state}))
     return owners
+
+
+def warn_of_biases(added: Sequence[str], mend: str) -> None:
+    """Warn where merging gave layers biases, by module name, that their architecture has no place for; `mend` says what
+    to do instead."""
+    if added:
+        warnings.warn(
+            f"Merging gave {len(added)} layers ('{added[0]}') biases, and this architecture has none there: "
+            f"save_pretrained writes them, and from_pretrained drops them. {mend}",
+            stacklevel=4,
+        )
 
 
 def refuse_shared_modules(model: nn.Module) -> None:

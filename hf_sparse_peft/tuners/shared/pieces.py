@@ -10,6 +10,9 @@ r"""Pieces: what an adapter adds to one weight, in forms that merging, export, c
 | `Subgrid` | a dense matrix at some rows x some columns | LoRA of the smaller side's rank, SHiRA, exactly |
 | `Tiles` | a dense matrix that is built tile after tile | SHiRA where most of it is zero, else LoRA by SVD |
 | `BaseMask` | :math:`-(1 - M) \\odot W`: the base's weights off the mask go | SHiRA, exactly; merged, exact zeros |
+| `InputMap` | :math:`W Q - W`: the layer's input is mapped | dense, exactly; LoRA by SVD |
+| `OutputMap` | :math:`H W - W`: the layer's output is mapped | dense, exactly; LoRA by SVD |
+| `Nonlinear` | no change of a weight | nothing |
 """
 
 from __future__ import annotations
@@ -130,7 +133,7 @@ class Decomposed(Piece):
             self.add_(update)
             yield slice(None), slice(None), update
 
-        return Tiles(tuple(self.weight().shape), tiles)
+        return Tiles(tuple(self.weight().shape), tiles, dense=True)
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ class Tiles(Piece):
     tiles: Callable[[], Iterator[tuple[slice, slice, Tensor]]]
     """A fresh pass over tiles that cover the weight, each once: its rows, its columns, and the update there, detached
     and in any float dtype."""
+    dense: bool = False
+    """Whether few of its entries are zero."""
 
     @torch.no_grad()
     def add_(self, weight: Tensor) -> None:
@@ -281,6 +286,107 @@ class BaseMask(Piece):
         weight = self.weight()
         removed = self.removed(weight.device) & (weight != 0)
         return removed.view(-1).nonzero().squeeze(1), -weight[removed].float()
+
+
+@dataclass(frozen=True)
+class InputMap(Piece):
+    r"""What a linear map of the layer's input does to its weight, :math:`W Q - W` for inputs :math:`x \mapsto Q x`."""
+
+    apply: Callable[[Tensor], Tensor]
+    """:math:`X \\mapsto X Q^\top`, `[..., in]`, of detached tensors of any float dtype."""
+    weight: Callable[[], Tensor]
+    """The base weight W, `[out, in]`; not to be written to."""
+
+    @torch.no_grad()
+    def mapped(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """:math:`W Q`, a new `[out, in]`."""
+        weight = self.weight().to(dtype)
+        return weight @ self.apply(torch.eye(weight.shape[1], dtype=dtype, device=weight.device)).t()
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the change to `weight`, in fp32 or wider."""
+        weight += self.mapped(weight.dtype) - self.weight().to(weight.dtype)
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The entries that change."""
+        return _nonzero(self.mapped() - self.weight().float())
+
+
+@dataclass(frozen=True)
+class OutputMap(Piece):
+    r"""What a linear map of the layer's output does to its weight, :math:`H W - W` for outputs :math:`y \mapsto H y`.
+    Whether the bias is mapped too, or shifted, is the layer's `bias_change`."""
+
+    apply: Callable[[Tensor], Tensor]
+    """:math:`Y \\mapsto Y H^\top`, `[..., out]`, of detached tensors of any float dtype."""
+    weight: Callable[[], Tensor]
+    """What is mapped, `[out, in]`: the base weight, or W Q of an `InputMap` before; not to be written to."""
+
+    @torch.no_grad()
+    def change(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """:math:`H W - W`, a new `[out, in]`."""
+        weight = self.weight().to(dtype)
+        return self.apply(weight.t()).t() - weight
+
+    @torch.no_grad()
+    def add_(self, weight: Tensor) -> None:
+        """Add the change to `weight`, in fp32 or wider."""
+        weight += self.change(weight.dtype)
+
+    @torch.no_grad()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The entries that change."""
+        return _nonzero(self.change())
+
+
+@dataclass(frozen=True)
+class Nonlinear(Piece):
+    """A function of the layer's input or output that is no change of its weight. All that reads updates refuses it."""
+
+    what: str
+    """For messages, as the beginning of a sentence: "Adapter 'a' of form Bottleneck in 'q_proj'"."""
+
+    def refusal(self) -> ValueError:
+        """The error of what would need an update of the weight."""
+        return ValueError(
+            f"{self.what} is a nonlinear function beside the weight and no change of it: it can neither be merged nor "
+            "be exported to a format of weights or of LoRA. Save it with save_pretrained and load it with this package."
+        )
+
+    def add_(self, weight: Tensor) -> None:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise self.refusal()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise self.refusal()
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise self.refusal()
+
+
+EVERYWHERE = (LowRank, Decomposed, InputMap, OutputMap)
+"""Pieces that change every entry of a weight."""
+
+
+def _nonzero(update: Tensor) -> tuple[Tensor, Tensor]:
+    positions = update.reshape(-1).nonzero().squeeze(1)
+    return positions, update.reshape(-1)[positions].float()
 
 
 @torch.no_grad()

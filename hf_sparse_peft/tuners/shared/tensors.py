@@ -84,7 +84,7 @@ class AdapterTensors(BaseTunerLayer):
     def _make_containers(self) -> None:
         # Its own tuples: a part that is registered later adds to the class what this layer has no container of.
         for kind in ("adapter_layer_names", "buffer_names", "saved_names", "other_param_names"):
-            setattr(self, kind, getattr(type(self), kind))
+            setattr(self, kind, self._first_names(kind))
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         for name in (*self.buffer_names, *self.training_state_names):
@@ -92,6 +92,10 @@ class AdapterTensors(BaseTunerLayer):
         for name in self.other_param_names:
             if name not in (*self.buffer_names, *self.training_state_names):
                 setattr(self, name, {})
+
+    def _first_names(self, kind: str) -> tuple[str, ...]:
+        """Names of the containers of that kind that the layer begins with."""
+        return getattr(type(self), kind)
 
     def _make_brought_containers(self) -> None:
         """Make those that were declared since the layer was made."""

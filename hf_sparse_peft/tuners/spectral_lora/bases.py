@@ -22,18 +22,8 @@ from torch import Tensor
 from ...sparsity import Statistic, stream_seed
 from ...utils.parts import Part
 from ...utils.tensors import TensorSpec
+from ..shared.sharing import Sharing
 from .names import FIXED_A, FIXED_B, TRAINED_A, TRAINED_B
-
-
-class Sharing(NamedTuple):
-    """The modules that share tensors with one."""
-
-    owner: str
-    """The first of them in model order, which has the tensors."""
-    users: int
-    """How many they are."""
-    position: int
-    """Which of them this one is, from 0."""
 
 
 class Site(NamedTuple):

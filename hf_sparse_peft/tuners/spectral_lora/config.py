@@ -12,7 +12,8 @@ from ...utils.option_types import PositiveFloat, PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
 from ..shared.module_patterns import pattern_key
-from .bases import Bases, Sharing, Site
+from ..shared.sharing import Sharing, check_sharings
+from .bases import Bases, Site
 from .cores import Core, Diagonal, Full
 from .found import SVD
 
@@ -84,11 +85,7 @@ class SpectralLoraConfig(AdapterConfig):
                 f"generator={self.generator!r} drew this adapter's bases, and {GENERATOR!r} is what is known here. "
                 "Update hf-sparse-peft."
             )
-        for name, found in self.sizes.items():
-            if [type(one) for one in found] != [str, int, int] or not 0 <= found[2] < found[1]:
-                raise ValueError(
-                    f"sizes[{name!r}]={found} is not [owner, users, position]. Load the adapter's own config."
-                )
+        check_sharings(self.sizes)
         check_schedule(self.schedule, self)
         gates = [rule for rule in self.rules if "gate" in rule.needs]
         if gates and not isinstance(self.core, Diagonal):

@@ -14,7 +14,7 @@ from ...rules import UnitSpace
 from ...utils.tensors import TensorSpec
 from ..shared.linear import AdditiveLinear
 from ..shared.pieces import Decomposed, LowRank, Piece, Tiles
-from ..shared.tensor_checks import side
+from ..shared.sharing import read_shape, shape_spec
 from .bases import Site
 from .config import SpectralLoraConfig
 from .names import MAGNITUDE, OFFSET, SHAPE
@@ -83,17 +83,7 @@ class SpectralLoraLayer(SpectralStart):
     ) -> list[TensorSpec]:
         """The shape of the weight, the bases and the core, and what the base keeps of them."""
         site, bases, core = config.site(module_name, rows, cols), config.bases, config.core
-
-        def check_shape(tensor: Tensor, key: str) -> None:
-            if tensor.dtype != torch.int64 or tensor.tolist() != [rows, cols]:
-                raise ValueError(
-                    f"'{key}' is {tensor.tolist()} ({tensor.dtype}), and the weight is {[rows, cols]} (int64). The "
-                    "file is damaged or belongs to another base model."
-                )
-
-        found = [
-            TensorSpec(SHAPE, (2,), torch.int64, "saved", start=lambda _: torch.tensor([rows, cols]), check=check_shape)
-        ]
+        found = [shape_spec(SHAPE, rows, cols)]
         found += bases.specs(site)
         if config.use_dora:
             found.append(TensorSpec(MAGNITUDE, (rows,)))
@@ -115,11 +105,7 @@ class SpectralLoraLayer(SpectralStart):
         Raises:
             ValueError: the tensor that says so is missing or damaged.
         """
-        key = f"{module_name}.{SHAPE}"
-        if side(held, SHAPE, 0, 1, key) != 2 or held[SHAPE].dtype != torch.int64 or int(held[SHAPE].min()) < 1:
-            raise ValueError(f"'{key}' is {held[SHAPE].tolist()}, no shape of a weight; the file is damaged.")
-        rows, cols = held[SHAPE].tolist()
-        return rows, cols, None
+        return *read_shape(held, SHAPE, module_name), None
 
     def set_sizes(self, adapter_name: str, sizes: None) -> None:
         """Note what the adapter's bases know of this module, and its scaling."""
@@ -186,7 +172,7 @@ class SpectralLoraLayer(SpectralStart):
             update = bases.update(self._tensors(adapter_name), site).detach()
             yield slice(None), slice(None), update * self.spectral_lora_scaling[adapter_name]
 
-        return Tiles((self.out_features, self.in_features), tiles)
+        return Tiles((self.out_features, self.in_features), tiles, dense=True)
 
     def _norm_ratio(self, adapter_name: str) -> Tensor:
         r""":math:`m / n` `[out]` of a layer with `use_dora`, with the norms n as constants, which is how DoRA is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,11 @@ from tqdm.auto import tqdm
 
 from ...ops.seeded import GENERATOR
 from ..shared.base_weight import dense_weight
-from ..shared.file_check import CONFIG_FILE, AdapterFile, file_being_loaded, tensor_key
+from ..shared.file_check import AdapterFile, file_being_loaded
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.pieces import Piece
 from ..shared.quantised import backend_of
+from ..shared.sharing import check_same_sharings, check_sharing_modules, link_owners, sharings
 from .config import SpectralLoraConfig
 from .factors import Factors
 from .layer import SpectralLoraLayer, SpectralLoraLinear
@@ -35,13 +35,8 @@ class SpectralLoraModel(AdapterModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then show each layer the one that has what it shares."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        by_name = {
-            layer.module_name: layer for layer in spectral_layers(model) if adapter_name in layer.adapter_configs
-        }
-        for name, (owner, _, _) in config.sizes.items():
-            if name in by_name and owner != name:
-                by_name[name].spectral_lora_owner[adapter_name] = by_name[owner]
+        sizes = self.peft_config[adapter_name].sizes
+        link_owners(spectral_layers(model), sizes, adapter_name, "spectral_lora_owner")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -60,14 +55,8 @@ class SpectralLoraModel(AdapterModel):
             peft_config.generator = GENERATOR
         if peft_config.bases.rank_choice is not None and file_being_loaded() is None:
             peft_config.rank_pattern = _ranks(peft_config, targets)
-        found = _sharing(peft_config, targets) if peft_config.bases.shared else {}
-        given = peft_config.sizes
-        if file_being_loaded() is not None and given != found:
-            wrong = next(name for name in [*found, *given] if found.get(name) != given.get(name))
-            raise ValueError(
-                f"sizes[{wrong!r}]={given.get(wrong)} in {CONFIG_FILE}, and in this base it is {found.get(wrong)}. "
-                "Load the adapter on the base that it was trained on."
-            )
+        found = sharings(targets, peft_config.group) if peft_config.bases.shared else {}
+        check_same_sharings(peft_config.sizes, found)
         peft_config.sizes = found
         if file_being_loaded() is not None or not targets:
             return AdapterPlan()
@@ -94,14 +83,8 @@ class SpectralLoraModel(AdapterModel):
         Raises:
             ValueError: names the tensor.
         """
-        named = {name for name, (owner, _, _) in file.config.sizes.items() for name in (name, owner)}
         entries = getattr(file.config.bases, "entries", {})
-        absent = sorted((named | {name for name, count in entries.items() if count}) - set(file.modules))
-        if absent:
-            raise ValueError(
-                f"'{tensor_key(absent[0], SHAPE)}' is missing from '{file.path}': {CONFIG_FILE} has "
-                f"'{absent[0]}'. The file is incomplete."
-            )
+        check_sharing_modules(file, (name for name, count in entries.items() if count), SHAPE)
 
 
 def spectral_layers(model: nn.Module) -> list[SpectralLoraLayer]:
@@ -124,13 +107,3 @@ def _ranks(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[st
             sites[name], weights[name] = config.site(name, rows, cols), partial(weight_of, base)
         found = config.bases.rank_choice.ranks(weights, sites)
     return {f"^{name}": rank for name, rank in found.items()}
-
-
-def _sharing(config: SpectralLoraConfig, targets: dict[str, nn.Module]) -> dict[str, list[str | int]]:
-    """`sizes`: owner, users and position of each module."""
-    groups: dict[Hashable, list[str]] = {}
-    for name, base in targets.items():
-        cols, rows = _get_in_out_features(base)
-        groups.setdefault(config.group(name, rows, cols), []).append(name)
-    found = {name: [names[0], len(names), at] for names in groups.values() for at, name in enumerate(names)}
-    return {name: found[name] for name in targets}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ...sparsity import Statistic
 from ..shared.file_check import file_being_loaded
 from ..shared.layer import AdapterLayer
+from ..shared.sharing import tensor_of
 from .bases import Found, Site
 from .names import B_ENTRIES, FINGERPRINT, FIXED_A, FIXED_B, MAGNITUDE, OFFSET, PLACES, SHAPE, TRAINED_A, TRAINED_B
 
@@ -33,7 +33,8 @@ class SpectralStart(AdapterLayer):
         config, found = self.adapter_configs[adapter_name], self.tensors(adapter_name)
         owner = self.spectral_lora_owner.get(adapter_name)
         if owner is not None:
-            found |= {name: self._of(owner, adapter_name, name) for name in config.bases.shared}
+            device = found[SHAPE].device
+            found |= {name: tensor_of(owner, self, name, adapter_name, device) for name in config.bases.shared}
         if config.bases.derived_names:
             found |= self._derived(adapter_name, found[SHAPE].device)
         if B_ENTRIES in found:
@@ -58,15 +59,6 @@ class SpectralStart(AdapterLayer):
         decoded = self.adapter_configs[adapter_name].bases.decode(codes, self.site(adapter_name))
         self.spectral_lora_places[adapter_name] = ((codes, codes.data_ptr(), version), decoded)
         return decoded
-
-    def _of(self, owner: AdapterLayer, adapter_name: str, name: str) -> Tensor:
-        tensor, device = getattr(owner, name)[adapter_name], self.spectral_lora_shape[adapter_name].device
-        if isinstance(tensor, DTensor) or not tensor.numel() or (tensor.is_meta and device.type != "meta"):
-            raise ValueError(
-                f"'{self.module_name}' shares '{name}' of '{owner.module_name}', which is sharded (FSDP, ZeRO-3) or "
-                "offloaded, so that it is whole only while that layer runs. Train shared bases on whole weights (DDP)."
-            )
-        return tensor.to(device)
 
     @torch.no_grad()
     def _derived(self, adapter_name: str, device: torch.device) -> dict[str, Tensor]:
