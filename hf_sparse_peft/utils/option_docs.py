@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
@@ -79,11 +79,23 @@ def _with_options(cls: type, text: str) -> str:
 
 def _argument(option: Option) -> str:
     required = option.default is MISSING
-    default = "required" if required else f"default {option.default!r}"
+    default = "required" if required else f"default {_shown(option.default)}"
     text = f"{option.name} ({option.accepts}; {default}): {option.description}"
     return textwrap.fill(
         " ".join(text.split()), 116, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False
     )
+
+
+def _shown(value: Any) -> str:
+    """`repr`, of a dataclass without fields at their defaults: napoleon reads no default over two lines."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(value)
+    }
+    held = {name: getattr(value, name) for name in defaults}
+    given = (f"{name}={_shown(one)}" for name, one in held.items() if one != defaults[name])
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 @cache
