@@ -6,9 +6,13 @@ get_merge, merge_names, merge_info       the table of methods
 fisher_importance                        what Fisher merging goes by
 greedy_soup                              the mean of a choice of a model's adapters
 find_q, analytic_q                       the rescaling of DAREx-q
+compress_adapter, decompress_adapter     ComPEFT: an adapter <-> a file of ternary codes
+binarise_adapter, restore_adapter        BitDelta: an adapter <-> a file of signs and magnitudes
+distil_scales                            BitDelta's magnitudes, trained on logits
 """
 
-from .combine import MergeReport, merge_adapters
+from .binary import Binary, binarise_adapter, distil_scales, magnitude_groups, restore_adapter
+from .combine import merge_adapters
 from .competition import Competition
 from .consensus import (
     Agreeing,
@@ -24,6 +28,7 @@ from .consensus import (
     Undivided,
 )
 from .deltas import Deltas, Scan, stack_deltas
+from .forms import MergeReport
 from .importance import fisher_importance
 from .rank_clusters import RankClusters
 from .rates import analytic_q, find_q
@@ -33,6 +38,7 @@ from .soups import greedy_soup
 from .sources import AdapterSource, read_source
 from .sparsify import Band, DropByRank, DropRandom, KeepAll, Kept, Sparsify, TopFraction
 from .table import MergeInfo, get_merge, merge_info, merge_names, merges_markdown, register_merge
+from .ternary import CompactReport, Ternary, compress_adapter, decompress_adapter
 
 __all__ = [
     "AdapterSource",
@@ -41,10 +47,12 @@ __all__ = [
     "Agreement",
     "AllWeights",
     "Band",
+    "Binary",
     "ByImportance",
     "ByNorm",
     "ByProbability",
     "ByQ",
+    "CompactReport",
     "Competition",
     "Consensus",
     "DareK",
@@ -65,20 +73,27 @@ __all__ = [
     "Rescale",
     "Scan",
     "Sparsify",
+    "Ternary",
     "TopFraction",
     "Undivided",
     "Unscaled",
     "Update",
     "analytic_q",
+    "binarise_adapter",
+    "compress_adapter",
+    "decompress_adapter",
+    "distil_scales",
     "find_q",
     "fisher_importance",
     "get_merge",
     "greedy_soup",
+    "magnitude_groups",
     "merge_adapters",
     "merge_info",
     "merge_names",
     "merges_markdown",
     "read_source",
     "register_merge",
+    "restore_adapter",
     "stack_deltas",
 ]

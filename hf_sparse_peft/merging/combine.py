@@ -4,74 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..hub.folders import check_place
 from ..tuners.shared.combination import weighted_pieces
 from ..tuners.shared.pieces import Entries, LowRank, Piece, Subgrid
 from ..utils.parts import UnknownPart, load_part_by_name
-from ..utils.tables import Table, table
 from .deltas import Deltas, Scan, stack_deltas
-from .dense_model import DenseBase
+from .forms import Form, Merged, MergeReport, check_form, write_merged
 from .heads import merged_others
-from .results import as_entries, as_low_rank, file_bytes, write_adapter, write_lora
 from .row import Merge, MergeMethod, Update, warn_of_supports
 from .sources import AdapterSource, check_alike, read_source
 from .table import get_merge
 
-Form = Literal["adapter", "lora", "dense"]
-FORMS = ("adapter", "lora", "dense")
 Importance = Mapping[str, Tensor]
 """Module -> importance of its weight's entries, `[out, in]`, or `[k]` of the entries that the adapter has there."""
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge_adapters` wrote."""
-
-    path: Path
-    """The folder."""
-    form: Form
-    """What is in it."""
-    ranks: dict[str, int]
-    """Rank of the low-rank half of each module that has one."""
-    entries: dict[str, int]
-    """Entries in the support of each module that has one; of a dense model the entries that changed."""
-    errors: dict[str, float]
-    """Relative Frobenius error of each module's update: 0 where it is exact up to fp32's rounding."""
-    exact: bool
-    """Whether every module's is."""
-    file_bytes: int
-    """Size of the weights."""
-
-    def table(self) -> Table:
-        """A line for each module."""
-        rows = [
-            (name, self.ranks.get(name), self.entries.get(name), f"{error:.2e}" if error else "exact")
-            for name, error in self.errors.items()
-        ]
-        worst = max(self.errors.values(), default=0.0)
-        totals = (
-            f"{len(rows)} modules",
-            None,
-            sum(self.entries.values()),
-            f"at most {worst:.2e}" if worst else "exact",
-        )
-        return table(("module", "rank", "entries", "error"), rows, totals=totals)
-
-
-@dataclass
-class _Merged:
-    """What comes of one module."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    error: float = 0.0
 
 
 @torch.no_grad()
@@ -120,47 +71,22 @@ def merge_adapters(
     method = _method(method, options)
     if len(paths) < 2:
         raise ValueError(f"paths={[str(path) for path in paths]} is one adapter or none; give two or more to merge.")
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is unknown; choose one of {list(FORMS)}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} is no rank; give an integer >= 1, or leave it out.")
+    check_form(out, form, rank)
     weights = _weights(method, weights, len(paths))
     if importance is not None and len(importance) != len(paths):
         raise ValueError(f"importance has {len(importance)} mappings for {len(paths)} adapters; give one each.")
     method.check(len(paths), weights, importance is not None)
-    check_place(out, {"adapter": "SPARSE_LORA", "lora": "LORA", "dense": None}[form])
     sources = [read_source(path) for path in paths]
     shapes = check_alike(sources, base)
     others, about = merged_others(sources, weights, heads_from)
     about |= _about(sources, base)
     if isinstance(method, Merge) and method.coefficients(weights) is not None:
         _check_supports(method, sources, shapes)
-    found, kept = _results(method, sources, shapes, weights, importance), {}
-    target = DenseBase(sources, about, shapes) if form == "dense" else None
-    errors, ranks, entries = {}, {}, {}
-    with tqdm(total=len(shapes), desc="Merging", unit="layer", disable=not show_progress) as bar:
-        for name, result in found:
-            if target is not None:
-                entries[name], errors[name] = target.add(name, result), 0.0
-            else:
-                merged = _as_pieces(result, sources, name, rank, form)
-                kept[name], errors[name] = merged.pieces, merged.error
-                for piece in merged.pieces:
-                    if isinstance(piece, LowRank):
-                        ranks[name] = piece.exact_rank
-                    else:
-                        entries[name] = piece.values.numel()
-            bar.update()
-    notes = _notes(method, sources, weights)
-    if form == "adapter":
-        write_adapter(out, kept, shapes, others, about, notes)
-        size = file_bytes(out)
-    elif form == "lora":
-        ranks, entries = write_lora(out, kept, others, about), {}
-        size = file_bytes(out)
-    else:
-        size = target.save(out, others)
-    return MergeReport(Path(out), form, ranks, entries, errors, not any(errors.values()), size)
+    found = _results(method, sources, shapes, weights, importance)
+    ranks = partial(_rank_of, sources)
+    like = max(sources, key=lambda source: len(source.others))  # rows and labels are those of an adapter's heads
+    merged = Merged(found, shapes, others, about, _notes(method, sources, weights), ranks, like.path)
+    return write_merged(merged, out, form, rank, "Merging", show_progress)
 
 
 def _method(method: Any, options: Mapping[str, Any]) -> MergeMethod:
@@ -267,24 +193,8 @@ def _with_importance(deltas: Deltas, importance: Sequence[Importance]) -> Deltas
     return replace(deltas, importance=numbers)
 
 
-def _as_pieces(
-    result: list[Piece] | Update, sources: Sequence[AdapterSource], name: str, rank: int | None, form: Form
-) -> _Merged:
-    if isinstance(result, Update):
-        if form == "adapter" and result.positions is not None:
-            return _Merged(as_entries(result))
-        return _Merged(*as_low_rank(result, rank or _rank_of(sources, name)))
-    if form == "adapter" or all(piece.exact_rank is not None for piece in result):
-        return _Merged(result)
-    dense = torch.zeros(sources[0].shapes.get(name) or next(s.shapes[name] for s in sources if name in s.shapes))
-    for piece in result:
-        piece.add_(dense)
-    update = Update(name, tuple(dense.shape), None, dense.reshape(-1))
-    return _Merged(*as_low_rank(update, rank or _rank_of(sources, name)))
-
-
 def _rank_of(sources: Sequence[AdapterSource], name: str) -> int:
-    """The sum of the adapters' ranks in a module; 16 for each that has none."""
+    """The sum of the adapters' ranks in a module; 16 for each piece that has none."""
     found = [piece for source in sources for piece in source.pieces(name)]
     return max(sum(16 if piece.exact_rank is None else piece.exact_rank for piece in found), 1)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from ..hub.base_model import load_base
 from ..hub.folders import staged_folder
 from ..hub.processors import load_processor
-from ..tuners.shared.file_check import CONFIG_FILE, PREFIX
+from ..tuners.shared.file_check import CONFIG_FILE, PREFIX, read_json
 from ..tuners.shared.merge import untie_embeddings
 from ..tuners.shared.pieces import Piece
 from .row import Update
-from .sources import AdapterSource
 
 
 class DenseBase:
@@ -29,17 +27,13 @@ class DenseBase:
         ValueError: no base is named, it is stored quantised, or it has no linear layer where an adapter has one.
     """
 
-    def __init__(
-        self, sources: Sequence[AdapterSource], about: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
-    ) -> None:
+    def __init__(self, like: Path, about: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
         named = about["base_model_name_or_path"]
         if not named:
             raise ValueError("form='dense' needs the base, and the adapters do not name it; pass base=.")
-        # Rows and labels that training changed are those of an adapter's heads.
-        like = max(sources, key=lambda source: len(source.others))
-        options = json.loads((like.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        options = read_json(like / CONFIG_FILE)
         where = {"revision": about["revision"]} if about["revision"] else {}
-        self.model = load_base(str(named), options, like.path, base_as="full", dtype="auto", **where)
+        self.model = load_base(str(named), options, like, base_as="full", dtype="auto", **where)
         self.model.requires_grad_(False)
         for name, shape in shapes.items():
             weight, transposed = self._weight(name)

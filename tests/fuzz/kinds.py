@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterable
@@ -25,8 +26,11 @@ from hf_sparse_peft import (
     SpectralLoraConfig,
     hub,
     load_support,
+    merging,
     save_support,
 )
+from hf_sparse_peft.merging.binary import read_binary
+from hf_sparse_peft.merging.ternary import read_ternary
 from hf_sparse_peft.optim import zeroth_order_log
 from hf_sparse_peft.pruning.reading.block_inputs import digest
 from hf_sparse_peft.pruning.removal.walk_checkpoint import WalkCheckpoint
@@ -378,6 +382,44 @@ def reconstruction() -> Kind:
         return found
 
     return Kind("reconstruction", build, read, models=lambda: [trained], names=["a", "b", "reconstruction"])
+
+
+def compeft() -> Kind:
+    """A file of ternary codes. What it holds is larger than the file."""
+
+    def build(folder: Path) -> None:
+        config = SparseLoraConfig(**{**OPTIONS, "density": 0.3, "criterion": "random"})
+        fill(get_peft_model(base(), config)).save_pretrained(folder / "adapter")
+        merging.compress_adapter(folder / "adapter", folder / "a.compeft", density=0.5, show_progress=False)
+        shutil.rmtree(folder / "adapter")
+
+    def read(folder: Path) -> str:
+        compact, pieces = read_ternary(folder / "a.compeft")
+        dense = {}
+        for name, found in pieces.items():
+            dense[name] = torch.zeros(compact.shapes[name])
+            for piece in found:
+                piece.add_(dense[name])
+        return content(dense.items()) + content(compact.others.items()) + json.dumps(compact.about, sort_keys=True)
+
+    return Kind("compeft", build, read, names=[Q, Q.replace("q_proj", "v_proj")])
+
+
+def bitdelta() -> Kind:
+    """A file of signs."""
+
+    def build(folder: Path) -> None:
+        config = SparseLoraConfig(r=0, density=0.3, criterion="random", target_modules=["q_proj", "v_proj"])
+        fill(get_peft_model(base(), config)).save_pretrained(folder / "adapter")
+        merging.binarise_adapter(folder / "adapter", folder / "a.bitdelta", groups=2, show_progress=False)
+        shutil.rmtree(folder / "adapter")
+
+    def read(folder: Path) -> str:
+        compact, updates = read_binary(folder / "a.bitdelta")
+        dense = {name: update().dense() for name, update in updates.items()}
+        return content(dense.items()) + content(compact.others.items()) + json.dumps(compact.about, sort_keys=True)
+
+    return Kind("bitdelta", build, read, names=[Q, Q.replace("q_proj", "v_proj")])
 
 
 def kinds() -> list[Kind]:
