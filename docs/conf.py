@@ -48,6 +48,7 @@ ROOMS = {
     "hf_sparse_peft.hub.analysis": "Analysis of adapters and checkpoints",
     "hf_sparse_peft.pruning": "Pruning",
     "hf_sparse_peft.merging": "Merging",
+    "hf_sparse_peft.federated": "Federated training",
 }
 """Module whose `__all__` is documented -> title of its page."""
 

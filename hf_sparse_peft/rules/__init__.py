@@ -24,6 +24,7 @@ freeze_gradually.py     columns of a basis stop training, one after the other
 alternate_modules.py    a fraction of the modules is updated per period
 distil.py, distil_features.py    the base without its adapter as a teacher
 train_nm.py, input_masks.py    N:M sparsity while weights train
+error_feedback.py    what is off a mask learns by the masked weight's gradient
 learn_mask.py, cast.py     masks by trained scores, and of weights that the optimizer drove to 0
 penalties.py     L1 and nuclear norm on what trains
 lobster.py, serene.py, mask_sparsity.py     pulls on what the loss or the outputs do not need, or that is to go
@@ -45,6 +46,7 @@ from .distil import Distil
 from .distil_features import DistilFeatures
 from .drop import Age, Drop, Magnitude, Sensitivity, SignedMagnitude
 from .entering import ConstantRate, EnteringRate, OwnClock, RunRate
+from .error_feedback import ErrorFeedback
 from .factor_experts import ExpertDraw, FactorExperts
 from .freeze import Freeze
 from .freeze_gradually import FreezeGradually
@@ -104,6 +106,7 @@ __all__ = [
     "DistilFeatures",
     "Drop",
     "EnteringRate",
+    "ErrorFeedback",
     "ExpertDraw",
     "FactorExperts",
     "Follower",

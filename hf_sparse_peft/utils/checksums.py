@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 CHECKSUMS = "crc32"
@@ -40,7 +40,12 @@ def save_checked(
     save_file(dict(tensors), file, metadata={**metadata, CHECKSUMS: checksums(tensors, metadata)})
 
 
-def check_checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> None:
+def checked_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What `save_checked` would write, as bytes to send (`file_length.read_safetensors_bytes`)."""
+    return save(dict(tensors), metadata={**metadata, CHECKSUMS: checksums(tensors, metadata)})
+
+
+def check_checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path | str) -> None:
     """Compare tensors with the checksums that were written with them, if there are any.
 
     Raises:

@@ -132,6 +132,7 @@ RULES: dict[str, dict[str, Any]] = {
     "trained_rank_pruning": {"every": 2, "energy": 0.5, "nuclear_norm": 0.1},
     "freeze_gradually": {"until": 0.7},
     "frobenius_decay": {"weight": 0.1},
+    "error_feedback": {"penalty": 0.5, "proximal": 0.1, "weight_decay": 0.01, "only": ("masked weights",)},
     "learn_mask": {"final_density": 0.5, "penalty": 1.0, "only": ("mask by scores",)},
     "orthogonality": {"weight": 0.5},
     "train_nm": {"only": ("masked weights",)},
