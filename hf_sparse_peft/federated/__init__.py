@@ -5,12 +5,15 @@ rounds.py            who takes part, which replies count, their shares
 adapter_tensors.py   an adapter's tensors out of a model and into it
 fedavg.py, factor_average.py      averages of adapters, with supports that moved and low-rank halves
 feddip.py, feddip_messages.py     a global mask that grows sparser
+ferret.py, ferret_messages.py     updates as coordinates in random bases      seeded_bases.py    these bases
 """
 
 from .adapter_tensors import adapter_tensors, write_adapter_tensors
 from .fedavg import AdapterUpdate, Averaged, adapter_message, fedavg, read_adapter_message
 from .feddip import FedDIP, FedDIPUpdate, choose_masks, feddip_config, feddip_server_step, feddip_start, masks_of
 from .feddip_messages import feddip_client_message, feddip_receive, feddip_server_message, read_feddip_message
+from .ferret import Ferret, FerretUpdate, Pool, Term, ferret_server_step, project, reconstruct
+from .ferret_messages import ferret_client_message, ferret_receive, ferret_server_message, read_ferret_message
 from .messages import Message, pack, unpack
 from .rounds import Round, choose_clients, collect
 
@@ -19,8 +22,12 @@ __all__ = [
     "Averaged",
     "FedDIP",
     "FedDIPUpdate",
+    "Ferret",
+    "FerretUpdate",
     "Message",
+    "Pool",
     "Round",
+    "Term",
     "adapter_message",
     "adapter_tensors",
     "choose_clients",
@@ -33,10 +40,17 @@ __all__ = [
     "feddip_server_message",
     "feddip_server_step",
     "feddip_start",
+    "ferret_client_message",
+    "ferret_receive",
+    "ferret_server_message",
+    "ferret_server_step",
     "masks_of",
     "pack",
+    "project",
     "read_adapter_message",
     "read_feddip_message",
+    "read_ferret_message",
+    "reconstruct",
     "unpack",
     "write_adapter_tensors",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import pruning
+from .. import federated, pruning
 from ..utils.tables import Table, table
 
 
@@ -18,11 +18,16 @@ class FunctionInfo:
     paper: str
     """Authors and year of the source."""
     call: str
-    """What to write, with names of `hf_sparse_peft.pruning`."""
+    """What to write, with names of `hf_sparse_peft.{room}`."""
     does: str
     """One line: what comes of it."""
     parts: tuple[Callable[..., Any], ...] = field(repr=False)
-    """The functions and classes of `hf_sparse_peft.pruning` that it is."""
+    """The functions and classes of that room that it is."""
+
+    @property
+    def room(self) -> str:
+        """Where its parts are imported from: "pruning" or "federated", in `hf_sparse_peft`."""
+        return self.parts[0].__module__.split(".")[1]
 
 
 def _entry(name: str, paper: str, call: str, does: str, *parts: Callable[..., Any]) -> FunctionInfo:
@@ -55,6 +60,25 @@ _FUNCTIONS = [
         "compensate(model, dense, data, rank=128)",
         "a plain LoRA beside a compressed base, in closed form, which makes up for what was lost",
         pruning.compensate, pruning.eigenspace_correction,
+    ),
+    _entry(
+        "fedavg", "McMahan et al., 2017 (FedAvg)",
+        "fedavg(updates, shares)",
+        "the mean of clients' adapters, on the union of supports that moved",
+        federated.fedavg,
+    ),
+    _entry(
+        "feddip", "Long et al., 2023 (FedDIP)",
+        "feddip_server_step(model, updates, shares, FedDIP(rounds=1000), 0)",
+        "clients' full weights are averaged under one mask that grows sparser; `feddip_config()` is the adapter, "
+        "`ErrorFeedback` what clients train with",
+        federated.FedDIP, federated.feddip_server_step,
+    ),
+    _entry(
+        "ferret", "Shu et al., 2024 (Ferret)",
+        "ferret_server_step(tensors, updates, shares, Ferret())",
+        "clients send their updates as coordinates in random bases that the server draws too",
+        federated.Ferret, federated.ferret_server_step,
     ),
     _entry(
         "gqsa", "Zeng et al., 2025 (GQSA)",
@@ -166,5 +190,5 @@ def how_to_call(name: str) -> str:
     return (
         ""
         if info is None
-        else (f"method {name!r} is a function of hf_sparse_peft.pruning, and no config: call {info.call}.")
+        else (f"method {name!r} is a function of hf_sparse_peft.{info.room}, and no config: call {info.call}.")
     )

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from hf_sparse_peft import cli, methods, pruning
+import hf_sparse_peft
+from hf_sparse_peft import cli, federated, methods, pruning
 from hf_sparse_peft.preflight import method_rows
 from hf_sparse_peft.pruning import PruningMethod
 from hf_sparse_peft.utils.parts import part_types
@@ -29,9 +30,9 @@ def test_every_pruning_method_has_an_entry_of_its_own_name():
 
 def test_every_public_function_that_cites_a_paper_has_an_entry():
     cites = re.compile(r"[A-Z]\w+(?: et al\.| and [A-Z]\w+), (?:19|20)\d\d")
-    public = {name: getattr(pruning, name) for name in pruning.__all__}
+    public = {name: getattr(room, name) for room in (pruning, federated) for name in room.__all__}
     cited = {n for n, f in public.items() if inspect.isfunction(f) and cites.search(inspect.getdoc(f))}
-    assert {"compensate", "laser", "block_influence", "sparse_soup"} <= cited
+    assert {"compensate", "laser", "block_influence", "sparse_soup", "fedavg"} <= cited
     assert {name for name in cited if public[name] not in listed()} == set(ROWS)
     assert set(ROWS.values()) <= set(methods.names())
 
@@ -40,12 +41,13 @@ def test_every_public_function_that_cites_a_paper_has_an_entry():
 def test_what_is_to_be_called_exists_with_these_arguments(info):
     calls = [node for node in ast.walk(ast.parse(info.call, mode="eval")) if isinstance(node, ast.Call)]
     assert calls
+    room = getattr(hf_sparse_peft, info.room)
     for call in calls:
-        called = getattr(pruning, call.func.id)
+        called = getattr(room, call.func.id)
         given = {word.arg: None for word in call.keywords}
         inspect.signature(called).bind(*call.args, **given)
     text = info.call + info.does
-    public = {part: name for name, part in vars(pruning).items() if callable(part)}
+    public = {part: name for name, part in vars(room).items() if callable(part)}
     assert any(public[part] in text or getattr(part, "part_type", "?") in text for part in info.parts)
     assert info.paper
     assert info.name not in methods.names()
