@@ -45,7 +45,7 @@ class RecipeArguments(common.RecipeArguments):
 
     output_dir: str = field(default="runs/federated", metadata={"help": "Where adapters, figures and picture go."})
     load_in_4bit: bool = field(default=False, metadata={"help": "NF4 with double quantisation; False: a dense base."})
-    algorithms: list[str] = field(default_factory=list, metadata={"help": "Of fedavg, feddip; empty: all."})
+    algorithms: list[str] = field(default_factory=list, metadata={"help": "Of fedavg, feddip, ferret; empty: all."})
     clients: PositiveInt = field(default=6, metadata={"help": "Clients that there are."})
     fraction: PositiveFraction = field(default=0.5, metadata={"help": "Fraction of them that is chosen in a round."})
     rounds: PositiveInt = field(default=8, metadata={"help": "Rounds."})
@@ -56,6 +56,8 @@ class RecipeArguments(common.RecipeArguments):
     processes: NonNegativeInt = field(default=2, metadata={"help": "Workers that clients live in; 0: this process."})
     fedavg_rate: PositiveFloat = field(default=1e-2, metadata={"help": "Learning rate of FedAvg's clients (AdamW)."})
     feddip: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of FedDIP."})
+    ferret: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of Ferret."})
+    ferret_rate: PositiveFloat = field(default=0.3, metadata={"help": "Learning rate of Ferret's clients (SGD)."})
     seed: int = field(default=0, metadata={"help": "Of data, clients, supports and masks."})
     bf16: bool = field(default=False, metadata={"help": "A dense base in bf16."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep inputs of layers only."})
@@ -207,7 +209,59 @@ class FedDIP:
         fed.feddip_server_step(self.side.model, found.replies, found.shares(), self.options, found.number)
 
 
-ALGORITHMS: dict[str, Any] = {one.name: one for one in (FedAvg, FedDIP)}
+class Ferret:
+    """Full weights, whose updates are sent as coordinates in random bases."""
+
+    name = "ferret"
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.options = fed.Ferret(**{"seed": side.recipe.seed, **side.recipe.ferret})
+        self.log: list[bytes] = []
+        """The server's messages of all rounds; of a worker those that it has applied."""
+        self.held: dict[str, int] = {}
+        """Client -> rounds whose messages it has."""
+        self.tensors = self.trained()
+
+    @staticmethod
+    def config(recipe: RecipeArguments) -> Any:
+        return fed.feddip_config(task_type="CAUSAL_LM")
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What takes part, by name: the masks keep everything, and are the same for all."""
+        return {key: one for key, one in fed.adapter_tensors(self.side.model).items() if one.is_floating_point()}
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        fed.write_adapter_tensors(self.side.model, {**fed.adapter_tensors(self.side.model), **tensors})
+
+    def message(self, client: str, number: int) -> bytes:
+        """What the client has missed; a client that is new begins with the base."""
+        missed = self.log[self.held.get(client, 0) :]
+        self.held[client] = number
+        return fed.pack_all(missed)
+
+    def local(self, client: str, number: int, data: bytes) -> bytes:
+        for at, message in enumerate(fed.unpack_all(data, "server"), start=self.held.get(client, 0)):
+            if at == len(self.log):  # the clients of this process share its copy of the global tensors
+                self.tensors = fed.ferret_receive(self.tensors, message, self.options, at)
+                self.log.append(message)
+        self.held[client] = number
+        self.write(self.tensors)
+        trained = [parameter for parameter in self.side.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=self.side.recipe.ferret_rate)
+        examples = self.side.train(client, number, optimizer)
+        return fed.ferret_client_message(self.tensors, self.trained(), self.options, number, client, examples)
+
+    def read(self, number: int) -> Callable[[bytes, str], Any]:
+        return lambda data, client: fed.read_ferret_message(data, client, self.tensors, self.options, number)
+
+    def step(self, found: fed.Round) -> None:
+        self.tensors, terms = fed.ferret_server_step(self.tensors, found.replies, found.shares(), self.options)
+        self.log.append(fed.ferret_server_message(terms, found.number, self.options.step))
+        self.write(self.tensors)
+
+
+ALGORITHMS: dict[str, Any] = {one.name: one for one in (FedAvg, FedDIP, Ferret)}
 
 
 def side_of(recipe: RecipeArguments, algorithm: str, clients: Mapping[str, Dataset]) -> Any:
@@ -332,11 +386,12 @@ def pooled(recipe: RecipeArguments, algorithm: str, test: Dataset) -> float:
     side.recipe = replace(
         recipe, local_steps=recipe.rounds * recipe.local_steps, batch_size=recipe.batch_size * together
     )
-    if algorithm == "feddip":
-        trained = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
-        optimizer: Any = torch.optim.SGD(trained, lr=alone.options.learning_rate)
-    else:
+    if algorithm == "fedavg":
         optimizer = adapter_optimizer(side.model, recipe.fedavg_rate)
+    else:
+        trained = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
+        rate = alone.options.learning_rate if algorithm == "feddip" else recipe.ferret_rate
+        optimizer = torch.optim.SGD(trained, lr=rate)
     side.train("all", 0, optimizer)
     return exact_match(side.model, side.tokenizer, test)
 

@@ -14,7 +14,7 @@ from .feddip import FedDIP, FedDIPUpdate, choose_masks, feddip_config, feddip_se
 from .feddip_messages import feddip_client_message, feddip_receive, feddip_server_message, read_feddip_message
 from .ferret import Ferret, FerretUpdate, Pool, Term, ferret_server_step, project, reconstruct
 from .ferret_messages import ferret_client_message, ferret_receive, ferret_server_message, read_ferret_message
-from .messages import Message, pack, unpack
+from .messages import Message, pack, pack_all, unpack, unpack_all
 from .rounds import Round, choose_clients, collect
 
 __all__ = [
@@ -46,11 +46,13 @@ __all__ = [
     "ferret_server_step",
     "masks_of",
     "pack",
+    "pack_all",
     "project",
     "read_adapter_message",
     "read_feddip_message",
     "read_ferret_message",
     "reconstruct",
     "unpack",
+    "unpack_all",
     "write_adapter_tensors",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,18 @@ def unpack(data: bytes, sender: str, kind: str | None = None) -> Message:
         raise ValueError(f"The message of '{sender}' is of kind {found!r}, and {kind!r} is awaited.")
     check_finite(tensors, sender)
     return Message(found, about, tensors, len(data))
+
+
+def pack_all(messages: Sequence[bytes]) -> bytes:
+    """Several messages as one, for who has missed some; `unpack_all` takes them apart."""
+    held = {f"{at:06d}": torch.frombuffer(bytearray(one), dtype=torch.uint8) for at, one in enumerate(messages)}
+    return pack("several", held)
+
+
+def unpack_all(data: bytes, sender: str) -> list[bytes]:
+    """The messages that `pack_all` put together, in their order; raises as `unpack`."""
+    tensors = unpack(data, sender, "several").tensors
+    return [bytes(tensors[name].numpy()) for name in sorted(tensors)]
 
 
 def check_finite(tensors: Mapping[str, Tensor], sender: str) -> None:

@@ -24,8 +24,10 @@ from hf_sparse_peft.federated import (
     collect,
     fedavg,
     pack,
+    pack_all,
     read_adapter_message,
     unpack,
+    unpack_all,
     write_adapter_tensors,
 )
 from hf_sparse_peft.tuners import adapter_layers
@@ -315,6 +317,17 @@ def test_rounds_go_on_without_bad_replies_or_stop_and_never_average_none():
 def pack_unchecked(tensors, client):
     about = {"kind": "adapter", "round": 3, "client": client, "examples": 1, "left_out": "00000000"}
     return checked_bytes(tensors, {"federated": json.dumps(about)})
+
+
+def test_several_messages_travel_as_one():
+    some = [pack("adapter", {"x": torch.arange(float(n))}, number=n) for n in (1, 3, 12)]
+    data = pack_all(some)
+    assert unpack_all(data, "server") == some
+    assert unpack_all(pack_all([]), "server") == []
+    with pytest.raises(ValueError, match="server"):
+        unpack_all(data[:-1], "server")
+    with pytest.raises(ValueError, match="'several' is awaited"):
+        unpack_all(some[0], "server")
 
 
 def test_clients_are_drawn_without_replacement_by_seed_and_round():

@@ -75,7 +75,7 @@ CASES = {
         slow=True, shipped_loss=0.248, learns={"both_exact_match": (12, 100), "task_english": (80, 100)},
     ),
 }  # fmt: skip
-ELSEWHERE = {"qlora_sparse_lora", "grpo_patches", "loram"}
+ELSEWHERE = {"qlora_sparse_lora", "grpo_patches", "loram", "federated"}
 """In files of their own."""
 ROOM = 0.3
 """Of the loss, for other CPUs."""
