@@ -7,7 +7,7 @@ prune.py         units leave along a curve        search_support.py   the best o
 regrow.py        supports move                        drop.py, growth.py   who leaves, who enters
 relocate_subnets.py  subnets move to other rows and columns, a layer at a time
 allocate.py      one budget for all layers            scores.py        which units matter
-orthogonality.py, frobenius_decay.py    pulls on low-rank factors
+orthogonality.py, frobenius_decay.py    pulls on low-rank factors    pair_orthogonality.py   on maps of pairs
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 sample_vectors.py            singular vectors that train in turns
 bit_penalty.py   a price on the bits of weights that train through their quantiser
@@ -67,6 +67,7 @@ from .lobster import Lobster
 from .mask_sparsity import MaskSparsity
 from .moves import MoveResult, move_units
 from .orthogonality import Orthogonality
+from .pair_orthogonality import PairOrthogonality
 from .penalties import L1Penalty, NuclearNorm
 from .plateau_threshold import PlateauThreshold
 from .proximal_gate import ProximalGate
@@ -141,6 +142,7 @@ __all__ = [
     "Outliers",
     "OutputGroups",
     "OwnClock",
+    "PairOrthogonality",
     "PermutedOutputGroups",
     "PlateauThreshold",
     "ProximalGate",

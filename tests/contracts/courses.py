@@ -31,7 +31,7 @@ from hf_sparse_peft import (
 from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, GroupBits, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
-from hf_sparse_peft.tuners.structured import Bottleneck, Kronecker, ScaleShift
+from hf_sparse_peft.tuners.structured import Bottleneck, Givens, Kronecker, QuasiGivens, Reflections, ScaleShift
 from hf_sparse_peft.utils.parts import part_types
 
 STEPS, SAVE_AT = 8, 4
@@ -61,6 +61,9 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "kronecker": (StructuredConfig, {"form": Kronecker(8, 4)}),
     "scale and shift": (StructuredConfig, {"form": ScaleShift(std=0.0)}),
     "bottleneck": (StructuredConfig, {"form": Bottleneck(4)}),
+    "rotations": (StructuredConfig, {"form": Givens(lengths=True)}),
+    "maps of pairs": (StructuredConfig, {"form": QuasiGivens()}),
+    "reflections": (StructuredConfig, {"form": Reflections(True, "both", 4)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -85,6 +88,9 @@ KINDS = {
     "kronecker": {"module"},
     "scale and shift": {"module"},
     "bottleneck": {"module"},
+    "rotations": {"module"},
+    "maps of pairs": {"pair", "module"},
+    "reflections": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -135,6 +141,7 @@ RULES: dict[str, dict[str, Any]] = {
     "error_feedback": {"penalty": 0.5, "proximal": 0.1, "weight_decay": 0.01, "only": ("masked weights",)},
     "learn_mask": {"final_density": 0.5, "penalty": 1.0, "only": ("mask by scores",)},
     "orthogonality": {"weight": 0.5},
+    "pair_orthogonality": {"weight": 0.5},
     "train_nm": {"only": ("masked weights",)},
     "factor_experts": {"consistency": 0.0, "only": RANKS},
     "sample_rank": {"final_rank": 2, "only": RANKS},

@@ -30,6 +30,7 @@ SIZES = {
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
     "diffusekrona": {"rows": 8, "cols": 4},
+    "ether+": {"blocks": 4},
 }
 """What fits into the small model."""
 

@@ -21,6 +21,7 @@ FITTING = {
     "smt": {"block_size": 8},
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
+    "ether+": {"blocks": 4},
 }
 """Options without which a method does not fit a model of width 32."""
 

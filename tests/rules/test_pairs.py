@@ -38,6 +38,7 @@ from hf_sparse_peft import (
     MaskedLoraConfig,
     MaskSparsity,
     NuclearNorm,
+    PairOrthogonality,
     PlateauThreshold,
     Prune,
     Random,
@@ -50,6 +51,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
     StableRank,
+    StructuredConfig,
     SwitchLayers,
     TrainedRankPruning,
     callbacks_for,
@@ -63,6 +65,7 @@ from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
+from hf_sparse_peft.tuners.structured import QuasiGivens
 from hf_sparse_peft.utils.parts import part_types
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -84,6 +87,7 @@ BUSY = {
     "l1_norm": L1Norm(of="update"),
     "lobster": Lobster(0.05),
     "mask_sparsity": MaskSparsity(0.5),
+    "pair_orthogonality": PairOrthogonality(0.5),
     "plateau_threshold": PlateauThreshold(0.5, 1, 2, slack=-0.5, data="training", batches=1),
     "serene": SeReNe(0.05),
     "nuclear_norm": NuclearNorm(min_side=8),
@@ -106,9 +110,11 @@ KINDS = (
     {"mask", "module"},
     {"factors", "module"},
     {"channel", "module"},
+    {"pair", "module"},
 )
 """Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, of whole SVDs, of masked
-weights, of quantisers, and of low-rank bases."""
+weights, of quantisers, of low-rank bases, and of maps of pairs."""
+OF_ADAPTERS = ("lora_", ".factored_", ".structured_")
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
 
@@ -132,6 +138,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return MaskedLoraConfig(update=DenseUpdate(), mask="all", **parts, **options)
     if any(rule.acts_on == {"channel"} for rule in rules):
         return FactoredConfig(form=ChannelBits(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
+    if any(rule.acts_on == {"pair"} for rule in rules):
+        return StructuredConfig(form=QuasiGivens(), **{k: v for k, v in options.items() if k != "r"})
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     if any("subnet_row" in rule.acts_on for rule in rules):
@@ -207,7 +215,7 @@ class Watch:
     def before(self, step, model, optimizer):
         mask = run_on(model).mask
         held = {id(p): p for parameters in mask._held.values() for p in parameters.values()}
-        trained = [p for n, p in model.named_parameters() if "lora_" in n or ".factored_" in n]
+        trained = [p for n, p in model.named_parameters() if any(kind in n for kind in OF_ADAPTERS)]
         for parameter in trained:
             assert parameter.requires_grad == (id(parameter) not in held)
             assert id(parameter) not in held or parameter.grad is None
@@ -255,7 +263,7 @@ def train_schedule(names: tuple[str, ...], out) -> None:
     tiny.train(model, out, STEPS, callbacks=watch.around(runner), optimizer=make_optimizer, weight_decay=0.1)
     assert {run.rule.part_type for run in runner.runs} == set(names)
     assert len(watch.trained) == STEPS
-    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or ".factored_" in n)
+    assert all(p.requires_grad for n, p in model.named_parameters() if any(kind in n for kind in OF_ADAPTERS))
     layers = adapter_layers(model)
     assert all(torch.isfinite(layer.get_delta_weight("default")).all() for layer in layers)
     assert any(layer.get_delta_weight("default").any() for layer in layers)

@@ -50,6 +50,7 @@ from hf_sparse_peft import (
     MaskSparsity,
     NuclearNorm,
     Orthogonality,
+    PairOrthogonality,
     PlateauThreshold,
     ProximalGate,
     Prune,
@@ -64,6 +65,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
     StableRank,
+    StructuredConfig,
     SwitchLayers,
     TrainedRankPruning,
     TrainNM,
@@ -76,6 +78,7 @@ from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
+from hf_sparse_peft.tuners.structured import QuasiGivens
 from hf_sparse_peft.utils.parts import load_part, part_types
 
 STEPS = 12
@@ -120,6 +123,7 @@ RULES = {
     "serene": SeReNe(0.05),
     "nuclear_norm": NuclearNorm(min_side=8),
     "orthogonality": Orthogonality(),
+    "pair_orthogonality": PairOrthogonality(0.5),
     "prune": Prune(start=0.1, end=0.8, every=2),
     "proximal_gate": ProximalGate(weight=20.0),
     "relocate_subnets": RelocateSubnets(every=2, rate="rewarm"),
@@ -278,6 +282,8 @@ def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig | FactoredCo
         return FactoredConfig(form=ChannelBits(4), target_modules=targets, schedule=[rule], keep_base=True)
     if rule.acts_on == {"vector"}:
         return FactoredConfig(form=Spectral(4), target_modules=["q_proj", "v_proj"], schedule=[rule], keep_base=True)
+    if rule.acts_on == {"pair"}:
+        return StructuredConfig(form=QuasiGivens(), target_modules=["q_proj", "v_proj"], schedule=[rule])
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
     granularity = "subnet" if "subnet_row" in rule.acts_on else "entry"
     return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split, granularity=granularity)

@@ -297,11 +297,12 @@ class InputMap(Piece):
     weight: Callable[[], Tensor]
     """The base weight W, `[out, in]`; not to be written to."""
 
-    @torch.no_grad()
     def mapped(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """:math:`W Q`, a new `[out, in]`."""
-        weight = self.weight().to(dtype)
-        return weight @ self.apply(torch.eye(weight.shape[1], dtype=dtype, device=weight.device)).t()
+        """:math:`W Q`, a new `[out, in]`: what the map's backward pass makes of the rows of W; Q is never built."""
+        with torch.inference_mode(False), torch.enable_grad():
+            weight = self.weight().detach().to(dtype)
+            x = torch.zeros_like(weight, requires_grad=True)
+            return torch.autograd.grad(self.apply(x), x, weight)[0]
 
     @torch.no_grad()
     def add_(self, weight: Tensor) -> None:

@@ -4,10 +4,12 @@ from ..shared.registration import register_tuner
 from .bottleneck import Bottleneck
 from .config import StructuredConfig
 from .form import Additive, Behind, Beside, Call, Form, Mapped, Site
+from .givens import Givens, QuasiGivens
 from .kronecker import Kronecker
 from .layer import StructuredLayer, StructuredLinear
 from .matrices import DenseMatrix, Matrix
 from .model import StructuredModel, structured_layers
+from .reflections import Reflections
 from .scale_shift import ScaleShift
 
 register_tuner(StructuredConfig, StructuredModel)
@@ -20,9 +22,12 @@ __all__ = [
     "Call",
     "DenseMatrix",
     "Form",
+    "Givens",
     "Kronecker",
     "Mapped",
     "Matrix",
+    "QuasiGivens",
+    "Reflections",
     "ScaleShift",
     "Site",
     "StructuredConfig",
