@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import random
 import resource
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,65 +36,8 @@ if __name__ == "__main__":
 import torch
 from endurance import file_faults
 from endurance.file_faults import FileFaults
+from endurance.forks import Ended, in_a_process
 from endurance.work import WORKS, Work
-
-LIMIT = 120.0
-"""Seconds after which a process counts as hung."""
-
-
-@dataclass
-class Ended:
-    """A process of its own that ran a work."""
-
-    signal: int = 0
-    digest: str = ""
-    error: str = ""
-    operations: int = 0
-    seconds: float = 0.0
-
-
-def in_a_process(
-    action: Callable[[], str], folder: Path, before: Callable[[], FileFaults | None] = lambda: None,
-    kill_after: float | None = None,
-) -> Ended:  # fmt: skip
-    """Run `action` in a fork; `before` first, which may spoil files there."""
-    told = Path(tempfile.mkstemp(prefix="told-")[1])
-    began = time.monotonic()
-    child = os.fork()
-    if not child:
-        try:
-            with told.open("w") as out:  # opened before files are watched
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1), os.dup2(null, 2)
-                faults, found = None, {}
-                try:
-                    faults = before()
-                    found["digest"] = action()
-                except BaseException:
-                    found["error"] = traceback.format_exc()[-4000:]
-                found["operations"] = 0 if faults is None else faults.count
-                out.write(json.dumps(found))
-                out.flush()
-        finally:
-            os._exit(0)
-    status = _wait(child, began + (LIMIT if kill_after is None else kill_after))
-    found = json.loads(told.read_text() or "{}")
-    told.unlink()
-    ended = Ended(signal=max(0, -os.waitstatus_to_exitcode(status)), seconds=time.monotonic() - began, **found)
-    if ended.signal and kill_after is None and ended.seconds >= LIMIT:
-        ended.error = f"hung for {LIMIT} s"
-    return ended
-
-
-def _wait(child: int, until: float) -> int:
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return status
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-            return os.waitpid(child, 0)[1]
-        time.sleep(0.002)
 
 
 @dataclass
@@ -120,7 +61,7 @@ class Tally:
 def _folder(work: Work) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="endurance-"))
     try:
-        prepared = in_a_process(lambda: str(work.prepare(place)), place)
+        prepared = in_a_process(lambda: str(work.prepare(place)))
         assert not prepared.error, prepared.error
         yield place
     finally:
@@ -134,9 +75,9 @@ def undisturbed(work: Work) -> Ended:
         AssertionError: it fails by itself, or watching its files changes its bits.
     """
     with _folder(work) as place:
-        plain = in_a_process(lambda: work.run(place), place)
+        plain = in_a_process(lambda: work.run(place))
     with _folder(work) as place:
-        watched = in_a_process(lambda: work.run(place), place, lambda: FileFaults(place, -1, file_faults.kill))
+        watched = in_a_process(lambda: work.run(place), lambda: FileFaults(place, -1, file_faults.kill))
     assert not plain.error + watched.error, plain.error + watched.error
     assert plain.digest == watched.digest, "two undisturbed runs differ"
     return Ended(digest=plain.digest, operations=watched.operations, seconds=plain.seconds)
@@ -148,7 +89,7 @@ def trouble_after(work: Work, place: Path, expected: str) -> str | None:
         work.look(place)
     except Exception as error:
         return f"left something torn: {error!r}"
-    again = in_a_process(lambda: work.run(place), place)
+    again = in_a_process(lambda: work.run(place))
     if again.error or again.signal:
         return f"did not go on: {again.error.strip().splitlines()[-1] if again.error else again.signal}"
     return None if again.digest == expected else "other bits"
@@ -163,7 +104,7 @@ def at_operations(work: Work, stride: int = 1, whole: Ended | None = None) -> Ta
     tally, whole = Tally(), whole or undisturbed(work)
     for at in range(0, whole.operations, stride):
         with _folder(work) as place:
-            ended = in_a_process(lambda: work.run(place), place, _kill_at(place, at))
+            ended = in_a_process(lambda: work.run(place), _kill_at(place, at))
             if ended.signal != signal.SIGKILL:
                 tally.add(f"operation {at}", f"was not reached: {ended.error[-300:]}")
                 continue
@@ -178,7 +119,7 @@ def at_random(work: Work, kills: int, draws: random.Random, whole: Ended | None 
         with _folder(work) as place:
             moments = [draws.uniform(0, whole.seconds) for _ in range(2 if number % 3 == 2 else 1)]
             for moment in moments:
-                ended = in_a_process(lambda: work.run(place), place, kill_after=moment)
+                ended = in_a_process(lambda: work.run(place), kill_after=moment)
                 if ended.error:
                     break
             what = f"after {', '.join(f'{m:.2f}' for m in moments)} of {whole.seconds:.2f} s"
@@ -204,7 +145,7 @@ def on_bad_disks(work: Work, stride: int = 1, whole: Ended | None = None) -> Tal
         for at in range(0, 1 if name == "read-only folder" else whole.operations, stride):
             with _folder(work) as place:
                 spoil = lambda at=at, act=act, on=onwards, place=place: FileFaults(place, at, act, on)  # noqa: E731
-                ended = in_a_process(lambda place=place: work.run(place), place, spoil)
+                ended = in_a_process(lambda place=place: work.run(place), spoil)
                 _judge(tally, f"{name} from operation {at}", work, place, ended, whole.digest)
     for share in (0.02, 0.2, 0.5, 0.8, 0.97):
         _on_small_disk(tally, work, whole.digest, share)
@@ -226,7 +167,7 @@ def _judge(tally: Tally, what: str, work: Work, place: Path, ended: Ended, expec
 def _on_small_disk(tally: Tally, work: Work, expected: str, share: float) -> None:
     """A tmpfs with room for a share of what the work writes, then with room enough."""
     with _folder(work) as place:
-        in_a_process(lambda: work.run(place), place)
+        in_a_process(lambda: work.run(place))
         needed = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     place = Path(tempfile.mkdtemp(prefix="endurance-"))
     size = max(int(needed * share) // 4096 * 4096, 8192)
@@ -236,10 +177,10 @@ def _on_small_disk(tally: Tally, work: Work, expected: str, share: float) -> Non
         place.rmdir()
         return
     try:
-        in_a_process(lambda: str(work.prepare(place)), place)
+        in_a_process(lambda: str(work.prepare(place)))
         size += sum(file.stat().st_size + 4096 for file in place.rglob("*") if file.is_file())
         subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
-        ended = in_a_process(lambda: work.run(place), place)
+        ended = in_a_process(lambda: work.run(place))
         subprocess.run(["mount", "-o", "remount,size=256m", str(place)], check=True)
         _judge(tally, f"tmpfs of {size} bytes", work, place, ended, expected)
     finally:
@@ -261,7 +202,7 @@ def _under_file_limit(tally: Tally, work: Work, expected: str) -> None:
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-            ended = in_a_process(run, place, spoil)
+            ended = in_a_process(run, spoil)
             _judge(tally, f"files of {limit} bytes at most", work, place, ended, expected)
 
 

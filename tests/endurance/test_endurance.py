@@ -62,10 +62,10 @@ def test_a_full_disk_raises_and_frees_and_a_kill_is_a_kill(tmp_path):
         (tmp_path / "a").write_text("abcd")
         return "done"
 
-    full = kills.in_a_process(write, tmp_path, lambda: FileFaults(tmp_path, 1, file_faults.full_disk, onwards=True))
+    full = kills.in_a_process(write, lambda: FileFaults(tmp_path, 1, file_faults.full_disk, onwards=True))
     assert "No space left on device" in full.error
     assert (tmp_path / "a").read_text() == "ab"
-    killed = kills.in_a_process(write, tmp_path, lambda: FileFaults(tmp_path, 1, file_faults.kill))
+    killed = kills.in_a_process(write, lambda: FileFaults(tmp_path, 1, file_faults.kill))
     assert (killed.signal, killed.error) == (signal.SIGKILL, "")
 
 

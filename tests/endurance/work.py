@@ -99,7 +99,7 @@ def whole_files(folder: Path) -> None:
 # Trainings
 
 
-def _moving():
+def moving():
     schedule = [
         Prune(start=0.1, end=0.9, every=2),
         Regrow(every=4, grow=AccumulatedGradient(steps=2), fraction=Linear(0.9, 0.1)),
@@ -128,7 +128,7 @@ def _lora():
     return get_peft_model(tiny.llama(layers=3), LoraConfig(r=3, **{**TARGETS, "target_modules": "all-linear"}))
 
 
-def _trainer(make, out: Path, steps: int, **options) -> Trainer:
+def trainer_of(make, out: Path, steps: int, **options) -> Trainer:
     torch.manual_seed(0)
     model = make()
     defaults = {
@@ -144,20 +144,26 @@ def _trainer(make, out: Path, steps: int, **options) -> Trainer:
     return Trainer(model=model, train_dataset=tiny.TokenData(48), **found)
 
 
+def train_or_go_on(make: Callable[[], Trainer]) -> Trainer:
+    """Train from the newest checkpoint, or from the start where none is whole."""
+    trainer = make()
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except ValueError as error:
+        if not any(text in str(error) for text in NOTHING_WHOLE):
+            raise
+        trainer = make()
+        trainer.train()
+    return trainer
+
+
 def training(make, steps: int = STEPS, **options) -> Callable[[Path], str]:
     """Trains, from the newest checkpoint where there is one; digest of model, optimizer and the shipped adapter."""
 
     def run(folder: Path) -> str:
-        trainer = _trainer(make, folder / "run", steps, **options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*(Training goes on from|has one scalar step|damaged or of another run)")
-            try:
-                trainer.train(resume_from_checkpoint=True)
-            except ValueError as error:
-                if not any(text in str(error) for text in NOTHING_WHOLE):
-                    raise
-                trainer = _trainer(make, folder / "run", steps, **options)
-                trainer.train()
+            trainer = train_or_go_on(lambda: trainer_of(make, folder / "run", steps, **options))
         assert trainer.state.global_step == steps
         readable_log(folder / "run" / "support_log.jsonl", steps)
         names = {parameter: name for name, parameter in trainer.model.named_parameters()}
@@ -267,7 +273,7 @@ def _calibrate(folder: Path) -> str:
 
 
 WORKS: dict[str, Work] = {
-    "train: supports, ranks": Work(training(_moving)),
+    "train: supports, ranks": Work(training(moving)),
     "train: layers": Work(training(_layers)),
     "train: masks of the base": Work(training(_masked)),
     "train: calibrated at the start": Work(training(_calibrated, steps=6)),
