@@ -34,10 +34,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch
-from endurance import file_faults
+from endurance import file_faults, pages_and_logs
 from endurance.file_faults import FileFaults
 from endurance.forks import Ended, in_a_process
-from endurance.work import WORKS, Work
+from endurance.work import WORKS as FIRST_WORKS
+from endurance.work import Work
+
+WORKS: dict[str, Work] = {**FIRST_WORKS, **pages_and_logs.WORKS}
 
 
 @dataclass

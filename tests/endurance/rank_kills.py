@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,8 +46,8 @@ from hf_sparse_peft.training.whole_checkpoints import checkpoints_of, why_torn
 from hf_sparse_peft.utils.file_length import read_safetensors
 
 WORLD = 2
-TIMEOUT = 15
-"""Seconds of the process group (`ddp_timeout`)."""
+TIMEOUT = 20
+"""Seconds of the group. Started here: with `use_cpu` Trainer hands on no `ddp_timeout`, and waits 30 minutes."""
 BOUND = TIMEOUT + 10.0
 """Seconds within which a rank ends after another was killed."""
 ROUNDING = 1e-5
@@ -68,7 +69,8 @@ RUNS: dict[str, Callable[[], dict]] = {
 def rank_of(name: str, folder: Path, told: Path, number: int) -> str:
     """What a rank runs: begins or goes on; writes its tensors to `told`."""
     fsdp_on_cpu.allow()
-    options = {"ddp_timeout": TIMEOUT, "save_total_limit": 3, **RUNS[name]()}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    options = {"save_total_limit": 3, **RUNS[name]()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = train_or_go_on(lambda: trainer_of(moving, folder / "run", STEPS, **copy.deepcopy(options)))

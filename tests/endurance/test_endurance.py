@@ -6,7 +6,8 @@ import signal
 import pytest
 from endurance import file_faults, kills, long_run
 from endurance.file_faults import FileFaults
-from endurance.work import SMALL, WORKS, Work, whole_files
+from endurance.kills import WORKS
+from endurance.work import SMALL, Work, whole_files
 
 pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hung once
 

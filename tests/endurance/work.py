@@ -219,7 +219,7 @@ def saving(save: Callable, *, over: bool = False, new: str | None = None, **mode
 
 def _save_sliced(model, place: Path) -> None:
     base = tiny.llama(layers=2)
-    report = prune_model(base, _batches(), method="cfsp", sparsity=0.5, show_progress=False)
+    report = prune_model(base, batches(), method="cfsp", sparsity=0.5, show_progress=False)
     save_sliced(slice_model(base, report.kept), place)
 
 
@@ -235,7 +235,7 @@ def _save_masks(model, place: Path) -> None:
 # Walks
 
 
-def _batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, tiny.VOCAB, (2, 12), generator=generator) for _ in range(count)]
     return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one} for one in ids]
@@ -246,7 +246,7 @@ def walk(**options) -> Callable[[Path], str]:
 
     def run(folder: Path) -> str:
         model = tiny.llama(layers=3)
-        report = prune_model(model, _batches(), checkpoint=folder / "walk", show_progress=False, **options)
+        report = prune_model(model, batches(), checkpoint=folder / "walk", show_progress=False, **options)
         return digest(model.state_dict()) + str(report.zeros)
 
     return run
@@ -257,7 +257,7 @@ def _reconstruct(folder: Path) -> str:
     prune_model(model, method="magnitude", pattern=NM(2, 4), show_progress=False)
     torch.manual_seed(2)
     model = get_peft_model(model, methods.get("perp").config)
-    data = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in _batches(3)]
+    data = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches(3)]
     report = reconstruct(
         model, dense, data, steps=4, learning_rate=2e-3, checkpoint=folder / "tuned", show_progress=False
     )  # fmt: skip
@@ -266,7 +266,7 @@ def _reconstruct(folder: Path) -> str:
 
 def _calibrate(folder: Path) -> str:
     model = _calibrated()
-    calibrate(model, _batches(4), show_progress=False)
+    calibrate(model, batches(4), show_progress=False)
     save_support(model, folder / "support.safetensors")
     model.save_pretrained(str(folder / "adapter"))
     return digest(model.state_dict()) + files_digest(folder)

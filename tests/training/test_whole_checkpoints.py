@@ -7,11 +7,13 @@ import warnings
 import pytest
 import tiny
 import torch
+import torch.distributed.checkpoint
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_sparse_peft import Regrow, SparseLoraConfig, trainer_options
-from hf_sparse_peft.training.whole_checkpoints import checkpoints_of, why_torn
+from hf_sparse_peft.training import whole_checkpoints
+from hf_sparse_peft.training.whole_checkpoints import checkpoints_of, whole_checkpoint, why_torn
 
 STEPS, SAVED = 6, (2, 4, 6)
 
@@ -57,6 +59,11 @@ TORN = {
     "half an optimizer": (lambda c: cut(c / "optimizer.pt"), r"has its optimizer\.pt cut off"),
     "empty scheduler": (lambda c: cut(c / "scheduler.pt", 0), r"has its scheduler\.pt cut off"),
     "half random states": (lambda c: cut(c / "rng_state.pth", 0.9), r"has its rng_state\.pth cut off"),
+    "half a config": (lambda c: cut(c / "adapter_config.json"), r"has an adapter_config\.json that is not whole"),
+    "no adapter": (lambda c: (c / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors"),
+    "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "has no optimizer beside the rest of its state"),
+    "no scheduler": (lambda c: (c / "scheduler.pt").unlink(), "has no scheduler beside the rest of its state"),
+    "no random states": (lambda c: (c / "rng_state.pth").unlink(), "has no random states beside the rest"),
 }
 
 
@@ -103,6 +110,94 @@ def test_a_checkpoint_that_is_written_again_is_torn_until_it_is_whole_so_that_no
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "has no trainer_state.json" in why_torn(out / "checkpoint-2")
+
+
+@pytest.fixture
+def sharded(out):
+    """As FSDP2 leaves it, of one rank: weights and optimizer in shards."""
+    folder = out / "checkpoint-6"
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        state = {"a": torch.zeros(64), "b": torch.ones(3, 5), "c": 1}
+        torch.distributed.checkpoint.save(state, checkpoint_id=folder / name, no_dist=True)
+    (folder / "optimizer.pt").unlink()
+    assert why_torn(folder) is None
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0", "optimizer_0"])
+def test_shards_that_are_cut_off_or_lost_are_named(name, sharded):
+    shard, metadata = sharded / name / "__0_0.distcp", sharded / name / ".metadata"
+    contents = {file: file.read_bytes() for file in (shard, metadata)}
+    for part in (0.0, 0.3, 0.6, 0.99):
+        cut(shard, part)
+        assert why_torn(sharded) == f"has its {name}/__0_0.distcp cut off"
+    shard.unlink()
+    (sharded / name / "__1_0.distcp").write_bytes(contents[shard])
+    assert why_torn(sharded) == f"has no {name}/__0_0.distcp"
+    shard.write_bytes(contents[shard])
+    cut(metadata)
+    assert why_torn(sharded) == f"has no whole {name}/.metadata"
+    metadata.unlink()
+    assert why_torn(sharded) == f"has no whole {name}/.metadata"
+    metadata.write_bytes(contents[metadata])
+    assert why_torn(sharded) is None
+
+
+@pytest.fixture
+def other_rank(monkeypatch):
+    """A second rank that finds checkpoints of these steps whole."""
+
+    def finds(*steps):
+        def both(step, device):
+            # What it answers: the largest of its steps that is not above what was told last.
+            found = max((one for one in steps if one <= told[-1]), default=-1)
+            told.append(min(step, found))
+            return [step, found]
+
+        told = [10**9]
+        monkeypatch.setattr(whole_checkpoints, "_steps_of_ranks", both)
+
+    return finds
+
+
+@pytest.mark.parametrize(("steps", "expected"), [((2, 4), 4), ((2, 6), 6), ((2, 5), 2), ((2, 4, 6, 8), 6)])
+def test_ranks_take_the_newest_checkpoint_that_all_find_whole(steps, expected, out, other_rank):
+    other_rank(*steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = whole_checkpoint(True, str(out))
+    assert found == str(out / f"checkpoint-{expected}")
+    said = [str(one.message) for one in caught]
+    assert (expected == 6) == (not said)
+    assert all("checkpoint-6' is not whole, or not there, on another rank" in text for text in said)
+
+
+def test_ranks_without_a_checkpoint_in_common_all_say_so(out, tmp_path, other_rank):
+    other_rank(3, 5)
+    with pytest.raises(ValueError, match=r"on another rank.*No checkpoint before it is whole\. Train from the start"):
+        whole_checkpoint(True, str(out))
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        whole_checkpoint(True, str(tmp_path / "missing"))
+
+
+def test_a_checkpoint_asked_for_by_path_that_another_rank_finds_torn_is_refused_on_all(out, monkeypatch):
+    answers = iter([[1, 0], [4, 2], [2, 2]])
+    monkeypatch.setattr(whole_checkpoints, "_steps_of_ranks", lambda step, device: next(answers))
+    with pytest.raises(ValueError, match=r"checkpoint-6' is not whole.*on another rank.*checkpoint-2': resume from"):
+        whole_checkpoint(str(out / "checkpoint-6"), str(out))
+
+
+def test_a_checkpoint_counts_as_whole_when_every_rank_has_written_its_part(out, monkeypatch):
+    trainer, seen = trainer_of(out), []
+
+    def wait(waiting):
+        folder = out / f"checkpoint-{waiting.state.global_step}"
+        seen.append(((folder / "trainer_state.json").exists(), (folder / "rng_state.pth").stat().st_mtime_ns))
+
+    monkeypatch.setattr(whole_checkpoints, "_wait_for_ranks", wait)
+    trainer.train()
+    assert [there for there, _ in seen] == [False] * 2 * len(SAVED)
+    assert all(before < after for (_, before), (_, after) in zip(seen[::2], seen[1::2], strict=True))
 
 
 def test_a_run_that_died_behind_its_last_step_makes_no_further_one(out, trained):
