@@ -74,10 +74,6 @@ class Fork:
                 self._status, self._ended = status, time.monotonic()
         return self._status is not None
 
-    def was_killed(self) -> bool:
-        """Whether it ended of a signal."""
-        return self.is_over() and os.WIFSIGNALED(self._status)
-
     def wait(self, seconds: float) -> bool:
         """Wait until it ends, `seconds` from its beginning at most; whether it has."""
         while not self.is_over() and time.monotonic() < self.began + seconds:

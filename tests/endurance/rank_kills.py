@@ -2,6 +2,7 @@
 
     python tests/endurance/rank_kills.py --kills 60                    # kill -9 at random moments, DDP and FSDP2
     python tests/endurance/rank_kills.py --operations --stride 4       # one rank, at its file operations
+    python tests/endurance/rank_kills.py --disks --stride 40           # one rank's disk is full from an operation on
     python tests/endurance/rank_kills.py --torn                        # each file of the newest checkpoint, cut
 
 Killed are the first rank, which writes checkpoints, the second, and both, in turn. Survived is a try after which the
@@ -102,7 +103,7 @@ class Group:
     ended: list[Ended]
     tensors: list[dict[str, torch.Tensor] | None]
     slowest: float = 0.0
-    """Seconds from the kill to the end of the rank that was left."""
+    """Seconds from the end of the first to the end of the last."""
 
     @property
     def trouble(self) -> str | None:
@@ -149,7 +150,7 @@ def _wait(forks: list[Fork]) -> float:
         if all(over):
             break
         now = time.monotonic()
-        if died is None and any(fork.was_killed() for fork in forks):
+        if died is None and any(over):
             died = now
         if now > began + LIMIT or (died is not None and now > died + BOUND):
             for fork in forks:
@@ -189,7 +190,7 @@ class Tries(Tally):
     exact: int = 0
     slowest: float = 0.0
 
-    def judge(self, what: str, broken: Group, name: str, place: Path, expected: Group, killed: bool = True) -> None:
+    def judge(self, what: str, broken: Group, name: str, place: Path, expected: Group) -> None:
         """Look at what is left, go on, compare."""
         self.slowest = max(self.slowest, broken.slowest)
         if broken.slowest == float("inf"):
@@ -197,7 +198,7 @@ class Tries(Tally):
             return
         for rank, one in enumerate(broken.ended):
             if one.signal or one.error:
-                self.places["killed" if one.signal else "the other raised"] += 1
+                self.places["killed" if one.signal else "raised"] += 1
             elif difference(Group([one], [broken.tensors[rank]]), Group([], [expected.tensors[rank]]))[0]:
                 self.add(what, f"rank {rank} ended without an error and with another result")
                 return
@@ -241,14 +242,18 @@ def undisturbed(name: str, operations: bool = False) -> Group:
 
 
 def at_random(name: str, kills: int, draws: random.Random, expected: Group) -> Tries:
-    """The first rank, the second and both in turn, at moments drawn evenly over the run."""
+    """The first rank, the second and both in turn, at moments drawn evenly over the run. Runs that had ended before the
+    moment, where others use the machine less than before, are no try."""
     tries, seconds = Tries(), max(one.seconds for one in expected.ended)
-    for number in range(kills):
-        killed = ((0,), (1,), (0, 1))[number % 3]
+    while tries.tried < kills:
+        killed = ((0,), (1,), (0, 1))[tries.tried % 3]
         with _folder() as place:
             moment = draws.uniform(0, seconds)
             broken = run(name, place, killed, moment)
-            tries.judge(f"ranks {killed} after {moment:.2f} of {seconds:.2f} s", broken, name, place, expected)
+            if any(one.signal for one in broken.ended):
+                tries.judge(f"ranks {killed} after {moment:.2f} of {seconds:.2f} s", broken, name, place, expected)
+            else:
+                seconds = max(one.seconds for one in broken.ended)
     return tries
 
 
@@ -307,8 +312,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="kills at random moments, over all runs together")
     parser.add_argument("--operations", action="store_true", help="kill one rank at its file operations")
+    parser.add_argument("--disks", action="store_true", help="the disk of one rank is full from an operation on")
     parser.add_argument("--torn", action="store_true", help="cut or remove files of the newest checkpoint")
-    parser.add_argument("--stride", type=int, default=1, help="of --operations: every how many")
+    parser.add_argument("--stride", type=int, default=1, help="of --operations and --disks: every how many")
     parser.add_argument("--runs", default="", help="only runs whose name begins with this")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     asked = parser.parse_args()
@@ -318,11 +324,13 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # a collection in a fork would copy all these objects
     for number, name in enumerate(runs):
-        expected = undisturbed(name, asked.operations)
+        expected = undisturbed(name, asked.operations or asked.disks)
         share = asked.kills // len(runs) + (number < asked.kills % len(runs))
         ways = {
             "kills": share and (lambda name=name, n=share, e=expected: at_random(name, n, draws, e)),
             "operations": asked.operations and (lambda name=name, e=expected: at_operations(name, asked.stride, e)),
+            "disks": asked.disks
+            and (lambda name=name, e=expected: at_operations(name, asked.stride, e, full_disk=True)),
             "torn": asked.torn and (lambda name=name, e=expected: torn(name, e)),
         }
         for way, tried in ways.items():

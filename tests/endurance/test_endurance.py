@@ -4,7 +4,7 @@ import random
 import signal
 
 import pytest
-from endurance import file_faults, kills, long_run
+from endurance import file_faults, kills, long_run, rank_kills
 from endurance.file_faults import FileFaults
 from endurance.kills import WORKS
 from endurance.work import SMALL, Work, whole_files
@@ -75,3 +75,21 @@ def test_a_run_of_sixty_steps_is_measured_in_parts_and_its_log_can_be_read(tmp_p
     assert moves >= 5
     assert [(part.first, part.last) for part in parts] == [(0, 20), (20, 40), (40, 60)]
     assert all(part.memory > 2**20 and part.step > 0 for part in parts)
+
+
+@pytest.mark.parametrize("name", rank_kills.RUNS)
+def test_ranks_that_die_go_on_to_the_same_supports_and_values(name):
+    expected = rank_kills.undisturbed(name, operations=True)
+    found = [
+        rank_kills.at_random(name, 3, random.Random(1), expected),
+        rank_kills.at_operations(name, max(one.operations for one in expected.ended) // 2, expected),
+    ]
+    assert [failure for tries in found for failure in tries.failures] == []
+    assert sum(tries.tried for tries in found) >= 5
+
+
+@pytest.mark.parametrize("name", rank_kills.RUNS)
+def test_every_file_of_the_newest_checkpoint_of_several_ranks_is_missed_where_it_is_torn(name):
+    tries = rank_kills.torn(name, rank_kills.undisturbed(name))
+    assert tries.failures == []
+    assert tries.places["named, with the one before"] >= 12
