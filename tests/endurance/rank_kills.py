@@ -49,8 +49,9 @@ from hf_sparse_peft.utils.file_length import read_safetensors
 WORLD = 2
 TIMEOUT = 20
 """Seconds of the group. Started here: with `use_cpu` Trainer hands on no `ddp_timeout`, and waits 30 minutes."""
-BOUND = TIMEOUT + 10.0
-"""Seconds within which a rank ends after another was killed."""
+BOUND = 2.5 * TIMEOUT
+"""Seconds within which a rank ends after another was killed: torch tries to reach a store that nobody serves for 1.7 x
+its timeout; all else ends at once."""
 ROUNDING = 1e-5
 
 

@@ -69,16 +69,18 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def files_digest(folder: Path) -> str:
-    """Of all files' contents; safetensors of their tensors and metadata, as the order in the header is free."""
-    found = hashlib.sha256()
+    """Of all files' contents; safetensors of their tensors and metadata, as the order in the header is free. Cards,
+    which a bad disk may cost alone, stand behind a `|`."""
+    found, cards = hashlib.sha256(), hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and not _is_leftover(file)):
-        found.update(f"{file.relative_to(folder)}\n".encode())
+        of = cards if file.name == "README.md" else found
+        of.update(f"{file.relative_to(folder)}\n".encode())
         if file.suffix == ".safetensors":
             tensors, metadata = read_safetensors(file)
-            found.update((digest(tensors) + json.dumps(metadata, sort_keys=True)).encode())
+            of.update((digest(tensors) + json.dumps(metadata, sort_keys=True)).encode())
         else:
-            found.update(file.read_bytes())
-    return found.hexdigest()
+            of.update(file.read_bytes())
+    return f"{found.hexdigest()}|{cards.hexdigest()}"
 
 
 def _is_leftover(file: Path) -> bool:
