@@ -258,17 +258,15 @@ def at_random(name: str, kills: int, draws: random.Random, expected: Group) -> T
     return tries
 
 
-def at_operations(name: str, stride: int, expected: Group) -> Tries:
-    """A rank at every `stride`-th of its file operations."""
-    tries = Tries()
+def at_operations(name: str, stride: int, expected: Group, full_disk: bool = False) -> Tries:
+    """A rank is killed at every `stride`-th of its file operations, or its disk is full from there on."""
+    tries, act = Tries(), file_faults.full_disk if full_disk else file_faults.kill
     for rank in range(WORLD):
         for at in range(0, expected.ended[rank].operations, stride):
             with _folder() as place:
-                broken = run(
-                    name, place, before={rank: lambda at=at, place=place: FileFaults(place, at, file_faults.kill)}
-                )
-                what = f"rank {rank} at operation {at}"
-                if broken.ended[rank].signal != signal.SIGKILL:
+                spoil = lambda at=at, place=place: FileFaults(place, at, act, onwards=full_disk)  # noqa: E731
+                broken, what = run(name, place, before={rank: spoil}), f"rank {rank} at operation {at}"
+                if not full_disk and broken.ended[rank].signal != signal.SIGKILL:
                     tries.add(what, f"was not reached: {broken.trouble}")
                     continue
                 tries.judge(what, broken, name, place, expected)
