@@ -49,9 +49,9 @@ from hf_sparse_peft.utils.file_length import read_safetensors
 WORLD = 2
 TIMEOUT = 20
 """Seconds of the group. Started here: with `use_cpu` Trainer hands on no `ddp_timeout`, and waits 30 minutes."""
-BOUND = 2.5 * TIMEOUT
-"""Seconds within which a rank ends after another was killed: torch tries to reach a store that nobody serves for 1.7 x
-its timeout; all else ends at once."""
+BOUND = 4.0 * TIMEOUT
+"""Seconds within which a rank ends after another was killed. Where the first died before its store was there, torch
+tries to reach it for 1.4 to 2.5 x the timeout, as drawn; all else ends at once."""
 ROUNDING = 1e-5
 
 
