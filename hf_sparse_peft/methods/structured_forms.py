@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ..tuners import StructuredConfig
-from ..tuners.structured import Bottleneck, DenseMatrix, Form, Kronecker, ScaleShift
+from ..tuners.structured import (
+    PHM,
+    Bottleneck,
+    Circulant,
+    DenseMatrix,
+    FactorPair,
+    Form,
+    Kronecker,
+    LowDisplacement,
+    ScaleShift,
+    TensorTrain,
+    Toeplitz,
+    Tucker,
+)
 from .registry import Method, register
 from .repair import NORMS
 
@@ -15,8 +28,8 @@ SUB_LAYERS = ("o_proj", "down_proj")
 "wo", GPT-2: "c_proj"."""
 
 
-def _row(overrides: dict[str, Any], form: Form, targets: Any, norms: bool = False) -> Method:
-    options = {"form": form, "target_modules": targets if isinstance(targets, str) else list(targets)}
+def _row(overrides: dict[str, Any], form: Form, targets: Any = None, norms: bool = False) -> Method:
+    options = {"form": form, "target_modules": list(targets) if isinstance(targets, tuple) else targets}
     if norms:
         options["modules_to_save"] = list(NORMS)
     return Method(StructuredConfig(**{**options, **overrides}))
@@ -65,3 +78,96 @@ def houlsby(size: int = 64, activation: str = "gelu", norms: bool = True, **over
     sizes 8, 64, 256 and rates 3e-5 to 3e-3 on BERT."""
     form = Bottleneck(size, activation=activation, matrix=DenseMatrix("truncated", 1e-3))
     return _row(overrides, form, SUB_LAYERS, norms)
+
+
+@register(
+    "compacter",
+    paper="Karimi Mahabadi et al., 2021",
+    moves="nothing",
+    use_when="adapters behind layers at a few hundred numbers each",
+    cost="as houlsby's, over three small products instead of one; cannot be merged",
+)
+def compacter(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True, **overrides: Any) -> Method:
+    """Compacter: bottlenecks of width out / `reduction` behind the last linears of attention and FFN (Llama's names;
+    `target_modules` for others), whose matrices are sums of n Kronecker products of small matrices that all of them
+    share and low ranks of their own; norms train along, as in the published counts. The authors train T5-base at 3e-3.
+    `n` divides all widths."""
+    form = Bottleneck(None, reduction, "gelu_new", PHM(n, rank))
+    return _row(overrides, form, SUB_LAYERS, norms)
+
+
+@register(
+    "compacter++",
+    paper="Karimi Mahabadi et al., 2021",
+    moves="nothing",
+    use_when="Compacter behind FFNs alone, with half of its numbers",
+    cost="half of Compacter's",
+)
+def compacter_plus_plus(**options: Any) -> Method:
+    """Compacter++: Compacter behind the FFN's last linear only (Llama's `down_proj`)."""
+    return compacter(**{"target_modules": ["down_proj"], **options})
+
+
+@register(
+    "loretta-adp",
+    paper="Yang et al., 2024",
+    moves="nothing",
+    use_when="adapters behind layers at a thousand numbers each",
+    cost="each pass contracts the chains to whole matrices, beside houlsby's products; cannot be merged",
+)
+def loretta_adp(size: int = 64, rank: int = 5, norms: bool = True, **overrides: Any) -> Method:
+    """LoRETTA's adapters: bottlenecks with a ReLU whose matrices are tensor trains, behind the last linears of
+    attention and FFN (Llama's names; `target_modules` for others); norms train along. The paper's classifier, a tensor
+    train as well, is the model's own here."""
+    return _row(overrides, Bottleneck(size, activation="relu", matrix=TensorTrain(rank)), SUB_LAYERS, norms)
+
+
+@register(
+    "loretta-rep",
+    paper="Yang et al., 2024",
+    moves="nothing",
+    use_when="a LoRA of about a tenth of its numbers, that leaves as a LoRA",
+    cost="each pass contracts the chains to LoRA's factors",
+)
+def loretta_rep(
+    r: int = 8, lora_alpha: float = 16, rank: int = 5, zero_last: bool = False, norms: bool = True, **overrides: Any
+) -> Method:
+    """LoRETTA's reparametrisation: a LoRA whose A and B are tensor trains of rank `rank`. Neither starts at 0, as
+    published, so that the model is not the base's at the start; `zero_last` deviates from that. Norms train along."""
+    return _row(overrides, FactorPair(r, lora_alpha, TensorTrain(rank, zero_last=zero_last)), norms=norms)
+
+
+@register(
+    "flora",
+    paper="Si et al., 2024",
+    moves="nothing",
+    use_when="a core whose two sides have ranks of their own",
+    cost="a LoRA's, and a small product",
+)
+def flora(r_in: int = 8, r_out: int = 8, scale: float = 1.0, dropout: float = 0.0, **overrides: Any) -> Method:
+    """FLoRA: a Tucker decomposition of the update, for linears a core `[r_in, r_out]` that starts at 0 between two
+    trained bases. `scale` is no alpha: no rank divides it. The paper's convolutions are not adapted here."""
+    return _row(overrides, Tucker(r_in, r_out, scale, dropout), "all-linear")
+
+
+@register(
+    "surm",
+    paper="Sehanobish et al., 2024",
+    moves="nothing",
+    use_when="updates of full rank at two numbers a row",
+    cost="fast Fourier transforms of each input, in fp32",
+)
+def surm(structure: str = "circulant", r: int = 8, scale: float = 1.0, **overrides: Any) -> Method:
+    """SURM: updates that are a circulant of a product of two vectors, a product of two symmetric Toeplitz matrices, a
+    Kronecker product with an `r`-row factor (`scale` is alpha / r), or a sum of `r` products of circulants and
+    skew-circulants ("displacement"). The published ones are square; other weights get a part of the square. A trained
+    scale, which the code offers and which starts at 0 beside a zero factor, would never train."""
+    forms = {
+        "circulant": lambda: Circulant(scale=scale),
+        "toeplitz": lambda: Toeplitz(scale=scale),
+        "kronecker": lambda: Kronecker(r, r, "second", zero="first", init="kaiming", scale=scale),
+        "displacement": lambda: LowDisplacement(r, scale=scale),
+    }
+    if structure not in forms:
+        raise ValueError(f"structure={structure!r} is unknown; choose one of {list(forms)}.")
+    return _row(overrides, forms[structure]())

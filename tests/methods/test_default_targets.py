@@ -9,7 +9,7 @@ from hf_sparse_peft.tuners import adapter_layers
 
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 # LoRA on query and value, as the released code of these has it.
-QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora"}
+QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora", "loretta-rep", "surm"}
 OTHERS = {
     "curing": {"q_proj", "k_proj", "gate_proj"},
     "s2ft": {"down_proj"},
@@ -18,6 +18,9 @@ OTHERS = {
     "smt": {"q_proj", "k_proj", "v_proj"},
     "diffusekrona": set(ATTENTION),
     "houlsby": {"o_proj", "down_proj"},
+    "compacter": {"o_proj", "down_proj"},
+    "compacter++": {"down_proj"},
+    "loretta-adp": {"o_proj", "down_proj"},
 }
 SIZES = {
     "dsee": {"num_sparse": 8},
@@ -31,6 +34,8 @@ SIZES = {
     "smt": {"block_size": 8, "attention": 4},
     "diffusekrona": {"rows": 8, "cols": 4},
     "ether+": {"blocks": 4},
+    "compacter": {"reduction": 8},
+    "compacter++": {"reduction": 8},
 }
 """What fits into the small model."""
 

@@ -19,6 +19,8 @@ FITTING = {
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
     "ether+": {"blocks": 4},
+    "compacter": {"reduction": 8},
+    "compacter++": {"reduction": 8},
 }
 CASES = [(name, FITTING.get(name, {})) for name in methods.names(upstream=False)]
 CASES += [("s2ft", options) for options in ({"o": 0.25, "v": 0.25}, {"channels": 0.1}, {"heads": 0.5})]

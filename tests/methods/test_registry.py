@@ -22,6 +22,8 @@ FITTING = {
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
     "ether+": {"blocks": 4},
+    "compacter": {"reduction": 4},
+    "compacter++": {"reduction": 4},
 }
 """Options without which a method does not fit a model of width 32."""
 

@@ -3,27 +3,36 @@
 from ..shared.registration import register_tuner
 from .bottleneck import Bottleneck
 from .config import StructuredConfig
+from .displacement import Circulant, LowDisplacement, Toeplitz
+from .factor_pair import FactorPair
 from .form import Additive, Behind, Beside, Call, Form, Mapped, Site
 from .givens import Givens, QuasiGivens
 from .kronecker import Kronecker
 from .layer import StructuredLayer, StructuredLinear
 from .matrices import DenseMatrix, Matrix
 from .model import StructuredModel, structured_layers
+from .phm import PHM
 from .reflections import Reflections
 from .scale_shift import ScaleShift
+from .tensor_train import TensorTrain
+from .tucker import Tucker
 
 register_tuner(StructuredConfig, StructuredModel)
 
 __all__ = [
+    "PHM",
     "Additive",
     "Behind",
     "Beside",
     "Bottleneck",
     "Call",
+    "Circulant",
     "DenseMatrix",
+    "FactorPair",
     "Form",
     "Givens",
     "Kronecker",
+    "LowDisplacement",
     "Mapped",
     "Matrix",
     "QuasiGivens",
@@ -34,5 +43,8 @@ __all__ = [
     "StructuredLayer",
     "StructuredLinear",
     "StructuredModel",
+    "TensorTrain",
+    "Toeplitz",
+    "Tucker",
     "structured_layers",
 ]

@@ -1,6 +1,8 @@
 r"""Matrices: how the trained matrices inside of forms are made of numbers, :math:`M(\theta)` `[rows, cols]`.
 
 matrices.py      Matrix, what all say of themselves; DenseMatrix, the numbers themselves
+phm.py           PHM: sums of Kronecker products of a shared small matrix and a low rank
+tensor_train.py  TensorTrain: a chain of small cores
 """
 
 from __future__ import annotations
@@ -34,21 +36,26 @@ class Matrix(Part):
     """How a matrix is made of trained tensors. A form has several, each in a role ("down", "up") that its tensors'
     names begin with.
 
-    Register one of your own with `register_part`; it names its tensors in `tensor_names` (and in `shared` those that
-    all matrices of an adapter have in common), declares them (`specs`) and gives the matrix (`dense`).
+    Register one of your own with `register_part`; it names its tensors in `tensor_names` (and in `common_names` those
+    that all matrices of an adapter have in common), declares them (`specs`) and gives the matrix (`dense`).
     """
 
     part_kind: ClassVar[str] = "matrix"
     tensor_names: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors, without the role."""
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Names of the tensors that all matrices of an adapter share, in all modules."""
+    common_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that all matrices of an adapter may share, in all modules."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         SUFFIXES.update(dict.fromkeys(cls.tensor_names))
         enter_roles()
-        enter_names(cls.shared)
+        enter_names(cls.common_names)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those that they do."""
+        return self.common_names
 
     def specs(self, role: str, rows: int, cols: int) -> list[TensorSpec]:
         """The tensors of a matrix `[rows, cols]` in that role, named `{role}_{name}`.
