@@ -31,7 +31,16 @@ from hf_sparse_peft import (
 from hf_sparse_peft.tuners.factored import ChannelBits, Codebooks, GroupBits, LowRankSparse, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, NoUpdate, ScoredMask
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal, Full, SharedBases
-from hf_sparse_peft.tuners.structured import Bottleneck, Givens, Kronecker, QuasiGivens, Reflections, ScaleShift
+from hf_sparse_peft.tuners.structured import (
+    PHM,
+    Bottleneck,
+    Circulant,
+    Givens,
+    Kronecker,
+    QuasiGivens,
+    Reflections,
+    ScaleShift,
+)
 from hf_sparse_peft.utils.parts import part_types
 
 STEPS, SAVE_AT = 8, 4
@@ -64,6 +73,8 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "rotations": (StructuredConfig, {"form": Givens(lengths=True)}),
     "maps of pairs": (StructuredConfig, {"form": QuasiGivens()}),
     "reflections": (StructuredConfig, {"form": Reflections(True, "both", 4)}),
+    "hypercomplex": (StructuredConfig, {"form": Bottleneck(4, matrix=PHM(2))}),
+    "circulant": (StructuredConfig, {"form": Circulant()}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -91,6 +102,8 @@ KINDS = {
     "rotations": {"module"},
     "maps of pairs": {"pair", "module"},
     "reflections": {"module"},
+    "hypercomplex": {"module"},
+    "circulant": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -180,6 +193,8 @@ EXCEPTIONS = {
     ("identity", "channel bits"): "the weight is rounded",
     ("identity", "group bits"): "the weight is rounded",
     ("identity", "bottleneck"): "both of its matrices start near 0 (as published)",
+    ("identity", "hypercomplex"): "as bottleneck",
+    ("merging", "hypercomplex"): "as bottleneck",
     ("merging", "bottleneck"): "it is no change of a weight, and refuses to be merged",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",

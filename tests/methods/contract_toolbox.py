@@ -92,6 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ether": {"blocks": 4},
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 8, "norms": False},
+    "compacter": {"reduction": 4, "norms": False},
     "compacter++": {"reduction": 8, "norms": False, "target_modules": ["down_proj"]},
     "loretta-adp": {"size": 4, "norms": False},
     "loretta-rep": {"norms": False},
