@@ -91,7 +91,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "houlsby": {"size": 4, "norms": False},
     "ether": {"blocks": 4},
     "ether+": {"blocks": 4},
-    "compacter": {"reduction": 8, "norms": False},
     "compacter": {"reduction": 4, "norms": False},
     "compacter++": {"reduction": 8, "norms": False, "target_modules": ["down_proj"]},
     "loretta-adp": {"size": 4, "norms": False},
