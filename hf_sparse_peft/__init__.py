@@ -9,7 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
-from .optim import OptimizerSpec, ProjectedAdamWSpec
+from .optim import AdamRSpec, OptimizerSpec, ProjectedAdamWSpec
 from .preflight import DoctorCallback, doctor, estimate
 from .rules import (
     SM3,
@@ -150,6 +150,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "AccumulatedGradient",
+    "AdamRSpec",
     "AdamSSpec",
     "AdamWSpec",
     "AdaptiveRowScale",

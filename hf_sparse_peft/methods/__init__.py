@@ -29,6 +29,7 @@ from . import (
     tiny_core,
     trained_masks,
     upstream,
+    whole_weights,
     zeroth_order,
 )
 from .functions import FUNCTIONS, FunctionInfo, functions_markdown, functions_table
@@ -42,6 +43,7 @@ from .registry import (
     names,
     register,
 )
+from .whole_weights import WholeMethod, WholeMethodInfo, whole, whole_names, whole_table
 
 __all__ = [
     "FUNCTIONS",
@@ -49,6 +51,8 @@ __all__ = [
     "FunctionInfo",
     "Method",
     "MethodInfo",
+    "WholeMethod",
+    "WholeMethodInfo",
     "blocks",
     "claims_table",
     "compressed_bases",
@@ -79,5 +83,9 @@ __all__ = [
     "tiny_core",
     "trained_masks",
     "upstream",
+    "whole",
+    "whole_names",
+    "whole_table",
+    "whole_weights",
     "zeroth_order",
 ]

@@ -1,5 +1,6 @@
 """Optimizers for supports that move, and the one function that edits optimizer state."""
 
+from .adam_r import AdamR, AdamRSpec
 from .adam_s import AdamS
 from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .groups import embeddings_and_heads, parameter_groups
@@ -24,6 +25,8 @@ from .zeroth_order import ZerothOrderSGD, zeroth_order_groups
 from .zeroth_order_log import replay
 
 __all__ = [
+    "AdamR",
+    "AdamRSpec",
     "AdamS",
     "AgedAdamW",
     "BlockProjection",
