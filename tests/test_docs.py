@@ -32,6 +32,11 @@ def test_the_tables_of_methods_are_the_registrys(tmp_path):
     assert methods.claims_table() in page.read_text()
 
 
+def test_the_table_of_whole_weight_methods_is_the_registrys():
+    page = (DOCS / "optimizers.md").read_text()
+    assert methods.whole_table() in page, "run python -m hf_sparse_peft.methods docs/optimizers.md"
+
+
 def test_methods_that_pages_name_exist():
     known = set(methods.names())
     named = re.findall(r"^\| [^|]+ \| ([^|]+) \|", (DOCS / "choosing.md").read_text(), re.M)
