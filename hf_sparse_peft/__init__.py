@@ -9,7 +9,7 @@ from .hub.analysis import (
     measure_update_sparsity,
     support_from_checkpoints,
 )
-from .optim import AdamRSpec, OptimizerSpec, ProjectedAdamWSpec
+from .optim import AdamRSpec, MkorSpec, OptimizerSpec, ProjectedAdamWSpec
 from .preflight import DoctorCallback, doctor, estimate
 from .rules import (
     SM3,
@@ -211,6 +211,7 @@ __all__ = [
     "MaskSparsity",
     "MaskedLoraConfig",
     "MaskedLoraModel",
+    "MkorSpec",
     "MuonSpec",
     "NuclearNorm",
     "Numbers",

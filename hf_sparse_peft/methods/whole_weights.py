@@ -14,6 +14,7 @@ from ..optim import (
     BlockProjection,
     ColumnProjection,
     EntryProjection,
+    MkorSpec,
     NormScaledResidual,
     OptimizerSpec,
     ProjectedAdamWSpec,
@@ -187,6 +188,12 @@ def gauss_southwell(layers: int = 1, every: int = 50, norm: str = "2", samples: 
 def muon(**options: Any) -> WholeMethod:
     """Orthogonalised momentum for matrices, AdamW for embeddings, head and vectors."""
     return WholeMethod(MuonSpec(**options))
+
+
+@_register("mkor", "Mozaffari et al., 2023", "2mn + mm + nn")
+def mkor(every: int = 10, **options: Any) -> WholeMethod:
+    """AdamW of gradients that rank-one inverse factors of the layers' inputs and output gradients precondition."""
+    return WholeMethod(MkorSpec(every, **options))
 
 
 @_register("adamr", "Deng et al., 2025 (DAREx)", "3mn")

@@ -4,6 +4,7 @@ from .adam_r import AdamR, AdamRSpec
 from .adam_s import AdamS
 from .aged_adamw import AgedAdamW, aged_adamw_groups
 from .groups import embeddings_and_heads, parameter_groups
+from .mkor import MeanVectors, Mkor, MkorSpec, rank_one_inverse
 from .moves import adam_seeds, bias_correction, move_optimizer_state, move_rows, restart_optimizer_state
 from .muon import Muon, newton_schulz
 from .optimizer_kinds import innermost, use_32bit_states
@@ -33,6 +34,9 @@ __all__ = [
     "ColumnProjection",
     "EntryProjection",
     "GradientResidual",
+    "MeanVectors",
+    "Mkor",
+    "MkorSpec",
     "Muon",
     "NormScaledResidual",
     "OptimizerSettings",
@@ -59,6 +63,7 @@ __all__ = [
     "note_kept",
     "note_removed",
     "parameter_groups",
+    "rank_one_inverse",
     "replay",
     "restart_optimizer_state",
     "use_32bit_states",

@@ -21,12 +21,14 @@ SMALL = {
     "gauss-southwell": {"every": 2},
     "muon": {"adamw_ratio": 0.1},
     "adamr": {},
+    "mkor": {"every": 2},
 }
 
 
 NUMBERS = {
     "mn": lambda m, n, r: m * n,
     "2mn": lambda m, n, r: 2 * m * n,
+    "2mn + mm + nn": lambda m, n, r: 2 * m * n + m * m + n * n,
     "3mn": lambda m, n, r: 3 * m * n,
     "2rn + rm": lambda m, n, r: 2 * r * n + r * m,
     "2rn + rm + 1": lambda m, n, r: 2 * r * n + r * m + 1,
