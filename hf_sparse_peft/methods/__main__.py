@@ -18,6 +18,8 @@ def write(page: Path) -> None:
         if begin not in text:
             continue
         before, _, rest = text.partition(begin)
+        if end not in rest:
+            raise ValueError(f"{page} has '{begin.strip()}' and no '{end.strip()}' on a line of its own behind it.")
         text = before + begin + table() + end + rest.partition(end)[2]
     page.write_text(text, encoding="utf-8")
 
