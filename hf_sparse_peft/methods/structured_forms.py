@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ..tuners import StructuredConfig
 from ..tuners.structured import (
@@ -14,6 +14,7 @@ from ..tuners.structured import (
     Form,
     Kronecker,
     LowDisplacement,
+    Quantised,
     ScaleShift,
     TensorTrain,
     Toeplitz,
@@ -171,3 +172,31 @@ def surm(structure: str = "circulant", r: int = 8, scale: float = 1.0, **overrid
     if structure not in forms:
         raise ValueError(f"structure={structure!r} is unknown; choose one of {list(forms)}.")
     return _row(overrides, forms[structure]())
+
+
+@register(
+    "1-bit-adapters",
+    paper="Jie et al., 2023",
+    moves="nothing",
+    use_when="files of a bit a number: hundreds of adapters of one base",
+    cost="trains fp32 numbers, rounded in every pass; model.base_model.pack() makes the small adapter",
+)
+def one_bit_adapters(
+    r: int = 32,
+    bits: int = 1,
+    scale: float = 1.0,
+    kind: Literal["lora", "adapter"] = "lora",
+    dropout: float = 0.1,
+    **overrides: Any,
+) -> Method:
+    """1-bit adapters: a LoRA on query and value (Bi-LoRA) whose matrices have 2^`bits` values each; or, with
+    `kind="adapter"`, bottlenecks of width `r` behind the last linears of attention and FFN (Llama's names), where the
+    paper's (Bi-AdaptFormer) read the FFN's input and stand beside it. No matrix starts at 0, which has no deviation.
+    The authors train ViT-B with `r` 32 or 1, a `scale` for each task, AdamW at 1e-3 with decay 1e-4 and dropout 0.1."""
+    if kind not in ("lora", "adapter"):
+        raise ValueError(f"kind={kind!r} is unknown; choose 'lora' or 'adapter'.")
+    matrix = Quantised(bits)
+    if kind == "lora":
+        return _row(overrides, FactorPair(r, scale * r, matrix, inner_dropout=dropout))
+    form = Bottleneck(r, activation="relu", matrix=matrix, biases=False, scale=scale, dropout=dropout)
+    return _row(overrides, form, SUB_LAYERS)

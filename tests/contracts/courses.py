@@ -35,8 +35,10 @@ from hf_sparse_peft.tuners.structured import (
     PHM,
     Bottleneck,
     Circulant,
+    FactorPair,
     Givens,
     Kronecker,
+    Quantised,
     QuasiGivens,
     Reflections,
     ScaleShift,
@@ -75,6 +77,7 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "reflections": (StructuredConfig, {"form": Reflections(True, "both", 4)}),
     "hypercomplex": (StructuredConfig, {"form": Bottleneck(4, matrix=PHM(2))}),
     "circulant": (StructuredConfig, {"form": Circulant()}),
+    "quantised factors": (StructuredConfig, {"form": FactorPair(4, 4, Quantised(2))}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -104,6 +107,7 @@ KINDS = {
     "reflections": {"module"},
     "hypercomplex": {"module"},
     "circulant": {"module"},
+    "quantised factors": {"module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -194,6 +198,7 @@ EXCEPTIONS = {
     ("identity", "group bits"): "the weight is rounded",
     ("identity", "bottleneck"): "both of its matrices start near 0 (as published)",
     ("identity", "hypercomplex"): "as bottleneck",
+    ("identity", "quantised factors"): "a matrix of zeros has no deviation (as published)",
     ("merging", "hypercomplex"): "as bottleneck",
     ("merging", "bottleneck"): "it is no change of a weight, and refuses to be merged",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",

@@ -140,6 +140,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("identity", "ether"): "a reflection is never the identity",
     ("identity", "compacter"): "no matrix starts at 0 (as published)",
     ("identity", "compacter++"): "as compacter",
+    ("identity", "1-bit-adapters"): "a matrix of zeros has no deviation (as published)",
     ("identity", "loretta-adp"): "no core starts at 0 (as published)",
     ("identity", "loretta-rep"): "as loretta-adp",
     ("identity", "ssf"): "scales start at N(1, 0.02^2) (as published)",

@@ -9,7 +9,7 @@ from hf_sparse_peft.tuners import adapter_layers
 
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 # LoRA on query and value, as the released code of these has it.
-QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora", "loretta-rep", "surm"}
+QUERY_VALUE = {"capaboost", "dsee", "mezo", "mosa", "nola", "sharelora", "loretta-rep", "surm", "1-bit-adapters"}
 OTHERS = {
     "curing": {"q_proj", "k_proj", "gate_proj"},
     "s2ft": {"down_proj"},

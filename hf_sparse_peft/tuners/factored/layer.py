@@ -125,15 +125,6 @@ class FactoredLayer(FormLayer):
             held[name].data.copy_(tensor)
         self.factored_seen[adapter_name] = True
 
-    def replace_form(self, adapter_name: str, config: FactoredConfig, rank: int, tensors: Tensors) -> None:
-        """Give the adapter the form of `config` at `rank`, with `tensors`, none of which trains; those of the old form
-        that the new one has too stay as they are."""
-        self.adapter_configs[adapter_name] = config
-        self.add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, rank))
-        self.resize(adapter_name, rank)
-        for name, tensor in tensors.items():
-            getattr(self, f"{FROZEN}{name}")[adapter_name] = tensor
-
     def awaits_calibration(self, adapter_name: str) -> bool:
         """Whether the form is still to be found from data."""
         if self.form(adapter_name).statistic is None or self.factored_seen.get(adapter_name):

@@ -65,6 +65,17 @@ class FormLayer(AdditiveLinear):
                 self.other_param_names = (*self.other_param_names, spec.name)
             self.saved_names = (*self.adapter_layer_names, *self.buffer_names)
 
+    def replace_form(
+        self, adapter_name: str, config: PeftConfig, sizes: Any, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Give the adapter the form of `config`, with `tensors`, none of which trains; those of the old form that the
+        new one has too stay as they are."""
+        self.adapter_configs[adapter_name] = config
+        self.add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, sizes))
+        self.resize(adapter_name, sizes)
+        for name, tensor in tensors.items():
+            getattr(self, f"{self.frozen_prefix}{name}")[adapter_name] = tensor
+
     def hold(self, adapter_name: str, config: PeftConfig, sizes: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hold tensors of a file that were checked, as they are: a layer to read from."""
         self.add_containers(self.tensor_specs(config, self.module_name, self.out_features, self.in_features, sizes))

@@ -12,6 +12,7 @@ from .layer import StructuredLayer, StructuredLinear
 from .matrices import DenseMatrix, Matrix
 from .model import StructuredModel, structured_layers
 from .phm import PHM
+from .quantised import PackedMatrix, Quantised
 from .reflections import Reflections
 from .scale_shift import ScaleShift
 from .tensor_train import TensorTrain
@@ -35,6 +36,8 @@ __all__ = [
     "LowDisplacement",
     "Mapped",
     "Matrix",
+    "PackedMatrix",
+    "Quantised",
     "QuasiGivens",
     "Reflections",
     "ScaleShift",

@@ -3,7 +3,7 @@ r"""`Bottleneck`: a small network with a skip connection behind a layer."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from ...utils.tensors import TensorSpec
 from ..shared.pieces import OutputMap, Piece
 from .form import Behind, Call, Site, Tensors, Weight, enter_names
 from .matrices import DenseMatrix, Matrix, enter_roles
+from .quantised import PackedMatrix
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -71,6 +72,18 @@ class Bottleneck(Behind):
     def group(self, site: Site) -> Hashable:
         """All modules."""
         return ""
+
+    @property
+    def made_by(self) -> str | None:
+        """That of the matrix."""
+        return self.matrix.made_by
+
+    @torch.no_grad()
+    def packed(self, tensors: Tensors, site: Site) -> tuple[Bottleneck, Tensors]:
+        """With packed matrices."""
+        m, n = self.width(site), site.rows
+        found = self.matrix.packed("down", m, n, tensors) | self.matrix.packed("up", n, m, tensors)
+        return replace(self, matrix=PackedMatrix(self.matrix.bits)), found
 
     def width(self, site: Site) -> int:
         """m.

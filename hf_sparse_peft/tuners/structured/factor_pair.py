@@ -3,8 +3,9 @@ r"""`FactorPair`: a low-rank update whose factors are made of structured matrice
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
 from .form import Additive, Call, Site, Tensors
 from .matrices import Matrix, enter_roles
+from .quantised import PackedMatrix
 from .tensor_train import TensorTrain
 
 enter_roles("a", "b")
@@ -32,6 +34,8 @@ class FactorPair(Additive):
     """How both factors are made of numbers."""
     dropout: Decay = 0.0
     """Of the input, in training."""
+    inner_dropout: Decay = 0.0
+    """Of the r numbers between A and B, in training."""
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -41,6 +45,18 @@ class FactorPair(Additive):
     def group(self, site: Site) -> Hashable:
         """All modules."""
         return ""
+
+    @property
+    def made_by(self) -> str | None:
+        """That of the matrix."""
+        return self.matrix.made_by
+
+    @torch.no_grad()
+    def packed(self, tensors: Tensors, site: Site) -> tuple[FactorPair, Tensors]:
+        """With packed matrices."""
+        found = self.matrix.packed("a", self.r, site.cols, tensors)
+        found |= self.matrix.packed("b", site.rows, self.r, tensors)
+        return replace(self, matrix=PackedMatrix(self.matrix.bits)), found
 
     def specs(self, site: Site) -> list[TensorSpec]:
         """Both matrices, and at the owner what matrices share."""
@@ -54,6 +70,7 @@ class FactorPair(Additive):
         """Over A, over B."""
         x = F.dropout(x, self.dropout, call.training)
         inner = self.matrix.product(x, "a", self.r, call.site.cols, tensors, call)
+        inner = F.dropout(inner, self.inner_dropout, call.training)
         return self.lora_alpha / self.r * self.matrix.product(inner, "b", call.site.rows, self.r, tensors, call)
 
     def weight(self, tensors: Tensors, site: Site) -> Tensor:

@@ -152,6 +152,19 @@ class Form(Part):
         """Tensors that start from the weight `[rows, cols]`, fp32, only read; asked where `reads_weight`."""
         return {}
 
+    @property
+    def made_by(self) -> str | None:
+        """The model's method that makes such forms of trained ones; None: they are made at injection."""
+        return None
+
+    def packed(self, tensors: Tensors, site: Site) -> tuple[Form, Tensors]:
+        """The form to ship, of the same output to the bit, and its saved tensors; trained ones that it has too stay.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(f"{type(self).__name__} has no form to be packed into.")
+
     def spaces(self, layer: Any, adapter: str) -> list[UnitSpace] | None:
         """Unit spaces in a layer, modules aside; None: those that follow from the specs."""
         return None

@@ -3,6 +3,7 @@ r"""Matrices: how the trained matrices inside of forms are made of numbers, :mat
 matrices.py      Matrix, what all say of themselves; DenseMatrix, the numbers themselves
 phm.py           PHM: sums of Kronecker products of a shared small matrix and a low rank
 tensor_train.py  TensorTrain: a chain of small cores
+quantised.py     Quantised: a few values, of numbers that train; PackedMatrix, what it is shipped as
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Matrix(Part):
     """Names of its tensors, without the role."""
     common_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that all matrices of an adapter may share, in all modules."""
+    made_by: ClassVar[str | None] = None
+    """The model's method that makes such matrices of trained ones; None: they are made at injection."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,6 +75,14 @@ class Matrix(Part):
     def dense(self, role: str, rows: int, cols: int, tensors: Tensors) -> Tensor:
         """M, `[rows, cols]`, in the tensors' dtype."""
         raise NotImplementedError
+
+    def packed(self, role: str, rows: int, cols: int, tensors: Tensors) -> Tensors:
+        """Tensors of `PackedMatrix`, of the same matrix to the bit.
+
+        Raises:
+            ValueError: it is no matrix of a few values.
+        """
+        raise ValueError(f"{type(self).__name__} is no matrix of a few values; Quantised is.")
 
     def product(self, x: Tensor, role: str, rows: int, cols: int, tensors: Tensors, call: Call) -> Tensor:
         r""":math:`X M^\top` `[..., rows]` in `call.dtype`, for `x` `[..., cols]` in it."""

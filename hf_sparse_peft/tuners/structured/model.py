@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 
-from ..shared.file_check import AdapterFile
+from ..shared.file_check import AdapterFile, file_being_loaded
 from ..shared.merge import warn_of_biases
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.sharing import check_same_sharings, check_sharing_modules, link_owners, sharings
@@ -22,9 +23,12 @@ class StructuredModel(AdapterModel):
 
     tuner_layer_cls = StructuredLayer
     linear_cls = StructuredLinear
+    _copying: bool = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then show each layer the one that has what it shares."""
+        given = self.peft_config[adapter_name]
+        self._copying = any(own is given for name, own in self.peft_config.items() if name != adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sizes = self.peft_config[adapter_name].sizes
         link_owners(structured_layers(model), sizes, adapter_name, "structured_owner")
@@ -33,8 +37,15 @@ class StructuredModel(AdapterModel):
         """Which modules share tensors, written into `sizes`.
 
         Raises:
-            ValueError: the file that is being loaded has its modules share otherwise than this base has them.
+            ValueError: the file that is being loaded has its modules share otherwise than this base has them, or the
+                form is one that a trained adapter is packed into.
         """
+        given = file_being_loaded() is not None or self._targets_of_state_dict is not None or self._copying
+        if peft_config.form.made_by is not None and not given:
+            raise ValueError(
+                f"form={peft_config.form} is made of a trained adapter: train one of Quantised matrices, and call "
+                f"model.base_model.{peft_config.form.made_by}()."
+            )
         found = sharings(targets, peft_config.group) if peft_config.form.shared else {}
         check_same_sharings(peft_config.sizes, found)
         peft_config.sizes = found
@@ -48,6 +59,36 @@ class StructuredModel(AdapterModel):
             ValueError: names the tensor.
         """
         check_sharing_modules(file, (), SHAPE)
+
+    def pack(self, adapter_name: str | None = None) -> None:
+        """Give an adapter of quantised matrices the form that is shipped, of the same output to the bit: their codes,
+        at `Quantised.bits` bits a number, in place of fp32 numbers. `save_pretrained` then writes the small file.
+
+        Packed matrices train no more, and the adapter's rules are dropped from its config: save a checkpoint before.
+        All layers are packed, or none.
+
+        Raises:
+            ValueError: the adapter has no such matrices, several are active, or it is merged.
+        """
+        names = [adapter_name] if adapter_name else list(self.active_adapters)
+        layers = [layer for layer in self.adapted_layers() if any(layer.holds(name) for name in names)]
+        if len(names) != 1 or not layers:
+            raise ValueError(f"adapter_name={adapter_name!r} of {names}: name one structured adapter.")
+        merged = next((layer for layer in layers if layer.merged), None)
+        if merged is not None:
+            raise ValueError(f"{merged.merged_adapters} is merged; call unmerge_adapter() first.")
+        name, found = names[0], {}
+        for layer in layers:
+            try:
+                found[layer] = layer.form(name).packed(layer.form_tensors(name), layer.site(name))
+            except ValueError as error:
+                raise ValueError(f"'{layer.module_name}' cannot be packed: {error}") from error
+        config = copy.deepcopy(self.peft_config[name])  # another model may have the same
+        config.form, config.schedule = next(iter(found.values()))[0], []
+        config.sizes = config.sizes if config.form.shared else {}
+        self.peft_config[name] = config
+        for layer, (_, tensors) in found.items():
+            layer.replace_form(name, config, None, tensors)
 
     def _unload_and_optionally_merge(
         self,
