@@ -3,7 +3,7 @@
     python tests/fuzz/damaged_files.py --inputs 200000 --json /tmp/fuzz.json
     python tests/fuzz/damaged_files.py --kinds "patch vllm" --first 4711 --inputs 1   # a finding again
 
-Of each input: the reading ends within 10 s, by an answer or a `ValueError` that names the file, a tensor or an option;
+Of each input: the reading ends within 10 s of CPU time, by an answer or a `ValueError` that names the file, a tensor or an option;
 the process survives, takes at most 256 MiB more than before, runs nothing, and opens nothing outside the folder; models
 are as they were after a refusal; a file that is read means what it meant before it was damaged, unless checksums were
 forged with it. Every `--deep`-th input, a tenth of that of those that are read, and all forged ones that are read go
@@ -23,6 +23,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +97,29 @@ def _alarm(*_: object) -> None:
     raise Late
 
 
+@contextmanager
+def late_raises() -> Iterator[None]:
+    """Within the block, `at_most` stops what takes too long."""
+    before = {one: signal.signal(one, _alarm) for one in (signal.SIGPROF, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise `Late` after as many seconds of CPU time, or ten times as many on the clock: a machine may be busy."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(10 * seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+
+
 class Fuzz:
     """One kind's valid files, and the reading of damaged ones."""
 
@@ -133,9 +158,9 @@ class Fuzz:
         meaning, error = None, None
         self.watch.folder, self.watch.seen = str(self.root), []
         held = _reset_peak() if self.measures else 0
-        signal.alarm(SECONDS)
         try:
-            meaning = self.kind.read(self.folder)
+            with at_most(SECONDS):
+                meaning = self.kind.read(self.folder)
         except ValueError as caught:
             error = str(caught)
         except Late:
@@ -143,7 +168,6 @@ class Fuzz:
         except Exception as caught:
             return f"{type(caught).__name__}: {str(caught)[:200]}"
         finally:
-            signal.alarm(0)
             self.watch.folder = None
         size = sum((self.folder / name).stat().st_size for name in self.files)
         if self.measures and _peak() - held > 4 * size + NOISE:
@@ -172,15 +196,13 @@ class Fuzz:
 
     def _deep(self, meaning: str | None) -> str | None:
         self.tally.deep += 1
-        signal.alarm(6 * SECONDS)
         try:
-            self.kind.deep(self.folder, meaning)
+            with at_most(6 * SECONDS):
+                self.kind.deep(self.folder, meaning)
         except Late:
             return f"another way took longer than {6 * SECONDS} s"
         except Exception as caught:
             return f"another way: {type(caught).__name__}: {str(caught)[:300]}"
-        finally:
-            signal.alarm(0)
         return None
 
     def _names_something(self, error: str) -> bool:
@@ -203,9 +225,8 @@ def work(
 ) -> dict[str, Tally]:
     """Read `inputs` damaged inputs, the kinds in turn; `note` holds the number of the one under way."""
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _alarm)
     watch, found = Watch(), {}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
+    with late_raises(), tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
         fuzzes = [Fuzz(kind, Path(root, str(at)), watch, every, measures) for at, kind in enumerate(chosen)]
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))

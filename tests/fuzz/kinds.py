@@ -72,7 +72,7 @@ def content(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     found = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(tensors, key=lambda one: one[0]):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -149,7 +149,7 @@ def _safetensors(content: bytes, draw: random.Random, done: Damage, names: list[
             )
         )
     elif kind == "shape":
-        turned = entry["shape"][::-1] if isinstance(entry["shape"], list) else 3
+        turned = entry["shape"][::-1] if isinstance(entry.get("shape"), list) else 3
         entry["shape"] = draw.choice(
             ([10**15], [-1], [2**32, 2**32], [0], [], [1] * 70, ["2"], None, [end - begin], [0, 2**62], turned)
         )

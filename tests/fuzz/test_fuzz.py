@@ -1,12 +1,11 @@
 """A few damaged files of each kind through every reader; `python tests/fuzz/damaged_files.py` is the long run."""
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from damaged_files import Fuzz, Unwatched, _alarm
+from damaged_files import Fuzz, Unwatched, late_raises
 from kinds import bitdelta, compeft, kept_units, kinds, reconstruction, support, walk
 
 HERE = Path(__file__).parent
@@ -17,12 +16,9 @@ pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hun
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_file_is_whole_or_refused_by_name_and_changes_nothing(tmp_path, make):
     fuzz = Fuzz(make(), tmp_path, Unwatched(), every=20)
-    before = signal.signal(signal.SIGALRM, _alarm)
-    try:
+    with late_raises():
         for seed in range(60):
             fuzz.run(seed)
-    finally:
-        signal.signal(signal.SIGALRM, before)
     assert fuzz.tally.faults == []
     assert fuzz.tally.refused > 30
 
