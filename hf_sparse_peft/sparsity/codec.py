@@ -144,10 +144,10 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
 def _in_order(units: Tensor, places: Tensor, counts: Tensor, lines: int, length: int) -> bool:
     """Whether places of valid counts rise within each chunk and end with it."""
     per_line = chunk_count(1, length)
-    ends = torch.full((per_line,), CHUNK, device=places.device)
+    ends = torch.full((per_line,), CHUNK, dtype=torch.int16, device=places.device)
     ends[-1] = length - CHUNK * (per_line - 1)
     inside = places < torch.repeat_interleave(ends.repeat(lines), counts.int(), output_size=places.numel())
-    return bool((torch.diff(units) > 0).all() & inside.all())
+    return bool(inside.all() and (units[1:] > units[:-1]).all())
 
 
 def coded_grid(codes: Tensor, name: str) -> UnitGrid:

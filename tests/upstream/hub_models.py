@@ -22,6 +22,12 @@ CONFIGS = {
         t.OPTForCausalLM,
         t.OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, **_TOKENS),
     ),
+    "wide-random-OPTForCausalLM": lambda: (  # 4-bit products of bitsandbytes on a CPU take whole blocks of 64 columns
+        t.OPTForCausalLM,
+        t.OPTConfig(
+            **{**_SIZES, "hidden_size": 64}, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64, **_TOKENS
+        ),
+    ),
     "tiny-random-GPT2LMHeadModel": lambda: (t.GPT2LMHeadModel, t.GPT2Config(**_GPT, eos_token_id=2)),
     "tiny-random-LlamaForCausalLM": lambda: (t.LlamaForCausalLM, t.LlamaConfig(**_LLAMA, **_TOKENS)),
     "tiny-random-T5ForConditionalGeneration-calibrated": lambda: (

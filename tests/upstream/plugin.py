@@ -190,6 +190,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     if module is not None:
         module.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda name: hub_models.tokenizer())
         module.load_dataset_english_quotes = hub_models.quotes
+        module.TestTorchCompileCausalLM.model_id = "peft-internal-testing/wide-random-OPTForCausalLM"
 
 
 @pytest.fixture(autouse=True)

@@ -100,7 +100,9 @@ def _coded(weight: WeightPatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _columns_first(positions: Tensor, rows: int, cols: int) -> Tensor:
     """Row-major positions in `[rows, cols]` as column-major ones, sorted; with rows and cols exchanged the way back."""
-    return (positions % cols * rows + positions // cols).sort().values
+    found = (positions % cols).mul_(rows).add_(positions // cols)
+    found.numpy().sort()  # in its place: torch's sort has an int64 index beside it
+    return found
 
 
 def _decoded(name: str, described: dict[str, Any], file: Mapping[str, Tensor]) -> WeightPatch:
@@ -121,6 +123,8 @@ def _decoded(name: str, described: dict[str, Any], file: Mapping[str, Tensor]) -
         starts = coding.decode(file[f"{name}:starts"], runs, size, f"{name}:starts")
         ends = coding.decode(file[f"{name}:ends"], runs, count, f"{name}:ends") + 1
         found = coding.positions_of(starts, ends)
+        if count and (int(found[-1]) >= size or not bool((found[1:] > found[:-1]).all())):
+            raise ValueError(f"'{name}:starts' is damaged: its runs overlap, or end beyond {size} entries.")
         if kind == "runs of columns":
             found = _columns_first(found, shape[1], shape[0])
     else:

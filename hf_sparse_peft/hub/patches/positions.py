@@ -7,10 +7,16 @@ above the entropy of a random support; rows and blocks are runs, whose starts an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ...sparsity.bits import pack_bits, unpack_bits
+
+
+PIECE = 2**15
+"""Bytes that are decoded at a time: temporaries take 20 times as many, whatever the length of a code."""
 
 
 def code_length(count: int, size: int) -> int:
@@ -30,7 +36,7 @@ def encode(positions: Tensor, size: int) -> Tensor:
 
 
 def decode(codes: Tensor, count: int, size: int, name: str) -> Tensor:
-    """The positions in `codes`, int64 `[count]`.
+    """The positions in `codes`, `[count]`, int32, or int64 where `size` is 2^31 or more.
 
     Raises:
         ValueError: `codes` has another length or another number of positions, or one is out of range; names `name`.
@@ -42,16 +48,34 @@ def decode(codes: Tensor, count: int, size: int, name: str) -> Tensor:
                          f"{code_length(count, size)}.")  # fmt: skip
     low = _low_bits(count, size)
     split = -(-count * low // 8)
-    mask = unpack_bits(codes[split:], _mask_length(count, size, low))
-    places = mask.nonzero().view(-1)
-    if places.numel() != count:
-        raise ValueError(f"'{name}' is damaged: it codes {places.numel()} positions instead of {count}.")
-    bits = unpack_bits(codes[:split], count * low).view(count, low)
-    found = (places - torch.arange(count)) << low
-    for bit in range(low):
-        found += bits[:, bit].long() << bit
-    if count and (int(found[-1]) >= size or bool((found[1:] <= found[:-1]).any())):
+    found, done = torch.empty(count, dtype=torch.int32 if size < 2**31 else torch.int64), 0
+    for places in _set_bits(codes[split:], _mask_length(count, size, low)):
+        if done + places.numel() <= count:
+            end = done + places.numel()
+            high = (places - torch.arange(done, end)) << low
+            found[done:end] = high + _fields(codes[:split], done, end, low)
+        done += places.numel()
+    if done != count:
+        raise ValueError(f"'{name}' is damaged: it codes {done} positions instead of {count}.")
+    if count and (int(found[-1]) >= size or not bool((found[1:] > found[:-1]).all())):
         raise ValueError(f"'{name}' is damaged: its positions are not increasing within {size} entries.")
+    return found
+
+
+def _set_bits(packed: Tensor, count: int) -> Iterator[Tensor]:
+    """Places of the ones among the first `count` bits, in pieces."""
+    for at in range(0, packed.numel(), PIECE):
+        yield unpack_bits(packed[at : at + PIECE], min(8 * PIECE, count - 8 * at)).nonzero().view(-1) + 8 * at
+
+
+def _fields(packed: Tensor, first: int, last: int, width: int) -> Tensor:
+    """Numbers `first` to `last` of those that lie in `packed` with `width` bits each, int64."""
+    begin, end = first * width // 8, -(-last * width // 8)
+    bits = unpack_bits(packed[begin:end], 8 * (end - begin))[first * width - 8 * begin :]
+    bits = bits[: (last - first) * width].view(last - first, width)
+    found = torch.zeros(last - first, dtype=torch.int64)
+    for bit in range(width):
+        found += bits[:, bit].long() << bit
     return found
 
 
@@ -66,11 +90,13 @@ def runs_of(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions_of(starts: Tensor, ends: Tensor) -> Tensor:
-    """The positions whose runs those are."""
+    """The positions whose runs those are, of the dtype of `starts`."""
     if not starts.numel():
         return starts
-    lengths = torch.diff(ends, prepend=ends.new_zeros(1))
-    return torch.repeat_interleave(starts - (ends - lengths), lengths) + torch.arange(int(ends[-1]))
+    found = torch.ones(int(ends[-1]), dtype=starts.dtype)
+    found[0] = starts[0]
+    found[ends[:-1]] = starts[1:] - (starts[:-1] + (torch.diff(ends[:-1], prepend=ends.new_zeros(1)) - 1))
+    return torch.cumsum(found, 0, dtype=starts.dtype, out=found)
 
 
 def _low_bits(count: int, size: int) -> int:
