@@ -132,7 +132,7 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
         raise ValueError(f"The support of '{name}' says it holds {count} units, but {coded} are coded.")
     if count == 0:
         return torch.empty(0, dtype=grid.index_dtype, device=codes.device)
-    units = unpack_units(places, counts, *coded_lines(grid))
+    units = _unpacked(places, counts, *coded_lines(grid))
     if not _in_order(units, places, counts, *coded_lines(grid)):
         raise ValueError(
             f"The support of '{name}' has units out of order or out of range: a weight of {rows}x{cols} has "
@@ -141,13 +141,35 @@ def decode_support(codes: Tensor, grid: UnitGrid, capacity: int, name: str) -> T
     return units.to(grid.index_dtype)
 
 
+def _unpacked(places: Tensor, counts: Tensor, lines: int, length: int) -> Tensor:
+    """`unpack_units`, on the CPU by some lines at a time: it has an index beside its result."""
+    step = max(lines * 2**17 // places.numel(), 1)
+    if places.device.type != "cpu" or step >= lines:
+        return unpack_units(places, counts, lines, length)
+    units, done = None, 0
+    per_line = chunk_count(1, length)
+    for first in range(0, lines, step):
+        some = counts[first * per_line : (first + step) * per_line]
+        end = done + int(some.sum())
+        piece = unpack_units(places[done:end], some, min(step, lines - first), length)
+        units = (
+            torch.empty(places.numel(), dtype=torch.int32 if lines * length < 2**31 else torch.int64)
+            if units is None
+            else units
+        )
+        units[done:end] = piece.to(units.dtype) + first * length
+        done = end
+    return units
+
+
 def _in_order(units: Tensor, places: Tensor, counts: Tensor, lines: int, length: int) -> bool:
     """Whether places of valid counts rise within each chunk and end with it."""
     per_line = chunk_count(1, length)
-    ends = torch.full((per_line,), CHUNK, dtype=torch.int16, device=places.device)
-    ends[-1] = length - CHUNK * (per_line - 1)
-    inside = places < torch.repeat_interleave(ends.repeat(lines), counts.int(), output_size=places.numel())
-    return bool(inside.all() and (units[1:] > units[:-1]).all())
+    by_line = counts.view(lines, per_line)[:, -1]
+    ends = counts.cumsum(0).view(lines, per_line)[:, -1]
+    tails = places[ends[by_line > 0] - 1]  # where places rise, the last one of a chunk is the highest
+    inside = bool((places < CHUNK).all() and (tails < length - CHUNK * (per_line - 1)).all())
+    return inside and bool((units[1:] > units[:-1]).all())
 
 
 def coded_grid(codes: Tensor, name: str) -> UnitGrid:

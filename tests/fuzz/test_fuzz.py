@@ -36,3 +36,18 @@ def test_no_reader_takes_more_than_four_times_the_file(tmp_path):
     command = [sys.executable, str(HERE / "damaged_files.py"), "--inputs", "190", "--hidden", "1024"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_damage_that_coverage_guides_finds_nothing(tmp_path):
+    pytest.importorskip("atheris")
+    command = [
+        sys.executable,
+        str(HERE / "coverage_guided.py"),
+        "--seconds",
+        "60",
+        "--faults",
+        str(tmp_path / "faults"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

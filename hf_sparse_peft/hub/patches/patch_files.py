@@ -86,7 +86,7 @@ def _coded(weight: WeightPatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
     count = positions.numel()
     orders = {"runs": positions}
     if len(shape) == 2:
-        orders["runs of columns"] = _columns_first(positions, *shape)
+        orders["runs of columns"] = _columns_first(positions.clone(), *shape)
     for kind, ordered in orders.items():
         starts, ends = coding.runs_of(ordered)
         runs = starts.numel()
@@ -99,10 +99,12 @@ def _coded(weight: WeightPatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _columns_first(positions: Tensor, rows: int, cols: int) -> Tensor:
-    """Row-major positions in `[rows, cols]` as column-major ones, sorted; with rows and cols exchanged the way back."""
-    found = (positions % cols).mul_(rows).add_(positions // cols)
-    found.numpy().sort()  # in its place: torch's sort has an int64 index beside it
-    return found
+    """Row-major positions in `[rows, cols]` as column-major ones, sorted, in their own
+    memory; with rows and cols exchanged the way back."""
+    for piece in positions.split(8 * coding.PIECE):
+        piece.copy_(piece % cols * rows + piece // cols)
+    positions.numpy().sort()  # in its place: torch's sort has an int64 index beside it
+    return positions
 
 
 def _decoded(name: str, described: dict[str, Any], file: Mapping[str, Tensor]) -> WeightPatch:
@@ -123,7 +125,7 @@ def _decoded(name: str, described: dict[str, Any], file: Mapping[str, Tensor]) -
         starts = coding.decode(file[f"{name}:starts"], runs, size, f"{name}:starts")
         ends = coding.decode(file[f"{name}:ends"], runs, count, f"{name}:ends") + 1
         found = coding.positions_of(starts, ends)
-        if count and (int(found[-1]) >= size or not bool((found[1:] > found[:-1]).all())):
+        if not coding.rises(found, size):
             raise ValueError(f"'{name}:starts' is damaged: its runs overlap, or end beyond {size} entries.")
         if kind == "runs of columns":
             found = _columns_first(found, shape[1], shape[0])

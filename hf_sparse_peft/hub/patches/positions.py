@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ...sparsity.bits import pack_bits, unpack_bits
 
-
-PIECE = 2**15
-"""Bytes that are decoded at a time: temporaries take 20 times as many, whatever the length of a code."""
+PIECE = 2**12
+"""Bytes of a code that are decoded at a time, so that temporaries do not grow with it."""
 
 
 def code_length(count: int, size: int) -> int:
@@ -57,9 +56,16 @@ def decode(codes: Tensor, count: int, size: int, name: str) -> Tensor:
         done += places.numel()
     if done != count:
         raise ValueError(f"'{name}' is damaged: it codes {done} positions instead of {count}.")
-    if count and (int(found[-1]) >= size or not bool((found[1:] > found[:-1]).all())):
+    if not rises(found, size):
         raise ValueError(f"'{name}' is damaged: its positions are not increasing within {size} entries.")
     return found
+
+
+def rises(positions: Tensor, size: int) -> bool:
+    """Whether the positions increase and end below `size`."""
+    pieces = (positions[at : at + 8 * PIECE + 1] for at in range(0, positions.numel(), 8 * PIECE))
+    inside = not positions.numel() or (int(positions[0]) >= 0 and int(positions[-1]) < size)
+    return inside and all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces)
 
 
 def _set_bits(packed: Tensor, count: int) -> Iterator[Tensor]:

@@ -9,6 +9,8 @@ import torch
 
 from ...utils.tensors import TensorSpec
 
+_PIECE = 2**18
+"""Numbers that are looked at together."""
 _UNLIKELY_SIDES = (2**31 - 1, 2**31 - 99)
 """Rows and columns of a weight that is never allocated: a spec that has one of them has that side of the weight."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,7 +84,8 @@ def check_numbers(tensor: torch.Tensor, key: str, source: Path | str, *, trained
         kind = "one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise ValueError(f"'{key}' in '{source}' is {tensor.dtype}; it takes {kind}. Save the adapter again.")
     wide = trained and tensor.dtype == torch.float64  # masters are fp32
-    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if wide else tensor).all():
+    pieces = tensor.reshape(-1).split(_PIECE) if tensor.is_floating_point() else ()  # `isfinite` makes a copy
+    if not all(torch.isfinite(piece.float() if wide else piece).all() for piece in pieces):
         raise ValueError(f"'{key}' in '{source}' has values that are not finite; the adapter is damaged.")
 
 
