@@ -146,17 +146,12 @@ def _unpacked(places: Tensor, counts: Tensor, lines: int, length: int) -> Tensor
     step = max(lines * 2**17 // places.numel(), 1)
     if places.device.type != "cpu" or step >= lines:
         return unpack_units(places, counts, lines, length)
-    units, done = None, 0
-    per_line = chunk_count(1, length)
+    per_line, done = chunk_count(1, length), 0
+    units = torch.empty(places.numel(), dtype=torch.int32 if lines * length < 2**31 else torch.int64)
     for first in range(0, lines, step):
         some = counts[first * per_line : (first + step) * per_line]
         end = done + int(some.sum())
         piece = unpack_units(places[done:end], some, min(step, lines - first), length)
-        units = (
-            torch.empty(places.numel(), dtype=torch.int32 if lines * length < 2**31 else torch.int64)
-            if units is None
-            else units
-        )
         units[done:end] = piece.to(units.dtype) + first * length
         done = end
     return units

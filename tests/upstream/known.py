@@ -16,9 +16,11 @@ SUMS = "a sum of such updates is none of them: refused by name, hub.merge_to_den
 HEADS = "two heads of the same numbers are one head; those that differ are refused by both their names"
 HOTSWAP = "peft's hotswap knows LoRA alone, and refuses other types by name"
 KERNELS = (
-    "the base's own output comes from bitsandbytes' CPU kernel over repacked weights, which adapters put aside: 0.018"
+    "before the injection bitsandbytes' CPU kernel computes from repacked weights, which adapters put aside: 0.018"
 )
-ROUNDED = "rounding the merged weights to 4 bits again moves the logits of so small a model by 0.3 to 1.7; the test allows 0.1"
+ROUNDED = (
+    "rounding merged weights to 4 bits again moves the logits of so small a model by 0.3 to 1.7, and 0.1 is allowed"
+)
 SLOW = "five steps of 1e-3 move a kernel's logits by 1e-3, which the test takes for equal"
 
 EXPLAINED: list[tuple[str, str, str]] = [
