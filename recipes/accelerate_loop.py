@@ -4,7 +4,7 @@ Without arguments it runs offline on the demo base:
 
     python recipes/accelerate_loop.py
 
-In two processes, each with its own part of every batch, supports move alike:
+In two processes, each with its own part of every batch, supports move alike; fsdp.yaml shards the base as well:
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/accelerate_loop.py
 """
@@ -24,10 +24,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evaluation import exact_match
 from peft import get_peft_model
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, get_scheduler
 
-from hf_sparse_peft import Controller, make_optimizer
+from hf_sparse_peft import Controller, leave_adapters_whole, make_optimizer
 from hf_sparse_peft.finetuning import method_of_card
 
 
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> common.Figures:
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=recipe.learning_rate
     )
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=recipe.max_steps)
+    leave_adapters_whole(model)  # under FSDP2; nothing to do elsewhere
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     losses: list[float] = []
@@ -96,9 +98,11 @@ def main(argv: list[str]) -> common.Figures:
     figures = {"train_loss": sum(losses) / len(losses), "last_loss": losses[-1], "moves": len(rules.events)}
     accelerator.wait_for_everyone()
     trained = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trained.compact() if hasattr(trained, "compact") else None
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(trained, "generate")
+    figures["exact_match"] = exact_match(trained, tokenizer, test)  # on every rank: each may hold a shard alone
     if accelerator.is_main_process:
-        trained.compact() if hasattr(trained, "compact") else None
-        figures["exact_match"] = exact_match(trained, tokenizer, test)
         card = {
             "metrics": figures,
             "training_data": "word problems that recipes/demo_data.py generates",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,6 +163,24 @@ def test_loop_runs_in_two_processes_that_move_alike(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["moves"] == 3
     assert figures["last_loss"] < figures["train_loss"]
+
+
+@pytest.mark.slow
+def test_loop_trains_evaluates_and_saves_over_a_sharded_base(tmp_path):
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    fsdp |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    code = (
+        "import sys, fsdp_on_cpu, accelerate_loop; from accelerate.state import AcceleratorState; fsdp_on_cpu.allow(); "
+        "accelerate_loop.main(sys.argv[1:]); assert AcceleratorState().distributed_type == 'FSDP'"
+    )
+    paths = os.pathsep.join([str(RECIPES), str(ROOT / "tests"), str(ROOT)])
+    short = [*CASES["accelerate_loop"].short, f"output_dir={tmp_path}"]
+    processes.ranks(2, "-c", code, *short, timeout=300, env={**fsdp, "PYTHONPATH": paths})
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["moves"] == 3
+    assert figures["last_loss"] < figures["train_loss"]
+    assert "exact_match" in figures
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_packed_conversations_do_not_see_each_other(monkeypatch):
