@@ -20,6 +20,8 @@ from .replicated import is_fully_sharded
 from .trainer_checks import why_no_rule_runs
 from .upstream_runs import finish_upstream, leave_upstream, make_upstream_runs
 
+PASSING = "passing"
+"""Key of what a checkpoint says of state that is there at some steps only."""
 _LAST_RUN: weakref.WeakKeyDictionary[AdapterLayer, dict[str, weakref.ref[LiveRun]]] = weakref.WeakKeyDictionary()
 """Layer -> adapter -> the run that last kept rule state there."""
 
@@ -66,7 +68,28 @@ class RuleExecutor:
     @property
     def saved(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint carries beside the tensors."""
-        return {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
+        found = {f"{run.adapter}/{run.rule.part_type}": run.saved for run in self.runs if run.saved}
+        passing = self._passing()
+        return {**found, PASSING: passing} if passing else found
+
+    def _passing(self) -> dict[str, dict[str, list[str]]]:
+        """State that is there at some steps only (`TensorSpec.passing`), and now: by adapter and module."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for run, space in ((run, space) for run in self.runs for space in run.all_spaces):
+            names = [spec.name for spec in run.rule.state(space) if spec.passing]
+            names = [name for name in names if name in space.state()]
+            if names:
+                found.setdefault(run.adapter, {}).setdefault(space.name, []).extend(names)
+        return found
+
+    def allocate_passing(self, model: nn.Module, saved: dict[str, Any]) -> None:
+        """Allocate what a checkpoint that says `saved` has of such state, before it is read into the tensors that
+        `model` has. (`load_state_dict` needs no such help: layers allocate what they find in it.)"""
+        asked = saved.get(PASSING)
+        for layer, adapter in trained_adapters(model) if isinstance(asked, dict) else ():
+            names = asked.get(adapter, {}).get(layer.module_name, [])
+            rules = [self.rule] if self.rule is not None else layer.adapter_configs[adapter].rules
+            layer.allocate_rule_state(adapter, rules, passing=names)
 
     def begin(self, training: Training, saved: dict[str, dict[str, Any]], loop: Any = None) -> None:
         """Take part in `training`: let its data decide what adapters wait for, find the spaces of every rule, prepare

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,9 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
 
-from ..rules import Run
 from ..rules.collectives import all_reduce_means, all_reduce_sum, is_distributed
 from ..tuners import adapter_layers
 from ..tuners.shared.base_weight import is_bnb_4bit
@@ -202,26 +199,3 @@ def average_replicated(model: nn.Module, moves: bool = False) -> None:
         whole = {name: one for name, one in whole.items() if not isinstance(one.data, DTensor)}
         match_ranks(model, {**whole, **dict(adapter_buffers(model))})
         _AVERAGED[model] = ReplicatedGradients(model)
-
-
-def check_checkpoints(runs: list[Run], args: TrainingArguments) -> None:
-    """Under FSDP2: what rules keep at some steps only (`TensorSpec.passing`) is not found again in its checkpoints,
-    which are read into the tensors that a model has.
-
-    Raises:
-        ValueError: a run goes on from one.
-    """
-    if not any(is_fully_sharded(run.model) for run in runs[:1]):
-        return
-    found = {type(r.rule).__name__ for r in runs for space in r.all_spaces for s in r.rule.state(space) if s.passing}
-    if found and runs[0].resumed:
-        raise ValueError(
-            f"{sorted(found)[0]} keeps state at some steps only, which a checkpoint of FSDP2 does not bring back: the "
-            "run would go on without. Resume under DDP, or train from the start with save_strategy='no'."
-        )
-    if found and args.save_strategy != "no":
-        warnings.warn(
-            f"{sorted(found)[0]} keeps state at some steps only, which checkpoints of FSDP2 do not bring back: no run "
-            "can go on from those of this one. Train under DDP to have such runs.",
-            stacklevel=2,
-        )

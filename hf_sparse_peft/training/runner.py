@@ -15,7 +15,7 @@ from ..tuners.shared.live_run import current_trainer
 from .evaluation import evaluation_of
 from .executor import RuleExecutor, has_schedule, trained_adapters
 from .loss_watch import LossWatch, watch_losses
-from .replicated import average_replicated, check_checkpoints, leave_adapters_whole
+from .replicated import average_replicated, leave_adapters_whole
 from .trainer_checks import check_run, refuse_sharded
 from .upstream_runs import asks_for_rules, prepare_upstream
 
@@ -99,7 +99,6 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
             saved |= one.get("attributes", {}).get("restored", {})
         average_replicated(model, moves=True)
         self.begin(training, saved, loop=state)
-        check_checkpoints(self.runs, args)
         self._watch = watch_losses(self._live, model, args)
 
     def _refuse_sharded(self, args: TrainingArguments, model: nn.Module | None) -> None:

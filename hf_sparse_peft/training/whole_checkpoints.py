@@ -17,6 +17,7 @@ from ..rules.collectives import all_reduce_sum, rank, world_size
 from ..tuners import adapter_layers
 from ..utils.file_length import check_file_length
 from .runner import RuleRunner
+from .trainer_checks import sharding_switched_on
 from .upstream_start import UpstreamStartCallback
 
 STATE = "trainer_state.json"
@@ -200,6 +201,7 @@ def guard_checkpoints() -> None:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(self):
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir, self.args.device)
+            _allocate_passing(self, resume_from_checkpoint)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     @functools.wraps(save)
@@ -226,6 +228,21 @@ def guard_checkpoints() -> None:
 def _wait_for_ranks(trainer: Trainer) -> None:
     if world_size() > 1:
         all_reduce_sum(torch.zeros(1, device=trainer.args.device)).item()
+
+
+def _allocate_passing(trainer: Trainer, resume: str | bool | None) -> None:
+    """Before FSDP2's state dicts are read into the tensors that the model has: those that it has at some steps only."""
+    runners = [one for one in trainer.callback_handler.callbacks if isinstance(one, RuleRunner)]
+    if not runners or not resume or (sharding_switched_on(trainer.args) or ("",))[0] != "FSDP2":
+        return
+    state = Path(str(resume)) / STATE
+    if not state.is_file():
+        return  # Trainer says so
+    callbacks = json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks") or {}
+    for runner in runners:
+        found = callbacks.get(type(runner).__name__, [])
+        for one in found if isinstance(found, list) else [found]:
+            runner.allocate_passing(trainer.model, one.get("attributes", {}).get("restored", {}))
 
 
 def _end_at_the_last_step() -> None:

@@ -1,7 +1,7 @@
-"""Two processes decide as one: supports, ranks and values on both ranks, and against one process with their batch;
-under DDP, and under FSDP2, which shards the base.
+"""Two and four processes decide as one: supports, ranks and values on all ranks, and against one process with their
+batch; under DDP, and under FSDP2, which shards the base.
 
-`python -m pytest -m slow tests/training/test_distributed.py` (two processes train each case twice).
+`python -m pytest -m slow tests/training/test_distributed.py` (two processes train each case twice, four some).
 """
 
 import json
@@ -89,6 +89,23 @@ CASES: dict[str, dict] = {
         "steps": 2,
         "arguments": {"gradient_accumulation_steps": 2},
     },
+    "rows": {"method": "rigl", "density": 0.3, "every": 3, "fraction": 0.6, "granularity": "row"},
+    "hybrid": {"method": "spiel-ag", **MOVES, "steps": 2, "r": 2},
+    "hybrid-allocated": {
+        "method": "gradual-pruning",
+        "density": 0.1,
+        "r": 4,
+        "schedule": [
+            {
+                "type": "allocate",
+                "spaces": ["rank", "support"],
+                "budget": {"type": "numbers", "numbers": 300},
+                "every": 2,
+                "initial_warmup": 0.0,
+                "final_warmup": 0.3,
+            }
+        ],
+    },
     "rigl-all-used": {"method": "rigl", **MOVES, "arguments": {"ddp_find_unused_parameters": False}},
     "rigl-checkpointed": {"method": "rigl", **MOVES, "arguments": {"gradient_checkpointing": True}},
 }
@@ -101,10 +118,13 @@ ALONE: dict[str, dict] = {
 SHARDED = (
     "spiel-ag", "gradual-pruning", "adalora", "rigl", "lift", "losia", "s2ft-by-activation", "ist", "hft", "mezo",
     "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "rigl-accumulated", "spiel-ag-accumulated",
-    "rigl-checkpointed",
+    "rigl-checkpointed", "rows", "hybrid", "hybrid-allocated",
 )  # fmt: skip
 """Those that run under FSDP2 too: units of every kind, what reads base weights between steps, starts from data, parts
 that are held still, an adapter shared by layers, no gradients."""
+FOUR = ("spiel-ag", "rigl", "rows", "hybrid", "adalora", "hybrid-allocated")
+"""Those that four processes run: entries, rows, entries beside a low-rank half, ranks, ranks and entries in one
+budget."""
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +138,16 @@ def single(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, single):
-    """`runs(kind, method)`: what rank 0, rank 1 and the single process recorded after every step."""
-    pairs: dict[str, Path] = {}
+    """`runs(kind, method)`: what each rank and the single process recorded after every step."""
+    folders: dict[tuple[str, int], Path] = {}
 
-    def recorded(kind: str, name: str):
-        if kind not in pairs:
-            pairs[kind] = tmp_path_factory.mktemp(kind)
+    def recorded(kind: str, name: str, world: int = 2):
+        if (kind, world) not in folders:
+            folder = folders[kind, world] = tmp_path_factory.mktemp(kind)
             cases = ALONE | (CASES if kind == "ddp" else {name: CASES[name] for name in SHARDED})
-            processes.ranks(2, HERE / "ddp_script.py", pairs[kind], json.dumps(cases), kind)
-        files = [pairs[kind] / f"{name}-rank0.pt", pairs[kind] / f"{name}-rank1.pt"]
+            cases = cases if world == 2 else {name: CASES[name] for name in FOUR}
+            processes.ranks(world, HERE / "ddp_script.py", folder, json.dumps(cases), kind)
+        files = [folders[kind, world] / f"{name}-rank{rank}.pt" for rank in range(world)]
         files += [single / f"{name}-rank0.pt"] if name in CASES else []
         return [torch.load(file, weights_only=True) for file in files]
 
@@ -135,23 +156,36 @@ def runs(tmp_path_factory, single):
 
 @pytest.mark.parametrize(("kind", "name"), [*(("ddp", name) for name in CASES), *(("fsdp", name) for name in SHARDED)])
 def test_both_ranks_agree_after_every_step_and_with_one_process(kind, name, runs):
-    recorded = runs(kind, name)
+    moved = compare(runs(kind, name))
+    found_at_start = name in ("gora", "joint-budget-at-start")  # by calibration, before the first step
+    assert moved != (found_at_start or methods.describe(CASES[name].get("method", name)).moves == "nothing")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_agree_after_every_step_and_with_one_process(kind, name, runs):
+    assert compare(runs(kind, name, world=4))
+
+
+def compare(recorded: list) -> bool:
+    """Asserts that ranks agree to the bit, and with the single process, which is last, to rounding; whether something
+    moved."""
     assert not [steps for steps in recorded if isinstance(steps, str)]
-    assert [len(steps) for steps in recorded] == [ddp_script.STEPS] * 3
+    assert [len(steps) for steps in recorded] == [ddp_script.STEPS] * len(recorded)
     moved = False
-    for step, (one, two, alone) in enumerate(zip(*recorded, strict=True), 1):
+    for step, (*ranks, alone) in enumerate(zip(*recorded, strict=True), 1):
+        one = ranks[0]
         assert one
-        assert one.keys() == two.keys() == alone.keys()
+        assert all(other.keys() == one.keys() for other in (*ranks, alone))
         for key in one:
-            assert torch.equal(one[key], two[key]), f"ranks differ after step {step} in {key}"
+            assert all(torch.equal(one[key], two[key]) for two in ranks), f"ranks differ after step {step} in {key}"
             if one[key].is_floating_point():
                 distance = (one[key] - alone[key]).abs().max()
                 assert distance <= 1e-4 + 1e-3 * alone[key].abs().max(), f"step {step}, {key}: {distance}"
             else:
                 assert torch.equal(one[key], alone[key]), f"two processes differ from one after step {step} in {key}"
                 moved = moved or not torch.equal(one[key], recorded[0][0][key])
-    found_at_start = name in ("gora", "joint-budget-at-start")  # by calibration, before the first step
-    assert moved != (found_at_start or methods.describe(CASES[name].get("method", name)).moves == "nothing")
+    return moved
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
