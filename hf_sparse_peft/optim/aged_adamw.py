@@ -147,7 +147,9 @@ def _age(group: dict[str, Any], p: Tensor) -> Tensor:
     if group["per_unit_age"]:
         # 2 bytes an age are enough where Adam no longer tells the largest from any older one.
         short = max(group["betas"]) ** _LARGEST_AGE < 2.0**-25
-        return torch.zeros(p.shape[group["unit_axis"]], dtype=torch.int16 if short else torch.float32, device=p.device)
+        units = p.movedim(group["unit_axis"], 0).flatten(1).select(1, 0) if p.dim() > 1 else p
+        # Of `p` itself, so that each rank has the ages of its units where they are sharded.
+        return torch.zeros_like(units.detach(), dtype=torch.int16 if short else torch.float32)
     return torch.zeros((), dtype=torch.float32)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.tensors import whole, write_whole
 from .optimizer_kinds import innermost, locate, refuse_partitioned, unit_views
 
 _BNB_SEED_NAMES = {"adam": {"exp_avg": "state1", "exp_avg_sq": "state2"}, "lion": {"exp_avg": "state1"}}
@@ -30,7 +31,8 @@ def move_rows(tensor: Tensor, kept_old: Tensor, kept_new: Tensor, fill: float = 
     gathered copy (`len(kept_old)` rows) is the only memory it takes.
 
     Args:
-        tensor: `[k, ...]`, any dtype; a parameter that requires grad is fine (no graph is recorded).
+        tensor: `[k, ...]`, any dtype; a parameter that requires grad is fine (no graph is recorded). One that ranks
+            hold a shard of each (`fully_shard`) is gathered, and each keeps its part: all must call it together.
         kept_old, kept_new: `[n]`, integer, `n <= k`, each without repetition.
         fill: what the rows that are not in `kept_new` receive.
 
@@ -40,7 +42,10 @@ def move_rows(tensor: Tensor, kept_old: Tensor, kept_new: Tensor, fill: float = 
     if tensor.dim() == 0:
         raise ValueError("tensor is a scalar and has no rows to move. Pass a tensor with its units along dim 0.")
     old, new = _check_kept(kept_old, kept_new, tensor.shape[0])
-    _move(tensor, old, new, fill)
+    full = whole(tensor)
+    _move(full, old, new, fill)
+    if full is not tensor:
+        write_whole(tensor, full)
 
 
 def move_optimizer_state(
@@ -77,8 +82,8 @@ def move_optimizer_state(
 
     Raises:
         ValueError: bad indices or seeds; a parameter the optimizer does not hold; state that cannot be edited unit by
-            unit (8-bit blocks, DeepSpeed, ZeRO, FSDP1 flat parameters, DTensor and other tensor subclasses); a state
-            tensor whose shape says nothing about units. Raised before anything is written.
+            unit (8-bit blocks, DeepSpeed, ZeRO, FSDP1 flat parameters, tensor subclasses but for shards of
+            `fully_shard`); a state tensor whose shape says nothing about units. Raised before anything is written.
 
     Source: SpIEL's handling of moments (Ansell et al., 2024).
     """
@@ -101,11 +106,14 @@ def move_optimizer_state(
     seeds, at = _check_seeds(optimizer, views, seeded, seeded_new, new, units, where)
 
     for name, view in views.items():
-        _move(view, old, new, 0)
+        full = whole(view)
+        _move(full, old, new, 0)
         if name in seeds:
             value = seeds[name].to(device=view.device, dtype=view.dtype)
             with torch.no_grad():
-                view.index_copy_(0, at.to(view.device), value)
+                full.index_copy_(0, at.to(view.device), value)
+        if full is not view:
+            write_whole(view, full)
 
 
 def restart_optimizer_state(optimizer: Any, parameter: Tensor) -> None:

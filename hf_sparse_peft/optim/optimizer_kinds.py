@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.tensors import is_sharded
+
 # Factored second moments (transformers and torch Adafactor, CAME, the dense half of SparseSM3). The row factor runs
 # over dim 0; the column factor of a matrix averages over the units and belongs to none of them.
 _ROW_FACTORS = frozenset({"exp_avg_sq_row", "exp_avg_res_row", "row_var", "sm3_dim0"})
@@ -63,7 +65,7 @@ def refuse_partitioned(parameter: Tensor, where: str) -> None:
     """Refuse parameters that several ranks hold together.
 
     Raises:
-        ValueError: a parameter of DeepSpeed ZeRO, FSDP1 or a DTensor.
+        ValueError: a parameter of DeepSpeed ZeRO or FSDP1.
     """
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         raise ValueError(
@@ -75,15 +77,6 @@ def refuse_partitioned(parameter: Tensor, where: str) -> None:
             f"{where} is a part of an FSDP1 flat parameter: unit positions do not line up with its shards. Use DDP, "
             "or FSDP2 with the adapter's parameters passed as `ignored_params`."
         )
-    if type(parameter) not in (Tensor, torch.nn.Parameter) and _is_dtensor(parameter):
-        raise ValueError(
-            f"{where} is a DTensor, sharded over ranks. Keep the adapter's parameters replicated: pass them as "
-            "`ignored_params` of `fully_shard`, or add the adapter after the base was sharded."
-        )
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
 
 
 def unit_views(
@@ -154,11 +147,7 @@ def _refuse_quantised(parameter: Tensor, state: dict[str, Any], where: str, kind
                 "GlobalOptimManager override; it keeps tensors below 4096 elements in 32 bits anyway), or use a "
                 "32-bit optimizer."
             )
-        if _is_dtensor(value):
-            raise ValueError(
-                f"State '{name}' of {where} in {kind} is a DTensor, sharded over ranks. Keep the adapter's parameters "
-                "replicated: pass them as `ignored_params` of `fully_shard`."
-            )
+        value = value.to_local() if is_sharded(value) else value
         low_bit = value.dtype in (torch.uint8, torch.int8) and value.numel() > 1 and parameter.is_floating_point()
         if type(value) not in (Tensor, torch.nn.Parameter) or low_bit:
             form = value.dtype if low_bit else type(value).__name__

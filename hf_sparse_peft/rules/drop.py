@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..utils.parts import Part, register_part
-from ..utils.tensors import TensorSpec
+from ..utils.tensors import TensorSpec, whole
 from .space import UnitSpace, unit_sums
 
 
@@ -18,6 +18,8 @@ class Drop(Part):
     """Base of the drop criteria of `Regrow`: which units leave. A subclass is a registered frozen dataclass."""
 
     part_kind: ClassVar[str] = "drop"
+    takes_shards: ClassVar[bool] = False
+    """As `Rule.takes_shards`."""
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """Tensors (role "rule") to keep for one space, as `Rule.state`."""
@@ -47,6 +49,8 @@ class Drop(Part):
 class Magnitude(Drop):
     r"""The smallest :math:`\sum|\delta|` over the entries of a unit leave."""
 
+    takes_shards: ClassVar[bool] = True
+
     def importance(self, space: UnitSpace, measured: Tensor | None) -> Tensor | None:
         """`[n]` fp32 sums."""
         return unit_sums(space.living_values())[space.trained()]
@@ -57,6 +61,8 @@ class Magnitude(Drop):
 class SignedMagnitude(Drop):
     """The same fraction of the positive units and of the negative ones leaves, those closest to 0; units that are still
     0 leave first (SET; Mocanu et al., 2018)."""
+
+    takes_shards: ClassVar[bool] = True
 
     def importance(self, space: UnitSpace, measured: Tensor | None) -> Tensor | None:
         """`[n]` float64 places (`place_in_sign`)."""
@@ -71,14 +77,16 @@ class Sensitivity(Drop):
     r"""The smallest :math:`\sum|\delta\,\partial L/\partial\delta|` at the move's own step leave: to first order, what
     the loss changes by when the unit's delta is removed (Molchanov et al., 2017)."""
 
+    takes_shards: ClassVar[bool] = True
+
     @torch.no_grad()
     def measure(self, space: UnitSpace) -> Tensor | None:
         """`[n]` fp32 scores of the trained units; None without a finite gradient. Gradients are averaged over ranks
         already; a loss scale or clipping changes no rank."""
-        gradient, count = space.values.grad, space.count
-        if gradient is None:
+        if space.values.grad is None:
             return None
-        scores = unit_sums(space.values[:count].float() * gradient[:count].float())[space.trained()]
+        gradient = whole(space.values.grad)[: space.count]
+        scores = unit_sums(space.living_values().float() * gradient.float())[space.trained()]
         return scores if bool(torch.isfinite(scores).all()) else None
 
     def importance(self, space: UnitSpace, measured: Tensor | None) -> Tensor | None:
@@ -91,6 +99,8 @@ class Sensitivity(Drop):
 class Age(Drop):
     r"""The units that have been in the support longest leave, or shortest; among equals the smallest
     :math:`\sum|\delta|`."""
+
+    takes_shards: ClassVar[bool] = True
 
     first: Literal["oldest", "youngest"] = "oldest"
     """Which end of the ages leaves first."""

@@ -136,6 +136,8 @@ class Growth(Part):
     """As `Rule.needs`: `entries` where units must be single weight entries."""
     replaces_random_start: ClassVar[bool] = False
     """Whether the first move replaces every unit of an untrained random draw, with a linear `fraction` (SpIEL)."""
+    takes_shards: ClassVar[bool] = False
+    """As `Rule.takes_shards`."""
     chooses_all: ClassVar[bool] = False
     """Whether it can choose the whole support anew, without a drop criterion (`Regrow.drop=None`)."""
 
@@ -182,6 +184,8 @@ class AccumulatedGradient(Growth):
     Candidates are as many units as live, those with the largest |gradient| at the first of these steps; each step costs
     one dense gradient of one layer at a time. A candidate that was just dropped may return at once.
     """
+
+    takes_shards: ClassVar[bool] = True
 
     steps: PositiveInt = 5
     """Steps before a move over which gradients are summed."""
@@ -231,6 +235,8 @@ class AccumulatedGradient(Growth):
 @dataclass(frozen=True)
 class Gradient(Growth):
     """The largest |dense gradient| of the move's own step (RigL; Evci et al., 2020), untrained or just dropped."""
+
+    takes_shards: ClassVar[bool] = True
 
     candidates: Annotated[float, Range(least=1)] | None = None
     """With gradient accumulation a dense fp32 gradient of every adapted weight is summed during the move's step; a

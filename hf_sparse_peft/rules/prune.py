@@ -152,6 +152,11 @@ class Prune(Rule):
                 stacklevel=2,
             )
 
+    @property
+    def takes_shards(self) -> bool:
+        """Where supports are pruned."""
+        return self.space == "support"
+
     def after_step(self, run: Run) -> None:
         """Prune what is due."""
         if not self._due(run, run.step):

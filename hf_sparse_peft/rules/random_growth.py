@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .space import UnitSpace
 class Random(Growth):
     """Any units that do not survive the drop, each set equally likely (SET; Mocanu et al., 2018)."""
 
+    takes_shards: ClassVar[bool] = True
+
     def grow(self, move: Move) -> Tensor | None:
         """A draw of the move's own."""
         generator, region = move.generator("random growth"), move.random_region("random growth")
@@ -28,6 +31,8 @@ class Random(Growth):
 @dataclass(frozen=True)
 class RandomUnfired(Growth):
     """Random units that were never in the support; any others only where too few of them are left."""
+
+    takes_shards: ClassVar[bool] = True
 
     def state(self, space: UnitSpace) -> list[TensorSpec]:
         """One bit a unit of the weight."""

@@ -150,6 +150,12 @@ class Regrow(Rule):
             return 1.0
         return self.curve(min(update / (self.stop_at * total_steps), 1.0))
 
+    @property
+    def takes_shards(self) -> bool:
+        """Where supports move and none retires, by drop and growth that take them."""
+        parts = self.drop is not None and self.drop.takes_shards and self.grow.takes_shards
+        return self.space == "support" and not self.retired and parts
+
     def check(self, config: Any) -> None:
         """Refuse an adapter without a support, units that the growth cannot rank, and room without a size."""
         super().check(config)

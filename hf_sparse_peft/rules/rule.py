@@ -55,6 +55,12 @@ class Rule(Part):
     """Types of the rules that may write the same units: this one acts at their moves, before them."""
 
     @property
+    def takes_shards(self) -> bool:
+        """Whether it may run where ranks hold a shard of each parameter (`fully_shard`): it reads them by
+        `UnitSpace.living_values` or `whole`, and writes them by `move_units` alone."""
+        return False
+
+    @property
     def freezes_units(self) -> bool:
         """Whether single units may be excluded from the update while they go on adding to the weight."""
         return False

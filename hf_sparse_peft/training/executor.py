@@ -75,11 +75,12 @@ class RuleExecutor:
     def _passing(self) -> dict[str, dict[str, list[str]]]:
         """State that is there at some steps only (`TensorSpec.passing`), and now: by adapter and module."""
         found: dict[str, dict[str, list[str]]] = {}
-        for run, space in ((run, space) for run in self.runs for space in run.all_spaces):
-            names = [spec.name for spec in run.rule.state(space) if spec.passing]
-            names = [name for name in names if name in space.state()]
-            if names:
-                found.setdefault(run.adapter, {}).setdefault(space.name, []).extend(names)
+        for run in self.runs:
+            for space in run.all_spaces:
+                names = [spec.name for spec in run.rule.state(space) if spec.passing]
+                names = [name for name in names if name in space.state()]
+                if names:
+                    found.setdefault(run.adapter, {}).setdefault(space.name, []).extend(names)
         return found
 
     def allocate_passing(self, model: nn.Module, saved: dict[str, Any]) -> None:
@@ -230,6 +231,11 @@ class RuleExecutor:
                         _allocate_state(layer, adapter, rule, self._live, fresh=not self.training.resumed)
                     yield Run(self.training, rule, adapter, config, spaces)
         yield from make_upstream_runs(self.training, self.pick, self._take_charge)
+
+    def asked_rules(self, model: nn.Module) -> list[Rule]:
+        """The rules to run on the trained adapters of `model`."""
+        configs = {id(c): c for layer, adapter in trained_adapters(model) for c in [layer.adapter_configs[adapter]]}
+        return [rule for config in configs.values() for rule in self.pick(config.rules)]
 
     def pick(self, asked: list[Rule]) -> list[Rule]:
         """The rules to run of those that a config asks for, in the order in which they act."""

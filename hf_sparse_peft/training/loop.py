@@ -122,7 +122,8 @@ class Controller:
         start_in_loop(model, optimizer, dataloader, training.resumed, show_progress)
         warn_of_other_optimizer(model, optimizer, "build it with hf_sparse_peft.make_optimizer(model, lr=...)")
         asked = rule is not None or has_schedule(model) or waits_for_data(model) or asks_for_rules(model)
-        average_replicated(model, moves=asked)
+        waits = waits_for_data(model) or asks_for_rules(model)
+        average_replicated(model, self._steps.rules.asked_rules(model), waits)
         try:
             self._steps.begin({} if state is None else state["saved"], asked)
         except BaseException:
@@ -143,7 +144,8 @@ class Controller:
         """Call it before the forward pass.
 
         Raises:
-            ValueError: the last step was counted, or the optimizer stepped and `after_step()` was not called.
+            ValueError: the last step was counted, or the optimizer stepped and `after_step()` was not called; rules
+                run, and a rank may run out of batches before the others (`Join`).
         """
         self._steps.before_step()
 
@@ -190,6 +192,11 @@ def _check_state(state: Any) -> None:
         check_value(state[key], accepted, f"Controller(state): {key}")
 
 
+def _may_run_out(model: nn.Module) -> bool:
+    """Whether ranks may have batches of other numbers, in a context that says so."""
+    return bool(getattr(getattr(model, "_join_config", None), "enable", False))
+
+
 class _Steps:
     """The phases of a `Controller`'s steps, in order, with the two that the optimizer's hooks call."""
 
@@ -232,6 +239,12 @@ class _Steps:
         if self._stepped:
             raise ValueError("The optimizer has stepped: call Controller.after_step() before the next before_step().")
         if not self._begun:
+            if self.rules.runs and _may_run_out(self.training.model):
+                raise ValueError(
+                    "Under torch's Join (accelerate's join_uneven_inputs) a rank that has run out of batches takes no "
+                    "part in what rules sum over ranks, and the others would wait. Give every rank as many batches: "
+                    "drop_last=True, or accelerate's even_batches=True (its default)."
+                )
             self._begun = True
             self.rules.before_step()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..rules import Rule
 from ..rules.collectives import all_reduce_means, all_reduce_sum, is_distributed
 from ..tuners import adapter_layers
 from ..tuners.shared.base_weight import is_bnb_4bit
@@ -178,18 +179,22 @@ def _syncs(model: nn.Module) -> bool:
     return all(group.reduce_grads for state in states for group in state._fsdp_param_groups)
 
 
-def average_replicated(model: nn.Module, moves: bool = False) -> None:
+def average_replicated(model: nn.Module, rules: Iterable[Rule] = (), waits: bool = False) -> None:
     """Average the gradients of what is whole in a fully sharded `model` from now on, and begin with the first rank's
     values everywhere, as DDP does; nothing to do in any other.
 
     Raises:
-        ValueError: units are to move (`moves`), and something that trains is sharded; ranks have other adapters.
+        ValueError: something that trains is sharded, and one of the `rules` that are to run takes no shards, or data is
+            to decide first (`waits`); ranks have other adapters.
     """
     if not is_fully_sharded(model):
         return
-    if moves and (names := sharded_names(model)):
+    found = [type(rule).__name__ for rule in rules if not rule.takes_shards]
+    if (found or waits) and (names := sharded_names(model)):
         raise ValueError(
-            f"FSDP2 has sharded '{names[0]}' and {len(names) - 1} more that train, whose units cannot move then. Keep "
+            f"FSDP2 has sharded '{names[0]}' and {len(names) - 1} more that train, which "
+            f"{found[0] if found else 'a start from data'} does not take. (Regrow takes them by magnitude, age or "
+            "sensitivity and gradients or chance, without retired units, and so does Prune of supports.) Keep "
             "adapters whole: make the Trainer with callbacks=callbacks_for(model), call "
             "hf_sparse_peft.leave_adapters_whole(model) before accelerator.prepare, or pass "
             "fully_shard(..., ignored_params=hf_sparse_peft.adapter_parameters(model))."

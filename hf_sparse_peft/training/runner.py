@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from ..rules import Rule, Training
 from ..tuners import restore_fp32
 from ..tuners.shared.live_run import current_trainer
+from .calibration import waits_for_data
 from .evaluation import evaluation_of
 from .executor import RuleExecutor, has_schedule, trained_adapters
 from .loss_watch import LossWatch, watch_losses
@@ -97,7 +98,7 @@ class RuleRunner(RuleExecutor, TrainerCallback, ExportableState):
         saved = {}
         for one in found if isinstance(found, list) else [found]:  # several runners that carry a rule each
             saved |= one.get("attributes", {}).get("restored", {})
-        average_replicated(model, moves=True)
+        average_replicated(model, self.asked_rules(model), waits_for_data(model) or asks_for_rules(model))
         self.begin(training, saved, loop=state)
         self._watch = watch_losses(self._live, model, args)
 

@@ -1,4 +1,5 @@
-"""`TensorSpec`: what an adapter declares of each of its tensors, and the checks and allocation that follow from it."""
+"""`TensorSpec`: what an adapter declares of each of its tensors, and the checks and allocation that follow from it; and
+tensors that ranks hold a shard of each."""
 
 from __future__ import annotations
 
@@ -54,3 +55,27 @@ class TensorSpec:
         if self.start is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=device)
         return self.start(generator).to(device=device, dtype=self.dtype)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether ranks hold a part of it each (a DTensor)."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered where ranks hold a shard of it each, which all of them must ask for at the same time;
+    without a gradient then. Itself otherwise."""
+    if not is_sharded(tensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # ages of units; collectives have no int16
+        return tensor.detach().to(torch.int32).full_tensor().to(torch.int16)
+    return tensor.detach().full_tensor()
+
+
+@torch.no_grad()
+def write_whole(tensor: torch.Tensor, full: torch.Tensor) -> None:
+    """Put this rank's part of `full`, the same on all ranks, into the sharded `tensor`, in place."""
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.detach().to_local().copy_(part.to_local())

@@ -15,6 +15,7 @@ from transformers.optimization import Adafactor
 
 from hf_sparse_peft.optim import AgedAdamW, SparseSM3, adam_seeds, move_optimizer_state, move_rows, use_32bit_states
 from hf_sparse_peft.optim import moves as moves_module
+from hf_sparse_peft.utils.tensors import whole
 
 OLD, NEW = torch.tensor([0, 2, 3, 5]), torch.tensor([2, 0, 4, 5])  # overlapping, with a swap; 1 and 3 are new
 
@@ -419,17 +420,22 @@ def one_rank(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_fsdp2_shards_are_refused_and_ignored_params_the_mend_works(one_rank):
+@pytest.mark.parametrize("sharded", [True, False])
+def test_state_of_fsdp2_moves_sharded_or_ignored(one_rank, sharded):
+    """On one rank; `tests/training/test_ranks.py` has several."""
     model = Adapted()
-    fully_shard(model, mesh=one_rank, ignored_params={model.values})
+    fully_shard(model, mesh=one_rank, ignored_params=set() if sharded else {model.values})
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     model(torch.ones(2, 4)).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"DTensor.*ignored_params"):
-        move_optimizer_state(optimizer, model.base.weight, OLD[:1], NEW[:1])
-    before = optimizer.state[model.values]["exp_avg"].clone()
+    state = optimizer.state[model.values]["exp_avg"]
+    assert (type(state) is not torch.Tensor) == sharded
+    before = whole(state).clone()
     move_optimizer_state(optimizer, model.values, OLD, NEW)
-    assert torch.equal(optimizer.state[model.values]["exp_avg"], expected(before))
+    assert torch.equal(whole(state), expected(before))
+    before = whole(model.values.detach()).clone()
+    move_rows(model.values, OLD, NEW)
+    assert torch.equal(whole(model.values.detach()), expected(before))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching")

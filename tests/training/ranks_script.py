@@ -9,59 +9,87 @@ import json
 import sys
 import traceback
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs as a script, too
 from training_toolbox import TokenData, tiny_llama
 
-from hf_sparse_peft import Controller, Regrow, SparseLoraConfig, adapter_parameters
-from hf_sparse_peft.optim import AgedAdamW
+from hf_sparse_peft import (
+    AccumulatedGradient,
+    AgedAdamWSpec,
+    Controller,
+    Prune,
+    Regrow,
+    SparseLoraConfig,
+    adapter_parameters,
+    make_optimizer,
+)
 from hf_sparse_peft.rules import Gradient
+from hf_sparse_peft.rules.drop import Age, Sensitivity
+from hf_sparse_peft.rules.random_growth import Random
+from hf_sparse_peft.sparsity import Grid
+from hf_sparse_peft.utils.tensors import whole
 
 
 def rank() -> int:
     return torch.distributed.get_rank()
 
 
+def world() -> int:
+    return torch.distributed.get_world_size()
+
+
 def adapted(seed: int = 0, density: float = 0.1, **options):
     """A model whose factors and support are drawn from `seed`."""
     config = SparseLoraConfig(
         r=2, density=density, criterion="random", seed=seed, target_modules=["q_proj", "down_proj"],
-        task_type="CAUSAL_LM", **{"schedule": [Regrow(every=2, grow=Gradient())], **options},
+        task_type="CAUSAL_LM", optimizer=AgedAdamWSpec(), **{"schedule": [Regrow(every=2, grow=Gradient())], **options},
     )  # fmt: skip
     base = tiny_llama()
     torch.manual_seed(seed)  # the draw of factors
     return get_peft_model(base, config)
 
 
-def shard(model):
+def shard(model, adapters: bool = False, **options):
+    """The base, and `adapters` too if asked for; as it is in one process."""
+    if world() == 1:
+        return model
+    ignored = set() if adapters else adapter_parameters(model)
     for layer in model.get_base_model().model.layers:
-        fully_shard(layer, ignored_params=adapter_parameters(model))
-    return fully_shard(model, ignored_params=adapter_parameters(model))
+        fully_shard(layer, ignored_params=ignored, **options)
+    fully_shard(model, ignored_params=ignored, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(isinstance(p.data, DTensor) == adapters for p in trained)
+    return model
 
 
 def state(model) -> dict[str, torch.Tensor]:
     named = {name.removeprefix("module."): one for name, one in model.state_dict().items()}
-    return {name: one.detach().clone() for name, one in named.items() if "sparse_lora" in name}
+    return {name: whole(one).detach().clone() for name, one in named.items() if "sparse_lora" in name}
 
 
-def train(model, steps: int = 5, batch=None) -> dict[str, torch.Tensor]:
-    """A loop of one's own; `batch(step)` is this rank's."""
-    ids = TokenData(8 * steps).ids.view(steps, torch.distributed.get_world_size(), -1, 10)
-    optimizer = AgedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def train(model, steps: int = 7) -> dict[str, torch.Tensor]:
+    """A loop of one's own."""
+    ids = TokenData(8 * steps).ids.view(steps, world(), -1, 10)
+    optimizer = make_optimizer(model, lr=1e-2)
     with Controller(model, optimizer, total_steps=steps) as rules:
         for step in range(steps):
             rules.before_step()
-            mine = ids[step, rank()] if batch is None else batch(step)
+            mine = ids[step, rank()]
             model(input_ids=mine, labels=mine).loss.backward()
             optimizer.step()
             rules.after_step()
             optimizer.zero_grad()
+    assert any(event.get("replaced") or event.get("pruned") for event in rules.events)
     return state(model)
 
 
@@ -83,7 +111,51 @@ def other_shapes(wrap) -> dict:
     return train(wrap(adapted(density=0.1 if rank() else 0.2)))
 
 
+def joined() -> dict:
+    """Ranks with batches of other numbers, under torch's `Join`."""
+    model = DistributedDataParallel(adapted())
+    with Join([model]):
+        return train(model)
+
+
+SHARDED = {
+    "accumulated": {"schedule": [Regrow(every=3, grow=AccumulatedGradient(steps=2))]},
+    "rows, by sensitivity": {
+        "density": 0.4, "granularity": "row", "schedule": [Regrow(every=2, grow=Gradient(), drop=Sensitivity())],
+    },
+    "pruned, at random": {"schedule": [Regrow(every=2, grow=Random()), Prune(every=2, start=0.0, end=0.9)]},
+    "on a grid": {"pattern": Grid(0.5, 0.5), "schedule": [Regrow(every=2, grow=Gradient(), drop=Age())]},
+}  # fmt: skip
+"""Configs of adapters whose parameters are sharded, and move."""
+
+
+def mesh() -> dict:
+    """Two replicas of two shards."""
+    return {"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))} if world() > 1 else {}
+
+
+def offloaded() -> dict:
+    return {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+
+
+ALIKE = {
+    **{
+        f"adapters, {name}": lambda one=one: train(shard(adapted(**one), adapters=True))
+        for name, one in SHARDED.items()
+    },
+    "offloaded": lambda: train(shard(adapted(), **offloaded())),
+}
+"""Cases that end in two processes where they end in one."""
+FOUR = {
+    "adapters, uneven": lambda: train(shard(adapted(**SHARDED["accumulated"]), adapters=True)),  # 102 units over 4
+    "hsdp": lambda: train(shard(adapted(), **mesh())),
+    "hsdp, adapters": lambda: train(shard(adapted(**SHARDED["accumulated"]), adapters=True, **mesh())),
+}
+"""The same in four."""
 CASES = {
+    **ALIKE,
+    **FOUR,
+    "joined": joined,
     "unlike-ddp": lambda: unlike(DistributedDataParallel),
     "unlike-fsdp2": lambda: unlike(shard),
     "shapes-ddp": lambda: other_shapes(DistributedDataParallel),
@@ -93,7 +165,7 @@ CASES = {
 
 def main(out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     for name in cases:
         try:
             result = CASES[name]()

@@ -23,7 +23,7 @@ from hf_sparse_peft import (
     trainer_options,
 )
 from hf_sparse_peft.optim import AgedAdamW
-from hf_sparse_peft.rules import Gradient, collectives
+from hf_sparse_peft.rules import Gradient, LowRankMagnitude, collectives
 from hf_sparse_peft.training import replicated
 from hf_sparse_peft.tuners import adapter_layers
 
@@ -149,9 +149,11 @@ def test_means_over_ranks_fill_what_a_rank_lacks_and_leave_what_no_rank_has(grou
 
 
 def test_moves_of_sharded_adapters_are_refused_with_the_mend(group):
-    model = shard(adapted(), ignored=set())
+    model = shard(adapted(schedule=[Regrow(every=2, grow=LowRankMagnitude())]), ignored=set())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(ValueError, match=r"sharded 'base_model.*sparse_lora_.*leave_adapters_whole.*ignored_params"):
+    with pytest.raises(
+        ValueError, match=r"sharded 'base_model.*Regrow does not take.*leave_adapters_whole.*ignored_params"
+    ):
         Controller(model, optimizer, total_steps=2)
 
 

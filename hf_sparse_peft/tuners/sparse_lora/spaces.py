@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...rules import ComponentSpace, ExpertDraw, UnitSpace
 from ...rules.space import zeroed
 from ...sparsity import Pattern, UnitGrid
+from ...utils.tensors import whole
 from .factors import drawn_expert, forward_factors
 from .subnet_spaces import SubnetColumns, SubnetRows, WeightSpace
 
@@ -139,8 +140,8 @@ class SupportSpace(WeightSpace):
     # Weights
 
     def living_values(self) -> Tensor:
-        """Values of the living units, `[a, ...]`, detached."""
-        return self.values.detach()[: self.count]
+        """Values of the living units, `[a, ...]`, detached; gathered where ranks hold a shard each (`whole`)."""
+        return whole(self.values.detach())[: self.count]
 
     @property
     def scaling(self) -> float:

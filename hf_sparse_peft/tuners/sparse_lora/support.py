@@ -30,7 +30,7 @@ from ...sparsity import (
     stream_seed,
 )
 from ...utils.parts import UnknownPart
-from ...utils.tensors import TensorSpec
+from ...utils.tensors import TensorSpec, whole
 from ..shared.file_check import CONFIG_FILE, tensor_key
 from ..shared.layer import AdapterLayer
 from ..shared.tensor_checks import side
@@ -261,7 +261,7 @@ class SupportState(AdapterLayer):
 
     def has_first_values(self, adapter_name: str) -> bool:
         """Whether the support's values are those of injection: 0, or the draw of `support_init`."""
-        config, values = self.adapter_configs[adapter_name], self.sparse_lora_values[adapter_name].detach()
+        config, values = self.adapter_configs[adapter_name], whole(self.sparse_lora_values[adapter_name].detach())
         if config.support_init == "zeros":
             return not bool(values.any())
         sizes, shape = self.sizes[adapter_name], tuple(values.shape)
