@@ -127,6 +127,8 @@ def move_traffic(
     * other growths of `Regrow`, `Allocate` of ranks, supports and rows: nothing; scores come from gradients that are
       averaged already, ties from seeds. `Allocate` of kernels: one fp64 score of each matrix.
 
+    Before dense gradients of which units are chosen, one sum of 4 bytes a weight tells which layers ran where.
+
     What holds units or parameters still (`UpdateMask`) sends nothing.
 
     Args:
@@ -159,6 +161,7 @@ def move_traffic(
         elif isinstance(grow, LowRankMagnitude):
             sent.append(count * _index_bytes(space))
     found = [
+        Traffic("move", "which layers ran", "all_reduce", (4 * len(spaces),) if units else ()),
         Traffic("move", "dense gradients", "all_reduce", tuple(dense)),
         Traffic("move", "gradients of units", "all_reduce", buckets_of(units) * getattr(grow, "steps", 1)),
         Traffic("move", "units", "broadcast", tuple(sent)),

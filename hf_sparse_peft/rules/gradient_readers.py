@@ -12,6 +12,7 @@ from ..ops import read_units
 from ..sparsity import Everywhere, Region, UnitGrid, excluding, stream_seed, top_units
 from ..sparsity.scores import Chunks, chunks_of
 from .collectives import all_reduce_mean, all_reduce_means, is_distributed
+from .dense_means import DenseMeans
 from .space import UnitSpace
 
 # Gradient entries that are scored at once.
@@ -55,12 +56,18 @@ class UsesOfLayer:
 class MicroBatchReader:
     """Base of the readers that take one dense gradient a micro-batch, the sum over a layer's uses, in `take_whole`."""
 
+    means: DenseMeans | None = None
+    """What averages over ranks the dense gradients that it chooses by; set by `Run.read_gradient`."""
+    ran = False
+    """Whether the layer ran in this micro-batch."""
+
     def __init__(self) -> None:
         self._uses = UsesOfLayer()
 
     def expect(self) -> None:
         """The layer runs once more in this micro-batch."""
         self._uses.expect()
+        self.ran = self.ran or self._uses.expected > 0
 
     @torch.no_grad()
     def __call__(self, dense: Tensor) -> None:
@@ -226,7 +233,39 @@ def _wanted(reader: Any) -> Tensor | None:
     return reader.wanted_units() if hasattr(reader, "wanted_units") else None
 
 
-class CandidateReader(MicroBatchReader):
+class ChoosingReader(MicroBatchReader):
+    """Base of the readers that choose units of `space` by the mean over ranks of a micro-batch's dense gradient, and
+    follow these alone from then on."""
+
+    space: UnitSpace
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the units are still to choose; the same on every rank."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense gradient."""
+        return self.space.grid.rows, self.space.grid.cols
+
+    @property
+    def device(self) -> torch.device:
+        """Of the dense gradient."""
+        return self.space.values.device
+
+    def over_ranks(self, dense: Tensor) -> Tensor | None:
+        """The mean of `dense`, itself where nothing is distributed; None: `take_mean` gets it later."""
+        if not is_distributed():
+            return dense
+        return all_reduce_mean(dense.clone()) if self.means is None else self.means.mean(self, dense)
+
+    def take_mean(self, dense: Tensor) -> None:
+        """Take the mean over ranks of a micro-batch's gradient, which this rank may have had no part in."""
+        raise NotImplementedError
+
+
+class CandidateReader(ChoosingReader):
     r"""SpIEL-AG's candidates (Ansell et al., 2024): the units with the largest |gradient| in the first micro-batch of a
     phase, and the sums of their gradients, and of the squares, over the optimizer steps of the phase.
 
@@ -282,12 +321,23 @@ class CandidateReader(MicroBatchReader):
         """The candidates once they are chosen: the rest of the dense gradient need not be computed then."""
         return self.units if self._count else None
 
+    @property
+    def chooses(self) -> bool:
+        """Until there are candidates."""
+        return not self._count
+
     def take_whole(self, dense: Tensor) -> None:
         """Take one micro-batch's dense gradient, and choose the candidates if that is still to do."""
+        if not self._count:
+            # Both means over ranks, here and in step_share: averaging the same numbers again changes nothing.
+            dense = self.over_ranks(dense)
+        if dense is not None:
+            self.take_mean(dense)
+
+    def take_mean(self, dense: Tensor) -> None:
+        """Choose by it if that is still to do, and take the candidates' part."""
         grid = self.space.grid
         if not self._count:
-            # Both means over ranks, here and in finish_step: averaging the same numbers again changes nothing.
-            dense = all_reduce_mean(dense.clone()) if is_distributed() else dense
             self.overflowed = self.overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32)))
             if self.overflowed:
                 return  # nothing to rank by: the next step chooses
@@ -338,7 +388,7 @@ class CandidateReader(MicroBatchReader):
             self._steps += 1
 
 
-class StepReader(MicroBatchReader):
+class StepReader(ChoosingReader):
     r"""Reads one layer's dense gradient at the step of a move, summed over micro-batches and averaged over ranks (RigL;
     Evci et al., 2020).
 
@@ -382,9 +432,16 @@ class StepReader(MicroBatchReader):
             return
         super().__call__(dense)
 
+    @property
+    def chooses(self) -> bool:
+        """Until units are followed; not where the whole step's gradient is summed."""
+        return not self.sums_dense and self.units is None
+
     def take_whole(self, dense: Tensor) -> None:
-        """Choose from one micro-batch's gradient, or add to what is followed."""
-        self._reduce(all_reduce_mean(dense.clone()) if is_distributed() else dense)
+        """Choose from one micro-batch's gradient."""
+        dense = self.over_ranks(dense)
+        if dense is not None:
+            self.take_mean(dense)
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
@@ -409,12 +466,13 @@ class StepReader(MicroBatchReader):
             grid = self.space.grid
             self._dense = torch.zeros(grid.rows, grid.cols, device=self.space.values.device)
         if self._dense is not None:
-            self._reduce(all_reduce_mean(self._dense))
+            self.take_mean(all_reduce_mean(self._dense))
             self._dense = None
         if self.gradients is not None and not bool(torch.isfinite(self.gradients).all()):
             self.units = None  # an overflow: there is nothing to rank by, and the step is left out anyway
 
-    def _reduce(self, dense: Tensor) -> None:
+    def take_mean(self, dense: Tensor) -> None:
+        """Choose by it."""
         if self._overflowed or not bool(torch.isfinite(dense.sum(dtype=torch.float32))):
             self._overflowed = True
             return

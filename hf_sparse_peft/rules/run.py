@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..optim import innermost
 from ..sparsity import stream_seed
 from .collectives import world_size
+from .dense_means import DenseMeans
 from .entering import EnteringRate, Schedule, rate_factors, start_units
 from .evidence import MissingEvidence
-from .gradient_readers import finish_steps
+from .gradient_readers import ChoosingReader, finish_steps
 from .space import UnitSpace
 from .update_mask import UpdateMask
 
@@ -33,6 +34,8 @@ class Training:
     """Optimizer steps done."""
     optimizer: Any = None
     updates: UpdateMask = field(default_factory=UpdateMask)
+    dense_means: DenseMeans = field(default_factory=DenseMeans)
+    """Averages over ranks what readers of dense gradients choose by."""
     accumulation: int = 1
     """Micro-batches of an optimizer step."""
     learning_rate: float = 0.0
@@ -183,6 +186,8 @@ class Run:
         done. Lent: a reader keeps and changes copies only."""
         space.layer.add_gradient_reader(space.adapter, reader)
         self.readers[space] = reader
+        if world_size() > 1 and isinstance(reader, ChoosingReader):
+            self.training.dense_means.join(reader)
 
     def for_this_step(self, contexts: Iterable[AbstractContextManager[Any]]) -> None:
         """Enter `contexts` until the update is done: they exit after the last rule's `after_update`, or where a step is
@@ -321,6 +326,7 @@ class Run:
         for space, reader in self.readers.items():
             space.layer.remove_gradient_reader(space.adapter, reader)
         self.readers.clear()
+        self.training.dense_means.leave()
         self.leave_step()
         self.rule.release(self)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..optim import innermost
 from ..rules import Rule, Run, Training, check_pairs, in_order
+from ..rules.collectives import world_size
 from ..tuners import AdapterLayer, adapter_layers
 from ..tuners.shared.base_weight import keep_4bit_weight_stable
 from ..tuners.shared.config import AdapterConfig
@@ -56,6 +57,7 @@ class RuleExecutor:
         """One view of the current (or last) training run for each rule of each adapter."""
         self.training: Training | None = None
         self._live: LiveRun | None = None
+        self._forward_hook: Any = None
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -118,6 +120,8 @@ class RuleExecutor:
         if any("batches" in run.rule.all_needs for run in self.runs):
             for module in training.model.modules():
                 keep_4bit_weight_stable(module)  # forward passes without gradients would repack it on a CPU
+        if world_size() > 1:
+            self._forward_hook = training.dense_means.watch(training.model)
         # What chooses the first support comes before those that look at it.
         for run in sorted(self.runs, key=lambda run: "batches" not in run.rule.all_needs):
             run.begin()
@@ -139,11 +143,17 @@ class RuleExecutor:
         """Between micro-batches."""
         for run in self.runs:
             run.close_micro_batch()
+        self.training.dense_means.close()
+        for run in self.runs:
             run.rule.after_micro_batch(run)
 
     def gradients(self) -> None:
         """Before the update; raises as `before_step`."""
         self._check_live()
+        for run in self.runs:
+            run.close_micro_batch()
+        self.training.dense_means.close()
+        self.training.dense_means.leave()
         for run in self.runs:
             run.close_readers()
             run.rule.gradients(run)
@@ -209,6 +219,9 @@ class RuleExecutor:
 
     def _release(self) -> None:
         """Called when the run ends, however it does."""
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
         for run in self.runs:
             run.release()
         leave_upstream(self.training.model)

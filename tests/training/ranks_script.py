@@ -111,6 +111,53 @@ def other_shapes(wrap) -> dict:
     return train(wrap(adapted(density=0.1 if rank() else 0.2)))
 
 
+class TwoTowers(torch.nn.Module):
+    """A trunk that every sample passes through, and towers of the same shape that some do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.towers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+        self.trunk = torch.nn.Linear(8, 8)
+
+    def forward(self, samples: list[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
+        losses = []
+        for inputs, towers in samples:
+            hidden = self.trunk(inputs).tanh()
+            for tower in towers:
+                hidden = hidden + self.towers[tower](hidden)
+            losses.append(hidden.square().mean())
+        return torch.stack(losses).mean()
+
+
+def towers(grow, accumulation: int = 1) -> dict:
+    """Each rank's samples reach another tower, one of them none, and one tower is reached by nobody."""
+    config = SparseLoraConfig(
+        r=0, density=0.2, criterion="random", target_modules=["trunk", "towers.0", "towers.1", "towers.2"],
+        optimizer=AgedAdamWSpec(), schedule=[Regrow(every=3, grow=grow, fraction=0.5)],
+    )  # fmt: skip
+    model = get_peft_model(TwoTowers(), config)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model
+    optimizer, generator = make_optimizer(model, lr=1e-1), torch.Generator().manual_seed(5)
+    with Controller(wrapped, optimizer, total_steps=9, accumulation=accumulation) as rules:
+        for step in range(9):
+            rules.before_step()
+            for part in range(accumulation):
+                samples = [
+                    (torch.randn(4, 8, generator=generator), reached)
+                    for reached in ([0], [1] if (step + part) % 3 else [])
+                ]
+                mine = samples if world() == 1 else [samples[rank()]]
+                (wrapped(mine) / accumulation).backward()
+                if part < accumulation - 1:
+                    rules.after_micro_batch()
+            optimizer.step()
+            rules.after_step()
+            optimizer.zero_grad()
+    assert any(event["replaced"] for event in rules.events)
+    return {name: one.clone() for name, one in model.state_dict().items() if "sparse_lora" in name}
+
+
 def joined() -> dict:
     """Ranks with batches of other numbers, under torch's `Join`."""
     model = DistributedDataParallel(adapted())
@@ -139,6 +186,10 @@ def offloaded() -> dict:
 
 
 ALIKE = {
+    "towers": lambda: towers(Gradient()),
+    "towers, accumulated": lambda: towers(AccumulatedGradient(steps=2)),
+    "towers, micro-batches": lambda: towers(Gradient(), accumulation=2),
+    "towers, candidates": lambda: towers(Gradient(candidates=2.0), accumulation=2),
     **{
         f"adapters, {name}": lambda one=one: train(shard(adapted(**one), adapters=True))
         for name, one in SHARDED.items()
