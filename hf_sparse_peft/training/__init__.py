@@ -22,6 +22,7 @@ from .run_record import RunRecord
 from .run_report import RunReportCallback
 from .runner import RuleRunner
 from .support_picture import draw_run, draw_support_history
+from .task_mixture import TaskCollator, TaskMixture
 from .telemetry import SupportTelemetryCallback
 from .trainers import TwoPassTrainer
 from .upstream_runs import prepare_upstream
@@ -45,6 +46,8 @@ __all__ = [
     "RunReportCallback",
     "SparseSM3Spec",
     "SupportTelemetryCallback",
+    "TaskCollator",
+    "TaskMixture",
     "TwoPassTrainer",
     "UpstreamStartCallback",
     "ZerothOrderCallback",

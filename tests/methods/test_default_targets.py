@@ -21,6 +21,8 @@ OTHERS = {
     "compacter": {"o_proj", "down_proj"},
     "compacter++": {"down_proj"},
     "loretta-adp": {"o_proj", "down_proj"},
+    "hyperformer": {"o_proj", "down_proj"},
+    "hyperformer++": {"o_proj", "down_proj"},
 }
 SIZES = {
     "dsee": {"num_sparse": 8},
@@ -36,6 +38,8 @@ SIZES = {
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 8},
     "compacter++": {"reduction": 8},
+    "hyperformer": {"reduction": 8},
+    "hyperformer++": {"reduction": 8},
 }
 """What fits into the small model."""
 

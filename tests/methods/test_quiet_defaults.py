@@ -21,6 +21,8 @@ FITTING = {
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 8},
     "compacter++": {"reduction": 8},
+    "hyperformer": {"reduction": 8},
+    "hyperformer++": {"reduction": 8},
 }
 CASES = [(name, FITTING.get(name, {})) for name in methods.names(upstream=False)]
 CASES += [("s2ft", options) for options in ({"o": 0.25, "v": 0.25}, {"channels": 0.1}, {"heads": 0.5})]

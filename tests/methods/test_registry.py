@@ -24,6 +24,8 @@ FITTING = {
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 4},
     "compacter++": {"reduction": 4},
+    "hyperformer": {"reduction": 8},
+    "hyperformer++": {"reduction": 8},
 }
 """Options without which a method does not fit a model of width 32."""
 

@@ -7,6 +7,7 @@ from .displacement import Circulant, LowDisplacement, Toeplitz
 from .factor_pair import FactorPair
 from .form import Additive, Behind, Beside, Call, Form, Mapped, Site
 from .givens import Givens, QuasiGivens
+from .hypernetwork import Hypernetwork
 from .kronecker import Kronecker
 from .layer import StructuredLayer, StructuredLinear
 from .matrices import DenseMatrix, Matrix
@@ -15,6 +16,7 @@ from .phm import PHM
 from .quantised import PackedMatrix, Quantised
 from .reflections import Reflections
 from .scale_shift import ScaleShift
+from .task_adapters import add_task_adapter
 from .tensor_train import TensorTrain
 from .tucker import Tucker
 
@@ -32,6 +34,7 @@ __all__ = [
     "FactorPair",
     "Form",
     "Givens",
+    "Hypernetwork",
     "Kronecker",
     "LowDisplacement",
     "Mapped",
@@ -49,5 +52,6 @@ __all__ = [
     "TensorTrain",
     "Toeplitz",
     "Tucker",
+    "add_task_adapter",
     "structured_layers",
 ]

@@ -14,7 +14,7 @@ from ...utils.option_types import Fraction, PositiveFloat, PositiveInt
 from ...utils.parts import register_part, require
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import OutputMap, Piece
-from .form import Behind, Call, Site, Tensors, Weight, enter_names
+from .form import Behind, Call, Site, Tensors, Weight
 from .matrices import DenseMatrix, Matrix, enter_roles
 from .quantised import PackedMatrix
 
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 enter_roles("down", "up")
-enter_names(("down_bias", "up_bias"))
+NORM = ("layernorm_scale", "layernorm_shift")
 
 
 @register_part("bottleneck")
@@ -55,7 +55,9 @@ class Bottleneck(Behind):
     """s."""
     dropout: Fraction = 0.0
     """Of the activation's output, in training."""
-    tensor_names: ClassVar[tuple[str, ...]] = ("down_bias", "up_bias")
+    norm: bool = False
+    """Whether what is added to y goes through a trained layer norm, which starts as the identity of normed numbers."""
+    tensor_names: ClassVar[tuple[str, ...]] = ("down_bias", "up_bias", *NORM)
     shifts_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -107,6 +109,8 @@ class Bottleneck(Behind):
         except ValueError as error:
             raise ValueError(f"'{site.name}' ({n} outputs, width {m}): {error}") from error
         found += [TensorSpec("down_bias", (m,)), TensorSpec("up_bias", (n,))] if self.biases else []
+        if self.norm:
+            found += [TensorSpec(NORM[0], (n,), start=lambda _: torch.ones(n)), TensorSpec(NORM[1], (n,))]
         return found + (self.matrix.shared_specs() if site.owns else [])
 
     def branch(self, y: Tensor, tensors: Tensors, call: Call) -> Tensor:
@@ -116,17 +120,25 @@ class Bottleneck(Behind):
         inner = inner + tensors["down_bias"].to(call.dtype) if self.biases else inner
         inner = F.dropout(ACTIVATIONS[self.activation](inner), self.dropout, call.training)
         found = self.matrix.product(inner, "up", n, m, tensors, call)
-        return self.scale * (found + tensors["up_bias"].to(call.dtype) if self.biases else found)
+        found = found + tensors["up_bias"].to(call.dtype) if self.biases else found
+        if self.norm:
+            found = F.layer_norm(found, (n,), *(tensors[name].to(call.dtype) for name in NORM))
+        return self.scale * found
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a map of the output."""
+        return self.activation == "identity" and not self.norm
 
     def pieces(self, tensors: Tensors, site: Site, weight: Weight) -> list[Piece]:
         """Of a linear one, the map that it is."""
-        if self.activation != "identity":
+        if not self.linear:
             return super().pieces(tensors, site, weight)
         return [OutputMap(lambda y: y + self._linear(y, tensors, site), weight)]
 
     def bias_change(self, tensors: Tensors, site: Site, bias: Tensor | None) -> Tensor | None:
         """Of a linear one, what it makes of the layer's bias and its own."""
-        if self.activation != "identity" or (bias is None and not self.biases):
+        if not self.linear or (bias is None and not self.biases):
             return None
         start = torch.zeros(site.rows, device=next(iter(tensors.values())).device) if bias is None else bias.float()
         return self.branch(start, tensors, Call(site, torch.float32)).detach()

@@ -81,4 +81,8 @@ class StructuredConfig(AdapterConfig):
             raise ValueError(
                 f"sizes has no entry for '{module_name}', whose tensors are shared: the config is incomplete."
             )
-        return site._replace(sharing=Sharing(*self.sizes[module_name]))
+        site = site._replace(sharing=Sharing(*self.sizes[module_name]))
+        if not self.form.lists_members:
+            return site
+        owner = site.sharing.owner
+        return site._replace(members=tuple(name for name, (other, *_) in self.sizes.items() if other == owner))

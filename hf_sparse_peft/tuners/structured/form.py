@@ -44,6 +44,8 @@ class Site(NamedTuple):
     """Seed of the adapter's draws that no file holds."""
     sharing: Sharing | None = None
     """With whom it shares tensors, for forms that have shared ones."""
+    members: tuple[str, ...] = ()
+    """Names of all modules that share them, in model order, for forms that ask (`Form.lists_members`)."""
 
     @property
     def owns(self) -> bool:
@@ -70,6 +72,8 @@ class Call(NamedTuple):
     """The base layer's."""
     note: Callable[[str, Tensor], None] = _nowhere
     """Shows a tensor by name to whoever reads the layer's passes (`StructuredLayer.read_passes`): gates of a router."""
+    task: str | None = None
+    """The task that was named last, for forms that have several (`StructuredModel.set_task`)."""
 
 
 NAMES: dict[str, None] = {"shape": None}
@@ -119,6 +123,8 @@ class Form(Part):
     """Whether `start` asks for the base weight."""
     shifts_bias: ClassVar[bool] = False
     """Whether `bias_change` may be something."""
+    lists_members: ClassVar[bool] = False
+    """Whether sites are to name the modules that share tensors."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

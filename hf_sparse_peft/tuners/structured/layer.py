@@ -37,6 +37,8 @@ class StructuredLayer(FormLayer):
     """The layer that has what this one shares, where that is another."""
     structured_scaling: dict[str, float]
     """Factor on what the adapter adds to the output; 1 but in steps of a rule that suppresses layers."""
+    structured_tasks: dict[str, str]
+    """The task that was named last, for adapters of several."""
 
     def place_over(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         """Take `base_layer`'s place."""
@@ -162,7 +164,7 @@ class StructuredLayer(FormLayer):
                 reader(adapter_name, name, tensor)
 
         bias = getattr(self.get_base_layer(), "bias", None)
-        return Call(self.site(adapter_name), dtype, self.training, bias, note)
+        return Call(self.site(adapter_name), dtype, self.training, bias, note, self.structured_tasks.get(adapter_name))
 
 
 class StructuredLinear(StructuredLayer):

@@ -12,6 +12,7 @@ from ..shared.merge import warn_of_biases
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.sharing import check_same_sharings, check_sharing_modules, link_owners, sharings
 from .config import StructuredConfig
+from .hypernetwork import Hypernetwork
 from .layer import SHAPE, StructuredLayer, StructuredLinear
 
 
@@ -32,6 +33,55 @@ class StructuredModel(AdapterModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sizes = self.peft_config[adapter_name].sizes
         link_owners(structured_layers(model), sizes, adapter_name, "structured_owner")
+
+    # Tasks
+
+    def set_task(self, task: str, adapter_name: str | None = None) -> None:
+        """Name the task of the passes that follow, until another is named.
+
+        Args:
+            task: one of the adapter's.
+            adapter_name: of an adapter of several tasks; None: all active ones that have tasks.
+
+        Raises:
+            ValueError: no such adapter has tasks, or one has no task of that name.
+        """
+        names = self._with_tasks([adapter_name] if adapter_name is not None else self.active_adapters)
+        if not names:
+            named = self.active_adapters if adapter_name is None else [adapter_name]
+            raise ValueError(f"task={task!r}, and the adapters {named} have no tasks: only Hypernetwork forms have.")
+        for name in names:
+            self.peft_config[name].form.task_number(task)
+        for layer in structured_layers(self.model):
+            layer.structured_tasks.update((name, task) for name in names if layer.holds(name))
+
+    def _with_tasks(self, names: list[str]) -> list[str]:
+        return [name for name in names if isinstance(getattr(self.peft_config.get(name), "form", None), Hypernetwork)]
+
+    def _take_task(self, kwargs: dict[str, Any]) -> None:
+        """Read the argument `task` of a pass, unless no adapter has tasks, where it is the base model's."""
+        if "task" not in kwargs or not self._with_tasks(list(self.peft_config)):
+            return
+        task = kwargs.pop("task")
+        tasks = {task} if isinstance(task, str) else set(task or ())
+        if len(tasks) > 1:
+            raise ValueError(f"task={sorted(tasks)}: a pass is of one task. Give each batch examples of one.")
+        if tasks:
+            self.set_task(tasks.pop())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's pass; `task` names the task of adapters that have several.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        self._take_task(kwargs)
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's; `task` as in `forward`."""
+        self._take_task(kwargs)
+        return self.model.generate(*args, **kwargs)
 
     def plan(self, peft_config: StructuredConfig, model: nn.Module, targets: dict[str, nn.Module]) -> AdapterPlan:
         """Which modules share tensors, written into `sizes`.
