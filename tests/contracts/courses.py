@@ -77,7 +77,7 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "rotations": (StructuredConfig, {"form": Givens(lengths=True)}),
     "maps of pairs": (StructuredConfig, {"form": QuasiGivens()}),
     "reflections": (StructuredConfig, {"form": Reflections(True, "both", 4)}),
-    "hypercomplex": (StructuredConfig, {"form": Bottleneck(4, matrix=PHM(2))}),
+    "hypercomplex": (StructuredConfig, {"form": Bottleneck(4, matrix=PHM(2, rule_std=0.1))}),
     "circulant": (StructuredConfig, {"form": Circulant()}),
     "quantised factors": (StructuredConfig, {"form": FactorPair(4, 4, Quantised(2))}),
 }
