@@ -10,8 +10,9 @@ from ..tuners import MaskedLoraConfig
 from ..tuners.masked_lora import DenseUpdate, HardMask, LowRankUpdate, MaskAtMerge, NoUpdate, ScaleUpdate
 from .registry import Method, register
 
-NORMS = ("norm", "LayerNorm", "ln_1", "ln_2", "ln_f")
-"""What the norms of transformers' models end in: Llama's `input_layernorm` and OPT's `final_layer_norm` in `norm`."""
+NORMS = ("norm", "LayerNorm", "ln_1", "ln_2", "ln_f", "layernorm_before", "layernorm_after")
+"""What the norms of transformers' models end in: Llama's `input_layernorm` and OPT's `final_layer_norm` in `norm`,
+ViT's in the last two."""
 _KINDS = {
     "mask_lora": (LowRankUpdate, HardMask),
     "scale_lora": (ScaleUpdate, HardMask),

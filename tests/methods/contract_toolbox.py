@@ -89,6 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
     "houlsby": {"size": 4, "norms": False},
+    "ssf": {"norms": False},
     "hyperformer": {"reduction": 8, "norms": False},
     "hyperformer++": {"reduction": 8, "norms": False},
     "ether": {"blocks": 4},
