@@ -15,6 +15,7 @@ from ..tuners.structured import (
     Hypernetwork,
     Kronecker,
     LowDisplacement,
+    MatrixProductExperts,
     Quantised,
     ScaleShift,
     TensorTrain,
@@ -234,3 +235,26 @@ def hyperformer_plus_plus(
 ) -> Method:
     """HyperFormer++: one generator for attention and FFN, which is told the position by an embedding."""
     return _hyperformer(overrides, tasks, reduction, "shared", norms)
+
+
+@register(
+    "mpoe",
+    paper="Gao et al., 2022",
+    moves="nothing",
+    use_when="feed-forward networks are to become mixtures of experts at a part of a network's numbers each",
+    cost="every expert's network is computed for all tokens; a copy of each matrix in fp32, in memory and in the file",
+)
+def mpoe(
+    experts: int = 4,
+    central: Literal["frozen", "trained"] = "frozen",
+    central_update_prob: float = 1.0,
+    bond: int | None = None,
+    **overrides: Any,
+) -> Method:
+    """MPOE: each feed-forward network becomes a mixture of `experts` copies of itself, whose matrices are products of
+    five tensors, the central one in common. The paper trains everything and masks the central tensor's gradient in a
+    part of the steps (`central="trained"`, `central_update_prob`, drawn in each pass here); by default the experts'
+    own tensors and routers train. Its balance loss is left to whoever reads the passes. Targets are whole networks, as
+    Llama names them (`target_modules` and the form's `last` for others). The number of experts was not confirmed."""
+    form = MatrixProductExperts(experts, central=central, central_update_prob=central_update_prob, bond=bond)
+    return _row(overrides, form, ("gate_proj", "up_proj", "down_proj"))

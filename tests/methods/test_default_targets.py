@@ -18,6 +18,7 @@ OTHERS = {
     "smt": {"q_proj", "k_proj", "v_proj"},
     "diffusekrona": set(ATTENTION),
     "houlsby": {"o_proj", "down_proj"},
+    "mpoe": set(FFN),
     "compacter": {"o_proj", "down_proj"},
     "compacter++": {"down_proj"},
     "loretta-adp": {"o_proj", "down_proj"},

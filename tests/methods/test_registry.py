@@ -21,6 +21,7 @@ FITTING = {
     "smt": {"block_size": 8},
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
+    "mpoe": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 4},
     "compacter++": {"reduction": 4},
@@ -37,7 +38,7 @@ def base():
 
 @pytest.mark.parametrize("name", methods.names(upstream=False))
 def test_every_method_builds_an_adapter_with_its_callbacks(name, base, tmp_path):
-    method = methods.get(name, target_modules="all-linear", **FITTING.get(name, {}))
+    method = methods.get(name, **{"target_modules": "all-linear", **FITTING.get(name, {})})
     model = get_peft_model(base, method.config)
     ran = [callback for callback in method.callbacks(model) if isinstance(callback, RuleRunner)]
     waits = getattr(method.config, "needs_calibration", False)

@@ -11,6 +11,7 @@ from .hypernetwork import Hypernetwork
 from .kronecker import Kronecker
 from .layer import StructuredLayer, StructuredLinear
 from .matrices import DenseMatrix, Matrix
+from .matrix_product_experts import MatrixProductExperts
 from .model import StructuredModel, structured_layers
 from .phm import PHM
 from .quantised import PackedMatrix, Quantised
@@ -39,6 +40,7 @@ __all__ = [
     "LowDisplacement",
     "Mapped",
     "Matrix",
+    "MatrixProductExperts",
     "PackedMatrix",
     "Quantised",
     "QuasiGivens",

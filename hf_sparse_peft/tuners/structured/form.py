@@ -10,8 +10,9 @@ r"""Forms: what a structured adapter computes in a layer, of whichever structure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ class Call(NamedTuple):
     """Shows a tensor by name to whoever reads the layer's passes (`StructuredLayer.read_passes`): gates of a router."""
     task: str | None = None
     """The task that was named last, for forms that have several (`StructuredModel.set_task`)."""
+    memory: dict[str, Tensor] = MappingProxyType({})
+    """What layers that share tensors leave for each other within a pass; who takes something takes it out."""
 
 
 NAMES: dict[str, None] = {"shape": None}
@@ -125,6 +128,8 @@ class Form(Part):
     """Whether `bias_change` may be something."""
     lists_members: ClassVar[bool] = False
     """Whether sites are to name the modules that share tensors."""
+    alone: ClassVar[bool] = False
+    """Whether it takes the place of the layer and adds to no other adapter."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,6 +145,13 @@ class Form(Part):
     def group(self, site: Site) -> Hashable:
         """Modules of one group share the tensors in `shared`; `site` has no sharing yet."""
         return None
+
+    def check_sharing(self, sizes: Mapping[str, list[str | int]]) -> None:
+        """Do the targets fit together? `sizes` has owner, users and position of each, in model order.
+
+        Raises:
+            ValueError: they do not; names the first that does not.
+        """
 
     @property
     def unit_kinds(self) -> frozenset[str]:

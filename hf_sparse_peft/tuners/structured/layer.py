@@ -35,6 +35,8 @@ class StructuredLayer(FormLayer):
     without_biases = "Keep the adapter as it is, or keep the merged model by torch.save."
     structured_owner: dict[str, StructuredLayer]
     """The layer that has what this one shares, where that is another."""
+    structured_memory: dict[str, dict[str, Tensor]]
+    """What the layers that share with this one leave for each other within a pass."""
     structured_scaling: dict[str, float]
     """Factor on what the adapter adds to the output; 1 but in steps of a rule that suppresses layers."""
     structured_tasks: dict[str, str]
@@ -163,8 +165,19 @@ class StructuredLayer(FormLayer):
             for reader in self.pass_readers:
                 reader(adapter_name, name, tensor)
 
-        bias = getattr(self.get_base_layer(), "bias", None)
-        return Call(self.site(adapter_name), dtype, self.training, bias, note, self.structured_tasks.get(adapter_name))
+        bias, owner = getattr(self.get_base_layer(), "bias", None), self.structured_owner.get(adapter_name, self)
+        memory = owner.structured_memory.setdefault(adapter_name, {})
+        task = self.structured_tasks.get(adapter_name)
+        return Call(self.site(adapter_name), dtype, self.training, bias, note, task, memory)
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        alone = [name for name in adapter_names if self.holds(name) and self.form(name).alone]
+        if alone:
+            raise ValueError(
+                f"Adapter '{alone[0]}' takes the place of '{self.module_name}' and of others with it, so that a batch "
+                "cannot be mixed there. Run it by itself, with set_adapter."
+            )
+        return super()._mixed_batch(x, adapter_names, *args, **kwargs)
 
 
 class StructuredLinear(StructuredLayer):

@@ -98,6 +98,7 @@ class StructuredModel(AdapterModel):
             )
         found = sharings(targets, peft_config.group) if peft_config.form.shared else {}
         check_same_sharings(peft_config.sizes, found)
+        peft_config.form.check_sharing(found)
         peft_config.sizes = found
         return AdapterPlan()
 
