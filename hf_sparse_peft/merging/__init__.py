@@ -6,12 +6,14 @@ get_merge, merge_names, merge_info       the table of methods
 fisher_importance                        what Fisher merging goes by
 greedy_soup                              the mean of a choice of a model's adapters
 find_q, analytic_q                       the rescaling of DAREx-q
+PullToEarlier, EarlierAdaptersCallback   MOS: earlier tasks' adapters merged into the one that trains
 compress_adapter, decompress_adapter     ComPEFT: an adapter <-> a file of ternary codes
 binarise_adapter, restore_adapter        BitDelta: an adapter <-> a file of signs and magnitudes
 distil_scales                            BitDelta's magnitudes, trained on logits
 """
 
 from .binary import Binary, binarise_adapter, distil_scales, magnitude_groups, restore_adapter
+from .class_incremental import EarlierAdaptersCallback, PullToEarlier
 from .combine import merge_adapters
 from .competition import Competition
 from .consensus import (
@@ -59,6 +61,7 @@ __all__ = [
     "Deltas",
     "DropByRank",
     "DropRandom",
+    "EarlierAdaptersCallback",
     "ElectedSign",
     "Everyone",
     "Holders",
@@ -69,6 +72,7 @@ __all__ = [
     "MergeMethod",
     "MergeReport",
     "Normalise",
+    "PullToEarlier",
     "RankClusters",
     "Rescale",
     "Scan",

@@ -1,0 +1,130 @@
+"""Three tasks, an adapter each, and one adapter of the three: what is left of each task, method by method.
+
+Without arguments it runs offline on the demo base: word problems in three made-up languages, which are English but for
+the words that tell a gain from a loss. Each adapter learns the form of the answer, and the verbs of its language.
+
+    python recipes/merge_adapters.py
+    python recipes/merge_adapters.py 'merge=[ties:density=0.5, "dare:rate=0.5"]'   # other methods, with options
+    python recipes/merge_adapters.py adapter.r=8 adapter.density=0                 # of low-rank adapters
+
+Adapters are trained one by one, each on a fresh base; merging reads their files only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+import datasets
+import demo_data
+import yaml
+from evaluation import exact_match
+from peft import PeftModel, get_peft_model
+from reporting import print_table
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+
+from hf_sparse_peft.finetuning import method_of_card
+from hf_sparse_peft.merging import merge_adapters
+
+ENGLISH = ("buys", "finds", "gets", "wins", "more", "loses", "sells", "drops", "gives", "away")
+LANGUAGES = {
+    "zuba": ("zuba", "lofi", "mipa", "tuka", "gure", "wedo", "nuso", "vami", "hoba", "fire"),
+    "keno": ("keno", "rali", "dopu", "sefa", "bim", "tolu", "gapi", "wuno", "jebe", "lak"),
+    "pirt": ("pirt", "hund", "glas", "brok", "vel", "stam", "krig", "dreu", "flon", "zet"),
+}
+"""Each language's words for `ENGLISH`, in its order, by the name of the language."""
+TASKS = tuple(LANGUAGES)
+
+
+@dataclass
+class RecipeArguments(common.RecipeArguments):
+    """What to train, and how to merge it."""
+
+    merge: list[str] = field(
+        default_factory=lambda: ["sum", "soup", "ties:density=1.0"],
+        metadata={"help": "Methods of merging, `name` or `name:option=value,...`."},
+    )
+
+
+def rows_of(task: str, count: int, seed: int, split: str) -> datasets.Dataset:
+    """Word problems in a language and their answers in digits; splits share no sum."""
+    words = dict(zip(ENGLISH, LANGUAGES[task], strict=True))
+
+    def translated(row: dict) -> dict:
+        return {"prompt": " ".join(words.get(word, word) for word in row["prompt"].split(" "))}
+
+    return demo_data.word_problems(count, seed=seed, split=split).map(translated)
+
+
+def train_task(task: str, rows: datasets.Dataset, recipe: Any, args: TrainingArguments, folder: Path) -> float:
+    """Train an adapter for a task on a fresh base and save it; returns the training loss."""
+    name = recipe.model_name_or_path or common.DEMO_BASE
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    base = common.load_base(AutoModelForCausalLM, name, recipe, args)
+    method = common.choose_method(recipe, {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}, args.seed)
+    model = get_peft_model(base, method.config)
+    own = copy.copy(args)
+    own.output_dir = str(folder.parent / f"{task}_run")
+    data = {"train_dataset": demo_data.tokenize_pairs(rows, tokenizer)}
+    trainer = common.make_trainer(method, model, own, data | {"data_collator": DataCollatorForSeq2Seq(tokenizer)})
+    loss = trainer.train().training_loss
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    card = {**method_of_card(method), "training_data": f"word problems of recipes/demo_data.py, in {task}"}
+    common.save_adapter(model, folder, **card)
+    return loss
+
+
+def scores(folder: Path | None, name: str, tests: dict[str, datasets.Dataset]) -> dict[str, float]:
+    """Exact match of each task, in percent, with the adapter in `folder` on the base `name`, or of the base alone."""
+    model = AutoModelForCausalLM.from_pretrained(name)
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return {task: exact_match(model, tokenizer, rows) for task, rows in tests.items()}
+
+
+def method_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """`name:option=value,...` in its parts, values as YAML writes them."""
+    name, _, options = text.partition(":")
+    return name, yaml.safe_load("{" + re.sub(r"(\w+)=", r"\1: ", options) + "}")
+
+
+def main(argv: list[str]) -> common.Figures:
+    """Train, merge, measure; returns the figures."""
+    recipe, args = common.begin(__file__, argv, RecipeArguments, TrainingArguments)
+    output, name = Path(args.output_dir), recipe.model_name_or_path or common.DEMO_BASE
+    folders = {task: output / task for task in TASKS}
+    figures: common.Figures = {}
+    for task, folder in folders.items():
+        rows = rows_of(task, recipe.train_examples or 1000, args.seed, "train")
+        figures[f"{task}_train_loss"] = train_task(task, rows, recipe, args, folder)
+    tests = {task: rows_of(task, recipe.test_examples, args.seed, "test") for task in TASKS}
+    measured = {"base": scores(None, name, tests)}
+    for task in TASKS:
+        measured[f"adapter of {task}"] = scores(folders[task], name, tests)
+    for text in recipe.merge:
+        method, options = method_and_options(text)
+        out = output / "merged" / re.sub(r"\W+", "-", text)
+        report = merge_adapters(list(folders.values()), out, method, show_progress=False, **options)
+        error = max(report.errors.values(), default=0.0)
+        measured[text] = {**scores(out, name, tests), "error": error}
+    for row, found in measured.items():
+        figures |= {f"{row}: {figure}": value for figure, value in found.items()}
+    figures["train_loss"] = sum(figures[f"{task}_train_loss"] for task in TASKS) / len(TASKS)
+    (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    rows = [
+        (row, *(f"{found[task]:.1f}" for task in TASKS), f"{found['error']:.1e}" if found.get("error") else "")
+        for row, found in measured.items()
+    ]
+    print_table(rows, title="three tasks, exact match in %", columns=(*TASKS, "error of the merge"))
+    return figures
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
