@@ -86,7 +86,7 @@ def scores(folder: Path | None, name: str, tests: dict[str, datasets.Dataset]) -
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder))
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return {task: exact_match(model, tokenizer, rows) for task, rows in tests.items()}
+    return {task: exact_match(model, tokenizer, rows, max_new_tokens=3) for task, rows in tests.items()}
 
 
 def method_and_options(text: str) -> tuple[str, dict[str, Any]]:

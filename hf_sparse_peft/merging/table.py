@@ -108,7 +108,7 @@ def weighted_sum(**overrides: Any) -> Merge:
 
 
 @register_merge(
-    "lt-sft",
+    "lt-sft-composition",
     paper="Ansell et al., 2022 (LT-SFT)",
     does="a language's and a task's sparse updates, added as they are",
     result=_SUM,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import federated, pruning
+from .. import federated, merging, pruning
 from ..utils.tables import Table, table
 
 
@@ -26,7 +26,7 @@ class FunctionInfo:
 
     @property
     def room(self) -> str:
-        """Where its parts are imported from: "pruning" or "federated", in `hf_sparse_peft`."""
+        """Where its parts are imported from: "pruning", "merging" or "federated", in `hf_sparse_peft`."""
         return self.parts[0].__module__.split(".")[1]
 
 
@@ -167,7 +167,42 @@ _FUNCTIONS = [
         pruning.Wanda,
     ),
 ]  # fmt: skip
-FUNCTIONS: dict[str, FunctionInfo] = {info.name: info for info in _FUNCTIONS}
+_FUNCTIONS += [
+    _entry(
+        "bitdelta", "Liu et al., 2024 (BitDelta)",
+        'binarise_adapter("adapter", "adapter.bitdelta")',
+        "an adapter as signs and a magnitude of each weight, in a file of bits; `restore_adapter` reads it, "
+        "`distil_scales` trains the magnitudes; `groups=M`: BitDelta-M of the unified view of delta editing",
+        merging.binarise_adapter, merging.restore_adapter, merging.distil_scales, merging.magnitude_groups,
+    ),
+    _entry(
+        "compeft", "Yadav et al., 2023 (ComPEFT)",
+        'compress_adapter("adapter", "adapter.compeft", density=0.2)',
+        "an adapter as -a, 0 and a, in a file of Golomb codes; `decompress_adapter` reads it",
+        merging.compress_adapter, merging.decompress_adapter,
+    ),
+    _entry(
+        "greedy-soup", "Wortsman et al., 2022 (model soups)",
+        "greedy_soup(model, adapters, evaluate)",
+        "the mean of those of a model's adapters that do not lower a metric",
+        merging.greedy_soup,
+    ),
+    _entry(
+        "mos-cil", "Sun et al., 2025 (MOS)",
+        "PullToEarlier(model, earlier)",
+        "earlier tasks' adapters merged into the one that trains, after every step (`EarlierAdaptersCallback`)",
+        merging.PullToEarlier, merging.EarlierAdaptersCallback,
+    ),
+]  # fmt: skip
+_MERGES_NEED = {"darex-q": ", q=q", "fisher": ", importance=importance"}
+_MERGE_PARTS = {"darex-q": (merging.find_q, merging.analytic_q), "fisher": (merging.fisher_importance,)}
+for _name in merging.merge_names():
+    _info = merging.merge_info(_name)
+    _call = f'merge_adapters(paths, out, "{_name}"{_MERGES_NEED.get(_name, "")})'
+    _FUNCTIONS.append(
+        _entry(_name, _info.paper, _call, _info.does, merging.merge_adapters, *_MERGE_PARTS.get(_name, ()))
+    )
+FUNCTIONS: dict[str, FunctionInfo] = {info.name: info for info in sorted(_FUNCTIONS, key=lambda info: info.name)}
 """Methods that are functions, by name."""
 
 

@@ -45,18 +45,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "factors": {"r": 8, "lora_alpha": 16, "density": 0.0},
 }
 RATES = {"entries": 1e-3, "one support": 1e-3, "factors": 2e-3}
-SCALES = (0.3, 0.5, 0.7, 1.0)
+SCALES = (0.5, 0.75, 1.0)
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "sum": [{"scale": scale} for scale in SCALES],
     "soup": [{}],
-    "ties": [{"density": density, "scale": scale} for density in (0.2, 1.0) for scale in (0.7, 1.0, 1.5)],
+    "ties": [{"density": density, "scale": scale} for density in (0.2, 1.0) for scale in (1.0, 1.5)],
     "dare": [{"rate": 0.5, "scale": scale} for scale in SCALES],
-    "darex-q": [{"rate": 0.5, "q": q, "scale": 0.5} for q in (0.5, 0.7, 0.9)],
-    "della": [{"scale": scale} for scale in (0.7, 1.0, 1.5)],
+    "darex-q": [{"rate": 0.5, "q": q, "scale": 0.75} for q in (0.6, 0.8)],
+    "della": [{"scale": scale} for scale in (1.0, 1.5)],
     "breadcrumbs": [{"keep": 0.9, "outliers": 0.01, "scale": scale} for scale in SCALES],
-    "pcb": [{"ratio": ratio, "scale": 1.2} for ratio in (0.1, 0.3, 0.6)],
+    "pcb": [{"ratio": ratio, "scale": 1.2} for ratio in (0.1, 0.5)],
     "fisher": [{}],
-    "lora-lego": [{"clusters": clusters} for clusters in (8, 16, 24)],
+    "lora-lego": [{"clusters": clusters} for clusters in (8, 24)],
 }
 MEMORY = {
     "sum, entries": ("entries", "sum", {}),

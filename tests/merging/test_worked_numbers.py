@@ -32,7 +32,7 @@ ALONE = deltas(T1)
 
 def test_sum_mean_and_mean_over_holders():
     check(merged(get_merge("sum"), BOTH), [0.4, -0.35, 0.7, 0.4, -1.4, 0, 0, -0.2])
-    check(merged(get_merge("lt-sft"), BOTH), [0.4, -0.35, 0.7, 0.4, -1.4, 0, 0, -0.2])
+    check(merged(get_merge("lt-sft-composition"), BOTH), [0.4, -0.35, 0.7, 0.4, -1.4, 0, 0, -0.2])
     check(merged(get_merge("soup"), BOTH), [0.2, -0.175, 0.35, 0.2, -0.7, 0, 0, -0.1])
     check(merged(get_merge("soup"), BOTH, weights=[3.0, 3.0]), [0.2, -0.175, 0.35, 0.2, -0.7, 0, 0, -0.1])
     over_holders = Merge(consensus=Holders(), normalise=Agreeing())

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import hf_sparse_peft
-from hf_sparse_peft import cli, federated, methods, pruning
+from hf_sparse_peft import cli, federated, merging, methods, pruning
 from hf_sparse_peft.preflight import method_rows
 from hf_sparse_peft.pruning import PruningMethod
 from hf_sparse_peft.utils.parts import part_types
@@ -30,9 +30,9 @@ def test_every_pruning_method_has_an_entry_of_its_own_name():
 
 def test_every_public_function_that_cites_a_paper_has_an_entry():
     cites = re.compile(r"[A-Z]\w+(?: et al\.| and [A-Z]\w+), (?:19|20)\d\d")
-    public = {name: getattr(room, name) for room in (pruning, federated) for name in room.__all__}
+    public = {name: getattr(room, name) for room in (pruning, merging, federated) for name in room.__all__}
     cited = {n for n, f in public.items() if inspect.isfunction(f) and cites.search(inspect.getdoc(f))}
-    assert {"compensate", "laser", "block_influence", "sparse_soup", "fedavg"} <= cited
+    assert {"compensate", "laser", "block_influence", "sparse_soup", "greedy_soup", "fedavg"} <= cited
     assert {name for name in cited if public[name] not in listed()} == set(ROWS)
     assert set(ROWS.values()) <= set(methods.names())
 
