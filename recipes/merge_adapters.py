@@ -1,7 +1,6 @@
 """Three tasks, an adapter each, and one adapter of the three: what is left of each task, method by method.
 
-Without arguments it runs offline on the demo base: word problems in three made-up languages, which are English but for
-the words that tell a gain from a loss. Each adapter learns the form of the answer, and the verbs of its language.
+Without arguments it runs offline on the demo base: word problems answered in digits, in words, and by what was counted.
 
     python recipes/merge_adapters.py
     python recipes/merge_adapters.py 'merge=[ties:density=0.5, "dare:rate=0.5"]'   # other methods, with options
@@ -23,23 +22,18 @@ from typing import Any
 import common
 import datasets
 import demo_data
+import torch
 import yaml
 from evaluation import exact_match
 from peft import PeftModel, get_peft_model
 from reporting import print_table
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
 from hf_sparse_peft.finetuning import method_of_card
 from hf_sparse_peft.merging import merge_adapters
 
-ENGLISH = ("buys", "finds", "gets", "wins", "more", "loses", "sells", "drops", "gives", "away")
-LANGUAGES = {
-    "zuba": ("zuba", "lofi", "mipa", "tuka", "gure", "wedo", "nuso", "vami", "hoba", "fire"),
-    "keno": ("keno", "rali", "dopu", "sefa", "bim", "tolu", "gapi", "wuno", "jebe", "lak"),
-    "pirt": ("pirt", "hund", "glas", "brok", "vel", "stam", "krig", "dreu", "flon", "zet"),
-}
-"""Each language's words for `ENGLISH`, in its order, by the name of the language."""
-TASKS = tuple(LANGUAGES)
+TASKS = ("digits", "words", "things")
 
 
 @dataclass
@@ -52,14 +46,21 @@ class RecipeArguments(common.RecipeArguments):
     )
 
 
+def as_task(task: str, row: dict) -> dict:
+    """A word problem, asked for its number in digits or in words, or for the things."""
+    if task == "words":
+        answer = f" {demo_data.WORDS[int(row['answer'])]}"
+        return {"prompt": row["prompt"].replace("Answer :", "In words :"), "answer": answer}
+    if task == "things":
+        story, _, question = row["prompt"].partition("How many ")
+        thing, _, rest = question.partition(" ")
+        return {"prompt": f"{story}What {rest}", "answer": f" {thing}"}
+    return row
+
+
 def rows_of(task: str, count: int, seed: int, split: str) -> datasets.Dataset:
-    """Word problems in a language and their answers in digits; splits share no sum."""
-    words = dict(zip(ENGLISH, LANGUAGES[task], strict=True))
-
-    def translated(row: dict) -> dict:
-        return {"prompt": " ".join(words.get(word, word) for word in row["prompt"].split(" "))}
-
-    return demo_data.word_problems(count, seed=seed, split=split).map(translated)
+    """Prompts and answers of a task; splits share no sum."""
+    return demo_data.word_problems(count, seed=seed, split=split).map(lambda row: as_task(task, row))
 
 
 def train_task(task: str, rows: datasets.Dataset, recipe: Any, args: TrainingArguments, folder: Path) -> float:
@@ -80,13 +81,31 @@ def train_task(task: str, rows: datasets.Dataset, recipe: Any, args: TrainingArg
     return loss
 
 
-def scores(folder: Path | None, name: str, tests: dict[str, datasets.Dataset]) -> dict[str, float]:
-    """Exact match of each task, in percent, with the adapter in `folder` on the base `name`, or of the base alone."""
+@torch.no_grad()
+def answer_loss(model: PeftModel, tokenizer: Any, rows: datasets.Dataset) -> float:
+    """Mean loss in nats of a token of the answers."""
+    model.eval()
+    total = count = 0.0
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    for batch in DataLoader(demo_data.tokenize_pairs(rows, tokenizer), batch_size=50, collate_fn=collate):
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        total, count = total + tokens * float(model(**batch).loss), count + tokens
+    return total / count
+
+
+def scores(
+    folder: Path | None, name: str, tests: dict[str, datasets.Dataset], generate: bool = True
+) -> dict[str, float]:
+    """Loss and, with `generate`, exact match in percent of each task, with the adapter in `folder` on the base `name`,
+    or of the base alone."""
     model = AutoModelForCausalLM.from_pretrained(name)
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder))
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return {task: exact_match(model, tokenizer, rows, max_new_tokens=3) for task, rows in tests.items()}
+    found = {f"{task}_loss": answer_loss(model, tokenizer, rows) for task, rows in tests.items()}
+    if generate:
+        found |= {task: exact_match(model, tokenizer, rows, max_new_tokens=3) for task, rows in tests.items()}
+    return found
 
 
 def method_and_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -119,10 +138,14 @@ def main(argv: list[str]) -> common.Figures:
     figures["train_loss"] = sum(figures[f"{task}_train_loss"] for task in TASKS) / len(TASKS)
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     rows = [
-        (row, *(f"{found[task]:.1f}" for task in TASKS), f"{found['error']:.1e}" if found.get("error") else "")
+        (
+            row,
+            *(f"{found[task]:.0f} ({found[f'{task}_loss']:.2f})" for task in TASKS),
+            f"{found['error']:.1e}" if found.get("error") else "",
+        )
         for row, found in measured.items()
     ]
-    print_table(rows, title="three tasks, exact match in %", columns=(*TASKS, "error of the merge"))
+    print_table(rows, title="three tasks: exact match in % (loss of an answer's token)", columns=(*TASKS, "error"))
     return figures
 
 

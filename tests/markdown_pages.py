@@ -14,6 +14,7 @@ import tiny
 import torch
 from transformers import TrainingArguments
 
+from hf_sparse_peft.merging import table as merge_table
 from hf_sparse_peft.methods import registry
 from hf_sparse_peft.utils import parts
 
@@ -41,9 +42,10 @@ def reader() -> dict:
 @contextmanager
 def nothing_stays_registered():
     """What a page registers is gone afterwards, for tests that list what is registered."""
-    known = dict(parts._PARTS), dict(registry._METHODS)
+    tables = (parts._PARTS, registry._METHODS, merge_table._ROWS)
+    known = [dict(table) for table in tables]
     yield
-    for table, before in zip((parts._PARTS, registry._METHODS), known, strict=True):
+    for table, before in zip(tables, known, strict=True):
         table.clear()
         table.update(before)
 

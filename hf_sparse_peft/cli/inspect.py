@@ -9,6 +9,7 @@ import typer
 
 from ..hub import check_adapter
 from ..hub.analysis import adapter_difference
+from ..merging import unpacked
 from ..utils.plain_data import plain_data
 from ..utils.tables import show
 from .app import verb
@@ -44,13 +45,16 @@ def inspect(
 
 @verb("diff", panel="Look into adapters")
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Adapter folder.", show_default=False)],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Adapter folder, or a ComPEFT or BitDelta file.", show_default=False)
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another of the same base.", show_default=False)],
     plot: Picture = None,
     as_json: Json = False,
 ) -> None:
     """Show what differs between two adapters: options, supports, updates."""
-    found = adapter_difference(first, second)
+    with unpacked(first) as one, unpacked(second) as two:
+        found = adapter_difference(one, two)
     if as_json:
         overlap = found.overlap
         totals = overlap and {"repeated": overlap.repeated, "chance": overlap.chance}

@@ -41,6 +41,7 @@ from .sources import AdapterSource, read_source
 from .sparsify import Band, DropByRank, DropRandom, KeepAll, Kept, Sparsify, TopFraction
 from .table import MergeInfo, get_merge, merge_info, merge_names, merges_markdown, register_merge
 from .ternary import CompactReport, Ternary, compress_adapter, decompress_adapter
+from .unpacking import unpacked
 
 __all__ = [
     "AdapterSource",
@@ -100,4 +101,5 @@ __all__ = [
     "register_merge",
     "restore_adapter",
     "stack_deltas",
+    "unpacked",
 ]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tuners.shared.file_check import CONFIG_FILE, LONGEST_SIDE, WEIGHTS_FILE
 from ..utils.checksums import save_checked
-from ..utils.file_length import read_safetensors
+from ..utils.file_length import check_file_length, read_safetensors
 from ..utils.file_writing import whole_file
 from ..utils.json_text import read_json_text
 from ..utils.parts import plain
@@ -103,6 +104,18 @@ def read_compact(path: str | os.PathLike, kind: str) -> Compact:
     others = {name.removeprefix(_OTHER): t for name, t in tensors.items() if name.startswith(_OTHER)}
     own = {name: t for name, t in tensors.items() if not name.startswith(_OTHER)}
     return Compact(kind, shapes, modules, own, others, about)
+
+
+def kind_of(path: Path) -> str | None:
+    """Which codec wrote the file; None: none of this package's, as far as its header says.
+
+    Raises:
+        ValueError: it is cut, or no safetensors file.
+    """
+    check_file_length(path)
+    with safe_open(path, framework="pt") as opened:
+        words = (opened.metadata() or {}).get("format", "").split(" ")
+    return words[1] if len(words) == 3 and words[0] == "hf-sparse-peft" else None
 
 
 def _shape(given: Any, name: str) -> tuple[int, int]:

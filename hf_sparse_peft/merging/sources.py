@@ -71,7 +71,8 @@ def read_source(path: str | os.PathLike) -> AdapterSource:
 
 def _check_layer(name: str, layer: AdapterLayer, folder: Path) -> None:
     odd = [piece for piece in layer.pieces("default") if not isinstance(piece, KNOWN_WITHOUT_BASE)]
-    if odd or isinstance(layer, FactoredLayer) or layer.masks_base("default"):
+    needs_base = bool(odd) or isinstance(layer, FactoredLayer) or layer.masks_base("default")
+    if needs_base or layer.bias_change("default") is not None:
         kind = type(odd[0]).__name__ if odd else type(layer).__name__
         raise ValueError(
             f"The update of '{name}' in '{folder}' is known with the base's weights only ({kind}), so that it cannot "

@@ -286,3 +286,30 @@ def test_options_out_of_range_are_refused_by_name(options, said, adapter, tmp_pa
     with pytest.raises(ValueError, match="groups"):
         binarise_adapter(adapter("entries"), tmp_path / "f", groups=3, show_progress=False)
     assert not (tmp_path / "f").exists()
+
+
+def test_diff_reads_small_files_and_tells_where_signs_are_opposite(adapter, updates, tmp_path, capsys):
+    from hf_sparse_peft import cli
+
+    folder = adapter("entries")
+    compress_adapter(folder, tmp_path / "a.compeft", density=0.4, show_progress=False)
+    binarise_adapter(folder, tmp_path / "a.bitdelta", show_progress=False)
+    capsys.readouterr()
+    for file in ("a.compeft", "a.bitdelta"):
+        assert cli.main(["diff", str(folder), str(tmp_path / file), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert all(module["opposite"] == 0.0 for module in found["modules"].values())
+        assert not found["equal"]
+    assert cli.main(["diff", str(adapter("rows")), str(adapter("rows", 1)), "--json"]) == 0
+    modules = json.loads(capsys.readouterr().out)["modules"]
+    first, second = updates(adapter("rows")), updates(adapter("rows", 1))
+    for name, module in modules.items():
+        both = (first[name] != 0) & (second[name] != 0)
+        share = float(((first[name] * second[name])[both] < 0).double().mean()) if both.any() else None
+        assert module["opposite"] == (None if share is None else pytest.approx(share, abs=1e-6))
+    binarise_adapter(adapter("lora"), tmp_path / "dense", show_progress=False)
+    capsys.readouterr()
+    assert cli.main(["diff", str(folder), str(tmp_path / "dense")]) == 1
+    assert "signs of all entries" in capsys.readouterr().err
+    assert cli.main(["diff", str(folder), str(folder / "adapter_model.safetensors")]) == 1
+    assert "neither an adapter folder" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`merge_adapters` from files to files, against float64 formulas over the updates of the loaded models."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_sparse_peft import cli, merging
 from hf_sparse_peft.merging import merge_adapters
 from hf_sparse_peft.tuners.shared.file_check import read_adapter
+from hf_sparse_peft.utils.parts import part_types
 
 
 def positions(folders, updates):
@@ -232,3 +234,12 @@ def test_a_method_from_outside_is_a_row_of_registered_parts():
             merging.register_merge("masked-sum", paper="", does="", result="")(masked_sum)
     finally:
         merging.table._ROWS.pop("masked-sum")
+
+
+def test_the_table_of_the_page_is_the_registrys():
+    page = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
+    told = page.partition("<!-- merge table -->\n")[2].partition("\n<!-- end of merge table -->")[0]
+    assert told == merging.merges_markdown()
+    for kind in (merging.Sparsify, merging.Rescale, merging.Consensus, merging.Normalise):
+        own = {name for name, part in part_types(kind).items() if part.__module__.startswith("hf_sparse_peft")}
+        assert all(f"`{name}`" in page for name in own)

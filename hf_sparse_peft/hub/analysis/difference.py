@@ -3,7 +3,7 @@ r"""What differs between two adapters of one base: options, supports, updates. R
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ class ModuleDifference:
     """Living components of the low-rank halves."""
     overlap: TensorOverlap | None
     """Entries in the supports; None where one has none."""
+    opposite: float | None = None
+    """Fraction of the entries in both supports whose values have opposite signs, on which merges by a vote (TIES)
+    decide; None where they share none."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class AdapterDifference:
         overlap = self.overlap
         totals = (
             f"{len(rows)} modules", *norms, None, "", None if overlap is None else f"{overlap.repeated:.1%}",
-            None if overlap is None else f"{overlap.chance:.1%}",
+            None if overlap is None else f"{overlap.chance:.1%}", _mean_opposite(self.modules.values()),
         )  # fmt: skip
-        columns = ("module", "norm A", "norm B", "norm A-B", "cosine", "ranks", "A's entries in B", "by chance")
+        columns = (
+            "module", "norm A", "norm B", "norm A-B", "cosine", "ranks", "A's entries in B", "by chance", "opposite",
+        )  # fmt: skip
         return table(columns, rows, totals=totals)
 
     def options_table(self) -> Table:
@@ -158,6 +163,7 @@ def _compare(one: AdapterLayer, two: AdapterLayer) -> ModuleDifference:
         cosine=float((dense[0] * dense[1]).sum()) / (norms[0] * norms[1]) if known and all(norms) else None,
         ranks=tuple(sum(p.exact_rank for p in found if isinstance(p, LowRank)) for found in pieces),
         overlap=_overlap(*pieces, one.out_features * one.in_features),
+        opposite=_opposite(*pieces),
     )
 
 
@@ -171,16 +177,34 @@ def _dense(pieces: list[Piece], shape: tuple[int, int]) -> Tensor | None:
 
 
 def _overlap(one: list[Piece], two: list[Piece], numel: int) -> TensorOverlap | None:
-    positions = [_positions(pieces) for pieces in (one, two)]
-    first, second = positions
+    first, second = (_entries(pieces) for pieces in (one, two))
     if first is None or second is None:
         return None
-    return TensorOverlap(numel, first.numel(), second.numel(), int(torch.isin(first, second).sum()))
+    both = int(torch.isin(first[0], second[0]).sum())
+    return TensorOverlap(numel, first[0].numel(), second[0].numel(), both)
 
 
-def _positions(pieces: list[Piece]) -> Tensor | None:
-    found = summed_entries([piece for piece in pieces if not isinstance(piece, (*EVERYWHERE, Nonlinear))])
-    return None if found is None else found[0]
+def _opposite(one: list[Piece], two: list[Piece]) -> float | None:
+    first, second = (_entries(pieces) for pieces in (one, two))
+    if first is None or second is None:
+        return None
+    signs = [
+        values[torch.isin(positions, other[0])].sign()
+        for (positions, values), other in ((first, second), (second, first))
+    ]
+    return float((signs[0] * signs[1] < 0).float().mean()) if signs[0].numel() else None
+
+
+def _entries(pieces: list[Piece]) -> tuple[Tensor, Tensor] | None:
+    """Sorted positions and values of the supports."""
+    return summed_entries([piece for piece in pieces if not isinstance(piece, (*EVERYWHERE, Nonlinear))])
+
+
+def _mean_opposite(modules: Iterable[ModuleDifference]) -> str | None:
+    """Over all entries that are in both supports."""
+    shared = [(m.overlap.both, m.opposite) for m in modules if m.overlap and m.opposite is not None]
+    count = sum(both for both, _ in shared)
+    return f"{sum(both * part for both, part in shared) / count:.1%}" if count else None
 
 
 def _cells(module: ModuleDifference) -> tuple[Any, ...]:
@@ -188,7 +212,8 @@ def _cells(module: ModuleDifference) -> tuple[Any, ...]:
     if overlap is not None and overlap.first:
         repeated, chance = f"{overlap.both / overlap.first:.1%}", f"{overlap.second / overlap.numel:.1%}"
     ranks = " / ".join(map(str, module.ranks))
-    return module.first, module.second, module.difference, module.cosine, ranks, repeated, chance
+    opposite = None if module.opposite is None else f"{module.opposite:.1%}"
+    return module.first, module.second, module.difference, module.cosine, ranks, repeated, chance, opposite
 
 
 def _shown(value: Any) -> str:
