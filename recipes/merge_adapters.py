@@ -127,15 +127,21 @@ def main(argv: list[str]) -> common.Figures:
     measured = {"base": scores(None, name, tests)}
     for task in TASKS:
         measured[f"adapter of {task}"] = scores(folders[task], name, tests)
+    losses: dict[tuple[str, Path], float] = {}
     for text in recipe.merge:
         method, options = method_and_options(text)
         out = output / "merged" / re.sub(r"\W+", "-", text)
         report = merge_adapters(list(folders.values()), out, method, show_progress=False, **options)
         error = max(report.errors.values(), default=0.0)
         measured[text] = {**scores(out, name, tests), "error": error}
+        losses[text, out] = sum(measured[text][f"{task}_loss"] for task in TASKS)
     for row, found in measured.items():
         figures |= {f"{row}: {figure}": value for figure, value in found.items()}
     figures["train_loss"] = sum(figures[f"{task}_train_loss"] for task in TASKS) / len(TASKS)
+    best, folder = min(losses, key=losses.get)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name), str(folder))
+    notes = f"Adapters of {', '.join(TASKS)}, merged by {best}; recipes/merge_adapters.py, seed {args.seed}."
+    common.save_adapter(model, output / "adapter", notes=notes, training_data="word problems of recipes/demo_data.py")
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     rows = [
         (

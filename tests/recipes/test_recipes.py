@@ -75,6 +75,10 @@ CASES = {
         short=("max_steps=3", "language_steps=2", "documents=60", "train_examples=60", "test_examples=4"), loss=1.794,
         slow=True, shipped_loss=0.248, learns={"both_exact_match": (12, 100), "task_english": (80, 100)},
     ),
+    "merge_adapters": Case(
+        short=("max_steps=3", "train_examples=60", "test_examples=4", "merge=[sum]"), loss=3.78, slow=True,
+        shipped_loss=0.88, learns={"adapter of digits: digits": (80, 100), "sum:scale=0.5: things_loss": (0.5, 3.5)},
+    ),
 }  # fmt: skip
 ELSEWHERE = {"qlora_sparse_lora", "grpo_patches", "loram", "federated"}
 """In files of their own."""
