@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_sparse_peft import StructuredConfig, callbacks_for, methods
+from hf_sparse_peft import StructuredConfig, callbacks_for, estimate, methods
 from hf_sparse_peft.hub import check_adapter
 from hf_sparse_peft.training import TaskCollator, TaskMixture
 from hf_sparse_peft.tuners.structured import Bottleneck, Hypernetwork, add_task_adapter, structured_layers
@@ -216,7 +216,9 @@ def test_what_is_shared_is_one_parameter_saved_once_and_loaded_to_the_bit(tmp_pa
 
 def test_a_pass_without_a_task_or_of_an_unknown_or_several_ones_is_refused_by_name():
     model = adapted()
-    with pytest.raises(ValueError, match=r"task=None, and the hypernetwork has the tasks \['rte', 'cola'\]"):
+    with pytest.raises(
+        ValueError, match=r"task=None, and the adapter of form Hypernetwork has.* tasks \['rte', 'cola'\]"
+    ):
         logits(model)
     with pytest.raises(ValueError, match="task='qnli'"):
         logits(model, "qnli")
@@ -313,6 +315,27 @@ def test_a_run_over_tasks_resumes_to_the_bit_in_the_middle_of_an_epoch(base, tmp
     assert len(rest) < len(seen)
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_memory_is_estimated_as_of_a_pass_of_one_task():
+    base = tiny.llama(layers=2)
+    config = StructuredConfig(form=Hypernetwork(**SMALL), target_modules=TARGETS, task_type="CAUSAL_LM")
+    expected = sum(p.numel() for p in get_peft_model(copy.deepcopy(base), config).parameters() if p.requires_grad)
+    assert estimate(base.config, config, batch=1, seq=8).trained_numbers == expected
+
+
+def test_gradient_checkpointing_computes_again_for_the_task_of_the_pass():
+    found = []
+    for on in (False, True):
+        model = adapted().train()
+        if on:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.base_model.set_task("rte")
+        model(input_ids=IDS % tiny.VOCAB, labels=IDS % tiny.VOCAB, task="cola").loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
 
 
 def test_tasks_are_drawn_by_temperature_alike_for_the_same_seed_and_anew_every_epoch():

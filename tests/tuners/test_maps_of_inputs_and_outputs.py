@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from hf_sparse_peft import StructuredConfig, callbacks_for, hub, methods
+from hf_sparse_peft import StructuredConfig, callbacks_for, estimate, hub, methods
 from hf_sparse_peft.hub import merge_to_dense
 from hf_sparse_peft.rules import PairOrthogonality
 from hf_sparse_peft.tuners.structured import Givens, QuasiGivens, Reflections, structured_layers
@@ -309,6 +309,14 @@ def test_maps_train_on_other_bases_and_merge_into_4_bits_with_the_error_that_is_
     error = (layer.dense_base_weight().float() - wanted).norm() / wanted.norm()
     assert model.merge_errors()[layer.module_name] == pytest.approx(float(error), rel=1e-3)
     assert error > 0
+
+
+def test_memory_of_maps_is_estimated():
+    base = tiny.llama(layers=2)
+    for form in (Givens(lengths=True), QuasiGivens(), Reflections(True, "both", 4)):
+        config = StructuredConfig(form=form, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        expected = sum(p.numel() for p in get_peft_model(copy.deepcopy(base), config).parameters() if p.requires_grad)
+        assert estimate(base.config, config, batch=1, seq=8).trained_numbers == expected
 
 
 def test_a_map_leaves_as_a_lora_with_its_error(tmp_path):

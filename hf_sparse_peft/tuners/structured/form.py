@@ -128,6 +128,8 @@ class Form(Part):
     """Whether `bias_change` may be something."""
     lists_members: ClassVar[bool] = False
     """Whether sites are to name the modules that share tensors."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Names of the tasks that passes are of, for forms that compute otherwise for each; an option of such forms."""
     alone: ClassVar[bool] = False
     """Whether it takes the place of the layer and adds to no other adapter."""
 
@@ -188,6 +190,21 @@ class Form(Part):
         return None
 
     # Passes
+
+    def task_number(self, task: str | None) -> int:
+        """Which of `tasks` that is; None: the only one.
+
+        Raises:
+            ValueError: there is no such task, or several and none is named.
+        """
+        if task is None and len(self.tasks) == 1:
+            return 0
+        if task not in self.tasks:
+            raise ValueError(
+                f"task={task!r}, and the adapter of form {type(self).__name__} has the tasks {list(self.tasks)}. Name "
+                "one of them: model(..., task=...), or model.base_model.set_task(...) for all passes that follow."
+            )
+        return self.tasks.index(task)
 
     def output(self, x: Tensor, base: Product, tensors: Tensors, call: Call) -> Tensor:
         """The layer's output with this adapter alone, `[..., rows]`, for `x` `[..., cols]`."""

@@ -170,21 +170,6 @@ class Hypernetwork(Behind):
     def _normal(shape: tuple[int, ...], std: float) -> Callable[[torch.Generator | None], Tensor]:
         return lambda generator: std * torch.randn(shape, generator=generator)
 
-    def task_number(self, task: str | None) -> int:
-        """Which task that is; None: the only one.
-
-        Raises:
-            ValueError: there is no such task, or several and none is named.
-        """
-        if task is None and len(self.tasks) == 1:
-            return 0
-        if task not in self.tasks:
-            raise ValueError(
-                f"task={task!r}, and the hypernetwork has the tasks {list(self.tasks)}. Name one of them: "
-                "model(..., task=...), or model.base_model.set_task(...) for all passes that follow."
-            )
-        return self.tasks.index(task)
-
     def generate(self, tensors: Tensors, site: Site, task: str | None) -> Tensors:
         """The module's adapter for a task, fp32: `down` `[m, out]`, `down_bias` `[m]`, `up` `[out, m]`, and `up_bias`,
         `norm_scale` and `norm_shift` `[out]`."""

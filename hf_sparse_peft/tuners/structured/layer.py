@@ -96,6 +96,11 @@ class StructuredLayer(FormLayer):
         self.structured_scaling[adapter_name] = 1.0
         super().update_layer(adapter_name, config, sizes, **kwargs)
 
+    def assume_units(self, adapter_name: str) -> None:
+        """On the meta device: see `AdapterLayer.assume_units`; of several tasks, the first is assumed."""
+        super().assume_units(adapter_name)
+        self.structured_tasks.update((adapter_name, task) for task in self.form(adapter_name).tasks[:1])
+
     @torch.no_grad()
     def _begin(self, adapter_name: str, first: Any) -> None:
         form, base = self.form(adapter_name), self.get_base_layer()

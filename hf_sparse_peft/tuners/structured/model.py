@@ -12,7 +12,7 @@ from ..shared.merge import warn_of_biases
 from ..shared.model import AdapterModel, AdapterPlan
 from ..shared.sharing import check_same_sharings, check_sharing_modules, link_owners, sharings
 from .config import StructuredConfig
-from .hypernetwork import Hypernetwork
+from .form import Form
 from .layer import SHAPE, StructuredLayer, StructuredLinear
 
 
@@ -49,14 +49,15 @@ class StructuredModel(AdapterModel):
         names = self._with_tasks([adapter_name] if adapter_name is not None else self.active_adapters)
         if not names:
             named = self.active_adapters if adapter_name is None else [adapter_name]
-            raise ValueError(f"task={task!r}, and the adapters {named} have no tasks: only Hypernetwork forms have.")
+            raise ValueError(f"task={task!r}, and the adapters {named} have no tasks: their forms have none.")
         for name in names:
             self.peft_config[name].form.task_number(task)
         for layer in structured_layers(self.model):
             layer.structured_tasks.update((name, task) for name in names if layer.holds(name))
 
     def _with_tasks(self, names: list[str]) -> list[str]:
-        return [name for name in names if isinstance(getattr(self.peft_config.get(name), "form", None), Hypernetwork)]
+        forms = {name: getattr(self.peft_config.get(name), "form", None) for name in names}
+        return [name for name, form in forms.items() if isinstance(form, Form) and form.tasks]
 
     def _take_task(self, kwargs: dict[str, Any]) -> None:
         """Read the argument `task` of a pass, unless no adapter has tasks, where it is the base model's."""
