@@ -124,3 +124,15 @@ def test_shapes_of_ones_own_travel_in_the_file_and_wrong_ones_are_refused(tmp_pa
     form["matrix"]["shapes"] = {"12x4": [6, 7]}
     with pytest.raises(ValueError, match=r"'lin\.0' .*shapes\['12x4'\]=\[6, 7\] makes 42 numbers.*has 48"):
         on("loretta-rep", W, form=form, norms=False)
+
+
+def test_chains_are_contracted_in_fp32_under_autocast():
+    _, (layer,) = on("loretta-rep", random(64, 64), fill=0.3, r=4, norms=False)
+    form, tensors, x = layer.form("default"), layer.form_tensors("default"), random(5, 64, seed=3)
+    B, A = form.factors(tensors, layer.site("default"))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = layer(x) - layer.base_layer(x)
+    expected = (x.bfloat16() @ A.detach().bfloat16().t()) @ (B.detach() / 2).bfloat16().t() * 2
+    close(found, expected, 2e-2)
+    exact = x.double() @ (B.detach().double() @ A.detach().double()).t()
+    assert (found.double() - exact).norm() < 0.01 * exact.norm()

@@ -17,8 +17,11 @@ from hf_sparse_peft.tuners.structured import (
     Additive,
     Beside,
     Bottleneck,
+    Circulant,
     DenseMatrix,
+    FactorPair,
     Kronecker,
+    Quantised,
     ScaleShift,
     structured_layers,
 )
@@ -283,7 +286,8 @@ def test_suppressed_layers_add_a_share_of_their_change():
 
 def test_memory_is_estimated():
     model = tiny.llama(layers=2)
-    for form in (Kronecker(8, 4), ScaleShift(), Bottleneck(4)):
+    forms = (Kronecker(8, 4), ScaleShift(), Bottleneck(4), Circulant(), FactorPair(4, 4, Quantised()))
+    for form in forms:
         config = StructuredConfig(form=form, target_modules=["q_proj"], task_type="CAUSAL_LM")
         expected = sum(p.numel() for p in get_peft_model(copy.deepcopy(model), config).parameters() if p.requires_grad)
         assert estimate(model.config, config, batch=1, seq=8).trained_numbers == expected

@@ -43,8 +43,7 @@ class _Displacement(Additive):
         """Padded, transformed, cut."""
         rows, cols = call.site.rows, call.site.cols
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            found = self.transform(F.pad(x.to(wide), (0, max(rows - cols, 0))), tensors)
+        found = self.transform(F.pad(x.to(wide), (0, max(rows - cols, 0))), tensors)
         return found[..., :rows].to(x.dtype)
 
     def weight(self, tensors: Tensors, site: Site) -> Tensor:

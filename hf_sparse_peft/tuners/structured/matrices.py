@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...ops import autocast_off
 from ...utils.option_types import PositiveFloat
 from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
@@ -86,7 +87,9 @@ class Matrix(Part):
 
     def product(self, x: Tensor, role: str, rows: int, cols: int, tensors: Tensors, call: Call) -> Tensor:
         r""":math:`X M^\top` `[..., rows]` in `call.dtype`, for `x` `[..., cols]` in it."""
-        return times(x, self.dense(role, rows, cols, tensors).to(call.dtype))
+        with autocast_off(x.device.type):  # chains and means are made in fp32
+            matrix = self.dense(role, rows, cols, tensors)
+        return times(x, matrix.to(call.dtype))
 
 
 @register_part("dense")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ops import autocast_dtype, autocast_off
 from ...utils.option_types import Fraction, PositiveFloat, PositiveInt, Range
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
@@ -125,14 +126,16 @@ class MatrixProductExperts(Form):
             kept = float(torch.rand(()) < self.central_update_prob)  # a gradient of 0, which DDP asks for
             held = central.detach()
             central = held if self.central_update_prob == 0 else held + kept * (central - held)
-        return [
-            contract([central if at == CENTRAL else tensors[f"mpo_{at}"][expert] for at in range(TENSORS)])
-            for expert in range(self.experts)
-        ]
+        with autocast_off(central.device.type):
+            return [
+                contract([central if at == CENTRAL else tensors[f"mpo_{at}"][expert] for at in range(TENSORS)])
+                for expert in range(self.experts)
+            ]
 
     def gates(self, x: Tensor, tensors: Tensors, call: Call) -> Tensor:
         """`[..., tokens, E]` fp32: the weight of each expert for each token of `x` `[..., tokens, cols]`."""
-        whole = times(x.float(), tensors[ROUTER].float()).softmax(-1)
+        with autocast_off(x.device.type):
+            whole = times(x.float(), tensors[ROUTER].float()).softmax(-1)
         first, chosen = whole.max(-1)
         mask = F.one_hot(chosen, self.experts).to(whole)
         second, next_chosen = (whole * (1 - mask)).max(-1)
@@ -181,7 +184,7 @@ class MatrixProductExperts(Form):
         matrices, given = self.matrices(tensors, call.training), x.to(call.dtype)
         found = torch.stack([times(one, M.to(call.dtype)) for one, M in zip(given, matrices, strict=True)])
         found = found if call.bias is None else found + call.bias.to(call.dtype)
-        return found if torch.is_autocast_enabled(x.device.type) else found.to(x.dtype)
+        return found.to(autocast_dtype(x.device.type) or x.dtype)
 
     def change(self, x: Tensor, y: Tensor, base: Product, tensors: Tensors, call: Call) -> Tensor:
         """Refused.
