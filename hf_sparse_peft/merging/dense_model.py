@@ -21,13 +21,20 @@ from .row import Update
 
 
 class DenseBase:
-    """The base of adapters in full precision.
+    """The base of adapters in full precision, with their heads and biases `others` in it.
 
     Raises:
-        ValueError: no base is named, it is stored quantised, or it has no linear layer where an adapter has one.
+        ValueError: no base is named, it is stored quantised, it has no linear layer where an adapter has one, or no
+            place for a head or bias of its shape.
     """
 
-    def __init__(self, like: Path, about: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        like: Path,
+        about: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, int]],
+        others: Mapping[str, Tensor],
+    ) -> None:
         named = about["base_model_name_or_path"]
         if not named:
             raise ValueError("form='dense' needs the base, and the adapters do not name it; pass base=.")
@@ -42,6 +49,15 @@ class DenseBase:
                 raise ValueError(
                     f"'{name}' is {found[0]}x{found[1]} in '{named}' and {shape[0]}x{shape[1]} in adapters."
                 )
+
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for key, tensor in others.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ValueError(f"'{named}' has no '{name}' of shape {tuple(tensor.shape)}, which '{key}' is for.")
+            tensor = tensor.to(parameters[name].dtype)
+            if not torch.equal(parameters[name].data, tensor):
+                self._replace(parameters[name], tensor, name.rpartition(".")[0])
 
     def add(self, name: str, result: list[Piece] | Update) -> int:
         """Add to the weight of a module, in fp32 or wider, rounded once; returns how many entries changed."""
@@ -60,20 +76,8 @@ class DenseBase:
         self._replace(weight, merged.t().contiguous() if transposed else merged.view_as(weight), name)
         return changed
 
-    def save(self, out: str | os.PathLike, others: Mapping[str, Tensor]) -> int:
-        """Write heads and biases into the model, and the model with its tokenizer into `out`; returns bytes of weights.
-
-        Raises:
-            ValueError: a head or bias that the model has no place for, of this shape.
-        """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for key, tensor in others.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise ValueError(f"The base has no '{name}' of shape {tuple(tensor.shape)}, which '{key}' is for.")
-        for key, tensor in others.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            self._replace(parameters[name], tensor.to(parameters[name].dtype), name.rpartition(".")[0])
+    def save(self, out: str | os.PathLike) -> int:
+        """Write the model with its tokenizer into `out`; returns bytes of weights."""
         processor = load_processor("base", getattr(self.model, "name_or_path", None))
         with staged_folder(out) as stage:
             self.model.save_pretrained(stage)

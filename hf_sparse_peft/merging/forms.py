@@ -100,7 +100,7 @@ def write_merged(
     Raises:
         ValueError: `out` holds something else, nothing is left, or, of a dense model, the base does not fit.
     """
-    target = DenseBase(merged.like, merged.about, merged.shapes) if form == "dense" else None
+    target = DenseBase(merged.like, merged.about, merged.shapes, merged.others) if form == "dense" else None
     kept: dict[str, list[Piece]] = {}
     errors, ranks, entries = {}, {}, {}
     with tqdm(total=len(merged.shapes), desc=what, unit="layer", disable=not show_progress) as bar:
@@ -122,7 +122,7 @@ def write_merged(
         ranks, entries = write_lora(out, kept, merged.others, merged.about), {}
         size = file_bytes(out)
     else:
-        size = target.save(out, merged.others)
+        size = target.save(out)
     return MergeReport(Path(out), form, ranks, entries, errors, not any(errors.values()), size)
 
 

@@ -75,7 +75,7 @@ def write_adapter(
     config = model.peft_config["default"]
     for layer in adapter_layers(model):
         layer.write_pieces("default", pieces[layer.module_name])
-    tensors = {**get_peft_model_state_dict(model), **others}
+    tensors = {**get_peft_model_state_dict(model, save_embedding_layers=False), **others}
     for name, value in options.items():
         setattr(config, name, value)
     config.inference_mode = True

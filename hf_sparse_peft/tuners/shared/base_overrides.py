@@ -66,6 +66,8 @@ def recorded_overrides(model: nn.Module, config: Any) -> dict[str, Any]:
     found = base_overrides(model)
     if not (config.inference_mode and config.base_overrides):
         return found
+    if not found:  # layers that stand for a base that is not here
+        return dict(config.base_overrides)
     quantization = {k: v for k, v in config.base_overrides.items() if k in (QUANTIZATION, QUANTIZED_FROM)}
     return {k: v for k, v in found.items() if k not in (QUANTIZATION, QUANTIZED_FROM)} | quantization
 
