@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .calibration import calibrate, initialize_support, load_support, save_support, write_supports
 from .callbacks import LayerSamplingCallback, MaskRegrowthCallback, PruningCallback, RankReallocationCallback
+from .example_weights import meta_weights, soft_label_losses
 from .loop import Controller
 from .muon import MuonSpec
 from .optimizers import (
@@ -64,9 +65,11 @@ __all__ = [
     "leave_adapters_whole",
     "load_support",
     "make_optimizer",
+    "meta_weights",
     "optimizer_spec",
     "prepare_upstream",
     "save_support",
+    "soft_label_losses",
     "trainer_class_for",
     "trainer_options",
     "write_report",
