@@ -41,7 +41,9 @@ class MeanVectors:
         found = self._sums.get(id(weight), {})
         if set(found) != {"input", "output"}:
             return None
-        return tuple(_mean(*found[name]) for name in ("input", "output"))
+        (inputs, count), (outputs, passed) = (_of_all_ranks(*found[name]) for name in ("input", "output"))
+        ranks = torch.distributed.get_world_size() if several_ranks() else 1  # whose losses are averaged
+        return inputs / count, outputs / (passed * ranks)
 
     def clear(self) -> None:
         """Forget the step's passes."""
@@ -63,12 +65,12 @@ def _read(reference: weakref.ref, module: nn.Linear, args: tuple[Any, ...], outp
     output.register_hook(lambda gradient: vectors.add(module.weight, "output", gradient))
 
 
-def _mean(total: Tensor, count: int) -> Tensor:
-    if several_ranks():
-        both = torch.cat([total, total.new_tensor([float(count)])])
-        torch.distributed.all_reduce(both)
-        total, count = both[:-1], both[-1]
-    return total / count
+def _of_all_ranks(total: Tensor, count: int) -> tuple[Tensor, Tensor | int]:
+    if not several_ranks():
+        return total, count
+    both = torch.cat([total, total.new_tensor([float(count)])])
+    torch.distributed.all_reduce(both)
+    return both[:-1], both[-1]
 
 
 class Mkor(AgedAdamW):

@@ -28,8 +28,8 @@ def meta_weights(
             {\sum_j \max(\langle \nabla L_{val}, \nabla \ell_j \rangle, 0) + 10^{-6}}
 
     which is the negative gradient of :math:`L_{val}(\theta - \eta \sum_i e_i \nabla \ell_i)` by :math:`e` at 0; the
-    rate :math:`\eta` drops out but for the constant. All 0 where no example helps. Costs three backward passes, one of them
-    through another; attention takes torch's plain kernel, which has a second derivative.
+    rate :math:`\eta` drops out but for the constant. All 0 where no example helps. Costs three backward passes,
+    one of them through another; attention takes torch's plain kernel, which has a second derivative.
 
     Args:
         parameters: those that the look-ahead step would move.

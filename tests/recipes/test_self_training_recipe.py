@@ -12,21 +12,9 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "self_training.py"
 
 
 def test_students_of_a_teacher_learn_from_rows_without_labels(tmp_path):
-    sizes = [
-        "--steps",
-        "10",
-        "--labels",
-        "30",
-        "--label_steps",
-        "16",
-        "--sessions",
-        "1",
-        "--unlabelled",
-        "60",
-        "--test_examples",
-        "60",
-    ]
-    done = processes.python(SCRIPT, *sizes, "--size", "16", "--output_dir", str(tmp_path), check=True)
+    sizes = ["--steps", "10", "--labels", "30", "--label_steps", "16", "--sessions", "1", "--size", "16"]
+    rows = ["--unlabelled", "60", "--test_examples", "60"]
+    done = processes.python(SCRIPT, *sizes, *rows, "--output_dir", str(tmp_path), check=True)
     first, second = json.loads((tmp_path / "figures.json").read_text())
     assert set(first) == {"session", "accuracy"}
     assert 0 < second["weighted"] < 1  # some examples help, and some do not

@@ -16,17 +16,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tiny` is: this runs
 import tiny
 from transformers import Trainer
 
-from hf_sparse_peft import ProjectedAdamWSpec, trainer_options
+from hf_sparse_peft import AdamRSpec, MkorSpec, MuonSpec, OptimizerSpec, ProjectedAdamWSpec, trainer_options
 from hf_sparse_peft.optim import NormScaledResidual, SVDProjection, innermost
 
 STEPS = 5
 SPEC = ProjectedAdamWSpec(SVDProjection(4), NormScaledResidual(), every=2)
+OTHERS = {"muon": MuonSpec(iteration_dtype="float32"), "mkor": MkorSpec(every=2), "adam_r": AdamRSpec()}
 
 
-def train(out: Path, batch: int, spec: ProjectedAdamWSpec = SPEC) -> dict[str, torch.Tensor]:
+def train(out: Path, batch: int, spec: OptimizerSpec = SPEC) -> dict[str, torch.Tensor]:
     """Weights and subspaces after a few steps."""
     model = tiny.llama()
-    args = tiny.arguments(out, STEPS, per_device_train_batch_size=batch, max_grad_norm=0.0)
+    more = {"max_grad_norm": 0.0, "weight_decay": 0.1, "learning_rate": 1e-3}
+    args = tiny.arguments(out, STEPS, per_device_train_batch_size=batch, **more)
     options = trainer_options(model, args, optimizer=spec)
     trainer = Trainer(model=model, train_dataset=tiny.TokenData(), **options)
     trainer.train()
@@ -47,6 +49,8 @@ def main(out: Path) -> None:
     SVDProjection.choose = noisy
     found = train(out / str(rank), 4)
     SVDProjection.choose = choose
+    for name, spec in OTHERS.items():
+        found |= {f"{name}.{key}": value for key, value in train(out / str(rank), 4, spec).items()}
     try:
         train(out / str(rank), 4, ProjectedAdamWSpec(SVDProjection(4), layerwise=True))
         found["refused"] = torch.tensor(False)
