@@ -27,11 +27,11 @@ import demo_data
 import torch
 from datasets import Dataset
 from evaluation import exact_match
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from reporting import print_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from hf_sparse_peft import Controller, SparseLoraConfig, make_optimizer, set_masks
+from hf_sparse_peft import Controller, SparseLoraConfig, make_optimizer
 from hf_sparse_peft import federated as fed
 from hf_sparse_peft.sparsity import stream_seed
 from hf_sparse_peft.training.recipe_files import checked_options
@@ -94,185 +94,75 @@ def batches(rows: Dataset, size: int, count: int, tokenizer: Any, seed: int) -> 
         yield collate([rows[at] for at in picked])
 
 
-# Algorithms: what the server and a client do in a round. `Side` is one process' view: a model, and what it trains on.
+# The clients' training
 
 
 @dataclass
-class Side:
-    """A process with a model; the server's has no data."""
+class Clients:
+    """The clients of one process: a party, and the data that each has."""
 
     recipe: RecipeArguments
     tokenizer: Any
-    model: PeftModel
+    party: fed.Party
     data: Mapping[str, Dataset]
-    """Tokenized, of the clients that live here."""
+    """Tokenized."""
 
-    def train(self, client: str, number: int, optimizer: Any, rule: Any = None) -> int:
+    def local(self, client: str, number: int, data: bytes) -> bytes:
+        """What the client sends back."""
+        return self.party.local(client, number, data, lambda model, rule: self.train(client, number, rule))
+
+    def train(self, client: str, number: int, rule: Any) -> int:
         """A client's local steps; returns how many examples it has."""
-        rows, steps = self.data[client], self.recipe.local_steps
-        seed = stream_seed(self.recipe.seed, client, number)
+        model, recipe = self.party.model, self.recipe
+        rows, seed = self.data[client], stream_seed(recipe.seed, client, number)
         set_seed(seed % 2**32)
-        self.model.train()
-        with Controller(self.model, optimizer, steps, rule=rule) as rules:
-            for batch in batches(rows, self.recipe.batch_size, steps, self.tokenizer, seed):
+        optimizer = optimizer_of(self.party, recipe, number)
+        model.train()
+        with Controller(model, optimizer, recipe.local_steps, rule=rule) as rules:
+            for batch in batches(rows, recipe.batch_size, recipe.local_steps, self.tokenizer, seed):
                 rules.before_step()
-                self.model(**batch.to(self.model.device)).loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                model(**batch.to(model.device)).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 rules.after_step()
                 optimizer.zero_grad()
         return len(rows)
 
 
-def adapter_optimizer(model: PeftModel, rate: float) -> torch.optim.Optimizer:
-    """The config's, or AdamW."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return make_optimizer(model, lr=rate) or torch.optim.AdamW(trained, lr=rate)
+def optimizer_of(party: fed.Party, recipe: RecipeArguments, number: int) -> torch.optim.Optimizer:
+    """A client's: AdamW for adapters, SGD for full weights, as the papers have it."""
+    trained = [parameter for parameter in party.model.parameters() if parameter.requires_grad]
+    if isinstance(party, fed.FedDIPParty):
+        return party.options.local_optimizer(party.model, number)
+    if isinstance(party, fed.FerretParty):
+        return torch.optim.SGD(trained, lr=recipe.ferret_rate)
+    rate = recipe.fedavg_rate
+    return make_optimizer(party.model, lr=rate) or torch.optim.AdamW(trained, lr=rate)
 
 
-class FedAvg:
-    """Sparse adapters, averaged."""
-
-    name = "fedavg"
-
-    def __init__(self, side: Side) -> None:
-        self.side, self.global_tensors = side, fed.adapter_tensors(side.model)
-        self.held: dict[str, dict[str, torch.Tensor]] = {}
-        """Client -> what it was last sent."""
-
-    @staticmethod
-    def config(recipe: RecipeArguments) -> Any:
-        options = checked_options(recipe.adapter, SparseLoraConfig, "adapter")
-        return SparseLoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
-
-    def message(self, client: str, number: int) -> bytes:
-        found = fed.adapter_message(self.side.model, number, known=self.held.get(client))
-        self.held[client] = self.global_tensors
-        return found
-
-    def local(self, client: str, number: int, data: bytes) -> bytes:
-        known = self.held.get(client, self.global_tensors)
-        received = fed.read_adapter_message(data, "server", known, number=number).tensors
-        fed.write_adapter_tensors(self.side.model, received)
-        self.held[client] = received
-        optimizer = adapter_optimizer(self.side.model, self.side.recipe.fedavg_rate)
-        examples = self.side.train(client, number, optimizer)
-        return fed.adapter_message(self.side.model, number, client=client, examples=examples, known=received)
-
-    def read(self, number: int) -> Callable[[bytes, str], Any]:
-        config = self.side.model.peft_config["default"]
-        return lambda data, client: fed.read_adapter_message(
-            data, client, self.global_tensors, number=number, config=config
-        )
-
-    def step(self, found: fed.Round) -> None:
-        averaged = fed.fedavg(found.replies, found.shares(), seed=self.side.recipe.seed)
-        fed.write_adapter_tensors(self.side.model, averaged.tensors)
-        self.global_tensors = averaged.tensors
-
-
-class FedDIP:
-    """Full weights under a global mask."""
-
-    name = "feddip"
-
-    def __init__(self, side: Side) -> None:
-        self.side = side
-        self.options = fed.FedDIP(**{"rounds": side.recipe.rounds, "seed": side.recipe.seed, **side.recipe.feddip})
-        self.masks: dict[str, dict[str, torch.Tensor]] = {}
-        """Client -> the masks that it has."""
-        if not side.data:
-            fed.feddip_start(side.model, self.options)
-
-    @staticmethod
-    def config(recipe: RecipeArguments) -> Any:
-        return fed.feddip_config(task_type="CAUSAL_LM")
-
-    def message(self, client: str, number: int) -> bytes:
-        found = fed.feddip_server_message(self.side.model, self.options, number, known=self.masks.get(client))
-        self.masks[client] = fed.masks_of(self.side.model)
-        return found
-
-    def local(self, client: str, number: int, data: bytes) -> bytes:
-        if client in self.masks:  # several clients share this process' model
-            set_masks(self.side.model, {name: ~bits for name, bits in self.masks[client].items()})
-        fed.feddip_receive(self.side.model, data, self.options, number, client)
-        self.masks[client] = fed.masks_of(self.side.model)
-        optimizer = self.options.local_optimizer(self.side.model, number)
-        examples = self.side.train(client, number, optimizer, self.options.local_rule(number))
-        return fed.feddip_client_message(self.side.model, self.options, number, client, examples)
-
-    def read(self, number: int) -> Callable[[bytes, str], Any]:
-        return lambda data, client: fed.read_feddip_message(self.side.model, data, client, self.options, number)
-
-    def step(self, found: fed.Round) -> None:
-        fed.feddip_server_step(self.side.model, found.replies, found.shares(), self.options, found.number)
-
-
-class Ferret:
-    """Full weights, whose updates are sent as coordinates in random bases."""
-
-    name = "ferret"
-
-    def __init__(self, side: Side) -> None:
-        self.side = side
-        self.options = fed.Ferret(**{"seed": side.recipe.seed, **side.recipe.ferret})
-        self.log: list[bytes] = []
-        """The server's messages of all rounds; of a worker those that it has applied."""
-        self.held: dict[str, int] = {}
-        """Client -> rounds whose messages it has."""
-        self.tensors = self.trained()
-
-    @staticmethod
-    def config(recipe: RecipeArguments) -> Any:
-        return fed.feddip_config(task_type="CAUSAL_LM")
-
-    def trained(self) -> dict[str, torch.Tensor]:
-        """What takes part, by name: the masks keep everything, and are the same for all."""
-        return {key: one for key, one in fed.adapter_tensors(self.side.model).items() if one.is_floating_point()}
-
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        fed.write_adapter_tensors(self.side.model, {**fed.adapter_tensors(self.side.model), **tensors})
-
-    def message(self, client: str, number: int) -> bytes:
-        """What the client has missed; a client that is new begins with the base."""
-        missed = self.log[self.held.get(client, 0) :]
-        self.held[client] = number
-        return fed.pack_all(missed)
-
-    def local(self, client: str, number: int, data: bytes) -> bytes:
-        for at, message in enumerate(fed.unpack_all(data, "server"), start=self.held.get(client, 0)):
-            if at == len(self.log):  # the clients of this process share its copy of the global tensors
-                self.tensors = fed.ferret_receive(self.tensors, message, self.options, at)
-                self.log.append(message)
-        self.held[client] = number
-        self.write(self.tensors)
-        trained = [parameter for parameter in self.side.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=self.side.recipe.ferret_rate)
-        examples = self.side.train(client, number, optimizer)
-        return fed.ferret_client_message(self.tensors, self.trained(), self.options, number, client, examples)
-
-    def read(self, number: int) -> Callable[[bytes, str], Any]:
-        return lambda data, client: fed.read_ferret_message(data, client, self.tensors, self.options, number)
-
-    def step(self, found: fed.Round) -> None:
-        self.tensors, terms = fed.ferret_server_step(self.tensors, found.replies, found.shares(), self.options)
-        self.log.append(fed.ferret_server_message(terms, found.number, self.options.step))
-        self.write(self.tensors)
-
-
-ALGORITHMS: dict[str, Any] = {one.name: one for one in (FedAvg, FedDIP, Ferret)}
-
-
-def side_of(recipe: RecipeArguments, algorithm: str, clients: Mapping[str, Dataset]) -> Any:
-    """The algorithm on a fresh model of the base."""
+def party_of(recipe: RecipeArguments, algorithm: str, server: bool = False) -> tuple[fed.Party, Any]:
+    """The algorithm on a fresh model of the base, and the base's tokenizer."""
     name = recipe.model_name_or_path or common.DEMO_BASE
-    tokenizer = AutoTokenizer.from_pretrained(name)
     base = common.load_base(AutoModelForCausalLM, name, recipe, recipe)
+    given = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    config = fed.feddip_config(**given)
+    if algorithm == "fedavg":
+        config = SparseLoraConfig(**{**given, **checked_options(recipe.adapter, SparseLoraConfig, "adapter")})
     set_seed(recipe.seed)
-    model = get_peft_model(base, ALGORITHMS[algorithm].config(recipe))
-    data = {client: demo_data.tokenize_pairs(rows, tokenizer) for client, rows in clients.items()}
-    return ALGORITHMS[algorithm](Side(recipe, tokenizer, model, data))
+    model = get_peft_model(base, config)
+    options = {
+        "fedavg": lambda: {"seed": recipe.seed},
+        "feddip": lambda: {"options": fed.FedDIP(**{"rounds": recipe.rounds, "seed": recipe.seed, **recipe.feddip})},
+        "ferret": lambda: {"options": fed.Ferret(**{"seed": recipe.seed, **recipe.ferret})},
+    }[algorithm]()
+    return fed.PARTIES[algorithm](model, server=server, **options), AutoTokenizer.from_pretrained(name)
+
+
+def clients_here(recipe: RecipeArguments, algorithm: str, data: Mapping[str, Dataset]) -> Clients:
+    """Those with that data, on a model of their own."""
+    party, tokenizer = party_of(recipe, algorithm)
+    held = {client: demo_data.tokenize_pairs(rows, tokenizer) for client, rows in data.items()}
+    return Clients(recipe, tokenizer, party, held)
 
 
 # Workers
@@ -281,7 +171,7 @@ def side_of(recipe: RecipeArguments, algorithm: str, clients: Mapping[str, Datas
 def work(pipe: Any, recipe: RecipeArguments, algorithm: str, clients: Mapping[str, Dataset]) -> None:
     """A worker: clients' replies, until there is nothing to do."""
     torch.set_num_threads(1)
-    held = side_of(recipe, algorithm, clients)
+    held = clients_here(recipe, algorithm, clients)
     while (task := pipe.recv()) is not None:
         client, number, data = task
         try:
@@ -300,7 +190,7 @@ def clients_of(recipe: RecipeArguments, algorithm: str) -> Iterator[Callable[[in
         return {client for client in messages if torch.rand((), generator=gone).item() < recipe.drop_out}
 
     if not recipe.processes:
-        here = side_of(recipe, algorithm, data)
+        here = clients_here(recipe, algorithm, data)
 
         def in_turn(number: int, messages: dict[str, bytes]) -> dict[str, Any]:
             lost = dropped(messages)
@@ -348,18 +238,18 @@ def clients_of(recipe: RecipeArguments, algorithm: str) -> Iterator[Callable[[in
 
 def run(recipe: RecipeArguments, algorithm: str, test: Dataset) -> dict[str, Any]:
     """All rounds of one algorithm: bytes and exact match after each."""
-    server, clients = side_of(recipe, algorithm, {}), sorted(shares_of(recipe))
-    history = []
+    server, tokenizer = party_of(recipe, algorithm, server=True)
+    clients, history = sorted(shares_of(recipe)), []
     with clients_of(recipe, algorithm) as replies:
         for number in range(recipe.rounds):
             chosen = fed.choose_clients(clients, recipe.fraction, number, recipe.seed)
             messages = {client: server.message(client, number) for client in chosen}
-            found = fed.collect(number, replies(number, messages), server.read(number))
+            found = fed.collect(number, replies(number, messages), server.reader(number))
             server.step(found)
             row = {
                 "round": number, "clients": len(found.replies), "refused": found.refused,
                 "bytes_down": sum(len(data) for data in messages.values()), "bytes_up": found.bytes_up,
-                "exact_match": exact_match(server.side.model, server.side.tokenizer, test),
+                "exact_match": exact_match(server.model, tokenizer, test),
             }  # fmt: skip
             history.append(row)
             print(
@@ -369,7 +259,7 @@ def run(recipe: RecipeArguments, algorithm: str, test: Dataset) -> dict[str, Any
             )
     folder = Path(recipe.output_dir) / algorithm
     common.save_adapter(
-        server.side.model, folder, metrics={"exact_match": history[-1]["exact_match"]},
+        server.model, folder, metrics={"exact_match": history[-1]["exact_match"]},
         training_data="word problems that recipes/demo_data.py generates",
         notes=f"{algorithm}, {recipe.rounds} rounds, seed {recipe.seed}; recipes/federated.py.",
     )  # fmt: skip
@@ -380,29 +270,20 @@ def pooled(recipe: RecipeArguments, algorithm: str, test: Dataset) -> float:
     """Exact match of the algorithm's adapter, trained with its client's optimizer on all data in one place: as many
     steps as a client that takes part in every round, of as many examples as the clients of a round have together."""
     rows = common.datasets.concatenate_datasets(list(shares_of(recipe).values()))
-    alone = side_of(recipe, algorithm, {"all": rows})
     together = max(1, int(recipe.fraction * recipe.clients))
-    side = alone.side
-    side.recipe = replace(
-        recipe, local_steps=recipe.rounds * recipe.local_steps, batch_size=recipe.batch_size * together
-    )
-    if algorithm == "fedavg":
-        optimizer = adapter_optimizer(side.model, recipe.fedavg_rate)
-    else:
-        trained = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
-        rate = alone.options.learning_rate if algorithm == "feddip" else recipe.ferret_rate
-        optimizer = torch.optim.SGD(trained, lr=rate)
-    side.train("all", 0, optimizer)
-    return exact_match(side.model, side.tokenizer, test)
+    steps, size = recipe.rounds * recipe.local_steps, recipe.batch_size * together
+    alone = clients_here(replace(recipe, local_steps=steps, batch_size=size), algorithm, {"all": rows})
+    alone.train("all", 0, None)
+    return exact_match(alone.party.model, alone.tokenizer, test)
 
 
 def main(argv: list[str]) -> common.Figures:
     """Run what `algorithms` names, print the table, draw; returns the figures."""
     (recipe,) = common.begin(__file__, argv, RecipeArguments)
-    wanted = recipe.algorithms or list(ALGORITHMS)
-    unknown = sorted(set(wanted) - set(ALGORITHMS))
+    wanted = recipe.algorithms or list(fed.PARTIES)
+    unknown = sorted(set(wanted) - set(fed.PARTIES))
     if unknown:
-        raise SystemExit(f"federated.py: algorithms={unknown} is unknown; it takes {', '.join(ALGORITHMS)}.")
+        raise SystemExit(f"federated.py: algorithms={unknown} is unknown; it takes {', '.join(fed.PARTIES)}.")
     test = demo_data.word_problems(recipe.test_examples, seed=recipe.seed, split="test")
     figures: dict[str, Any] = {}
     for algorithm in wanted:

@@ -12,7 +12,11 @@ from dataclasses import fields, is_dataclass
 from typing import Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
+
+try:
+    from typer.exceptions import TyperException
+except ImportError:  # before 0.29 typer stood on click, which Flower's typer still does
+    from click import ClickException as TyperException
 
 from .. import __version__
 from .errors import in_flags
@@ -101,7 +105,12 @@ def _grouped(function: Callable[..., None]) -> tuple[dict[str, type], list[inspe
 
 
 def _context() -> typer.Context | None:
-    from typer._click.globals import get_current_context  # typer brings its own click, and has no public name for it
+    try:
+        from typer._click.globals import (
+            get_current_context,  # typer brings its own click, and has no public name for it
+        )
+    except ImportError:
+        from click import get_current_context
 
     return get_current_context(silent=True)
 

@@ -5,6 +5,7 @@ rounds.py            who takes part, which replies count, their shares
 adapter_tensors.py   an adapter's tensors out of a model and into it
 fedavg.py, factor_average.py      averages of adapters, with supports that moved and low-rank halves
 feddip.py, feddip_messages.py     a global mask that grows sparser
+parties.py           each method's functions in order, with what is remembered between rounds
 ferret.py, ferret_messages.py     updates as coordinates in random bases      seeded_bases.py    these bases
 """
 
@@ -15,16 +16,22 @@ from .feddip_messages import feddip_client_message, feddip_receive, feddip_serve
 from .ferret import Ferret, FerretUpdate, Pool, Term, ferret_server_step, project, reconstruct
 from .ferret_messages import ferret_client_message, ferret_receive, ferret_server_message, read_ferret_message
 from .messages import Message, pack, pack_all, unpack, unpack_all
+from .parties import PARTIES, FedAvgParty, FedDIPParty, FerretParty, Party
 from .rounds import Round, choose_clients, collect
 
 __all__ = [
+    "PARTIES",
     "AdapterUpdate",
     "Averaged",
+    "FedAvgParty",
     "FedDIP",
+    "FedDIPParty",
     "FedDIPUpdate",
     "Ferret",
+    "FerretParty",
     "FerretUpdate",
     "Message",
+    "Party",
     "Pool",
     "Round",
     "Term",

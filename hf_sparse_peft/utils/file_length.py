@@ -69,7 +69,7 @@ def read_safetensors_bytes(data: bytes, name: str) -> tuple[dict[str, torch.Tens
     """As `read_safetensors(checked=True)`, of what was received instead of written; errors call it `name`."""
     header = _read_header(io.BytesIO(data), len(data), name)
     try:
-        tensors = load(bytes(data))
+        tensors = dict(sorted(load(bytes(data)).items()))  # the library's order is any
         metadata = dict(header.get("__metadata__") or {})
     except (SafetensorError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"'{name}' is not readable as safetensors: {error}. Fetch or save it again.") from error
