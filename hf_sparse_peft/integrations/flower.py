@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from ..federated import Party, choose_clients, collect
 from ..rules import Rule
+from ..utils.option_types import PositiveInt, check_value
 
 RECORD, MESSAGE, MEMORY = "hf_sparse_peft", "message", "memory"
 """Names in Flower's messages and states."""
@@ -59,6 +61,8 @@ def strategy_of(
     party: Party,
     *,
     fraction: float = 1.0,
+    available: int = 1,
+    patience: float = 600,
     least: int = 1,
     on_bad: Literal["skip", "stop"] = "skip",
     seed: int = 0,
@@ -68,6 +72,8 @@ def strategy_of(
     Args:
         party: the server's.
         fraction: of Flower's nodes that take part in a round.
+        available: nodes that a round waits for before it draws.
+        patience: seconds that it waits at most.
         least: good replies that a round needs.
         on_bad: whether a round goes on without a reply that is missing or refused, or stops.
         seed: of the nodes that are drawn.
@@ -78,7 +84,8 @@ def strategy_of(
     """
     if not party.server:
         raise ValueError("party is a client's. Make the server's with server=True.")
-    return _strategy_class()(party, fraction, least, on_bad, seed)
+    check_value(available, PositiveInt, "strategy_of(available)")
+    return _strategy_class()(party, fraction, (available, patience), least, on_bad, seed)
 
 
 def client_app(make_party: Callable[[Any], Party], train: Callable[[Party, Rule | None, Any], int]) -> Any:
@@ -119,14 +126,16 @@ def _strategy_class() -> type:
     class SparsePeftStrategy(Strategy):
         """Rounds of a party."""
 
-        def __init__(self, party: Party, fraction: float, least: int, on_bad: str, seed: int) -> None:
-            self.party, self.fraction, self.seed = party, fraction, seed
+        def __init__(
+            self, party: Party, fraction: float, awaited: tuple[int, float], least: int, on_bad: str, seed: int
+        ) -> None:
+            self.party, self.fraction, self.awaited, self.seed = party, fraction, awaited, seed
             self.collect = functools.partial(collect, on_bad=on_bad, least=least)
             self.chosen: list[str] = []
             self.bytes_down = 0
 
         def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
-            nodes = [str(node) for node in grid.get_node_ids()]
+            nodes = _nodes(grid, *self.awaited)
             self.chosen = choose_clients(nodes, self.fraction, server_round - 1, self.seed)
             sent = {client: self.party.message(client, server_round - 1) for client in self.chosen}
             self.bytes_down = sum(len(data) for data in sent.values())
@@ -161,6 +170,18 @@ def _strategy_class() -> type:
             _logger.info("%s, a fraction of %s of the nodes in each round", self.party.name, self.fraction)
 
     return SparsePeftStrategy
+
+
+def _nodes(grid: Any, available: int, patience: float) -> list[str]:
+    """Names of Flower's nodes, once there are so many."""
+    end = time.monotonic() + patience
+    while len(nodes := [str(node) for node in grid.get_node_ids()]) < available:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"Flower has {len(nodes)} nodes after {patience} s, and available={available} are awaited."
+            )
+        time.sleep(0.2)
+    return nodes
 
 
 def _reply(message: Any) -> bytes | RuntimeError | None:

@@ -80,7 +80,7 @@ def main(out, kind):
 
     @server_app.main()
     def serve(grid, context):
-        found["result"] = flower.start(party, grid, ROUNDS)
+        found["result"] = flower.start(party, grid, ROUNDS, available=CLIENTS)
 
     def local(party, rule, context):
         return train(party, rule, int(context.node_config["partition-id"]), party.number)
