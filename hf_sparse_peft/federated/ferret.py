@@ -143,7 +143,7 @@ class Term:
     """Coordinates that are to be added: in which bases, times which share."""
 
     seed: int
-    numbers: list[list[int]]
+    base_numbers: list[list[int]]
     """Of each block, which bases."""
     coordinates: list[Tensor]
     """fp32, of each block."""
@@ -185,7 +185,7 @@ def reconstruct(terms: Sequence[Term], like: Mapping[str, Tensor], options: Ferr
         device = like[block.names[0]].device
         total = torch.zeros(block.size, device=device)
         for term in terms:
-            for places, some in bases(term.seed, at, term.numbers[at], block.size, device):
+            for places, some in bases(term.seed, at, term.base_numbers[at], block.size, device):
                 values = term.coordinates[at][places].to(device)
                 total += _clipped(values, some, options.clip) @ some
         found |= block.unflatten(total, like)
@@ -234,7 +234,7 @@ def ferret_server_step(
 def _with_momentum(term: Term, pool: Pool, options: Ferret) -> Term:
     if not pool.coordinates:
         pool.coordinates = [torch.zeros(options.bases) for _ in term.coordinates]
-    for held, numbers, values in zip(pool.coordinates, term.numbers, term.coordinates, strict=True):
+    for held, numbers, values in zip(pool.coordinates, term.base_numbers, term.coordinates, strict=True):
         held.mul_(options.momentum).index_add_(0, torch.tensor(numbers), values)
     every = list(range(options.bases))
     return Term(term.seed, [every for _ in pool.coordinates], [held.clone() for held in pool.coordinates])

@@ -74,8 +74,8 @@ def ferret_server_message(terms: Sequence[Term], number: int, step: float) -> by
     tensors: dict[str, Tensor] = {}
     for at, term in enumerate(terms):
         tensors |= _coordinates(term.coordinates, f"{at}/")
-        if any(numbers != list(range(len(numbers))) for numbers in term.numbers):
-            flat = [number for numbers in term.numbers for number in numbers]
+        if any(numbers != list(range(len(numbers))) for numbers in term.base_numbers):
+            flat = [number for numbers in term.base_numbers for number in numbers]
             tensors[f"{at}/numbers"] = torch.tensor(flat, dtype=torch.int32)
     return pack("ferret_round", tensors, round=number, step=float(step), seeds=[term.seed for term in terms])
 

@@ -191,7 +191,7 @@ def test_two_clients_have_the_mean_of_their_tables_and_momentum_halves_the_forme
         assert torch.equal(tensors["w"], before["w"])
         assert torch.allclose(pool.coordinates[0].double(), table, rtol=1e-5, atol=1e-6)
         assert torch.allclose(moved["w"].double(), w, rtol=1e-4, atol=1e-5)
-        assert [len(term.numbers[0]) for term in terms] == [6]
+        assert [len(term.base_numbers[0]) for term in terms] == [6]
         tensors = moved
     residual = tensors["w"].double() - V.t() @ torch.linalg.lstsq(V.t(), tensors["w"].double()).solution
     assert float(residual.norm()) < 1e-6 * float(tensors["w"].norm()) + 1e-6  # all of the run lies in K directions

@@ -34,7 +34,8 @@ def party_of(kind, server=False):
     if kind == "feddip":
         options = {"first_mask": "magnitude", "final_sparsity": 0.8, "reconfigure_every": 1, "segments": 3}
         return FedDIPParty(model, FedDIP(rounds=ROUNDS, **options), server=server)
-    return FerretParty(model, Ferret(bases=30, draw="round"), server=server)
+    # All blocks have all bases: what is chosen else follows from names, and Flower draws those of nodes.
+    return FerretParty(model, Ferret(bases=30, least=30, draw="round"), server=server)
 
 
 class Noted:
