@@ -14,7 +14,7 @@ from ..sparsity.scores import chunks_of
 from ..utils.option_types import NonNegativeInt, PositiveInt
 from ..utils.parts import register_part
 from ..utils.tensors import TensorSpec
-from .collectives import all_reduce_mean
+from .collectives import all_reduce_mean, is_distributed
 from .evidence import is_evidence
 from .gradient_readers import MicroBatchReader
 from .moves import move_units
@@ -126,7 +126,7 @@ class ChooseSupport(Rule):
         if not self.warmup <= run.step < self.chosen_after:
             return
         for space in supports:
-            run.read_gradient(space, _SumReader(self))
+            run.read_gradient(space, _SumReader(self, space))
 
     def after_update(self, run: Run) -> None:
         """Keep this step's sums; those of a step that was skipped are not used."""
@@ -189,9 +189,9 @@ class ChooseSupport(Rule):
 class _SumReader(MicroBatchReader):
     """`total`: the sum over a step of what the rule makes of each micro-batch's gradient, or of the step's."""
 
-    def __init__(self, rule: ChooseSupport) -> None:
+    def __init__(self, rule: ChooseSupport, space: UnitSpace) -> None:
         super().__init__()
-        self.rule = rule
+        self.rule, self.space = rule, space
         self.total: Tensor | None = None
         self._step: Tensor | None = None
 
@@ -210,6 +210,9 @@ class _SumReader(MicroBatchReader):
     def finish_step(self, loss_scale: float = 1.0) -> None:
         """Close the step, and divide by what the loss was multiplied by."""
         self.finish_micro_batch()
+        if self._step is None and self.rule.reduction == "step" and is_distributed():
+            # This rank's batches did not reach the layer, another's may.
+            self._step = torch.zeros(self.space.weight_shape, device=self.space.values.device)
         if self._step is not None:
             self._add(all_reduce_mean(self._step))
         if self.total is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -38,17 +39,17 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     """`tensor` added up over all ranks, in place."""
     if world_size() > 1:
-        torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(tensor, group=group)
     return tensor
 
 
-def all_reduce_mean(tensor: Tensor) -> Tensor:
+def all_reduce_mean(tensor: Tensor, group: Any = None) -> Tensor:
     """`tensor` averaged over all ranks, in place; itself where nothing is distributed."""
     if is_distributed():
-        torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(tensor, group=group)
         tensor /= torch.distributed.get_world_size()
     return tensor
 
@@ -77,6 +78,34 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
             bucket.append(one)
         yield bucket
+
+
+def own_group() -> Any:
+    """A process group of all ranks for what is summed within backward passes, where DistributedDataParallel's own sums
+    are under way in the default one; None where nothing is distributed. Every rank makes it, at the same place."""
+    if world_size() == 1:
+        return None
+    default = torch.distributed.group.WORLD
+    if default not in _OWN:
+        _OWN[default] = torch.distributed.new_group(timeout=_timeout_of(default))
+    return _OWN[default]
+
+
+_OWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _timeout_of(group: Any) -> Any:
+    """What the script gave to `init_process_group`; None, torch's default, where a backend does not tell."""
+    for device in getattr(group, "_device_types", ()):
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
+def same_on_every_rank(number: int, device: torch.device, group: Any = None) -> bool:
+    """Whether all ranks give the same number."""
+    return not _unlike([number], device, group)
 
 
 def on_every_rank(condition: bool, device: torch.device) -> bool:

@@ -26,6 +26,7 @@ from training_toolbox import TokenData, tiny_llama
 from hf_sparse_peft import (
     AccumulatedGradient,
     AgedAdamWSpec,
+    ChooseSupport,
     Controller,
     Prune,
     Regrow,
@@ -112,7 +113,7 @@ def other_shapes(wrap) -> dict:
 
 
 class TwoTowers(torch.nn.Module):
-    """A trunk that every sample passes through, and towers of the same shape that some do."""
+    """A trunk that every sample passes through, and towers of the same shape that some do, or pass into idly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,21 +121,25 @@ class TwoTowers(torch.nn.Module):
         self.towers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
         self.trunk = torch.nn.Linear(8, 8)
 
-    def forward(self, samples: list[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
+    def forward(self, samples: list[tuple[torch.Tensor, list[int], list[int]]]) -> torch.Tensor:
         losses = []
-        for inputs, towers in samples:
+        for inputs, towers, idle in samples:
             hidden = self.trunk(inputs).tanh()
+            for tower in idle:
+                self.towers[tower](hidden)  # it runs, and reaches no loss
             for tower in towers:
                 hidden = hidden + self.towers[tower](hidden)
             losses.append(hidden.square().mean())
         return torch.stack(losses).mean()
 
 
-def towers(grow, accumulation: int = 1) -> dict:
-    """Each rank's samples reach another tower, one of them none, and one tower is reached by nobody."""
+def towers(rule, accumulation: int = 1, idle: bool = False) -> dict:
+    """Each rank's samples reach another tower, one of them none, and one tower is reached by nobody. With `idle` all
+    towers run on every rank."""
+    rule = rule if isinstance(rule, ChooseSupport) else Regrow(every=3, grow=rule, fraction=0.5)
     config = SparseLoraConfig(
         r=0, density=0.2, criterion="random", target_modules=["trunk", "towers.0", "towers.1", "towers.2"],
-        optimizer=AgedAdamWSpec(), schedule=[Regrow(every=3, grow=grow, fraction=0.5)],
+        optimizer=AgedAdamWSpec(), schedule=[rule],
     )  # fmt: skip
     model = get_peft_model(TwoTowers(), config)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model
@@ -144,7 +149,7 @@ def towers(grow, accumulation: int = 1) -> dict:
             rules.before_step()
             for part in range(accumulation):
                 samples = [
-                    (torch.randn(4, 8, generator=generator), reached)
+                    (torch.randn(4, 8, generator=generator), reached, [0, 1, 2] if idle else [])
                     for reached in ([0], [1] if (step + part) % 3 else [])
                 ]
                 mine = samples if world() == 1 else [samples[rank()]]
@@ -154,7 +159,7 @@ def towers(grow, accumulation: int = 1) -> dict:
             optimizer.step()
             rules.after_step()
             optimizer.zero_grad()
-    assert any(event["replaced"] for event in rules.events)
+    assert any(event.get("replaced") or event.get("chosen") for event in rules.events)
     return {name: one.clone() for name, one in model.state_dict().items() if "sparse_lora" in name}
 
 
@@ -190,6 +195,10 @@ ALIKE = {
     "towers, accumulated": lambda: towers(AccumulatedGradient(steps=2)),
     "towers, micro-batches": lambda: towers(Gradient(), accumulation=2),
     "towers, candidates": lambda: towers(Gradient(candidates=2.0), accumulation=2),
+    "towers, chosen": lambda: towers(ChooseSupport(warmup=2, reduction="step"), accumulation=2),
+    "idle towers": lambda: towers(Gradient(), idle=True),
+    "idle towers, accumulated": lambda: towers(AccumulatedGradient(steps=2), idle=True),
+    "idle towers, candidates": lambda: towers(Gradient(candidates=2.0), accumulation=2, idle=True),
     **{
         f"adapters, {name}": lambda one=one: train(shard(adapted(**one), adapters=True))
         for name, one in SHARDED.items()
