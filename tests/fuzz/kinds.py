@@ -24,6 +24,7 @@ from hf_sparse_peft import (
     MaskedLoraConfig,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StructuredConfig,
     hub,
     load_support,
     merging,
@@ -43,6 +44,7 @@ from hf_sparse_peft.tuners.factored import FixedRank
 from hf_sparse_peft.tuners.masked_lora import save_masks, set_masks
 from hf_sparse_peft.tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from hf_sparse_peft.tuners.spectral_lora import RandomBases
+from hf_sparse_peft.tuners.structured import PHM, Bottleneck
 from hf_sparse_peft.utils.parts import UnknownPart
 
 HIDDEN = 16
@@ -437,6 +439,10 @@ def kinds() -> list[Kind]:
             adapter("spectral_lora", lambda: SpectralLoraConfig(**OPTIONS)),
             adapter("spectral_lora random", lambda: SpectralLoraConfig(**OPTIONS, bases=RandomBases())),
             adapter("masked_lora", lambda: MaskedLoraConfig(**OPTIONS, mask="all")),
+            adapter(
+                "structured",
+                lambda: StructuredConfig(target_modules=OPTIONS["target_modules"], form=Bottleneck(2, matrix=PHM(2))),
+            ),
             adapter("factored", lambda: FactoredConfig(target_modules=OPTIONS["target_modules"], rank=FixedRank(2))),
             support(), masks(None), masks((2, 4)), kept_units(), patch("vllm"), patch("slime"), zeroth_order(),
             diagnostics(), walk(), reconstruction(),

@@ -4,12 +4,20 @@ import pytest
 from peft import get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from hf_sparse_peft import FactoredConfig, KernelLoraConfig, MaskedLoraConfig, SparseLoraConfig, SpectralLoraConfig
+from hf_sparse_peft import (
+    FactoredConfig,
+    KernelLoraConfig,
+    MaskedLoraConfig,
+    SparseLoraConfig,
+    SpectralLoraConfig,
+    StructuredConfig,
+)
 
 CONFIGS = [
     SparseLoraConfig(r=2, density=0.1, target_modules=["0"]), KernelLoraConfig(r=4, target_modules=["0"]),
     SpectralLoraConfig(r=2, target_modules=["0"]), MaskedLoraConfig(r=2, mask="all", target_modules=["0"]),
     FactoredConfig(keep_base=True, target_modules=["0"]),
+    StructuredConfig(form="scale_shift", target_modules=["0"]),
 ]  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def test_an_unknown_form_is_refused_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kronecker", "scale and shift", "bottleneck"])
-@pytest.mark.parametrize("base", ["bf16", "nf4", "conv1d"])
+@pytest.mark.parametrize("base", ["bf16", "nf4", "int8", "conv1d"])
 def test_forms_train_on_other_bases_with_fp32_masters(name, base):
     form = {**MERGING, "kronecker": Kronecker(8, 4), "bottleneck": Bottleneck(4)}[name]
     targets = ["c_attn"] if base == "conv1d" else ["q_proj", "down_proj"]
