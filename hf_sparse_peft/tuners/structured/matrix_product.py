@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .lengths import balanced_factors
+
 TENSORS = 5
 PUBLISHED = {768: (3, 4, 4, 4, 4), 3072: (4, 4, 8, 6, 4), 1024: (4, 4, 4, 4, 4), 4096: (4, 4, 8, 8, 4)}
 """Side -> its axes, from the released code (RUCAIBox/MPOE)."""
@@ -16,16 +18,7 @@ def axes_of(side: int) -> tuple[int, ...]:
     """`TENSORS` lengths whose product is `side`: the released ones, or of about one size, the longest in the middle."""
     if side in PUBLISHED:
         return PUBLISHED[side]
-    found, left, divisor = [1] * TENSORS, side, 2
-    primes = []
-    while left > 1:
-        while left % divisor == 0:
-            primes.append(divisor)
-            left //= divisor
-        divisor = divisor + 1 if divisor * divisor <= left else max(left, divisor + 1)
-    for prime in reversed(primes):
-        found[found.index(min(found))] *= prime
-    found.sort(reverse=True)
+    found = balanced_factors(side, TENSORS)
     return found[3], found[1], found[0], found[2], found[4]
 
 

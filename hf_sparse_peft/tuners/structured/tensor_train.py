@@ -14,6 +14,7 @@ from ...utils.option_types import PositiveInt
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
 from .form import Tensors
+from .lengths import balanced_factors
 from .matrices import Matrix
 
 LONGEST = 16
@@ -58,7 +59,7 @@ class TensorTrain(Matrix):
         """
         long, short = max(rows, cols), min(rows, cols)
         key = f"{long}x{short}"
-        found = self.shapes.get(key) or PUBLISHED.get((long, short)) or _balanced(rows * cols, self.order)
+        found = self.shapes.get(key) or PUBLISHED.get((long, short)) or _lengths(rows * cols, self.order)
         if math.prod(found) != rows * cols or len(found) > LONGEST:
             raise ValueError(
                 f"TensorTrain.shapes[{key!r}]={list(found)} makes {math.prod(found)} numbers, and the matrix has "
@@ -90,15 +91,5 @@ class TensorTrain(Matrix):
         return found.view(cols, rows).t()
 
 
-def _balanced(size: int, order: int) -> tuple[int, ...]:
-    """At most `order` factors of `size`, above 1 and of about one length, longest first."""
-    primes, left, divisor = [], size, 2
-    while left > 1:
-        while left % divisor == 0:
-            primes.append(divisor)
-            left //= divisor
-        divisor = divisor + 1 if divisor * divisor <= left else max(left, divisor + 1)
-    found = [1] * order
-    for prime in reversed(primes):
-        found[found.index(min(found))] *= prime
-    return tuple(sorted((one for one in found if one > 1), reverse=True)) or (1,)
+def _lengths(size: int, order: int) -> tuple[int, ...]:
+    return tuple(one for one in balanced_factors(size, order) if one > 1) or (1,)
