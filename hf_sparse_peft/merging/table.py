@@ -189,12 +189,12 @@ def darex_q(q: float, rate: float = 0.9, layers: dict[str, float] | None = None,
 @register_merge(
     "darex-l2",
     paper="Deng et al., 2025 (DAREx)",
-    does="DARE of adapters that were trained with decay towards their start (weight decay of supports, whose start is "
-    "0), so that their values are small enough for high rates",
+    does='DARE of adapters that were trained by `AdamRSpec` (decay towards their start; start="zero" for supports), so '
+    "that their values are small enough for high rates",
     result=_ENTRIES,
 )
 def darex_l2(rate: float = 0.99, **overrides: Any) -> Merge:
-    """DARE at a high rate: the other half of DAREx-L2 is how the adapters are trained."""
+    """DARE at a high rate: the other half of DAREx-L2 is the optimizer that adapters are trained by, `optim.AdamR`."""
     return dare(rate=rate, **overrides)
 
 
