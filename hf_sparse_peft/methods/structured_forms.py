@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ..rules import BalanceLoss
 from ..tuners import StructuredConfig
 from ..tuners.structured import (
     PHM,
@@ -15,8 +16,10 @@ from ..tuners.structured import (
     Hypernetwork,
     Kronecker,
     LowDisplacement,
+    LowRankExperts,
     MatrixProductExperts,
     Quantised,
+    ScaleExperts,
     ScaleShift,
     TensorTrain,
     Toeplitz,
@@ -258,3 +261,56 @@ def mpoe(
     Llama names them (`target_modules` and the form's `last` for others). The number of experts was not confirmed."""
     form = MatrixProductExperts(experts, central=central, central_update_prob=central_update_prob, bond=bond)
     return _row(overrides, form, ("gate_proj", "up_proj", "down_proj"))
+
+
+@register(
+    "molora",
+    paper="Zadouri et al., 2024",
+    moves="nothing",
+    use_when="many tasks in one adapter, each token with its own mixture of LoRAs",
+    cost="all experts at every token: a LoRA of experts x r, and a router; cannot be merged",
+)
+def molora(r: int = 4, experts: int = 10, top_k: int | None = None, **overrides: Any) -> Method:
+    """MoLoRA: LoRAs whose outputs are merged softly by a router that reads the layer's input, in attention and MLP. The
+    released code's alpha is 16; it trains T5 by Adafactor at a constant 3e-4. `top_k` keeps the largest gates as they
+    are."""
+    return _row(overrides, LowRankExperts(experts, top_k, r=r), "all-linear")
+
+
+@register(
+    "mov",
+    paper="Zadouri et al., 2024",
+    moves="nothing",
+    use_when="many tasks in one adapter at the numbers of (IA)^3",
+    cost="a router and one product of vectors a layer; cannot be merged",
+)
+def mov(experts: int = 30, head_size: int | None = None, top_k: int | None = None, **overrides: Any) -> Method:
+    """MoV: vectors, merged softly by a router that reads what they scale: the outputs of key and value and the hidden
+    activation of the MLP (the input of Llama's `down_proj`, T5's `wo`; `form` for other names). In the released code
+    one router is shared by all heads of a layer, which `head_size`, the model's size of a head, comes to. Adafactor at
+    a constant 3e-4."""
+    return _row(overrides, ScaleExperts(experts, top_k, head_size=head_size), ("k_proj", "v_proj", "down_proj"))
+
+
+@register(
+    "sira",
+    paper="Zhu et al., 2023",
+    moves="nothing",
+    use_when="a sparse mixture: a few LoRAs of many at each token, none with too many tokens",
+    cost="all experts are computed at every token: a LoRA of experts x r, and a router; cannot be merged",
+)
+def sira(
+    r: int = 4,
+    experts: int = 16,
+    top_k: int = 4,
+    capacity: float | None = 1.25,
+    expert_dropout: float = 0.1,
+    balance: float = 0.01,
+    **overrides: Any,
+) -> Method:
+    """SiRA: the `top_k` LoRAs of the largest router probabilities, not renormalised, each with room for `capacity`
+    times an even share of a forward pass's tokens; dropout of probabilities before the choice; Switch's balance loss.
+    No code was released, and of the paper r, E and k are known here: capacity, dropout and the weight of the balance
+    are usual values, the scale of updates is 1."""
+    form = LowRankExperts(experts, top_k, capacity=capacity, expert_dropout=expert_dropout, r=r, lora_alpha=float(r))
+    return _row({"schedule": [BalanceLoss(balance)] if balance else [], **overrides}, form, "all-linear")

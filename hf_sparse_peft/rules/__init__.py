@@ -10,6 +10,7 @@ allocate.py      one budget for all layers            scores.py        which uni
 orthogonality.py, frobenius_decay.py    pulls on low-rank factors    pair_orthogonality.py   on maps of pairs
 sample_rank.py, grow_rank.py, proximal_gate.py    ranks that are nested, that grow, that a threshold cuts
 sample_vectors.py            singular vectors that train in turns
+balance_loss.py  experts that are to take equally many tokens
 bit_penalty.py   a price on the bits of weights that train through their quantiser
 group_lasso.py   ranks that shrink from their end
 stable_rank.py   ranks that are cut once they have settled
@@ -39,6 +40,7 @@ probing.py       passes beside training
 from .adaptive_row_scale import AdaptiveRowScale
 from .allocate import Allocate
 from .alternate_modules import AlternateModules
+from .balance_loss import BalanceLoss
 from .bit_penalty import BitPenalty
 from .cast import Cast
 from .choose_support import ChooseSupport
@@ -97,6 +99,7 @@ __all__ = [
     "Age",
     "Allocate",
     "AlternateModules",
+    "BalanceLoss",
     "BitPenalty",
     "Cast",
     "ChooseSupport",

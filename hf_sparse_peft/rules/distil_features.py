@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..utils.label_shift import at_labels, measured_shift, shift_by_class
 from ..utils.option_types import NonNegativeFloat
 from ..utils.parts import register_part, require
 from .distil import adapters_left_out
+from .forward_terms import share_of_step
 from .probing import modes_kept
 from .rule import Rule
 from .run import Run
@@ -96,19 +96,8 @@ class DistilFeatures(Rule):
             added = added + self.features * sum(mean_squared(*pair, mask) for pair in pairs) / len(pairs)
         if self.logits:
             added = added + self.logits * mean_squared(output.logits, teacher.logits, mask)
-        output.loss = output.loss + self._share(run, output, kwargs) * added.to(output.loss)
+        output.loss = output.loss + share_of_step(run, output, kwargs) * added.to(output.loss)
         return output
-
-    def _share(self, run: Run, output: Any, kwargs: dict[str, Any]) -> Any:
-        """What of the step's loss this pass is, where losses are sums that are divided by the step's labels."""
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        if items is None or labels is None:
-            return 1.0
-        if run.memory.shifted is None:
-            run.memory.shifted = measured_shift(output.logits, labels, output.loss, items)
-        base = getattr(run.model, "get_base_model", lambda: run.model)()
-        shifted = shift_by_class(base) if run.memory.shifted is None else run.memory.shifted
-        return at_labels(torch.ones(labels.shape, device=labels.device), labels, shifted).numel() / items
 
 
 def mean_squared(one: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:

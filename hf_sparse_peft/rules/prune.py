@@ -1,9 +1,10 @@
-"""`Prune`: units of supports or masks leave along a curve, those with the smallest values first."""
+"""`Prune`: units of supports or masks leave along a curve, those with the smallest values first; or experts."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..sparsity import Cubic, stream_seed, top_units
 from ..utils.option_types import PositiveFraction, PositiveInt, Range
 from ..utils.parts import register_part, require
+from ..utils.tensors import TensorSpec
+from .collectives import all_reduce_sum
 from .evidence import is_evidence
 from .moves import move_units
 from .no_effect import report_idle
@@ -37,6 +40,9 @@ class Prune(Rule):
 
     With `space="mask"` the weight itself is pruned: of all its entries that fraction is kept, those that live having
     the largest :math:`|W + D|`, the weight as it would be merged. Entries that left do not return.
+
+    With `space="expert"` experts of routed adapters leave, those with the fewest tokens since the last pruning first
+    (in training passes, before capacity; where all experts take all tokens, by the sum of their probabilities).
     """
 
     final_fraction: PositiveFraction = 0.5
@@ -49,8 +55,8 @@ class Prune(Rule):
     """Optimizer steps between two prunings."""
     scope: Literal["layer", "global"] = "layer"
     """Whether every layer loses the same fraction, or units of all layers compete (by mean |value| of a unit)."""
-    space: Literal["support", "mask"] = "support"
-    """What is thinned out: the support of a sparse adapter, or the mask of a masked one."""
+    space: Literal["support", "mask", "expert"] = "support"
+    """What is thinned out: the support of a sparse adapter, the mask of a masked one, the experts of a routed one."""
     score: Literal["merged", "base"] = "merged"
     """Of a mask: whether entries are ranked by :math:`|W + D|`, or by the base weight's :math:`|W|` alone."""
     unit: Literal["steps", "compute"] = "steps"
@@ -77,7 +83,7 @@ class Prune(Rule):
     def check(self, config: Any) -> None:
         """Refuse an adapter without such units, or with units that stopped training."""
         check_kind(self, config)
-        if self.space == "support" and self.score != "merged":
+        if self.space != "mask" and self.score != "merged":
             raise ValueError(f"Prune.score={self.score!r} ranks the entries of a mask. Set space='mask'.")
         if self.space == "support" and not config.has_support:
             raise ValueError("Prune thins the support, and density=0 leaves it out. Set density > 0.")
@@ -123,6 +129,7 @@ class Prune(Rule):
                 "longer, widen the window, or leave the rule out."
             )
         run.memory.missed = False
+        run.memory.tokens = {}
         if not run.resumed:  # a resumed run said it at its start
             self._check_effect(run)
 
@@ -157,8 +164,23 @@ class Prune(Rule):
         """Where supports are pruned."""
         return self.space == "support"
 
+    def state(self, space: UnitSpace) -> list[TensorSpec]:
+        """Tokens of experts since the last pruning."""
+        own = [TensorSpec("load", (space.size,), role="rule", space="expert")] if space.kind == "expert" else []
+        return [*super().state(space), *own]
+
+    def before_step(self, run: Run) -> None:
+        """Count tokens of experts."""
+        if self.space == "expert":
+            counts = {space: torch.zeros_like(run.state(space)["load"]) for space in run.spaces(training=False)}
+            run.memory.tokens = counts
+            run.for_this_step([space.reading(partial(_count_tokens, space, load)) for space, load in counts.items()])
+
     def after_step(self, run: Run) -> None:
         """Prune what is due."""
+        for space, counts in run.memory.tokens.items():
+            run.state(space)["load"].add_(all_reduce_sum(counts))
+        run.memory.tokens = {}
         if not self._due(run, run.step):
             return
         spaces = run.spaces(training=False)
@@ -198,10 +220,14 @@ class Prune(Rule):
                 seed = stream_seed(run.seed, "pruning", run.step, space.name)
                 best = top_units(scores[space] if space in scores else self._scores(space), target, seed=seed)
                 left += move_units(space, space.alive()[best.long()], run.optimizer).left
+        for space in spaces if self.space == "expert" else ():
+            space.state()["load"].zero_()
         run.record(pruned=left, alive=sum(space.count for space in spaces))
 
     def _scores(self, space: UnitSpace) -> Tensor:
         """`[a]` fp32, of the living units."""
+        if self.space == "expert":
+            return space.state()["load"][space.alive()]
         values = space.living_values(self.score) if self.space == "mask" else space.living_values()
         return unit_sums(values)
 
@@ -226,6 +252,12 @@ class Prune(Rule):
                 "pruning earlier (Prune.end).",
                 stacklevel=2,
             )
+
+
+@torch.no_grad()
+def _count_tokens(space: UnitSpace, load: Tensor, routing: Tensor) -> None:
+    """Add the tokens of a pass to `load`."""
+    load += routing[1 if space.routes else 0].sum(0).to(load)
 
 
 def _moves_of(config: Any) -> Any:

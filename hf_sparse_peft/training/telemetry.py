@@ -18,6 +18,7 @@ from ..tuners import adapter_layers
 from ..tuners.shared.live_run import LiveRun, begin_run
 from ..utils.file_length import read_safetensors
 from ..utils.file_writing import whole_file
+from .expert_counts import FIELDS, ExpertCounts
 from .loss_watch import LossWatch, watch_losses
 from .panels import NUMBERS
 from .record_log import RecordLog
@@ -50,6 +51,9 @@ class SupportTelemetryCallback(TrainerCallback):
       (`GradientShare`). Costs one more dense product a layer in recorded steps, and keeps the layer's whole
       input there; nothing of the training changes by it. Compiled models show no gradients: the key stays empty.
 
+    Of experts: `expert`, how many live; `tokens`, how many each took in the recorded step's training passes, in this
+    process; `dropped`, the part of assignments that found no room.
+
     `model` holds the whole model's figures, and the Trainer's log has them as `support/density` and so on. Reporters
     (TensorBoard, W&B) stand before this callback in the Trainer's list: `attach(trainer)` lets them see these too.
 
@@ -70,6 +74,7 @@ class SupportTelemetryCallback(TrainerCallback):
         self.history: list[dict] = []
         self._trackers: dict[str, SupportTracker] = {}
         self._watched: list[GradientShare] = []
+        self._experts: ExpertCounts | None = None
         self._attached = self._started = False
         self._run: LiveRun | None = None
         self._losses: LossWatch | None = None
@@ -104,6 +109,9 @@ class SupportTelemetryCallback(TrainerCallback):
         """Take the first record, when all callbacks have chosen their supports; watch gradients of a recorded step."""
         if not self._started:
             self._start(args, state, model, optimizer)
+        self._stop_counting()
+        if self._records_after(state.global_step + 1, state):
+            self._experts = ExpertCounts(dict(_spaces(model)))
         if self.gradient_share and self._records_after(state.global_step + 1, state):
             by_layer: dict[int, list[UnitSpace]] = {}
             for tracker in self._trackers.values():
@@ -135,6 +143,13 @@ class SupportTelemetryCallback(TrainerCallback):
     def _stop_watching(self) -> None:
         for share in self._watched:
             share.layer.passive_gradient_reader = None
+        if self._experts is not None:
+            self._experts.close()
+
+    def _stop_counting(self) -> None:
+        if self._experts is not None:
+            self._experts.close()
+        self._experts = None
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Take part in this run no more."""
@@ -220,6 +235,8 @@ class SupportTelemetryCallback(TrainerCallback):
                 total["numel"] += space.layer.out_features * space.layer.in_features
             if tracker is not None:
                 self._record_moves(record, total, key, squares.get(space), state.global_step, optimizer)
+        record |= self._experts.fields() if self._experts is not None else {}
+        self._stop_counting()
         record["model"] = _whole_model(record, total)
         self.history.append(record)
         if self.write and state.is_world_process_zero:
@@ -283,9 +300,10 @@ def _record_check(model: torch.nn.Module) -> Callable[[Any], bool]:
             return False
         if not all(isinstance(record.get(field), dict) for field in (*by_module, "model")):
             return False
-        if not all(set(record[field]) <= known for field in by_module):
+        optional = [field for field in FIELDS if isinstance(record.get(field), dict)]
+        if not all(set(record[field]) <= known for field in (*by_module, *optional)):
             return False
-        figures = [value for field in (*by_module, "model") for value in record[field].values()]
+        figures = [value for field in (*by_module, *optional, "model") for value in record[field].values()]
         figures = [one for value in figures for one in (value if isinstance(value, list) else [value])]
         return all(type(one) in (int, float) for one in figures)
 
@@ -304,7 +322,7 @@ def _whole_model(record: dict, total: dict[str, float]) -> dict[str, float]:
     if total["square"]:
         figures["gradient_share"] = total["seen"] / total["square"]
     for kind, counts in record.items():  # the mean size of spaces whose units are no parts of the weight
-        if kind in ("density", "churn", "overlap", "age", "gradient_share") or kind.startswith(NUMBERS):
+        if kind in ("tokens", "density", "churn", "overlap", "age", "gradient_share") or kind.startswith(NUMBERS):
             continue
         if isinstance(counts, dict) and counts:
             figures[kind] = sum(counts.values()) / len(counts)

@@ -40,9 +40,11 @@ from hf_sparse_peft.tuners.structured import (
     Givens,
     Hypernetwork,
     Kronecker,
+    LowRankExperts,
     Quantised,
     QuasiGivens,
     Reflections,
+    ScaleExperts,
     ScaleShift,
 )
 from hf_sparse_peft.utils.parts import part_types
@@ -81,6 +83,8 @@ PARAMETRIZATIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "hypercomplex": (StructuredConfig, {"form": Bottleneck(4, matrix=PHM(2, rule_std=0.1))}),
     "circulant": (StructuredConfig, {"form": Circulant()}),
     "quantised factors": (StructuredConfig, {"form": FactorPair(4, 4, Quantised(2))}),
+    "routed low ranks": (StructuredConfig, {"form": LowRankExperts(4, 2)}),
+    "routed scales": (StructuredConfig, {"form": ScaleExperts(4)}),
 }
 KINDS = {
     "entries": {"support", "module"},
@@ -112,6 +116,8 @@ KINDS = {
     "hypercomplex": {"module"},
     "circulant": {"module"},
     "quantised factors": {"module"},
+    "routed low ranks": {"expert", "module"},
+    "routed scales": {"expert", "module"},
 }
 """Kinds of unit spaces that each has."""
 BASES = ("fp32", "bf16", "nf4", "conv1d")
@@ -131,6 +137,11 @@ RULES: dict[str, dict[str, Any]] = {
     "search_support": {"trials": 2, "steps": 1, "batches": 1},
     "relocate_subnets": {"every": 3, "rate": "rewarm", "only": ("subnet",)},
     "prune": {"final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7},
+    "prune: experts": {
+        "space": "expert", "final_fraction": 0.5, "every": 2, "start": 0.0, "end": 0.7,
+        "only": ("routed low ranks", "routed scales"),
+    },
+    "balance_loss": {"weight": 0.5, "only": ("routed low ranks",)},
     "alternate_modules": {
         "period_steps": 3, "categories": {"attention": ["q_proj", "v_proj", "c_attn"], "ffn": ["down_proj", "c_proj"]},
     },
@@ -207,6 +218,9 @@ EXCEPTIONS = {
     ("identity", "hypernetwork"): "all of it is drawn near 0 (as published)",
     ("merging", "hypernetwork"): "as bottleneck",
     ("merging", "bottleneck"): "it is no change of a weight, and refuses to be merged",
+    ("merging", "routed low ranks"): "as bottleneck",
+    ("merging", "routed scales"): "as bottleneck",
+    ("accumulation", "balance_loss"): "it is of a forward pass's tokens, and no sum over them (as published)",
     ("accumulation", "factor_experts"): "every forward pass draws experts of its own (as published)",
     ("accumulation", "train_nm"): "many 4-bit weights are equal, and the last bit of a sum decides which are kept",
     ("accumulation", "gradient_noise"): "every micro-batch has noise of its own (as published)",

@@ -22,6 +22,7 @@ OTHERS = {
     "compacter": {"o_proj", "down_proj"},
     "compacter++": {"down_proj"},
     "loretta-adp": {"o_proj", "down_proj"},
+    "mov": {"k_proj", "v_proj", "down_proj"},
     "hyperformer": {"o_proj", "down_proj"},
     "hyperformer++": {"o_proj", "down_proj"},
 }

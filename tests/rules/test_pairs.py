@@ -18,6 +18,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    BalanceLoss,
     BitPenalty,
     Cast,
     ChooseSupport,
@@ -65,7 +66,7 @@ from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD, Diagonal
-from hf_sparse_peft.tuners.structured import QuasiGivens
+from hf_sparse_peft.tuners.structured import LowRankExperts, QuasiGivens
 from hf_sparse_peft.utils.parts import part_types
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -73,6 +74,7 @@ STEPS = 12
 BUSY = {
     "allocate": Allocate(budget=AverageRank(2), every=2),
     "alternate_modules": AlternateModules(period_steps=2),
+    "balance_loss": BalanceLoss(0.5),
     "bit_penalty": BitPenalty(20.0, rate=10.0),
     "choose_support": ChooseSupport(3, 2),
     "distil": Distil(0.5),
@@ -111,9 +113,10 @@ KINDS = (
     {"factors", "module"},
     {"channel", "module"},
     {"pair", "module"},
+    {"expert", "module"},
 )
 """Units of sparse adapters, of those with subnets, of spectral ones with a trained basis, of whole SVDs, of masked
-weights, of quantisers, of low-rank bases, and of maps of pairs."""
+weights, of quantisers, of low-rank bases, of maps of pairs, and of routed experts."""
 OF_ADAPTERS = ("lora_", ".factored_", ".structured_")
 OWN = {name: cls for name, cls in part_types(Rule).items() if cls.__module__.startswith("hf_sparse_peft.")}
 
@@ -140,6 +143,8 @@ def config_of(*rules: Rule) -> SparseLoraConfig | KernelLoraConfig | SpectralLor
         return FactoredConfig(form=ChannelBits(4), keep_base=True, **{k: v for k, v in options.items() if k != "r"})
     if any(rule.acts_on == {"pair"} for rule in rules):
         return StructuredConfig(form=QuasiGivens(), **{k: v for k, v in options.items() if k != "r"})
+    if any(rule.acts_on == {"expert"} for rule in rules):
+        return StructuredConfig(form=LowRankExperts(4, 2), **{k: v for k, v in options.items() if k != "r"})
     if any("experts" in rule.needs for rule in rules):
         options["factor_masks"] = {"kind": "stochastic", "experts": 2}
     if any("subnet_row" in rule.acts_on for rule in rules):
@@ -265,8 +270,10 @@ def train_schedule(names: tuple[str, ...], out) -> None:
     assert len(watch.trained) == STEPS
     assert all(p.requires_grad for n, p in model.named_parameters() if any(kind in n for kind in OF_ADAPTERS))
     layers = adapter_layers(model)
-    assert all(torch.isfinite(layer.get_delta_weight("default")).all() for layer in layers)
-    assert any(layer.get_delta_weight("default").any() for layer in layers)
+    routed = any(rule.acts_on == {"expert"} for rule in map(rule_of, names))  # whose update is of no weight
+    updates = [state_of(one)["structured_experts_b"] if routed else one.get_delta_weight("default") for one in layers]
+    assert all(torch.isfinite(update).all() for update in updates)
+    assert any(update.any() for update in updates)
     if any(rule.acts_on == {"module"} and "trains" in rule.writes for rule in map(rule_of, names)):
         assert any(step < set(layers) for step in watch.trained)
         assert set().union(*watch.trained) == set(layers)

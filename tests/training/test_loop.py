@@ -22,6 +22,7 @@ from hf_sparse_peft import (
     Allocate,
     AlternateModules,
     AverageRank,
+    BalanceLoss,
     BitPenalty,
     Cast,
     ChooseSupport,
@@ -78,7 +79,7 @@ from hf_sparse_peft.tuners.factored import ChannelBits, Spectral
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, ScoredMask
 from hf_sparse_peft.tuners.shared.live_run import run_on
 from hf_sparse_peft.tuners.spectral_lora import SVD
-from hf_sparse_peft.tuners.structured import QuasiGivens
+from hf_sparse_peft.tuners.structured import LowRankExperts, QuasiGivens
 from hf_sparse_peft.utils.parts import load_part, part_types
 
 STEPS = 12
@@ -131,6 +132,7 @@ RULES = {
     "switch_layers": SwitchLayers(1, every=2),
     "sample_layers": SampleLayers(trained=0.5, every=3, probes=2),
     "sample_rank": SampleRank(),
+    "balance_loss": BalanceLoss(0.5),
     "bit_penalty": BitPenalty(20.0, rate=10.0),
     "sample_vectors": SampleVectors(every=2, iterations=2, warmup=1),
     "stable_rank": StableRank(every=2, window=2, last=2, threshold=10.0, first=1),
@@ -284,6 +286,8 @@ def config_for(rule: Rule) -> SparseLoraConfig | SpectralLoraConfig | FactoredCo
         return FactoredConfig(form=Spectral(4), target_modules=["q_proj", "v_proj"], schedule=[rule], keep_base=True)
     if rule.acts_on == {"pair"}:
         return StructuredConfig(form=QuasiGivens(), target_modules=["q_proj", "v_proj"], schedule=[rule])
+    if rule.acts_on == {"expert"}:
+        return StructuredConfig(form=LowRankExperts(4, 2), target_modules=["q_proj", "v_proj"], schedule=[rule])
     split = FactorMaskConfig(kind="stochastic", experts=2) if "experts" in rule.needs else None
     granularity = "subnet" if "subnet_row" in rule.acts_on else "entry"
     return make_config(schedule=[rule], r=4, density=0.1, factor_masks=split, granularity=granularity)

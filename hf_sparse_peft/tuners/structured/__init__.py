@@ -4,6 +4,7 @@ from ..shared.registration import register_tuner
 from .bottleneck import Bottleneck
 from .config import StructuredConfig
 from .displacement import Circulant, LowDisplacement, Toeplitz
+from .experts import LowRankExperts, ScaleExperts
 from .factor_pair import FactorPair
 from .form import Additive, Behind, Beside, Call, Form, Mapped, Site
 from .givens import Givens, QuasiGivens
@@ -16,6 +17,7 @@ from .model import StructuredModel, structured_layers
 from .phm import PHM
 from .quantised import PackedMatrix, Quantised
 from .reflections import Reflections
+from .routing import Experts, ExpertSpace
 from .scale_shift import ScaleShift
 from .task_adapters import add_task_adapter
 from .tensor_train import TensorTrain
@@ -32,12 +34,15 @@ __all__ = [
     "Call",
     "Circulant",
     "DenseMatrix",
+    "ExpertSpace",
+    "Experts",
     "FactorPair",
     "Form",
     "Givens",
     "Hypernetwork",
     "Kronecker",
     "LowDisplacement",
+    "LowRankExperts",
     "Mapped",
     "Matrix",
     "MatrixProductExperts",
@@ -45,6 +50,7 @@ __all__ = [
     "Quantised",
     "QuasiGivens",
     "Reflections",
+    "ScaleExperts",
     "ScaleShift",
     "Site",
     "StructuredConfig",

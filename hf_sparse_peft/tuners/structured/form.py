@@ -77,6 +77,8 @@ class Call(NamedTuple):
     """The task that was named last, for forms that have several (`StructuredModel.set_task`)."""
     memory: dict[str, Tensor] = MappingProxyType({})
     """What layers that share tensors leave for each other within a pass; who takes something takes it out."""
+    mask: Tensor | None = None
+    """The `attention_mask` `[batch, tokens]` that the model was given last, for forms that ask (`Form.reads_mask`)."""
 
 
 NAMES: dict[str, None] = {"shape": None}
@@ -126,6 +128,8 @@ class Form(Part):
     """Whether `start` asks for the base weight."""
     shifts_bias: ClassVar[bool] = False
     """Whether `bias_change` may be something."""
+    reads_mask: ClassVar[bool] = False
+    """Whether passes are to know which tokens the batch's mask hides."""
     lists_members: ClassVar[bool] = False
     """Whether sites are to name the modules that share tensors."""
     tasks: ClassVar[tuple[str, ...]] = ()

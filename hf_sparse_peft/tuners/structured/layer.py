@@ -46,6 +46,7 @@ class StructuredLayer(FormLayer):
         """Take `base_layer`'s place."""
         super().place_over(base_layer, module_name, **kwargs)
         self.pass_readers: list[Reader] = []
+        self.token_mask: Tensor | None = None
 
     # The declaration
 
@@ -158,7 +159,8 @@ class StructuredLayer(FormLayer):
     @contextmanager
     def read_passes(self, reader: Reader) -> Iterator[None]:
         """Inside, `reader(adapter_name, name, tensor)` is shown what forms note in this layer's passes, with its graph:
-        gates of routers, for balance losses and telemetry. It may neither keep nor change what it is shown."""
+        gates of routers, for balance losses and telemetry. What gradient checkpointing repeats in a backward pass is
+        not shown again. It may not change what it is shown, nor keep it beyond the model's pass."""
         self.pass_readers.append(reader)
         try:
             yield
@@ -167,13 +169,15 @@ class StructuredLayer(FormLayer):
 
     def _call(self, adapter_name: str, dtype: torch.dtype) -> Call:
         def note(name: str, tensor: Tensor) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return
             for reader in self.pass_readers:
                 reader(adapter_name, name, tensor)
 
         bias, owner = getattr(self.get_base_layer(), "bias", None), self.structured_owner.get(adapter_name, self)
         memory = owner.structured_memory.setdefault(adapter_name, {})
         task = self.structured_tasks.get(adapter_name)
-        return Call(self.site(adapter_name), dtype, self.training, bias, note, task, memory)
+        return Call(self.site(adapter_name), dtype, self.training, bias, note, task, memory, self.token_mask)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         alone = [name for name in adapter_names if self.holds(name) and self.form(name).alone]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..shared.file_check import AdapterFile, file_being_loaded
@@ -33,6 +34,8 @@ class StructuredModel(AdapterModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sizes = self.peft_config[adapter_name].sizes
         link_owners(structured_layers(model), sizes, adapter_name, "structured_owner")
+        if given.form.reads_mask and _hand_down_mask not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_hand_down_mask, with_kwargs=True)
 
     # Tasks
 
@@ -151,6 +154,8 @@ class StructuredModel(AdapterModel):
     ) -> nn.Module:
         unbiased = {layer for layer in self.adapted_layers() if getattr(layer.get_base_layer(), "bias", None) is None}
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for key in [key for key, hook in unloaded._forward_pre_hooks.items() if hook is _hand_down_mask]:
+            del unloaded._forward_pre_hooks[key], unloaded._forward_pre_hooks_with_kwargs[key]
         added = [layer.module_name for layer in unbiased if getattr(layer.get_base_layer(), "bias", None) is not None]
         warn_of_biases(added, StructuredLayer.without_biases)
         return unloaded
@@ -159,3 +164,13 @@ class StructuredModel(AdapterModel):
 def structured_layers(model: nn.Module) -> list[StructuredLayer]:
     """All layers of `model` with a structured adapter, in model order."""
     return [module for module in model.modules() if isinstance(module, StructuredLayer)]
+
+
+def _hand_down_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell all layers which tokens the batch's mask hides: those of an encoder-decoder's decoder by its own mask. A
+    backward pass that repeats a forward pass (checkpointing) comes before the next one, whose mask would be used."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    for layer in structured_layers(model):
+        inside = decodes and "decoder" in layer.module_name.split(".")
+        mask = kwargs.get("decoder_attention_mask" if inside else "attention_mask")
+        layer.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
