@@ -48,10 +48,12 @@ def choose_method(options: AdapterArguments, defaults: Mapping[str, Any], seed: 
 
 
 def method_defaults(name: str, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`defaults` for a method: a language model's task on all linear layers, if None; no targets where norms train."""
+    """`defaults` for a method: a language model's task on all linear layers, if None; no targets where norms train or
+    the method keeps its paper's places."""
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"} if defaults is None else defaults
-    norms = methods.describe(name).upstream == "LNTuningConfig"
-    return {key: value for key, value in defaults.items() if key != "target_modules" or not norms}
+    info = methods.describe(name)
+    placed = info.keeps_places or info.upstream == "LNTuningConfig"
+    return {key: value for key, value in defaults.items() if key != "target_modules" or not placed}
 
 
 def method_of_card(method: Method) -> dict[str, str | None]:

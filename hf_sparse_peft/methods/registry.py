@@ -45,6 +45,8 @@ class MethodInfo:
     """Whether it trains on 4-bit bases; where not, `cost` says so too."""
     changes_base: bool = False
     """Whether it leaves another base beside its adapter, which is to be saved too."""
+    keeps_places: bool = False
+    """Whether it stands where its paper has it, also in runs whose other methods take all linear layers."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,12 @@ def register(
     claim: str | None = None,
     four_bit: bool = True,
     changes_base: bool = False,
+    keeps_places: bool = False,
 ):
     """Decorator: enter a function that builds a `Method` under `name`; its keyword arguments are the method's options.
     `upstream` names the config class of upstream peft for methods that are its own; `claim` what the authors report;
-    `four_bit` whether it trains on 4-bit bases; `changes_base` whether it leaves another base beside its adapter.
+    `four_bit` whether it trains on 4-bit bases; `changes_base` whether it leaves another base beside its adapter;
+    `keeps_places` whether a run's default of all linear layers is not for it.
 
     Raises:
         ValueError: the name is taken or is not lower case with dashes.
@@ -125,7 +129,7 @@ def register(
             return replace(build(**options), info=_METHODS[name])
 
         _METHODS[name] = MethodInfo(
-            name, paper, moves, use_when, cost, with_info, upstream, claim, four_bit, changes_base
+            name, paper, moves, use_when, cost, with_info, upstream, claim, four_bit, changes_base, keeps_places
         )
         return with_info
 

@@ -47,6 +47,7 @@ def _row(overrides: dict[str, Any], form: Form, targets: Any = None, norms: bool
     moves="nothing",
     use_when="a product of high rank of few numbers, in attention",
     cost="two small products a layer",
+    keeps_places=True,
 )
 def diffusekrona(rows: int = 64, cols: int = 8, layout: str = "kron", **overrides: Any) -> Method:
     """DiffuseKronA: the Kronecker product of A `[rows, cols]` and B, which starts at 0, on the attention's matrices.
@@ -78,6 +79,7 @@ def ssf(std: float = 0.02, shift: bool = True, norms: bool = True, **overrides: 
     moves="nothing",
     use_when="adapters as modules behind layers, for what they are known for or to compare with",
     cost="two small products behind two layers of each block; cannot be merged",
+    keeps_places=True,
 )
 def houlsby(size: int = 64, activation: str = "gelu", norms: bool = True, **overrides: Any) -> Method:
     """Bottleneck adapters behind the last linears of attention and FFN, as Llama names them (`target_modules` for
@@ -93,6 +95,7 @@ def houlsby(size: int = 64, activation: str = "gelu", norms: bool = True, **over
     moves="nothing",
     use_when="adapters behind layers at a few hundred numbers each",
     cost="as houlsby's, over three small products instead of one; cannot be merged",
+    keeps_places=True,
 )
 def compacter(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True, **overrides: Any) -> Method:
     """Compacter: bottlenecks of width out / `reduction` behind the last linears of attention and FFN (Llama's names;
@@ -109,6 +112,7 @@ def compacter(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True
     moves="nothing",
     use_when="Compacter behind FFNs alone, with half of its numbers",
     cost="half of Compacter's",
+    keeps_places=True,
 )
 def compacter_plus_plus(**options: Any) -> Method:
     """Compacter++: Compacter behind the FFN's last linear only (Llama's `down_proj`)."""
@@ -121,6 +125,7 @@ def compacter_plus_plus(**options: Any) -> Method:
     moves="nothing",
     use_when="adapters behind layers at a thousand numbers each",
     cost="each pass contracts the chains to whole matrices, beside houlsby's products; cannot be merged",
+    keeps_places=True,
 )
 def loretta_adp(size: int = 64, rank: int = 5, norms: bool = True, **overrides: Any) -> Method:
     """LoRETTA's adapters: bottlenecks with a ReLU whose matrices are tensor trains, behind the last linears of
@@ -135,6 +140,7 @@ def loretta_adp(size: int = 64, rank: int = 5, norms: bool = True, **overrides: 
     moves="nothing",
     use_when="a LoRA of about a tenth of its numbers, that leaves as a LoRA",
     cost="each pass contracts the chains to LoRA's factors",
+    keeps_places=True,
 )
 def loretta_rep(
     r: int = 8, lora_alpha: float = 16, rank: int = 5, zero_last: bool = False, norms: bool = True, **overrides: Any
@@ -163,6 +169,7 @@ def flora(r_in: int = 8, r_out: int = 8, scale: float = 1.0, dropout: float = 0.
     moves="nothing",
     use_when="updates of full rank at two numbers a row",
     cost="fast Fourier transforms of each input, in fp32",
+    keeps_places=True,
 )
 def surm(structure: str = "circulant", r: int = 8, scale: float = 1.0, **overrides: Any) -> Method:
     """SURM: updates that are a circulant of a product of two vectors, a product of two symmetric Toeplitz matrices, a
@@ -186,6 +193,7 @@ def surm(structure: str = "circulant", r: int = 8, scale: float = 1.0, **overrid
     moves="nothing",
     use_when="files of a bit a number: hundreds of adapters of one base",
     cost="trains fp32 numbers, rounded in every pass; model.base_model.pack() makes the small adapter",
+    keeps_places=True,
 )
 def one_bit_adapters(
     r: int = 32,
@@ -218,6 +226,7 @@ def _hyperformer(overrides: dict[str, Any], tasks: Any, reduction: int, generato
     moves="nothing",
     use_when="many tasks that are to learn from each other; a generator of adapters for attention, one for the FFN",
     cost="as houlsby, and two products of all generated numbers with 64 a module and pass",
+    keeps_places=True,
 )
 def hyperformer(tasks: Any = ("default",), reduction: int = 32, norms: bool = True, **overrides: Any) -> Method:
     """HyperFormer: bottleneck adapters that a shared network makes of embeddings of task and layer, with a generator
@@ -232,6 +241,7 @@ def hyperformer(tasks: Any = ("default",), reduction: int = 32, norms: bool = Tr
     moves="nothing",
     use_when="as hyperformer, with half of its numbers",
     cost="as hyperformer",
+    keeps_places=True,
 )
 def hyperformer_plus_plus(
     tasks: Any = ("default",), reduction: int = 32, norms: bool = True, **overrides: Any
@@ -246,6 +256,7 @@ def hyperformer_plus_plus(
     moves="nothing",
     use_when="feed-forward networks are to become mixtures of experts at a part of a network's numbers each",
     cost="every expert's network is computed for all tokens; a copy of each matrix in fp32, in memory and in the file",
+    keeps_places=True,
 )
 def mpoe(
     experts: int = 4,

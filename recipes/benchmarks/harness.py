@@ -144,12 +144,14 @@ def build_method(
     candidate: str, numbers: dict[str, float] | None = None, seed: int | None = None, **options: Any
 ) -> methods.Method:
     """The method that a candidate names. Its own options come before `options`, `$name` in them is `numbers[name]`, and
-    `seed` goes to configs that have one.
+    `seed` goes to configs that have one. Methods that keep their papers' places take no `target_modules` of `options`.
 
     Raises:
         ValueError: no such method, or an option that it does not take.
     """
     name, _, own = string.Template(candidate).substitute(numbers or {}).partition(":")
+    if name not in UPSTREAM and methods.describe(name).keeps_places:
+        options.pop("target_modules", None)
     options |= yaml.safe_load("{" + re.sub(r"(\w+)=", r"\1: ", own) + "}")
     if name in UPSTREAM:
         return methods.Method(UPSTREAM[name](**options), make_callbacks=lambda model: [])

@@ -12,8 +12,9 @@ learning rate of each candidate is chosen with the first seed; all seeds run at 
 at the chosen rate is slightly flattered, for every candidate alike. Runs that `learning.json` holds already are not
 repeated. A table goes to the terminal, `learning.json` and `learning_<task>.png` to `--output`.
 
-`--group small` asks another question: does each method learn at all? Its candidates have numbers of their own, and the
-rates of each (`SMALL`) lie around what its paper or a first look suggests.
+`--group small` and `--group structured` ask another question: does each method learn at all? Their candidates have
+numbers of their own, and the rates of each (`SMALL`, `STRUCTURED`) lie around what its paper or a first look suggests.
+Structured ones stand where their papers have them.
 """
 
 from __future__ import annotations
@@ -118,7 +119,28 @@ SMALL = {
     "ln-tuning": ("ln-tuning:target_modules=null", FAST),
 }
 """Methods whose ranks move or whose cores are tiny, and upstream's: candidate and learning rates."""
-GROUPS = {"budget": list(CANDIDATES), "small": list(SMALL)}
+STRUCTURED = {
+    "compacter": ("compacter:reduction=24", FASTEST),
+    "loretta-rep": ("loretta-rep", FASTEST),
+    "loretta-adp": ("loretta-adp", FAST),
+    "flora": ("flora", LORA_RATES),
+    "diffusekrona": ("diffusekrona", FAST),
+    "surm": ("surm", FAST),
+    "surm-toeplitz": ("surm:structure=toeplitz", LORA_RATES),
+    "surm-kronecker": ("surm:structure=kronecker", FASTEST),
+    "goft": ("goft", FAST),
+    "qgoft": ("qgoft", FAST),
+    "ether": ("ether:blocks=4", FAST),
+    "ether+": ("ether+:blocks=4", LORA_RATES),
+    "ssf": ("ssf", FAST),
+    "houlsby": ("houlsby", (3e-4, 1e-3, 3e-3)),
+    "hyperformer": ("hyperformer", (3e-5, 1e-4, 3e-4)),
+    "mpoe": ("mpoe", (3e-4, 1e-3, 3e-3)),
+    "1-bit-adapters": ("1-bit-adapters", LORA_RATES),
+}
+"""Structured adapters where their papers have them: candidate and learning rates."""
+OWN_RATES = {"small": SMALL, "structured": STRUCTURED}
+GROUPS = {"budget": list(CANDIDATES), **{group: list(named) for group, named in OWN_RATES.items()}}
 
 
 @dataclass
@@ -126,7 +148,9 @@ class LearningOptions(harness.Options):
     """Options of this benchmark."""
 
     task: Literal["demo", "cola"] = option("demo", "what to learn")
-    group: Literal["budget", "small"] = option("budget", "candidates at equal numbers, or small ones at their own")
+    group: Literal["budget", "small", "structured"] = option(
+        "budget", "candidates at equal numbers, or small or structured ones at their own"
+    )
     candidates: list[str] = option([], "of the group, by default all, or methods")
     learning_rates: list[float] = option([], "rates to choose from; by default the candidate's, or the task's")
     seeds: list[int] = option([0, 1], "seeds of the data, the supports and the factors")
@@ -163,7 +187,7 @@ class DemoTask:
             pairs = demo_data.word_problems(3000, seed=seed, split="train")
             data = demo_data.tokenize_pairs(pairs, self.tokenizer)
             self.data[seed] = {"train_dataset": data, "data_collator": DataCollatorForSeq2Seq(self.tokenizer)}
-        return self.data[seed]
+        return dict(self.data[seed])
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """Exact match, and the loss on held-out pretraining text (forgetting)."""
@@ -247,7 +271,9 @@ def with_head_rate(
 def adapted(candidate: str, task: Any, numbers: dict[str, int], seed: int) -> tuple[Method, PeftModel]:
     """The candidate's method, and a fresh base with its adapter."""
     set_seed(seed)
-    common = {"target_modules": task.targets, "task_type": task.task_type, "modules_to_save": task.head}
+    common = {"target_modules": task.targets, "task_type": task.task_type}
+    if task.head:  # elsewhere a method's own modules train in full, such as norms
+        common["modules_to_save"] = task.head
     method = harness.build_method(candidate, numbers, seed, **common)
     model = get_peft_model(task.model(), method.config)
     method.prepare(model)
@@ -270,9 +296,12 @@ def run(
         train_sampling_strategy="group_by_length",  # less padding
         logging_strategy="no",
     )
-    adjust = partial(with_head_rate, model=model, args=args, head_rate=task.head_rate)
-    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
-    trainer = harness.make_trainer(method, model, args, adjust_optimizer=adjust, **task.training_data(seed))
+    names = [n for n, p in model.named_parameters() if p.requires_grad and not (task.head and "modules_to_save" in n)]
+    trained = sum(model.get_parameter(name).numel() for name in names)
+    more = task.training_data(seed)
+    if task.head:
+        more["adjust_optimizer"] = partial(with_head_rate, model=model, args=args, head_rate=task.head_rate)
+    trainer = harness.make_trainer(method, model, args, **more)
     loss = trainer.train().training_loss
     row = {"trained": trained, "train_loss": loss, **task.score(model)}
     return row | {"seconds": time.perf_counter() - start}
@@ -282,7 +311,7 @@ def sweep(rows: harness.Rows, task: Any, options: LearningOptions) -> list[dict[
     """Every candidate: all learning rates at the first seed, the other seeds at the best of them; a summary of each."""
     numbers, summaries = budget(task, options.rank), []
     for name in options.candidates or GROUPS[options.group]:
-        candidate, rates = SMALL[name] if options.group == "small" and name in SMALL else (name, task.learning_rates)
+        candidate, rates = OWN_RATES.get(options.group, {}).get(name, (name, task.learning_rates))
         candidate = CANDIDATES.get(candidate, candidate)
 
         def measured(rate: float, seed: int, name: str = name, candidate: str = candidate) -> dict[str, Any]:

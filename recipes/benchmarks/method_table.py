@@ -17,6 +17,7 @@ One table has a line a run, the other a line a method. They go to the terminal a
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ from qlora_sparse_lora import RecipeArguments, load_base
 from hf_sparse_peft.finetuning import full_fine_tuning, method_defaults
 
 CANDIDATES = {name: f"{name}:every=10" for name in ("lift", "rigl", "set")} | {
+    "compacter": "compacter:reduction=24",
     "cuttlefish": "cuttlefish:every=1,first=8",
+    "ether": "ether:blocks=4",
+    "ether+": "ether+:blocks=4",
     "eva": "eva:r=2,tau=0.8",
     "losia": "losia:every=4",
     "lisa": "lisa:every=6",
@@ -214,7 +218,7 @@ def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: PeftModel) -> torch.Tensor:
+def _logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(2, 34, device=model.device).view(2, 16)).logits
 
 
@@ -230,19 +234,30 @@ def check_file(model: PeftModel, folder: Path, fresh_base: Any) -> dict[str, str
         unmerged = "yes" if torch.equal(_logits(loaded), trained) else "no"
     except NotImplementedError:  # upstream's AdaLoRA, LoHa and others on a 4-bit base
         unmerged = "not implemented"
+    except ValueError as error:  # no change of the weight: modules behind layers
+        unmerged = f"refused: {_brief(error)}"
     return {"reload_exact": "yes" if reloaded else "no", "merge_exact": unmerged}
 
 
 def check_export(model: PeftModel, folder: Path, fresh_base: Any) -> dict[str, Any]:
     """`export_error`, the largest difference of logits over the largest logit between the model and a plain LoRA made
-    of its adapter; or `export_refused`, why there is none."""
+    of its adapter; or `export_refused`, why there is none, and `dense_error`, the same of the merged model, where
+    something merges."""
+    trained = _logits(model)
+
+    def error_of(left: nn.Module) -> float:
+        return float((_logits(left) - trained).abs().max() / trained.abs().max())
+
     try:
         _leave(model, folder / "as_lora", folder / "initial_adapter")
         loaded = PeftModel.from_pretrained(fresh_base(), str(folder / "as_lora"))
     except Exception as error:
-        return {"export_refused": _brief(error)}
-    trained = _logits(model)
-    return {"export_error": float((_logits(loaded) - trained).abs().max() / trained.abs().max())}
+        refused = {"export_refused": _brief(error)}
+        try:
+            return {**refused, "dense_error": error_of(copy.deepcopy(model).merge_and_unload())}
+        except (NotImplementedError, ValueError):
+            return refused
+    return {"export_error": error_of(loaded)}
 
 
 def _leave(model: PeftModel, path: Path, initial_adapter: Path) -> None:
@@ -313,6 +328,8 @@ def _summary(by_base: dict[str, dict[str, Any]]) -> dict[str, Any]:
         line["export"] = ("yes, {:.0e}" if line["export_error"] <= EXACT else "no, {:.0e}").format(line["export_error"])
     elif "export_refused" in line:
         line["export"] = f"refused: {line['export_refused']}"
+        if "dense_error" in line:
+            line["export"] += f" (dense: {line['dense_error']:.0e})"
     else:
         line["export"] = line.get("error")
     return line

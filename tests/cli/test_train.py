@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_peft import cli, hub
-from hf_sparse_peft.finetuning import TextArguments, choose_method, measures, read_options
+from hf_sparse_peft.finetuning import AdapterArguments, TextArguments, choose_method, measures, read_options
 from hf_sparse_peft.finetuning.data import tokenize_pairs, tokenize_texts
 from hf_sparse_peft.tuners import adapter_layers
 
@@ -97,6 +97,15 @@ def test_shipped_recipes_for_prompts_and_answers_are_understood():
     assert options.dataset_name == "openai/gsm8k"
     assert args.learning_rate == 2e-4
     assert choose_method(options, {}, 3).config.seed == 3
+
+
+def test_modules_behind_layers_stand_where_their_paper_has_them_unless_targets_are_named():
+    defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    houlsby = AdapterArguments(method="houlsby")
+    assert choose_method(houlsby, defaults, 0).config.target_modules == {"o_proj", "down_proj"}
+    assert choose_method(AdapterArguments(method="ssf"), defaults, 0).config.target_modules == "all-linear"
+    houlsby.method_options = {"target_modules": ["o_proj"]}
+    assert choose_method(houlsby, defaults, 0).config.target_modules == {"o_proj"}
 
 
 def test_options_are_listed_with_what_they_take(capsys):

@@ -67,3 +67,14 @@ def test_named_targets_take_the_place_of_the_default(name):
     groups = {"attention": None, "mlp": 4} if name == "smt" else {}
     found = adapted(name, target_modules=["down_proj"], **groups)
     assert {module.rpartition(".")[2] for module in found} == {"down_proj"}
+
+
+FORMS = [
+    n for n in methods.names(upstream=False) if methods.describe(n).build.__module__.endswith(("_forms", "rotations"))
+]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_runs_default_of_all_linears_leaves_structured_adapters_in_their_papers_places(name):
+    whole_networks = name == "mpoe"  # all linears of a block would be no network
+    assert methods.describe(name).keeps_places == (whole_networks or expected(name) != {*ATTENTION, *FFN})

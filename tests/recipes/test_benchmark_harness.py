@@ -32,6 +32,10 @@ def test_a_candidate_is_a_method_with_options_of_every_kind():
     assert (config.target_modules, config.seed) == ({"q_proj"}, 3)
     assert build_method("shira:seed=1", seed=3).config.seed == 1
     assert build_method("lora:r=2").config.peft_type == "LORA"
+    assert build_method("houlsby", target_modules="all-linear").config.target_modules == {"o_proj", "down_proj"}
+    assert build_method("houlsby:target_modules=[o_proj]", target_modules="all-linear").config.target_modules == {
+        "o_proj"
+    }
     with pytest.raises(ValueError, match="unknown"):
         build_method("no-such-method")
 
@@ -53,9 +57,10 @@ def test_every_named_candidate_is_one_that_the_package_takes():
     }
     adapters = {name: text for name, text in step_cost.CANDIDATES.items() if text not in ("frozen", "full", "spiel")}
     moving = {name: step_cost.MOVING + step_cost.OURS[name].removeprefix("shira:") for name in step_cost.MOVED}
-    small = {name: text for name, (text, rates) in learning.SMALL.items() if len(set(rates)) == 3}
-    assert small.keys() == learning.SMALL.keys()
-    for candidates in (adapters, moving, learning.CANDIDATES, small):
+    rated = [(*one, name) for group in learning.OWN_RATES.values() for name, one in group.items()]
+    assert all(len(set(rates)) == 3 for _, rates, _ in rated)
+    own = {name: text for text, _, name in rated}
+    for candidates in (adapters, moving, learning.CANDIDATES, own):
         for text in candidates.values():
             assert build_method(text, numbers, target_modules=["q_proj"]).config.peft_type
 
