@@ -294,6 +294,7 @@ def molora(r: int = 4, experts: int = 10, top_k: int | None = None, **overrides:
     moves="nothing",
     use_when="many tasks in one adapter at the numbers of (IA)^3",
     cost="a router and one product of vectors a layer; cannot be merged",
+    keeps_places=True,
 )
 def mov(experts: int = 30, head_size: int | None = None, top_k: int | None = None, **overrides: Any) -> Method:
     """MoV: vectors, merged softly by a router that reads what they scale: the outputs of key and value and the hidden
