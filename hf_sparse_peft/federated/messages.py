@@ -79,14 +79,21 @@ def pack_all(messages: Sequence[bytes]) -> bytes:
 def unpack_all(data: bytes, sender: str) -> list[bytes]:
     """The messages that `pack_all` put together, in their order; raises as `unpack`."""
     tensors = unpack(data, sender, "several").tensors
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise ValueError(
+                f"'{name}' of '{sender}' is {tensor.dtype} of shape {tuple(tensor.shape)}, and no message, a row of "
+                "torch.uint8. Have it sent again."
+            )
     return [bytes(tensors[name].numpy()) for name in sorted(tensors)]
 
 
 def check_finite(tensors: Mapping[str, Tensor], sender: str) -> None:
     """Raises `ValueError`, naming sender and tensor, where a number is NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
+        finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)  # not of 8-bit floats
+        if tensor.is_floating_point() and not bool(finite.all()):
+            count = int((~finite).sum())
             raise ValueError(
                 f"'{name}' of '{sender}' has {count} numbers of {tensor.numel()} that are NaN or infinite. Lower the "
                 "client's learning rate, or clip its gradients."

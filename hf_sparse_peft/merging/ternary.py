@@ -259,6 +259,9 @@ def _factors(compact: Compact, name: str, described: dict[str, Any], rows: int, 
     if type(scaling) not in (int, float) or not math.isfinite(scaling):
         raise ValueError(f"'{name}' has scaling={scaling!r}")
     (at_A, values_A), (at_B, values_B) = (_vector(compact, name, part, sizes[part]) for part in ("A", "B"))
+    values_B = values_B * scaling
+    if not bool(torch.isfinite(values_B).all()):
+        raise ValueError(f"'{name}' has scaling={scaling!r}, with which its numbers are not finite")
     # Only components of which both halves are there: what is built is not more than the codes have entries.
     row_A, column_B = at_A // cols, at_B % max(rank, 1)
     alive = torch.unique(row_A)
@@ -270,7 +273,7 @@ def _factors(compact: Compact, name: str, described: dict[str, Any], rows: int, 
     A, B = torch.zeros(alive.numel(), cols), torch.zeros(rows, alive.numel())
     inside_A, inside_B = torch.isin(row_A, alive), torch.isin(column_B, alive)
     A[torch.searchsorted(alive, row_A[inside_A]), at_A[inside_A] % cols] = values_A[inside_A]
-    B[at_B[inside_B] // rank, torch.searchsorted(alive, column_B[inside_B])] = values_B[inside_B] * scaling
+    B[at_B[inside_B] // rank, torch.searchsorted(alive, column_B[inside_B])] = values_B[inside_B]
     return [LowRank(B, A)]
 
 

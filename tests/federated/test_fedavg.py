@@ -328,6 +328,16 @@ def test_several_messages_travel_as_one():
         unpack_all(data[:-1], "server")
     with pytest.raises(ValueError, match="'several' is awaited"):
         unpack_all(some[0], "server")
+    for odd in (torch.ones(4, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"'x' of 'server'.*no message"):
+            unpack_all(pack("several", {"x": odd}), "server")
+
+
+def test_8_bit_floats_are_read_as_such_and_those_that_are_nan_refused():
+    data = pack("any", {"x": torch.ones(3).to(torch.float8_e4m3fn)})
+    assert unpack(data, "a").tensors["x"].dtype == torch.float8_e4m3fn
+    with pytest.raises(ValueError, match=r"'x' of 'this message' has 1 numbers of 2"):
+        pack("any", {"x": torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)})
 
 
 def test_clients_are_drawn_without_replacement_by_seed_and_round():

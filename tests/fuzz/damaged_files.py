@@ -36,7 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import kinds as kinds_module  # noqa: E402
 import torch  # noqa: E402
 from kinds import BASE_NAMES, Kind, kinds, state  # noqa: E402
-from mutations import Damage, damage  # noqa: E402
+from mutations import HEADED, Damage, damage  # noqa: E402
 
 SECONDS, MEMORY = 10, 256 * 2**20
 NOISE = 8 * 2**20
@@ -135,7 +135,7 @@ class Fuzz:
         self.before = [state(model) for model in kind.models()]
         self.names = set(self.files) | set(kind.names) | {"damaged'"}
         for name, content in self.content.items():
-            if name.endswith(".safetensors"):
+            if name.endswith(HEADED):
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
                 self.names |= {part for key in header for part in (key, key.rpartition(".")[0]) if len(part) > 3}
         self.folder = root / "damaged"

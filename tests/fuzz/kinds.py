@@ -25,6 +25,7 @@ from hf_sparse_peft import (
     SparseLoraConfig,
     SpectralLoraConfig,
     StructuredConfig,
+    federated,
     hub,
     load_support,
     merging,
@@ -404,7 +405,10 @@ def compeft() -> Kind:
                 piece.add_(dense[name])
         return content(dense.items()) + content(compact.others.items()) + json.dumps(compact.about, sort_keys=True)
 
-    return Kind("compeft", build, read, names=[Q, Q.replace("q_proj", "v_proj")])
+    def deep(folder: Path, meaning: str | None) -> None:
+        _decoded(merging.decompress_adapter, folder, "a.compeft", meaning)
+
+    return Kind("compeft", build, read, deep, names=[Q, Q.replace("q_proj", "v_proj")])
 
 
 def bitdelta() -> Kind:
@@ -421,7 +425,142 @@ def bitdelta() -> Kind:
         dense = {name: update().dense() for name, update in updates.items()}
         return content(dense.items()) + content(compact.others.items()) + json.dumps(compact.about, sort_keys=True)
 
-    return Kind("bitdelta", build, read, names=[Q, Q.replace("q_proj", "v_proj")])
+    def deep(folder: Path, meaning: str | None) -> None:
+        _decoded(merging.restore_adapter, folder, "a.bitdelta", meaning)
+
+    return Kind("bitdelta", build, read, deep, names=[Q, Q.replace("q_proj", "v_proj")])
+
+
+def _decoded(write: Callable[..., Any], folder: Path, file: str, meaning: str | None) -> None:
+    """A codec's file through what writes an adapter out of it: refused as its reader refuses, nothing left behind."""
+    out = folder.parent / "decoded"
+    try:
+        write(folder / file, out, show_progress=False)
+    except ValueError:
+        assert meaning is None, f"{write.__name__} refuses what is read"
+        assert not out.exists(), f"{write.__name__} refused, and left a folder"
+    else:
+        assert meaning is not None, f"{write.__name__} takes what the reader refuses"
+        hub.check_adapter(out)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+# Messages between a server and clients
+
+
+def _reply(name: str, pack: Callable[[], bytes], read: Callable[[bytes], str], **options: Any) -> Kind:
+    """A message, as the bytes that a file holds; a refusal names its sender."""
+    return Kind(
+        f"message: {name}",
+        lambda folder: (folder / "message.safetensors").write_bytes(pack()),
+        lambda folder: read((folder / "message.safetensors").read_bytes()),
+        names=["'server'", "'a'", "message of server", "message of a"],
+        **options,
+    )
+
+
+def adapter_message() -> Kind:
+    """A whole adapter, of which tensors that the receiver knows are left out."""
+    model = get_peft_model(base(), _sparse()())
+    known = {name: one.clone() for name, one in federated.adapter_tensors(model).items()}
+    fill(model)
+
+    def read(data: bytes) -> str:
+        found = federated.read_adapter_message(data, "a", known, number=3, config=model.peft_config["default"])
+        return content(found.tensors.items()) + str(found.examples)
+
+    def pack() -> bytes:
+        return federated.adapter_message(model, 3, client="a", examples=7, known=known)
+
+    return _reply("adapter", pack, read, models=lambda: [model])
+
+
+def _feddip() -> tuple[federated.FedDIP, Any]:
+    options = federated.FedDIP(rounds=10, reconfigure_every=1, first_mask="magnitude")
+    model = get_peft_model(base(), federated.feddip_config(target_modules=OPTIONS["target_modules"]))
+    federated.feddip_start(model, options)
+    return options, model
+
+
+def feddip_reply() -> Kind:
+    """Values that a client of FedDIP trained."""
+    options, server = _feddip()
+
+    def read(data: bytes) -> str:
+        found = federated.read_feddip_message(server, data, "a", options, 3)
+        return content(found.values.items()) + content(found.others.items()) + str(found.examples)
+
+    return _reply(
+        "FedDIP, reply",
+        lambda: federated.feddip_client_message(server, options, 3, "a", 7),
+        read,
+        models=lambda: [server],
+    )
+
+
+def feddip_model() -> Kind:
+    """FedDIP's global model: values, and masks in bits."""
+    (options, server), (_, client) = _feddip(), _feddip()
+    fill(server)
+    first = copy.deepcopy(client.state_dict())
+
+    def read(data: bytes) -> str:
+        federated.feddip_receive(client, data, options, 3, "a")
+        found = content(client.state_dict().items())
+        client.load_state_dict(first)
+        return found
+
+    return _reply(
+        "FedDIP, model",
+        lambda: federated.feddip_server_message(server, options, 3),
+        read,
+        models=lambda: [client],
+    )
+
+
+def _ferret() -> tuple[federated.Ferret, dict[str, torch.Tensor], federated.FerretUpdate]:
+    options, generator = federated.Ferret(bases=8, least=3), torch.Generator().manual_seed(4)
+    known = {name: torch.randn(12, 10, generator=generator) for name in ("w", "x")}
+    update = {name: 0.1 * torch.randn(12, 10, generator=generator) for name in known}
+    return options, known, federated.project(update, options, 3, "a", 7)
+
+
+def ferret_reply() -> Kind:
+    """Coordinates of a client of Ferret."""
+    options, known, _ = _ferret()
+    after = {name: one + 0.1 for name, one in known.items()}
+
+    def read(data: bytes) -> str:
+        found = federated.read_ferret_message(data, "a", known, options, 3)
+        return content((str(at), one) for at, one in enumerate(found.coordinates)) + str((found.examples, found.seed))
+
+    return _reply("Ferret, reply", lambda: federated.ferret_client_message(known, after, options, 3, "a", 7), read)
+
+
+def ferret_round() -> Kind:
+    """Coordinates that a server of Ferret applied, for all clients."""
+    options, known, update = _ferret()
+    _, terms = federated.ferret_server_step(known, [update], [1.0], options)
+
+    def read(data: bytes) -> str:
+        return content(federated.ferret_receive(known, data, options, 3).items())
+
+    return _reply("Ferret, round", lambda: federated.ferret_server_message(terms, 3, options.step), read)
+
+
+def several_messages() -> Kind:
+    """Messages of several rounds in one."""
+    held = [federated.pack("any", {"x": torch.full((3,), float(at))}) for at in range(3)]
+
+    def read(data: bytes) -> str:
+        return content((str(at), federated.unpack(one, "a").tensors["x"])
+                       for at, one in enumerate(federated.unpack_all(data, "a")))  # fmt: skip
+
+    return _reply("several", lambda: federated.pack_all(held), read)
+
+
+MESSAGES = (adapter_message, feddip_reply, feddip_model, ferret_reply, ferret_round, several_messages)
 
 
 def kinds() -> list[Kind]:
@@ -446,6 +585,7 @@ def kinds() -> list[Kind]:
             adapter("factored", lambda: FactoredConfig(target_modules=OPTIONS["target_modules"], rank=FixedRank(2))),
             support(), masks(None), masks((2, 4)), kept_units(), patch("vllm"), patch("slime"), zeroth_order(),
             diagnostics(), walk(), reconstruction(),
+            compeft(), bitdelta(), *(message() for message in MESSAGES),
         ]  # fmt: skip
 
 

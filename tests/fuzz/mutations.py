@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+HEADED = (".safetensors", ".compeft", ".bitdelta")
+"""Suffixes of safetensors files."""
 LONG_NAME = "a" * 28 + "!"
 PATTERNS = [
     "(a+)+$",
@@ -53,7 +55,7 @@ def damage(folder: Path, seed: int, files: list[str], names: list[str]) -> Damag
         file = folder / draw.choice(files)
         content = file.read_bytes()
         try:
-            if file.suffix == ".safetensors" and draw.random() < 0.6:
+            if file.suffix in HEADED and draw.random() < 0.6:
                 changed = _safetensors(content, draw, done, names)
             elif file.suffix in (".json", ".jsonl") and draw.random() < 0.75:
                 changed = _json_file(content, draw, done, file.suffix == ".jsonl")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from damaged_files import Fuzz, Unwatched, late_raises
-from kinds import bitdelta, compeft, kept_units, kinds, reconstruction, support, walk
+from kinds import MESSAGES, bitdelta, compeft, kept_units, kinds, reconstruction, support, walk
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow  # by themselves: a run of the suite with them hung once
 
 
-@pytest.mark.parametrize("make", [support, kept_units, walk, reconstruction, compeft, bitdelta])
+@pytest.mark.parametrize("make", [support, kept_units, walk, reconstruction, compeft, bitdelta, *MESSAGES])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_file_is_whole_or_refused_by_name_and_changes_nothing(tmp_path, make):
     fuzz = Fuzz(make(), tmp_path, Unwatched(), every=20)

@@ -252,6 +252,14 @@ CHANGES = {
 }
 
 
+def test_factors_that_a_forged_scaling_makes_infinite_are_refused(adapter, tmp_path):
+    compress_adapter(adapter("both"), tmp_path / "f", show_progress=False)
+    damaged(tmp_path / "f", tmp_path / "g", lambda t, m: [one.update(scaling=1e300) for one in m.values()])
+    with pytest.raises(ValueError, match=r"damaged.*scaling=1e\+300"):
+        decompress_adapter(tmp_path / "g", tmp_path / "x", show_progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_damaged_file_is_refused_and_nothing_is_written(what, adapter, tmp_path):
     compress_adapter(adapter("entries"), tmp_path / "f", show_progress=False)
