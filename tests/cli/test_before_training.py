@@ -46,7 +46,7 @@ def test_estimate_of_several_processes_tells_what_they_send(model, config, capsy
         assert said in table
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["when"] for one in found["traffic"]] == ["step", "step", "step", "move", "move"]
+    assert [one["when"] for one in found["traffic"]] == ["step"] * 3 + ["move"] * 3
 
 
 def test_estimate_of_a_config_chooses_what_fits(model, config, capsys):

@@ -66,6 +66,7 @@ def test_header_says_what_it_is_and_is_the_command_that_launches_it(path):
 def test_every_family_of_methods_has_a_yaml_that_names_one_of_its_methods():
     families = {path.stem for path in Path(methods.__file__).parent.glob("*.py")}
     families -= {"__init__", "__main__", "functions", "registry"}
+    families -= {"whole_weights"}  # no adapter: the scripts that read YAML train one
     named = {path.stem: read_recipe(path)["method"] for path in (RECIPES / "methods").glob("*.yaml")}
     assert named.keys() == families
     for family, method in named.items():
