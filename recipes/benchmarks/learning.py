@@ -137,7 +137,7 @@ STRUCTURED = {
     "hyperformer": ("hyperformer", (3e-5, 1e-4, 3e-4)),
     "mpoe": ("mpoe", (3e-4, 1e-3, 3e-3)),
     "1-bit-adapters": ("1-bit-adapters", LORA_RATES),
-    "molora": ("molora", LORA_RATES),
+    "molora": ("molora", (3e-4, 1e-3, 3e-3)),
     "mov": ("mov", FASTEST),
     "sira": ("sira", LORA_RATES),
 }
