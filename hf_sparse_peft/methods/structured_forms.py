@@ -268,8 +268,8 @@ def mpoe(
     """MPOE: each feed-forward network becomes a mixture of `experts` copies of itself, whose matrices are products of
     five tensors, the central one in common. The paper trains everything and masks the central tensor's gradient in a
     part of the steps (`central="trained"`, `central_update_prob`, drawn in each pass here); by default the experts'
-    own tensors and routers train. Its balance loss is left to whoever reads the passes. Targets are whole networks, as
-    Llama names them (`target_modules` and the form's `last` for others). The number of experts was not confirmed."""
+    own tensors and routers train. Its balance loss is `BalanceLoss(of="first")`. Targets are whole networks, as Llama
+    names them (`target_modules` and the form's `last` for others). The number of experts was not confirmed."""
     form = MatrixProductExperts(experts, central=central, central_update_prob=central_update_prob, bond=bond)
     return _row(overrides, form, ("gate_proj", "up_proj", "down_proj"))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class BalanceLoss(Rule):
 
     weight: PositiveFloat = 0.01
     r""":math:`\lambda`."""
+    of: Literal["chosen", "first"] = "chosen"
+    r"""What :math:`f_e` counts: all assignments, or each token's most likely expert alone (GShard; Lepikhin et al.,
+    2021; MPOE; Gao et al., 2022, whose code takes the mean of the sequences' sums)."""
 
     acts_on: ClassVar[frozenset[str]] = frozenset({"expert"})
     writes: ClassVar[frozenset[str]] = frozenset({"forward"})
@@ -81,7 +84,7 @@ class BalanceLoss(Rule):
                 "BalanceLoss adds to the model's own loss, and its output has none. Give batches labels, and train "
                 "without compute_loss_func and return_dict=False."
             )
-        found = [balance(routings, space.count) for space, routings in seen.items() if routings]
+        found = [balance(routings, space.count, self.of) for space, routings in seen.items() if routings]
         if found and not any(one.requires_grad for one in found):
             raise ValueError(
                 "BalanceLoss saw no router in the graph of a training pass. Set gradient_checkpointing_kwargs="
@@ -94,10 +97,13 @@ class BalanceLoss(Rule):
         return output
 
 
-def balance(routings: list[Tensor], experts: int) -> Tensor:
+def balance(routings: list[Tensor], experts: int, of: str = "chosen") -> Tensor:
     r""":math:`E \sum_e f_e P_e` of what a layer's passes noted, `[3, n, E]` each; 0 without a token."""
     both = torch.cat(routings, 1)
-    chosen = both[1].detach().sum(0)
+    chosen = both[1].detach()
+    if of == "first":
+        chosen = torch.zeros_like(chosen).scatter_(-1, both[0].detach().argmax(-1, keepdim=True), 1)
+    chosen = chosen.sum(0)
     return experts * (chosen / chosen.sum().clamp_min(1) * both[0].sum(0)).sum() / max(both.shape[1], 1)
 
 

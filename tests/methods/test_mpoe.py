@@ -11,7 +11,16 @@ from peft import PeftModel, get_peft_model
 from spectral_toolbox import close, random
 from torch import nn
 
-from hf_sparse_peft import StructuredConfig, methods
+from hf_sparse_peft import (
+    BalanceLoss,
+    Controller,
+    Prune,
+    StructuredConfig,
+    SupportTelemetryCallback,
+    callbacks_for,
+    methods,
+)
+from hf_sparse_peft.rules.balance_loss import balance
 from hf_sparse_peft.tuners.structured import MatrixProductExperts, ScaleShift, structured_layers
 from hf_sparse_peft.tuners.structured.matrix_product import axes_of, contract, decompose, shapes_of
 
@@ -171,10 +180,13 @@ def test_in_half_of_the_passes_the_central_tensor_has_no_gradient():
 
 
 def gates_of(model, x):
-    seen = {}
-    with structured_layers(model)[0].read_passes(lambda _, name, tensor: seen.update({name: tensor.detach()})):
+    """Gates, and the balance of first experts over all tokens."""
+    (layer, *_), seen = structured_layers(model), []
+    form = layer.form("default")
+    with layer.read_passes(lambda _, name, tensor: seen.append(tensor)):
         model(x)
-    return seen["gates"], seen["balance"]
+    gates = form.route(x, layer.form_tensors("default"), layer._call("default", torch.float32)).gates
+    return gates.detach(), balance(seen, form.experts, "first").detach()
 
 
 def test_second_experts_are_kept_by_their_gate_in_training_and_over_the_threshold_in_evaluation():
@@ -250,8 +262,7 @@ def test_a_linear_alone_is_a_network_of_its_own():
 def test_a_capped_bond_makes_smaller_tensors_and_another_start():
     model, layers = adapted(bond=2)
     assert (
-        max(max(t.shape[-1], t.shape[-4]) for n, t in layers[0].form_tensors("default").items() if n != "mpo_router")
-        == 2
+        max(max(t.shape[-1], t.shape[-4]) for n, t in layers[0].form_tensors("default").items() if n[4:].isdigit()) == 2
     )
     assert not torch.allclose(model(random(2, 5, 8)), Blocks()(random(2, 5, 8)), atol=1e-3)
 
@@ -271,3 +282,95 @@ def test_it_trains_with_gradient_checkpointing_as_without():
         losses.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, grad in losses[0].items():
         assert torch.equal(grad, losses[1][name]), name
+
+
+IDS = torch.randint(1, tiny.VOCAB, (2, 12), generator=torch.Generator().manual_seed(4))
+
+
+def language_model(base=None, **options):
+    base = tiny.llama(layers=2) if base is None else base
+    torch.manual_seed(1)
+    return get_peft_model(base, methods.get("mpoe", experts=4, task_type="CAUSAL_LM", **options).config)
+
+
+def owners(model):
+    return [layer for layer in structured_layers(model) if layer.site("default").owns]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_balance_of_first_experts_is_added_to_the_loss_and_reaches_the_routers(checkpointing):
+    model, inputs = language_model(schedule=[BalanceLoss(0.5, of="first")]), {}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for layer in owners(model):
+        layer.register_forward_pre_hook(lambda one, args: inputs.update({one: args[0].detach()}))
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    batch = {"input_ids": IDS, "labels": IDS, "attention_mask": mask}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    torch.manual_seed(0)
+    plain = model.train()(**batch).loss.item()
+    expected = 0.0
+    for layer, x in inputs.items():
+        p = (x[mask.bool()].double() @ layer.form_tensors("default")["mpo_router"].double().t()).softmax(-1)
+        first = torch.bincount(p.argmax(-1), minlength=4) / p.shape[0]
+        expected += 4**2 * (first * p.mean(0)).mean().item()
+    with Controller(model, optimizer, 1) as rules:
+        rules.before_step()
+        torch.manual_seed(0)
+        loss = model(**batch).loss
+        loss.backward()
+    assert len(inputs) == 2
+    assert math.isclose(loss.item() - plain, 0.5 * expected, rel_tol=1e-4)
+
+
+def test_hidden_tokens_take_no_capacity_and_change_nothing_of_the_others():
+    model = language_model().eval()
+    padding = torch.full((2, 9), 1)
+    padded = {"input_ids": torch.cat([padding, IDS], 1)}
+    padded["attention_mask"] = torch.cat([torch.zeros_like(padding), torch.ones_like(IDS)], 1)
+    padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    close(model(**padded).logits[:, 9:], model(input_ids=IDS).logits, 1e-4)
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_experts_of_least_load_leave_the_whole_network_and_telemetry_counts_the_others(tmp_path, base):
+    prune = Prune(final_fraction=0.5, start=0.0, end=0.6, every=2, space="expert")
+    model = language_model(tiny.base(base), schedule=[BalanceLoss(of="first"), prune])
+    telemetry = SupportTelemetryCallback(every=1)
+    tiny.train(model, tmp_path / "run", 6, callbacks=[*callbacks_for(model), telemetry])
+    last, networks = telemetry.history[-1], owners(model)
+    assert set(last["tokens"]) == {layer.module_name for layer in networks}
+    for layer in networks:
+        living = layer.form_tensors("default")["living"].bool()
+        assert living.sum() == 2
+        assert sum(last["tokens"][layer.module_name]) > 0
+        assert not torch.tensor(last["tokens"][layer.module_name])[~living].any()
+        (space,) = (one for one in layer.unit_spaces("default") if one.kind == "expert")
+        assert len(space.parameters()) == 1 + 3 * 4
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny.base(base), tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_the_last_expert_is_the_whole_network_and_none_cannot_leave():
+    model, layers = adapted(fill=0.1)
+    (space,) = (one for one in layers[0].unit_spaces("default") if one.kind == "expert")
+    assert [one.kind for one in layers[1].unit_spaces("default")] == ["module"]
+    space.write(torch.tensor([1]))
+    x = random(2, 5, 8, seed=9)
+    close(model(x), expected(model, x, torch.tensor([0.0, 1.0, 0.0]).expand(2, 5, 3)), 1e-4)
+    with pytest.raises(ValueError, match="Leave one at least"):
+        space.write(torch.tensor([], dtype=torch.int64))
+
+
+def test_the_released_code_draws_second_experts_in_evaluation():
+    model, _ = adapted(fill=0.1, second="random", draws_in_evaluation=True, threshold=0.3)
+    x = random(4, 500, 8, seed=9)
+    second = top_two(model, x).topk(2, -1).values[..., 1]
+    torch.manual_seed(0)
+    kept = (gates_of(model.eval(), x)[0] > 0).sum(-1) == 2
+    assert abs(kept.double().mean() - (second / 0.3).clamp_max(1).mean()) < 0.03
+    assert bool((kept & (second < 0.3)).any())

@@ -35,6 +35,8 @@ class StructuredLayer(FormLayer):
     without_biases = "Keep the adapter as it is, or keep the merged model by torch.save."
     structured_owner: dict[str, StructuredLayer]
     """The layer that has what this one shares, where that is another."""
+    structured_users: dict[str, list[StructuredLayer]]
+    """The other layers that share what this one has."""
     structured_memory: dict[str, dict[str, Tensor]]
     """What the layers that share with this one leave for each other within a pass."""
     structured_scaling: dict[str, float]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops import autocast_dtype, autocast_off
+from ...rules import UnitSpace
 from ...utils.option_types import Fraction, PositiveFloat, PositiveInt, Range
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
 from .form import Call, Form, Product, Site, Tensors, times
 from .matrix_product import TENSORS, contract, decompose, shapes_of
+from .routing import ROUTING, ExpertSpace, Routed, listed, living_spec, shown_tokens
 
 CENTRAL = TENSORS // 2
 ROUTER = "mpo_router"
@@ -36,10 +38,14 @@ class MatrixProductExperts(Form):
     the only target of its parent is a network by itself.
 
     **Gates** are the two largest of a softmax, divided by their sum. In training the second expert is kept with
-    probability :math:`g_2` / `threshold`, in evaluation where that is 1 or more. (The released code draws in evaluation
-    too.) Each expert takes at most `capacity` times its even share of a sequence's tokens, first come, and no fewer
-    than four; a token over that gets nothing of it. The balance loss :math:`E^2\,\mathrm{mean}_e(f_e P_e)` is noted as
-    "balance", the gates as "gates" (`StructuredLayer.read_passes`).
+    probability :math:`g_2` / `threshold`, in evaluation where that is 1 or more (`draws_in_evaluation`: as in training,
+    as in the released code). Each expert takes at most `capacity` times its even share of a sequence's tokens, first
+    come, and no fewer than four; a token over that gets nothing of it. Tokens that the batch's `attention_mask` hides
+    go to no expert. The balance loss :math:`E^2\,\mathrm{mean}_e(f_e P_e)`, with f of first experts, is
+    `BalanceLoss(of="first")`.
+
+    Experts are units of kind "expert" of the network, which its first linear has. One that a rule lets die is left out
+    of the softmax, and shares are those of the experts that live.
 
     It acts alone: it replaces a network, and no other adapter adds to it. It cannot be merged.
     """
@@ -52,6 +58,8 @@ class MatrixProductExperts(Form):
     """Which second experts are kept in training; in evaluation those over the threshold for `random`."""
     threshold: PositiveFloat = 0.2
     """Gate from which on a second expert is always kept."""
+    draws_in_evaluation: bool = False
+    """Whether `second="random"` draws in evaluation too (released code)."""
     capacity: PositiveFloat | None = 1.25
     """Of an expert in training, in shares of tokens / E; None: no limit."""
     capacity_in_evaluation: PositiveFloat | None = 2.0
@@ -63,8 +71,9 @@ class MatrixProductExperts(Form):
     faster than their own tensors."""
     bond: Annotated[int, Range(least=1)] | None = None
     """Largest side between two tensors; None: as large as any matrix needs. With it experts start as approximations."""
-    tensor_names: ClassVar[tuple[str, ...]] = (*(f"mpo_{at}" for at in range(TENSORS)), ROUTER)
+    tensor_names: ClassVar[tuple[str, ...]] = (*(f"mpo_{at}" for at in range(TENSORS)), ROUTER, "living")
     reads_weight: ClassVar[bool] = True
+    reads_mask: ClassVar[bool] = True
     alone: ClassVar[bool] = True
 
     @property
@@ -76,6 +85,15 @@ class MatrixProductExperts(Form):
     def unit_kinds(self) -> frozenset[str]:
         """Experts."""
         return frozenset({"expert"})
+
+    @property
+    def routes(self) -> bool:
+        """Tokens go to two of the experts."""
+        return True
+
+    def spaces(self, layer: Any, adapter: str) -> list[UnitSpace]:
+        """The experts of the network, at its first linear."""
+        return [NetworkExperts(layer, adapter)] if layer.site(adapter).owns else []
 
     def group(self, site: Site) -> Hashable:
         """The linears of one parent module."""
@@ -109,7 +127,13 @@ class MatrixProductExperts(Form):
         def start(generator: torch.Generator | None) -> Tensor:
             return torch.randn(self.experts, site.cols, generator=generator)
 
-        return [*found, TensorSpec(ROUTER, (self.experts, site.cols), start=start)] if site.owns else found
+        if not site.owns:
+            return found
+        return [
+            *found,
+            TensorSpec(ROUTER, (self.experts, site.cols), space="expert", start=start),
+            living_spec(self.experts),
+        ]
 
     def start(self, weight: Tensor, site: Site) -> Tensors:
         """The weight's own tensors, for every expert."""
@@ -132,35 +156,47 @@ class MatrixProductExperts(Form):
                 for expert in range(self.experts)
             ]
 
-    def gates(self, x: Tensor, tensors: Tensors, call: Call) -> Tensor:
-        """`[..., tokens, E]` fp32: the weight of each expert for each token of `x` `[..., tokens, cols]`."""
+    def route(self, x: Tensor, tensors: Tensors, call: Call) -> Routed:
+        """Where the tokens of `x` `[..., tokens, cols]` go; noted as `ROUTING`."""
+        living = tensors["living"].bool()
         with autocast_off(x.device.type):
-            whole = times(x.float(), tensors[ROUTER].float()).softmax(-1)
-        first, chosen = whole.max(-1)
-        mask = F.one_hot(chosen, self.experts).to(whole)
-        second, next_chosen = (whole * (1 - mask)).max(-1)
-        next_mask = F.one_hot(next_chosen, self.experts).to(whole) * float(self.experts > 1)
-        call.note("balance", (whole.mean(-2) * mask.mean(-2)).mean() * self.experts**2)
+            logits = times(x.float(), tensors[ROUTER].float())
+        whole = logits.masked_fill(~living, -torch.inf).softmax(-1)
+        first, at = whole.max(-1)
+        mask = F.one_hot(at, self.experts).to(whole)
+        second, next_at = (whole * (1 - mask)).max(-1)
+        next_mask = F.one_hot(next_at, self.experts).to(whole) * (second > 0)[..., None]
+        shown = shown_tokens(call.mask, x)
+        if shown is not None:
+            mask, next_mask = mask * shown[..., None], next_mask * shown[..., None]
         total = first + second + 1e-9
         first, second = first / total, second / total
         next_mask = next_mask * self._kept(second, call.training)[..., None]
+        chosen = mask + next_mask
         capacity = self.capacity if call.training else self.capacity_in_evaluation
         if capacity is not None:
-            tokens = x.shape[-2]
-            most = max(min(tokens, int(tokens * capacity / self.experts)), LEAST_CAPACITY)
+            most = self._capacity(capacity, x, shown, living)
             mask = mask * ((mask.cumsum(-2) - mask) * mask < most)
             taken = mask.sum(-2, keepdim=True)
             next_mask = next_mask * (((next_mask.cumsum(-2) - next_mask) + taken) * next_mask < most)
-        found = first[..., None] * mask + second[..., None] * next_mask
-        call.note("gates", found)
+        gates = first[..., None] * mask + second[..., None] * next_mask
+        found = Routed(gates, whole, chosen.bool(), (mask + next_mask).bool())
+        call.note(ROUTING, listed(found, shown))
         return found
+
+    @staticmethod
+    def _capacity(share: float, x: Tensor, shown: Tensor | None, living: Tensor) -> Tensor:
+        """`[..., 1, 1]`: tokens of each sequence that an expert takes at most."""
+        tokens = x.new_full(x.shape[:-2], x.shape[-2], dtype=torch.int64) if shown is None else shown.sum(-1)
+        most = torch.minimum(tokens, (tokens.double() * share / living.sum()).long())
+        return most.clamp_min(LEAST_CAPACITY)[..., None, None]
 
     def _kept(self, second: Tensor, training: bool) -> Tensor:
         if self.second == "all":
             return torch.ones_like(second)
         if self.second == "none":
             return torch.zeros_like(second)
-        if self.second == "threshold" or not training:
+        if self.second == "threshold" or not (training or self.draws_in_evaluation):
             return (second >= self.threshold).to(second)
         return (torch.rand_like(second) < second / self.threshold).to(second)
 
@@ -168,7 +204,8 @@ class MatrixProductExperts(Form):
         """The outputs of all experts `[E, ..., rows]`; in the last linear, of `x` of that form, their sum."""
         site, single = call.site, call.site.sharing.users == 1
         if site.owns:
-            call.memory["gates"] = self.gates(x if x.dim() > 2 else x[None], tensors, call).view(*x.shape[:-1], -1)
+            routed = self.route(x if x.dim() > 2 else x[None], tensors, call)
+            call.memory["gates"] = routed.gates.view(*x.shape[:-1], -1)
         ends = single or site.name.rpartition(".")[2] in self.last
         if single or not ends:
             x = x.expand(self.experts, *x.shape)
@@ -196,3 +233,22 @@ class MatrixProductExperts(Form):
             f"MatrixProductExperts in '{call.site.name}' takes the place of its network, and no other adapter adds to "
             "it. Activate it alone: model.set_adapter(name)."
         )
+
+
+@dataclass(frozen=True)
+class NetworkExperts(ExpertSpace):
+    """Experts of a network: their tensors in all of its linears, and their rows of the router."""
+
+    def parameter_axes(self) -> list[tuple[nn.Parameter, int]]:
+        """Each with the axis of the experts."""
+        return list(self.scored_parameters().values())
+
+    def scored_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
+        """The router, and the tensors of each linear by its number."""
+        layers = [self.layer, *self.layer.structured_users.get(self.adapter, [])]
+        found = {ROUTER: (self.layer.form_tensors(self.adapter)[ROUTER], 0)}
+        for number, layer in enumerate(layers):
+            tensors = layer.form_tensors(self.adapter)
+            own = [at for at in range(TENSORS) if at != CENTRAL]
+            found |= {f"{number}: mpo_{at}": (tensors[f"mpo_{at}"], 0) for at in own}
+        return found

@@ -34,6 +34,10 @@ class StructuredModel(AdapterModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sizes = self.peft_config[adapter_name].sizes
         link_owners(structured_layers(model), sizes, adapter_name, "structured_owner")
+        for layer in structured_layers(model):
+            if (owner := layer.structured_owner.get(adapter_name)) is not None:
+                users = owner.structured_users.setdefault(adapter_name, [])
+                users += [layer] if all(layer is not user for user in users) else []
         if given.form.reads_mask and _hand_down_mask not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_hand_down_mask, with_kwargs=True)
 

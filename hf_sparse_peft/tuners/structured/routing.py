@@ -92,7 +92,7 @@ class Experts(Form):
 
         return [
             TensorSpec("router", (E, width), space="expert", start=start),
-            TensorSpec("living", (E,), torch.uint8, "saved", start=lambda _: torch.ones(E), check=_check_living),
+            living_spec(E),
         ]
 
     def spaces(self, layer, adapter: str) -> list[UnitSpace]:
@@ -112,7 +112,7 @@ class Experts(Form):
                 dropped = logits.masked_fill(~living, -torch.inf).softmax(-1)
             else:
                 dropped = F.dropout(p, self.expert_dropout)
-        shown = _shown(call.mask, x)
+        shown = shown_tokens(call.mask, x)
         chosen = dropped > 0
         if self.routes:
             best = torch.zeros_like(chosen).scatter_(-1, dropped.topk(self.top_k, -1).indices, True)
@@ -125,7 +125,7 @@ class Experts(Form):
             sums = (gates * chosen).sum(-1, keepdim=True)
             gates = gates / torch.where(sums > 0, sums, 1.0)
         found = Routed(gates * served, p, chosen, served)
-        call.note(ROUTING, _listed(found, shown))
+        call.note(ROUTING, listed(found, shown))
         return found
 
     def _has_room(self, chosen: Tensor, shown: Tensor | None, living: Tensor) -> Tensor:
@@ -134,7 +134,14 @@ class Experts(Form):
         return taken <= (self.capacity * self.top_k * tokens.double() / living.sum()).ceil()
 
 
-def _shown(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def living_spec(experts: int) -> TensorSpec:
+    """Which experts live, uint8 `[E]`."""
+    return TensorSpec(
+        "living", (experts,), torch.uint8, "saved", start=lambda _: torch.ones(experts), check=_check_living
+    )
+
+
+def shown_tokens(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """bool in the shape of the tokens of `x`: those that the mask does not hide; None where it says nothing of them."""
     if mask is None or mask.shape != x.shape[: mask.dim()] or mask.dim() == x.dim():
         return None
@@ -144,7 +151,8 @@ def _shown(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return shown.expand(x.shape[:-1])
 
 
-def _listed(found: Routed, shown: Tensor | None) -> Tensor:
+def listed(found: Routed, shown: Tensor | None) -> Tensor:
+    """What is noted as `ROUTING`."""
     listed = torch.stack([found.probabilities, found.chosen.to(found.gates), found.served.to(found.gates)])
     return listed.flatten(1, -2) if shown is None else listed[:, shown]
 
