@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..optim import innermost
 from ..utils.option_types import PositiveFloat, PositiveInt
-from ..utils.parts import Part, register_part
+from ..utils.parts import Part, register_part, require
 from .collectives import all_reduce_sum, from_first_rank
 from .probing import drawn_batches, loss_of, modes_kept, random_state_kept
 from .run import Run
@@ -150,9 +151,20 @@ class Cyclic(LayerChoice):
 @register_part("largest_gradient")
 @dataclass(frozen=True)
 class LargestGradient(LayerChoice):
-    r"""Those with the largest norm of the gradient of `samples` training samples (Gauss-Southwell block coordinate
-    descent; Nutini et al., 2022): :math:`\arg\max_b \|g_b\|`. Ties go to the first layer; one without a gradient is
-    never chosen, and where none has any the layers stay as they were.
+    r"""Those with the largest norm of the gradient of `samples` training samples (greedy block coordinate descent;
+    Nutini et al., 2022):
+
+    | `by` | chosen | name |
+    |---|---|---|
+    | "gradient" | :math:`\arg\max_b \|g_b\|` | Gauss-Southwell |
+    | "lipschitz" | :math:`\arg\max_b \|g_b\| / \sqrt{L_b}` | Gauss-Southwell-Lipschitz |
+    | "diagonal" | :math:`\arg\max_b \|g_b / \sqrt{D_b}\|`, by entries | Gauss-Southwell-diagonal |
+
+    Ties go to the first layer; one without a gradient is never chosen, and where none has any the layers stay as they
+    were.
+
+    The diagonal bound is Adam's, :math:`D = \sqrt{\hat v} + \epsilon`, of each layer when it last trained, so that the
+    rule has to keep them (`SwitchLayers(moments="keep")`). Layers that never trained have none and come first.
 
     A choice costs a forward and a backward pass with the gradients of all layers, in evaluation mode. It is kept in
     `run.saved["largest_gradient"]`.
@@ -162,8 +174,31 @@ class LargestGradient(LayerChoice):
     """Of the gradient: Euclidean, as in the paper, or the sum of magnitudes, as in its authors' code."""
     samples: PositiveInt = 16
     """Training samples, the same on every rank."""
+    by: Literal["gradient", "lipschitz", "diagonal"] = "gradient"
+    """What a gradient is divided by: nothing, a constant of its layer, or a bound of each entry."""
+    lipschitz: list[PositiveFloat] | None = None
+    """With `by="lipschitz"` the constants :math:`L_b` of all layers, in model order."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"batches"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        accepted = "a positive number for each layer with by='lipschitz', None otherwise"
+        fits = (self.by == "lipschitz") == bool(self.lipschitz) and all(L > 0 for L in self.lipschitz or ())
+        require(fits, self, "lipschitz", accepted)
+
+    def begin(self, rule: Any, run: Run) -> None:
+        """Are there constants for all layers, and does the rule keep second moments where they are asked for?"""
+        layers = len(run.memory.layers)
+        if self.lipschitz and len(self.lipschitz) != layers:
+            raise ValueError(
+                f"LargestGradient.lipschitz has {len(self.lipschitz)} numbers for {layers} layers. Give one for each."
+            )
+        if self.by == "diagonal" and rule.moments != "keep":
+            raise ValueError(
+                f"LargestGradient.by='diagonal' compares second moments, and SwitchLayers.moments={rule.moments!r} "
+                "leaves none of layers that rest. Set moments='keep'."
+            )
 
     def choose(self, rule: Any, run: Run, start: int) -> list[int]:
         """As `LayerChoice`."""
@@ -186,9 +221,12 @@ class LargestGradient(LayerChoice):
             (inputs,) = drawn_batches(run, rule, self.samples, self.samples, "gradient", run.step, share=False)
             found = torch.autograd.grad(loss_of(run.model, inputs).mean(), flat, allow_unused=True)
         by_parameter = dict(zip(map(id, flat), found, strict=True))
-        return torch.stack(
-            [block_score([by_parameter[id(p)] for p in group], int(self.norm)) for group in parameters]
-        ).to(flat[0].device)
+        bounds = self.lipschitz or [1.0] * len(parameters)
+        if self.by == "diagonal":
+            bounds = [[_adam_bound(run.optimizer, p) for p in group] for group in parameters]
+        gradients = [[by_parameter[id(p)] for p in group] for group in parameters]
+        scores = [block_score(g, int(self.norm), bound) for g, bound in zip(gradients, bounds, strict=True)]
+        return torch.stack(scores).to(flat[0].device)
 
 
 def outlier_fraction(scores: Iterable[Tensor], threshold: float) -> float:
@@ -199,16 +237,47 @@ def outlier_fraction(scores: Iterable[Tensor], threshold: float) -> float:
     return sum(int((one > threshold * mean).sum()) for one in scores) / max(1, count)
 
 
-def block_score(gradients: Iterable[Tensor | None], norm: int = 2, lipschitz: float = 1.0) -> Tensor:
-    r"""A block's score by a greedy rule, fp64: :math:`\|g_b\|_2` or :math:`\|g_b\|_1`; with :math:`L_b` what
-    Gauss-Southwell-Lipschitz compares, :math:`\|g_b\|/\sqrt{L_b}`. 0 without a gradient.
+def block_score(
+    gradients: Iterable[Tensor | None], norm: int = 2, lipschitz: float | list[Tensor | float] = 1.0
+) -> Tensor:
+    r"""A block's score by a greedy rule, fp64: :math:`\|g_b\|_2` or :math:`\|g_b\|_1`; with a number :math:`L_b` what
+    Gauss-Southwell-Lipschitz compares, :math:`\|g_b\|/\sqrt{L_b}`, with a bound D for each gradient what the diagonal
+    rule does, :math:`\|g_b/\sqrt{D}\|`. 0 without a gradient.
 
     Source: Nutini et al., 2022.
     """
-    found = [gradient.detach().double() for gradient in gradients if gradient is not None]
-    total = sum((g.pow(2) if norm == 2 else g.abs()).sum() for g in found)
+    gradients = list(gradients)
+    bounds = lipschitz if isinstance(lipschitz, list) else [lipschitz] * len(gradients)
+    scaled = [_scaled(g.detach().double(), D) for g, D in zip(gradients, bounds, strict=True) if g is not None]
+    total = sum((g.pow(2) if norm == 2 else g.abs()).sum() for g in scaled)
     total = torch.as_tensor(total, dtype=torch.float64)
-    return (total.sqrt() if norm == 2 else total) / lipschitz**0.5
+    return total.sqrt() if norm == 2 else total
+
+
+def _scaled(gradient: Tensor, bound: Tensor | float) -> Tensor:
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=gradient.device)
+    return torch.where(gradient == 0, 0.0, gradient / bound.sqrt())  # 0 where the bound is 0 too
+
+
+def _adam_bound(optimizer: Any, parameter: nn.Parameter) -> Tensor | float:
+    r""":math:`\sqrt{\hat v} + \epsilon`; 0 of a parameter that never trained.
+
+    Raises:
+        ValueError: the optimizer has no second moments of each entry.
+    """
+    inner = innermost(optimizer)
+    state = inner.state.get(parameter)
+    if not state:
+        return 0.0
+    group = next(group for group in inner.param_groups if any(one is parameter for one in group["params"]))
+    moment = state.get("exp_avg_sq")
+    if moment is None or moment.shape != parameter.shape or "betas" not in group:
+        raise ValueError(
+            f"LargestGradient.by='diagonal' needs Adam's second moments, and {type(inner).__name__} keeps none of each "
+            "entry. Train by AdamW, or set by='gradient'."
+        )
+    correction = 1 - group["betas"][1] ** int(state["step"])
+    return (moment.double() / correction).sqrt() + group["eps"]
 
 
 def largest_blocks(scores: list[float], count: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_sparse_peft import SwitchLayers
-from hf_sparse_peft.rules import Cyclic, Outliers
+from hf_sparse_peft.rules import Cyclic, LargestGradient, Outliers
 from hf_sparse_peft.rules.layer_choices import block_score, largest_blocks, outlier_fraction
 
 F64 = torch.float64
@@ -47,6 +47,35 @@ def test_gauss_southwell_lipschitz_picks_the_block_of_the_largest_decrease():
     assert [score**2 / 2 for score in scores] == pytest.approx(decrease)
     assert largest_blocks(scores, 1) == [2]
     assert largest_blocks([float(g) for g in gradients], 1) == [1]
+
+
+@pytest.mark.parametrize("norm", [2, 1])
+def test_the_diagonal_rule_divides_each_entry_by_the_root_of_its_bound(norm):
+    gradients, bounds = (
+        [torch.tensor([3.0, -4.0]), torch.tensor([[2.0]])],
+        [torch.tensor([9.0, 4.0]), torch.tensor(1.0)],
+    )
+    parts = torch.tensor([3 / 3, 4 / 2, 2 / 1], dtype=F64)
+    expected = parts.sum() if norm == 1 else parts.square().sum().sqrt()
+    assert float(block_score(gradients, norm, bounds)) == pytest.approx(float(expected))
+    first, second = [torch.tensor([3.0, 0.0])], [torch.tensor([2.0, 2.0])]
+    scores = [float(block_score(g, norm, [torch.ones(2)])) for g in (first, second)]
+    assert largest_blocks(scores, 1) == [0 if norm == 2 else 1]  # bounds of 1: as Gauss-Southwell
+    assert float(block_score([torch.zeros(2), None], norm, [0.0, 0.0])) == 0
+    assert float(block_score([torch.ones(2)], norm, [0.0])) == float("inf")
+
+
+def test_constants_and_kept_moments_are_asked_for_by_name():
+    with pytest.raises(ValueError, match="lipschitz"):
+        LargestGradient(by="lipschitz")
+    with pytest.raises(ValueError, match="lipschitz"):
+        LargestGradient(lipschitz=[1.0])
+    rule = SwitchLayers(1, choice=LargestGradient(by="lipschitz", lipschitz=[1.0, 2.0]))
+    with pytest.raises(ValueError, match="2 numbers for 4 layers"):
+        rule.choice.begin(rule, run_of({"model": 4}))
+    rule = SwitchLayers(1, moments="drop", choice=LargestGradient(by="diagonal"))
+    with pytest.raises(ValueError, match="moments='keep'"):
+        rule.choice.begin(rule, run_of({"model": 4}))
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "permutation"])

@@ -135,6 +135,46 @@ def test_the_layer_with_the_largest_gradient_is_chosen_and_the_probe_leaves_no_t
     assert event["trains"] == [f"model.layers.{max(norms, key=norms.get)}"]
 
 
+def test_every_layer_has_a_turn_before_layers_are_compared_by_their_second_moments(tmp_path):
+    seen = []
+
+    class Watched(LargestGradient):
+        def choose(self, rule, run, start):
+            if start == 2 * LAYERS:
+                ids, model = next(drawn_batches(run, rule, 96, 96, "gradient", run.step, share=False)), run.model
+                rule.train_only(run, list(range(LAYERS)))
+                found = dict.fromkeys(range(LAYERS), 0.0)
+                named = [(name, p) for name, p in model.named_parameters() if layer_of(name) is not None]
+                grads = torch.autograd.grad(model.eval()(**ids).loss, [p for _, p in named])
+                model.train()
+                for (name, p), g in zip(named, grads, strict=True):
+                    kept = innermost(run.optimizer).state[p]
+                    second = kept["exp_avg_sq"].double() / (1 - 0.999 ** int(kept["step"]))
+                    found[layer_of(name)] += float((g.double() ** 2 / (second.sqrt() + 1e-8)).sum())
+                seen.append(max(found, key=found.get))
+            return super().choose(rule, run, start)
+
+    model = tiny.llama(layers=LAYERS)
+    runner = RuleRunner(SwitchLayers(1, every=2, moments="keep", choice=Watched(samples=96, by="diagonal")))
+    args = tiny.arguments(tmp_path, 2 * LAYERS + 2)
+    Trainer(model=model, train_dataset=tiny.TokenData(), args=args, callbacks=[runner]).train()
+    turns = [int(event["trains"][0].rsplit(".", 1)[1]) for event in runner.events]
+    assert sorted(turns[:LAYERS]) == list(range(LAYERS))
+    assert turns[LAYERS:] == seen
+
+
+def test_the_diagonal_rule_refuses_an_optimizer_without_moments_of_entries(tmp_path):
+    rule = SwitchLayers(1, every=2, moments="keep", choice=LargestGradient(by="diagonal"))
+    with pytest.raises(ValueError, match="keeps none of each entry"):
+        train(tiny.llama(layers=LAYERS), tmp_path, rule)
+
+
+def test_constants_of_layers_turn_the_choice(tmp_path):
+    rule = SwitchLayers(1, every=20, choice=LargestGradient(by="lipschitz", lipschitz=[1e6, 1e6, 1e-6, 1e6]))
+    (event,) = train(tiny.llama(layers=LAYERS), tmp_path, rule).runner.events
+    assert event["trains"] == ["model.layers.2"]
+
+
 def test_adapters_of_upstream_are_drawn_by_their_bases_outliers(tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(planted(), LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
