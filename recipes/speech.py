@@ -8,7 +8,9 @@ Without arguments it runs offline on a small random Whisper: each digit is a ton
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import common
 import datasets
@@ -26,6 +28,8 @@ from transformers import (
 
 RATE = 16000
 """Samples a second, as Whisper wants them."""
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+"""The linears of a transformer layer; convolutions before the encoder stay as they are."""
 
 
 @dataclass
@@ -68,14 +72,8 @@ def small_whisper(args: TrainingArguments) -> str:
     return common.small_base(args, WhisperForConditionalGeneration, config, tokenizer, hears)
 
 
-def main(argv: list[str]) -> common.Figures:
-    """Train and measure; returns the figures."""
-    recipe, args = common.begin(__file__, argv, RecipeArguments, TrainingArguments)
-    args.remove_unused_columns, args.label_names = False, ["labels"]
-    name = recipe.model_name_or_path or small_whisper(args)
-    tokenizer, extractor = AutoTokenizer.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name)
-    base = common.load_base(AutoModelForSpeechSeq2Seq, name, recipe, args)
-    train, test = load_speech(recipe, args.seed)
+def collator(recipe: RecipeArguments, tokenizer: Any, extractor: Any, base: torch.nn.Module) -> Callable:
+    """Makes batches of rows: log-mel features of the model's full length, labels that end and are padded by -100."""
 
     def collate(rows):
         sounds = [np.asarray(row[recipe.audio_column]["array"], dtype=np.float32) for row in rows]
@@ -93,6 +91,18 @@ def main(argv: list[str]) -> common.Figures:
             "labels": torch.tensor([ids + [-100] * (longest - len(ids)) for ids in ended]),
         }
 
+    return collate
+
+
+def main(argv: list[str]) -> common.Figures:
+    """Train and measure; returns the figures."""
+    recipe, args = common.begin(__file__, argv, RecipeArguments, TrainingArguments)
+    args.remove_unused_columns, args.label_names = False, ["labels"]
+    name = recipe.model_name_or_path or small_whisper(args)
+    tokenizer, extractor = AutoTokenizer.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name)
+    base = common.load_base(AutoModelForSpeechSeq2Seq, name, recipe, args)
+    train, test = load_speech(recipe, args.seed)
+
     def tokens_right(predicted) -> common.Figures:
         known = predicted.label_ids >= 0
         return {"token_accuracy": float((predicted.predictions == predicted.label_ids)[known].mean())}
@@ -100,7 +110,8 @@ def main(argv: list[str]) -> common.Figures:
     return common.fine_tune(
         __file__, recipe, args, base,
         data={
-            "train_dataset": train, "eval_dataset": test, "data_collator": collate, "compute_metrics": tokens_right,
+            "train_dataset": train, "eval_dataset": test, "compute_metrics": tokens_right,
+            "data_collator": collator(recipe, tokenizer, extractor, base),
             "preprocess_logits_for_metrics": lambda logits, _: logits[0].argmax(-1),
         },
         measure=lambda trainer: common.evaluated(trainer, "loss", "token_accuracy"),
@@ -109,7 +120,7 @@ def main(argv: list[str]) -> common.Figures:
             "token_accuracy": ("their tokens predicted right", ".1%"),
         },
         source=recipe.dataset_name or "tones for digits, drawn by recipes/speech.py",
-        defaults={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]},
+        defaults={"target_modules": TARGETS},
     )  # fmt: skip
 
 
