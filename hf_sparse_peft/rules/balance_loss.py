@@ -30,8 +30,8 @@ class BalanceLoss(Rule):
     one expert has all of it, and has no gradient through f.
 
     Both are over all tokens that a layer is given in a pass of the model, however often it runs there; tokens that the
-    mask hides do not count. Micro-batches count by their labels, as in the loss, in which it shows. Evaluation is
-    without it.
+    mask hides do not count. Micro-batches count by their labels, as in the loss, in which it shows; each process of a
+    distributed run balances the tokens of its own passes, and gradients are averaged. Evaluation is without it.
     """
 
     weight: PositiveFloat = 0.01

@@ -17,10 +17,12 @@ from hf_sparse_peft import (
     MaskedLoraConfig,
     SparseLoraConfig,
     SpectralLoraConfig,
+    StructuredConfig,
     hub,
 )
 from hf_sparse_peft.tuners.factored import FixedRank
 from hf_sparse_peft.tuners.shared.file_check import CONFIG_FILE, WEIGHTS_FILE
+from hf_sparse_peft.tuners.structured import PHM, Bottleneck
 from hf_sparse_peft.utils.checksums import save_checked
 from hf_sparse_peft.utils.file_length import read_safetensors
 
@@ -30,6 +32,9 @@ TUNERS = {
     "spectral_lora": lambda: SpectralLoraConfig(**OPTIONS),
     "masked_lora": lambda: MaskedLoraConfig(**OPTIONS, mask="all"),
     "factored": lambda: FactoredConfig(target_modules=OPTIONS["target_modules"], rank=FixedRank(2)),
+    "structured": lambda: StructuredConfig(
+        target_modules=OPTIONS["target_modules"], form=Bottleneck(size=4, matrix=PHM(2))
+    ),
 }
 
 

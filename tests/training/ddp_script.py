@@ -26,6 +26,8 @@ from hf_sparse_peft import calibrate, methods, trainer_options
 from hf_sparse_peft.training.replicated import is_fully_sharded
 
 STEPS, GLOBAL_BATCH = 10, 8
+OWN = ("lora_", ".factored_", ".structured_")
+"""Parts of names of what adapters hold."""
 SHARDING: dict[str, dict | None] = {"ddp": None, "fsdp": fsdp_on_cpu.OPTIONS, "environment": {}}
 
 
@@ -47,16 +49,14 @@ class Recorder(TrainerCallback):
     @staticmethod
     def tensors(model) -> dict[str, torch.Tensor]:
         named = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
-        return {
-            name: tensor.detach().clone() for name, tensor in named.items() if "lora_" in name or ".factored_" in name
-        }
+        return {name: tensor.detach().clone() for name, tensor in named.items() if any(part in name for part in OWN)}
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = {name.removeprefix("module."): one for name, one in model.named_parameters()}
         self.trains = {
             f"trains.{name}": torch.tensor(one.requires_grad)
             for name, one in named.items()
-            if "lora_" in name or ".factored_" in name
+            if any(part in name for part in OWN)
         }
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

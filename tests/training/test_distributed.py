@@ -82,6 +82,10 @@ CASES: dict[str, dict] = {
     "losparse": {"window": 2},
     "sst": {"r": 4, "every": 2},
     "sketchtune": {"groups": 1, "bits": 2, "examples": 8},
+    "compacter": {"layers": 2, "reduction": 4, "norms": False},
+    "houlsby": {"size": 4},
+    "ether": {"blocks": 4},
+    "molora": {"r": 2, "experts": 3, "top_k": 2},
     "rigl-accumulated": {"method": "rigl", **MOVES, "arguments": {"gradient_accumulation_steps": 2}},
     "spiel-ag-accumulated": {
         "method": "spiel-ag",
@@ -112,13 +116,21 @@ CASES: dict[str, dict] = {
 ALONE: dict[str, dict] = {
     "rigl-uneven": {"method": "rigl", **MOVES, "samples": 21},
     "rigl-masked": {"method": "rigl", **MOVES, "masked": 1},
+    "molora-balanced": {
+        "method": "molora",
+        "r": 2,
+        "experts": 3,
+        "top_k": 2,
+        "schedule": [{"type": "balance_loss", "weight": 0.1}],
+    },
     "ist-all-used": {**CASES["ist"], "method": "ist", "arguments": {"ddp_find_unused_parameters": False}},
 }
-"""What one process does not do: an epoch whose last batch does not fill all ranks, one rank without labels."""
+"""What one process does not do: an epoch whose last batch does not fill all ranks, one rank without labels, a
+balance that ranks compute of their own tokens, as passes do."""
 SHARDED = (
     "spiel-ag", "gradual-pruning", "adalora", "rigl", "lift", "losia", "s2ft-by-activation", "ist", "hft", "mezo",
-    "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "rigl-accumulated", "spiel-ag-accumulated",
-    "rigl-checkpointed", "rows", "hybrid", "hybrid-allocated",
+    "mos", "snella", "gradual-magnitude", "movement", "losparse", "sst", "compacter", "molora", "rigl-accumulated",
+    "spiel-ag-accumulated", "rigl-checkpointed", "rows", "hybrid", "hybrid-allocated",
 )  # fmt: skip
 """Those that run under FSDP2 too: units of every kind, what reads base weights between steps, starts from data, parts
 that are held still, an adapter shared by layers, no gradients."""
@@ -198,6 +210,18 @@ def test_ranks_agree_where_their_batches_are_unlike(kind, name, runs):
         assert all(torch.equal(first[key], second[key]) for key in first)
         moved = moved or any("support" in key and not torch.equal(first[key], one[0][key]) for key in first)
     assert moved
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_agree_where_each_balances_the_experts_of_its_own_tokens(kind, runs):
+    one, two = runs(kind, "molora-balanced")
+    assert len(one) == ddp_script.STEPS
+    routers = [key for key in one[0] if ".structured_router." in key and one[0][key].is_floating_point()]
+    assert routers
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not any(torch.equal(one[-1][key], one[0][key]) for key in routers)
 
 
 def test_parameters_held_still_under_a_ddp_that_waits_for_them_are_refused(runs):

@@ -18,9 +18,11 @@ from hf_sparse_peft import (
     KernelLoraConfig,
     Regrow,
     SparseLoraConfig,
+    StructuredConfig,
     callbacks_for,
 )
 from hf_sparse_peft.tuners import adapter_layers
+from hf_sparse_peft.tuners.structured import PHM, Bottleneck, Kronecker, LowRankExperts, ScaleShift
 
 trl = pytest.importorskip("trl")
 
@@ -155,6 +157,49 @@ def test_supports_move_and_the_base_stays_under_every_trl_trainer(kind, base, to
     again = PeftModel.from_pretrained(make_base(), tmp_path / "saved").eval()
     ids = torch.tensor([[3, 4, 5, 2]])
     expected = trainer.accelerator.unwrap_model(trainer.model).eval()(input_ids=ids).logits
+    torch.testing.assert_close(again(input_ids=ids).logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+STRUCTURED = {
+    "kronecker": Kronecker(8, 4), "scale and shift": ScaleShift(), "compacter": Bottleneck(4, matrix=PHM(2)),
+    "experts": LowRankExperts(4, 2),
+}  # fmt: skip
+QUICK = {("kronecker", "sft", "nf4"), ("scale and shift", "dpo", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "base"),
+    [
+        pytest.param(form, kind, base, marks=() if (form, kind, base) in QUICK else pytest.mark.slow)
+        for form in STRUCTURED
+        for kind in ("sft", "dpo")
+        for base in ("fp32", "bf16", "nf4")
+    ],
+)
+def test_structured_adapters_train_fp32_masters_and_leave_the_base_under_trl(form, kind, base, tokenizer, tmp_path):
+    """What is shared by both layers, what maps outputs and what routes come out of the trainer's casts as they went
+    in, and DPO's reference is the policy at its start."""
+    config = StructuredConfig(form=STRUCTURED[form], target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
+    model, watch = adapted(tiny.base(base, layers=2), config, std=0.1), Watch()
+    before = values_of(model)
+    bits = {layer.module_name: layer.get_base_layer().weight.detach().clone() for layer in adapter_layers(model)}
+    trainer = trainer_of(kind, model, tmp_path / "run", tokenizer, 3, [watch], learning_rate=1e-3)
+    trainer.train()
+    assert watch.dtypes == {torch.float32} == watch.state
+    assert all(torch.equal(watch.first[name], value) for name, value in before.items())
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    after = values_of(policy)
+    assert not [name for name, value in before.items() if torch.equal(after[name], value)]
+    layers = adapter_layers(policy)
+    assert all(torch.equal(bits[layer.module_name], layer.get_base_layer().weight) for layer in layers)
+    if kind == "dpo":
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+        reference = values_of(policy, "ref")
+        assert all(torch.equal(reference[name], value) for name, value in before.items())
+    trainer.save_model(tmp_path / "saved")
+    again = PeftModel.from_pretrained(tiny.base(base, layers=2), tmp_path / "saved").eval()
+    ids = torch.tensor([[3, 4, 5, 2]])
+    expected = policy.eval()(input_ids=ids).logits
     torch.testing.assert_close(again(input_ids=ids).logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse_peft import FactoredConfig, KernelLoraConfig, MaskedLoraConfig, SparseLoraConfig, SpectralLoraConfig
+from hf_sparse_peft import (
+    FactoredConfig,
+    KernelLoraConfig,
+    MaskedLoraConfig,
+    SparseLoraConfig,
+    SpectralLoraConfig,
+    StructuredConfig,
+)
 from hf_sparse_peft.tuners.factored import FixedRank
 from hf_sparse_peft.tuners.spectral_lora import Full
+from hf_sparse_peft.tuners.structured import ScaleShift
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ TUNERS = {
         Tuner(SpectralLoraConfig, {"r": 2, "core": Full(init="zeros")}, {"core": Full(std=1.0)}),
         Tuner(MaskedLoraConfig, {"r": 2, "mask": "all"}, {"init_weights": False}),
         Tuner(FactoredConfig, {"rank": FixedRank(1), "keep_base": True}, {}),
+        Tuner(StructuredConfig, {"form": ScaleShift(std=0.0)}, {"form": ScaleShift(std=0.5)}),
     )
 }
 
