@@ -37,6 +37,7 @@ SIZES = {
     "diablo": {"blocks": 8},
     "smt": {"block_size": 8, "attention": 4},
     "diffusekrona": {"rows": 8, "cols": 4},
+    "ether": {"blocks": 4},
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 8},
     "compacter++": {"reduction": 8},

@@ -18,6 +18,7 @@ FITTING = {
     "smt": {"block_size": 8},
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
+    "ether": {"blocks": 4},
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 8},
     "compacter++": {"reduction": 8},

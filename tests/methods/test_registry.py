@@ -22,6 +22,7 @@ FITTING = {
     "diablo": {"blocks": 8},
     "diffusekrona": {"rows": 8, "cols": 4},
     "mpoe": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "ether": {"blocks": 4},
     "ether+": {"blocks": 4},
     "compacter": {"reduction": 4},
     "compacter++": {"reduction": 4},

@@ -371,6 +371,8 @@ def test_a_trainer_keeps_weight_decay_off_what_starts_at_one(tmp_path):
         (Reflections(blocks=3), {}, "Reflections.blocks=3 does not divide the 8 inputs of '0'"),
         (Reflections(True, "both", 4), {}, "Reflections.blocks=4 does not divide the 6 outputs of '0'"),
         (Reflections(blocks=4, grouping="released"), {}, "blocks=4 does not divide the 6 outputs of '0'"),
+        (Reflections(blocks=8), {}, "Reflections.blocks=8 leaves blocks of one of the 8 inputs of '0'"),
+        (Reflections(True, "output", 6), {}, "Reflections.blocks=6 leaves blocks of one of the 6 outputs of '0'"),
         (Givens("released"), {"cols": 7}, "Givens.wiring='released' needs an even number of inputs, and '0' has 7"),
         (QuasiGivens(), {"cols": 1}, "QuasiGivens pairs inputs, and '0' has 1"),
     ],

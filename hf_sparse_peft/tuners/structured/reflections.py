@@ -37,7 +37,8 @@ class Reflections(Mapped):
     side: Literal["input", "output", "both"] = "input"
     """What is mapped: the paper has ETHER on the input and ETHER+ on both. `output` may be the shorter side."""
     blocks: PositiveInt = 32
-    """n, which must divide every mapped side. The number of vectors' entries, d, does not depend on it."""
+    """n, which must divide every mapped side into blocks of two numbers or more: of one, a reflection is -1, whatever u
+    is. The number of vectors' entries, d, does not depend on it."""
     grouping: Literal["blocks", "released"] = "blocks"
     r"""`released`: block i of the input's map maps not the i-th part of the inputs but all parts, for the i-th part of
     the outputs, as the published code's reshape of W `[out, in]` to `[n, out, in / n]` has it. A pass then has n
@@ -70,6 +71,12 @@ class Reflections(Mapped):
                 raise ValueError(
                     f"Reflections.blocks={self.blocks} does not divide the {length} {side} of '{site.name}'. Choose a "
                     "divisor, or leave the module out with exclude_modules."
+                )
+        for side, length in sides.values():
+            if length == self.blocks:
+                raise ValueError(
+                    f"Reflections.blocks={self.blocks} leaves blocks of one of the {length} {side} of '{site.name}', "
+                    "whose reflections depend on no trained number. Lower it."
                 )
         return [self._spec(name, length) for name, (_, length) in sides.items()]
 
