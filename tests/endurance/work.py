@@ -37,12 +37,14 @@ from hf_sparse_peft import (
     save_support,
     trainer_options,
 )
+from hf_sparse_peft.merging import binarise_adapter, compress_adapter
 from hf_sparse_peft.pruning import NM, LoRAPruneCallback, PruneUnits, prune_model, reconstruct, save_sliced, slice_model
 from hf_sparse_peft.tuners.masked_lora import DenseUpdate, MagnitudeMask
 from hf_sparse_peft.utils.file_length import read_safetensors
 
 STEPS, SAVE_STEPS = 12, 3
 TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+SAFETENSORS = (".safetensors", ".compeft", ".bitdelta")
 NOTHING_WHOLE = ("No valid checkpoint found", "No checkpoint before it is whole")
 
 
@@ -69,13 +71,13 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def files_digest(folder: Path) -> str:
-    """Of all files' contents; safetensors of their tensors and metadata, as the order in the header is free. Cards,
-    which a bad disk may cost alone, stand behind a `|`."""
+    """Of all files' contents; safetensors, by whatever name, of their tensors and metadata, as the order in the header
+    is free. Cards, which a bad disk may cost alone, stand behind a `|`."""
     found, cards = hashlib.sha256(), hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and not _is_leftover(file)):
         of = cards if file.name == "README.md" else found
         of.update(f"{file.relative_to(folder)}\n".encode())
-        if file.suffix == ".safetensors":
+        if file.suffix in SAFETENSORS:
             tensors, metadata = read_safetensors(file)
             of.update((digest(tensors) + json.dumps(metadata, sort_keys=True)).encode())
         else:
@@ -94,7 +96,7 @@ def whole_files(folder: Path) -> None:
             continue
         if file.suffix == ".json":
             json.loads(file.read_text())
-        if file.suffix == ".safetensors":
+        if file.suffix in SAFETENSORS:
             read_safetensors(file)
 
 
@@ -234,6 +236,14 @@ def _save_masks(model, place: Path) -> None:
     save_masks(report.masks, place / "masks.safetensors")
 
 
+def _compress(model, place: Path) -> None:
+    """Both codes of an adapter, whose own files are the input."""
+    hub.save_adapter(model, place.parent / "adapter")
+    place.mkdir(exist_ok=True)
+    compress_adapter(place.parent / "adapter", place / "adapter.compeft", density=0.2, show_progress=False)
+    binarise_adapter(place.parent / "adapter", place / "adapter.bitdelta", show_progress=False)
+
+
 # Walks
 
 
@@ -293,6 +303,7 @@ WORKS: dict[str, Work] = {
         lambda model, place: hub.export_patch(model, place, "slime"), new="weight_v000001", r=0
     ),
     "export_lora_for_llama_cpp": saving(hub.export_lora_for_llama_cpp),
+    "compress_adapter, over another": saving(_compress, over=True),
     "merge_to_dense": saving(hub.merge_to_dense, new="."),
     "prune_model, sparsegpt": Work(walk(method="sparsegpt", pattern=NM(2, 4)), look=whole_files),
     "prune_model, wanda": Work(walk(method="wanda", sparsity=0.5), look=whole_files),
