@@ -374,3 +374,28 @@ def test_the_released_code_draws_second_experts_in_evaluation():
     kept = (gates_of(model.eval(), x)[0] > 0).sum(-1) == 2
     assert abs(kept.double().mean() - (second / 0.3).clamp_max(1).mean()) < 0.03
     assert bool((kept & (second < 0.3)).any())
+
+
+def test_the_units_of_a_network_are_those_of_the_adapter_that_is_there():
+    model, layers = adapted(fill=0.1)
+
+    def numbers():
+        (space,) = (one for one in layers[0].unit_spaces("default") if one.kind == "expert")
+        return {id(one) for one in space.parameters()}
+
+    def trained():
+        return {id(one) for layer in layers for name, one in layer.form_tensors("default").items()
+                if name == "mpo_router" or one.requires_grad}  # fmt: skip
+
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    assert numbers() == trained()
+    assert len(numbers()) == 13
+    model.delete_adapter("default")
+    model.add_adapter("default", copy.deepcopy(model.peft_config["other"]))
+    model.set_adapter("default")
+    assert numbers() == trained()
+    assert len(numbers()) == 13
+    duplicate = copy.deepcopy(model)
+    own = {id(p) for p in duplicate.parameters()}
+    (space,) = (one for one in structured_layers(duplicate)[0].unit_spaces("default") if one.kind == "expert")
+    assert {id(one) for one in space.parameters()} <= own
