@@ -13,6 +13,7 @@ from hf_sparse_peft import StructuredConfig, hub
 from hf_sparse_peft.tuners.structured import (
     PHM,
     Bottleneck,
+    Circulant,
     DenseMatrix,
     FactorPair,
     Hypernetwork,
@@ -30,7 +31,8 @@ NETWORK = Hypernetwork(reduction=8, embedding=4, hidden=8, projected=4)
 EXPERTS = LowRankExperts(4, 2)
 FORMS = {
     "kronecker": Kronecker(8, 4), "scale and shift": ScaleShift(), "reflections": Reflections(True, "both", 4),
-    "compacter": COMPACTER, "hypernetwork": NETWORK, "experts": EXPERTS,
+    "compacter": COMPACTER, "hypernetwork": NETWORK, "experts": EXPERTS, "circulant": Circulant(),
+    "tensor trains": FactorPair(4), "routed scales": ScaleExperts(3, input_modules=["down_proj"]),
 }  # fmt: skip
 IDS = torch.arange(3, 15).view(1, -1)
 

@@ -25,8 +25,9 @@ NAMED = "the test looks for 'lora' in tensors' names"
 SHIFT = "the shift of outputs merges into biases, which T5 has no place for: the merge warns, the reload has none"
 SLOW = "five steps of 1e-3 move a kernel's logits by 1e-3, which the test takes for equal"
 
-CONVERTING = ("sparse_lora", "kernel_lora", "spectral_lora", "masked_lora", "factored")
-"""Those that convert to a LoRA; what shifts outputs does not."""
+UPDATES = ("sparse_lora", "kernel_lora", "spectral_lora", "masked_lora", "factored")
+"""Those that change weights alone; `structured` runs with scales and shifts of outputs, which convert to no LoRA, and
+whose scales go into the constants of 4-bit rows."""
 EXPLAINED: list[tuple[str, str, str]] = [
     ("kernel_lora", "modules_to_save_merging_adapters", SUMS),
     ("masked_lora", "modules_to_save_merging_adapters", SUMS),
@@ -45,7 +46,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("*", "adapter_name_same_as_module_name", NAMES),
     ("*", "adapter_name_when_same_as_module_name", NAMES),
     ("*", "test_hotswap_works", HOTSWAP),
-    *((tuner, "test_lora_conversion[*OPTForCausalLM", TARGETS) for tuner in CONVERTING),
+    *((tuner, "test_lora_conversion[*OPTForCausalLM", TARGETS) for tuner in UPDATES),
     ("structured", "TestEncoderDecoderModels::test_merge_layers[", SHIFT),
     ("sparse_lora", "test_lora_conversion[*GPT2LMHeadModel", RANK),
     ("factored", "test_lora_conversion[*GPT2LMHeadModel", RANK),
@@ -55,8 +56,9 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("structured", "TestLowLevelFunctional::test_get_peft_model_state_dict", NAMED),
     ("factored", "test_get_and_set_peft_model_state_dict", TWICE),
     ("*", "test_causal_lm_disable_lora_adapter_compile", KERNELS),
-    ("*", "test_causal_lm_merge_and_unload_lora_adapter_compile", ROUNDED),
-    ("*", "test_causal_lm_merging_lora_adapter_compile", ROUNDED),
+    *((tuner, "test_causal_lm_merge_and_unload_lora_adapter_compile", ROUNDED) for tuner in UPDATES),
+    *((tuner, "test_causal_lm_merging_lora_adapter_compile", ROUNDED) for tuner in UPDATES),
+    ("structured", "test_causal_lm_add_weighted_adapter_lora_adapter_compile", SUMS),
     ("factored", "test_causal_lm_add_weighted_adapter_lora_adapter_compile", SUMS),
     ("factored", "test_causal_lm_merging_multiple_lora_adapters_compile", TWICE),
     ("factored", "test_causal_lm_multiple_lora_adapter_compile", TWICE),
