@@ -399,3 +399,30 @@ def test_the_units_of_a_network_are_those_of_the_adapter_that_is_there():
     own = {id(p) for p in duplicate.parameters()}
     (space,) = (one for one in structured_layers(duplicate)[0].unit_spaces("default") if one.kind == "expert")
     assert {id(one) for one in space.parameters()} <= own
+
+
+def run(folder, resume=None, save_at=None, **options):
+    """Eight steps of all of it on four bits; everything that is the adapter's, and what telemetry saw."""
+
+    class Save(tiny.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == save_at
+
+    schedule = [BalanceLoss(0.1, of="first"), Prune(0.5, 0.0, 0.9, 3, space="expert")]
+    model = language_model(tiny.base("nf4"), central="trained", central_update_prob=0.5, schedule=schedule)
+    telemetry, data = SupportTelemetryCallback(every=1), tiny.TokenData(32)
+    callbacks = [*callbacks_for(model), telemetry, Save()]
+    options = {"gradient_accumulation_steps": 2, "data": data, **options}
+    tiny.train(model, folder, 8, callbacks=callbacks, resume=resume, **options)
+    state = {key: t.clone() for key, t in model.state_dict().items() if "structured_" in key}
+    return state, [{key: record[key] for key in ("tokens", "dropped", "expert")} for record in telemetry.history[1:]]
+
+
+def test_runs_resume_to_the_bit_and_checkpointing_counts_no_token_twice(tmp_path):
+    expected, seen = run(tmp_path, save_at=5)
+    resumed, again = run(tmp_path, resume=str(tmp_path / "checkpoint-5"))
+    assert [key for key in expected if not torch.equal(resumed[key], expected[key])] == []
+    assert again == seen
+    assert set(seen[-1]["expert"].values()) == {2}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert run(tmp_path / "other", **options)[1][0] == seen[0]
