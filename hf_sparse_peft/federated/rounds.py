@@ -98,7 +98,7 @@ def collect(
             told = f"Round {number}, client '{client}': {found.refused[client]}"
             if on_bad == "stop":
                 raise ValueError(f"{told} (on_bad='stop').")
-            warnings.warn(f"{told} The round goes on without it.", stacklevel=2)
+            warnings.warn(f"{told.rstrip('.')}. The round goes on without it.", stacklevel=2)
     if len(found.replies) < least:
         raise ValueError(
             f"Round {number} has {len(found.replies)} good replies of {len(replies)}, and least={least}: "
