@@ -21,9 +21,10 @@ from ..sparsity.selection import ScoreSlabs, chunk_size
 from ..utils.option_types import NonNegativeInt, PositiveInt, Range
 from ..utils.parts import Part, register_part
 from ..utils.tensors import TensorSpec
+from .choosing_readers import CandidateReader, StepReader
 from .collectives import from_first_rank
 from .evidence import is_evidence
-from .gradient_readers import CandidateReader, MicroBatchReader, StepReader
+from .gradient_readers import MicroBatchReader
 from .run import Run
 from .space import UnitSpace, unit_sums
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..optim import innermost
 from ..sparsity import stream_seed
+from .choosing_readers import ChoosingReader
 from .collectives import world_size
 from .dense_means import DenseMeans
 from .entering import EnteringRate, Schedule, rate_factors, start_units
 from .evidence import MissingEvidence
-from .gradient_readers import ChoosingReader, finish_steps
+from .gradient_readers import finish_steps
 from .space import UnitSpace
 from .update_mask import UpdateMask
 

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_sparse_peft import AccumulatedGradient, Regrow, SparseLoraConfig, initialize_support
-from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
+from hf_sparse_peft.rules.choosing_readers import CandidateReader, StepReader
 from hf_sparse_peft.training.support_tracker import GradientShare
 from hf_sparse_peft.tuners import adapter_layers
 

@@ -27,9 +27,9 @@ from hf_sparse_peft import (
 from hf_sparse_peft.optim import AgedAdamW, aged_adamw_groups
 from hf_sparse_peft.rules import Age, Magnitude, Move, Run, Training
 from hf_sparse_peft.rules.allocate import affordable
+from hf_sparse_peft.rules.choosing_readers import CandidateReader, StepReader
 from hf_sparse_peft.rules.drop import place_in_sign
 from hf_sparse_peft.rules.frozen import move_trained_units
-from hf_sparse_peft.rules.gradient_readers import CandidateReader, StepReader
 from hf_sparse_peft.sparsity import stream_seed
 from hf_sparse_peft.tuners.shared.layer import AdapterLayer
 

@@ -304,7 +304,7 @@ def test_a_phase_of_overflows_only_moves_nothing(tmp_path):
 
 
 def test_the_loss_scale_of_fp16_is_divided_out_of_the_sums():
-    from hf_sparse_peft.rules.gradient_readers import CandidateReader
+    from hf_sparse_peft.rules.choosing_readers import CandidateReader
 
     model = adapted(make_config(schedule=[Regrow()]))
     layer = layers_of(model)[0]

@@ -9,6 +9,7 @@ from ...rules import check_schedule
 from ...utils.option_types import PositiveInt
 from ...utils.parts import UnknownPart, load_part_by_name
 from ..shared.config import AdapterConfig
+from ..shared.form_config import FormConfig
 from ..shared.module_patterns import check_pattern
 from .form import Form
 from .low_rank import LowRank
@@ -16,7 +17,7 @@ from .ranks import ParameterRatio, RankChoice
 
 
 @dataclass
-class FactoredConfig(AdapterConfig):
+class FactoredConfig(FormConfig, AdapterConfig):
     r"""Configuration of a factored base: the weights of the targets are replaced by a form of fewer numbers,
     :math:`W \approx F(\theta)`, by default two factors B A from the weight's SVD, which train.
 
@@ -85,23 +86,8 @@ class FactoredConfig(AdapterConfig):
                 )
 
     def _make_nested(self) -> None:
-        for name, base in (("form", Form), ("rank", RankChoice)):
-            setattr(self, name, load_part_by_name(base, getattr(self, name), name))
-        if isinstance(self.form, UnknownPart):
-            raise ValueError(
-                f"form={self.form.data} cannot be used here: {self.form.reason}, and without it nobody knows what the "
-                "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
-            )
-
-    @property
-    def unit_kinds(self) -> frozenset[str]:
-        """Kinds of units that the form has, and modules."""
-        return self.form.unit_kinds | {"module"}
-
-    @property
-    def possible_kinds(self) -> frozenset[str]:
-        """The same: the form is known."""
-        return self.unit_kinds
+        self._make_form(Form)
+        self.rank = load_part_by_name(RankChoice, self.rank, "rank")
 
     @property
     def needs_calibration(self) -> bool:

@@ -2,7 +2,7 @@ r"""`Bottleneck`: a small network with a skip connection behind a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -15,7 +15,7 @@ from ...utils.parts import register_part, require
 from ...utils.tensors import TensorSpec
 from ..shared.pieces import OutputMap, Piece
 from .form import Behind, Call, Site, Tensors, Weight
-from .matrices import DenseMatrix, Matrix, enter_roles
+from .matrices import DenseMatrix, MadeOfMatrices, Matrix, enter_roles
 from .quantised import PackedMatrix
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +31,7 @@ NORM = ("layernorm_scale", "layernorm_shift")
 
 @register_part("bottleneck")
 @dataclass(frozen=True)
-class Bottleneck(Behind):
+class Bottleneck(MadeOfMatrices, Behind):
     r""":math:`y' = y + s\,(M_2\,\phi(M_1 y + c_1) + c_2)` behind the layer, :math:`M_1` `[m, out]` (adapters;
     Houlsby et al., 2019).
 
@@ -65,20 +65,6 @@ class Bottleneck(Behind):
         only = (self.size is None) != (self.reduction is None)
         require(only, self, "size", f"None with reduction= ({self.reduction}), or an integer without")
         require(self.dropout < 1, self, "dropout", "a number from 0 to below 1")
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Those of the matrix."""
-        return self.matrix.shared
-
-    def group(self, site: Site) -> Hashable:
-        """All modules."""
-        return ""
-
-    @property
-    def made_by(self) -> str | None:
-        """That of the matrix."""
-        return self.matrix.made_by
 
     @torch.no_grad()
     def packed(self, tensors: Tensors, site: Site) -> tuple[Bottleneck, Tensors]:

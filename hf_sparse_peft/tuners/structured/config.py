@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ...rules import check_schedule
-from ...utils.parts import UnknownPart, load_part_by_name
+from ...utils.parts import UnknownPart
 from ..shared.config import AdapterConfig
+from ..shared.form_config import FormConfig
 from ..shared.sharing import Sharing, check_sharings
 from .form import Form, Site
 from .kronecker import Kronecker
 
 
 @dataclass
-class StructuredConfig(AdapterConfig):
+class StructuredConfig(FormConfig, AdapterConfig):
     r"""Configuration of a structured adapter: `form` says what it computes in each targeted layer, an update of the
     weight, maps of input and output, or a module behind the layer.
 
@@ -47,22 +48,7 @@ class StructuredConfig(AdapterConfig):
         check_schedule(self.schedule, self)
 
     def _make_nested(self) -> None:
-        self.form = load_part_by_name(Form, self.form, "form")
-        if isinstance(self.form, UnknownPart):
-            raise ValueError(
-                f"form={self.form.data} cannot be used here: {self.form.reason}, and without it nobody knows what the "
-                "adapter's tensors mean. Import the package that registers it, or update hf-sparse-peft."
-            )
-
-    @property
-    def unit_kinds(self) -> frozenset[str]:
-        """Kinds of units that the form has, and modules."""
-        return self.form.unit_kinds | {"module"}
-
-    @property
-    def possible_kinds(self) -> frozenset[str]:
-        """The same: the form is known."""
-        return self.unit_kinds
+        self._make_form(Form)
 
     def group(self, module_name: str, rows: int, cols: int) -> Hashable:
         """Modules of one group share tensors."""

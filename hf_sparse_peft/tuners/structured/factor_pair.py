@@ -2,7 +2,6 @@ r"""`FactorPair`: a low-rank update whose factors are made of structured matrice
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +12,7 @@ from ...utils.option_types import Decay, PositiveFloat, PositiveInt
 from ...utils.parts import register_part
 from ...utils.tensors import TensorSpec
 from .form import Additive, Call, Site, Tensors
-from .matrices import Matrix, enter_roles
+from .matrices import MadeOfMatrices, Matrix, enter_roles
 from .quantised import PackedMatrix
 from .tensor_train import TensorTrain
 
@@ -22,7 +21,7 @@ enter_roles("a", "b")
 
 @register_part("factor_pair")
 @dataclass(frozen=True)
-class FactorPair(Additive):
+class FactorPair(MadeOfMatrices, Additive):
     r""":math:`\Delta W = s\,B A` with A `[r, in]` and B `[out, r]` of a `matrix`, s = `lora_alpha` / r. It leaves as a
     plain LoRA, exactly."""
 
@@ -36,20 +35,6 @@ class FactorPair(Additive):
     """Of the input, in training."""
     inner_dropout: Decay = 0.0
     """Of the r numbers between A and B, in training."""
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Those of the matrix."""
-        return self.matrix.shared
-
-    def group(self, site: Site) -> Hashable:
-        """All modules."""
-        return ""
-
-    @property
-    def made_by(self) -> str | None:
-        """That of the matrix."""
-        return self.matrix.made_by
 
     @torch.no_grad()
     def packed(self, tensors: Tensors, site: Site) -> tuple[FactorPair, Tensors]:

@@ -9,6 +9,7 @@ quantised.py     Quantised: a few values, of numbers that train; PackedMatrix, w
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from ...ops import autocast_off
 from ...utils.option_types import PositiveFloat
 from ...utils.parts import Part, register_part
 from ...utils.tensors import TensorSpec
-from .form import Call, Tensors, enter_names, times
+from .form import Call, Site, Tensors, enter_names, times
 
 ROLES: dict[str, None] = {}
 """Names of the matrices that forms have: "down", "up", ..."""
@@ -122,3 +123,23 @@ class DenseMatrix(Matrix):
     def dense(self, role: str, rows: int, cols: int, tensors: Tensors) -> Tensor:
         """The parameter itself."""
         return tensors[f"{role}_matrix"]
+
+
+class MadeOfMatrices:
+    """For a form whose tensors are those of its `matrix`; before the form's kind among the bases."""
+
+    matrix: Matrix
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those of the matrix."""
+        return self.matrix.shared
+
+    def group(self, site: Site) -> Hashable:
+        """All modules."""
+        return ""
+
+    @property
+    def made_by(self) -> str | None:
+        """That of the matrix."""
+        return self.matrix.made_by
