@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_a_group_of_one
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers.optimization import Adafactor
@@ -413,18 +414,12 @@ class Adapted(torch.nn.Module):
         return self.base(x).sum() + (self.values * x.sum()).sum()
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("sharded", [True, False])
-def test_state_of_fsdp2_moves_sharded_or_ignored(one_rank, sharded):
+@in_a_group_of_one
+def test_state_of_fsdp2_moves_sharded_or_ignored(sharded):
     """On one rank; `tests/training/test_ranks.py` has several."""
     model = Adapted()
-    fully_shard(model, mesh=one_rank, ignored_params=set() if sharded else {model.values})
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=set() if sharded else {model.values})
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     model(torch.ones(2, 4)).backward()
     optimizer.step()
@@ -440,9 +435,10 @@ def test_state_of_fsdp2_moves_sharded_or_ignored(one_rank, sharded):
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching")
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_flat_parameters_are_refused_with_the_mend(one_rank, use_orig_params):
-    cpu = torch.device("cpu")
-    model = FullyShardedDataParallel(Adapted(), use_orig_params=use_orig_params, device_id=cpu, device_mesh=one_rank)
+@in_a_group_of_one
+def test_fsdp1_flat_parameters_are_refused_with_the_mend(use_orig_params):
+    cpu, mesh = torch.device("cpu"), init_device_mesh("cpu", (1,))
+    model = FullyShardedDataParallel(Adapted(), use_orig_params=use_orig_params, device_id=cpu, device_mesh=mesh)
     p = next(iter(model.parameters()))
     with pytest.raises(ValueError, match=r"FSDP1.*DDP"):
         move_optimizer_state(torch.optim.AdamW(model.parameters()), p, OLD, NEW)

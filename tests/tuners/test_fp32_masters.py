@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from processes import in_a_group_of_one
 
 from hf_sparse_peft import Allocate, AverageRank, KernelLoraConfig, SparseLoraConfig, restore_fp32
 from hf_sparse_peft.optim import AgedAdamW
@@ -242,17 +243,14 @@ def test_a_head_that_was_cast_with_its_model_keeps_the_dtype_of_the_model(cast):
     assert lm_head.modules_to_save["default"].weight.dtype == lm_head.original_module.weight.dtype != torch.float32
 
 
+@in_a_group_of_one
 def test_a_cast_is_undone_before_ddp_lays_out_its_buckets():
     """Afterwards a gradient of another dtype fits no bucket; nothing but the wrapping runs in between."""
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    try:
-        model = adapted()
-        before = snapshot(model)
-        CASTS["trl"](model)
-        with pytest.warns(UserWarning, match="bit for bit"):
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        assert same(model, before)
-        wrapped(input_ids=IDS, labels=IDS).loss.backward()
-        assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
-    finally:
-        torch.distributed.destroy_process_group()
+    model = adapted()
+    before = snapshot(model)
+    CASTS["trl"](model)
+    with pytest.warns(UserWarning, match="bit for bit"):
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    assert same(model, before)
+    wrapped(input_ids=IDS, labels=IDS).loss.backward()
+    assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
