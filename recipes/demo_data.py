@@ -170,24 +170,29 @@ def pretraining_text(n: int, seed: int = 0, split: str = "train") -> Dataset:
     return Dataset.from_dict({"text": texts})
 
 
-def word_problems(n: int, seed: int = 0, split: str = "train") -> Dataset:
+def word_problems(n: int, seed: int = 0, split: str = "train", changes: int = 1) -> Dataset:
     """`n` different questions: `prompt` ("Tom has 7 apples . ... Answer :") and `answer` (" 12").
 
-    The split is by arithmetic triple: no (a, op, b) of "test" is in "train", for any two seeds.
+    `changes`: how often the number of apples changes; after two the base has read no question, and it has to do two
+    sums in its head. The split is by arithmetic triple: no (a, op, b) of "test" is in "train", for any two seeds.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is not known. Use 'train' or 'test'.")
     pool = [triple for triple in triples() if _is_test(triple) == (split == "test")]
-    most = len(pool) * 2 * len(NAMES["he"]) * len(OBJECTS) * len(GAINS)
+    chains = [[triple] for triple in pool]
+    for _ in range(changes - 1):
+        chains = [[*chain, triple] for chain in chains for triple in pool if triple[0] == chain[-1][3]]
+    most = len(chains) * 2 * len(NAMES["he"]) * len(OBJECTS) * len(GAINS) ** changes
     if n > most // 2:
         raise ValueError(f"n={n} is over half of the {most} different {split} questions. Ask for {most // 2} or less.")
     rng = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < n:
-        a, op, b, c = rng.choice(pool)
+        chain = rng.choice(chains)
         name, pronoun = _person(rng)
         thing = rng.choice(OBJECTS)
-        change = rng.choice(GAINS if op == "+" else LOSSES).format(b=b)
-        story = f"{name} has {a} {thing} . {pronoun.capitalize()} {change} ."
+        story = f"{name} has {chain[0][0]} {thing} ."
+        for _, op, b, c in chain:  # noqa: B007  the last one's is the answer
+            story += f" {pronoun.capitalize()} {rng.choice(GAINS if op == '+' else LOSSES).format(b=b)} ."
         found[f"{story} {QUESTION.format(thing=thing, pron=pronoun)}"] = f" {c}"
     return Dataset.from_dict({"prompt": list(found), "answer": list(found.values())})

@@ -48,7 +48,12 @@ import hf_sparse_peft
 from hf_sparse_peft import methods
 from hf_sparse_peft.tuners.upstream import upstream_spaces
 
-UPSTREAM = {"lora": peft.LoraConfig, "peft-shira": peft.ShiraConfig, "peft-supertuning": peft.SupertuningConfig}
+UPSTREAM = {
+    "lora": peft.LoraConfig,
+    "oft": peft.OFTConfig,
+    "peft-shira": peft.ShiraConfig,
+    "peft-supertuning": peft.SupertuningConfig,
+}
 
 
 def option(default: Any, help: str) -> Any:
