@@ -29,9 +29,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import harness
-import learning
+import learning_runs
 import torch
 from harness import Column, option
+from learning_by_name import DemoTask
 from matplotlib.figure import Figure
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
@@ -71,7 +72,7 @@ class JointOptions(harness.Options):
     rank: int = option(2, "rank of the LoRA whose trained numbers all end with")
 
 
-class JointTask(learning.DemoTask):
+class JointTask(DemoTask):
     """The demo task, scored also by the loss of test answers, and by what each layer spends on rank and entries."""
 
     @torch.no_grad()
@@ -97,8 +98,8 @@ def numbers_of_layers(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def budget(task: Any, rank: int) -> dict[str, float]:
-    """What `$name` means in a candidate: learning.py's numbers, and the start of those that compete."""
-    numbers = learning.budget(task, rank)
+    """What `$name` means in a candidate: learning_runs' numbers, and the start of those that compete."""
+    numbers = learning_runs.budget(task, rank, steps=1)
     target, start_rank = numbers["numbers"], 2 * rank
     layers = sum(isinstance(module, nn.Linear) for module in task.model().model.modules())
     start = {"start_rank": start_rank, "start_alpha": 2 * start_rank, "start_entries": 2 * target}
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         text = CANDIDATES[name]
         key = {"candidate": name, "method": text, "learning_rate": RATES[name]}
         for seed in options.seeds:
-            work = partial(learning.run, text, task, options, numbers, RATES[name], seed)
+            work = partial(learning_runs.run, text, task, options, numbers, RATES[name], seed)
             runs[name].append(rows.measure(work, **key, seed=seed))
     columns = [Column("candidate", "candidate"), Column("rate", "learning_rate", "{:g}")]
     shown = {"held_out_loss": ("held-out loss", ".3f"), "score": ("exact match, %", ".1f")}

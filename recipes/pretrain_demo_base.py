@@ -1,9 +1,11 @@
 """Make `demo_base`: a tokenizer and a small Llama pretrained on the text of `demo_data`, about 5 min on one CPU core.
 
     python recipes/pretrain_demo_base.py --output_dir recipes/demo_base
+    python recipes/pretrain_demo_base.py --output_dir BASE --text lines.txt --vocab_size 2048 --hidden_size 256
 
-The folder holds safetensors and JSON only. Run it again with the same arguments for the same data and the same start;
-the weights differ in the last digits between machines.
+`--text` has another base read a file of your own, a document a line; every 50th goes to `heldout.jsonl` instead. The
+folder holds safetensors and JSON only. Run it again with the same arguments for the same data and the same start; the
+weights differ in the last digits between machines.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -36,6 +39,7 @@ class BaseArguments:
     """Size of the model and length of the run."""
 
     output_dir: str = field(default="recipes/demo_base", metadata={"help": "Where model, tokenizer and card go."})
+    text: str = field(default="", metadata={"help": "File of documents, one a line, instead of the demo's."})
     documents: int = field(default=40000, metadata={"help": "Training documents (about 70 tokens each)."})
     heldout_documents: int = field(default=500, metadata={"help": "Documents for the held-out loss."})
     block: int = field(default=128, metadata={"help": "Tokens in a training row."})
@@ -118,6 +122,17 @@ def new_model(args: BaseArguments, tokenizer) -> LlamaForCausalLM:
     )
 
 
+def documents(args: BaseArguments) -> tuple[Dataset, Dataset]:
+    """Columns `text` to train on and to hold out: the demo's, or the lines of a file."""
+    if not args.text:
+        text = pretraining_text(args.documents, seed=args.seed)
+        return text, pretraining_text(args.heldout_documents, args.seed, "heldout")
+    lines = [line for line in Path(args.text).read_text().splitlines() if line.strip()]
+    parts = ([line for n, line in enumerate(lines) if bool(n % 50) == train] for train in (True, False))
+    train, heldout = (Dataset.from_dict({"text": part}) for part in parts)
+    return train, heldout
+
+
 @torch.no_grad()
 def heldout_loss(model, rows, batch_size: int = 32) -> float:
     """Mean loss in nats per token over rows of equal length."""
@@ -132,10 +147,9 @@ def heldout_loss(model, rows, batch_size: int = 32) -> float:
 def main(args: BaseArguments) -> None:
     torch.set_num_threads(args.threads)
     set_seed(args.seed)
-    text = pretraining_text(args.documents, seed=args.seed)
+    text, heldout_text = documents(args)
     tokenizer = train_tokenizer(text["text"], args.vocab_size)
-    train = chunk_text(text, tokenizer, args.block)
-    heldout = chunk_text(pretraining_text(args.heldout_documents, args.seed, "heldout"), tokenizer, args.block)
+    train, heldout = (chunk_text(part, tokenizer, args.block) for part in (text, heldout_text))
     model = new_model(args, tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens, {len(train)} rows", flush=True)
 
@@ -169,8 +183,11 @@ def main(args: BaseArguments) -> None:
     loss = heldout_loss(model, heldout)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    card = CARD.format(millions=model.num_parameters() / 1e6, loss=loss, **vars(args))
-    Path(args.output_dir, "README.md").write_text(card)
+    if args.text:
+        heldout_text.to_json(str(Path(args.output_dir, "heldout.jsonl")))
+    else:
+        card = CARD.format(millions=model.num_parameters() / 1e6, loss=loss, **vars(args))
+        Path(args.output_dir, "README.md").write_text(card)
     if AutoTokenizer.from_pretrained(args.output_dir)("Tom has 7 .").input_ids != tokenizer("Tom has 7 .").input_ids:
         raise RuntimeError(f"The tokenizer read back from {args.output_dir} differs from the one that was trained.")
     print(f"held-out loss {loss:.4f}")

@@ -1,4 +1,4 @@
-"""How well methods learn at equal trained numbers: each with its own sweep of learning rates, three seeds, spread shown.
+"""How well methods learn at equal trained numbers: a sweep of learning rates for each, three seeds, spread shown.
 
     python recipes/benchmarks/learning.py --task words                     # all candidates; hours on one CPU core
     python recipes/benchmarks/learning.py --task sst2 --encoder PATH --data PATH --candidates lora hybrid
@@ -6,16 +6,16 @@
     python recipes/benchmarks/learning.py --task words --plan              # trained numbers only, nothing is trained
     python recipes/benchmarks/learning_report.py runs/learning/learning.jsonl    # tables and pictures
 
-The protocol. All candidates (`learning_candidates.py`; harness.py says how others are written) train the numbers of LoRA
-r=`--rank` on all targeted linears, head apart, for equally many steps of equal batches (AdamW, cosine to 0, a twentieth
-of warm-up). Each has 7 learning rates, a factor of 2 apart, with the first seed; while the best is the first or the last
-of them, the sweep goes on there, three more rates at most. Then the other seeds run at the best rate and its two
-neighbours. A rate is the better, the higher the mean of `choose`, a figure on one half of the test examples; what is
-compared is `score`, that on the other half, at the rate that is best over all seeds. A run whose training loss rises
-(`learning_runs.StopHopeless`) ends early and keeps the score that it has then.
+The protocol. All candidates (`learning_candidates.py`; harness.py says how others are written) train the numbers of
+LoRA r=`--rank` on all targeted linears, head apart, for equally many steps of equal batches (AdamW, cosine to 0, a
+twentieth of warm-up). Each has 7 learning rates, a factor of 2 apart, with the first seed; while the best is the first
+or the last of them, the sweep goes on there, three more rates at most. Then the other seeds run at the best rate and
+its two neighbours. A rate is the better, the higher the mean of `choose`, a figure on one half of the test examples;
+what is compared is `score`, that on the other half, at the rate that is best over all seeds. A run whose training loss
+rises (`learning_runs.StopHopeless`) ends early and keeps the score that it has then.
 
-A run is a line of `learning.jsonl` in `--output`; one that is there is not repeated, so a sweep that was stopped goes on
-where it was, and several processes may share the file, each with its `--part`.
+A run is a line of `learning.jsonl` in `--output`; one that is there is not repeated, so a sweep that was stopped goes
+on where it was, and several processes may share the file, each with its `--part`.
 """
 
 from __future__ import annotations

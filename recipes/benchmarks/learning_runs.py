@@ -125,9 +125,7 @@ def train(model: nn.Module, method: Any, task: Any, options: Any, rate: float, s
     return {"train_loss": loss} | ({"stopped_at": stop.stopped_at} if stop.stopped_at else {})
 
 
-def run(
-    text: str, task: Any, options: Any, numbers: dict[str, float], rate: float, seed: int
-) -> dict[str, Any]:
+def run(text: str, task: Any, options: Any, numbers: dict[str, float], rate: float, seed: int) -> dict[str, Any]:
     """Train one candidate once and score it."""
     start = time.perf_counter()
     method, model = adapted(text, task, numbers, seed)

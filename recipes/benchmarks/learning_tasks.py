@@ -60,6 +60,7 @@ class LanguageTask:
 
     targets, head, head_rate, task_type = "all-linear", None, 0.0, "CAUSAL_LM"
     batch = 100
+    held_out_rows = 60
 
     def __init__(self, options: Any) -> None:
         self.base, self.bits, self.examples = options.base or DEMO_BASE, options.bits, options.examples
@@ -67,14 +68,21 @@ class LanguageTask:
         self.tokenizer.padding_side = "right"
         self.collator = DataCollatorForSeq2Seq(self.tokenizer)
         self.test = halves(demo_data.tokenize_pairs(self.pairs(options.test_examples, "test", 0), self.tokenizer))
-        text = demo_data.pretraining_text(100, seed=0, split="heldout")
-        self.held_out = demo_data.chunk_text(text, self.tokenizer)
+        rows = demo_data.chunk_text(self.held_out_text(), self.tokenizer)
+        self.held_out = rows.select(range(min(self.held_out_rows, len(rows))))
         self._data: dict[int, Dataset] = {}
         self._base_log_probs: list[torch.Tensor] = []
 
     def pairs(self, n: int, split: str, seed: int) -> Dataset:
         """`n` examples, `prompt` and `answer`."""
         raise NotImplementedError
+
+    def held_out_text(self) -> Dataset:
+        """Documents that the base has not read: the demo's, or what pretrain_demo_base.py held out of a file."""
+        path = Path(self.base) / "heldout.jsonl"
+        if not path.exists():
+            return demo_data.pretraining_text(100, seed=0, split="heldout")
+        return Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
 
     def model(self) -> nn.Module:
         """A fresh base."""
