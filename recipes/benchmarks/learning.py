@@ -20,9 +20,6 @@ on where it was, and several processes may share the file, each with its `--part
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +29,7 @@ from typing import Any, Literal
 import harness
 from harness import option
 from learning_candidates import CANDIDATES, find
+from learning_rows import JsonLines, better
 from learning_runs import adapted, budget, run, trained_numbers
 from learning_tasks import TASKS
 
@@ -81,43 +79,9 @@ class LearningOptions(harness.Options):
     plan: bool = option(False, "print the trained numbers of each candidate, and train nothing")
 
 
-class JsonLines:
-    """Rows of a file, one JSON object a line, that several processes may append to."""
-
-    def __init__(self, path: Path, setting: dict[str, Any], machine: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.setting, self.machine = path, setting, machine
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows; a line that a process was killed in is left out."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
-    def measure(self, work: Any, **key: Any) -> dict[str, Any]:
-        """The row of that key in this setting: the file's, or a new one."""
-        key |= self.setting
-        for row in self.read():
-            if {**row, **key} == row:
-                return row
-        row = {**key, **work(), "machine": self.machine}
-        line = (json.dumps(row) + "\n").encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line)  # one write: lines of several processes do not mix
-        finally:
-            os.close(file)
-        print({name: value for name, value in row.items() if name not in ("machine", *self.setting)}, flush=True)
-        return row
-
-
 def grid(middle: float, count: int = SWEEP) -> list[float]:
     """Learning rates a factor of 2 apart around `middle`, of three digits."""
     return [float(f"{middle * 2.0 ** (place - count // 2):.3g}") for place in range(count)]
-
-
-def better(row: dict[str, Any]) -> tuple[float, float]:
-    """What the better of two runs has more of: `choose`, then minus the mean training loss."""
-    return row["choose"], -row["train_loss"]
 
 
 def sweep(measure: Any, middle: float, seeds: list[int]) -> Iterator[dict[str, Any]]:
@@ -136,16 +100,6 @@ def sweep(measure: Any, middle: float, seeds: list[int]) -> Iterator[dict[str, A
     for seed in seeds[1:]:
         for rate in rates[max(at - 1, 0) : at + 2]:
             yield measure(rate, seed)
-
-
-def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of all seeds at the rate whose mean `choose` is the highest, of the rates with the most seeds."""
-    by_rate: dict[float, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_rate.setdefault(row["learning_rate"], []).append(row)
-    most = max(map(len, by_rate.values()))
-    full = [found for found in by_rate.values() if len(found) == most]
-    return max(full, key=lambda found: [statistics.mean(pair) for pair in zip(*map(better, found), strict=True)])
 
 
 def settle(options: LearningOptions) -> Case:

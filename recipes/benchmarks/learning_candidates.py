@@ -66,9 +66,14 @@ CANDIDATES = {
     ),
     # Sparse and low-rank.
     "rosa": Candidate(f"rosa:r=$half,lora_alpha=$rank,{REST},warmup=$every", 4e-3, "hybrid"),
-    "hybrid": Candidate(f"{HYBRID},{GRADIENT},values_ratio=1.0", 2e-3, "hybrid"),
+    "hybrid-equal-rates": Candidate(f"{HYBRID},{GRADIENT},values_ratio=1.0", 2e-3, "hybrid"),
     "hybrid-quarter": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25", 4e-3, "hybrid"),
+    "hybrid-quarter-alpha": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25,lora_alpha=$alpha", 4e-3, "hybrid"),
     "hybrid-random": Candidate(f"{HYBRID},criterion=random,values_ratio=1.0", 4e-3, "hybrid"),
+    "hybrid-random-double": Candidate(f"{HYBRID},criterion=random,values_ratio=2.0,lora_alpha=$alpha", 4e-3, "hybrid"),
+    "hybrid-low-rank": Candidate(
+        f"{HYBRID},criterion={{type: low_rank_magnitude, rank: 32}},values_ratio=2.0,lora_alpha=$alpha", 4e-3, "hybrid"
+    ),
     "joint-budget": Candidate(
         "joint-budget:r=$rank,lora_alpha=$alpha,budget={type: numbers, numbers: $numbers},fraction=0.5", 4e-3, "hybrid"
     ),

@@ -1,0 +1,124 @@
+"""Rows of `learning.py`: a file of lines, and what the runs of a candidate come to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+SETTING = ("task", "bits", "steps", "batch_size", "rank", "examples", "test_examples", "base")
+"""What tells cases apart: only runs that agree in all of these are compared."""
+
+
+class JsonLines:
+    """Rows of a file, one JSON object a line, that several processes may append to."""
+
+    def __init__(self, path: Path, setting: Row, machine: Row) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.setting, self.machine = path, setting, machine
+
+    def read(self) -> list[Row]:
+        """All rows; a line that a process was killed in is left out."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def measure(self, work: Callable[[], Row], **key: Any) -> Row:
+        """The row of that key in this setting: the file's, or a new one."""
+        key |= self.setting
+        for row in self.read():
+            if {**row, **key} == row:
+                return row
+        row = {**key, **work(), "machine": self.machine}
+        line = (json.dumps(row) + "\n").encode()
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line)  # one write: lines of several processes do not mix
+        finally:
+            os.close(file)
+        print({name: value for name, value in row.items() if name not in ("machine", *self.setting)}, flush=True)
+        return row
+
+
+def better(row: Row) -> tuple[float, float]:
+    """What the better of two runs has more of: `choose`, then minus the mean training loss."""
+    return row["choose"], -row["train_loss"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of one candidate in one case."""
+
+    name: str
+    rows: list[Row]
+
+    @cached_property
+    def by_rate(self) -> dict[float, list[Row]]:
+        """Learning rate -> runs, one a seed in their order."""
+        found: dict[float, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: (row["learning_rate"], row["seed"])):
+            found.setdefault(row["learning_rate"], []).append(row)
+        return found
+
+    @cached_property
+    def best(self) -> list[Row]:
+        """The runs of all seeds at the rate whose mean `choose` is the highest, of the rates with the most seeds."""
+        most = max(map(len, self.by_rate.values()))
+        full = [found for found in self.by_rate.values() if len(found) == most]
+        return max(full, key=lambda found: [statistics.mean(pair) for pair in zip(*map(better, found), strict=True)])
+
+    @property
+    def rate(self) -> float:
+        """The best learning rate."""
+        return self.best[0]["learning_rate"]
+
+    @property
+    def inner(self) -> bool:
+        """Whether rates on both sides of the best one were tried."""
+        return min(self.by_rate) < self.rate < max(self.by_rate)
+
+    @cached_property
+    def smooth_rate(self) -> float:
+        """Where a parabola through the test losses at the best rate and its neighbours has its lowest point, in log2 of
+        the rate; the best rate itself where there is none between the neighbours."""
+        rates = sorted(self.by_rate)
+        at = rates.index(self.rate)
+        if not 0 < at < len(rates) - 1:
+            return self.rate
+        left, middle, right = (statistics.mean(self.column("test_loss", rates[at + d])) for d in (-1, 0, 1))
+        bend = left - 2 * middle + right
+        shift = (left - right) / (2 * bend) if bend > 0 else 0.0
+        return self.rate * 2.0 ** max(-1.0, min(1.0, shift))
+
+    def column(self, key: str, rate: float | None = None) -> list[float]:
+        """A figure of the runs at one rate, the best one by default; none where they have none."""
+        rows = self.best if rate is None else self.by_rate.get(rate, [])
+        return [row[key] for row in rows if key in row]
+
+
+def cases(rows: Iterable[Row]) -> dict[tuple, dict[str, Sweep]]:
+    """Setting (`SETTING`, in its order) -> candidate -> its sweep."""
+    found: dict[tuple, dict[str, list[Row]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in SETTING)
+        found.setdefault(key, {}).setdefault(row["candidate"], []).append(row)
+    return {key: {name: Sweep(name, runs) for name, runs in sweeps.items()} for key, sweeps in found.items()}
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error (nan for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def paired(one: Sweep, other: Sweep, key: str = "score") -> tuple[float, float]:
+    """Mean difference of two candidates, each at its best rate, over the seeds that both have, and its standard
+    error."""
+    values = {row["seed"]: row[key] for row in other.best}
+    return mean_and_error([row[key] - values[row["seed"]] for row in one.best if row["seed"] in values])
