@@ -4,7 +4,7 @@
     python recipes/benchmarks/learning.py --task sst2 --encoder PATH --data PATH --candidates lora hybrid
     python recipes/benchmarks/learning.py --task words --candidates 'spiel-ag:density=0.02' --rates 3e-3 --seeds 0
     python recipes/benchmarks/learning.py --task words --plan              # trained numbers only, nothing is trained
-    python recipes/benchmarks/learning_report.py runs/learning/learning.jsonl    # tables and pictures
+    python recipes/benchmarks/learning_report.py                           # tables and pictures of all rows
 
 The protocol. All candidates (`learning_candidates.py`; harness.py says how others are written) train the numbers of
 LoRA r=`--rank` on all targeted linears, head apart, for equally many steps of equal batches (AdamW, cosine to 0, a
@@ -29,9 +29,9 @@ from typing import Any, Literal
 import harness
 from harness import option
 from learning_candidates import CANDIDATES, find
+from learning_hub_tasks import TASKS
 from learning_rows import JsonLines, better
 from learning_runs import adapted, budget, run, trained_numbers
-from learning_tasks import TASKS
 
 SWEEP, MORE = 7, 3
 """Rates of a sweep, and how many more there may be beyond its ends."""
@@ -55,6 +55,9 @@ CASES = {
     "e2e": Case(150, 8, 4, 3000, 200, 1.0),
     "sst2": Case(60, 12, 8, 1000, 600, 0.25),
     "cola": Case(150, 16, 8, 0, 527, 0.25),
+    "gsm8k": Case(900, 16, 16, 0, 1319, 0.125),
+    "metamath": Case(2000, 16, 16, 40_000, 1319, 0.125),
+    "commonsense": Case(2000, 16, 16, 40_000, 2000, 0.125),
 }
 
 
@@ -62,17 +65,17 @@ CASES = {
 class LearningOptions(harness.Options):
     """Options of this benchmark."""
 
-    task: Literal["words", "e2e", "cola", "sst2"] = option("words", "what to learn")
+    task: Literal["words", "e2e", "cola", "sst2", "gsm8k", "metamath", "commonsense"] = option("words", "what to learn")
     candidates: list[str] = option([], "by default all")
     rates: list[float] = option([], "learning rates; by default the sweep of the protocol")
     seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
-    bits: Literal["fp32", "nf4"] = option("fp32", "base weights")
+    bits: Literal["fp32", "bf16", "nf4"] = option("fp32", "base weights")
     steps: int = option(0, "optimizer steps of a run; 0: the task's")
     batch_size: int = option(0, "examples of a step; 0: the task's")
     rank: int = option(0, "rank of the LoRA whose trained numbers all get; 0: the task's")
     examples: int = option(0, "training examples; 0: the task's")
     test_examples: int = option(0, "test examples, in two halves; 0: the task's")
-    base: Path | None = option(None, "causal language model, for words and e2e; by default recipes/demo_base")
+    base: str | None = option(None, "causal language model; by default recipes/demo_base, or Llama-3.2-1B")
     encoder: Path | None = option(None, "encoder, for cola and sst2")
     data: Path | None = option(None, "folder with the folders cola, sst2, e2e and gsm8k of real data")
     part: list[int] = option([0, 1], "I N: every N-th candidate from the I-th on")
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
     names = ("task", "bits", "steps", "batch_size", "rank", "examples", "test_examples")
-    setting = {name: getattr(options, name) for name in names} | {"base": options.base and options.base.name}
+    setting = {name: getattr(options, name) for name in names} | {"base": options.base and Path(options.base).name}
     folder = options.output or Path("runs/learning")
     lines = JsonLines(folder / "learning.jsonl", setting, harness.machine(options.device))
     found = []

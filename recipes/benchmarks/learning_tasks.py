@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +43,13 @@ from evaluation import text_loss
 DEMO_BASE = Path(__file__).resolve().parents[1] / "demo_base"
 
 
-def load_options(bits: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a base in fp32 or NF4."""
-    if bits == "fp32":
-        return {"dtype": torch.float32}
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return {"dtype": torch.float32, "quantization_config": quantised, "device_map": {"": "cpu"}}
+def load_options(bits: str, device: str = "cpu") -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a base in fp32, bf16 or NF4; what is not 4-bit is fp32, on a GPU bf16."""
+    dtype = torch.float32 if bits == "fp32" or (device == "cpu" and bits == "nf4") else torch.bfloat16
+    if bits != "nf4":
+        return {"dtype": dtype}
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"dtype": dtype, "quantization_config": quantised, "device_map": {"": device}}
 
 
 def halves(rows: Dataset) -> tuple[Dataset, Dataset]:
@@ -59,15 +61,18 @@ class LanguageTask:
     """Answers after prompts on a causal language model; the loss is that of the answers and their end token."""
 
     targets, head, head_rate, task_type = "all-linear", None, 0.0, "CAUSAL_LM"
-    batch = 100
-    held_out_rows = 60
+    default_base: Any = DEMO_BASE
+    batch, held_out_rows, max_length = 100, 60, 0
 
     def __init__(self, options: Any) -> None:
-        self.base, self.bits, self.examples = options.base or DEMO_BASE, options.bits, options.examples
+        self.base, self.examples = options.base or self.default_base, options.examples
+        self.load_options = load_options(options.bits, options.device)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
         self.collator = DataCollatorForSeq2Seq(self.tokenizer)
-        self.test = halves(demo_data.tokenize_pairs(self.pairs(options.test_examples, "test", 0), self.tokenizer))
+        self.test_pairs = self.pairs(options.test_examples, "test", 0)
+        self.test = halves(self._tokenized(self.test_pairs))
         rows = demo_data.chunk_text(self.held_out_text(), self.tokenizer)
         self.held_out = rows.select(range(min(self.held_out_rows, len(rows))))
         self._data: dict[int, Dataset] = {}
@@ -86,12 +91,15 @@ class LanguageTask:
 
     def model(self) -> nn.Module:
         """A fresh base."""
-        return AutoModelForCausalLM.from_pretrained(self.base, **load_options(self.bits))
+        return AutoModelForCausalLM.from_pretrained(self.base, **self.load_options)
+
+    def _tokenized(self, pairs: Dataset) -> Dataset:
+        return demo_data.tokenize_pairs(pairs, self.tokenizer, self.max_length)
 
     def training_data(self, seed: int) -> dict[str, Any]:
         """Data of one run; the examples are another draw for every seed."""
         if seed not in self._data:
-            self._data[seed] = demo_data.tokenize_pairs(self.pairs(self.examples, "train", seed), self.tokenizer)
+            self._data[seed] = self._tokenized(self.pairs(self.examples, "train", seed))
         return {"train_dataset": self._data[seed], "data_collator": self.collator}
 
     @torch.no_grad()
@@ -99,34 +107,38 @@ class LanguageTask:
         """Share of answers whose tokens, each after the right ones before it, are all the likeliest, percent: what
         greedy generation gets right. Loss, KL divergence to the base, and loss on pretraining text."""
         model.eval()
-        if not self._base_log_probs:
-            base = self.model().eval()
-            self._base_log_probs = [found for found, _, _ in self._answers(base, self.test[1])]
         (choose, _, _), (score, loss, kl) = (self._figures(model, half) for half in self.test)
-        figures = {"choose": choose, "score": score, "test_loss": loss, "kl": kl}
+        figures = {"choose": choose, "score": score, "test_loss": loss} | ({} if math.isnan(kl) else {"kl": kl})
         return figures | {"held_out_loss": text_loss(model, self.held_out)}
 
-    def _answers(self, model: nn.Module, rows: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def answers(self, model: nn.Module, rows: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Log-probabilities before each answer token [n, vocabulary], the tokens [n], and their rows [n], by batch."""
         for at in range(0, len(rows), self.batch):
             batch = self.collator([rows[i] for i in range(at, min(at + self.batch, len(rows)))]).to(model.device)
             labels = batch.pop("labels")[:, 1:]
-            found = model(**batch).logits[:, :-1].float().log_softmax(-1)
+            found = model(**batch).logits[:, :-1]
             row, place = (labels != demo_data.IGNORED).nonzero(as_tuple=True)
-            yield found[row, place], labels[row, place], row
+            yield found[row, place].float().log_softmax(-1), labels[row, place], row
+
+    def of_base(self, model: nn.Module, rows: Dataset) -> Iterator[torch.Tensor] | None:
+        """The base's log-probabilities, by batch, kept after the first time; None: there are none."""
+        if not self._base_log_probs:
+            self._base_log_probs = [found for found, _, _ in self.answers(self.model().eval(), rows)]
+        return iter(self._base_log_probs)
 
     def _figures(self, model: nn.Module, rows: Dataset) -> tuple[float, float, float]:
+        """Share of right answers, percent, loss, and KL divergence to the base (on the half that is scored)."""
         right, loss, kl, tokens = 0, 0.0, 0.0, 0
-        for number, (found, labels, row) in enumerate(self._answers(model, rows)):
+        bases = self.of_base(model, rows) if rows is self.test[1] else None
+        for found, labels, row in self.answers(model, rows):
             wrong = torch.zeros(int(row.max()) + 1, dtype=torch.bool, device=row.device)
             wrong[row[found.argmax(-1) != labels]] = True
             right += int((~wrong).sum())
             loss += F.nll_loss(found, labels, reduction="sum").item()
-            if rows is self.test[1]:
-                base = self._base_log_probs[number]
-                kl += F.kl_div(found, base, reduction="sum", log_target=True).item()
+            if bases is not None:
+                kl += F.kl_div(found, next(bases), reduction="sum", log_target=True).item()
             tokens += len(labels)
-        return 100 * right / len(rows), loss / tokens, kl / tokens
+        return 100 * right / len(rows), loss / tokens, kl / tokens if bases is not None else math.nan
 
 
 class WordTask(LanguageTask):
@@ -199,7 +211,7 @@ class EncoderTask:
     """The head is new, trains in full, and learns at one rate whatever the candidate."""
 
     def __init__(self, options: Any) -> None:
-        self.bits, self.examples = options.bits, options.examples
+        self.examples, self.load_options = options.examples, load_options(options.bits, options.device)
         self.encoder = need(options.encoder, "encoder", "model folder, such as all-MiniLM-L6-v2")
         self.folder = need(options.data, "data", f"folder with {self.name}/train.tsv and {self.name}/dev.tsv")
         self.tokenizer = AutoTokenizer.from_pretrained(self.encoder)
@@ -216,11 +228,9 @@ class EncoderTask:
 
     def model(self) -> nn.Module:
         """A fresh encoder with a fresh head: the same for all candidates of a seed."""
-        skip = {"llm_int8_skip_modules": self.head}
-        options = load_options(self.bits)
-        if "quantization_config" in options:
-            options["quantization_config"].llm_int8_skip_modules = skip["llm_int8_skip_modules"]
-        return AutoModelForSequenceClassification.from_pretrained(self.encoder, num_labels=2, **options)
+        if "quantization_config" in self.load_options:
+            self.load_options["quantization_config"].llm_int8_skip_modules = self.head
+        return AutoModelForSequenceClassification.from_pretrained(self.encoder, num_labels=2, **self.load_options)
 
     def training_data(self, seed: int) -> dict[str, Any]:
         """Data of one run: `examples` sentences, another draw for every seed; 0: all."""
@@ -236,20 +246,21 @@ class EncoderTask:
         return {"choose": choose, "score": score, "test_loss": loss, "drift": self._drift(model)}
 
     def _figures(self, model: nn.Module, rows: Dataset) -> tuple[float, float]:
-        logits = [model(**batch).logits for batch in self._batches(rows)]
+        logits = [model(**batch).logits for batch in self._batches(rows, model.device)]
         labels = torch.tensor(rows["labels"])
         found = torch.cat(logits).float().cpu()
         return self.measure(labels, found.argmax(-1)), F.cross_entropy(found, labels).item()
 
-    def _batches(self, rows: Dataset) -> Iterator[Any]:
+    def _batches(self, rows: Dataset, device: Any) -> Iterator[Any]:
         for at in range(0, len(rows), 128):
-            yield self.collator([rows[i] for i in range(at, min(at + 128, len(rows)))])
+            yield self.collator([rows[i] for i in range(at, min(at + 128, len(rows)))]).to(device)
 
     def _drift(self, model: nn.Module) -> float:
         if not self._others:
             path = self.folder / "gsm8k" / "test.jsonl"
             lines = [json.loads(line)["question"] for line in path.read_text().splitlines()[:48]]
-            self._others = [self.tokenizer(lines, truncation=True, max_length=32, padding=True, return_tensors="pt")]
+            others = self.tokenizer(lines, truncation=True, max_length=32, padding=True, return_tensors="pt")
+            self._others = [others.to(model.device)]
             base = self.model().eval()
             self._pooled = [pooled(base, batch) for batch in self._others]
         pairs = zip(self._others, self._pooled, strict=True)
@@ -286,6 +297,3 @@ class Sst2Task(EncoderTask):
     def measure(labels: torch.Tensor, predicted: torch.Tensor) -> float:
         """Accuracy, percent."""
         return 100 * (labels == predicted).double().mean().item()
-
-
-TASKS = {"words": WordTask, "e2e": E2ETask, "cola": ColaTask, "sst2": Sst2Task}

@@ -1,0 +1,264 @@
+"""Tables and pictures of `learning.py`'s rows.
+
+    python recipes/benchmarks/learning_report.py --rows runs/learning/learning.jsonl --output docs/pictures
+
+Writes `learning.md` (a table a case, and one for each question that the candidates of a case can answer), and for each
+case `curves_<case>.png` (score over learning rate), `scores_<case>.png` (mean, lowest and highest of the seeds) and
+`frontier_<case>.png` (score against what was forgotten) to `--output`; the tables go to the terminal too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import matplotlib.pyplot as plt
+from harness import Column, option
+from learning_candidates import find
+from learning_hub_tasks import TASKS
+from learning_rows import SETTING, JsonLines, Row, Sweep, cases, paired
+
+REFERENCE = "lora"
+QUESTIONS = {
+    "Does a support chosen by data beat a random one?": (
+        "entries-random",
+        ("entries-magnitude", "entries-low-rank", "entries-gradient", "entries-fisher", "entries-snip", "entries-grid"),
+    ),
+    "Do moves help over the same choice made once? (random start)": ("entries-random", ("spiel-ag", "rigl")),
+    "Do moves help over the same choice made once? (gradient)": ("entries-gradient", ("entries-gradient-moving",)),
+    "Do moves help over the same choice made once? (low-rank magnitude)": (
+        "entries-low-rank",
+        ("lift", "entries-low-rank-moving"),
+    ),
+    "The hybrid against its halves": (
+        "lora",
+        ("entries-gradient", "entries-random", "hybrid", "hybrid-equal-rates", "hybrid-quarter", "hybrid-quarter-alpha",
+         "hybrid-random-double", "hybrid-low-rank", "rosa", "joint-budget", "joint-budget-start"),
+    ),
+    "Entries against other units (chosen by gradient)": (
+        "entries-gradient", ("entries-grid", "blocks", "rows", "columns"),
+    ),
+    "Entries against other units (random)": (
+        "entries-random", ("blocks-random", "rows-random", "columns-random", "subnet", "losia"),
+    ),
+}  # fmt: skip
+"""Question -> the candidate that others are compared with, and these."""
+
+
+@dataclass
+class ReportOptions(harness.Options):
+    """Options of the report."""
+
+    rows: list[Path] = option([], "files of rows; by default runs/learning/learning.jsonl")
+
+
+def signed(pair: tuple[float, float], form: str = ".1f") -> str:
+    """Mean difference and its standard error."""
+    mean, error = pair
+    return f"{mean:+{form}}" if math.isnan(error) else f"{mean:+{form}} ± {error:{form}}"
+
+
+def spread(sweep: Sweep, key: str = "score", form: str = ".1f") -> str:
+    """Mean, lowest and highest of the runs at the best rate; empty where they lack the figure."""
+    values = sweep.column(key)
+    if not values:
+        return ""
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def name_of(case: tuple) -> str:
+    """A case in a few words, for titles and files."""
+    row = dict(zip(SETTING, case, strict=True))
+    return f"{row['task']}-{row['bits']}-{row['steps']}x{row['batch_size']}-r{row['rank']}"
+
+
+def form_of(case: tuple) -> str:
+    """Digits of a score: losses are small."""
+    return ".3f" if case[0] == "e2e" else ".1f"
+
+
+def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
+    """All candidates of a case, the best first."""
+    form, lora = form_of(case), sweeps.get(REFERENCE)
+    ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
+
+    def at_loras_rate(sweep: Sweep) -> str | None:
+        found = sweep.column("score", lora.rate) if lora else []
+        return f"{statistics.mean(found):{form}}" if found else None
+
+    def mean_of(key: str, digits: str) -> Any:
+        return lambda sweep: f"{statistics.mean(sweep.column(key)):{digits}}" if sweep.column(key) else None
+
+    columns = [
+        Column("candidate", lambda sweep: sweep.name),
+        Column("numbers", lambda sweep: f"{sweep.best[0]['trained']:,}"),
+        Column("rate", lambda sweep: f"{sweep.rate:g}" + ("" if sweep.inner else " (end)")),
+        Column("seeds", lambda sweep: len(sweep.best)),
+        Column("score (lowest to highest)", lambda sweep: spread(sweep, form=form)),
+        Column("minus LoRA", lambda s: signed(paired(s, lora), form) if lora and s is not lora else None),
+        Column("at LoRA's rate", at_loras_rate),
+        Column("test loss", mean_of("test_loss", ".3f")),
+        Column("held-out loss", mean_of("held_out_loss", ".2f")),
+        Column("KL", mean_of("kl", ".2f")),
+        Column("drift", mean_of("drift", ".4f")),
+        Column("slots, %", mean_of("slots", ".1f")),
+        Column("s a run", mean_of("seconds", ".0f")),
+    ]
+    columns = [column for column in columns if any(column.cell(sweep) for sweep in ordered)]
+    return table(columns, ordered)
+
+
+def table(columns: list[Column], rows: Iterable[Any]) -> str:
+    """A Markdown table of sweeps."""
+    return harness.markdown(columns, rows)
+
+
+def question_tables(case: tuple, sweeps: dict[str, Sweep]) -> str:
+    """A table for each question of which the case has the reference and one more."""
+    text, form = "", form_of(case)
+    for question, (reference, names) in QUESTIONS.items():
+        found = [sweeps[name] for name in names if name in sweeps]
+        if reference not in sweeps or not found:
+            continue
+        other = sweeps[reference]
+        columns = [
+            Column("candidate", lambda sweep: sweep.name),
+            Column("score", lambda sweep: spread(sweep, form=form)),
+            Column(
+                f"minus {reference}", lambda s, other=other: signed(paired(s, other), form) if s is not other else ""
+            ),
+            Column("test loss", lambda sweep: spread(sweep, "test_loss", ".3f")),
+            Column("rate", lambda sweep: f"{sweep.rate:g}"),
+        ]
+        text += f"\n**{question}**\n\n" + table(columns, [other, *found])
+    return text
+
+
+def summary_of_cases(found: dict[tuple, dict[str, Sweep]]) -> str:
+    """Every candidate that two cases share: its difference to LoRA in each, in standard errors of that difference, and
+    the mean difference of test losses."""
+    names = [name for name in dict.fromkeys(n for sweeps in found.values() for n in sweeps) if name != REFERENCE]
+    kept = {case: sweeps for case, sweeps in found.items() if REFERENCE in sweeps}
+    names = [name for name in names if sum(name in sweeps for sweeps in kept.values()) > 1]
+    columns = [Column("candidate", lambda name: name)]
+    for case, sweeps in kept.items():
+        columns.append(
+            Column(
+                name_of(case),
+                lambda name, case=case, sweeps=sweeps: (
+                    signed(paired(sweeps[name], sweeps[REFERENCE]), form_of(case)) if name in sweeps else ""
+                ),
+            )
+        )
+    return table(columns, names) if names else ""
+
+
+def draw_curves(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
+    """Score over learning rate, a panel a family, LoRA in every panel."""
+    families: dict[str, list[Sweep]] = {}
+    for sweep in sweeps.values():
+        families.setdefault(find(sweep.name).family, []).append(sweep)
+    figure, axes = plt.subplots(
+        1, len(families), figsize=(1 + 3.6 * len(families), 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (family, members) in zip(axes[0], families.items(), strict=True):
+        lora = sweeps.get(REFERENCE)
+        if lora and lora not in members:
+            _curve(axis, lora, color="0.6", linestyle="--")
+        for member in members:
+            _curve(axis, member)
+        axis.set(title=family, xscale="log", xlabel="learning rate")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("score")
+    figure.suptitle(f"{title}: score over learning rate (mean of the seeds)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _curve(axis: Any, sweep: Sweep, **style: Any) -> None:
+    rates = sorted(sweep.by_rate)
+    means = [statistics.mean(sweep.column("score", rate)) for rate in rates]
+    axis.plot(rates, means, marker="o", markersize=3, label=sweep.name, **style)
+
+
+def draw_frontier(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
+    """Score against forgetting at each candidate's best rate; the line joins those that nobody beats in both."""
+    keys = {"held_out_loss": "loss on held-out pretraining text", "kl": "KL to the base on the new task, nats a token"}
+    keys |= {"drift": "drift of hidden states on other text"}
+    keys = {key: label for key, label in keys.items() if all(sweep.column(key) for sweep in sweeps.values())}
+    figure, axes = plt.subplots(1, len(keys), figsize=(8.2 * len(keys), 6), squeeze=False, layout="constrained")
+    for axis, (key, label) in zip(axes[0], keys.items(), strict=True):
+        points = {
+            sweep.name: (statistics.mean(sweep.column(key)), statistics.mean(sweep.column("score")))
+            for sweep in sweeps.values()
+        }
+        best = frontier(points)
+        colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(find(n).family for n in points))}
+        for name, (x, y) in points.items():
+            color = colors[find(name).family]
+            axis.scatter([x], [y], s=22, color=color, zorder=3)
+            weight = "bold" if name in best else "normal"
+            axis.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points", weight=weight)
+        axis.step(*zip(*[points[name] for name in best], strict=True), where="post", color="0.6", zorder=1)
+        axis.set(xlabel=label, ylabel="score", xscale="log")
+        axis.grid(alpha=0.3)
+        for family, color in colors.items():
+            axis.scatter([], [], color=color, label=family)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{title}: score against forgetting, each at its best rate")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other has both less forgetting and a higher score than, by forgetting."""
+    kept: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not kept or points[name][1] > points[kept[-1]][1]:
+            kept.append(name)
+    return kept
+
+
+def report(rows: list[Row], folder: Path) -> str:
+    """Write tables and pictures of all cases to a folder; returns the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = cases(rows)
+    hours = sum(row["seconds"] for row in rows) / 3600
+    text = f"{len(rows):,} runs, {hours:.1f} hours of one CPU core.\n"
+    for case, sweeps in found.items():
+        title = name_of(case)
+        text += f"\n## {title}\n\nScore: {TASKS[case[0]].metric}.\n\n" + case_table(case, sweeps)
+        text += question_tables(case, sweeps)
+        draw_curves(folder / f"curves_{title}.png", title, sweeps)
+        draw_frontier(folder / f"frontier_{title}.png", title, sweeps)
+        ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
+        bars = {sweep.name: [sweep.column("score")] for sweep in ordered}
+        if all(score >= 0 for values in bars.values() for score in values[0]):
+            panel = {TASKS[case[0]].metric: bars}
+            harness.draw(folder / f"scores_{title}.png", title, panel, ["mean, lowest and highest of the seeds"])
+    if shared := summary_of_cases(found):
+        text += "\n## Score minus LoRA's, each at its best rate\n\n" + shared
+    (folder / "learning.md").write_text(text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Read the rows, write tables and pictures; returns the tables."""
+    options = harness.parse(ReportOptions, __doc__, argv)
+    files = options.rows or [Path("runs/learning/learning.jsonl")]
+    rows = [row for file in files for row in JsonLines(file, {}, {}).read()]
+    if not rows:
+        raise SystemExit(f"no rows in {', '.join(map(str, files))}: run learning.py first, or pass --rows.")
+    text = report(rows, options.output or files[0].parent)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
