@@ -30,7 +30,7 @@ import harness
 from harness import option
 from learning_candidates import CANDIDATES, find
 from learning_hub_tasks import TASKS
-from learning_rows import JsonLines, better
+from learning_rows import SETTING, JsonLines, better
 from learning_runs import adapted, budget, run, trained_numbers
 
 SWEEP, MORE = 7, 3
@@ -52,6 +52,7 @@ class Case:
 
 CASES = {
     "words": Case(100, 16, 4, 3000, 800, 1.0),
+    "two-tasks": Case(100, 16, 4, 3000, 400, 1.0),
     "e2e": Case(150, 8, 4, 3000, 200, 1.0),
     "sst2": Case(60, 12, 8, 1000, 600, 0.25),
     "cola": Case(150, 16, 8, 0, 527, 0.25),
@@ -65,7 +66,7 @@ CASES = {
 class LearningOptions(harness.Options):
     """Options of this benchmark."""
 
-    task: Literal["words", "e2e", "cola", "sst2", "gsm8k", "metamath", "commonsense"] = option("words", "what to learn")
+    task: Literal[tuple(TASKS)] = option("words", "what to learn")  # type: ignore[valid-type]
     candidates: list[str] = option([], "by default all")
     rates: list[float] = option([], "learning rates; by default the sweep of the protocol")
     seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
@@ -113,16 +114,19 @@ def settle(options: LearningOptions) -> Case:
     return case
 
 
+def setting_of(options: LearningOptions) -> dict[str, Any]:
+    """What tells the rows of this case from others."""
+    return {name: getattr(options, name) for name in SETTING} | {"base": options.base and Path(options.base).name}
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the sweeps; returns their rows."""
     options = harness.parse(LearningOptions, __doc__, argv)
     case = settle(options)
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
-    names = ("task", "bits", "steps", "batch_size", "rank", "examples", "test_examples")
-    setting = {name: getattr(options, name) for name in names} | {"base": options.base and Path(options.base).name}
-    folder = options.output or Path("runs/learning")
-    lines = JsonLines(folder / "learning.jsonl", setting, harness.machine(options.device))
+    path = (options.output or Path("runs/learning")) / "learning.jsonl"
+    lines = JsonLines(path, setting_of(options), harness.machine(options.device), options.again)
     found = []
     first, every = options.part
     for name in (options.candidates or list(CANDIDATES))[first::every]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 from datasets import Dataset
-from learning_tasks import ColaTask, E2ETask, LanguageTask, Sst2Task, WordTask, halves
+from learning_tasks import ColaTask, E2ETask, LanguageTask, Sst2Task, TwoTasks, WordTask, halves
 from torch import nn
 
 # isort: split
@@ -106,5 +106,5 @@ class CommonsenseTask(HubTask):
     held_back = 2000
 
 
-TASKS = {"words": WordTask, "e2e": E2ETask, "cola": ColaTask, "sst2": Sst2Task}
+TASKS = {"words": WordTask, "two-tasks": TwoTasks, "e2e": E2ETask, "cola": ColaTask, "sst2": Sst2Task}
 TASKS |= {"gsm8k": HubTask, "metamath": MetaMathTask, "commonsense": CommonsenseTask}

@@ -106,6 +106,9 @@ def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
         Column("held-out loss", mean_of("held_out_loss", ".2f")),
         Column("KL", mean_of("kl", ".2f")),
         Column("drift", mean_of("drift", ".4f")),
+        Column("first task before", mean_of("first_before", ".1f")),
+        Column("first task after", mean_of("first_after", ".1f")),
+        Column("second task", mean_of("second", ".1f")),
         Column("slots, %", mean_of("slots", ".1f")),
         Column("s a run", mean_of("seconds", ".0f")),
     ]

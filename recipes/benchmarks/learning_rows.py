@@ -15,35 +15,47 @@ from typing import Any
 Row = dict[str, Any]
 SETTING = ("task", "bits", "steps", "batch_size", "rank", "examples", "test_examples", "base")
 """What tells cases apart: only runs that agree in all of these are compared."""
+KEY = ("candidate", "method", "learning_rate", "seed", *SETTING)
 
 
 class JsonLines:
     """Rows of a file, one JSON object a line, that several processes may append to."""
 
-    def __init__(self, path: Path, setting: Row, machine: Row) -> None:
+    def __init__(self, path: Path, setting: Row, machine: Row, again: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.setting, self.machine = path, setting, machine
+        self.path, self.setting, self.machine, self.again = path, setting, machine, again
 
     def read(self) -> list[Row]:
-        """All rows; a line that a process was killed in is left out."""
+        """All rows, of equal keys the last one; a line that a process was killed in is left out."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return list({json.dumps([row.get(name) for name in KEY]): row for row in rows}.values())
 
     def measure(self, work: Callable[[], Row], **key: Any) -> Row:
-        """The row of that key in this setting: the file's, or a new one."""
+        """The row of that key in this setting: the file's (unless `again`), or a new one."""
         key |= self.setting
-        for row in self.read():
+        for row in [] if self.again else self.read():
             if {**row, **key} == row:
                 return row
         row = {**key, **work(), "machine": self.machine}
-        line = (json.dumps(row) + "\n").encode()
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line)  # one write: lines of several processes do not mix
+        try:  # one write: lines of several processes do not mix
+            os.write(file, (b"\n" if torn else b"") + (json.dumps(row) + "\n").encode())
         finally:
             os.close(file)
         print({name: value for name, value in row.items() if name not in ("machine", *self.setting)}, flush=True)
         return row
+
+
+def command_of(row: Row) -> list[str]:
+    """The words of the command that measures a row again."""
+    words = ["python", "recipes/benchmarks/learning.py"]
+    for name in SETTING[:-1]:
+        words += [f"--{name}", str(row[name])]
+    if row["base"]:
+        words += ["--base", row["base"]]
+    return [*words, "--candidates", row["candidate"], "--rates", str(row["learning_rate"]), "--seeds", str(row["seed"])]
 
 
 def better(row: Row) -> tuple[float, float]:

@@ -126,8 +126,15 @@ def train(model: nn.Module, method: Any, task: Any, options: Any, rate: float, s
 
 
 def run(text: str, task: Any, options: Any, numbers: dict[str, float], rate: float, seed: int) -> dict[str, Any]:
-    """Train one candidate once and score it."""
+    """Train one candidate once and score it; with a second task, train it on that too, and score it on both."""
     start = time.perf_counter()
     method, model = adapted(text, task, numbers, seed)
     row = {"trained": trained_numbers(model, task), **train(model, method, task, options, rate, seed)}
-    return row | task.score(model) | {"seconds": round(time.perf_counter() - start, 1)}
+    row |= task.score(model)
+    if second := getattr(task, "second", None):
+        train(model, method, second, options, rate, seed)
+        first, after, now = row["score"], task.score(model), second.score(model)
+        row |= {key: (after[key] + now[key]) / 2 for key in ("choose", "score", "test_loss", "kl")}
+        row |= {"held_out_loss": now["held_out_loss"], "first_before": first, "first_after": after["score"]}
+        row["second"] = now["score"]
+    return row | {"seconds": round(time.perf_counter() - start, 1)}

@@ -151,6 +151,33 @@ class WordTask(LanguageTask):
         return demo_data.word_problems(n, seed=seed, split=split, changes=2)
 
 
+class SpelledTask(WordTask):
+    """The same problems, answered in words: "Answer in words :" instead of "Answer :"."""
+
+    def pairs(self, n: int, split: str, seed: int) -> Dataset:
+        """Problems and answers such as " twelve"."""
+        return (
+            super()
+            .pairs(n, split, seed)
+            .map(
+                lambda row: {
+                    "prompt": row["prompt"].replace("Answer :", "Answer in words :"),
+                    "answer": f" {demo_data.WORDS[int(row['answer'])]}",
+                }
+            )
+        )
+
+
+class TwoTasks(WordTask):
+    """Word problems, and then, with the same adapter, these answered in words: `second`, see `learning_runs.run`."""
+
+    metric = "mean exact match of both tasks after the second, %"
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.second = SpelledTask(options)
+
+
 class E2ETask(LanguageTask):
     """Restaurant descriptions from slots (Novikova et al., 2017): the loss, and slots that greedy generation names.
 

@@ -64,6 +64,14 @@ DATASETS = {
         },
         configs=("main", "socratic"),
     ),
+    "meta-math/MetaMathQA": Shape(
+        lambda i: {"type": "GSM_Rephrased", "query": f"{sentence(i)}?", "response": f"so the answer is: {i}"},
+        splits=("train",),
+    ),
+    "zwhe99/commonsense_170k": Shape(
+        lambda i: {"instruction": f"{sentence(i)}, true or false?", "input": "", "output": f"it is {i % 2 == 0}"},
+        splits=("train",),
+    ),
     "Salesforce/wikitext": Shape(
         lambda i: {"text": "" if i % 3 == 0 else f" = {sentence(i)} = \n" if i % 3 == 1 else sentence(i, 200)},
         configs=("wikitext-2-raw-v1", "wikitext-2-v1", "wikitext-103-raw-v1", "wikitext-103-v1"),

@@ -1,5 +1,5 @@
-"""`recipes/benchmarks/harness.py`: candidates are methods with options, and no row is measured twice; and the sweep of
-`learning.py` in tiny form."""
+"""`recipes/benchmarks/harness.py`: candidates are methods with options, and no row is measured twice; and the
+sweep of `learning_by_name.py` in tiny form."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_candidate_is_a_method_with_options_of_every_kind():
 
 
 def test_every_named_candidate_is_one_that_the_package_takes():
-    import learning
+    import learning_by_name
     import step_cost
     from harness import build_method
 
@@ -57,10 +57,10 @@ def test_every_named_candidate_is_one_that_the_package_takes():
     }
     adapters = {name: text for name, text in step_cost.CANDIDATES.items() if text not in ("frozen", "full", "spiel")}
     moving = {name: step_cost.MOVING + step_cost.OURS[name].removeprefix("shira:") for name in step_cost.MOVED}
-    rated = [(*one, name) for group in learning.OWN_RATES.values() for name, one in group.items()]
+    rated = [(*one, name) for group in learning_by_name.GROUPS.values() for name, one in group.items()]
     assert all(len(set(rates)) == 3 for _, rates, _ in rated)
     own = {name: text for text, _, name in rated}
-    for candidates in (adapters, moving, learning.CANDIDATES, own):
+    for candidates in (adapters, moving, own):
         for text in candidates.values():
             assert build_method(text, numbers, target_modules=["q_proj"]).config.peft_type
 
@@ -80,61 +80,14 @@ def test_a_row_is_measured_once_in_each_setting_and_an_error_again(new_rows):
     assert all(row["machine"]["threads"] >= 1 and row["machine"]["code"] for row in rows)
 
 
-@pytest.mark.slow
-def test_a_sweep_chooses_a_rate_and_trains_equally_many_numbers(tmp_path):
-    import learning
-
-    sizes = [
-        "--steps",
-        "2",
-        "--batch_size",
-        "4",
-        "--test_examples",
-        "8",
-        "--rank",
-        "2",
-        "--seeds",
-        "0",
-        "1",
-        "--output",
-        str(tmp_path),
-    ]
-    best = learning.main([*sizes, "--candidates", "lora", "hybrid", "--learning_rates", "1e-3"])
-    assert {row["candidate"] for row in best} == {"lora", "hybrid"}
-    assert {row["trained"] for row in best} == {27136}
-    assert [len(row["runs"]) for row in best] == [2, 2]
-    rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
-    untrained = [row for row in rows if not row["learning_rate"]]
-    assert [row["candidate"] for row in untrained] == ["lora", "hybrid"]
-    assert {row["before"] for row in best} == {row["score"] for row in untrained}
-    rows = [row for row in rows if row["learning_rate"]]
-    assert learning.main([*sizes, "--candidates", "hybrid", "--learning_rates", "1e-3"])[0]["runs"] == rows[2:]
-    assert (tmp_path / "learning_demo.png").stat().st_size > 10_000
-
-
 def test_each_small_method_has_rates_of_its_own(tmp_path, monkeypatch):
-    import learning
+    import learning_by_name
 
-    text, rates = learning.SMALL["svfit"]
-    monkeypatch.setitem(learning.SMALL, "svfit", (text, rates[-1:]))
+    text, rates = learning_by_name.SMALL["svfit"]
+    monkeypatch.setitem(learning_by_name.SMALL, "svfit", (text, rates[-1:]))
     sizes = ["--steps", "1", "--batch_size", "2", "--test_examples", "2", "--seeds", "0", "--output", str(tmp_path)]
-    (best,) = learning.main([*sizes, "--group", "small", "--candidates", "svfit"])
-    tried = [row["learning_rate"] for row in json.loads((tmp_path / "learning.json").read_text())["rows"]]
-    assert tuple(tried) == (0.0, *learning.SMALL["svfit"][1])
+    (best,) = learning_by_name.main([*sizes, "--group", "small", "--candidates", "svfit"])
+    tried = [row["learning_rate"] for row in json.loads((tmp_path / "learning_by_name.json").read_text())["rows"]]
+    assert tuple(tried) == (0.0, *learning_by_name.SMALL["svfit"][1])
     assert (best["candidate"], best["learning_rate"] in tried) == ("svfit", True)
-    assert (tmp_path / "learning_small_demo.png").exists()
-
-
-def test_a_new_head_learns_at_a_rate_of_its_own():
-    import learning
-    import torch
-    from transformers import TrainingArguments
-
-    model = torch.nn.ModuleDict({"modules_to_save": torch.nn.Linear(2, 2), "rest": torch.nn.Linear(2, 2)})
-    args = TrainingArguments("runs", learning_rate=0.5, weight_decay=0.25, use_cpu=True)
-    own = torch.optim.SGD([{"params": list(model.parameters()), "momentum": 0.5}], lr=0.5)
-    for optimizer in (None, own):
-        groups = learning.with_head_rate(optimizer, model, args, 0.125).param_groups
-        assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.125, 2)]
-    assert own.param_groups[1]["momentum"] == 0.5
-    assert learning.with_head_rate(None, model["rest"], args, 0.125) is None
+    assert (tmp_path / "small_demo.png").exists()
