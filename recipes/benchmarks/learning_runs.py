@@ -14,27 +14,28 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-HOPELESS = 1.1
+HOPELESS = 1.25
 
 
 class StopHopeless(TrainerCallback):
-    """Stop a run that does not learn: at a quarter of its steps or later, when the mean training loss of a twentieth of
-    the run is over `HOPELESS` times that of the first twentieth, or no number."""
+    """Stop a run that does not learn: when the mean training loss of a quarter of its steps is over `HOPELESS` times
+    that of its first twentieth, or no number. A quarter, since the mean of a few small batches says little."""
 
     def __init__(self) -> None:
-        self.first: float | None = None
+        self.losses: list[float] = []
         self.stopped_at: int | None = None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
     ) -> None:
-        """Compare the loss that is logged with the first one."""
-        loss = (logs or {}).get("loss")
-        if loss is None:
+        """Compare the last losses that were logged, each of a twentieth of the run, with the first one."""
+        if "loss" not in (logs or {}):
             return
-        self.first = loss if self.first is None else self.first
-        bad = not math.isfinite(float(loss)) or float(loss) > HOPELESS * float(self.first)
-        if bad and state.global_step >= state.max_steps / 4:
+        self.losses.append(float(logs["loss"]))
+        last = self.losses[-5:]
+        mean = sum(last) / len(last)
+        rises = len(self.losses) > len(last) and mean > HOPELESS * self.losses[0]
+        if rises or not math.isfinite(mean):
             self.stopped_at, control.should_training_stop = state.global_step, True
 
 

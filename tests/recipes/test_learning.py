@@ -105,11 +105,12 @@ def losses(steps: int, *found: float):
     return stop.stopped_at
 
 
-def test_only_runs_whose_loss_rises_or_is_no_number_stop_and_not_before_a_quarter():
+def test_only_runs_whose_mean_loss_of_a_quarter_rises_or_is_no_number_stop():
     assert losses(100, *[1.0] * 20) is None
-    assert losses(100, 1.0, 5.0, 5.0, 5.0, 0.9) is None  # warm-up
-    assert losses(100, 1.0, 1.0, 1.0, 1.0, 1.2) == 25
-    assert losses(100, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9, math.nan) == 35
+    assert losses(100, 1.0, 3.0, *[0.7] * 18) is None  # warm-up
+    assert losses(100, 1.0, 1.3, 1.3, 1.3, 1.3) is None
+    assert losses(100, 1.0, 1.3, 1.3, 1.3, 1.3, 1.3, 1.3) == 30
+    assert losses(100, 1.0, 0.9, math.nan) == 15
 
 
 # Rows
