@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ..training import AgedAdamWSpec
 from .registry import Method, register, row
@@ -12,15 +12,16 @@ from .registry import Method, register, row
     "sparse-lora",
     paper="this project's sweep (recipes/benchmarks/learning.py)",
     moves="nothing",
-    use_when="you want one adapter that is good without looking: start here, at LoRA's learning rate or a third of it",
+    use_when="you want one adapter that is good without looking: start here, at LoRA's learning rate",
     cost="gradients of 128 examples before training, 4 bytes a targeted entry while they are read, or more passes",
 )
-def sparse_lora(r: int = 8, density: float = 0.005, values_ratio: float = 1.0, **overrides: Any) -> Method:
+def sparse_lora(
+    r: int = 8, density: float = 0.005, values_ratio: float | Literal["auto"] = "auto", **overrides: Any
+) -> Method:
     """A hybrid: rank `r`, and the entries with the largest gradient before training.
 
-    Factors multiply each other and start at zero output; entries with large gradients move at once. They want one
-    learning rate, so `values_ratio`, that of the entries over that of the factors, is 1. Where `criterion="random"`
-    chooses the entries instead, 3 does better.
+    `values_ratio` is the learning rate of the entries over that of the factors; "auto" gives each weight the one with
+    which LoRA's rate works unchanged (`training.values_rate`).
     """
     options = {"r": r, "lora_alpha": 2 * r, "density": density, "criterion": "gradient", "target_modules": "all-linear"}
     options["optimizer"] = AgedAdamWSpec(values_ratio=values_ratio)

@@ -25,9 +25,11 @@ from ..optim import (
     zeroth_order_groups,
 )
 from ..rules import UnitSpace
+from ..sparsity import DataCriterion
 from ..tuners import adapter_layers
 from ..utils.option_types import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from ..utils.parts import UnknownPart, register_part, require
+from .values_rate import values_ratio
 
 
 @register_part("adamw")
@@ -70,8 +72,9 @@ class AgedAdamWSpec(OptimizerSpec):
     and go; of low-rank components too where these do (`component_ages`). No weight decay for what a rule of the config
     wants to have none."""
 
-    values_ratio: PositiveFloat = 1.0
-    """Learning rate of the values of supports and subnets over the run's."""
+    values_ratio: PositiveFloat | Literal["auto"] = 1.0
+    """Learning rate of the values of supports and subnets over the run's; "auto": that of `values_rate`, with which
+    LoRA's rate works unchanged."""
     B_ratio: PositiveFloat = 1.0
     """Learning rate of low-rank factors `B` over the run's, as that of `AdamWSpec`."""
     per_unit_age: bool = True
@@ -104,9 +107,17 @@ class AgedAdamWSpec(OptimizerSpec):
 
     def ratios(self, model: nn.Module) -> dict[int, float]:
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
-        sparse = [space for _, space in active_spaces(model) if space.kind in ("support", "subnet_row")]
-        values = {id(parameter): self.values_ratio for space in sparse for parameter in space.parameters()}
+        sparse = [pair for pair in active_spaces(model) if pair[1].kind in ("support", "subnet_row")]
+        values = {
+            id(parameter): self._ratio_of(config, space) for config, space in sparse for parameter in space.parameters()
+        }
         return values | _ratios_of_B(model, self)
+
+    def _ratio_of(self, config: PeftConfig, space: UnitSpace) -> float:
+        if self.values_ratio != "auto":
+            return self.values_ratio
+        by_gradient = isinstance(getattr(config, "criterion", None), DataCriterion)
+        return values_ratio(space, config.lora_alpha, by_gradient)
 
 
 @register_part("sparse_sm3")

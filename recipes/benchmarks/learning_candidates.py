@@ -1,7 +1,8 @@
 """Methods that `learning.py` compares, at equal trained numbers, and where the sweep of each begins.
 
 `$numbers` are those of a LoRA of `$rank` on all targeted linears; `$half` is half of the rank, `$rest` what it leaves
-of the numbers, `$alpha` twice the rank, `$share` the share of rows and of columns of a subnet with as many numbers,
+of the numbers, `$low` and `$high` a quarter and three of the rank, with `$high_rest` and `$low_rest` what they leave,
+`$alpha` twice the rank, `$share` the share of rows and of columns of a subnet with as many numbers,
 `$every` a tenth of the steps. Learning rates are the middle of the sweep on the demo base.
 """
 
@@ -66,6 +67,13 @@ CANDIDATES = {
     ),
     # Sparse and low-rank.
     "rosa": Candidate(f"rosa:r=$half,lora_alpha=$rank,{REST},warmup=$every", 4e-3, "hybrid"),
+    "hybrid": Candidate(HYBRID, 4e-3, "hybrid"),
+    "hybrid-low-share": Candidate(
+        "sparse-lora:r=$low,budget={type: numbers, numbers: $high_rest},values_ratio=auto", 4e-3, "hybrid"
+    ),
+    "hybrid-high-share": Candidate(
+        "sparse-lora:r=$high,budget={type: numbers, numbers: $low_rest},values_ratio=auto", 4e-3, "hybrid"
+    ),
     "hybrid-equal-rates": Candidate(f"{HYBRID},{GRADIENT},values_ratio=1.0", 2e-3, "hybrid"),
     "hybrid-quarter": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25", 4e-3, "hybrid"),
     "hybrid-quarter-alpha": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25,lora_alpha=$alpha", 4e-3, "hybrid"),

@@ -46,8 +46,9 @@ def budget(task: Any, rank: int, steps: int) -> dict[str, float]:
     one = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     layers = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    half = rank // 2
+    half, low = rank // 2, max(rank // 4, 1)
     return {
+        "low": low, "high": rank - low, "low_rest": low * one, "high_rest": (rank - low) * one,
         "rank": rank, "alpha": 2 * rank, "half": half, "double": 2 * rank, "more": rank + half, "blocks": 4 * rank,
         "numbers": rank * one, "rest": (rank - half) * one, "share": round(math.sqrt(rank * one / weights), 4),
         "every": max(steps // 10, 1), "fifth": max(steps // 5, 1), "middle": steps // 2,
