@@ -25,11 +25,10 @@ from ..optim import (
     zeroth_order_groups,
 )
 from ..rules import UnitSpace
-from ..sparsity import DataCriterion
 from ..tuners import adapter_layers
 from ..utils.option_types import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from ..utils.parts import UnknownPart, register_part, require
-from .values_rate import values_ratio
+from .values_rate import values_ratios
 
 
 @register_part("adamw")
@@ -108,16 +107,11 @@ class AgedAdamWSpec(OptimizerSpec):
     def ratios(self, model: nn.Module) -> dict[int, float]:
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
         sparse = [pair for pair in active_spaces(model) if pair[1].kind in ("support", "subnet_row")]
-        values = {
-            id(parameter): self._ratio_of(config, space) for config, space in sparse for parameter in space.parameters()
-        }
+        if self.values_ratio == "auto":
+            values = values_ratios(sparse)
+        else:
+            values = {id(parameter): self.values_ratio for _, space in sparse for parameter in space.parameters()}
         return values | _ratios_of_B(model, self)
-
-    def _ratio_of(self, config: PeftConfig, space: UnitSpace) -> float:
-        if self.values_ratio != "auto":
-            return self.values_ratio
-        by_gradient = isinstance(getattr(config, "criterion", None), DataCriterion)
-        return values_ratio(space, config.lora_alpha, by_gradient)
 
 
 @register_part("sparse_sm3")

@@ -35,42 +35,58 @@ def rates(model, lr: float = 0.5) -> dict[str, float]:
 
 
 def layers(model):
-    return dict(zip(("q_proj", "k_proj"), adapter_layers(model), strict=True))
+    return dict(zip(("q_proj", "k_proj"), adapter_layers(model), strict=False))
 
 
 def mean_square_rows(layer) -> float:
     """k sqrt(f) of a support as it is: over all rows, the root of the mean square of their entries' number."""
     dense = torch.zeros(layer.get_base_layer().weight.shape, dtype=torch.float64)
-    piece = layer.pieces("default")[-1].entries()
-    dense.view(-1)[piece[0]] = 1
+    dense.view(-1)[layer.pieces("default")[-1].entries()[0]] = 1
     return dense.sum(1).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("granularity", ["entry", "block", "row", "column"])
 def test_rates_are_those_of_the_equation_on_the_support_itself(granularity):
-    model = adapted(granularity=granularity, block_size=4, density=0.25, criterion="random", lora_alpha=6.0)
+    model = adapted(granularity=granularity, block_size=4, density=0.25, criterion="random")
+    shapes = [layer.get_base_layer().weight.shape for layer in adapter_layers(model)]
+    assert len(set(shapes)) == 2
+    rank = sum(0.25 * m * n for m, n in shapes) / sum(m + n for m, n in shapes)
     for name, layer in layers(model).items():
-        expected = 0.5 * CONSTANTS[granularity][0] * 6.0 / mean_square_rows(layer)
-        found = rates(model)[name]
+        expected = 0.5 * CONSTANTS[granularity][0] * 2.0 * rank / mean_square_rows(layer)
         # The equation expects equally many entries a row; drawn ones vary around that.
-        assert found == pytest.approx(expected, rel=0.25 if granularity in ("entry", "block") else 1e-6)
-        assert found >= expected * (1 - 1e-6)
+        assert rates(model)[name] == pytest.approx(expected, rel=0.25 if granularity in ("entry", "block") else 1e-6)
+        assert rates(model)[name] >= expected * (1 - 1e-6)
 
 
 def test_a_subnet_has_its_columns_in_its_rows():
-    model = adapted(granularity="subnet", subnet_shares=(0.5, 0.25), density=0.005)
-    layer = adapter_layers(model)[0]
-    rows, columns = layer.sparse_lora_subnet["default"].shape
-    spread = columns * math.sqrt(rows / layer.get_base_layer().weight.shape[0])
-    assert rates(model)["q_proj"] == pytest.approx(0.5 * 1.8 * 16 / spread)
+    model = adapted(granularity="subnet", subnet_shares=(0.5, 0.25), density=0.005, target_modules=["q_proj"])
+    (layer,) = adapter_layers(model)
+    (rows, columns), (m, n) = layer.sparse_lora_subnet["default"].shape, layer.get_base_layer().weight.shape
+    rank = rows * columns / (m + n)
+    assert [*rates(model).values()] == [pytest.approx(0.5 * 1.8 * 2 * rank / (columns * math.sqrt(rows / m)))]
 
 
-def test_twice_the_density_halves_the_rate_and_twice_alpha_doubles_it():
-    one, dense, alpha = (
-        rates(adapted(density=density, lora_alpha=a))["q_proj"] for density, a in ((0.25, 16), (0.5, 16), (0.25, 32))
-    )
-    assert one / dense == pytest.approx(2, rel=0.01)
-    assert alpha / one == pytest.approx(2)
+def test_density_of_entries_does_not_matter_that_of_rows_does_by_its_root_and_scaling_does():
+    def rate(**options):
+        return rates(adapted(criterion="random", **options))["q_proj"]
+
+    assert rate(density=0.25) == pytest.approx(rate(density=0.5), rel=0.01)
+    assert rate(density=0.5, granularity="row") == pytest.approx(math.sqrt(2) * rate(density=0.25, granularity="row"))
+    assert rate(r=2, lora_alpha=8.0) == pytest.approx(2 * rate(r=2, lora_alpha=4.0))
+    assert rate(r=2, lora_alpha=4.0) == rate(r=0)
+    assert rate(r=4, lora_alpha=4.0, use_rslora=True) == pytest.approx(rate(r=0))
+
+
+def test_each_adapter_has_ratios_of_its_own_numbers():
+    model = adapted(criterion="random", density=0.25)
+    alone = rates(model)
+    second = SparseLoraConfig(r=0, target_modules=["q_proj"], density=0.5, optimizer=AUTO, criterion="random")
+    model.add_adapter("second", second)
+    model.base_model.set_adapter(["default", "second"])
+    ratios = AUTO.ratios(model)
+    for name, layer in layers(model).items():
+        assert ratios[id(layer.sparse_lora_values["default"])] == pytest.approx(alone[name] / 0.5)
+    assert len(ratios) == 3
 
 
 def test_a_gradients_choice_is_slower_and_units_from_outside_are_not():

@@ -1,0 +1,75 @@
+"""Best learning rates of `learning.py`'s rows against the law of `training.values_rate`.
+
+    python recipes/benchmarks/learning_rates.py --rows runs/learning/learning.jsonl --task words --rank 4
+
+A table of one case: for each candidate of sparse values alone, its best rate over LoRA's (both at the lowest point of
+a parabola through the test losses, `Sweep.smooth_rate`), the ratio of `values_ratio="auto"` (median over the weights),
+and the factor between them. A factor within 2 is within one step of the sweep.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import Column, option
+from learning import LearningOptions, setting_of, settle
+from learning_candidates import find
+from learning_hub_tasks import TASKS
+from learning_rows import SETTING, JsonLines, Sweep, cases
+from learning_runs import adapted, budget
+
+from hf_sparse_peft.training.optimizers import active_spaces
+from hf_sparse_peft.training.values_rate import values_ratios
+
+FAMILIES = ("entries", "structured")
+
+
+@dataclass
+class RateOptions(LearningOptions):
+    """Options: those of the case, and the rows."""
+
+    rows: list[Path] = option([], "files of rows; by default runs/learning/learning.jsonl")
+
+
+def predicted(text: str, task: Any, numbers: dict[str, float]) -> float:
+    """Median over the weights of the ratio that "auto" gives."""
+    _, model = adapted(text, task, numbers, seed=0)
+    pairs = [pair for pair in active_spaces(model) if pair[1].kind in ("support", "subnet_row")]
+    return statistics.median(values_ratios(pairs).values())
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Print the table of a case; returns its lines."""
+    options = harness.parse(RateOptions, __doc__, argv)
+    settle(options)
+    task = TASKS[options.task](options)
+    numbers = budget(task, options.rank, options.steps)
+    files = options.rows or [Path("runs/learning/learning.jsonl")]
+    found = cases(row for file in files for row in JsonLines(file, {}, {}).read())
+    sweeps: dict[str, Sweep] = found[tuple(setting_of(options)[name] for name in SETTING)]
+    lora, lines = sweeps["lora"].smooth_rate, []
+    for name, sweep in sweeps.items():
+        if find(name).family in FAMILIES:
+            law = predicted(find(name).text, task, numbers)
+            ratio = sweep.smooth_rate / lora
+            lines.append({"candidate": name, "rate": sweep.smooth_rate, "ratio": ratio, "law": law})
+    columns = [
+        Column("candidate", "candidate"),
+        Column("best rate", "rate", "{:.2g}"),
+        Column("over LoRA's", "ratio", "{:.2f}"),
+        Column("law", "law", "{:.2f}"),
+        Column("measured / law", lambda line: line["ratio"] / line["law"], "{:.2f}"),
+    ]
+    print(harness.markdown(columns, lines))
+    errors = [abs(math.log2(line["ratio"] / line["law"])) for line in lines]
+    print(f"LoRA's best rate: {lora:.2g}. Within a factor of 2: {sum(e <= 1 for e in errors)} of {len(errors)}.")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
