@@ -48,8 +48,8 @@ CANDIDATES = {
     "joint": JOINT,
     "joint-once": f"{JOINT},once=True",
     "rank only": "sparse-lora:r=$rank,lora_alpha=$alpha,density=0,optimizer=null",
-    "entries only": f"sparse-lora:r=0,{ENTRIES % 'numbers'}",
-    "half and half": f"sparse-lora:r=$half,lora_alpha=$rank,{ENTRIES % 'rest'}",
+    "entries only": f"sparse-lora:r=0,values_ratio=1.0,{ENTRIES % 'numbers'}",
+    "half and half": f"sparse-lora:r=$half,lora_alpha=$rank,values_ratio=1.0,{ENTRIES % 'rest'}",
 }
 RATES = {"joint": 3e-3, "joint-once": 3e-3, "rank only": 3e-3, "entries only": 1e-2, "half and half": 3e-3}
 """Of 3e-3 and 1e-2 the one with the lower loss of test answers at seed 0 and the default steps (`joint-once` as

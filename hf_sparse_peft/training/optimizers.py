@@ -414,7 +414,7 @@ def warn_of_other_optimizer(model: nn.Module, optimizer: Any, mend: str) -> None
     trained = [config.optimizer for config in asked_configs(model) if not config.inference_mode]
     for spec in trained if optimizer is not None else ():
         other = isinstance(spec, OptimizerSpec) and not isinstance(innermost(optimizer), spec.builds)
-        asks = any(getattr(spec, name, 1) != 1 for name in ("B_ratio", "scores_ratio"))
+        asks = any(getattr(spec, name, 1) != 1 for name in ("values_ratio", "B_ratio", "scores_ratio"))
         if other or (asks and _misses_ratios(model, optimizer, spec)):
             found = type(innermost(optimizer)).__name__ + ("" if other else " with other learning rates")
             warnings.warn(

@@ -9,7 +9,8 @@ share :math:`f` has any, the root mean square is :math:`k \sqrt f`. A support of
 
 .. math:: \rho = \frac{\eta_S}{\eta} = c\,\frac{s\,r_S}{k \sqrt f}, \qquad r_S = \frac{\sum |S|}{\sum (m + n)}
 
-with sums over all adapted :math:`[m, n]` weights. So for entries at one density :math:`\rho` does not depend on how
+with sums over all :math:`[m, n]` weights that have a support, and :math:`s` divided by what multiplies the values
+(`scale_support`). So for entries at one density :math:`\rho` does not depend on how
 many they are, and falls with the fan-in; for rows it grows with the root of their number. :math:`c` is measured
 (`recipes/benchmarks/learning.py`; docs/learning.md has the fit and its test): it is smaller where a gradient chose the
 units, since these have the largest inputs and keep their signs.
@@ -23,7 +24,8 @@ from collections.abc import Iterable
 from peft import PeftConfig
 
 from ..rules import UnitSpace
-from ..sparsity import DataCriterion
+from ..sparsity import Activation, DataCriterion, Grid
+from ..tuners import GradientSplit
 
 CONSTANTS = {
     "entry": (1.8, 0.27),
@@ -33,25 +35,15 @@ CONSTANTS = {
     "diagonal": (1.8, 1.8),
 }
 """:math:`c` by granularity: of supports that no gradient has chosen, and of those that one has."""
-
-
-def rows_and_entries(space: UnitSpace) -> tuple[float, float]:
-    """Expected rows of the weight that a support of that many random units has entries in, and its entries."""
-    rows, columns = space.weight_shape
-    if space.kind == "subnet_row":
-        return float(space.capacity), float(space.capacity * space.unit_numel)
-    units, entries = space.initial, float(space.initial * space.unit_entries)
-    if space.unit == "row":
-        return float(units), entries
-    if space.unit in ("column", "diagonal"):
-        return float(rows), entries
-    side = rows * columns / space.size if space.unit == "entry" else math.sqrt(space.unit_entries)
-    strips = rows / side
-    return rows * (1 - (1 - 1 / strips) ** units), entries
+CUSTOMARY_SCALE = 2.0
+"""alpha / r of the LoRA whose rate an adapter without a low-rank half is given."""
 
 
 def values_ratios(adapters: Iterable[tuple[PeftConfig, UnitSpace]]) -> dict[int, float]:
     r""":math:`\rho` of the values of supports and subnets by their parameter's id, from the sizes that they start with.
+
+    Where sizes are found in data, which comes after the optimizer is made, each weight counts with the mean density of
+    its adapter: a run has the same rates before and after, and when it is resumed.
 
     Args:
         adapters: Unit spaces with the config of their adapter: "support" and "subnet_row" of all active adapters.
@@ -59,21 +51,62 @@ def values_ratios(adapters: Iterable[tuple[PeftConfig, UnitSpace]]) -> dict[int,
     by_adapter: dict[str, list[tuple[PeftConfig, UnitSpace]]] = {}
     for config, space in adapters:
         by_adapter.setdefault(space.adapter, []).append((config, space))
-    found = {}
+    found: dict[int, float] = {}
     for pairs in by_adapter.values():
-        sizes = [rows_and_entries(space) for _, space in pairs]
-        rank = sum(entries for _, entries in sizes) / sum(sum(space.weight_shape) for _, space in pairs)
-        for (config, space), (touched, entries) in zip(pairs, sizes, strict=True):
-            by_gradient = isinstance(getattr(config, "criterion", None), DataCriterion)
-            c = CONSTANTS.get(space.unit, CONSTANTS["entry"])[by_gradient]
-            spread = entries / math.sqrt(touched * space.weight_shape[0])  # k sqrt(f)
-            ratio = c * _scale(config) * rank / spread if spread else 1.0
-            found |= {id(parameter): ratio for parameter in space.parameters()}
+        found |= _ratios_of_adapter(pairs[0][0], [space for _, space in pairs])
     return found
 
 
-def _scale(config: PeftConfig) -> float:
-    """The low-rank half's scaling; 2, the customary one, without such a half."""
+def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int, float]:
+    shapes = [space.weight_shape for space in spaces]
+    entries = [_first_entries(space) for space in spaces]
+    if config.sizes_from_data:
+        density = sum(entries) / sum(m * n for m, n in shapes)
+        entries = [density * m * n for m, n in shapes]
+    rank = sum(entries) / sum(m + n for m, n in shapes)
+    by_gradient, found = _by_gradient(config), {}
+    for space, count in zip(spaces, entries, strict=True):
+        m, _ = space.weight_shape
+        spread = count / math.sqrt(_rows(space, count) * m) if count else 1.0  # k sqrt(f)
+        sizes = space.layer.sizes[space.adapter]
+        scale = _scale_of(config) if config.sizes_from_data else sizes.scaling or CUSTOMARY_SCALE
+        scale /= abs(sizes.support_scaling or 1.0)
+        ratio = CONSTANTS.get(space.unit, CONSTANTS["entry"])[by_gradient] * scale * rank / spread
+        found |= {id(parameter): ratio for parameter in space.parameters()}
+    return found
+
+
+def _by_gradient(config: PeftConfig) -> bool:
+    """Whether gradients choose the first support."""
+    if isinstance(config.start, GradientSplit):
+        return True
+    return isinstance(config.criterion, DataCriterion) and not isinstance(config.criterion, Activation)
+
+
+def _scale_of(config: PeftConfig) -> float:
+    """alpha / r, or over the root of r, as the config has them before data gives each module a rank of its own."""
     if not config.r:
-        return 2.0
+        return CUSTOMARY_SCALE
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def _first_entries(space: UnitSpace) -> float:
+    """Entries that a support or a subnet starts with."""
+    if space.kind == "subnet_row":
+        return float(space.layer.sizes[space.adapter].subnet[0] * space.layer.sizes[space.adapter].subnet[1])
+    return float(space.initial * space.unit_entries)
+
+
+def _rows(space: UnitSpace, entries: float) -> float:
+    """Rows of the weight that as many entries, in units at random, are expected to lie in."""
+    rows, columns = space.weight_shape
+    if space.kind == "subnet_row":
+        return float(space.layer.sizes[space.adapter].subnet[0])
+    if space.unit in ("column", "diagonal"):
+        return float(rows)
+    if space.unit == "row":
+        return entries / columns
+    side = math.sqrt(space.unit_entries)  # 1 for entries
+    share = space.pattern.rows if isinstance(space.pattern, Grid) else 1.0
+    strips = max(share * rows / side, 1.0)
+    return share * rows * (1 - (1 - 1 / strips) ** (entries / space.unit_entries))

@@ -76,12 +76,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """The docstring as it is written, and defaults."""
 
 
-def parse(options_class: type[Options], description: str, argv: list[str] | None) -> Any:
+def parse(options_class: type, description: str, argv: list[str] | None) -> Any:
     """Options of a program from its command line; sets the number of threads."""
     warnings.filterwarnings("ignore", message=".*Sparse invariant checks")
     parser = HfArgumentParser(options_class, description=description, formatter_class=_Help)
     (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if options.threads:
+    if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     return options
 

@@ -8,11 +8,14 @@
 
 The protocol. All candidates (`learning_candidates.py`; harness.py says how others are written) train the numbers of
 LoRA r=`--rank` on all targeted linears, head apart, for equally many steps of equal batches (AdamW, cosine to 0, a
-twentieth of warm-up). Each has 7 learning rates, a factor of 2 apart, with the first seed; while the best is the first
-or the last of them, the sweep goes on there, three more rates at most. Then the other seeds run at the best rate and
-its two neighbours. A rate is the better, the higher the mean of `choose`, a figure on one half of the test examples;
-what is compared is `score`, that on the other half, at the rate that is best over all seeds. A run whose training loss
-rises (`learning_runs.StopHopeless`) ends early and keeps the score that it has then.
+twentieth of warm-up); full fine-tuning is the exception, and where a method has a schedule or numbers of its own,
+`learning_candidates.py` says so. Batches are grouped by length, so that within each 50 of them the longest come first.
+Each candidate has 7 learning rates, a factor of 2 apart, with the first seed; while the best is the first or the last
+of them, the sweep goes on there, three more rates at most. Then the other seeds run at the best rate and its two
+neighbours, and further where the mean over all seeds asks for it. A rate is the better, the higher the mean of
+`choose`, a figure on one half of the test examples; what is compared is `score`, that on the other half, at the rate
+that is best over all seeds. A run whose training loss rises (`learning_runs.StopHopeless`) ends early and keeps the
+score that it has then.
 
 A run is a line of `learning.jsonl` in `--output`; one that is there is not repeated, so a sweep that was stopped goes
 on where it was, and several processes may share the file, each with its `--part`.
@@ -20,6 +23,7 @@ on where it was, and several processes may share the file, each with its `--part
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +34,10 @@ import harness
 from harness import option
 from learning_candidates import CANDIDATES, find
 from learning_hub_tasks import TASKS
-from learning_rows import SETTING, JsonLines, better
+from learning_rows import SETTING, JsonLines, quality
 from learning_runs import adapted, budget, run, trained_numbers
+
+from hf_sparse_peft import methods
 
 SWEEP, MORE = 7, 3
 """Rates of a sweep, and how many more there may be beyond its ends."""
@@ -63,13 +69,10 @@ CASES = {
 
 
 @dataclass
-class LearningOptions(harness.Options):
-    """Options of this benchmark."""
+class CaseOptions(harness.Options):
+    """Options that say what is learned."""
 
     task: Literal[tuple(TASKS)] = option("words", "what to learn")  # type: ignore[valid-type]
-    candidates: list[str] = option([], "by default all")
-    rates: list[float] = option([], "learning rates; by default the sweep of the protocol")
-    seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
     bits: Literal["fp32", "bf16", "nf4"] = option("fp32", "base weights")
     steps: int = option(0, "optimizer steps of a run; 0: the task's")
     batch_size: int = option(0, "examples of a step; 0: the task's")
@@ -79,6 +82,15 @@ class LearningOptions(harness.Options):
     base: str | None = option(None, "causal language model; by default recipes/demo_base, or Llama-3.2-1B")
     encoder: Path | None = option(None, "encoder, for cola and sst2")
     data: Path | None = option(None, "folder with the folders cola, sst2, e2e and gsm8k of real data")
+
+
+@dataclass
+class LearningOptions(CaseOptions):
+    """Options of this benchmark."""
+
+    candidates: list[str] = option([], "by default all")
+    rates: list[float] = option([], "learning rates; by default the sweep of the protocol")
+    seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
     part: list[int] = option([0, 1], "I N: every N-th candidate from the I-th on")
     plan: bool = option(False, "print the trained numbers of each candidate, and train nothing")
 
@@ -91,22 +103,39 @@ def grid(middle: float, count: int = SWEEP) -> list[float]:
 def sweep(measure: Any, middle: float, seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Rows of one candidate by the protocol: `measure(rate, seed)` gives one."""
     rows = {rate: measure(rate, seeds[0]) for rate in grid(middle)}
-    best = max(rows, key=lambda rate: better(rows[rate]))
+    best = max(rows, key=lambda rate: quality(rows[rate]))
     for _ in range(MORE):
         if min(rows) < best < max(rows):
             break
         rate = float(f"{best * (2 if best == max(rows) else 0.5):.3g}")
         rows[rate] = measure(rate, seeds[0])
-        best = max(rows, key=lambda rate: better(rows[rate]))
+        best = max(rows, key=lambda rate: quality(rows[rate]))
     yield from rows.values()
-    rates = sorted(rows)
-    at = rates.index(best)
-    for seed in seeds[1:]:
-        for rate in rates[max(at - 1, 0) : at + 2]:
-            yield measure(rate, seed)
+    yield from replicate(measure, rows, seeds)
 
 
-def settle(options: LearningOptions) -> Case:
+def replicate(measure: Any, rows: dict[float, dict[str, Any]], seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """Other seeds at the best rate and its neighbours; as long as the mean over all seeds is the best at an end of the
+    rates that have all seeds, at the next one too."""
+    rates, full = sorted(rows), {}
+    at = rates.index(max(rows, key=lambda rate: quality(rows[rate])))
+    low, high = max(at - 1, 0), min(at + 1, len(rates) - 1)
+    while seeds[1:]:
+        for rate in rates[low : high + 1]:
+            if rate not in full:
+                more = [measure(rate, seed) for seed in seeds[1:]]
+                full[rate] = [quality(row) for row in (rows[rate], *more)]
+                yield from more
+        best = max(full, key=lambda rate: [statistics.mean(values) for values in zip(*full[rate], strict=True)])
+        if best == rates[low] and low > 0:
+            low -= 1
+        elif best == rates[high] and high < len(rates) - 1:
+            high += 1
+        else:
+            return
+
+
+def fill_in_sizes(options: CaseOptions) -> Case:
     """Put the task's sizes where the options leave them open."""
     case = CASES[options.task]
     for name in ("steps", "batch_size", "rank", "examples", "test_examples"):
@@ -114,15 +143,23 @@ def settle(options: LearningOptions) -> Case:
     return case
 
 
-def setting_of(options: LearningOptions) -> dict[str, Any]:
+def setting_of(options: CaseOptions) -> dict[str, Any]:
     """What tells the rows of this case from others."""
     return {name: getattr(options, name) for name in SETTING} | {"base": options.base and Path(options.base).name}
+
+
+def cannot_run(text: str, options: LearningOptions) -> str:
+    """Why a candidate is left out of a case; nothing where it is not."""
+    name = text.partition(":")[0]
+    if options.bits == "nf4" and (name == "full" or (name in methods.names() and not methods.describe(name).four_bit)):
+        return "does not train a 4-bit base."
+    return ""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the sweeps; returns their rows."""
     options = harness.parse(LearningOptions, __doc__, argv)
-    case = settle(options)
+    case = fill_in_sizes(options)
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
     path = (options.output or Path("runs/learning")) / "learning.jsonl"
@@ -140,7 +177,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             work = partial(run, text, task, options, numbers, rate, seed)
             return lines.measure(work, candidate=name, method=text, learning_rate=rate, seed=seed)
 
-        if options.rates:
+        if refused := cannot_run(candidate.text, options):
+            print(f"{name}: {refused}", flush=True)
+        elif options.rates:
             found += [measure(rate, seed) for seed in options.seeds for rate in options.rates]
         else:
             found += sweep(measure, candidate.rate * case.rate, options.seeds)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 from datasets import Dataset
-from learning_tasks import ColaTask, E2ETask, LanguageTask, Sst2Task, TwoTasks, WordTask, halves
+from learning_tasks import ColaTask, E2ETask, LanguageTask, Sst2Task, TwoTasks, WordTask
 from torch import nn
 
 # isort: split
@@ -42,8 +42,8 @@ COMMONSENSE = Source("zwhe99/commonsense_170k", None, "train", lambda row: (row[
 class HubTask(LanguageTask):
     """Answers on a causal language model of the Hub; exact match of what greedy generation ends with.
 
-    The KL divergence is that to the model without its adapter, which for PiSSA is not the base; there is none in full
-    fine-tuning.
+    The KL divergence is that to the model without its adapter; there is none in full fine-tuning and for PiSSA, which
+    changes the base.
     """
 
     default_base = "meta-llama/Llama-3.2-1B"
@@ -71,7 +71,9 @@ class HubTask(LanguageTask):
 
     def of_base(self, model: nn.Module, rows: Dataset) -> Iterator[torch.Tensor] | None:
         """Log-probabilities over a large vocabulary are not kept: the base is the model without its adapter."""
-        return self._without_adapter(model, rows) if hasattr(model, "disable_adapter") else None
+        configs = getattr(model, "peft_config", {}).values()
+        changed = any(str(getattr(config, "init_lora_weights", "")).startswith("pissa") for config in configs)
+        return self._without_adapter(model, rows) if configs and not changed else None
 
     def _without_adapter(self, model: nn.Module, rows: Dataset) -> Iterator[torch.Tensor]:
         answers = self.answers(model, rows)
@@ -85,10 +87,12 @@ class HubTask(LanguageTask):
     def score(self, model: nn.Module) -> dict[str, float]:
         """Figures as of every language task, but for exact match, which is that of generated answers."""
         found = super().score(model)
-        for name, half in zip(("choose", "score"), halves(self.test_pairs), strict=True):
+        side = self.tokenizer.padding_side
+        for name, half in zip(("choose", "score"), self.test_pairs, strict=True):
             found[name] = exact_match(
                 model, self.tokenizer, half, self.batch, self.new_tokens, final_number=self.final_number
             )
+        self.tokenizer.padding_side = side  # that of training
         return found
 
 

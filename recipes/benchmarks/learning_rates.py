@@ -17,7 +17,7 @@ from typing import Any
 
 import harness
 from harness import Column, option
-from learning import LearningOptions, setting_of, settle
+from learning import CaseOptions, fill_in_sizes, setting_of
 from learning_candidates import find
 from learning_hub_tasks import TASKS
 from learning_rows import SETTING, JsonLines, Sweep, cases
@@ -30,7 +30,7 @@ FAMILIES = ("entries", "structured")
 
 
 @dataclass
-class RateOptions(LearningOptions):
+class RateOptions(CaseOptions):
     """Options: those of the case, and the rows."""
 
     rows: list[Path] = option([], "files of rows; by default runs/learning/learning.jsonl")
@@ -46,12 +46,14 @@ def predicted(text: str, task: Any, numbers: dict[str, float]) -> float:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Print the table of a case; returns its lines."""
     options = harness.parse(RateOptions, __doc__, argv)
-    settle(options)
+    fill_in_sizes(options)
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
     files = options.rows or [Path("runs/learning/learning.jsonl")]
     found = cases(row for file in files for row in JsonLines(file, {}, {}).read())
-    sweeps: dict[str, Sweep] = found[tuple(setting_of(options)[name] for name in SETTING)]
+    sweeps: dict[str, Sweep] = found.get(tuple(setting_of(options)[name] for name in SETTING), {})
+    if "lora" not in sweeps:
+        raise SystemExit(f"no rows of LoRA in this case; the files have {', '.join(map(str, found))}.")
     lora, lines = sweeps["lora"].smooth_rate, []
     for name, sweep in sweeps.items():
         if find(name).family in FAMILIES:

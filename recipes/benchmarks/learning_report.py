@@ -1,17 +1,20 @@
-"""Tables and pictures of `learning.py`'s rows.
+r"""Tables and pictures of `learning.py`'s rows.
 
-    python recipes/benchmarks/learning_report.py --rows runs/learning/learning.jsonl --output docs/pictures
+    python recipes/benchmarks/learning_report.py
+    python recipes/benchmarks/learning_report.py --rows recipes/benchmarks/learning_rows.jsonl \
+        --output docs/pictures/learning --text recipes/benchmarks/RESULTS.md
 
 Writes `learning.md` (a table a case, and one for each question that the candidates of a case can answer), and for each
-case `curves_<case>.png` (score over learning rate), `scores_<case>.png` (mean, lowest and highest of the seeds) and
-`frontier_<case>.png` (score against what was forgotten) to `--output`; the tables go to the terminal too.
+case of four candidates or more `curves_<case>.png` (score over learning rate), `scores_<case>.png` (mean, lowest and
+highest of the seeds) and `frontier_<case>.png` (score against what was forgotten) to `--output`; the tables go to the
+terminal too.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +54,12 @@ QUESTIONS = {
 
 
 @dataclass
-class ReportOptions(harness.Options):
+class ReportOptions:
     """Options of the report."""
 
+    output: Path | None = option(None, "folder of the pictures; by default that of the rows")
     rows: list[Path] = option([], "files of rows; by default runs/learning/learning.jsonl")
+    text: Path | None = option(None, "file of the tables; by default learning.md in --output")
 
 
 def signed(pair: tuple[float, float], form: str = ".1f") -> str:
@@ -74,7 +79,8 @@ def spread(sweep: Sweep, key: str = "score", form: str = ".1f") -> str:
 def name_of(case: tuple) -> str:
     """A case in a few words, for titles and files."""
     row = dict(zip(SETTING, case, strict=True))
-    return f"{row['task']}-{row['bits']}-{row['steps']}x{row['batch_size']}-r{row['rank']}"
+    base = f"-{row['base']}" if row["base"] else ""
+    return f"{row['task']}{base}-{row['bits']}-{row['steps']}x{row['batch_size']}-r{row['rank']}"
 
 
 def form_of(case: tuple) -> str:
@@ -89,7 +95,7 @@ def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
 
     def at_loras_rate(sweep: Sweep) -> str | None:
         found = sweep.column("score", lora.rate) if lora else []
-        return f"{statistics.mean(found):{form}}" if found else None
+        return f"{statistics.mean(found):{form}} ({len(found)})" if found else None
 
     def mean_of(key: str, digits: str) -> Any:
         return lambda sweep: f"{statistics.mean(sweep.column(key)):{digits}}" if sweep.column(key) else None
@@ -101,7 +107,7 @@ def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
         Column("seeds", lambda sweep: len(sweep.best)),
         Column("score (lowest to highest)", lambda sweep: spread(sweep, form=form)),
         Column("minus LoRA", lambda s: signed(paired(s, lora), form) if lora and s is not lora else None),
-        Column("at LoRA's rate", at_loras_rate),
+        Column("at LoRA's rate (seeds)", at_loras_rate),
         Column("test loss", mean_of("test_loss", ".3f")),
         Column("held-out loss", mean_of("held_out_loss", ".2f")),
         Column("KL", mean_of("kl", ".2f")),
@@ -113,12 +119,7 @@ def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
         Column("s a run", mean_of("seconds", ".0f")),
     ]
     columns = [column for column in columns if any(column.cell(sweep) for sweep in ordered)]
-    return table(columns, ordered)
-
-
-def table(columns: list[Column], rows: Iterable[Any]) -> str:
-    """A Markdown table of sweeps."""
-    return harness.markdown(columns, rows)
+    return harness.markdown(columns, ordered)
 
 
 def question_tables(case: tuple, sweeps: dict[str, Sweep]) -> str:
@@ -138,7 +139,7 @@ def question_tables(case: tuple, sweeps: dict[str, Sweep]) -> str:
             Column("test loss", lambda sweep: spread(sweep, "test_loss", ".3f")),
             Column("rate", lambda sweep: f"{sweep.rate:g}"),
         ]
-        text += f"\n**{question}**\n\n" + table(columns, [other, *found])
+        text += f"\n**{question}**\n\n" + harness.markdown(columns, [other, *found])
     return text
 
 
@@ -158,7 +159,7 @@ def summary_of_cases(found: dict[tuple, dict[str, Sweep]]) -> str:
                 ),
             )
         )
-    return table(columns, names) if names else ""
+    return harness.markdown(columns, names) if names else ""
 
 
 def draw_curves(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
@@ -194,12 +195,13 @@ def draw_frontier(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
     """Score against forgetting at each candidate's best rate; the line joins those that nobody beats in both."""
     keys = {"held_out_loss": "loss on held-out pretraining text", "kl": "KL to the base on the new task, nats a token"}
     keys |= {"drift": "drift of hidden states on other text"}
-    keys = {key: label for key, label in keys.items() if all(sweep.column(key) for sweep in sweeps.values())}
+    keys = {key: label for key, label in keys.items() if any(sweep.column(key) for sweep in sweeps.values())}
     figure, axes = plt.subplots(1, len(keys), figsize=(8.2 * len(keys), 6), squeeze=False, layout="constrained")
     for axis, (key, label) in zip(axes[0], keys.items(), strict=True):
         points = {
             sweep.name: (statistics.mean(sweep.column(key)), statistics.mean(sweep.column("score")))
             for sweep in sweeps.values()
+            if sweep.column(key)
         }
         best = frontier(points)
         colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(find(n).family for n in points))}
@@ -228,26 +230,47 @@ def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
     return kept
 
 
-def report(rows: list[Row], folder: Path) -> str:
-    """Write tables and pictures of all cases to a folder; returns the tables."""
+def head(rows: list[Row]) -> str:
+    """Number of runs, hours, machines and versions."""
+    hours = sum(row["seconds"] for row in rows) / 3600
+    names = ("device", "threads", "torch", "transformers", "peft")
+    machines = {", ".join(f"{name} {row['machine'].get(name)}" for name in names) for row in rows}
+    stopped = sum("stopped_at" in row for row in rows)
+    return (
+        f"{len(rows):,} runs, {hours:.1f} hours of one CPU core, {stopped} of them stopped early; "
+        f"{'; '.join(sorted(machines))}. Protocol: recipes/benchmarks/learning.py; the rows, each with its command "
+        "(`learning_rows.command_of`): recipes/benchmarks/learning_rows.jsonl.\n"
+    )
+
+
+def draw_case(folder: Path, title: str, metric: str, sweeps: dict[str, Sweep]) -> list[Path]:
+    """All pictures of a case."""
+    pictures = [folder / f"{kind}_{title}.png" for kind in ("curves", "frontier", "scores")]
+    draw_curves(pictures[0], title, sweeps)
+    draw_frontier(pictures[1], title, sweeps)
+    ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
+    bars = {sweep.name: [sweep.column("score")] for sweep in ordered}
+    if any(score < 0 for values in bars.values() for score in values[0]):
+        return pictures[:2]  # minus a loss has no bar
+    harness.draw(pictures[2], title, {metric: bars}, ["mean, lowest and highest of the seeds"])
+    return pictures
+
+
+def report(rows: list[Row], folder: Path, path: Path, pictures_of: int = 4) -> str:
+    """Write tables to `path` and pictures to a folder; returns the tables. Cases of fewer candidates than `pictures_of`
+    have tables only."""
     folder.mkdir(parents=True, exist_ok=True)
     found = cases(rows)
-    hours = sum(row["seconds"] for row in rows) / 3600
-    text = f"{len(rows):,} runs, {hours:.1f} hours of one CPU core.\n"
-    for case, sweeps in found.items():
-        title = name_of(case)
-        text += f"\n## {title}\n\nScore: {TASKS[case[0]].metric}.\n\n" + case_table(case, sweeps)
-        text += question_tables(case, sweeps)
-        draw_curves(folder / f"curves_{title}.png", title, sweeps)
-        draw_frontier(folder / f"frontier_{title}.png", title, sweeps)
-        ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
-        bars = {sweep.name: [sweep.column("score")] for sweep in ordered}
-        if all(score >= 0 for values in bars.values() for score in values[0]):
-            panel = {TASKS[case[0]].metric: bars}
-            harness.draw(folder / f"scores_{title}.png", title, panel, ["mean, lowest and highest of the seeds"])
+    text = "# Results of learning.py\n\n" + head(rows)
     if shared := summary_of_cases(found):
         text += "\n## Score minus LoRA's, each at its best rate\n\n" + shared
-    (folder / "learning.md").write_text(text)
+    for case, sweeps in found.items():
+        title, metric = name_of(case), TASKS[case[0]].metric
+        text += f"\n## {title}\n\nScore: {metric}.\n\n" + case_table(case, sweeps) + question_tables(case, sweeps)
+        if len(sweeps) >= pictures_of:
+            pictures = [os.path.relpath(one, path.parent) for one in draw_case(folder, title, metric, sweeps)]
+            text += "\n" + "\n".join(f"![{Path(one).stem}]({one})" for one in pictures) + "\n"
+    path.write_text(text)
     return text
 
 
@@ -258,7 +281,8 @@ def main(argv: list[str] | None = None) -> str:
     rows = [row for file in files for row in JsonLines(file, {}, {}).read()]
     if not rows:
         raise SystemExit(f"no rows in {', '.join(map(str, files))}: run learning.py first, or pass --rows.")
-    text = report(rows, options.output or files[0].parent)
+    folder = options.output or files[0].parent
+    text = report(rows, folder, options.text or folder / "learning.md")
     print(text)
     return text
 

@@ -49,16 +49,17 @@ class JsonLines:
 
 
 def command_of(row: Row) -> list[str]:
-    """The words of the command that measures a row again."""
+    """The words of the command that measures a row again; DATA, ENCODER and a base's name stand for their folders."""
     words = ["python", "recipes/benchmarks/learning.py"]
     for name in SETTING[:-1]:
         words += [f"--{name}", str(row[name])]
-    if row["base"]:
-        words += ["--base", row["base"]]
+    words += ["--base", row["base"]] if row["base"] else []
+    words += ["--data", "DATA"] if row["task"] in ("e2e", "cola", "sst2") else []
+    words += ["--encoder", "ENCODER"] if row["task"] in ("cola", "sst2") else []
     return [*words, "--candidates", row["candidate"], "--rates", str(row["learning_rate"]), "--seeds", str(row["seed"])]
 
 
-def better(row: Row) -> tuple[float, float]:
+def quality(row: Row) -> tuple[float, float]:
     """What the better of two runs has more of: `choose`, then minus the mean training loss."""
     return row["choose"], -row["train_loss"]
 
@@ -73,6 +74,8 @@ class Sweep:
     @cached_property
     def by_rate(self) -> dict[float, list[Row]]:
         """Learning rate -> runs, one a seed in their order."""
+        if len({row.get("method") for row in self.rows}) > 1:
+            raise ValueError(f"rows of '{self.name}' are of different methods; keep those of one.")
         found: dict[float, list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: (row["learning_rate"], row["seed"])):
             found.setdefault(row["learning_rate"], []).append(row)
@@ -83,7 +86,7 @@ class Sweep:
         """The runs of all seeds at the rate whose mean `choose` is the highest, of the rates with the most seeds."""
         most = max(map(len, self.by_rate.values()))
         full = [found for found in self.by_rate.values() if len(found) == most]
-        return max(full, key=lambda found: [statistics.mean(pair) for pair in zip(*map(better, found), strict=True)])
+        return max(full, key=lambda found: [statistics.mean(pair) for pair in zip(*map(quality, found), strict=True)])
 
     @property
     def rate(self) -> float:
@@ -124,7 +127,7 @@ def cases(rows: Iterable[Row]) -> dict[tuple, dict[str, Sweep]]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean, and its standard error (nan for one value)."""
+    """Mean, and its standard error over the values, i.e. the seeds, alone (nan for one value)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), error
 

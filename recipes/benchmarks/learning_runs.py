@@ -95,7 +95,7 @@ def adapted(text: str, task: Any, numbers: dict[str, float], seed: int) -> tuple
     """The candidate's method, and a fresh base with its adapter."""
     set_seed(seed)
     if text == "full":
-        return FullFineTuning(), task.model()
+        return FullFineTuning(), task.model().float()  # as adapters train in fp32 on every base
     common = {"target_modules": task.targets, "task_type": task.task_type}
     if task.head:  # elsewhere a method's own modules train in full, such as norms
         common["modules_to_save"] = task.head
@@ -119,6 +119,7 @@ def train(model: nn.Module, method: Any, task: Any, options: Any, rate: float, s
         warmup_steps=max(1, options.steps // 20),
         train_sampling_strategy="group_by_length",  # less padding
         logging_steps=max(1, options.steps // 20),
+        logging_nan_inf_filter=False,  # else such losses are logged as 0
     )  # fmt: skip
     more = task.training_data(seed)
     more["adjust_optimizer"] = partial(with_head_rate, model=model, args=args, task=task)
@@ -134,7 +135,7 @@ def run(text: str, task: Any, options: Any, numbers: dict[str, float], rate: flo
     row = {"trained": trained_numbers(model, task), **train(model, method, task, options, rate, seed)}
     row |= task.score(model)
     if second := getattr(task, "second", None):
-        train(model, method, second, options, rate, seed)
+        row |= {f"second_{key}": value for key, value in train(model, method, second, options, rate, seed).items()}
         first, after, now = row["score"], task.score(model), second.score(model)
         row |= {key: (after[key] + now[key]) / 2 for key in ("choose", "score", "test_loss", "kl")}
         row |= {"held_out_loss": now["held_out_loss"], "first_before": first, "first_after": after["score"]}

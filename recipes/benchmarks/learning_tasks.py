@@ -1,7 +1,8 @@
 """What `learning.py` has methods learn: tasks with a base, training data of a seed, and figures of a trained model.
 
 Test examples are two halves that share nothing with the training data: rates are chosen by one (`choose`) and methods
-are compared by the other (`score`). Every task has
+are compared by the other (`score`). The halves of word problems share sums with each other: 800 of them are made of 243
+chains of two sums. Every task has
 
     metric      what `choose` and `score` are, larger is better
     targets     modules that adapters train; `head` trains in full, at `head_rate`, whatever the method
@@ -71,8 +72,8 @@ class LanguageTask:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
         self.collator = DataCollatorForSeq2Seq(self.tokenizer)
-        self.test_pairs = self.pairs(options.test_examples, "test", 0)
-        self.test = halves(self._tokenized(self.test_pairs))
+        self.test_pairs = halves(self.pairs(options.test_examples, "test", 0))
+        self.test = tuple(map(self._tokenized, self.test_pairs))
         rows = demo_data.chunk_text(self.held_out_text(), self.tokenizer)
         self.held_out = rows.select(range(min(self.held_out_rows, len(rows))))
         self._data: dict[int, Dataset] = {}
@@ -123,7 +124,8 @@ class LanguageTask:
     def of_base(self, model: nn.Module, rows: Dataset) -> Iterator[torch.Tensor] | None:
         """The base's log-probabilities, by batch, kept after the first time; None: there are none."""
         if not self._base_log_probs:
-            self._base_log_probs = [found for found, _, _ in self.answers(self.model().eval(), rows)]
+            base = self.model().to(model.device).eval()
+            self._base_log_probs = [found for found, _, _ in self.answers(base, rows)]
         return iter(self._base_log_probs)
 
     def _figures(self, model: nn.Module, rows: Dataset) -> tuple[float, float, float]:
@@ -190,6 +192,7 @@ class E2ETask(LanguageTask):
     """Meanings of the test half that descriptions are generated of."""
 
     def __init__(self, options: Any) -> None:
+        need(options.base, "base", "causal language model that has read English, such as pretrain_demo_base.py makes")
         self.folder = need(options.data, "data", "folder with e2e/dev.csv and e2e/test.csv") / "e2e"
         super().__init__(options)
 
@@ -212,7 +215,7 @@ class E2ETask(LanguageTask):
 
     @torch.no_grad()
     def _slots_named(self, model: nn.Module) -> float:
-        rows, named, slots = self.test[1].select(range(self.generated)), 0, 0
+        rows, named, slots = self.test[1].select(range(min(self.generated, len(self.test[1])))), 0, 0
         prompts = [[t for t, label in zip(r["input_ids"], r["labels"], strict=True) if label < 0] for r in rows]
         padded = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         made = model.generate(**padded, max_new_tokens=120, do_sample=False)[:, padded["input_ids"].shape[1] :]
@@ -223,7 +226,7 @@ class E2ETask(LanguageTask):
         return 100 * named / slots
 
 
-def need(path: Path | None, name: str, what: str) -> Path:
+def need(path: Any, name: str, what: str) -> Any:
     """`path`, or the end of the program with a word on what to pass."""
     if path is None:
         raise SystemExit(f"this task needs --{name}: a {what}.")
@@ -240,7 +243,9 @@ class EncoderTask:
     def __init__(self, options: Any) -> None:
         self.examples, self.load_options = options.examples, load_options(options.bits, options.device)
         self.encoder = need(options.encoder, "encoder", "model folder, such as all-MiniLM-L6-v2")
-        self.folder = need(options.data, "data", f"folder with {self.name}/train.tsv and {self.name}/dev.tsv")
+        what = f"folder with {self.name}/train.tsv, {self.name}/dev.tsv and gsm8k/test.jsonl"
+        self.folder = need(options.data, "data", what)
+        self.others = (self.folder / "gsm8k" / "test.jsonl").read_text().splitlines()[:48]
         self.tokenizer = AutoTokenizer.from_pretrained(self.encoder)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         self.train = self._read("train")
@@ -284,11 +289,10 @@ class EncoderTask:
 
     def _drift(self, model: nn.Module) -> float:
         if not self._others:
-            path = self.folder / "gsm8k" / "test.jsonl"
-            lines = [json.loads(line)["question"] for line in path.read_text().splitlines()[:48]]
+            lines = [json.loads(line)["question"] for line in self.others]
             others = self.tokenizer(lines, truncation=True, max_length=32, padding=True, return_tensors="pt")
             self._others = [others.to(model.device)]
-            base = self.model().eval()
+            base = self.model().to(model.device).eval()
             self._pooled = [pooled(base, batch) for batch in self._others]
         pairs = zip(self._others, self._pooled, strict=True)
         return torch.cat([1 - F.cosine_similarity(pooled(model, b), was) for b, was in pairs]).mean().item()

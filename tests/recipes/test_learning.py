@@ -53,6 +53,28 @@ def test_other_seeds_run_at_the_best_rate_and_its_neighbours_only():
     assert [pair for pair in tried if pair[1]] == [(rate, seed) for seed in (1, 2) for rate in (4e-3, 8e-3, 16e-3)]
 
 
+def test_other_seeds_run_on_where_their_mean_is_the_best_at_an_end():
+    from learning import replicate
+
+    def measure(rate: float, seed: int):
+        tried.append((rate, seed))
+        return {"choose": -abs(math.log2(rate / 1.0)), "train_loss": 1.0}
+
+    tried, rates = [], (0.5, 1.0, 2.0, 4.0, 8.0)
+    first = {rate: {"choose": 3.0 if rate == 4.0 else 0.0, "train_loss": 1.0} for rate in rates}
+    list(replicate(measure, first, seeds=[0, 1, 2, 3]))
+    assert [rate for rate, seed in tried if seed == 1] == [2.0, 4.0, 8.0, 1.0, 0.5]
+
+
+def test_what_does_not_train_a_four_bit_base_is_left_out_with_a_word():
+    import learning
+
+    options = learning.LearningOptions(bits="nf4")
+    assert "4-bit" in learning.cannot_run("full", options)
+    assert "4-bit" in learning.cannot_run("pissa:r=4", options)
+    assert learning.cannot_run("lora:r=4", options) == ""
+
+
 def test_a_rate_that_only_one_seed_likes_is_not_the_best():
     from learning_rows import Sweep
 
@@ -158,12 +180,13 @@ def test_the_command_of_every_shipped_row_asks_for_its_case():
     assert len(rows) >= 600
     for row in rows:
         options = harness.parse(learning.LearningOptions, "", command_of(row)[2:])
-        learning.settle(options)
+        learning.fill_in_sizes(options)
         assert learning.setting_of(options) == {name: row[name] for name in SETTING}
         assert (options.candidates, options.rates, options.seeds) == (
             [row["candidate"]], [row["learning_rate"]], [row["seed"]],
         )  # fmt: skip
         assert learning.find(row["candidate"]).text == row["method"]
+        assert ("DATA" in command_of(row)) == (row["task"] in ("e2e", "cola", "sst2"))
 
 
 def test_tables_and_pictures_are_made_of_rows(tmp_path):
@@ -172,7 +195,7 @@ def test_tables_and_pictures_are_made_of_rows(tmp_path):
     text = main(["--rows", str(ROWS), "--output", str(tmp_path)])
     assert "minus LoRA" in text
     assert (tmp_path / "learning.md").read_text() == text
-    assert len(list(tmp_path.glob("curves_*.png"))) == text.count("Score: ")
+    assert len(list(tmp_path.glob("*.png"))) == text.count("![") > 3
     assert frontier({"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (3.0, 6.0), "d": (1.0, 1.0)}) == ["a", "c"]
 
 
@@ -183,8 +206,19 @@ def options_of(task: str, **given):
     import learning
 
     options = learning.LearningOptions(task=task, device="cpu", **given)
-    learning.settle(options)
+    learning.fill_in_sizes(options)
     return options
+
+
+def sums_of(text: str) -> list[tuple[int, str, int]]:
+    """The two sums of a problem: what there is, sign, change."""
+    start, *changes = [int(word) for word in text.split() if word.isdigit()]
+    found = []
+    for sentence, change in zip(text.split(" . ")[1:3], changes, strict=True):
+        sign = "+" if any(word in sentence for word in ("buys", "finds", "gets", "wins")) else "-"
+        found.append((start, sign, change))
+        start += change if sign == "+" else -change
+    return found
 
 
 def test_halves_share_nothing_and_no_sum_of_the_test_is_trained():
@@ -195,11 +229,13 @@ def test_halves_share_nothing_and_no_sum_of_the_test_is_trained():
     one, other = ({tuple(row["input_ids"]) for row in half} for half in task.test)
     assert len(one) == len(other) == 20
     assert not one & other
-    sums = [
-        {tuple(words[i] for i in (2, 7, 8, 12, 13)) for words in (text.split() for text in rows["prompt"])}
-        for rows in (demo_data.word_problems(200, split=split, changes=2) for split in ("train", "test"))
-    ]
-    assert not sums[0] & sums[1]
+    train, test = (
+        {triple for text in demo_data.word_problems(300, split=split, changes=2)["prompt"] for triple in sums_of(text)}
+        for split in ("train", "test")
+    )
+    assert len(train) > 100
+    assert len(test) > 40
+    assert not train & test
 
 
 def test_a_base_has_no_divergence_from_itself_and_exact_match_counts_whole_answers():

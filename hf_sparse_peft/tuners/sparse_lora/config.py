@@ -416,11 +416,19 @@ class SparseLoraConfig(AdapterConfig):
         return isinstance(self.start, Start) and not self.sizes
 
     @property
+    def sizes_from_data(self) -> bool:
+        """Whether the number of units of each module, or its rank, comes from data or from a file, found or not yet."""
+        ranked = getattr(self.budget, "ranks_units", False) or any(group.scope == "model" for group in self.structures)
+        return (
+            isinstance(self.start, Start)
+            or isinstance(self.criterion, Given)
+            or bool(self.needs_calibration and ranked)
+        )
+
+    @property
     def calibrates_sizes(self) -> bool:
         """Whether even the number of units of each module, or its rank, is still to be found from data."""
-        ranked = getattr(self.budget, "ranks_units", False) or any(group.scope == "model" for group in self.structures)
-        by_data = isinstance(self.criterion, Given) or (self.needs_calibration and ranked)
-        return self.awaits_start or (by_data and self.has_support and not self.sizes)
+        return self.awaits_start or (self.sizes_from_data and self.has_support and not self.sizes)
 
     def granularity_of(self, module_name: str) -> str:
         """What a unit is in the module of that name: `granularity_pattern`'s first match, else `granularity`."""
