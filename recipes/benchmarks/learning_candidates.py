@@ -1,16 +1,16 @@
 """Methods that `learning.py` compares, at equal trained numbers, and where the sweep of each begins.
 
-`$numbers` are those of a LoRA of `$rank` on all targeted linears; `$half` is half of the rank and `$rest` what it leaves
-of the numbers, `$low` and `$high` a quarter and three of the rank with `$high_rest` and `$low_rest`; `$alpha` and
-`$double` are twice the rank, `$more` is half as much again, `$blocks` four times it (OFT's blocks of as many numbers);
-`$share` is the share of rows and of columns of a subnet with as many numbers; `$every`, `$fifth` and `$middle` are a
-tenth, a fifth and half of the steps. Learning rates are the middle of the sweep on the demo base.
+`$numbers` are those of a LoRA of `$rank` on all targeted linears; `$half` is half of the rank and `$rest` what it
+leaves of the numbers, `$low` and `$high` a quarter and three of the rank with `$high_rest` and `$low_rest`; `$alpha`
+and `$double` are twice the rank, `$more` is half as much again, `$blocks` four times it (OFT's blocks of as many
+numbers); `$share` is the share of rows and of columns of a subnet with as many numbers; `$every`, `$fifth` and
+`$middle` are a tenth, a fifth and half of the steps. Learning rates are the middle of the sweep on the demo base.
 
-Not equal in all: full fine-tuning trains everything. AdaLoRA starts with half as many more, `joint-budget` with twice as
-many before it chooses (`joint-budget-start` chooses before the first step); LIFT keeps room for as many retired entries
-as it trains; DoRA has a number a row more; rows, columns, blocks and OFT are up to 8 % below, where units do not divide
-the budget. LoSiA keeps its own schedule of the rate (cosine with restarts), LIFT its betas (0.9, 0.95), RoSA its
-dropout (0.05) and its rates' ratio (2/7).
+Not equal in all: full fine-tuning trains everything. AdaLoRA starts with half as many more, `joint-budget` with twice
+as many before it chooses (`joint-budget-start` chooses before the first step); LIFT keeps room for as many retired
+entries as it trains; DoRA has a number a row more; rows, columns, blocks and OFT are up to 8 % below, where units do
+not divide the budget. LoSiA keeps its own schedule of the rate (cosine with restarts), LIFT its betas (0.9, 0.95),
+RoSA its dropout (0.05) and its rates' ratio (2/7).
 """
 
 from __future__ import annotations
