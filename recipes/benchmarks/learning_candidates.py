@@ -74,6 +74,7 @@ CANDIDATES = {
     ),
     # Sparse and low-rank.
     "rosa": Candidate(f"rosa:r=$half,lora_alpha=$rank,{REST},warmup=$every", 4e-3, "hybrid"),
+    "sparse-lora": Candidate("sparse-lora:r=$high", 4e-3, "hybrid"),
     "hybrid": Candidate(HYBRID, 4e-3, "hybrid"),
     "hybrid-low-share": Candidate(
         "sparse-lora:r=$low,budget={type: numbers, numbers: $high_rest},values_ratio=auto", 4e-3, "hybrid"
