@@ -69,7 +69,7 @@ DATASETS = {
         splits=("train",),
     ),
     "zwhe99/commonsense_170k": Shape(
-        lambda i: {"instruction": f"{sentence(i)}, true or false?", "input": "", "output": f"it is {i % 2 == 0}"},
+        lambda i: {"instruction": f"{sentence(i)} {i}, true or false?", "input": "", "output": f"it is {i % 2 == 0}"},
         splits=("train",),
     ),
     "Salesforce/wikitext": Shape(

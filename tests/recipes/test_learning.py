@@ -50,7 +50,7 @@ def test_other_seeds_run_at_the_best_rate_and_its_neighbours_only():
 
     tried = []
     list(sweep(measured(8e-3, tried), 4e-3, seeds=[0, 1, 2]))
-    assert [pair for pair in tried if pair[1]] == [(rate, seed) for seed in (1, 2) for rate in (4e-3, 8e-3, 16e-3)]
+    assert [pair for pair in tried if pair[1]] == [(rate, seed) for rate in (4e-3, 8e-3, 16e-3) for seed in (1, 2)]
 
 
 def test_other_seeds_run_on_where_their_mean_is_the_best_at_an_end():
@@ -124,6 +124,8 @@ def losses(steps: int, *found: float):
     for number, loss in enumerate(found):
         state = SimpleNamespace(global_step=(number + 1) * steps // 20, max_steps=steps)
         stop.on_log(None, state, control, {"loss": loss})
+        if control.should_training_stop:
+            break
     return stop.stopped_at
 
 
@@ -306,8 +308,10 @@ def test_real_data_is_asked_for_by_the_options_name():
 
     with pytest.raises(SystemExit, match="--encoder"):
         TASKS["cola"](options_of("cola"))
-    with pytest.raises(SystemExit, match="--data"):
+    with pytest.raises(SystemExit, match="--base"):
         TASKS["e2e"](options_of("e2e"))
+    with pytest.raises(SystemExit, match="--data"):
+        TASKS["e2e"](options_of("e2e", base="english"))
 
 
 def test_a_new_head_learns_at_a_rate_of_its_own():
