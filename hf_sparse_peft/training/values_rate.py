@@ -28,13 +28,15 @@ from ..sparsity import Activation, DataCriterion, Grid
 from ..tuners import GradientSplit
 
 CONSTANTS = {
-    "entry": (1.8, 0.27),
-    "block": (1.8, 0.27),
-    "column": (1.8, 0.5),
-    "row": (1.8, 1.8),
-    "diagonal": (1.8, 1.8),
+    "entry": (1.0, 0.27),
+    "block": (1.4, 1.4),
+    "column": (1.0, 0.4),
+    "row": (1.7, 1.7),
+    "diagonal": (1.4, 1.4),
+    "subnet": (4.0, 4.0),
 }
-""":math:`c` by granularity: of supports that no gradient has chosen, and of those that one has."""
+""":math:`c` by granularity: of supports that no gradient has chosen, and of those that one has. Measured are all of the
+second but those of diagonals and subnets, and of the first those of entries and subnets."""
 CUSTOMARY_SCALE = 2.0
 """alpha / r of the LoRA whose rate an adapter without a low-rank half is given."""
 
@@ -71,7 +73,8 @@ def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int,
         sizes = space.layer.sizes[space.adapter]
         scale = _scale_of(config) if config.sizes_from_data else sizes.scaling or CUSTOMARY_SCALE
         scale /= abs(sizes.support_scaling or 1.0)
-        ratio = CONSTANTS.get(space.unit, CONSTANTS["entry"])[by_gradient] * scale * rank / spread
+        kind = "subnet" if space.kind == "subnet_row" else space.unit
+        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread
         found |= {id(parameter): ratio for parameter in space.parameters()}
     return found
 

@@ -66,7 +66,7 @@ def test_a_subnet_has_its_columns_in_its_rows():
     (layer,) = adapter_layers(model)
     (rows, columns), (m, n) = layer.sparse_lora_subnet["default"].shape, layer.get_base_layer().weight.shape
     rank = rows * columns / (m + n)
-    assert [*rates(model).values()] == [pytest.approx(0.5 * 1.8 * 2 * rank / (columns * math.sqrt(rows / m)))]
+    assert [*rates(model).values()] == [pytest.approx(0.5 * 4.0 * 2 * rank / (columns * math.sqrt(rows / m)))]
 
 
 def test_density_of_entries_does_not_matter_that_of_rows_does_by_its_root_and_scaling_does():
