@@ -158,11 +158,11 @@ def test_rows_are_measured_once_and_a_torn_line_is_no_row(tmp_path):
     assert sorted(row["score"] for row in lines.read()) == [3, 4, 5]
 
 
-def test_a_shipped_row_comes_out_again_from_the_command_that_it_names(tmp_path):
+def test_a_row_comes_out_again_from_the_command_that_it_names(tmp_path):
     import learning
     from learning_rows import JsonLines, command_of
 
-    (row,) = (row for row in JsonLines(ROWS, {}, {}).read() if row["steps"] == 4)
+    (row,) = JsonLines(Path(__file__).with_name("learning_row.jsonl"), {}, {}).read()
     words = command_of(row)
     found = learning.main([*words[2:], "--device", "cpu", "--threads", "1", "--output", str(tmp_path)])
     assert len(found) == 1
