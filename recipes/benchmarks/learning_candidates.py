@@ -34,17 +34,17 @@ class Candidate(NamedTuple):
 
 CANDIDATES = {
     # Upstream's.
-    "full": Candidate("full", 4e-4, "full"),
-    "lora": Candidate("lora:r=$rank,lora_alpha=$alpha", 4e-3, "low rank"),
-    "rslora": Candidate("rslora:r=$rank,lora_alpha=16", 2e-3, "low rank"),
-    "dora": Candidate("dora:r=$rank,lora_alpha=$alpha", 4e-3, "low rank"),
-    "pissa": Candidate("pissa:r=$rank,lora_alpha=$rank", 2e-3, "low rank"),
+    "full": Candidate("full", 4e-4, "upstream"),
+    "lora": Candidate("lora:r=$rank,lora_alpha=$alpha", 4e-3, "upstream"),
+    "rslora": Candidate("rslora:r=$rank,lora_alpha=16", 2e-3, "upstream"),
+    "dora": Candidate("dora:r=$rank,lora_alpha=$alpha", 4e-3, "upstream"),
+    "pissa": Candidate("pissa:r=$rank,lora_alpha=$rank", 2e-3, "upstream"),
     "adalora": Candidate(
         "adalora-peft:init_r=$more,target_r=$rank,tinit=$every,tfinal=$middle,every=2,lora_alpha=$alpha",
-        8e-3, "low rank",
+        8e-3, "upstream",
     ),
-    "miss": Candidate("miss:r=$double", 4e-3, "low rank"),
-    "oft": Candidate("oft:oft_block_size=$blocks", 8e-3, "rotation"),
+    "miss": Candidate("miss:r=$double", 4e-3, "upstream"),
+    "oft": Candidate("oft:oft_block_size=$blocks", 8e-3, "upstream"),
     # Entries chosen once.
     "entries-random": Candidate(f"{ENTRIES},criterion=random", 8e-3, "entries"),
     "entries-magnitude": Candidate(f"{ENTRIES},criterion=magnitude", 8e-3, "entries"),

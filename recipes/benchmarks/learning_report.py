@@ -168,7 +168,7 @@ def draw_curves(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
     for sweep in sweeps.values():
         families.setdefault(find(sweep.name).family, []).append(sweep)
     figure, axes = plt.subplots(
-        1, len(families), figsize=(1 + 3.6 * len(families), 4.2), squeeze=False, sharey=True, layout="constrained"
+        1, len(families), figsize=(1 + 3.6 * len(families), 5.2), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, (family, members) in zip(axes[0], families.items(), strict=True):
         lora = sweeps.get(REFERENCE)
@@ -178,7 +178,7 @@ def draw_curves(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
             _curve(axis, member)
         axis.set(title=family, xscale="log", xlabel="learning rate")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     axes[0][0].set_ylabel("score")
     figure.suptitle(f"{title}: score over learning rate (mean of the seeds)")
     figure.savefig(path, dpi=130)
