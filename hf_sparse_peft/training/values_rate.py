@@ -10,10 +10,10 @@ share :math:`f` has any, the root mean square is :math:`k \sqrt f`. A support of
 .. math:: \rho = \frac{\eta_S}{\eta} = c\,\frac{s\,r_S}{k \sqrt f}, \qquad r_S = \frac{\sum |S|}{\sum (m + n)}
 
 with sums over all :math:`[m, n]` weights that have a support, and :math:`s` divided by what multiplies the values
-(`scale_support`). So for entries at one density :math:`\rho` does not depend on how
-many they are, and falls with the fan-in; for rows it grows with the root of their number. :math:`c` is measured
-(`recipes/benchmarks/learning.py`; docs/learning.md has the fit and its test): it is smaller where a gradient chose the
-units, since these have the largest inputs and keep their signs.
+(`scale_support`). So for entries at one density :math:`\rho` does not depend on how many they are, and falls with the
+fan-in; for rows it grows with the root of their number. :math:`c` is measured (`recipes/benchmarks/learning.py`): it is
+smaller where a gradient chose the units, since these have the largest inputs and keep their signs. docs/learning.md has
+the fit, and its test: beside a low-rank half it holds, and supports alone of low density bear 3 to 9 times as much.
 """
 
 from __future__ import annotations
