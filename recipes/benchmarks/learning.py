@@ -1,7 +1,7 @@
 """How well methods learn at equal trained numbers: a sweep of learning rates for each, three seeds, spread shown.
 
     python recipes/benchmarks/learning.py --task words                     # all candidates; hours on one CPU core
-    python recipes/benchmarks/learning.py --task sst2 --encoder PATH --data PATH --candidates lora hybrid
+    python recipes/benchmarks/learning.py --task sst2 --encoder PATH --data PATH --candidates lora sparse-lora
     python recipes/benchmarks/learning.py --task words --candidates 'spiel-ag:density=0.02' --rates 3e-3 --seeds 0
     python recipes/benchmarks/learning.py --task words --plan              # trained numbers only, nothing is trained
     python recipes/benchmarks/learning_report.py                           # tables and pictures of all rows

@@ -25,6 +25,7 @@ from harness import Column, option
 from learning_candidates import find
 from learning_hub_tasks import TASKS
 from learning_rows import SETTING, JsonLines, Row, Sweep, cases, paired
+from matplotlib.ticker import NullFormatter
 
 REFERENCE = "lora"
 QUESTIONS = {
@@ -177,6 +178,7 @@ def draw_curves(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
         for member in members:
             _curve(axis, member)
         axis.set(title=family, xscale="log", xlabel="learning rate")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     axes[0][0].set_ylabel("score")
@@ -212,6 +214,7 @@ def draw_frontier(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
             axis.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points", weight=weight)
         axis.step(*zip(*[points[name] for name in best], strict=True), where="post", color="0.6", zorder=1)
         axis.set(xlabel=label, ylabel="score", xscale="log")
+        axis.margins(x=0.12)  # names stand to the right of their points
         axis.grid(alpha=0.3)
         for family, color in colors.items():
             axis.scatter([], [], color=color, label=family)

@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from training_toolbox import StopAt, run, snapshot
+from training_toolbox import StopAt, TokenData, all_state, differences
+from transformers import Trainer, TrainingArguments
 
-from hf_sparse_peft import GradientSplit, Prune, SparseLoraConfig, calibrate, methods
+from hf_sparse_peft import GradientSplit, Prune, SparseLoraConfig, calibrate, methods, trainer_options
 from hf_sparse_peft.optim import AgedAdamW, OptimizerSettings
 from hf_sparse_peft.sparsity import Global, Grid, Numbers
 from hf_sparse_peft.training import AgedAdamWSpec
@@ -138,26 +139,37 @@ def test_factors_keep_the_runs_rate():
     assert {by_id[id(p)] for p in factors} == {0.5}
 
 
-def test_a_resumed_run_has_the_rates_of_the_size_at_the_start(tmp_path):
-    def config():
-        return SparseLoraConfig(
-            r=2, target_modules=["q_proj", "k_proj"], density=0.2, criterion="gradient", optimizer=AUTO,
-            schedule=[Prune(final_fraction=0.25)],
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.2, "criterion": "gradient", "schedule": [Prune(final_fraction=0.25)]},
+        {"budget": Global(0.1), "criterion": "gradient"},
+    ],
+    ids=["thinned out on the way", "sizes found in data"],
+)
+def test_a_resumed_run_has_the_rates_of_the_whole_one_and_ends_with_its_bits(options, tmp_path):
+    def trained(folder, stop=None, resume=None, config=None):
+        model = adapted(r=2, **options) if config is None else get_peft_model(tiny.llama(layers=1), config)
+        args = TrainingArguments(
+            str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="no",
+            report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1000,
         )  # fmt: skip
+        trainer = Trainer(model=model, train_dataset=TokenData(), **trainer_options(model, args))
+        for callback in [] if stop is None else [StopAt(stop)]:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return all_state(model, trainer.optimizer), [g["initial_lr"] for g in trainer.optimizer.param_groups]
 
-    def trained(folder, after=(), resume=None):
-        model = get_peft_model(tiny.llama(layers=1), config())
-        trainer = run(model, folder, 8, after=after, resume=resume)
-        return snapshot(model, trainer.optimizer), [g["lr"] for g in trainer.optimizer.param_groups], rates(model)
-
-    whole, groups, before = trained(tmp_path / "whole")
-    trained(tmp_path / "parts", after=[StopAt(4)])
-    resumed, again, after = trained(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-4"))
-    assert groups == again
-    assert before == after
-    for one, other in zip(whole, resumed, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one if isinstance(one[key], torch.Tensor))
+    whole, rates_of_whole = trained(tmp_path / "whole")
+    assert len(set(rates_of_whole)) > 1
+    trained(tmp_path / "parts", stop=4)
+    checkpoint = str(tmp_path / "parts" / "checkpoint-4")
+    of_file = SparseLoraConfig.from_pretrained(checkpoint)  # which has the sizes that data gave
+    of_file.inference_mode = False
+    for config in (None, of_file):
+        resumed, rates_of_resumed = trained(tmp_path / "parts", resume=checkpoint, config=config)
+        assert rates_of_resumed == rates_of_whole
+        assert differences(whole, resumed) == []
 
 
 def test_an_optimizer_without_the_rates_is_told_of():
