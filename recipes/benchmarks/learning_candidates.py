@@ -3,8 +3,9 @@
 `$numbers` are those of a LoRA of `$rank` on all targeted linears; `$half` is half of the rank and `$rest` what it
 leaves of the numbers, `$low` and `$high` a quarter and three of the rank with `$high_rest` and `$low_rest`; `$alpha`
 and `$double` are twice the rank, `$more` is half as much again, `$blocks` four times it (OFT's blocks of as many
-numbers); `$share` is the share of rows and of columns of a subnet with as many numbers; `$every`, `$fifth` and
-`$middle` are a tenth, a fifth and half of the steps. Learning rates are the middle of the sweep on the demo base.
+numbers); `$share` is the share of rows and of columns of a subnet with as many numbers, `$sparsity` the share of
+weights that is left; `$every`, `$fifth` and `$middle` are a tenth, a fifth and half of the steps. Learning rates are
+the middle of the sweep on the demo base.
 
 Not equal in all: full fine-tuning trains everything. AdaLoRA starts with half as many more, `joint-budget` with twice
 as many before it chooses (`joint-budget-start` chooses before the first step); LIFT keeps room for as many retired
@@ -45,6 +46,8 @@ CANDIDATES = {
     ),
     "miss": Candidate("miss:r=$double", 4e-3, "upstream"),
     "oft": Candidate("oft:oft_block_size=$blocks", 8e-3, "upstream"),
+    "peft-shira": Candidate("peft-shira:r=$rank", 8e-3, "upstream"),
+    "peft-supertuning": Candidate("peft-supertuning:sparsity=$sparsity", 8e-3, "upstream"),
     # Entries chosen once.
     "entries-random": Candidate(f"{ENTRIES},criterion=random", 8e-3, "entries"),
     "entries-magnitude": Candidate(f"{ENTRIES},criterion=magnitude", 8e-3, "entries"),

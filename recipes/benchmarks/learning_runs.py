@@ -51,6 +51,7 @@ def budget(task: Any, rank: int, steps: int) -> dict[str, float]:
         "low": low, "high": rank - low, "low_rest": low * one, "high_rest": (rank - low) * one,
         "rank": rank, "alpha": 2 * rank, "half": half, "double": 2 * rank, "more": rank + half, "blocks": 4 * rank,
         "numbers": rank * one, "rest": (rank - half) * one, "share": round(math.sqrt(rank * one / weights), 4),
+        "sparsity": round(1 - rank * one / weights, 6),
         "every": max(steps // 10, 1), "fifth": max(steps // 5, 1), "middle": steps // 2,
     }  # fmt: skip
 
