@@ -34,7 +34,7 @@ import harness
 from harness import option
 from learning_candidates import CANDIDATES, find
 from learning_hub_tasks import TASKS
-from learning_rows import SETTING, JsonLines, quality
+from learning_rows import SETTING, JsonLines, quality, weights_of
 from learning_runs import adapted, budget, run, trained_numbers
 
 from hf_sparse_peft import methods
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
     path = (options.output or Path("runs/learning")) / "learning.jsonl"
-    lines = JsonLines(path, setting_of(options), harness.machine(options.device), options.again)
+    lines = JsonLines(path, setting_of(options) | {"weights": weights_of(task.base)}, harness.machine(options.device), options.again)
     found = []
     first, every = options.part
     for name in (options.candidates or list(CANDIDATES))[first::every]:

@@ -20,7 +20,7 @@ from harness import Column, option
 from learning import CaseOptions, fill_in_sizes, setting_of
 from learning_candidates import find
 from learning_hub_tasks import TASKS
-from learning_rows import SETTING, JsonLines, Sweep, cases
+from learning_rows import JsonLines, Sweep, cases, weights_of
 from learning_runs import adapted, budget
 
 from hf_sparse_peft.training.optimizers import active_spaces
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     numbers = budget(task, options.rank, options.steps)
     files = options.rows or [Path("runs/learning/learning.jsonl")]
     found = cases(row for file in files for row in JsonLines(file, {}, {}).read())
-    sweeps: dict[str, Sweep] = found.get(tuple(setting_of(options)[name] for name in SETTING), {})
+    sweeps: dict[str, Sweep] = found.get((*setting_of(options).values(), weights_of(task.base)), {})
     if "lora" not in sweeps:
         raise SystemExit(f"no rows of LoRA in this case; the files have {', '.join(map(str, found))}.")
     lora, lines = sweeps["lora"].smooth_rate, []

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from harness import Column, option
 from learning_candidates import find
 from learning_hub_tasks import TASKS
-from learning_rows import SETTING, JsonLines, Row, Sweep, cases, paired
+from learning_rows import CASE, JsonLines, Row, Sweep, cases, paired
 from matplotlib.ticker import NullFormatter
 
 REFERENCE = "lora"
@@ -79,8 +79,8 @@ def spread(sweep: Sweep, key: str = "score", form: str = ".1f") -> str:
 
 def name_of(case: tuple) -> str:
     """A case in a few words, for titles and files."""
-    row = dict(zip(SETTING, case, strict=True))
-    base = f"-{row['base']}" if row["base"] else ""
+    row = dict(zip(CASE, case, strict=True))
+    base = "-".join(["", row["base"], row["weights"]]) if row["base"] else ""
     return f"{row['task']}{base}-{row['bits']}-{row['steps']}x{row['batch_size']}-r{row['rank']}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,11 @@ from typing import Any
 
 Row = dict[str, Any]
 SETTING = ("task", "bits", "steps", "batch_size", "rank", "examples", "test_examples", "base")
-"""What tells cases apart: only runs that agree in all of these are compared."""
-KEY = ("candidate", "method", "learning_rate", "seed", *SETTING)
+"""Options that tell cases apart."""
+CASE = (*SETTING, "weights")
+"""What tells cases apart: only runs that agree in all of these are compared. `weights` is a digest of the base's file:
+one that was pretrained again, on another machine, is another base of the same name."""
+KEY = ("candidate", "method", "learning_rate", "seed", *CASE)
 
 
 class JsonLines:
@@ -46,6 +50,15 @@ class JsonLines:
             os.close(file)
         print({name: value for name, value in row.items() if name not in ("machine", *self.setting)}, flush=True)
         return row
+
+
+def weights_of(base: str | Path) -> str:
+    """The first digits of a digest of the weights in a folder; empty for a name on the Hub."""
+    digest = hashlib.sha256()
+    files = sorted(Path(base).glob("*.safetensors"))
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8] if files else ""
 
 
 def command_of(row: Row) -> list[str]:
@@ -118,10 +131,10 @@ class Sweep:
 
 
 def cases(rows: Iterable[Row]) -> dict[tuple, dict[str, Sweep]]:
-    """Setting (`SETTING`, in its order) -> candidate -> its sweep."""
+    """Setting (`CASE`, in its order) -> candidate -> its sweep."""
     found: dict[tuple, dict[str, list[Row]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in SETTING)
+        key = tuple(row[name] for name in CASE)
         found.setdefault(key, {}).setdefault(row["candidate"], []).append(row)
     return {key: {name: Sweep(name, runs) for name, runs in sweeps.items()} for key, sweeps in found.items()}
 

@@ -4,6 +4,7 @@ Test examples are two halves that share nothing with the training data: rates ar
 are compared by the other (`score`). The halves of word problems share sums with each other: 800 of them are made of 243
 chains of two sums. Every task has
 
+    base        folder or name of the pretrained model
     metric      what `choose` and `score` are, larger is better
     targets     modules that adapters train; `head` trains in full, at `head_rate`, whatever the method
     model()     a fresh base, in fp32 or NF4
@@ -242,11 +243,11 @@ class EncoderTask:
 
     def __init__(self, options: Any) -> None:
         self.examples, self.load_options = options.examples, load_options(options.bits, options.device)
-        self.encoder = need(options.encoder, "encoder", "model folder, such as all-MiniLM-L6-v2")
+        self.base = need(options.encoder, "encoder", "model folder, such as all-MiniLM-L6-v2")
         what = f"folder with {self.name}/train.tsv, {self.name}/dev.tsv and gsm8k/test.jsonl"
         self.folder = need(options.data, "data", what)
         self.others = (self.folder / "gsm8k" / "test.jsonl").read_text().splitlines()[:48]
-        self.tokenizer = AutoTokenizer.from_pretrained(self.encoder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         self.train = self._read("train")
         self.test = halves(self._read("dev").select(range(min(options.test_examples, len(self._read("dev"))))))
@@ -262,7 +263,7 @@ class EncoderTask:
         """A fresh encoder with a fresh head: the same for all candidates of a seed."""
         if "quantization_config" in self.load_options:
             self.load_options["quantization_config"].llm_int8_skip_modules = self.head
-        return AutoModelForSequenceClassification.from_pretrained(self.encoder, num_labels=2, **self.load_options)
+        return AutoModelForSequenceClassification.from_pretrained(self.base, num_labels=2, **self.load_options)
 
     def training_data(self, seed: int) -> dict[str, Any]:
         """Data of one run: `examples` sentences, another draw for every seed; 0: all."""

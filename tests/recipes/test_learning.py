@@ -158,6 +158,22 @@ def test_rows_are_measured_once_and_a_torn_line_is_no_row(tmp_path):
     assert sorted(row["score"] for row in lines.read()) == [3, 4, 5]
 
 
+def test_bases_of_one_name_and_other_weights_are_cases_of_their_own(tmp_path):
+    from learning_rows import JsonLines, cases, weights_of
+
+    assert weights_of("meta-llama/Llama-3.2-1B") == ""
+    path, digests = tmp_path / "rows.jsonl", []
+    setting = {"task": "e2e", "bits": "fp32", "steps": 3, "batch_size": 2, "rank": 4, "examples": 8}
+    for score in (1, 2):
+        (tmp_path / "model.safetensors").write_bytes(bytes([score]))
+        digests.append(weights_of(tmp_path))
+        lines = JsonLines(path, {**setting, "test_examples": 8, "base": "english", "weights": digests[-1]}, {})
+        row = lines.measure(lambda score=score: {"score": score}, candidate="a", method="a", learning_rate=0.1, seed=0)
+        assert row["score"] == score
+    assert digests[0] != digests[1]
+    assert len(cases(lines.read())) == 2
+
+
 def test_a_row_comes_out_again_from_the_command_that_it_names(tmp_path):
     import learning
     from learning_rows import JsonLines, command_of
@@ -336,6 +352,7 @@ def test_every_candidate_is_one_that_the_package_takes():
     numbers = {
         "rank": 4, "alpha": 8, "half": 2, "double": 8, "more": 6, "blocks": 16, "numbers": 400, "rest": 200,
         "low": 1, "high": 3, "low_rest": 100, "high_rest": 300, "share": 0.2, "every": 5, "fifth": 10, "middle": 25,
+        "sparsity": 0.99,
     }  # fmt: skip
     for name, candidate in CANDIDATES.items():
         if name != "full":
