@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     task = TASKS[options.task](options)
     numbers = budget(task, options.rank, options.steps)
     path = (options.output or Path("runs/learning")) / "learning.jsonl"
-    lines = JsonLines(path, setting_of(options) | {"weights": weights_of(task.base)}, harness.machine(options.device), options.again)
+    setting = setting_of(options) | {"weights": weights_of(task.base)}
+    lines = JsonLines(path, setting, harness.machine(options.device), options.again)
     found = []
     first, every = options.part
     for name in (options.candidates or list(CANDIDATES))[first::every]:

@@ -36,7 +36,8 @@ def inputs_of(layers: dict[str, nn.Module], model: nn.Module, batch: Any) -> dic
     model.eval()(**batch)
     for hook in hooks:
         hook.remove()
-    return {name: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:TOKENS]] for name, x in found.items()}
+    drawn = torch.Generator().manual_seed(0)
+    return {name: x[torch.randperm(len(x), generator=drawn)[:TOKENS]] for name, x in found.items()}
 
 
 @torch.no_grad()
