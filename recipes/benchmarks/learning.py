@@ -1,4 +1,4 @@
-"""How well methods learn at equal trained numbers: a sweep of learning rates for each, three seeds, spread shown.
+"""How well methods learn at equal trained numbers: a sweep of learning rates for each, 3 or 6 seeds, spread shown.
 
     python recipes/benchmarks/learning.py --task words                     # all candidates; hours on one CPU core
     python recipes/benchmarks/learning.py --task sst2 --encoder PATH --data PATH --candidates lora sparse-lora
@@ -54,10 +54,12 @@ class Case:
     test_examples: int
     rate: float
     """Factor on the candidates' rates."""
+    seeds: int = 3
+    """Seeds of the data, the supports and the factors."""
 
 
 CASES = {
-    "words": Case(100, 16, 4, 3000, 800, 1.0),
+    "words": Case(100, 16, 4, 3000, 800, 1.0, seeds=6),
     "two-tasks": Case(100, 16, 4, 3000, 400, 1.0),
     "e2e": Case(100, 8, 4, 3000, 200, 1.0),
     "sst2": Case(100, 12, 8, 1000, 600, 0.25),
@@ -90,7 +92,7 @@ class LearningOptions(CaseOptions):
 
     candidates: list[str] = option([], "by default all")
     rates: list[float] = option([], "learning rates; by default the sweep of the protocol")
-    seeds: list[int] = option([0, 1, 2], "seeds of the data, the supports and the factors")
+    seeds: list[int] = option([], "seeds of the data, the supports and the factors; by default the task's")
     part: list[int] = option([0, 1], "I N: every N-th candidate from the I-th on")
     plan: bool = option(False, "print the trained numbers of each candidate, and train nothing")
 
@@ -143,6 +145,11 @@ def fill_in_sizes(options: CaseOptions) -> Case:
     return case
 
 
+def seeds_of(options: LearningOptions, case: Case) -> list[int]:
+    """Seeds that were asked for, or the task's: the first ones."""
+    return options.seeds or list(range(case.seeds))
+
+
 def setting_of(options: CaseOptions) -> dict[str, Any]:
     """What tells the rows of this case from others."""
     return {name: getattr(options, name) for name in SETTING} | {"base": options.base and Path(options.base).name}
@@ -161,7 +168,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     options = harness.parse(LearningOptions, __doc__, argv)
     case = fill_in_sizes(options)
     task = TASKS[options.task](options)
-    numbers = budget(task, options.rank, options.steps)
+    numbers, seeds = budget(task, options.rank, options.steps), seeds_of(options, case)
     path = (options.output or Path("runs/learning")) / "learning.jsonl"
     setting = setting_of(options) | {"weights": weights_of(task.base)}
     lines = JsonLines(path, setting, harness.machine(options.device), options.again)
@@ -170,7 +177,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for name in (options.candidates or list(CANDIDATES))[first::every]:
         candidate = find(name)
         if options.plan:
-            _, model = adapted(candidate.text, task, numbers, options.seeds[0])
+            _, model = adapted(candidate.text, task, numbers, seeds[0])
             print(f"{name:24} {trained_numbers(model, task):>12,}  {candidate.text}")
             continue
 
@@ -181,9 +188,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if refused := cannot_run(candidate.text, options):
             print(f"{name}: {refused}", flush=True)
         elif options.rates:
-            found += [measure(rate, seed) for seed in options.seeds for rate in options.rates]
+            found += [measure(rate, seed) for seed in seeds for rate in options.rates]
         else:
-            found += sweep(measure, candidate.rate * case.rate, options.seeds)
+            found += sweep(measure, candidate.rate * case.rate, seeds)
     return found
 
 
