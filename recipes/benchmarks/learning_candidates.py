@@ -1,7 +1,7 @@
 """Methods that `learning.py` compares, at equal trained numbers, and where the sweep of each begins.
 
 `$numbers` are those of a LoRA of `$rank` on all targeted linears; `$half` is half of the rank and `$rest` what it
-leaves of the numbers, `$low` and `$high` a quarter and three of the rank with `$high_rest` and `$low_rest`; `$alpha`
+leaves of the numbers, `$low` and `$high` a quarter and three of the rank and `$high_rest` what `$low` leaves; `$alpha`
 and `$double` are twice the rank, `$more` is half as much again, `$blocks` four times it (OFT's blocks of as many
 numbers); `$share` is the share of rows and of columns of a subnet with as many numbers, `$sparsity` the share of
 weights that is left; `$every`, `$fifth` and `$middle` are a tenth, a fifth and half of the steps. Learning rates are
@@ -78,21 +78,15 @@ CANDIDATES = {
     # Sparse and low-rank.
     "rosa": Candidate(f"rosa:r=$half,lora_alpha=$rank,{REST},warmup=$every", 4e-3, "hybrid"),
     "sparse-lora": Candidate("sparse-lora:r=$high", 4e-3, "hybrid"),
+    "sparse-lora-random": Candidate("sparse-lora:r=$high,criterion=random", 4e-3, "hybrid"),
+    "sparse-lora-gradient": Candidate(f"sparse-lora:r=$high,{GRADIENT}", 4e-3, "hybrid"),
+    "sparse-lora-columns": Candidate("sparse-lora:r=$high,granularity=column", 4e-3, "hybrid"),
     "hybrid": Candidate(HYBRID, 4e-3, "hybrid"),
-    "hybrid-low-share": Candidate(
-        "sparse-lora:r=$low,budget={type: numbers, numbers: $high_rest},values_ratio=auto", 4e-3, "hybrid"
-    ),
-    "hybrid-high-share": Candidate(
-        "sparse-lora:r=$high,budget={type: numbers, numbers: $low_rest},values_ratio=auto", 4e-3, "hybrid"
-    ),
+    "hybrid-low-share": Candidate("sparse-lora:r=$low,budget={type: numbers, numbers: $high_rest}", 4e-3, "hybrid"),
     "hybrid-equal-rates": Candidate(f"{HYBRID},{GRADIENT},values_ratio=1.0", 2e-3, "hybrid"),
     "hybrid-quarter": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25", 4e-3, "hybrid"),
     "hybrid-quarter-alpha": Candidate(f"{HYBRID},{GRADIENT},values_ratio=0.25,lora_alpha=$alpha", 4e-3, "hybrid"),
-    "hybrid-random": Candidate(f"{HYBRID},criterion=random,values_ratio=1.0", 4e-3, "hybrid"),
     "hybrid-random-double": Candidate(f"{HYBRID},criterion=random,values_ratio=2.0,lora_alpha=$alpha", 4e-3, "hybrid"),
-    "hybrid-low-rank": Candidate(
-        f"{HYBRID},criterion={{type: low_rank_magnitude, rank: 32}},values_ratio=2.0,lora_alpha=$alpha", 4e-3, "hybrid"
-    ),
     "joint-budget": Candidate(
         "joint-budget:r=$rank,lora_alpha=$alpha,budget={type: numbers, numbers: $numbers},fraction=0.5", 4e-3, "hybrid"
     ),

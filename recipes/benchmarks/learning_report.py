@@ -41,8 +41,9 @@ QUESTIONS = {
     ),
     "The hybrid against its halves": (
         "lora",
-        ("entries-gradient", "entries-random", "hybrid", "hybrid-equal-rates", "hybrid-quarter", "hybrid-quarter-alpha",
-         "hybrid-random-double", "hybrid-low-rank", "rosa", "joint-budget", "joint-budget-start"),
+        ("sparse-lora", "hybrid", "hybrid-low-share", "entries-magnitude", "sparse-lora-random", "sparse-lora-gradient",
+         "sparse-lora-columns", "hybrid-equal-rates", "hybrid-quarter", "hybrid-quarter-alpha", "hybrid-random-double",
+         "rosa", "joint-budget", "joint-budget-start"),
     ),
     "Entries against other units (chosen by gradient)": (
         "entries-gradient", ("entries-grid", "blocks", "rows", "columns"),

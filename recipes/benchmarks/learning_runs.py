@@ -48,7 +48,7 @@ def budget(task: Any, rank: int, steps: int) -> dict[str, float]:
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     half, low = rank // 2, max(rank // 4, 1)
     return {
-        "low": low, "high": rank - low, "low_rest": low * one, "high_rest": (rank - low) * one,
+        "low": low, "high": rank - low, "high_rest": (rank - low) * one,
         "rank": rank, "alpha": 2 * rank, "half": half, "double": 2 * rank, "more": rank + half, "blocks": 4 * rank,
         "numbers": rank * one, "rest": (rank - half) * one, "share": round(math.sqrt(rank * one / weights), 4),
         "sparsity": round(1 - rank * one / weights, 6),
