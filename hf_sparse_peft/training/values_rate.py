@@ -28,7 +28,7 @@ from ..sparsity import Activation, DataCriterion, Grid
 from ..tuners import GradientSplit
 
 CONSTANTS = {
-    "entry": (2.0, 0.5),
+    "entry": (3.0, 0.5),
     "block": (1.4, 1.4),
     "column": (1.0, 0.4),
     "row": (1.7, 1.7),
