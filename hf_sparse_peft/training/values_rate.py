@@ -7,13 +7,19 @@ of a support moves it by :math:`\eta_S\,k\,|x|`, where :math:`k` entries lie in 
 share :math:`f` has any, the root mean square is :math:`k \sqrt f`. A support of as many numbers as a LoRA of rank
 :math:`r_S` moves outputs as far as that LoRA where
 
-.. math:: \rho = \frac{\eta_S}{\eta} = c\,\frac{s\,r_S}{k \sqrt f}, \qquad r_S = \frac{\sum |S|}{\sum (m + n)}
+.. math:: \rho_1 = \frac{s\,r_S}{k \sqrt f}, \qquad r_S = \frac{\sum |S|}{\sum (m + n)}
 
 with sums over all :math:`[m, n]` weights that have a support, and :math:`s` divided by what multiplies the values
-(`scale_support`). So for entries at one density :math:`\rho` does not depend on how many they are, and falls with the
-fan-in; for rows it grows with the root of their number. :math:`c` is measured (`recipes/benchmarks/learning.py`): it is
-smaller where a gradient chose the units, since these have the largest inputs and keep their signs. docs/learning.md has
-the fit, and its test: beside a low-rank half it holds, and supports alone of low density bear 3 to 9 times as much.
+(`scale_support`). So for entries at one density :math:`\rho_1` does not depend on how many they are, and falls with the
+fan-in; for rows it grows with the root of their number. That is the first step. Later :math:`A` has moved further than
+where it started, and :math:`BA` is quadratic in the rate: a LoRA's best rate falls with the root of its rank, and that
+of values with their number. So the ratio falls with the root of all numbers, of both halves, as a LoRA's rank
+:math:`R`:
+
+.. math:: \rho = \frac{\eta_S}{\eta} = c\,\rho_1 \sqrt{\frac{4}{R}}, \qquad R = r + r_S
+
+:math:`c` is measured at :math:`R = 4` (`recipes/benchmarks/learning.py`): it is smaller where a gradient chose the
+units, since these have the largest inputs and keep their signs. docs/learning.md has the fit and its test.
 """
 
 from __future__ import annotations
@@ -37,6 +43,8 @@ CONSTANTS = {
 }
 """:math:`c` by granularity: of supports that no gradient has chosen, and of those that one has. Measured are all of the
 second but those of diagonals and subnets, and of the first those of entries and subnets."""
+MEASURED_RANK = 4
+""":math:`R` of the runs that :math:`c` was measured in."""
 CUSTOMARY_SCALE = 2.0
 """alpha / r of the LoRA whose rate an adapter without a low-rank half is given."""
 
@@ -65,7 +73,10 @@ def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int,
     if config.sizes_from_data:
         density = sum(entries) / sum(m * n for m, n in shapes)
         entries = [density * m * n for m, n in shapes]
+    ranks = [config.r if config.sizes_from_data else space.layer.sizes[space.adapter].rank for space in spaces]
     rank = sum(entries) / sum(m + n for m, n in shapes)
+    low_rank = sum(r * (m + n) for r, (m, n) in zip(ranks, shapes, strict=True)) / sum(m + n for m, n in shapes)
+    both_halves = math.sqrt(MEASURED_RANK / (low_rank + rank)) if low_rank + rank else 1.0
     by_gradient, found = _by_gradient(config), {}
     for space, count in zip(spaces, entries, strict=True):
         m, _ = space.weight_shape
@@ -74,7 +85,7 @@ def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int,
         scale = _scale_of(config) if config.sizes_from_data else sizes.scaling or CUSTOMARY_SCALE
         scale /= abs(sizes.support_scaling or 1.0)
         kind = "subnet" if space.kind == "subnet_row" else space.unit
-        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread
+        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread * both_halves
         found |= {id(parameter): ratio for parameter in space.parameters()}
     return found
 

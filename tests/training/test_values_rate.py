@@ -19,6 +19,9 @@ from hf_sparse_peft.training.values_rate import CONSTANTS
 from hf_sparse_peft.tuners import adapter_layers
 
 AUTO = AgedAdamWSpec(values_ratio="auto")
+SHAPES = [
+    tuple(tiny.llama(layers=1).model.layers[0].self_attn.get_submodule(n).weight.shape) for n in ("q_proj", "k_proj")
+]
 
 
 def adapted(**options):
@@ -56,7 +59,7 @@ def test_rates_are_those_of_the_equation_on_the_support_itself(granularity):
     assert len(set(shapes)) == 2
     rank = sum(0.25 * m * n for m, n in shapes) / sum(m + n for m, n in shapes)
     for name, layer in layers(model).items():
-        expected = 0.5 * CONSTANTS[granularity][0] * 2.0 * rank / mean_square_rows(layer)
+        expected = 0.5 * CONSTANTS[granularity][0] * 2.0 * rank / mean_square_rows(layer) * math.sqrt(4 / rank)
         # The equation expects equally many entries a row; drawn ones vary around that.
         assert rates(model)[name] == pytest.approx(expected, rel=0.25 if granularity in ("entry", "block") else 1e-6)
         assert rates(model)[name] >= expected * (1 - 1e-6)
@@ -67,18 +70,28 @@ def test_a_subnet_has_its_columns_in_its_rows():
     (layer,) = adapter_layers(model)
     (rows, columns), (m, n) = layer.sparse_lora_subnet["default"].shape, layer.get_base_layer().weight.shape
     rank = rows * columns / (m + n)
-    assert [*rates(model).values()] == [pytest.approx(0.5 * 4.0 * 2 * rank / (columns * math.sqrt(rows / m)))]
+    assert [*rates(model).values()] == [
+        pytest.approx(0.5 * CONSTANTS["subnet"][0] * 2 * rank / (columns * math.sqrt(rows / m)) * math.sqrt(4 / rank))
+    ]
 
 
-def test_density_of_entries_does_not_matter_that_of_rows_does_by_its_root_and_scaling_does():
+def test_twice_the_entries_have_a_rate_lower_by_the_root_of_2_and_rows_keep_theirs():
     def rate(**options):
         return rates(adapted(criterion="random", **options))["q_proj"]
 
-    assert rate(density=0.25) == pytest.approx(rate(density=0.5), rel=0.01)
-    assert rate(density=0.5, granularity="row") == pytest.approx(math.sqrt(2) * rate(density=0.25, granularity="row"))
+    assert rate(density=0.25) == pytest.approx(math.sqrt(2) * rate(density=0.5), rel=0.01)
+    assert rate(density=0.5, granularity="row") == pytest.approx(rate(density=0.25, granularity="row"))
+
+
+def test_a_low_rank_half_counts_by_its_scaling_and_its_rank():
+    def rate(**options):
+        return rates(adapted(criterion="random", **options))["q_proj"]
+
     assert rate(r=2, lora_alpha=8.0) == pytest.approx(2 * rate(r=2, lora_alpha=4.0))
-    assert rate(r=2, lora_alpha=4.0) == rate(r=0)
-    assert rate(r=4, lora_alpha=4.0, use_rslora=True) == pytest.approx(rate(r=0))
+    entries, numbers = (sum(0.05 * m * n for m, n in SHAPES), sum(m + n for m, n in SHAPES))
+    alone = entries / numbers
+    assert rate(r=2, lora_alpha=4.0) == pytest.approx(rate(r=0) * math.sqrt(alone / (2 + alone)), rel=0.02)
+    assert rate(r=4, lora_alpha=4.0, use_rslora=True) == pytest.approx(rate(r=4, lora_alpha=8.0))
 
 
 def test_each_adapter_has_ratios_of_its_own_numbers():
@@ -89,7 +102,7 @@ def test_each_adapter_has_ratios_of_its_own_numbers():
     model.base_model.set_adapter(["default", "second"])
     ratios = AUTO.ratios(model)
     for name, layer in layers(model).items():
-        assert ratios[id(layer.sparse_lora_values["default"])] == pytest.approx(alone[name] / 0.5)
+        assert ratios[id(layer.sparse_lora_values["default"])] == pytest.approx(alone[name] / 0.5)  # lr=0.5
     assert len(ratios) == 3
 
 
