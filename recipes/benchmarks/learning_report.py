@@ -90,10 +90,19 @@ def form_of(case: tuple) -> str:
     return ".3f" if case[0] == "e2e" else ".1f"
 
 
+def best_first(sweeps: dict[str, Sweep]) -> list[Sweep]:
+    """By the difference from LoRA over the seeds that both have, since seeds differ; without LoRA by the mean score."""
+    lora = sweeps.get(REFERENCE)
+    return sorted(
+        sweeps.values(),
+        key=lambda sweep: -(paired(sweep, lora)[0] if lora else statistics.mean(sweep.column("score"))),
+    )
+
+
 def case_table(case: tuple, sweeps: dict[str, Sweep]) -> str:
     """All candidates of a case, the best first."""
     form, lora = form_of(case), sweeps.get(REFERENCE)
-    ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
+    ordered = best_first(sweeps)
 
     def at_loras_rate(sweep: Sweep) -> str | None:
         found = sweep.column("score", lora.rate) if lora else []
@@ -252,8 +261,7 @@ def draw_case(folder: Path, title: str, metric: str, sweeps: dict[str, Sweep]) -
     pictures = [folder / f"{kind}_{title}.png" for kind in ("curves", "frontier", "scores")]
     draw_curves(pictures[0], title, sweeps)
     draw_frontier(pictures[1], title, sweeps)
-    ordered = sorted(sweeps.values(), key=lambda sweep: -statistics.mean(sweep.column("score")))
-    bars = {sweep.name: [sweep.column("score")] for sweep in ordered}
+    bars = {sweep.name: [sweep.column("score")] for sweep in best_first(sweeps)}
     if any(score < 0 for values in bars.values() for score in values[0]):
         return pictures[:2]  # minus a loss has no bar
     harness.draw(pictures[2], title, {metric: bars}, ["mean, lowest and highest of the seeds"])

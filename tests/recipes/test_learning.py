@@ -117,6 +117,27 @@ def test_differences_are_paired_by_seed():
     assert (mean, error) == (pytest.approx(1.0), pytest.approx(1 / math.sqrt(3)))
 
 
+def test_a_table_is_in_the_order_of_differences_since_seeds_differ():
+    from learning_report import best_first
+    from learning_rows import Sweep
+
+    scores = {"lora": [10.0, 40.0], "three seeds": [45.0], "one seed": [9.0], "both": [12.0, 43.0]}
+    seeds = {"three seeds": [1], "one seed": [0]}
+    sweeps = {
+        name: Sweep(
+            name,
+            [
+                {"learning_rate": 1.0, "seed": seed, "choose": 0.0, "score": score, "train_loss": 1.0}
+                for seed, score in zip(seeds.get(name, [0, 1]), found, strict=True)
+            ],
+        )
+        for name, found in scores.items()
+    }
+    assert [sweep.name for sweep in best_first(sweeps)] == ["three seeds", "both", "lora", "one seed"]
+    del sweeps["lora"]
+    assert [sweep.name for sweep in best_first(sweeps)] == ["three seeds", "both", "one seed"]
+
+
 def losses(steps: int, *found: float):
     from learning_runs import StopHopeless
 
