@@ -35,14 +35,14 @@ from ..tuners import GradientSplit
 
 CONSTANTS = {
     "entry": (3.0, 0.5),
-    "block": (1.4, 1.4),
-    "column": (1.0, 0.4),
-    "row": (1.7, 1.7),
-    "diagonal": (1.4, 1.4),
-    "subnet": (4.0, 4.0),
+    "block": (4.0, 2.0),
+    "column": (1.5, 0.8),
+    "row": (8.0, 3.0),
+    "diagonal": (4.0, 2.0),
+    "subnet": (6.0, 3.0),
 }
-""":math:`c` by granularity: of supports that no gradient has chosen, and of those that one has. Measured are all of the
-second but those of diagonals and subnets, and of the first those of entries and subnets."""
+""":math:`c` by granularity: of supports that no gradient has chosen, and of those that one has. Those of diagonals are
+blocks', and that of subnets that a gradient has chosen is not measured."""
 MEASURED_RANK = 4
 """:math:`R` of the runs that :math:`c` was measured in."""
 CUSTOMARY_SCALE = 2.0
