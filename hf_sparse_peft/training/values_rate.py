@@ -19,7 +19,9 @@ of values with their number. So the ratio falls with the root of all numbers, of
 .. math:: \rho = \frac{\eta_S}{\eta} = c\,\rho_1 \sqrt{\frac{4}{R}}, \qquad R = r + r_S
 
 :math:`c` is measured at :math:`R = 4` (`recipes/benchmarks/learning.py`): it is smaller where a gradient chose the
-units, since these have the largest inputs and keep their signs. docs/learning.md has the fit and its test.
+units, since these have the largest inputs and keep their signs. That of entries is the best beside a low rank; supports
+alone want 0.5 to 1.5 of it in the task that it was measured on, and more in others: docs/learning.md. Factors count
+with all their components and entries, those that a rule or a mask holds at 0 too.
 """
 
 from __future__ import annotations
@@ -73,21 +75,29 @@ def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int,
     if config.sizes_from_data:
         density = sum(entries) / sum(m * n for m, n in shapes)
         entries = [density * m * n for m, n in shapes]
-    ranks = [config.r if config.sizes_from_data else space.layer.sizes[space.adapter].rank for space in spaces]
     rank = sum(entries) / sum(m + n for m, n in shapes)
-    low_rank = sum(r * (m + n) for r, (m, n) in zip(ranks, shapes, strict=True)) / sum(m + n for m, n in shapes)
-    both_halves = math.sqrt(MEASURED_RANK / (low_rank + rank)) if low_rank + rank else 1.0
+    later = math.sqrt(MEASURED_RANK / (_rank_of_both_halves(config, spaces, rank) or MEASURED_RANK))
     by_gradient, found = _by_gradient(config), {}
     for space, count in zip(spaces, entries, strict=True):
         m, _ = space.weight_shape
         spread = count / math.sqrt(_rows(space, count) * m) if count else 1.0  # k sqrt(f)
         sizes = space.layer.sizes[space.adapter]
-        scale = _scale_of(config) if config.sizes_from_data else sizes.scaling or CUSTOMARY_SCALE
-        scale /= abs(sizes.support_scaling or 1.0)
+        scale = _scale_of(config) if config.start is not None else sizes.scaling or CUSTOMARY_SCALE
+        scale = abs(scale / (sizes.support_scaling or 1.0))
         kind = "subnet" if space.kind == "subnet_row" else space.unit
-        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread * both_halves
+        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread * later
         found |= {id(parameter): ratio for parameter in space.parameters()}
     return found
+
+
+def _rank_of_both_halves(config: PeftConfig, spaces: list[UnitSpace], rank: float) -> float:
+    """:math:`R`: the rank of a LoRA of as many numbers as the factors and the support, which has `rank`. Where a start
+    shares numbers out by data, the config's `r`, which is the same before and after."""
+    if config.start is not None:
+        return float(config.r)
+    numbers = [sum(space.weight_shape) for space in spaces]
+    ranks = [space.layer.sizes[space.adapter].rank for space in spaces]
+    return rank + sum(r * count for r, count in zip(ranks, numbers, strict=True)) / sum(numbers)
 
 
 def _by_gradient(config: PeftConfig) -> bool:

@@ -102,14 +102,20 @@ def grid(middle: float, count: int = SWEEP) -> list[float]:
     return [float(f"{middle * 2.0 ** (place - count // 2):.3g}") for place in range(count)]
 
 
+def next_rate(best: float, rates: list[float]) -> float:
+    """The rate beyond the end of `rates` that is the best one; 0 where that lies between others."""
+    if rates[0] < best < rates[-1]:
+        return 0.0
+    return float(f"{best * (2 if best == rates[-1] else 0.5):.3g}")
+
+
 def sweep(measure: Any, middle: float, seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Rows of one candidate by the protocol: `measure(rate, seed)` gives one."""
     rows = {rate: measure(rate, seeds[0]) for rate in grid(middle)}
     best = max(rows, key=lambda rate: quality(rows[rate]))
     for _ in range(MORE):
-        if min(rows) < best < max(rows):
+        if not (rate := next_rate(best, sorted(rows))):
             break
-        rate = float(f"{best * (2 if best == max(rows) else 0.5):.3g}")
         rows[rate] = measure(rate, seeds[0])
         best = max(rows, key=lambda rate: quality(rows[rate]))
     yield from rows.values()
@@ -118,8 +124,8 @@ def sweep(measure: Any, middle: float, seeds: list[int]) -> Iterator[dict[str, A
 
 def replicate(measure: Any, rows: dict[float, dict[str, Any]], seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Other seeds at the best rate and its neighbours; as long as the mean over all seeds is the best at an end of the
-    rates that have all seeds, at the next one too."""
-    rates, full = sorted(rows), {}
+    rates that have all seeds, at the next one too, `MORE` of them beyond the rates that were tried."""
+    rates, full, more_rates = sorted(rows), {}, MORE
     at = rates.index(max(rows, key=lambda rate: quality(rows[rate])))
     low, high = max(at - 1, 0), min(at + 1, len(rates) - 1)
     while seeds[1:]:
@@ -129,7 +135,14 @@ def replicate(measure: Any, rows: dict[float, dict[str, Any]], seeds: list[int])
                 full[rate] = [quality(row) for row in (rows[rate], *more)]
                 yield from more
         best = max(full, key=lambda rate: [statistics.mean(values) for values in zip(*full[rate], strict=True)])
-        if best == rates[low] and low > 0:
+        beyond = next_rate(best, rates)
+        if beyond and more_rates:
+            more_rates -= 1
+            rows[beyond] = measure(beyond, seeds[0])
+            yield rows[beyond]
+            rates = sorted(rows)
+            low, high = (0, high + 1) if beyond == rates[0] else (low, high + 1)
+        elif best == rates[low] and low > 0:
             low -= 1
         elif best == rates[high] and high < len(rates) - 1:
             high += 1

@@ -56,10 +56,11 @@ def first_step(text: str, task: Any, options: Any, numbers: dict[str, float], se
     rows = data["train_dataset"]
     inputs = inputs_of(layers, model, data["data_collator"]([rows[i] for i in range(min(len(rows), 16))]))
     args = harness.training_arguments(
-        options, Path("runs/learning/first_step"), RATE, seed,
+        options, (options.output or Path("runs/learning")) / "first_step", RATE, seed,
         per_device_train_batch_size=BATCH, max_grad_norm=0.0, lr_scheduler_type="constant",
     )  # fmt: skip
     before = outputs_of(layers, inputs)
     harness.make_trainer(method, model, args, **data).train()
+    model.eval()
     after = outputs_of(layers, inputs)
     return {name: ((after[name] - before[name]).square().mean().sqrt() / RATE).item() for name in layers}

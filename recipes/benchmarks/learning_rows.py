@@ -146,7 +146,17 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def paired(one: Sweep, other: Sweep, key: str = "score") -> tuple[float, float]:
-    """Mean difference of two candidates, each at its best rate, over the seeds that both have, and its standard
-    error."""
-    values = {row["seed"]: row[key] for row in other.best}
-    return mean_and_error([row[key] - values[row["seed"]] for row in one.best if row["seed"] in values])
+    """Mean difference of two candidates over the seeds that both have, and its standard error; each is at the rate that
+    is best over these seeds: one that was chosen on more of them would be at a disadvantage.
+
+    Raises:
+        ValueError: they have no seed in common.
+    """
+    shared = {row["seed"] for row in one.best} & {row["seed"] for row in other.best}
+    if not shared:
+        raise ValueError(f"'{one.name}' and '{other.name}' have no seed in common at their best rates.")
+    ours, theirs = (
+        {row["seed"]: row[key] for row in Sweep(sweep.name, [r for r in sweep.rows if r["seed"] in shared]).best}
+        for sweep in (one, other)
+    )
+    return mean_and_error([ours[seed] - theirs[seed] for seed in sorted(ours)])

@@ -66,6 +66,21 @@ def test_other_seeds_run_on_where_their_mean_is_the_best_at_an_end():
     assert [rate for rate, seed in tried if seed == 1] == [2.0, 4.0, 8.0, 1.0, 0.5]
 
 
+def test_other_seeds_run_beyond_the_rates_that_were_tried_where_their_mean_is_the_best_there():
+    from learning import replicate
+
+    def measure(rate: float, seed: int):
+        tried.append((rate, seed))
+        return {"choose": -abs(math.log2(rate / 0.3)), "train_loss": 1.0}
+
+    tried, rates = [], (0.5, 1.0, 2.0)
+    first = {rate: {"choose": 3.0 if rate == 1.0 else 0.0, "train_loss": 1.0} for rate in rates}
+    rows = list(replicate(measure, first, seeds=[0, 1]))
+    assert len(rows) == len(tried)
+    assert [rate for rate, seed in tried if seed == 1] == [0.5, 1.0, 2.0, 0.25, 0.125]
+    assert [rate for rate, seed in tried if seed == 0] == [0.25, 0.125]
+
+
 def test_what_does_not_train_a_four_bit_base_is_left_out_with_a_word():
     import learning
 
@@ -117,12 +132,32 @@ def test_differences_are_paired_by_seed():
     assert (mean, error) == (pytest.approx(1.0), pytest.approx(1 / math.sqrt(3)))
 
 
+def test_a_rate_that_more_seeds_chose_is_chosen_anew_on_the_seeds_that_are_compared():
+    from learning_rows import Sweep, paired
+
+    def sweep(name, by_rate):
+        rows = [
+            {"learning_rate": rate, "seed": seed, "choose": score, "score": score, "train_loss": 1.0}
+            for rate, scores in by_rate.items()
+            for seed, score in enumerate(scores)
+        ]
+        return Sweep(name, rows)
+
+    three = sweep("three", {1.0: [30.0, 31.0, 32.0], 2.0: [10.0, 10.0, 10.0]})
+    six = sweep("six", {1.0: [28.0] * 6, 2.0: [33.0] * 3 + [5.0] * 3})
+    assert six.rate == 1.0
+    assert paired(three, six)[0] == pytest.approx(-2.0)
+    assert paired(six, three)[0] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="no seed in common"):
+        paired(three, Sweep("other", [{**row, "seed": 9} for row in six.rows[:1]]))
+
+
 def test_a_table_is_in_the_order_of_differences_since_seeds_differ():
     from learning_report import best_first
     from learning_rows import Sweep
 
-    scores = {"lora": [10.0, 40.0], "three seeds": [45.0], "one seed": [9.0], "both": [12.0, 43.0]}
-    seeds = {"three seeds": [1], "one seed": [0]}
+    scores = {"lora": [10.0, 40.0], "second": [41.0], "first": [11.0], "both": [12.0, 43.0]}
+    seeds = {"second": [1], "first": [0]}
     sweeps = {
         name: Sweep(
             name,
@@ -133,9 +168,9 @@ def test_a_table_is_in_the_order_of_differences_since_seeds_differ():
         )
         for name, found in scores.items()
     }
-    assert [sweep.name for sweep in best_first(sweeps)] == ["three seeds", "both", "lora", "one seed"]
+    assert [sweep.name for sweep in best_first(sweeps)] == ["both", "second", "first", "lora"]
     del sweeps["lora"]
-    assert [sweep.name for sweep in best_first(sweeps)] == ["three seeds", "both", "one seed"]
+    assert [sweep.name for sweep in best_first(sweeps)] == ["second", "both", "first"]
 
 
 def losses(steps: int, *found: float):

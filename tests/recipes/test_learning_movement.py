@@ -10,7 +10,7 @@ EXAMPLES = 128
 
 
 @pytest.fixture
-def words(monkeypatch):
+def words(monkeypatch, tmp_path):
     """The word problems with one batch of examples, options and numbers."""
     for folder in (BENCHMARKS.parent, BENCHMARKS):
         monkeypatch.syspath_prepend(str(folder))
@@ -19,7 +19,9 @@ def words(monkeypatch):
     from learning_hub_tasks import TASKS
     from learning_runs import budget
 
-    options = learning.LearningOptions(task="words", device="cpu", examples=EXAMPLES, test_examples=8, rank=2)
+    options = learning.LearningOptions(
+        task="words", device="cpu", examples=EXAMPLES, test_examples=8, rank=2, output=tmp_path
+    )
     learning.fill_in_sizes(options)
     task = TASKS["words"](options)
     return task, options, budget(task, options.rank, options.steps)

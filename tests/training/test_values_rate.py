@@ -94,6 +94,32 @@ def test_a_low_rank_half_counts_by_its_scaling_and_its_rank():
     assert rate(r=4, lora_alpha=4.0, use_rslora=True) == pytest.approx(rate(r=4, lora_alpha=8.0))
 
 
+@pytest.mark.parametrize("options", [{}, {"budget": Global(0.05), "criterion": "gradient"}], ids=["given", "by data"])
+def test_ranks_of_modules_count_by_their_numbers(options):
+    """R is over all modules: rank 8 in one of two shapes is less than rank 8 in both, by that shape's share."""
+
+    def rate(**low_rank):
+        return rates(adapted(**{"criterion": "random", **options, **low_rank}))["q_proj"]
+
+    none = rate(r=0)
+    both = rate(r=8, lora_alpha=16.0)
+    one = rate(r=8, lora_alpha=16.0, rank_pattern={"k_proj": 0})
+    (q, k), entries = (sum(shape) for shape in SHAPES), sum(0.05 * m * n for m, n in SHAPES)
+    alone = entries / (q + k)
+    assert one / none == pytest.approx(math.sqrt(alone / (alone + 8 * q / (q + k))), rel=0.01)
+    assert both / none == pytest.approx(math.sqrt(alone / (alone + 8)), rel=0.01)
+
+
+def test_a_density_has_the_rate_that_the_documentation_gives():
+    """By hand: c = 3, s = 2, k a quarter of the columns in all rows, R = r_S."""
+    model = tiny.llama(layers=1)
+    config = SparseLoraConfig(r=0, target_modules=["q_proj"], density=0.25, criterion="random", optimizer=AUTO)
+    m, n = SHAPES[0]
+    (rate,) = AUTO.ratios(get_peft_model(model, config)).values()
+    rank = 0.25 * m * n / (m + n)
+    assert rate == pytest.approx(3.0 * 2.0 * rank / (0.25 * n) * math.sqrt(4 / rank), rel=1e-3)
+
+
 def test_each_adapter_has_ratios_of_its_own_numbers():
     model = adapted(criterion="random", density=0.25)
     alone = rates(model)
