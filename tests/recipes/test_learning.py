@@ -73,8 +73,8 @@ def test_other_seeds_run_beyond_the_rates_that_were_tried_where_their_mean_is_th
         tried.append((rate, seed))
         return {"choose": -abs(math.log2(rate / 0.3)), "train_loss": 1.0}
 
-    tried, rates = [], (0.5, 1.0, 2.0)
-    first = {rate: {"choose": 3.0 if rate == 1.0 else 0.0, "train_loss": 1.0} for rate in rates}
+    tried, chosen = [], {0.5: -0.7, 1.0: -0.6, 2.0: -3.0}
+    first = {rate: {"choose": choose, "train_loss": 1.0} for rate, choose in chosen.items()}
     rows = list(replicate(measure, first, seeds=[0, 1]))
     assert len(rows) == len(tried)
     assert [rate for rate, seed in tried if seed == 1] == [0.5, 1.0, 2.0, 0.25, 0.125]
