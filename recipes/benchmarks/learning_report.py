@@ -224,6 +224,8 @@ def draw_frontier(path: Path, title: str, sweeps: dict[str, Sweep]) -> None:
             axis.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points", weight=weight)
         axis.step(*zip(*[points[name] for name in best], strict=True), where="post", color="0.6", zorder=1)
         axis.set(xlabel=label, ylabel="score", xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.margins(x=0.12)  # names stand to the right of their points
         axis.grid(alpha=0.3)
         for family, color in colors.items():
