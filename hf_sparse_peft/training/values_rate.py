@@ -20,8 +20,8 @@ of values with their number. So the ratio falls with the root of all numbers, of
 
 :math:`c` is measured at :math:`R = 4` (`recipes/benchmarks/learning.py`): it is smaller where a gradient chose the
 units, since these have the largest inputs and keep their signs. That of entries is the best beside a low rank; supports
-alone want 0.5 to 1.5 of it in the task that it was measured on, and more in others: docs/learning.md. Factors count
-with all their components and entries, those that a rule or a mask holds at 0 too.
+alone want 0.4 to 1.7 of it in the task that it was measured on; docs/learning.md has the fit and its test. Factors
+count with all their components and entries, those that a rule or a mask holds at 0 too.
 """
 
 from __future__ import annotations
