@@ -108,7 +108,11 @@ class AgedAdamWSpec(OptimizerSpec):
         """Parameter's id -> its learning rate over the run's, where that is not 1; raises as `build`."""
         sparse = [pair for pair in active_spaces(model) if pair[1].kind in ("support", "subnet_row")]
         if self.values_ratio == "auto":
-            values = values_ratios(sparse)
+            weights: dict[str, list[tuple[int, int]]] = {}
+            for layer in adapter_layers(model):
+                for name in filter(layer.holds, layer.active_adapters):
+                    weights.setdefault(name, []).append((layer.out_features, layer.in_features))
+            values = values_ratios(sparse, weights)
         else:
             values = {id(parameter): self.values_ratio for _, space in sparse for parameter in space.parameters()}
         return values | _ratios_of_B(model, self)

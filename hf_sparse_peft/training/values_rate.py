@@ -27,7 +27,7 @@ count with all their components and entries, those that a rule or a mask holds a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft import PeftConfig
 
@@ -51,53 +51,70 @@ CUSTOMARY_SCALE = 2.0
 """alpha / r of the LoRA whose rate an adapter without a low-rank half is given."""
 
 
-def values_ratios(adapters: Iterable[tuple[PeftConfig, UnitSpace]]) -> dict[int, float]:
+def values_ratios(
+    adapters: Iterable[tuple[PeftConfig, UnitSpace]], weights: Mapping[str, Sequence[tuple[int, int]]]
+) -> dict[int, float]:
     r""":math:`\rho` of the values of supports and subnets by their parameter's id, from the sizes that they start with.
 
-    Where sizes are found in data, which comes after the optimizer is made, each weight counts with the mean density of
-    its adapter: a run has the same rates before and after, and when it is resumed.
+    Where sizes are found in data, which comes after the optimizer is made, entries count as if they were spread evenly
+    over the rows of all weights that the adapter has, and :math:`R` is `r`: a run has the same rates before and after,
+    and when it is resumed.
 
     Args:
         adapters: Unit spaces with the config of their adapter: "support" and "subnet_row" of all active adapters.
+        weights: Adapter -> `(out, in)` of every weight that it has, with a support or without.
     """
     by_adapter: dict[str, list[tuple[PeftConfig, UnitSpace]]] = {}
     for config, space in adapters:
         by_adapter.setdefault(space.adapter, []).append((config, space))
     found: dict[int, float] = {}
-    for pairs in by_adapter.values():
-        found |= _ratios_of_adapter(pairs[0][0], [space for _, space in pairs])
+    for name, pairs in by_adapter.items():
+        config, spaces = pairs[0][0], [space for _, space in pairs]
+        if config.sizes_from_data:
+            shares, rank = _shares_spread_evenly(spaces, weights[name]), float(config.r)
+        else:
+            shares, rank = _shares(spaces), _rank_of_both_halves(spaces)
+        found |= _ratios_of_adapter(config, spaces, shares, rank or MEASURED_RANK)
     return found
 
 
-def _ratios_of_adapter(config: PeftConfig, spaces: list[UnitSpace]) -> dict[int, float]:
-    shapes = [space.weight_shape for space in spaces]
-    entries = [_first_entries(space) for space in spaces]
-    if config.sizes_from_data:
-        density = sum(entries) / sum(m * n for m, n in shapes)
-        entries = [density * m * n for m, n in shapes]
-    rank = sum(entries) / sum(m + n for m, n in shapes)
-    later = math.sqrt(MEASURED_RANK / (_rank_of_both_halves(config, spaces, rank) or MEASURED_RANK))
-    by_gradient, found = _by_gradient(config), {}
-    for space, count in zip(spaces, entries, strict=True):
-        m, _ = space.weight_shape
-        spread = count / math.sqrt(_rows(space, count) * m) if count else 1.0  # k sqrt(f)
+def _ratios_of_adapter(
+    config: PeftConfig, spaces: list[UnitSpace], shares: list[tuple[float, float]], rank: float
+) -> dict[int, float]:
+    r"""The law, from :math:`r_S` and :math:`k \sqrt f` of each weight and :math:`R`."""
+    later, by_gradient, found = math.sqrt(MEASURED_RANK / rank), _by_gradient(config), {}
+    for space, (support_rank, spread) in zip(spaces, shares, strict=True):
         sizes = space.layer.sizes[space.adapter]
         scale = _scale_of(config) if config.start is not None else sizes.scaling or CUSTOMARY_SCALE
         scale = abs(scale / (sizes.support_scaling or 1.0))
         kind = "subnet" if space.kind == "subnet_row" else space.unit
-        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * rank / spread * later
+        ratio = CONSTANTS.get(kind, CONSTANTS["entry"])[by_gradient] * scale * support_rank / spread * later
         found |= {id(parameter): ratio for parameter in space.parameters()}
     return found
 
 
-def _rank_of_both_halves(config: PeftConfig, spaces: list[UnitSpace], rank: float) -> float:
-    """:math:`R`: the rank of a LoRA of as many numbers as the factors and the support, which has `rank`. Where a start
-    shares numbers out by data, the config's `r`, which is the same before and after."""
-    if config.start is not None:
-        return float(config.r)
+def _shares(spaces: list[UnitSpace]) -> list[tuple[float, float]]:
+    """The rank of a LoRA of as many numbers as all supports, and k sqrt(f) of each weight."""
+    rank = sum(map(_first_entries, spaces)) / sum(sum(space.weight_shape) for space in spaces)
+    shares = []
+    for space in spaces:
+        entries, rows = _first_entries(space), space.weight_shape[0]
+        shares.append((rank, entries / math.sqrt(_rows(space, entries) * rows) if entries else 1.0))
+    return shares
+
+
+def _shares_spread_evenly(spaces: list[UnitSpace], weights: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """The same, both over the density, for entries at one density over the rows of all weights."""
+    even = sum(m * n for m, n in weights) / sum(m + n for m, n in weights)
+    return [(even, float(space.weight_shape[1])) for space in spaces]
+
+
+def _rank_of_both_halves(spaces: list[UnitSpace]) -> float:
+    """:math:`R`: the rank of a LoRA of as many numbers as the factors and the supports."""
     numbers = [sum(space.weight_shape) for space in spaces]
     ranks = [space.layer.sizes[space.adapter].rank for space in spaces]
-    return rank + sum(r * count for r, count in zip(ranks, numbers, strict=True)) / sum(numbers)
+    factors = sum(rank * count for rank, count in zip(ranks, numbers, strict=True))
+    return sum(map(_first_entries, spaces)) / sum(numbers) + factors / sum(numbers)
 
 
 def _by_gradient(config: PeftConfig) -> bool:

@@ -27,8 +27,7 @@ from learning_movement import first_step
 from learning_rows import JsonLines, Sweep, cases, weights_of
 from learning_runs import adapted, budget
 
-from hf_sparse_peft.training.optimizers import active_spaces
-from hf_sparse_peft.training.values_rate import values_ratios
+from hf_sparse_peft.training import AgedAdamWSpec
 
 FAMILIES = ("entries", "structured")
 
@@ -44,8 +43,7 @@ class RateOptions(CaseOptions):
 def predicted(text: str, task: Any, numbers: dict[str, float]) -> float:
     """Median over the weights of the ratio that "auto" gives."""
     _, model = adapted(text, task, numbers, seed=0)
-    pairs = [pair for pair in active_spaces(model) if pair[1].kind in ("support", "subnet_row")]
-    return statistics.median(values_ratios(pairs).values())
+    return statistics.median(AgedAdamWSpec(values_ratio="auto").ratios(model).values())
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
