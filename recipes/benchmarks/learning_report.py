@@ -263,10 +263,10 @@ def draw_case(folder: Path, title: str, metric: str, sweeps: dict[str, Sweep]) -
     pictures = [folder / f"{kind}_{title}.png" for kind in ("curves", "frontier", "scores")]
     draw_curves(pictures[0], title, sweeps)
     draw_frontier(pictures[1], title, sweeps)
-    bars = {sweep.name: [sweep.column("score")] for sweep in best_first(sweeps)}
+    bars = {f"{sweep.name} ({len(sweep.best)})": [sweep.column("score")] for sweep in best_first(sweeps)}
     if any(score < 0 for values in bars.values() for score in values[0]):
         return pictures[:2]  # minus a loss has no bar
-    harness.draw(pictures[2], title, {metric: bars}, ["mean, lowest and highest of the seeds"])
+    harness.draw(pictures[2], title, {metric: bars}, ["mean, lowest and highest of the seeds (their number)"])
     return pictures
 
 
